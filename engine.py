@@ -1,0 +1,170 @@
+"""The training step, the validation pass, prediction at native size, and learning rate schedules.
+
+Functions here take models, tensors and numbers, never the config. train.py calls train_one_epoch and evaluate; the
+inference scripts call predict, which is the same code that validation scores.
+"""
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+
+from config import IGNORE
+from datasets import resize_image, resize_mask
+from metrics import ConfusionMatrix
+
+MAX_GRAD_NORM = 1.0
+WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
+LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wait
+
+
+# --- optimisation -----------------------------------------------------------------------------------------
+def lr_factor(step, total_steps, scheduler):
+    """Return what every base learning rate is multiplied by at optimizer step `step` (0-based).
+
+    cosine (Loshchilov & Hutter, 2017) and poly (power 0.9; Chen et al., 2018) fall to 0 after a linear warm-up.
+    """
+    if scheduler == "none":
+        return 1.0
+    warmup = max(1, round(WARMUP * total_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return (1 - progress) ** 0.9 if scheduler == "poly" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model, lr, weight_decay, backbone_lr_scale):
+    """Return optimizer groups of the parameters that train; `base_lr` is what the schedule multiplies.
+
+    Head at `lr`, backbone at lr * backbone_lr_scale; biases and norms (one dimension) without weight decay.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = name.startswith("backbone."), parameter.ndim > 1
+            groups.setdefault(key, []).append(parameter)
+    rate = {True: lr * backbone_lr_scale, False: lr}
+    return [dict(params=parameters, lr=rate[in_backbone], base_lr=rate[in_backbone],
+                 weight_decay=weight_decay if decays else 0.0)
+            for (in_backbone, decays), parameters in groups.items()]
+
+
+def optimizer_step(optimizer, scaler, weight):
+    """Divide the summed gradients by `weight`, clip them, step, and clear them."""
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch._foreach_div_(gradients, weight)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class LossLog:
+    """Keeps every step's losses on the device and reads them every LOG_EVERY steps, so that no step waits."""
+
+    def __init__(self, bar):
+        self.bar, self.waiting, self.sums = bar, [], {}
+        self.images, self.start = 0, time.perf_counter()
+
+    def add(self, loss, terms, names, step, lr):
+        """Note one batch: scalar tensors loss and terms, its file names, optimizer step and learning rate."""
+        self.waiting.append(({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}, names, step, lr))
+        if len(self.waiting) >= LOG_EVERY:
+            self.read()
+
+    def read(self):
+        """Fetch the waiting losses. Raises FloatingPointError naming the batch where one is not finite."""
+        if not self.waiting:
+            return
+        keys = list(self.waiting[0][0])
+        table = torch.stack([torch.stack([terms[key] for key in keys]) for terms, *_ in self.waiting]).tolist()
+        for values, (_, names, step, lr) in zip(table, self.waiting, strict=True):
+            if not math.isfinite(values[0]):
+                raise FloatingPointError(f"the loss is {values[0]} at step {step} (lr {lr:.2e}) in the batch "
+                                         f"{' '.join(names)}: check these files, lower --lr, or try --amp off")
+            self.images += len(names)
+            for key, value in zip(keys, values, strict=True):
+                self.sums[key] = self.sums.get(key, 0.0) + value * len(names)
+        self.waiting.clear()
+        self.bar.set_postfix_str(f"loss {values[0]:.3f}, {self.rate():.1f} images/s", refresh=False)
+
+    def rate(self):
+        """Images per second so far."""
+        return self.images / (time.perf_counter() - self.start)
+
+    def means(self):
+        """Mean over images of the loss and its terms, by name."""
+        self.read()
+        return {key: value / max(1, self.images) for key, value in self.sums.items()}
+
+
+def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, step, accumulate=1):
+    """Train once over `batches` (a tqdm bar over a loader) from optimizer step `step` on.
+
+    Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the network
+    saw them, images_per_s, step (the next optimizer step). Raises FloatingPointError for a loss that is not finite.
+    """
+    device = next(model.parameters()).device
+    matrix, log, weights = ConfusionMatrix(model.num_classes, device), LossLog(batches), 0.0
+    model.train()
+    for index, (images, masks, names) in enumerate(batches):
+        images = images.to(device, non_blocking=True)  # (B, 3, H, W) uint8
+        masks = masks.to(device, non_blocking=True).long()  # (B, H, W) int64, 255 = ignore
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule(step)
+        with precision.autocast():
+            logits = model(images)  # (B, K, H, W) float32
+            loss, terms = criterion(logits, masks)
+        weight = (masks != IGNORE).sum() / masks[0].numel()  # in images: accumulated steps equal one large batch
+        precision.scaler.scale(loss * weight).backward()
+        weights = weights + weight
+        log.add(loss, terms, names, step, optimizer.param_groups[0]["lr"])
+        matrix.update(logits.detach().max(1).indices, masks)
+        if (index + 1) % accumulate == 0 or index + 1 == len(batches):
+            optimizer_step(optimizer, precision.scaler, torch.clamp(weights, min=1e-6))
+            step, weights = step + 1, 0.0
+    return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), images_per_s=log.rate(), step=step)
+
+
+# --- prediction -------------------------------------------------------------------------------------------
+def native_preds(logits, sizes):
+    """Upsample logits (B, K, h, w) to each image's size (H, W), then argmax: list of (H, W) uint8 class ids."""
+    # max().indices is several times faster than argmax on the CPU, and equal to it
+    return [F.interpolate(one[None], size=tuple(size), mode="bilinear").max(1).indices[0].to(torch.uint8)
+            for one, size in zip(logits, sizes, strict=True)]
+
+
+@torch.inference_mode()
+def predict(model, images, imgsz, precision):
+    """Predict images at their own size: resize to `imgsz` = (h, w), forward, upsample the logits, argmax.
+
+    images (B, 3, H, W) uint8 on any device; model in eval mode. Returns (B, H, W) uint8 on the model's device.
+    """
+    device = next(model.parameters()).device
+    size = images.shape[-2:]
+    with precision.autocast():
+        logits = model(resize_image(images.to(device), imgsz))  # (B, K, h, w)
+    return torch.stack(native_preds(logits, [size] * len(images)))
+
+
+@torch.inference_mode()
+def evaluate(model, batches, criterion, precision):
+    """Score a model on `batches` of a validation loader, each mask at its own size.
+
+    Returns (dict of loss and its terms, accuracy, miou, dice; the ConfusionMatrix). The loss is taken at the
+    network's size, as in training. Leaves the model in eval mode.
+    """
+    device = next(model.parameters()).device
+    matrix, log = ConfusionMatrix(model.num_classes, device), LossLog(batches)
+    model.eval()
+    for images, masks, names in batches:
+        images = images.to(device, non_blocking=True)  # (B, 3, h, w) uint8
+        small = torch.stack([resize_mask(mask, images.shape[-2:]) for mask in masks])  # (B, h, w)
+        with precision.autocast():
+            logits = model(images)  # (B, K, h, w)
+            loss, terms = criterion(logits, small.to(device).long())
+        log.add(loss, terms, names, 0, 0.0)
+        for pred, mask in zip(native_preds(logits, [mask.shape for mask in masks]), masks, strict=True):
+            matrix.update(pred, mask.to(device))
+    return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice()), matrix

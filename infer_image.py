@@ -1,0 +1,120 @@
+"""Segment images with a trained model: colour overlay, index mask and legend.
+
+    python infer_image.py --input photo.jpg
+    python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
+
+Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value = class id)
+and legend.png. A file that cannot be read is reported and passed over; the exit code is then 1.
+"""
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
+
+import argparse
+import glob
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+import engine
+import utils
+from config import InputError
+from datasets import IMAGE_ENDINGS, read_image
+from model import load_model
+
+
+def find_inputs(inputs):
+    """Return the image files behind files, folders and globs, without repeats. Raises InputError where one has none."""
+    found = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            files = sorted(item for item in path.iterdir()
+                           if item.suffix.lower() in IMAGE_ENDINGS and not item.name.startswith("."))
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(Path(item) for item in glob.glob(text, recursive=True) if Path(item).is_file())
+        if not files:
+            reason = f"is a folder without images (endings {' '.join(IMAGE_ENDINGS)})" if path.is_dir() else \
+                "is no file, folder or pattern that matches one"
+            raise InputError(f"--input {text} {reason}")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def output_names(paths):
+    """Return one distinct output name a path: its stem, with the folder's name in front where stems repeat."""
+    names = []
+    for path in paths:
+        candidates = [path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"]
+        candidates += [f"{path.stem}_{number}" for number in range(2, len(paths) + 2)]
+        names.append(next(name for name in candidates if name not in names))
+    return names
+
+
+def describe(pred, classes):
+    """Return the classes of a prediction (H, W) with their share of the pixels, largest first, as text."""
+    counts = np.bincount(pred.ravel(), minlength=len(classes))
+    order = counts.argsort()[::-1]
+    return ", ".join(f"{classes[id][0]} {100 * counts[id] / pred.size:.1f} %" for id in order
+                     if counts[id] >= 0.0005 * pred.size)
+
+
+def show(pixels, title):
+    """Show (H, W, 3) uint8 RGB in a window until a key is pressed. Raises InputError where there is no display."""
+    try:
+        cv2.imshow(title, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+        cv2.waitKey(0)
+        cv2.destroyAllWindows()
+    except cv2.error:
+        raise InputError("--show needs a display and opencv-python (not -headless): leave it out") from None
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
+    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="checkpoint of train.py")
+    utils.add_inference_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main():
+    """Segment every input; return 1 where a file had to be passed over, 2 where all had."""
+    args = parse_args()
+    paths = find_inputs(args.input)
+    device = utils.pick_device(args.device)
+    precision = utils.Precision("auto", device)
+    model, checkpoint = load_model(args.model)
+    model, classes, imgsz = model.to(device), checkpoint["classes"], args.imgsz or checkpoint["imgsz"]
+    table, keep = utils.colour_table(classes), utils.background_id(classes)
+    out_dir = Path(args.out_dir) / "inference_results_image"
+    utils.make_folder(out_dir)
+    failed = 0
+    for path, name in zip(tqdm(paths, "images", leave=False, disable=None), output_names(paths), strict=True):
+        try:
+            image = read_image(path)  # (3, H, W)
+        except InputError as error:
+            failed += 1
+            tqdm.write(f"passed over: {error}", file=sys.stderr)
+            continue
+        pred = engine.predict(model, image[None], imgsz, precision)[0].cpu().numpy()  # (H, W)
+        drawn = utils.overlay(image.permute(1, 2, 0).numpy(), pred, table, args.alpha, keep)
+        utils.save_image(drawn, out_dir / f"{name}_overlay.jpg", quality=92)
+        utils.save_mask(pred, classes, out_dir / f"{name}_mask.png")
+        tqdm.write(f"{path}: {describe(pred, classes)}")
+        if args.show:
+            show(drawn, str(path))
+    utils.save_image(utils.legend(classes), out_dir / "legend.png")
+    print(f"{len(paths) - failed} of {len(paths)} images segmented at {imgsz[0]}x{imgsz[1]} on {device} ({precision}); "
+          f"overlays, masks and legend.png are in {out_dir}")
+    return 0 if not failed else 1 if failed < len(paths) else 2
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

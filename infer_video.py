@@ -1,0 +1,153 @@
+"""Segment a video, camera or stream: an overlay clip of the same size and frame rate, with an FPS counter.
+
+    python infer_video.py --input clip.mp4
+    python infer_video.py --input 0 --show                     # first camera; q in the window or Ctrl-C ends it
+    python infer_video.py --input rtsp://host/stream --max-frames 500
+
+Writes OUT_DIR/inference_results_video/<name>.mp4: H.264 where PyAV is installed, else mp4v. Ctrl-C leaves a playable
+file of what was done so far.
+"""
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
+
+import argparse
+import itertools
+import signal
+import time
+from collections import deque
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import engine
+import utils
+from config import InputError, positive_int
+from model import load_model
+from video import VideoReader, VideoWriter
+
+
+class Stopwatch:
+    """Adds up the seconds of each stage: `with watch("model"): ...`."""
+
+    def __init__(self):
+        self.seconds, self.stage, self.start = {}, None, 0.0
+
+    def __call__(self, stage):
+        self.stage = stage
+        return self
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
+
+
+class StopOnSignal:
+    """`stop.asked` turns True at the first Ctrl-C or SIGTERM; the second one interrupts as usual."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, *_):
+        """Handle a signal."""
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def draw_rate(frame, rate):
+    """Write the frames per second into the top left corner of a frame (H, W, 3) uint8, in place."""
+    scale = max(0.4, frame.shape[0] / 720)
+    place = (int(12 * scale), int(34 * scale))
+    for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
+        cv2.putText(frame, f"{rate:.1f} FPS", place, cv2.FONT_HERSHEY_SIMPLEX, scale, colour,
+                    max(1, round(thickness * scale)), cv2.LINE_AA)
+
+
+def show(frame):
+    """Show a frame (H, W, 3) uint8 RGB; return whether q was pressed. Raises InputError without a display."""
+    try:
+        cv2.imshow("dinoseg (q ends)", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        return cv2.waitKey(1) & 0xFF == ord("q")
+    except cv2.error:
+        raise InputError("--show needs a display and opencv-python (not -headless): leave it out") from None
+
+
+def output_path(reader, out_dir):
+    """Return where the clip goes: <name>.mp4 for a file; a name with the time for a camera or stream."""
+    if not reader.live:
+        return out_dir / f"{Path(reader.source).stem}.mp4"
+    kind = f"camera{reader.source}" if reader.source.isdecimal() else "stream"
+    return out_dir / f"{kind}_{time.strftime('%Y-%m-%d_%H-%M-%S')}.mp4"
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
+    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="checkpoint of train.py")
+    parser.add_argument("--batch-size", type=positive_int, default=1, help="frames a forward pass (default: 1)")
+    parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
+    utils.add_inference_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main():
+    """Segment the video; return 2 where it ended early, 130 where a file was interrupted."""
+    args = parse_args()
+    device = utils.pick_device(args.device)
+    precision = utils.Precision("auto", device)
+    model, checkpoint = load_model(args.model)
+    model, classes, imgsz = model.to(device), checkpoint["classes"], args.imgsz or checkpoint["imgsz"]
+    table, keep = utils.colour_table(classes), utils.background_id(classes)
+    reader = VideoReader(args.input)
+    out_dir = Path(args.out_dir) / "inference_results_video"
+    utils.make_folder(out_dir)
+    path = output_path(reader, out_dir)
+    stop, watch, recent = StopOnSignal(), Stopwatch(), deque(maxlen=30)
+    frames = itertools.islice(reader, args.max_frames)
+    total = min(filter(None, (reader.count, args.max_frames)), default=None)
+    start = time.perf_counter()
+    with VideoWriter(path, reader.size, reader.fps) as writer, tqdm(total=total, unit="frame", leave=False,
+                                                                    disable=None) as bar:
+        while not stop.asked:
+            with watch("decode"):
+                batch = list(itertools.islice(frames, args.batch_size))  # n x (H, W, 3)
+            if not batch:
+                break
+            with watch("model"):
+                images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)  # (n, 3, H, W)
+                preds = engine.predict(model, images, imgsz, precision).cpu().numpy()  # (n, H, W)
+            for frame, pred in zip(batch, preds, strict=True):
+                with watch("draw"):
+                    drawn = utils.overlay(frame, pred, table, args.alpha, keep)
+                    recent.append(time.perf_counter())
+                    elapsed = recent[-1] - recent[0] if len(recent) > args.batch_size else recent[-1] - start
+                    draw_rate(drawn, max(1, len(recent) - 1) / max(elapsed, 1e-9))
+                with watch("encode"):
+                    writer.write(drawn)
+                if args.show and show(drawn):
+                    stop.asked = True
+            bar.update(len(batch))
+    seconds, done = time.perf_counter() - start, max(1, writer.frames)
+    stages = ", ".join(f"{stage} {1000 * spent / done:.1f} ms" for stage, spent in watch.seconds.items())
+    print(f"{writer.frames} frames in {seconds:.1f} s: {writer.frames / seconds:.2f} frames/s end to end on {device} "
+          f"({precision}) at {imgsz[0]}x{imgsz[1]}; a frame takes {stages}")
+    print(f"{path} ({writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s)")
+    if stop.asked:
+        print(f"stopped after {writer.frames} frames; the clip so far is whole")
+        return 0 if reader.live or args.show else 130
+    if not args.max_frames and reader.ended_early(writer.frames):
+        raise InputError(f"--input {args.input} ended after {writer.frames} of {reader.count} frames: the file is "
+                         f"damaged or cut off; what could be read is in {path}")
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

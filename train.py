@@ -1,0 +1,204 @@
+"""Train a segmentation model.
+
+    python train.py --recipe demo                                    # drawn streets, minutes on a laptop CPU
+    python train.py --imgsz 640 640 --dataset voc                    # DINOv2 ViT-S/14, BatchNorm head, VOC 2012
+    python train.py --recipe person-bn --dataset folder --data-root my_photos
+    python train.py --resume --epochs 60                             # go on from outputs/last.pth
+
+Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,
+per_class_iou.png, confusion_matrix.png, best_model_iou.pth (best validation mIoU), last.pth (for --resume).
+"""
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
+
+import dataclasses
+import json
+import math
+import random
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import engine
+import streets
+import utils
+from config import InputError, parse_train_args, resolve
+from datasets import SegmentationDataset, load_data, make_loader, read_image
+from losses import build_loss
+from model import build_model, load_strictly, pack_checkpoint, read_checkpoint
+from video import VideoWriter
+
+SHOWN = 4  # validation images drawn after every epoch
+
+
+def print_settings(config, data, model, device, precision):
+    """Say what was decided: settings, data, what trains, where it runs."""
+    print("settings: " + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()))
+    counts = ", ".join(f"{len(samples)} {split}" for split, samples in data.splits.items())
+    print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {', '.join(n for n, _ in data.classes)}")
+    for note in data.notes:
+        print(f"  {note}")
+    trained, total = model.parameter_counts()
+    print(f"model: {config.backbone} + {config.head} on blocks {model.backbone.layers}, {trained:,} parameters "
+          f"train, {total - trained:,} are frozen")
+    print(f"device: {device}, {precision}", flush=True)
+
+
+def random_state():
+    """Return the state of every random generator of this process, as tensors and plain values."""
+    numpy_state = np.random.get_state()
+    return dict(python=json.dumps(random.getstate()), torch=torch.get_rng_state(),
+                numpy=[numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]])
+
+
+def restore_random_state(state):
+    """Set every random generator of this process to what random_state returned."""
+    version, numbers, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["torch"])
+    np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
+
+
+def draw_validation(model, dataset, classes, imgsz, precision, path):
+    """Write one picture of a few fixed validation images: image, truth and prediction side by side."""
+    rows = []
+    for index in np.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).round().astype(int).tolist():
+        image = read_image(dataset.samples[index].image)
+        pred = engine.predict(model, image[None], imgsz, precision)[0].cpu().numpy()
+        rows.append((image.permute(1, 2, 0).numpy(), dataset[index][1].numpy(), pred))
+    utils.save_image(utils.side_by_side(rows, classes), path)
+
+
+def draw_epoch(history, matrix, classes, out_dir):
+    """Redraw the curves, the per-class IoU and the confusion matrix of the latest epoch."""
+    utils.save_json_lines(history, out_dir / "history.jsonl")
+    utils.plot_history(history, out_dir)
+    utils.plot_per_class_iou(matrix.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
+    utils.plot_confusion(matrix.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
+
+
+def example_inputs(config, data):
+    """Return a picture and a clip to try the model on: drawn for streets, else a validation image."""
+    if config.dataset != "streets":
+        return data.splits["val"][0].image, "clip.mp4"
+    picture, clip = (Path(config.data_root) / "streets" / name for name in ("picture.png", "clip.mp4"))
+    if not picture.exists():
+        utils.save_image(streets.draw_scene(10_001, size=(480, 640))[0], picture)
+    if not clip.exists():
+        with VideoWriter(clip, (360, 640), 15) as writer:
+            for frame in streets.draw_clip(10_002, (360, 640), frames=90, fps=15):
+                writer.write(frame)
+    return picture, clip
+
+
+def print_result(history, classes, out_dir, picture, clip):
+    """Print the best epoch, its per-class IoU, and the commands that use the model."""
+    best = max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1)
+    absent = [name for (name, _), iou in zip(classes, best["per_class_iou"], strict=True) if iou is None]
+    print(f"\nbest epoch {best['epoch']}: validation mIoU {best['val_miou']:.4f}, pixel accuracy "
+          f"{best['val_accuracy']:.4f}, mean Dice {best['val_dice']:.4f}")
+    print("per class: " + ", ".join(f"{name} {iou:.3f}" for (name, _), iou in
+                                    zip(classes, best["per_class_iou"], strict=True) if iou is not None))
+    if absent:
+        print(f"absent from truth and prediction, left out of the means: {', '.join(absent)}")
+    model = out_dir / "best_model_iou.pth"
+    print(f"curves: {out_dir / 'miou.png'}, predictions: {out_dir / 'valid_preds'}\ntry it:\n"
+          f"  python infer_image.py --model {model} --input {picture}\n"
+          f"  python infer_video.py --model {model} --input {clip}")
+
+
+def build_training(config, data, device):
+    """Return model, optimizer and the two loaders that a TrainConfig describes."""
+    model = build_model(config.backbone, config.head, len(data.classes), config.layers, config.weights,
+                        config.unfreeze).to(device)
+    groups = engine.parameter_groups(model, config.lr, config.weight_decay, config.backbone_lr_scale)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr)
+    train_set = SegmentationDataset(data.splits["train"], data.table, config.imgsz, config.augment, config.seed)
+    val_set = SegmentationDataset(data.splits["val"], data.table, config.imgsz)
+    loaders = [make_loader(part, config.batch_size, config.workers, device.type == "cuda")
+               for part in (train_set, val_set)]
+    return model, optimizer, *loaders
+
+
+def main():
+    """Train as the flags say."""
+    given = parse_train_args(description=__doc__)
+    out_dir = Path(given.get("out_dir", "outputs"))
+    saved = read_checkpoint(out_dir / "last.pth") if given.get("resume") else None
+    config = resolve(given, saved and saved["config"])
+    if not {"dataset", "recipe", "resume"} & given.keys():
+        print("no --dataset given: training on streets, which our code draws")
+    device = utils.pick_device(config.device)
+    precision = utils.Precision(config.amp, device)
+    data = load_data(config.dataset, config.data_root, config.val_fraction, config.classes)
+    utils.seed_everything(config.seed)
+    model, optimizer, train_loader, val_loader = build_training(config, data, device)
+    history, first_epoch, step = [], 1, 0
+    if saved:
+        first_epoch, step, history = resume(saved, config, data, model, optimizer, precision)
+    print_settings(config, data, model, device, precision)
+    utils.make_folder(out_dir)
+    if not saved and (moved := utils.set_aside(out_dir)):
+        print(f"the earlier run in {out_dir} was moved to {moved}")
+    settings = utils.finite(dataclasses.asdict(config))
+    facts = dict(settings, data_fingerprint=data.fingerprint(), **utils.run_facts(device))
+    utils.write_atomically(out_dir / "config.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
+    criterion = build_loss(config.loss)
+    total_steps = config.epochs * math.ceil(len(train_loader) / config.accumulate)
+    schedule = partial(engine.lr_factor, total_steps=total_steps, scheduler=config.scheduler)
+    for epoch in range(first_epoch, config.epochs + 1):
+        start = time.perf_counter()
+        train_loader.sampler.set_epoch(epoch - 1)
+        title = f"epoch {epoch}/{config.epochs}"
+        bar = tqdm(train_loader, title, leave=False, disable=None)
+        trained = engine.train_one_epoch(model, bar, criterion, optimizer, precision, schedule, step,
+                                         config.accumulate)
+        step = trained.pop("step")
+        bar = tqdm(val_loader, f"{title} validation", leave=False, disable=None)
+        scores, matrix = engine.evaluate(model, bar, criterion, precision)
+        best = max([row["val_miou"] for row in history if math.isfinite(row["val_miou"])], default=-1.0)
+        row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start,
+                   **{f"train_{key}": value for key, value in trained.items()},
+                   **{f"val_{key}": value for key, value in scores.items()},
+                   per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
+        history.append(row)
+        draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
+                        out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
+        draw_epoch(history, matrix, data.classes, out_dir)
+        packed = pack_checkpoint(model, data.classes, config.imgsz, config=settings, epoch=epoch, metrics=scores)
+        if better := scores["miou"] > best or best < 0:
+            utils.save_checkpoint(packed, out_dir / "best_model_iou.pth")
+        utils.save_checkpoint(dict(packed, optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(),
+                                   step=step, history=history, random=random_state(),
+                                   data_fingerprint=data.fingerprint()), out_dir / "last.pth")
+        print(f"{title}: loss {trained['loss']:.4f}, validation loss {scores['loss']:.4f}, accuracy "
+              f"{scores['accuracy']:.4f}, mIoU {scores['miou']:.4f}{' (best so far)' if better else ''}, "
+              f"{trained['images_per_s']:.1f} images/s, {row['seconds']:.1f} s", flush=True)
+    print_result(history, data.classes, out_dir, *example_inputs(config, data))
+
+
+def resume(saved, config, data, model, optimizer, precision):
+    """Load the state of a saved run into model, optimizer and scaler; return (next epoch, step, history).
+
+    Raises InputError where the run is complete or the data are not those it was trained on.
+    """
+    if saved["epoch"] >= config.epochs:
+        raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
+    if saved["data_fingerprint"] != data.fingerprint():
+        raise InputError("the data set is not the one the run was trained on (files were added, removed or changed): "
+                         "restore it, or start a new run without --resume")
+    load_strictly(model, saved["model"], "last.pth")
+    optimizer.load_state_dict(saved["optimizer"])
+    precision.scaler.load_state_dict(saved["scaler"])
+    restore_random_state(saved["random"])
+    print(f"going on after epoch {saved['epoch']}")
+    return saved["epoch"] + 1, saved["step"], saved["history"]
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

@@ -1,0 +1,320 @@
+"""What scripts share: device, precision, errors, the run folder, history, plots, colour overlays.
+
+    device = pick_device("auto")
+    out = overlay(image, pred, colour_table(classes), alpha=0.5, keep=background_id(classes))
+"""
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from config import IGNORE, InputError, fraction, positive_int
+
+IGNORE_COLOUR = (224, 224, 192)  # as in Pascal VOC
+RUN_FILES = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
+             "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds")
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+def run_main(main):
+    """Run a script's main() and exit: 0 or its return value, 2 with one line for bad input, 130 for Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        # raised in a loader process, the message comes wrapped in that process's traceback
+        print("error:", str(error).strip().split("InputError: ")[-1], file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None and not error.strerror:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"error: {name}{error.strerror}; nothing that was written before is lost", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- device, precision, seed ------------------------------------------------------------------------------
+def pick_device(name="auto"):
+    """Return a torch.device: `auto` is CUDA, else Apple MPS, else CPU. Raises InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is unknown: give auto, cuda, cuda:N, mps or cpu") from None
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if device.type not in count or (device.index or 0) >= count[device.type]:
+        raise InputError(f"--device {name} is not on this machine: give auto or cpu")
+    return device
+
+
+def best_dtype(device):
+    """Return the autocast type a device is good at: bfloat16, float16 on older CUDA cards, or None (float32)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
+    return None
+
+
+class Precision:
+    """Autocast and gradient scaler of a run; both do nothing where they are not needed, so no step branches."""
+
+    def __init__(self, name, device):
+        choices = {"auto": best_dtype(device), "bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+        self.dtype, self.device_type = choices[name], device.type
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+
+    def autocast(self):
+        """Context in which the forward pass runs."""
+        return torch.autocast(self.device_type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def __str__(self):
+        return f"{str(self.dtype).removeprefix('torch.')} autocast" if self.dtype else "float32"
+
+
+def seed_everything(seed):
+    """Seed python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def add_inference_flags(parser):
+    """Add the flags that infer_image.py and infer_video.py share to an argparse parser."""
+    parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
+                        help="size the network runs at (default: as trained)")
+    parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colours, 0..1 (default: 0.5)")
+    parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
+    parser.add_argument("--show", action="store_true", help="open a window")
+    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (default: outputs)")
+
+
+# --- files ------------------------------------------------------------------------------------------------
+def write_atomically(path, write):
+    """Call write(temporary path) in the folder of `path`, then move the result there: whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a dict of tensors and plain values as a .pth file, whole or not at all."""
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def save_image(pixels, path, **options):
+    """Write (H, W, 3) uint8 RGB as the picture format of `path`'s ending, whole or not at all."""
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, **options))
+
+
+def save_mask(pred, classes, path):
+    """Write class ids (H, W) uint8 as a palette PNG: pixel values are class ids, colours those of the classes."""
+    picture = Image.fromarray(pred)
+    picture.putpalette(colour_table(classes).flatten().tolist())
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def save_json_lines(rows, path):
+    """Write one JSON object a line, whole or not at all; NaN becomes null."""
+    text = "".join(json.dumps(finite(row)) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def finite(value):
+    """Return a copy of nested dicts and lists in which numbers that JSON cannot hold are None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def make_folder(path):
+    """Create a folder that must be writable. Raises InputError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out-dir: cannot create {path} ({error.strerror}): choose another folder") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"--out-dir: {path} is not writable: choose another folder")
+
+
+def set_aside(out_dir):
+    """Move the files of an earlier run in `out_dir` to out_dir/previous/<time>/; return that folder or None."""
+    old = [Path(out_dir) / name for name in RUN_FILES if (Path(out_dir) / name).exists()]
+    if not old:
+        return None
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(max(path.stat().st_mtime for path in old)))
+    place = Path(out_dir) / "previous" / stamp
+    count = 1
+    while place.exists():
+        count += 1
+        place = place.with_name(f"{stamp}_{count}")
+    place.mkdir(parents=True)
+    for path in old:
+        path.rename(place / path.name)
+    return place
+
+
+def run_facts(device):
+    """Return what a later reader wants to know about where a run was made: versions, device, git commit."""
+    import timm
+    import torchvision
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
+                timm=timm.__version__, device=str(device), git_commit=commit.stdout.strip() or None,
+                started=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+# --- colour -----------------------------------------------------------------------------------------------
+def colour_table(classes):
+    """Return (256, 3) uint8 RGB: the colour of every class id, IGNORE_COLOUR for 255, black elsewhere."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(classes)] = [colour for _, colour in classes]
+    table[IGNORE] = IGNORE_COLOUR
+    return table
+
+
+def background_id(classes):
+    """Return the id of the class called `background`, whose pixels an overlay leaves as they are, or None."""
+    return next((id for id, (name, _) in enumerate(classes) if name.lower() == "background"), None)
+
+
+def overlay(image, pred, table, alpha=0.5, keep=None):
+    """Blend class colours over an image: (H, W, 3) uint8 RGB and (H, W) uint8 -> (H, W, 3) uint8.
+
+    alpha: weight of the colours, 0..1; pixels of class `keep` stay as they are; table as from colour_table.
+    """
+    blended = cv2.addWeighted(image, 1 - alpha, table[pred], alpha, 0)
+    if keep is not None:
+        cv2.copyTo(image, (pred == keep).astype(np.uint8), blended)
+    return blended
+
+
+def legend(classes):
+    """Return a picture (H, W, 3) uint8 RGB with the colour and the name of every class."""
+    rows = min(len(classes), 25)
+    columns = math.ceil(len(classes) / rows)
+    font = ImageFont.load_default(size=18)
+    width = 60 + max(int(font.getlength(name)) for name, _ in classes)
+    picture = Image.new("RGB", (columns * width, rows * 28 + 12), "white")
+    draw = ImageDraw.Draw(picture)
+    for id, (name, colour) in enumerate(classes):
+        left, top = id // rows * width + 12, id % rows * 28 + 10
+        draw.rectangle((left, top, left + 28, top + 20), fill=tuple(colour), outline=(90, 90, 90))
+        draw.text((left + 38, top + 10), name, fill="black", font=font, anchor="lm")
+    return np.array(picture)
+
+
+def side_by_side(rows, classes, height=240):
+    """Return one picture (H, W, 3) uint8: a row per (image, truth, prediction), the classes on the right.
+
+    image (H, W, 3) uint8 RGB; truth and prediction (H, W) uint8 class ids of any size, laid over the image.
+    """
+    table, keep = colour_table(classes), background_id(classes)
+    strips = []
+    for image, *masks in rows:
+        width = max(1, round(image.shape[1] * height / image.shape[0]))
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        masks = [cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in masks]
+        strips.append(np.hstack([image, *[overlay(image, mask, table, 0.65, keep) for mask in masks]]))
+    names = legend(classes)
+    width = max(strip.shape[1] for strip in strips)
+    canvas = np.full((max(len(strips) * (height + 4) + 26, names.shape[0]), width + names.shape[1], 3), 255, np.uint8)
+    for row, strip in enumerate(strips):
+        top = 26 + row * (height + 4)
+        canvas[top:top + height, :strip.shape[1]] = strip
+    canvas[:names.shape[0], width:] = names
+    picture = Image.fromarray(canvas)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
+    for column, title in enumerate(("image", "truth", "prediction")):
+        draw.text((column * strips[0].shape[1] // 3 + 6, 13), title, fill="black", font=font, anchor="lm")
+    return np.array(picture)
+
+
+# --- plots ------------------------------------------------------------------------------------------------
+def new_figure(width, height):
+    """Return a matplotlib (figure, axes) of that size in inches, without touching global state."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def plot_history(history, out_dir):
+    """Draw loss.png, accuracy.png and miou.png: training and validation over epochs, the best epoch marked.
+
+    history: list of dicts with epoch, train_loss, val_loss, train_accuracy, ... as in history.jsonl.
+    """
+    epochs = [row["epoch"] for row in history]
+    best = max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1)
+    for name, label in (("loss", "loss"), ("accuracy", "pixel accuracy"), ("miou", "mean IoU")):
+        figure, axes = new_figure(7, 4.5)
+        for part, colour in (("train", "tab:blue"), ("val", "tab:orange")):
+            axes.plot(epochs, [row[f"{part}_{name}"] for row in history], "o-", ms=3, color=colour,
+                      label={"train": "training", "val": "validation"}[part])
+        value = best[f"val_{name}"]
+        axes.plot(best["epoch"], value, "*", ms=14, color="tab:red",
+                  label=f"best mIoU: epoch {best['epoch']}, {label} {value:.4f}")
+        axes.set(xlabel="epoch", ylabel=label)
+        if name != "loss":
+            axes.set_ylim(0, 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        save_figure(figure, Path(out_dir) / f"{name}.png")
+
+
+def plot_per_class_iou(ious, classes, path):
+    """Draw one bar a class. ious: (K,) floats, NaN = absent from truth and prediction (said in the label)."""
+    figure, axes = new_figure(7, 1 + 0.3 * len(classes))
+    values = [value if math.isfinite(value) else 0.0 for value in ious]
+    axes.barh(range(len(classes)), values, color=[np.array(colour) / 255 for _, colour in classes],
+              edgecolor="grey", linewidth=0.8)
+    for row, value in enumerate(ious):
+        axes.text(values[row] + 0.01, row, f"{value:.3f}" if math.isfinite(value) else "absent", va="center")
+    axes.set_yticks(range(len(classes)), [name for name, _ in classes])
+    axes.set(xlim=(0, 1.1), xlabel="IoU", ylim=(len(classes) - 0.5, -0.5))
+    save_figure(figure, path)
+
+
+def plot_confusion(counts, classes, path):
+    """Draw a confusion matrix: counts (K, K) int64 with truth in rows; colour and number = share of the row."""
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    side = max(5, 2 + 0.45 * len(classes))
+    figure, axes = new_figure(side + 1, side)
+    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.005:
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if share > 0.5 else "black")
+    names = [name for name, _ in classes]
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="prediction", ylabel="truth (row = 100 %)")
+    save_figure(figure, path)
