@@ -45,7 +45,8 @@ SPARE_COLOURS = [
 
 
 def spare_colour(index):
-    """Return an (R, G, B) for class `index` (0-based), distinct for neighbours, repeating after 20 classes."""
+    """Return an (R, G, B) for class `index` (0-based), distinct for neighbours, repeating after 20 classes.
+    """
     return SPARE_COLOURS[index] if index < len(SPARE_COLOURS) else SPARE_COLOURS[1 + (index - 1) % 19]
 
 
@@ -120,7 +121,8 @@ def setting(default, group, help, **argparse_options):
 
 @dataclass
 class TrainConfig:
-    """Every setting of train.py; one field = one flag (`data_root` is `--data-root`). Plain JSON types only."""
+    """Every setting of train.py; one field = one flag (`data_root` is `--data-root`). Plain JSON types only.
+    """
 
     dataset: str = setting("streets", "data", "data set; streets is drawn by our code, nothing to download",
                            choices=DATASETS)
@@ -176,7 +178,8 @@ RECIPES = {
                        unfreeze=0, imgsz=(640, 640), lr=1e-4, scheduler="none", batch_size=8, epochs=30)),
 }
 
-# Settings that may differ between a run and its --resume; every other one shapes the model, the data or the steps.
+# Settings that may differ between a run and its --resume; every other one shapes the model, the data or the
+# steps.
 MAY_CHANGE_ON_RESUME = {"epochs", "workers", "device", "data_root", "out_dir", "resume"}
 
 
@@ -202,8 +205,8 @@ def train_parser(description):
 def resolve(given, saved=None):
     """Merge settings into a TrainConfig: defaults < recipe < saved run < flags that were given.
 
-    Args: given = dict of the flags that were given (with `recipe` if any); saved = settings of a run to resume.
-    Raises InputError where `given` changes a setting of the saved run that must stay.
+    Args: given = dict of the flags that were given (with `recipe` if any); saved = settings of a run to
+    resume. Raises InputError where `given` changes a setting of the saved run that must stay.
     """
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     recipe = given.pop("recipe", None)

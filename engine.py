@@ -1,7 +1,7 @@
 """The training step, the validation pass, prediction at native size, and learning rate schedules.
 
-Functions here take models, tensors and numbers, never the config. train.py calls train_one_epoch and evaluate; the
-inference scripts call predict, which is the same code that validation scores.
+Functions here take models, tensors and numbers, never the config. train.py calls train_one_epoch and
+evaluate; the inference scripts call predict, which is the same code that validation scores.
 """
 import math
 import time
@@ -22,7 +22,8 @@ LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wai
 def lr_factor(step, total_steps, scheduler):
     """Return what every base learning rate is multiplied by at optimizer step `step` (0-based).
 
-    cosine (Loshchilov & Hutter, 2017) and poly (power 0.9; Chen et al., 2018) fall to 0 after a linear warm-up.
+    cosine (Loshchilov & Hutter, 2017) and poly (power 0.9; Chen et al., 2018) fall to 0 after a linear warm-
+    up.
     """
     if scheduler == "none":
         return 1.0
@@ -102,8 +103,9 @@ class LossLog:
 def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, step, accumulate=1):
     """Train once over `batches` (a tqdm bar over a loader) from optimizer step `step` on.
 
-    Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the network
-    saw them, images_per_s, step (the next optimizer step). Raises FloatingPointError for a loss that is not finite.
+    Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the
+    network saw them, images_per_s, step (the next optimizer step). Raises FloatingPointError for a loss that
+    is not finite.
     """
     device = next(model.parameters()).device
     matrix, log, weights = ConfusionMatrix(model.num_classes, device), LossLog(batches), 0.0
@@ -129,7 +131,8 @@ def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, s
 
 # --- prediction -------------------------------------------------------------------------------------------
 def native_preds(logits, sizes):
-    """Upsample logits (B, K, h, w) to each image's size (H, W), then argmax: list of (H, W) uint8 class ids."""
+    """Upsample logits (B, K, h, w) to each image's size (H, W), then argmax: list of (H, W) uint8 class ids.
+    """
     # max().indices is several times faster than argmax on the CPU, and equal to it
     return [F.interpolate(one[None], size=tuple(size), mode="bilinear").max(1).indices[0].to(torch.uint8)
             for one, size in zip(logits, sizes, strict=True)]
@@ -139,7 +142,8 @@ def native_preds(logits, sizes):
 def predict(model, images, imgsz, precision):
     """Predict images at their own size: resize to `imgsz` = (h, w), forward, upsample the logits, argmax.
 
-    images (B, 3, H, W) uint8 on any device; model in eval mode. Returns (B, H, W) uint8 on the model's device.
+    images (B, 3, H, W) uint8 on any device; model in eval mode. Returns (B, H, W) uint8 on the model's
+    device.
     """
     device = next(model.parameters()).device
     size = images.shape[-2:]

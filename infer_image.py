@@ -3,8 +3,8 @@
     python infer_image.py --input photo.jpg
     python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
 
-Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value = class id)
-and legend.png. A file that cannot be read is reported and passed over; the exit code is then 1.
+Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
+class id) and legend.png. A file that cannot be read is reported and passed over; the exit code is then 1.
 """
 import os
 
@@ -22,12 +22,14 @@ from tqdm import tqdm
 import engine
 import utils
 from config import InputError
-from datasets import IMAGE_ENDINGS, read_image
+from readers import IMAGE_ENDINGS, read_image
 from model import load_model
 
 
 def find_inputs(inputs):
-    """Return the image files behind files, folders and globs, without repeats. Raises InputError where one has none."""
+    """Return the image files behind files, folders and globs, without repeats. Raises InputError where one
+    has none.
+    """
     found = []
     for text in inputs:
         path = Path(text)
@@ -47,7 +49,8 @@ def find_inputs(inputs):
 
 
 def output_names(paths):
-    """Return one distinct output name a path: its stem, with the folder's name in front where stems repeat."""
+    """Return one distinct output name a path: its stem, with the folder's name in front where stems repeat.
+    """
     names = []
     for path in paths:
         candidates = [path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"]
@@ -65,7 +68,9 @@ def describe(pred, classes):
 
 
 def show(pixels, title):
-    """Show (H, W, 3) uint8 RGB in a window until a key is pressed. Raises InputError where there is no display."""
+    """Show (H, W, 3) uint8 RGB in a window until a key is pressed. Raises InputError where there is no
+    display.
+    """
     try:
         cv2.imshow(title, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
         cv2.waitKey(0)

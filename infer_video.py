@@ -1,11 +1,11 @@
 """Segment a video, camera or stream: an overlay clip of the same size and frame rate, with an FPS counter.
 
     python infer_video.py --input clip.mp4
-    python infer_video.py --input 0 --show                     # first camera; q in the window or Ctrl-C ends it
-    python infer_video.py --input rtsp://host/stream --max-frames 500
+    python infer_video.py --input 0 --show                     # first camera; q in the window or Ctrl-C ends
+    it python infer_video.py --input rtsp://host/stream --max-frames 500
 
-Writes OUT_DIR/inference_results_video/<name>.mp4: H.264 where PyAV is installed, else mp4v. Ctrl-C leaves a playable
-file of what was done so far.
+Writes OUT_DIR/inference_results_video/<name>.mp4: H.264 where PyAV is installed, else mp4v. Ctrl-C leaves a
+playable file of what was done so far.
 """
 import os
 
@@ -48,12 +48,20 @@ class Stopwatch:
 
 
 class StopOnSignal:
-    """`stop.asked` turns True at the first Ctrl-C or SIGTERM; the second one interrupts as usual."""
+    """`with StopOnSignal() as stop`: stop.asked turns True at the first Ctrl-C or SIGTERM, so that the frame at
+    hand is finished; a second Ctrl-C interrupts as usual.
+    """
 
     def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.asked, self.before = False, {}
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, *_):
         """Handle a signal."""
@@ -64,10 +72,11 @@ class StopOnSignal:
 def draw_rate(frame, rate):
     """Write the frames per second into the top left corner of a frame (H, W, 3) uint8, in place."""
     scale = max(0.4, frame.shape[0] / 720)
-    place = (int(12 * scale), int(34 * scale))
-    for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-        cv2.putText(frame, f"{rate:.1f} FPS", place, cv2.FONT_HERSHEY_SIMPLEX, scale, colour,
-                    max(1, round(thickness * scale)), cv2.LINE_AA)
+    text, font, thickness = f"{rate:.1f} FPS", cv2.FONT_HERSHEY_SIMPLEX, max(1, round(1.5 * scale))
+    (width, height), _ = cv2.getTextSize(text, font, scale, thickness)
+    margin = round(10 * scale)
+    cv2.rectangle(frame, (0, 0), (width + 2 * margin, height + 2 * margin), (0, 0, 0), -1)
+    cv2.putText(frame, text, (margin, height + margin), font, scale, (255, 255, 255), thickness, cv2.LINE_AA)
 
 
 def show(frame):
@@ -99,54 +108,69 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main():
-    """Segment the video; return 2 where it ended early, 130 where a file was interrupted."""
-    args = parse_args()
-    device = utils.pick_device(args.device)
-    precision = utils.Precision("auto", device)
-    model, checkpoint = load_model(args.model)
-    model, classes, imgsz = model.to(device), checkpoint["classes"], args.imgsz or checkpoint["imgsz"]
-    table, keep = utils.colour_table(classes), utils.background_id(classes)
-    reader = VideoReader(args.input)
-    out_dir = Path(args.out_dir) / "inference_results_video"
-    utils.make_folder(out_dir)
-    path = output_path(reader, out_dir)
-    stop, watch, recent = StopOnSignal(), Stopwatch(), deque(maxlen=30)
+def segment_frames(reader, writer, predict, draw, stop, args):
+    """Read, predict, draw and write until the frames, args.max_frames or `stop` end it; return the Stopwatch.
+
+    predict: (n, H, W, 3) uint8 RGB -> (n, H, W) class ids; draw: (frame, pred) -> overlay; stop: StopOnSignal.
+    """
+    watch, recent = Stopwatch(), deque([time.perf_counter()], maxlen=31)
     frames = itertools.islice(reader, args.max_frames)
     total = min(filter(None, (reader.count, args.max_frames)), default=None)
-    start = time.perf_counter()
-    with VideoWriter(path, reader.size, reader.fps) as writer, tqdm(total=total, unit="frame", leave=False,
-                                                                    disable=None) as bar:
+    with tqdm(total=total, unit="frame", leave=False, disable=None) as bar:
         while not stop.asked:
             with watch("decode"):
                 batch = list(itertools.islice(frames, args.batch_size))  # n x (H, W, 3)
             if not batch:
                 break
             with watch("model"):
-                images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)  # (n, 3, H, W)
-                preds = engine.predict(model, images, imgsz, precision).cpu().numpy()  # (n, H, W)
+                preds = predict(np.stack(batch))  # (n, H, W)
             for frame, pred in zip(batch, preds, strict=True):
                 with watch("draw"):
-                    drawn = utils.overlay(frame, pred, table, args.alpha, keep)
+                    drawn = draw(frame, pred)
                     recent.append(time.perf_counter())
-                    elapsed = recent[-1] - recent[0] if len(recent) > args.batch_size else recent[-1] - start
-                    draw_rate(drawn, max(1, len(recent) - 1) / max(elapsed, 1e-9))
+                    draw_rate(drawn, (len(recent) - 1) / (recent[-1] - recent[0]))
                 with watch("encode"):
                     writer.write(drawn)
                 if args.show and show(drawn):
                     stop.asked = True
             bar.update(len(batch))
-    seconds, done = time.perf_counter() - start, max(1, writer.frames)
-    stages = ", ".join(f"{stage} {1000 * spent / done:.1f} ms" for stage, spent in watch.seconds.items())
-    print(f"{writer.frames} frames in {seconds:.1f} s: {writer.frames / seconds:.2f} frames/s end to end on {device} "
-          f"({precision}) at {imgsz[0]}x{imgsz[1]}; a frame takes {stages}")
-    print(f"{path} ({writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s)")
+    return watch
+
+
+def main():
+    """Segment the video; return 130 where a file was interrupted. Raises InputError where it ends early."""
+    args = parse_args()
+    device = utils.pick_device(args.device)
+    precision = utils.Precision("auto", device)
+    model, checkpoint = load_model(args.model)
+    model, classes, imgsz = model.to(device), checkpoint["classes"], args.imgsz or checkpoint["imgsz"]
+    table, keep = utils.colour_table(classes), utils.background_id(classes)
+
+    def predict(frames):
+        images = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (n, 3, H, W)
+        return engine.predict(model, images, imgsz, precision).cpu().numpy()
+
+    def draw(frame, pred):
+        return utils.overlay(frame, pred, table, args.alpha, keep)
+
+    reader = VideoReader(args.input)
+    out_dir = Path(args.out_dir) / "inference_results_video"
+    utils.make_folder(out_dir)
+    path = output_path(reader, out_dir)
+    start = time.perf_counter()
+    with StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps) as writer:
+        watch = segment_frames(reader, writer, predict, draw, stop, args)
+    seconds, count = time.perf_counter() - start, writer.frames
+    stages = ", ".join(f"{stage} {1000 * spent / max(1, count):.1f} ms" for stage, spent in watch.seconds.items())
+    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end at {imgsz[0]}x{imgsz[1]} "
+          f"on {device} ({precision}); a frame takes {stages}")
+    print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s")
     if stop.asked:
-        print(f"stopped after {writer.frames} frames; the clip so far is whole")
+        print(f"stopped after {count} frames; the clip so far is whole")
         return 0 if reader.live or args.show else 130
-    if not args.max_frames and reader.ended_early(writer.frames):
-        raise InputError(f"--input {args.input} ended after {writer.frames} of {reader.count} frames: the file is "
-                         f"damaged or cut off; what could be read is in {path}")
+    if not args.max_frames and reader.ended_early(count):
+        raise InputError(f"--input {args.input} ended after {count} of {reader.count} frames: the file is damaged "
+                         f"or cut off; what could be read is in {path}")
 
 
 if __name__ == "__main__":

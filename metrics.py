@@ -39,7 +39,9 @@ class ConfusionMatrix:
         return (self.counts.sum(0) + self.counts.sum(1) - self.counts.diag()).double()
 
     def per_class_iou(self):
-        """Intersection over union of every class, (K,) float64; NaN where the class is absent. Jaccard (1912)."""
+        """Intersection over union of every class, (K,) float64; NaN where the class is absent. Jaccard
+        (1912).
+        """
         return self.counts.diag().double() / self._union()
 
     def per_class_dice(self):

@@ -3,8 +3,8 @@
     python model.py                                       # prints the default model (flags as train.py)
     python model.py --backbone vit_tiny --imgsz 224 224   # works with no network
 
-A Segmenter takes uint8 images (B, 3, H, W) of any size and returns logits (B, K, H, W): normalisation, padding to
-the patch multiple and cropping are inside, so training, inference and export cannot disagree.
+A Segmenter takes uint8 images (B, 3, H, W) of any size and returns logits (B, K, H, W): normalisation,
+padding to the patch multiple and cropping are inside, so training, inference and export cannot disagree.
 """
 import os
 
@@ -37,8 +37,8 @@ TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_p
 class PositionEmbedding:
     """The position embedding of a ViT for any patch grid, computed in fp32 on the CPU and kept per grid.
 
-    Bicubic, as in the official code: DINOv2 scales by (grid + 0.1) / old grid, its _reg forms and timm by sizes
-    with antialiasing. On the CPU, because MPS has no bicubic kernel and half precision would round it.
+    Bicubic, as in the official code: DINOv2 scales by (grid + 0.1) / old grid, its _reg forms and timm by
+    sizes with antialiasing. On the CPU, because MPS has no bicubic kernel and half precision would round it.
     """
 
     def __init__(self, parameter, prefix, old_grid, offset=0.0, antialias=True):
@@ -73,7 +73,8 @@ class PositionEmbedding:
 
 # --- backbones --------------------------------------------------------------------------------------------
 class Backbone(nn.Module):
-    """What a Segmenter needs of a backbone: `net`, `patch`, `layers`, `channels` of each map, and features()."""
+    """What a Segmenter needs of a backbone: `net`, `patch`, `layers`, `channels` of each map, and features().
+    """
 
     def __init__(self, net, patch, layers, channels):
         super().__init__()
@@ -131,7 +132,8 @@ class HubBackbone(Backbone):
 
 
 class TimmBackbone(Backbone):
-    """Any timm model with forward_intermediates. Maps of several resolutions are brought to the finest one."""
+    """Any timm model with forward_intermediates. Maps of several resolutions are brought to the finest one.
+    """
 
     def __init__(self, net, layers):
         info = net.feature_info.info if hasattr(net.feature_info, "info") else net.feature_info
@@ -144,7 +146,9 @@ class TimmBackbone(Backbone):
             net._pos_embed = self.add_positions
 
     def add_positions(self, tokens):
-        """Stand in for net._pos_embed: (B, h, w, D) patch tokens -> (B, prefix + h * w, D) with positions added."""
+        """Stand in for net._pos_embed: (B, h, w, D) patch tokens -> (B, prefix + h * w, D) with positions
+        added.
+        """
         net, batch, grid = self.net, len(tokens), tuple(tokens.shape[1:3])
         tokens = tokens.flatten(1, 2)
         special = [token.expand(batch, -1, -1) for token in (net.cls_token, net.reg_token) if token is not None]
@@ -156,7 +160,9 @@ class TimmBackbone(Backbone):
         return net.pos_drop(tokens)
 
     def features(self, images):
-        """(B, 3, H, W) normalised, H and W multiples of `patch` -> list of maps (B, D, h, w), all of one size."""
+        """(B, 3, H, W) normalised, H and W multiples of `patch` -> list of maps (B, D, h, w), all of one
+        size.
+        """
         norm = {"norm": True} if isinstance(self.net, VisionTransformer) or hasattr(self.net, "blocks") else {}
         maps = self.net.forward_intermediates(images, indices=self.layers, intermediates_only=True, **norm)
         finest = max((m.shape[-2:] for m in maps), key=math.prod)
@@ -228,7 +234,9 @@ def read_weights(path):
 
 
 def torch_load(path):
-    """torch.load to the CPU without unpickling code. Raises InputError for a missing, truncated or unsafe file."""
+    """torch.load to the CPU without unpickling code. Raises InputError for a missing, truncated or unsafe
+    file.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -242,7 +250,8 @@ def torch_load(path):
 
 
 def load_strictly(module, state, source):
-    """Load a state dict whose keys and shapes must match exactly. Raises InputError that names what differs."""
+    """Load a state dict whose keys and shapes must match exactly. Raises InputError that names what differs.
+    """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
@@ -267,7 +276,9 @@ def create_timm(name, **options):
 
 
 def load_timm_net(name, weights):
-    """Return a timm model: published weights (`auto`), random ones (`none`), or those of a file. Raises InputError."""
+    """Return a timm model: published weights (`auto`), random ones (`none`), or those of a file. Raises
+    InputError.
+    """
     if weights == "auto":
         try:
             net = create_timm(name, pretrained=True)
@@ -292,7 +303,9 @@ def load_timm_net(name, weights):
 
 
 def build_backbone(name, weights="none", layers=()):
-    """Return the Backbone called `name`. weights: auto, none or a file. Raises InputError where a part is missing."""
+    """Return the Backbone called `name`. weights: auto, none or a file. Raises InputError where a part is
+    missing.
+    """
     if name == "vit_tiny":  # DINOv2's shape (patch 14) at a size that learns from scratch on a CPU
         net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3, num_classes=0,
                                 global_pool="", dynamic_img_size=True)
@@ -341,7 +354,8 @@ HEADS = {"bn": BNHead, "linear": LinearHead}
 
 # --- the whole model --------------------------------------------------------------------------------------
 class Segmenter(nn.Module):
-    """Images in, logits at the same size out. `spec` is what build_model needs to make it again (plain JSON)."""
+    """Images in, logits at the same size out. `spec` is what build_model needs to make it again (plain JSON).
+    """
 
     def __init__(self, backbone, head, num_classes, spec):
         super().__init__()
@@ -371,7 +385,8 @@ class Segmenter(nn.Module):
 
 
 def pad_to_multiple(images, multiple):
-    """Pad (B, C, H, W) with zeros to multiples of `multiple`, centred. Return (padded, top, left) in pixels."""
+    """Pad (B, C, H, W) with zeros to multiples of `multiple`, centred. Return (padded, top, left) in pixels.
+    """
     height, width = images.shape[-2:]
     extra_h, extra_w = -height % multiple, -width % multiple
     top, left = extra_h // 2, extra_w // 2
@@ -390,7 +405,8 @@ def build_model(backbone, head, num_classes, layers=(), weights="none", unfreeze
 
 # --- checkpoints ------------------------------------------------------------------------------------------
 def pack_checkpoint(model, classes, imgsz, **more):
-    """Return a self-contained checkpoint: tensors and plain JSON types only (spec, classes, size, weights)."""
+    """Return a self-contained checkpoint: tensors and plain JSON types only (spec, classes, size, weights).
+    """
     return dict(format="dinoseg", version=1, spec=model.spec, classes=[[name, list(c)] for name, c in classes],
                 imgsz=list(imgsz), model=model.state_dict(), **more)
 
@@ -400,14 +416,17 @@ def read_checkpoint(path):
     checkpoint = torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "dinoseg":
         raise InputError(f"{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)")
+    missing = {"spec", "classes", "imgsz", "model"} - checkpoint.keys()
+    if missing:
+        raise InputError(f"{path} is an incomplete checkpoint (no {', '.join(sorted(missing))})")
     return checkpoint
 
 
 def load_model(path):
     """Return (Segmenter in eval mode, checkpoint dict) from a file alone; nothing in it trains.
 
-    Where a DINOv2 was trained and torch.hub's code is not at hand, the same network from timm takes its place.
-    Raises InputError.
+    Where a DINOv2 was trained and torch.hub's code is not at hand, the same network from timm takes its
+    place. Raises InputError.
     """
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]

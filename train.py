@@ -1,9 +1,9 @@
 """Train a segmentation model.
 
     python train.py --recipe demo                                    # drawn streets, minutes on a laptop CPU
-    python train.py --imgsz 640 640 --dataset voc                    # DINOv2 ViT-S/14, BatchNorm head, VOC 2012
-    python train.py --recipe person-bn --dataset folder --data-root my_photos
-    python train.py --resume --epochs 60                             # go on from outputs/last.pth
+    python train.py --imgsz 640 640 --dataset voc                    # DINOv2 ViT-S/14, BatchNorm head, VOC
+    2012 python train.py --recipe person-bn --dataset folder --data-root my_photos python train.py --resume
+    --epochs 60                             # go on from outputs/last.pth
 
 Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,
 per_class_iou.png, confusion_matrix.png, best_model_iou.pth (best validation mIoU), last.pth (for --resume).
@@ -28,9 +28,10 @@ import engine
 import streets
 import utils
 from config import InputError, parse_train_args, resolve
-from datasets import SegmentationDataset, load_data, make_loader, read_image
+from datasets import SegmentationDataset, load_data, make_loader
 from losses import build_loss
 from model import build_model, load_strictly, pack_checkpoint, read_checkpoint
+from readers import read_image
 from video import VideoWriter
 
 SHOWN = 4  # validation images drawn after every epoch
@@ -114,8 +115,9 @@ def print_result(history, classes, out_dir, picture, clip):
 
 def build_training(config, data, device):
     """Return model, optimizer and the two loaders that a TrainConfig describes."""
-    model = build_model(config.backbone, config.head, len(data.classes), config.layers, config.weights,
-                        config.unfreeze).to(device)
+    weights = "none" if config.resume else config.weights  # last.pth brings its own
+    model = build_model(config.backbone, config.head, len(data.classes), config.layers, weights, config.unfreeze)
+    model = model.to(device)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, config.backbone_lr_scale)
     optimizer = torch.optim.AdamW(groups, lr=config.lr)
     train_set = SegmentationDataset(data.splits["train"], data.table, config.imgsz, config.augment, config.seed)
@@ -135,7 +137,8 @@ def main():
         print("no --dataset given: training on streets, which our code draws")
     device = utils.pick_device(config.device)
     precision = utils.Precision(config.amp, device)
-    data = load_data(config.dataset, config.data_root, config.val_fraction, config.classes)
+    data = load_data(config.dataset, config.data_root, val_fraction=config.val_fraction,
+                     class_names=config.classes)
     utils.seed_everything(config.seed)
     model, optimizer, train_loader, val_loader = build_training(config, data, device)
     history, first_epoch, step = [], 1, 0

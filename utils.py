@@ -26,7 +26,8 @@ RUN_FILES = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.p
 
 # --- errors -----------------------------------------------------------------------------------------------
 def run_main(main):
-    """Run a script's main() and exit: 0 or its return value, 2 with one line for bad input, 130 for Ctrl-C."""
+    """Run a script's main() and exit: 0 or its return value, 2 with one line for bad input, 130 for Ctrl-C.
+    """
     try:
         sys.exit(main() or 0)
     except InputError as error:
@@ -49,7 +50,9 @@ def run_main(main):
 
 # --- device, precision, seed ------------------------------------------------------------------------------
 def pick_device(name="auto"):
-    """Return a torch.device: `auto` is CUDA, else Apple MPS, else CPU. Raises InputError for one that is not there."""
+    """Return a torch.device: `auto` is CUDA, else Apple MPS, else CPU. Raises InputError for one that is not
+    there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -63,7 +66,8 @@ def pick_device(name="auto"):
 
 
 def best_dtype(device):
-    """Return the autocast type a device is good at: bfloat16, float16 on older CUDA cards, or None (float32)."""
+    """Return the autocast type a device is good at: bfloat16, float16 on older CUDA cards, or None (float32).
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
@@ -73,7 +77,8 @@ def best_dtype(device):
 
 
 class Precision:
-    """Autocast and gradient scaler of a run; both do nothing where they are not needed, so no step branches."""
+    """Autocast and gradient scaler of a run; both do nothing where they are not needed, so no step branches.
+    """
 
     def __init__(self, name, device):
         choices = {"auto": best_dtype(device), "bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -129,7 +134,9 @@ def save_image(pixels, path, **options):
 
 
 def save_mask(pred, classes, path):
-    """Write class ids (H, W) uint8 as a palette PNG: pixel values are class ids, colours those of the classes."""
+    """Write class ids (H, W) uint8 as a palette PNG: pixel values are class ids, colours those of the
+    classes.
+    """
     picture = Image.fromarray(pred)
     picture.putpalette(colour_table(classes).flatten().tolist())
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
@@ -161,7 +168,8 @@ def make_folder(path):
 
 
 def set_aside(out_dir):
-    """Move the files of an earlier run in `out_dir` to out_dir/previous/<time>/; return that folder or None."""
+    """Move the files of an earlier run in `out_dir` to out_dir/previous/<time>/; return that folder or None.
+    """
     old = [Path(out_dir) / name for name in RUN_FILES if (Path(out_dir) / name).exists()]
     if not old:
         return None
@@ -304,7 +312,8 @@ def plot_per_class_iou(ious, classes, path):
 
 
 def plot_confusion(counts, classes, path):
-    """Draw a confusion matrix: counts (K, K) int64 with truth in rows; colour and number = share of the row."""
+    """Draw a confusion matrix: counts (K, K) int64 with truth in rows; colour and number = share of the row.
+    """
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     side = max(5, 2 + 0.45 * len(classes))
     figure, axes = new_figure(side + 1, side)

@@ -35,6 +35,7 @@ class VideoReader:
         if not self.live and not Path(self.source).is_file():
             raise InputError(f"--input {source} does not exist: give a video file, a camera index or a stream URL")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # its complaints come as our own line instead
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self.capture = cv2.VideoCapture(int(self.source) if self.source.isdecimal() else self.source)
         opened, self.first = self.capture.read() if self.capture.isOpened() else (False, None)
         if not opened:
@@ -53,7 +54,9 @@ class VideoReader:
         self.capture.release()
 
     def ended_early(self, frames):
-        """Return whether `frames` read is clearly fewer than the file claims (containers may be off by a few)."""
+        """Return whether `frames` read is clearly fewer than the file claims (containers may be off by a
+        few).
+        """
         return self.count is not None and frames + max(2, 0.02 * self.count) < self.count
 
 
@@ -68,8 +71,8 @@ def exact_rate(fps):
 class VideoWriter:
     """Writes (H, W, 3) uint8 RGB frames of one size to an .mp4 of that size and rate.
 
-    H.264 through PyAV where it is installed (plays in browsers), else mp4v through OpenCV. The file appears under
-    its name when it is closed, whole; leaving the `with` block by an error closes it too.
+    H.264 through PyAV where it is installed (plays in browsers), else mp4v through OpenCV. The file appears
+    under its name when it is closed, whole; leaving the `with` block by an error closes it too.
     """
 
     def __init__(self, path, size, fps):

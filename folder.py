@@ -1,0 +1,219 @@
+"""A folder of the user's own as a data set: finds the layout, the classes and a validation part.
+
+    python train.py --dataset folder --data-root my_photos      # images/ + masks/, or any layout below
+
+classes.txt in the folder names the classes, one a line in the order of the mask values, `name` or `name R G B`;
+the name `ignore` is not counted. Without it, --classes or the masks themselves decide, and the run says so.
+"""
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from config import IGNORE, InputError, spare_colour
+from readers import OUTSIDE, DataSource, open_image, outside_message, pair_files, ranges, read_mask_values
+
+# (images, masks) of one split, tried in this order; names match in any case, `|` separates spellings.
+LAYOUTS = [
+    ("{split}_images|{split}_imgs", "{split}_labels|{split}_masks"),
+    ("{split}/images|{split}/imgs|{split}/img", "{split}/masks|{split}/labels|{split}/annotations"),
+    ("images/{split}|imgs/{split}|img/{split}", "masks/{split}|labels/{split}|annotations/{split}"),
+]
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+UNSPLIT = ("images|imgs|img|JPEGImages", "masks|labels|annotations|SegmentationClass")
+MOST_CLASSES = 250
+
+
+def folder(root, val_fraction=0.2, class_names=()):
+    """Return the DataSource of a folder in any of LAYOUTS; every mask is read once. Raises InputError."""
+    splits = {split: pair_files(*pair) for split, pair in find_layout(root).items()}
+    samples = [sample for part in splits.values() for sample in part]
+    listed = read_classes(root / "classes.txt") if (root / "classes.txt").is_file() else []
+    colours = bool(listed) and all(colour for _, colour in listed) and is_painted(samples[0].mask)
+    scans, different = scan_masks(samples, colours)
+    found = np.unique(np.concatenate([values for values, _ in scans])).tolist()
+    classes, table, notes = decide_classes(found, listed or [(name, None) for name in class_names], colours)
+    for sample, (values, counts) in zip(samples, scans, strict=True):
+        wrong = table[values] == OUTSIDE
+        if wrong.any():
+            raise InputError(outside_message(sample.mask, np.repeat(values[wrong], counts[wrong]), table))
+    if different:
+        notes.append(f"{different} of {len(samples)} masks differ in size from their image: resized (nearest) to it")
+    if "val" not in splits:
+        train, val = stratified_split(class_pixels(scans, table, len(classes)), val_fraction)
+        splits = {"train": [samples[i] for i in train], "val": [samples[i] for i in val]}
+        notes.append(f"no validation folder: {len(val)} of {len(samples)} images, stratified by class, validate")
+    return DataSource("folder", classes, splits, table, notes)
+
+
+# --- layout -----------------------------------------------------------------------------------------------
+def find_folder(root, spellings, split=""):
+    """Return the first folder below `root` that matches one of `a|b|c` in any case, or None."""
+    for spelling in spellings.format(split=split).split("|"):
+        place = root
+        for part in spelling.split("/"):
+            children = sorted(place.iterdir()) if place and place.is_dir() else []
+            place = next((child for child in children if child.name.lower() == part.lower()), None)
+        if place and place.is_dir():
+            return place
+    return None
+
+
+def find_layout(root):
+    """Return {"train": (image folder, mask folder), "val": ...}; "val" only where there is one.
+
+    Raises InputError that lists the layouts where none fits.
+    """
+    for images, masks in LAYOUTS:
+        found = {}
+        for split, names in SPLIT_NAMES.items():
+            pairs = [(find_folder(root, images, name), find_folder(root, masks, name)) for name in names]
+            found.update({split: pair for pair in pairs if all(pair)})
+        if "train" in found:
+            return found
+    pair = find_folder(root, UNSPLIT[0]), find_folder(root, UNSPLIT[1])
+    if all(pair):
+        return {"train": pair}
+    raise InputError(f"no images and masks found under {root}: it needs images/ and masks/, or train/images "
+                     "train/masks val/images val/masks, or images/train masks/train images/val masks/val, or "
+                     "train_images train_labels valid_images valid_labels")
+
+
+# --- classes ----------------------------------------------------------------------------------------------
+def read_classes(path):
+    """Read classes.txt. Return [(name, (R, G, B) or None), ...] by mask value. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B`, one class a line") from None
+    classes = []
+    for number, words in enumerate(map(str.split, lines), 1):
+        colour = None
+        if len(words) > 3 and all(word.isdecimal() for word in words[-3:]):
+            *words, red, green, blue = words
+            colour = int(red), int(green), int(blue)
+            if max(colour) > 255:
+                raise InputError(f"{path} line {number}: {colour} is no colour, three numbers 0..255 are")
+        if words:
+            classes.append((" ".join(words), colour))
+    if len(classes) > MOST_CLASSES or sum(name != "ignore" for name, _ in classes) < 2:
+        raise InputError(f"{path} names {len(classes)} classes; it needs two to {MOST_CLASSES}, one a line")
+    return classes
+
+
+def is_painted(path):
+    """Return whether a mask file is stored in RGB colours rather than as class indices."""
+    with open_image(path) as mask:
+        return mask.mode in ("RGB", "RGBA")
+
+
+def scan_masks(samples, colours):
+    """Read every mask once. Return [(values, counts) arrays, ...] and how many differ in size from the image."""
+    def scan(sample):
+        values = read_mask_values(sample.mask, colours)
+        with open_image(sample.image) as image:
+            differs = values.shape not in (image.size, image.size[::-1])
+        return *np.unique(values, return_counts=True), differs
+
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(scan, samples), "reading masks", len(samples), leave=False, disable=None)
+        rows = list(bar)
+    return [(values, counts) for values, counts, _ in rows], sum(differs for *_, differs in rows)
+
+
+def decide_classes(found, named, colours):
+    """Decide the classes of a folder: `found` are its sorted mask values, `named` its [(name, colour)] or [].
+
+    Returns (classes, value table, notes). Raises InputError where values and names make no sense together.
+    """
+    kept = [item for item in named if item[0] != "ignore"]
+    if named and len(kept) < 2:
+        raise InputError("--classes needs at least two names, in the order of the mask values")
+    if colours:
+        return with_colours(kept), colour_table(named), []
+    # 0 and 255 (or 65535) with two classes: a binary mask, in which 255 is no ignore value
+    white = found[-1] if found[-1] in (255, 65535) and 1 not in found else None
+    if white and (len(kept) == 2 or (not named and found[:-1] == [0])):
+        kept = kept or [("background", None), ("foreground", None)]
+        classes, table = with_colours(kept), index_table_with(named, {0: 0, white: 1})
+        return classes, table, [f"masks hold 0 and {white}: read as 0 = {kept[0][0]}, 1 = {kept[1][0]}"]
+    if named:
+        return with_colours(kept), index_table_with(named), []
+    values = [value for value in found if value != IGNORE]
+    if values != list(range(len(values))) or not 2 <= len(values) <= MOST_CLASSES:
+        raise InputError(f"the masks hold the values {ranges(found)}, which are not 0..K-1: say what they mean in "
+                         "classes.txt (a name a line, in the order of the values; `ignore` is not counted)")
+    named = [(f"class {value}", None) for value in values]
+    return with_colours(named), index_table_with(named), [f"no classes.txt: the masks hold {len(values)} classes"]
+
+
+def with_colours(classes):
+    """Return [(name, (R, G, B)), ...], colours made up where they are None."""
+    return [(name, colour or spare_colour(id)) for id, (name, colour) in enumerate(classes)]
+
+
+def class_ids(named):
+    """Return the class id of every entry of `named`, IGNORE for those called `ignore`."""
+    ids = iter(range(len(named)))
+    return [IGNORE if name == "ignore" else next(ids) for name, _ in named]
+
+
+def index_table_with(named, entries=None):
+    """Return the table of index masks whose value i is entry i of `named`, or the `entries` {value: class id}."""
+    table = np.full(65536, OUTSIDE, np.uint8)
+    table[IGNORE] = IGNORE
+    for value, id in (entries or dict(enumerate(class_ids(named)))).items():
+        table[value] = id
+    return table
+
+
+def colour_table(named):
+    """Return the table (2**24 entries) of masks painted in the colours of `named`."""
+    table = np.full(1 << 24, OUTSIDE, np.uint8)
+    for id, (_, (red, green, blue)) in zip(class_ids(named), named, strict=True):
+        table[red << 16 | green << 8 | blue] = id
+    return table
+
+
+# --- a validation part ------------------------------------------------------------------------------------
+def class_pixels(scans, table, num_classes):
+    """Return (N, K) pixel counts of every class in every mask, from the scans of scan_masks."""
+    pixels = np.zeros((len(scans), num_classes), np.int64)
+    for row, (values, counts) in zip(pixels, scans, strict=True):
+        ids = table[values]
+        np.add.at(row, ids[ids != IGNORE], counts[ids != IGNORE])
+    return pixels
+
+
+def stratified_split(pixels, val_fraction):
+    """Split images so that every class has its share of pixels in both parts; deterministic.
+
+    Iterative stratification (Sechidis et al., ECML 2011) on class presence weighted by pixel counts.
+    pixels: (N, K). Returns (train indices, val indices), both sorted, with round(N * val_fraction) in val.
+    Raises InputError with fewer than two images.
+    """
+    count = len(pixels)
+    if count < 2:
+        raise InputError("one image cannot be split into training and validation: add images")
+    validation = min(max(1, round(count * val_fraction)), count - 1)
+    room = np.array([count - validation, validation])  # images still to go into train, val
+    ratio = room / count
+    shares = pixels / np.maximum(pixels.sum(0), 1)  # (N, K), every class sums to 1
+    wanted = np.outer(ratio, np.ones(pixels.shape[1]))  # (2, K) share of every class still wanted
+    present, part = pixels > 0, np.full(count, -1)
+    images_left = present.sum(0)  # (K,)
+    while (part < 0).any():
+        if images_left.any():
+            rarest = np.where(images_left > 0, images_left, count + 1).argmin()
+            image = np.where(part < 0, shares[:, rarest], -1).argmax()
+            need = (wanted[:, rarest] - shares[image, rarest]) / ratio  # what would still be wanted after it
+            if images_left[rarest] == 1:  # the last chance of a class to be in both parts
+                need = -present[part == 0, rarest].sum(), -present[part == 1, rarest].sum()
+        else:  # only images without any class are left
+            image, need = (part < 0).argmax(), room / ratio
+        side = np.where(room > 0, need, -np.inf).argmax()
+        part[image] = side
+        room[side] -= 1
+        wanted[side] -= shares[image]
+        images_left -= present[image]
+    return np.flatnonzero(part == 0).tolist(), np.flatnonzero(part == 1).tolist()

@@ -1,0 +1,232 @@
+"""Reading image and mask files, pairing them, decoding mask values to class ids.
+
+    image = read_image("photo.jpg")                    # (3, H, W) uint8 RGB, upright
+    mask = read_mask("mask.png", index_table(21))      # (H, W) uint8 class ids, 255 = ignore
+
+Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files store. Everything a file can have
+wrong is an InputError that names it.
+"""
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from config import IGNORE, InputError
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
+EXIF_ORIENTATION = 0x0112
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
+# What a mask's name may add to its image's name, and what an image's name may add to the common stem.
+MASK_SUFFIXES = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", "_P", "_L", "_annotation", "_trimap",
+                 "_gtFine_labelIds")
+IMAGE_SUFFIXES = ("_image", "_img", "_sat", "_leftImg8bit")
+
+
+class Sample(NamedTuple):
+    """One image file and its mask file."""
+
+    image: Path
+    mask: Path
+
+
+@dataclass
+class DataSource:
+    """What a data-set function returns: classes, files per split, how to decode the masks.
+
+    classes: [(name, (R, G, B)), ...] by class id. splits: {"train": [Sample], "val": [Sample]}.
+    table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24 for
+    masks painted in colours (entry R * 65536 + G * 256 + B). notes: lines the user should read.
+    """
+
+    name: str
+    classes: list
+    splits: dict
+    table: np.ndarray
+    notes: list = field(default_factory=list)
+
+    def fingerprint(self):
+        """Return a short hash over split, name and size of every file: equal data, equal fingerprint."""
+        digest = hashlib.sha256()
+        for split, samples in self.splits.items():
+            for image, mask in samples:
+                sizes = image.stat().st_size, mask.stat().st_size
+                digest.update(repr((split, image.name, mask.name, sizes)).encode())
+        return digest.hexdigest()[:16]
+
+
+# --- images -----------------------------------------------------------------------------------------------
+def open_image(path):
+    """Open an image file with PIL, header only. Raises InputError where it is missing or no image."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except DECODE_ERRORS as error:
+        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
+
+
+def to_rgb(image):
+    """Return a PIL image of any mode as RGB: 16-bit grey scaled to 8 bit, transparency laid over white."""
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would clip at 255
+        wide = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((wide.clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path):
+    """Read an image file upright (EXIF) as (3, H, W) uint8 RGB. Raises InputError."""
+    with open_image(path) as image:
+        try:
+            pixels = np.array(to_rgb(ImageOps.exif_transpose(image)))  # (H, W, 3)
+        except DECODE_ERRORS as error:
+            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+# --- masks ------------------------------------------------------------------------------------------------
+def index_table(num_classes, ignored=(IGNORE,)):
+    """Return the table of index masks: 0..K-1 are classes, `ignored` values IGNORE, all others OUTSIDE."""
+    table = np.full(65536, OUTSIDE, np.uint8)
+    table[:num_classes] = np.arange(num_classes)
+    table[list(ignored)] = IGNORE
+    return table
+
+
+def read_mask_values(path, colours=False):
+    """Read a mask as stored: (H, W) int32 of values 0..65535, or of 24-bit colours with `colours`.
+
+    Palette masks give their indices; RGB masks with three equal channels give that channel.
+    Raises InputError for damaged files and for RGB masks where no colours are known.
+    """
+    with open_image(path) as mask:
+        try:
+            if colours:
+                red, green, blue = np.moveaxis(np.array(mask.convert("RGB")).astype(np.int32), 2, 0)
+                return red << 16 | green << 8 | blue
+            values = np.array(mask.convert("RGB") if mask.mode in ("RGBA", "CMYK", "YCbCr") else mask)
+        except DECODE_ERRORS as error:
+            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+    if values.ndim == 3 and (values.shape[2] == 2 or (values == values[..., :1]).all()):
+        values = values[..., 0]
+    if values.ndim == 3:
+        raise InputError(f"{path} is painted in colours: list them in classes.txt, `name R G B` a line")
+    if values.dtype.kind not in "biu" or values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{path} does not hold whole numbers 0..65535: save masks as 8- or 16-bit PNG")
+    return values.astype(np.int32)
+
+
+def read_mask(path, table):
+    """Read a mask as class ids (H, W) uint8, 255 = ignore. Raises InputError for a value OUTSIDE `table`."""
+    values = read_mask_values(path, colours=len(table) > 65536)
+    mask = table[values]
+    if (mask == OUTSIDE).any():
+        raise InputError(outside_message(path, values[mask == OUTSIDE], table))
+    return mask
+
+
+def outside_message(path, values, table):
+    """Return the line that names a mask file, the first of its wrong `values`, and what is allowed."""
+    first = int(values.flat[0])
+    if len(table) > 65536:
+        colour = first >> 16, first >> 8 & 255, first & 255
+        return (f"{path} has the colour {colour} ({values.size} pixels), which classes.txt does not list: "
+                "repair the mask or list the colour")
+    classes = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
+    ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
+    lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
+    return (f"{path} has the value {first} ({values.size} pixels), which is no class: classes are {classes}, "
+            f"ignored: {ignored}{lossy}; repair the mask or describe the values in classes.txt")
+
+
+def ranges(values):
+    """Return sorted whole numbers as text: [0, 1, 2, 255] -> '0..2, 255'."""
+    parts, values = [], list(map(int, values))
+    while values:
+        run = 1
+        while run < len(values) and values[run] == values[0] + run:
+            run += 1
+        parts.append(str(values[0]) if run == 1 else f"{values[0]}..{values[run - 1]}")
+        values = values[run:]
+    return ", ".join(parts)
+
+
+def rotate_like(mask, image_path):
+    """Turn a mask (H, W) that was drawn on the unrotated pixels of an EXIF-rotated image as its image is."""
+    with open_image(image_path) as image:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        if orientation < 5 or mask.shape[::-1] != image.size or image.width == image.height:
+            return mask  # not turned by 90 degrees, or the mask was drawn upright
+    turned = Image.fromarray(mask)
+    turned.getexif()[EXIF_ORIENTATION] = orientation
+    return np.array(ImageOps.exif_transpose(turned))
+
+
+# --- lists and pairs --------------------------------------------------------------------------------------
+def list_images(folder):
+    """Return the image files below `folder`, sorted, without hidden files and other endings."""
+    return sorted(path for path in Path(folder).rglob("*")
+                  if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file())
+
+
+def read_list(path):
+    """Return the entries of a list file in order, without blank lines and repeats. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: the data set is incomplete") from None
+    entries = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not entries:
+        raise InputError(f"{path} lists no images")
+    return entries
+
+
+def existing(samples):
+    """Return `samples`. Raises InputError naming the first missing file and how many are missing."""
+    missing = [path for sample in samples for path in sample if not path.is_file()]
+    if missing:
+        more = f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""
+        raise InputError(f"{missing[0]} is listed but does not exist{more}: complete the data set")
+    return samples
+
+
+def by_key(paths, folder, suffixes):
+    """Return {(sub-folder, stem without one of `suffixes`): path}. Raises InputError where two collide."""
+    found = {}
+    for path in paths:
+        ends = [end for end in suffixes if path.stem.lower().endswith(end.lower()) and len(path.stem) > len(end)]
+        stem = path.stem[:-len(ends[0])] if ends else path.stem  # inner dots stay part of the stem
+        other = found.setdefault((path.parent.relative_to(folder).as_posix(), stem), path)
+        if other is not path:
+            raise InputError(f"{other} and {path} have the same name: which one is meant? remove one")
+    return found
+
+
+def pair_files(image_folder, mask_folder):
+    """Pair images and masks by stem, else by stem without known suffixes; return sorted Samples.
+
+    Raises InputError for an empty folder, an image without mask, a mask without image.
+    """
+    image_paths, mask_paths = list_images(image_folder), list_images(mask_folder)
+    if not image_paths or not mask_paths:
+        empty = mask_folder if image_paths else image_folder
+        raise InputError(f"no images in {empty} (endings {' '.join(IMAGE_ENDINGS)})")
+    for image_suffixes, mask_suffixes in (((), ()), (IMAGE_SUFFIXES, MASK_SUFFIXES)):
+        images = by_key(image_paths, image_folder, image_suffixes)
+        masks = by_key(mask_paths, mask_folder, mask_suffixes)
+        if images.keys() == masks.keys():
+            break
+    for lonely, paths, other in ((images.keys() - masks.keys(), images, f"mask in {mask_folder}"),
+                                 (masks.keys() - images.keys(), masks, f"image in {image_folder}")):
+        if lonely:
+            more = f" ({len(lonely) - 1} more like it)" if len(lonely) > 1 else ""
+            raise InputError(f"{paths[min(lonely)]} has no {other}{more}: add what is missing or move it away")
+    return [Sample(images[key], masks[key]) for key in sorted(images)]

@@ -1,0 +1,97 @@
+"""Helpers of the tests: small files of every kind, a torch.hub cache, and scripts run as a user runs them."""
+import os
+
+os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import utils
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared/data"  # real samples; tests that need them are skipped where they are missing
+
+torch.set_num_threads(2)
+
+
+def real_data(name):
+    """Return a folder of real samples, or skip the test where it is missing."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is missing")
+    return SHARED / name
+
+
+def write_pair(image_path, mask_path, mask, seed=0):
+    """Write a mask (H, W) and an image in which every class has its own brightness, so that it can be learnt."""
+    generator = np.random.default_rng(seed)
+    shades = (np.minimum(mask, 7).astype(np.int64) * 32 + 16)[..., None]
+    pixels = (shades + generator.integers(-10, 10, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
+    for path, array in ((image_path, pixels), (mask_path, mask)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+
+
+def blocks(height, width, classes, seed=0):
+    """Return a mask (height, width) uint8 of rectangles of the given class ids."""
+    generator = np.random.default_rng(seed)
+    mask = np.full((height, width), classes[0], np.uint8)
+    for id in classes[1:]:
+        top, left = generator.integers(0, height // 2 + 1), generator.integers(0, width // 2 + 1)
+        mask[top:top + height // 3, left:left + width // 3] = id
+    return mask
+
+
+def write_folder(root, count=8, size=(45, 61), values=(0, 1, 2)):
+    """Write a folder data set images/ + masks/ with `count` pairs and return it."""
+    for number in range(count):
+        mask = blocks(*size, values, seed=number)
+        write_pair(root / f"images/{number:02d}.png", root / f"masks/{number:02d}.png", mask, seed=number)
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return run(module, *flags) -> (exit code, stdout, stderr): a script's main as the command line calls it."""
+    def call(module, *flags):
+        monkeypatch.setattr("sys.argv", [module.__name__ + ".py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            utils.run_main(module.main)
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+HUBCONF = '''
+import timm
+
+dependencies = ["timm"]
+
+
+def dinov2_vits14(*, pretrained=True, **kwargs):
+    return timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=5, embed_dim=48, num_heads=3,
+                             num_classes=0, dynamic_img_size=True, init_values=1e-5)
+'''
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A TORCH_HOME as torch.hub leaves it: the code folder and the weights file of dinov2_vits14."""
+    import timm
+    home = tmp_path / "torch_home"
+    code = home / "hub/facebookresearch_dinov2_main"
+    code.mkdir(parents=True)
+    (code / "hubconf.py").write_text(HUBCONF)
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    torch.manual_seed(5)
+    net = timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=5, embed_dim=48, num_heads=3,
+                            num_classes=0, dynamic_img_size=True, init_values=1e-5)
+    weights = home / "hub/checkpoints/dinov2_vits14_pretrain.pth"
+    weights.parent.mkdir()
+    torch.save(net.state_dict(), weights)
+    return home

@@ -1,0 +1,205 @@
+"""Image and mask stay aligned through every transform; data sets are found where users have them."""
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import blocks, real_data, write_folder, write_pair
+from PIL import Image
+
+import config
+import datasets
+from config import InputError
+from datasets import EpochSampler, SegmentationDataset, augment, load_data, make_loader, resize_image, resize_mask
+from readers import Sample, index_table
+
+
+def shaded_pair(height=120, width=170, seed=3):
+    """Return an image whose red channel is 40 times its mask: any misalignment shows."""
+    mask = torch.from_numpy(blocks(height, width, (1, 2, 3, 4, 5), seed=seed))
+    return (mask * 40).expand(3, -1, -1).clone(), mask
+
+
+@pytest.mark.parametrize("names", [(), ("flip",), ("crop",), ("crop", "flip")], ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (97, 211), (301, 75)], ids=str)
+def test_image_and_mask_stay_aligned(names, size):
+    image, mask = shaded_pair()
+    padded = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        out, labels = augment(image, mask, size, names)
+        assert out.shape == (3, *size) and labels.shape == size
+        assert out.dtype == labels.dtype == torch.uint8
+        assert set(labels.unique().tolist()) <= {1, 2, 3, 4, 5, 255}  # nearest: no value in between
+        counted = labels != 255
+        assert (out[0][~counted] == datasets.PADDING_COLOUR[0]).all() or not (~counted).any()
+        wrong = ((out[0].float() / 40).round() != labels)[counted].float().mean()
+        assert wrong < 0.1, f"{wrong:.3f} of the pixels disagree"
+        padded += (~counted).any().item()
+    assert bool(padded) == ("crop" in names)
+
+
+def test_colour_jitter_changes_the_image_and_leaves_the_mask():
+    image, mask = shaded_pair()
+    torch.manual_seed(0)
+    out, labels = augment(image, mask, image.shape[1:], ("color",))
+    assert torch.equal(labels, mask) and not torch.equal(out, image)
+
+
+def test_mask_resize_has_no_half_pixel_shift():
+    # A centred disc must keep its centre; torch's plain `nearest` would move it by two pixels of the source.
+    rows, columns = np.mgrid[:500, :500] - 249.5
+    disc = torch.from_numpy(((rows ** 2 + columns ** 2) < 150 ** 2).astype(np.uint8))
+    small = resize_mask(disc, (100, 100)).float()
+    centre = (small.sum(1) @ torch.arange(100.0) / small.sum()).item()
+    assert abs(centre - 49.5) < 0.05
+    soft = resize_image((disc * 255).expand(3, -1, -1), (100, 100))[0]
+    assert ((soft > 127) != (small > 0)).float().mean() < 0.01
+
+
+def test_flip_and_crop_really_happen():
+    image, mask = shaded_pair()
+    plain = resize_mask(mask, (64, 64))
+    flipped = sum(torch.equal(augment(image, mask, (64, 64), ("flip",))[1], plain.flip(1)) for _ in range(40))
+    assert 8 <= flipped <= 32
+    cropped = [augment(image, mask, (64, 64), ("crop",))[1] for _ in range(5)]
+    assert len({crop.numpy().tobytes() for crop in cropped}) == 5
+
+
+def small_dataset(root, count=6, **options):
+    """Return a SegmentationDataset over `count` pairs of the size 45 x 61."""
+    write_folder(root, count=count)
+    samples = [Sample(path, root / "masks" / path.name) for path in sorted((root / "images").iterdir())]
+    return SegmentationDataset(samples, index_table(3), (32, 40), **options)
+
+
+def test_training_and_validation_items(tmp_path):
+    image, mask, name = small_dataset(tmp_path, augments=())[0]
+    assert image.shape == (3, 32, 40) and mask.shape == (32, 40) and name.endswith("00.png")
+    image, mask, _ = small_dataset(tmp_path)[0]
+    assert image.shape == (3, 32, 40) and mask.shape == (45, 61)  # validation: the mask at its own size
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone(tmp_path, workers):
+    def epochs(which, workers):
+        dataset = small_dataset(tmp_path, augments=("crop", "flip", "color"), seed=7)
+        loader, batches = make_loader(dataset, 2, workers), []
+        for epoch in which:
+            loader.sampler.set_epoch(epoch)
+            batches.append([(images, masks, names) for images, masks, names in loader])
+        return batches
+
+    straight, resumed = epochs([0, 1, 2], 0), epochs([2], workers)
+    for (images, masks, names), (again, same, titles) in zip(straight[2], resumed[0], strict=True):
+        assert names == titles and torch.equal(images, again) and torch.equal(masks, same)
+    assert [names for *_, names in straight[0]] != [names for *_, names in straight[1]]
+
+
+def test_sampler_sees_every_image_once_an_epoch():
+    sampler = EpochSampler(50, seed=3)
+    sampler.set_epoch(4)
+    tickets = list(sampler)
+    assert sorted(ticket % 50 for ticket in tickets) == list(range(50))
+    assert {ticket // 50 for ticket in tickets} == {4} and tickets != sorted(tickets)
+
+
+def test_dataset_can_be_sent_to_spawned_workers(tmp_path):
+    dataset = pickle.loads(pickle.dumps(small_dataset(tmp_path, augments=("flip",))))
+    assert dataset[0][0].shape == (3, 32, 40)
+
+
+def test_mask_of_another_size_is_brought_to_the_image(tmp_path):
+    dataset = small_dataset(tmp_path, augments=())
+    mask = blocks(45, 61, (0, 1, 2), seed=0)
+    Image.fromarray(np.kron(mask, np.ones((3, 3), np.uint8))).save(dataset.samples[0].mask)
+    assert torch.equal(dataset[0][1], resize_mask(torch.from_numpy(mask), (32, 40)))
+
+
+# --- finding data sets ------------------------------------------------------------------------------------
+def write_voc(base):
+    """Write a VOC tree of two images with void pixels."""
+    for split, name in (("train", "2007_000001"), ("val", "2007_000002")):
+        mask = blocks(40, 50, (0, 15, 20, 255))
+        write_pair(base / f"JPEGImages/{name}.jpg", base / f"SegmentationClass/{name}.png", mask)
+        lists = base / "ImageSets/Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_bytes(f"{name}\r\n\r\n{name}\r\n".encode())
+
+
+@pytest.mark.parametrize("place", ["VOCdevkit/VOC2012", "VOC2012", ".", "voc/VOCdevkit/VOC2012"])
+def test_voc_is_found_in_every_tree_users_have(tmp_path, place):
+    write_voc(tmp_path / place)
+    source = load_data("voc", tmp_path)
+    assert len(source.splits["train"]) == len(source.splits["val"]) == 1
+    assert len(source.classes) == 21 and source.table[20] == 20 and source.table[255] == 255
+
+
+def test_voc_offline_says_which_file_goes_where(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", no_network)
+    with pytest.raises(InputError, match="put VOCtrainval_11-May-2012.tar or .* into .* or .*--data-root") as error:
+        load_data("voc", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_voc_download_goes_through_torchvision(tmp_path, monkeypatch):
+    """A tar as VOC's own, served from disk: torchvision checks, unpacks, and the tree is found."""
+    import tarfile
+
+    import torchvision.datasets.voc as voc_module
+    write_voc(tmp_path / "made/VOCdevkit/VOC2012")
+    root = tmp_path / "root"
+    root.mkdir()
+    with tarfile.open(root / datasets.VOC_TAR, "w") as tar:
+        tar.add(tmp_path / "made/VOCdevkit", "VOCdevkit")
+    import hashlib
+    year = dict(voc_module.DATASET_YEAR_DICT["2012"], md5=hashlib.md5((root / datasets.VOC_TAR).read_bytes()).hexdigest())
+    monkeypatch.setitem(voc_module.DATASET_YEAR_DICT, "2012", year)
+    assert len(load_data("voc", root).splits["train"]) == 1
+
+
+def test_a_listed_file_that_is_missing_is_named(tmp_path):
+    write_voc(tmp_path)
+    (tmp_path / "SegmentationClass/2007_000002.png").unlink()
+    with pytest.raises(InputError, match="SegmentationClass/2007_000002.png is listed but does not exist"):
+        load_data("voc", tmp_path)
+
+
+def test_missing_roots_and_blocked_places(tmp_path):
+    for name in ("folder", "camvid"):
+        with pytest.raises(InputError, match="--data-root .*nowhere does not exist"):
+            load_data(name, tmp_path / "nowhere")
+    with pytest.raises(InputError, match="trainannot"):
+        load_data("camvid", tmp_path)
+    (tmp_path / "streets").mkdir()
+    with pytest.raises(InputError, match="in the way"):
+        load_data("streets", tmp_path)
+
+
+def test_fingerprint_follows_the_files(tmp_path):
+    write_voc(tmp_path)
+    before = load_data("voc", tmp_path).fingerprint()
+    assert before == load_data("voc", tmp_path).fingerprint()
+    write_pair(tmp_path / "JPEGImages/2007_000002.jpg", tmp_path / "SegmentationClass/2007_000002.png",
+               blocks(30, 30, (0, 1)))
+    assert before != load_data("voc", tmp_path).fingerprint()
+
+
+def test_names_on_the_command_line_are_the_registry():
+    assert list(datasets.DATASETS) == config.DATASETS
+
+
+def test_real_camvid_and_voc():
+    camvid = load_data("camvid", real_data("camvid"))
+    assert len(camvid.splits["train"]) == 367 and len(camvid.splits["val"]) == 101
+    assert camvid.table[11] == 255 and len(camvid.classes) == 11
+    voc = load_data("voc", real_data("voc_sample"))
+    assert [sample.image.stem for sample in voc.splits["val"]] == ["2007_000063"]
+    dataset = SegmentationDataset(voc.splits["val"], voc.table, (56, 56))
+    image, mask, _ = dataset[0]
+    assert mask.shape == (375, 500) and set(mask.unique().tolist()) <= {*range(21), 255}

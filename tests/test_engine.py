@@ -1,0 +1,187 @@
+"""Training step, accumulation, schedules, prediction at native size, non-finite losses."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import jaccard_score
+from torch import nn
+from tqdm import tqdm
+
+import engine
+from engine import lr_factor, native_preds, parameter_groups, predict, train_one_epoch
+from losses import build_loss
+from model import build_model
+from utils import Precision
+
+CPU = torch.device("cpu")
+
+
+class Pixelwise(nn.Module):
+    """A network without BatchNorm that looks at one pixel at a time: (B, 3, H, W) -> (B, 3, H, W) logits."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, images):
+        return self.layers(images.float() / 255)
+
+
+def batches_of(images, masks, size):
+    """Return a bar over batches of `size` with names."""
+    names = [f"image_{number}.png" for number in range(len(images))]
+    return tqdm([(images[i:i + size], masks[i:i + size], names[i:i + size]) for i in range(0, len(images), size)],
+                disable=True)
+
+
+def random_batch(count, height=11, width=13, seed=0):
+    """Return images (count, 3, H, W) uint8 and masks whose share of ignored pixels differs from image to image."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    masks = images.float().argmax(1).to(torch.uint8)
+    for number in range(count):
+        masks[number, :number % 5] = 255
+    return images, masks
+
+
+def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=None):
+    """Train one epoch with plain SGD; return what train_one_epoch returns."""
+    groups = parameter_groups(net, lr, 0.0, 1.0)
+    optimizer = torch.optim.SGD(groups, lr=lr)
+    return train_one_epoch(net, batches, criterion or build_loss("ce"), optimizer, Precision(precision, CPU),
+                           lambda step: 1.0, 0, accumulate)
+
+
+@pytest.mark.parametrize(("count", "size", "accumulate"), [(8, 2, 4), (7, 2, 2), (5, 2, 3)])
+def test_accumulated_steps_equal_the_large_batch(count, size, accumulate):
+    images, masks = random_batch(count)
+    small, large = Pixelwise(), Pixelwise()
+    taken = run_epoch(small, batches_of(images, masks, size), accumulate=accumulate)["step"]
+    assert taken == run_epoch(large, batches_of(images, masks, size * accumulate))["step"]
+    for a, b in zip(small.parameters(), large.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_epoch_numbers_are_those_of_the_data():
+    images, masks = random_batch(6)
+    net = Pixelwise()
+    with torch.no_grad():
+        logits = net(images)
+        want = [F.cross_entropy(logits[i:i + 2], masks[i:i + 2].long(), ignore_index=255).item() for i in (0, 2, 4)]
+    result = run_epoch(net, batches_of(images, masks, 2), lr=1e-12)
+    assert result["loss"] == result["ce"] == pytest.approx(np.mean(want), rel=1e-5)
+    counted = masks != 255
+    assert result["accuracy"] == pytest.approx((logits.argmax(1)[counted] == masks[counted]).float().mean().item())
+    assert result["miou"] == pytest.approx(
+        jaccard_score(masks[counted], logits.argmax(1)[counted], average="macro"), abs=1e-6)
+
+
+def test_training_learns():
+    images, masks = random_batch(16)
+    net = Pixelwise()
+    losses = [run_epoch(net, batches_of(images, masks, 4), lr=0.5)["loss"] for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_training_stays_close(precision):
+    images, masks = random_batch(4)
+    plain, half = Pixelwise(), Pixelwise()
+    run_epoch(plain, batches_of(images, masks, 2))
+    run_epoch(half, batches_of(images, masks, 2), precision=precision)
+    for a, b in zip(plain.parameters(), half.parameters(), strict=True):
+        assert b.dtype == torch.float32 and torch.allclose(a, b, atol=2e-3)
+
+
+def test_a_loss_that_is_not_finite_names_its_files():
+    images, masks = random_batch(24)
+    def criterion(logits, labels):
+        loss = logits.float().mean() * 0 + 1
+        bad = torch.equal(labels, masks[4:6].long())
+        return (loss * float("nan"), {}) if bad else (loss, {})
+
+    with pytest.raises(FloatingPointError, match="image_4.png image_5.png") as error:
+        run_epoch(Pixelwise(), batches_of(images, masks, 2), criterion=criterion)
+    assert "step 2" in str(error.value) and "image_6" not in str(error.value)
+
+
+def test_gradients_are_clipped():
+    images, masks = random_batch(2)
+    net = Pixelwise()
+    before = [p.clone() for p in net.parameters()]
+    run_epoch(net, batches_of(images, masks, 2), lr=1.0,
+              criterion=lambda logits, labels: (1e4 * logits.square().mean(), {}))
+    moved = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(net.parameters(), before, strict=True)))
+    assert moved == pytest.approx(engine.MAX_GRAD_NORM, rel=1e-3)
+
+
+def test_a_batch_without_valid_pixels_changes_nothing():
+    images, masks = random_batch(2)
+    net = Pixelwise()
+    before = [p.clone() for p in net.parameters()]
+    run_epoch(net, batches_of(images, torch.full_like(masks, 255), 2))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_schedules_are_pure_functions_of_the_step():
+    assert {lr_factor(step, 100, "none") for step in range(100)} == {1.0}
+    for scheduler in ("cosine", "poly"):
+        factors = [lr_factor(step, 100, scheduler) for step in range(101)]
+        assert factors[0] == pytest.approx(0.2) and max(factors) == 1.0 and factors[100] == pytest.approx(0.0)
+        assert factors[5:] == sorted(factors[5:], reverse=True)
+        assert lr_factor(1, 1, scheduler) >= 0  # one step in all
+    assert lr_factor(5 + 95 // 2, 100, "cosine") == pytest.approx(0.5, abs=0.02)
+
+
+def test_parameter_groups_cover_what_trains_once():
+    net = build_model("vit_tiny", "bn", 3, unfreeze=2)
+    groups = parameter_groups(net, lr=1e-3, weight_decay=0.1, backbone_lr_scale=0.5)
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in net.parameters() if p.requires_grad}
+    head = {id(p) for p in net.head.parameters()}
+    for group in groups:
+        assert group["base_lr"] == (1e-3 if {id(p) for p in group["params"]} <= head else 5e-4)
+        assert all(p.ndim > 1 for p in group["params"]) if group["weight_decay"] else \
+            all(p.ndim == 1 for p in group["params"])
+
+
+# --- prediction -------------------------------------------------------------------------------------------
+def test_native_preds_upsample_logits_then_argmax():
+    logits = torch.randn(2, 4, 9, 7)
+    sizes = [(31, 22), (5, 40)]
+    for pred, one, size in zip(native_preds(logits, sizes), logits, sizes, strict=True):
+        want = F.interpolate(one[None], size=size, mode="bilinear", align_corners=False).argmax(1)[0]
+        assert pred.shape == size and pred.dtype == torch.uint8 and torch.equal(pred.long(), want)
+
+
+def test_predict_gives_the_images_own_size_in_order():
+    net = Pixelwise().eval()
+    images, _ = random_batch(3, 20, 31)
+    preds = predict(net, images, (20, 31), Precision("off", CPU))
+    assert torch.equal(preds.long(), net(images).argmax(1))  # same size: nothing is resized
+    small = predict(net, images, (10, 15), Precision("off", CPU))
+    assert small.shape == (3, 20, 31)
+    assert torch.equal(small[1], predict(net, images[1:2], (10, 15), Precision("off", CPU))[0])
+
+
+def test_evaluate_scores_every_mask_at_its_own_size():
+    net = Pixelwise().eval()
+    images, _ = random_batch(5, 12, 18)
+    generator = torch.Generator().manual_seed(1)
+    masks = [torch.randint(0, 3, size, dtype=torch.uint8, generator=generator)
+             for size in ((24, 36), (13, 17), (12, 18), (50, 20), (9, 9))]
+    masks[1][:4] = 255
+    names = list("abcde")
+    bar = tqdm([(images[:3], masks[:3], names[:3]), (images[3:], masks[3:], names[3:])], disable=True)
+    scores, matrix = engine.evaluate(net, bar, build_loss("ce"), Precision("off", CPU))
+    preds = [F.interpolate(net(one[None]), size=mask.shape, mode="bilinear").argmax(1)[0]
+             for one, mask in zip(images, masks, strict=True)]
+    truth = torch.cat([mask[mask != 255] for mask in masks])
+    guess = torch.cat([pred[mask != 255] for pred, mask in zip(preds, masks, strict=True)])
+    assert scores["miou"] == pytest.approx(jaccard_score(truth, guess, average="macro"), abs=1e-9)
+    assert matrix.counts.sum() == len(truth) and scores["loss"] == scores["ce"]

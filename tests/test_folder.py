@@ -1,0 +1,148 @@
+"""A folder of the user's own: every layout, every kind of classes, and a fair split."""
+import numpy as np
+import pytest
+from conftest import blocks, real_data, write_folder, write_pair
+from PIL import Image
+
+from config import InputError
+from folder import decide_classes, folder, stratified_split
+from readers import IMAGE_ENDINGS, read_mask
+
+LAYOUTS = [
+    ("train_images", "train_labels", "valid_images", "valid_labels"),
+    ("train_images", "train_masks", "val_images", "val_masks"),
+    ("train/images", "train/masks", "val/images", "val/masks"),
+    ("Train/Images", "Train/Labels", "Valid/Images", "Valid/Labels"),
+    ("images/train", "masks/train", "images/val", "masks/val"),
+    ("img/training", "annotations/training", "img/validation", "annotations/validation"),
+    ("images/train", "labels/train", "images/val", "labels/val"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+def test_every_layout(tmp_path, layout):
+    for number in range(5):
+        images, masks = layout[:2] if number < 3 else layout[2:]
+        write_pair(tmp_path / images / f"{number}.png", tmp_path / masks / f"{number}.png",
+                   blocks(20, 30, (0, 1, 2), seed=number))
+    source = folder(tmp_path)
+    assert [sample.image.stem for sample in source.splits["train"]] == ["0", "1", "2"]
+    assert [sample.mask.stem for sample in source.splits["val"]] == ["3", "4"]
+    assert [name for name, _ in source.classes] == ["class 0", "class 1", "class 2"]
+
+
+def test_no_layout_is_one_line_that_lists_them(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(InputError, match="train_images train_labels valid_images valid_labels") as error:
+        folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("white", [255, 65535])
+def test_binary_masks_become_0_and_1_and_the_run_says_so(tmp_path, white):
+    write_folder(tmp_path, values=(0, 1))
+    for path in (tmp_path / "masks").iterdir():
+        mask = np.array(Image.open(path)).astype(np.uint16) * white
+        Image.fromarray(mask if white > 255 else mask.astype(np.uint8)).save(path)
+    source = folder(tmp_path, class_names=("background", "person"))
+    assert f"masks hold 0 and {white}: read as 0 = background, 1 = person" in source.notes
+    assert set(np.unique(read_mask(source.splits["train"][0].mask, source.table))) == {0, 1}
+    assert [name for name, _ in folder(tmp_path).classes] == ["background", "foreground"]
+
+
+def test_classes_txt_names_colours_and_ignore(tmp_path):
+    write_folder(tmp_path, values=(0, 1, 2, 3))
+    (tmp_path / "classes.txt").write_text("road\nignore\ntraffic light 1 2 3\n\ntree\n", encoding="utf-8")
+    source = folder(tmp_path)
+    assert [name for name, _ in source.classes] == ["road", "traffic light", "tree"]
+    assert source.classes[1][1] == (1, 2, 3)
+    assert source.table[:4].tolist() == [0, 255, 1, 2] and source.table[255] == 255
+
+
+def test_masks_painted_in_the_colours_of_classes_txt(tmp_path):
+    palette = np.array([(10, 20, 30), (200, 0, 0), (0, 0, 0)], np.uint8)
+    write_folder(tmp_path, values=(0, 1, 2))
+    for path in (tmp_path / "masks").iterdir():
+        Image.fromarray(palette[np.array(Image.open(path))]).save(path)
+    (tmp_path / "classes.txt").write_text("grass 10 20 30\nroof 200 0 0\nignore 0 0 0\n")
+    source = folder(tmp_path)
+    sample = source.splits["train"][0]
+    want = np.array([0, 1, 255])[blocks(45, 61, (0, 1, 2), seed=int(sample.mask.stem))]
+    assert (read_mask(sample.mask, source.table) == want).all()
+    odd = np.array(Image.open(sample.mask))
+    odd[3, 4] = (9, 9, 9)
+    Image.fromarray(odd).save(sample.mask)
+    with pytest.raises(InputError, match=rf"{sample.mask.name} has the colour \(9, 9, 9\)"):
+        folder(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("one\n", "1 classes"), ("a 1 2 3\nb 300 0 0\n", "line 2"),
+                                              ("", "0 classes"), (b"\xff\xfe\x00", "UTF-8")])
+def test_bad_classes_txt_is_named(tmp_path, text, reason):
+    write_folder(tmp_path, count=2)
+    (tmp_path / "classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=f"classes.txt.*{reason}"):
+        folder(tmp_path)
+
+
+def test_values_that_make_no_sense_are_refused():
+    with pytest.raises(InputError, match="0, 3..4, 255, which are not 0..K-1"):
+        decide_classes([0, 3, 4, 255], [], colours=False)
+    with pytest.raises(InputError, match="values 0, which"):
+        decide_classes([0], [], colours=False)
+    with pytest.raises(InputError, match="at least two names"):
+        decide_classes([0, 1], [("only", None)], colours=False)
+    classes, table, _ = decide_classes([0, 1, 255], [], colours=False)  # 255 beside 1 is ignore, not white
+    assert len(classes) == 2 and table[255] == 255
+
+
+def test_a_value_outside_is_named_before_training(tmp_path):
+    write_folder(tmp_path, values=(0, 1, 2))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match=r"masks/00.png has the value 2 "):
+        folder(tmp_path)
+
+
+def test_a_stray_value_in_binary_masks_is_named(tmp_path):
+    write_folder(tmp_path, values=(0, 255))
+    mask = np.array(Image.open(tmp_path / "masks/05.png"))
+    mask[7, 7] = 3
+    Image.fromarray(mask).save(tmp_path / "masks/05.png")
+    with pytest.raises(InputError, match=r"masks/05.png has the value 3 \(1 pixels\).*classes are 0, 255"):
+        folder(tmp_path, class_names=("road", "crack"))
+
+
+def test_real_crackforest_pairs_by_suffix_in_any_case():
+    source = folder(real_data("crackforest"), class_names=("road", "crack"))
+    assert len(source.splits["train"]) == 19 and len(source.splits["val"]) == 5
+    assert all(sample.mask.name == f"{sample.image.stem}_label.PNG" for sample in source.splits["val"])
+
+
+def test_split_is_deterministic_disjoint_and_fair():
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(1, 1000, (120, 6)) * (generator.random((120, 6)) < [1, 0.8, 0.5, 0.3, 0.1, 0.05])
+    pixels[:3] = 0  # images without any class
+    train, val = stratified_split(pixels, 0.2)
+    assert (train, val) == stratified_split(pixels, 0.2)
+    assert sorted(train + val) == list(range(120)) and len(val) == 24
+    shares = pixels[val].sum(0) / pixels.sum(0)
+    assert (np.abs(shares - 0.2) < 0.1).all(), shares
+    random_parts = [generator.permutation(120)[:24] for _ in range(50)]
+    spread = np.mean([np.abs(pixels[part].sum(0) / pixels.sum(0) - 0.2).max() for part in random_parts])
+    assert np.abs(shares - 0.2).max() < spread / 1.5
+
+
+@pytest.mark.parametrize(("count", "fraction", "want"), [(2, 0.2, 1), (3, 0.9, 2), (10, 0.01, 1)])
+def test_small_splits_keep_both_parts(count, fraction, want):
+    train, val = stratified_split(np.ones((count, 2), np.int64), fraction)
+    assert len(val) == want and len(train) == count - want
+    with pytest.raises(InputError, match="one image"):
+        stratified_split(np.ones((1, 2), np.int64), fraction)
+
+
+def test_real_person_photos(tmp_path):
+    source = folder(real_data("person_sample"), class_names=("background", "person"))
+    assert len(source.splits["train"]) == 96 and len(source.splits["val"]) == 24
+    assert any("43 of 120 masks differ in size" in note for note in source.notes)
+    assert source.classes[1] == ("person", (0, 255, 0)) and source.classes[0][1] == (0, 0, 0)
+    assert {sample.image.suffix for sample in source.splits["train"]} <= set(IMAGE_ENDINGS)

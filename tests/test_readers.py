@@ -1,0 +1,145 @@
+"""Files of every kind come out right, broken ones give one line that names them."""
+import numpy as np
+import pytest
+import torch
+from conftest import blocks, real_data, write_pair
+from PIL import Image
+
+from config import InputError
+from readers import (
+    index_table,
+    list_images,
+    pair_files,
+    ranges,
+    read_image,
+    read_list,
+    read_mask,
+    read_mask_values,
+    rotate_like,
+)
+
+
+def gradient(height=31, width=47):
+    """Return an RGB picture (height, width, 3) uint8 whose corners all differ."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 8, columns * 5, 255 - rows * 4], 2).clip(0, 255).astype(np.uint8)
+
+
+def test_grey_rgba_palette_and_16_bit_images(tmp_path):
+    pixels = gradient()
+    grey = pixels[..., 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert (read_image(tmp_path / "grey.png").numpy() == grey).all()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert (read_image(tmp_path / "deep.png").numpy() == grey).all()
+    alpha = np.full(grey.shape, 255, np.uint8)
+    alpha[:5] = 0
+    Image.fromarray(np.dstack([pixels, alpha])).save(tmp_path / "rgba.png")
+    clear = read_image(tmp_path / "rgba.png").permute(1, 2, 0).numpy()
+    assert (clear[5:] == pixels[5:]).all() and (clear[:5] == 255).all()
+    Image.fromarray(pixels).quantize(32).save(tmp_path / "palette.png")
+    assert np.abs(read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy().astype(int) - pixels).mean() < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotated_images_come_out_upright_and_masks_follow(tmp_path, orientation):
+    upright = gradient()
+    stored = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+              5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1),
+              7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored(upright))).save(tmp_path / "photo.png", exif=exif)
+    assert (read_image(tmp_path / "photo.png").permute(1, 2, 0).numpy() == upright).all()
+    mask = upright[..., 0]
+    assert (rotate_like(mask, tmp_path / "photo.png") == mask).all()  # drawn upright: stays
+    if orientation >= 5:  # drawn on the stored pixels: turned with them
+        assert (rotate_like(np.ascontiguousarray(stored(mask)), tmp_path / "photo.png") == mask).all()
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "missing"])
+def test_broken_images_are_named(tmp_path, damage):
+    path = tmp_path / "broken.jpg"
+    Image.fromarray(gradient(200, 200)).save(path)
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "text": b"no picture", "truncated": whole[:len(whole) // 2]}[damage])
+    with pytest.raises(InputError, match="broken.jpg") as error:
+        read_image(path)
+    assert "\n" not in str(error.value)
+
+
+def test_index_palette_bilevel_and_16_bit_masks_give_their_values(tmp_path):
+    mask = blocks(20, 33, (0, 1, 2))
+    palette = Image.fromarray(mask)
+    palette.putpalette([0, 0, 0, 200, 10, 10, 10, 200, 10])
+    palette.save(tmp_path / "p.png")
+    Image.fromarray(mask).save(tmp_path / "l.png")
+    Image.fromarray(mask.astype(np.uint16) * 1000).save(tmp_path / "i16.png")
+    Image.fromarray(mask > 0).save(tmp_path / "one.png")
+    Image.fromarray(np.dstack([mask] * 3)).save(tmp_path / "rgb.png")
+    for name, want in (("p", mask), ("l", mask), ("rgb", mask), ("i16", mask.astype(np.int32) * 1000), ("one", mask > 0)):
+        assert (read_mask_values(tmp_path / f"{name}.png") == want.astype(np.int32)).all(), name
+
+
+def test_a_mask_value_outside_the_classes_is_named(tmp_path):
+    mask = np.zeros((9, 11), np.uint8)
+    mask[0, :3], mask[5] = 77, 255
+    Image.fromarray(mask).save(tmp_path / "odd.png")
+    with pytest.raises(InputError, match=r"odd.png has the value 77 \(3 pixels\).*classes are 0..4, ignored: 255"):
+        read_mask(tmp_path / "odd.png", index_table(5))
+    assert (read_mask(tmp_path / "odd.png", index_table(5, ignored=(77, 255))) == np.where(mask, 255, 0)).all()
+
+
+def test_colour_masks_need_colours(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "paint.png")
+    with pytest.raises(InputError, match="paint.png is painted in colours"):
+        read_mask_values(tmp_path / "paint.png")
+    assert read_mask_values(tmp_path / "paint.png", colours=True)[1, 2] == (8 << 16 | 10 << 8 | 251)
+
+
+def test_pairs_by_stem_with_suffixes_and_inner_dots(tmp_path):
+    mask = blocks(8, 9, (0, 1))
+    for stem in ("a.b.c", "site 1", "ünï"):
+        write_pair(tmp_path / f"images/{stem}.jpg", tmp_path / f"masks/{stem}_label.PNG", mask)
+    (tmp_path / "images/.DS_Store").write_bytes(b"x")
+    (tmp_path / "images/.hidden.jpg").write_bytes(b"x")
+    pairs = pair_files(tmp_path / "images", tmp_path / "masks")
+    assert [(pair.image.stem, pair.mask.stem) for pair in pairs] == [
+        (stem, f"{stem}_label") for stem in sorted(("a.b.c", "site 1", "ünï"))]
+
+
+@pytest.mark.parametrize("lonely", ["images/x.png", "masks/x.png"])
+def test_a_file_without_partner_is_named(tmp_path, lonely):
+    write_pair(tmp_path / "images/a.png", tmp_path / "masks/a.png", blocks(8, 9, (0, 1)))
+    Image.new("L", (9, 8)).save(tmp_path / lonely)
+    with pytest.raises(InputError, match=f"{lonely} has no "):
+        pair_files(tmp_path / "images", tmp_path / "masks")
+
+
+def test_empty_folders_lists_and_ambiguous_names(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(InputError, match="no images in .*images"):
+        pair_files(tmp_path / "images", tmp_path / "masks")
+    write_pair(tmp_path / "images/a.png", tmp_path / "masks/a.png", blocks(8, 9, (0, 1)))
+    Image.new("L", (9, 8)).save(tmp_path / "images/a.jpg")
+    with pytest.raises(InputError, match="same name"):
+        pair_files(tmp_path / "images", tmp_path / "masks")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa\r\n\r\nb \r\na\r\n")
+    assert read_list(tmp_path / "list.txt") == ["a", "b"]
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(InputError, match="lists no images"):
+        read_list(tmp_path / "list.txt")
+
+
+def test_ranges_as_text():
+    assert ranges([0, 1, 2, 5, 7, 8, 255]) == "0..2, 5, 7..8, 255" and ranges([]) == ""
+
+
+def test_real_person_photos_are_read():
+    for path in list_images(real_data("person_sample/images"))[:20]:
+        image = read_image(path)
+        assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.float().std() > 1
