@@ -65,6 +65,15 @@ def restore_random_state(state):
     np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
 
 
+def open_run(out_dir, facts, resumed):
+    """Move an earlier run aside and write config.json. Called when the first epoch is done, so that a run that
+    fails before leaves everything as it was.
+    """
+    if not resumed and (moved := utils.set_aside(out_dir)):
+        print(f"the earlier run in {out_dir} was moved to {moved}")
+    utils.write_atomically(out_dir / "config.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
+
+
 def draw_validation(model, dataset, classes, imgsz, precision, path):
     """Write one picture of a few fixed validation images: image, truth and prediction side by side."""
     rows = []
@@ -146,11 +155,7 @@ def main():
         first_epoch, step, history = resume(saved, config, data, model, optimizer, precision)
     print_settings(config, data, model, device, precision)
     utils.make_folder(out_dir)
-    if not saved and (moved := utils.set_aside(out_dir)):
-        print(f"the earlier run in {out_dir} was moved to {moved}")
     settings = utils.finite(dataclasses.asdict(config))
-    facts = dict(settings, data_fingerprint=data.fingerprint(), **utils.run_facts(device))
-    utils.write_atomically(out_dir / "config.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
     criterion = build_loss(config.loss)
     total_steps = config.epochs * math.ceil(len(train_loader) / config.accumulate)
     schedule = partial(engine.lr_factor, total_steps=total_steps, scheduler=config.scheduler)
@@ -170,6 +175,9 @@ def main():
                    **{f"val_{key}": value for key, value in scores.items()},
                    per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
         history.append(row)
+        if epoch == first_epoch:
+            open_run(out_dir, dict(settings, data_fingerprint=data.fingerprint(), **utils.run_facts(device)),
+                     resumed=bool(saved))
         draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
                         out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
         draw_epoch(history, matrix, data.classes, out_dir)
