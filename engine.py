@@ -53,9 +53,9 @@ def parameter_groups(model, lr, weight_decay, backbone_lr_scale):
 def optimizer_step(optimizer, scaler, weight):
     """Divide the summed gradients by `weight`, clip them, step, and clear them."""
     scaler.unscale_(optimizer)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    torch._foreach_div_(gradients, weight)
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch._foreach_div_([p.grad for p in parameters], weight)
+    torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -70,7 +70,8 @@ class LossLog:
 
     def add(self, loss, terms, names, step, lr):
         """Note one batch: scalar tensors loss and terms, its file names, optimizer step and learning rate."""
-        self.waiting.append(({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}, names, step, lr))
+        values = {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
+        self.waiting.append((values, names, step, lr))
         if len(self.waiting) >= LOG_EVERY:
             self.read()
 
@@ -79,11 +80,11 @@ class LossLog:
         if not self.waiting:
             return
         keys = list(self.waiting[0][0])
-        table = torch.stack([torch.stack([terms[key] for key in keys]) for terms, *_ in self.waiting]).tolist()
+        table = torch.stack([torch.stack(list(values.values())) for values, *_ in self.waiting]).tolist()
         for values, (_, names, step, lr) in zip(table, self.waiting, strict=True):
             if not math.isfinite(values[0]):
                 raise FloatingPointError(f"the loss is {values[0]} at step {step} (lr {lr:.2e}) in the batch "
-                                         f"{' '.join(names)}: check these files, lower --lr, or try --amp off")
+                                         f"{' '.join(names)}: check these files, lower --lr or try --amp off")
             self.images += len(names)
             for key, value in zip(keys, values, strict=True):
                 self.sums[key] = self.sums.get(key, 0.0) + value * len(names)
@@ -118,7 +119,7 @@ def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, s
         with precision.autocast():
             logits = model(images)  # (B, K, H, W) float32
             loss, terms = criterion(logits, masks)
-        weight = (masks != IGNORE).sum() / masks[0].numel()  # in images: accumulated steps equal one large batch
+        weight = (masks != IGNORE).sum() / masks[0].numel()  # so that accumulating equals one large batch
         precision.scaler.scale(loss * weight).backward()
         weights = weights + weight
         log.add(loss, terms, names, step, optimizer.param_groups[0]["lr"])
@@ -126,7 +127,8 @@ def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, s
         if (index + 1) % accumulate == 0 or index + 1 == len(batches):
             optimizer_step(optimizer, precision.scaler, torch.clamp(weights, min=1e-6))
             step, weights = step + 1, 0.0
-    return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), images_per_s=log.rate(), step=step)
+    return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), images_per_s=log.rate(),
+                step=step)
 
 
 # --- prediction -------------------------------------------------------------------------------------------
@@ -171,4 +173,5 @@ def evaluate(model, batches, criterion, precision):
         log.add(loss, terms, names, 0, 0.0)
         for pred, mask in zip(native_preds(logits, [mask.shape for mask in masks]), masks, strict=True):
             matrix.update(pred, mask.to(device))
-    return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice()), matrix
+    scores = dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice())
+    return scores, matrix

@@ -2,8 +2,8 @@
 
     python train.py --dataset folder --data-root my_photos      # images/ + masks/, or any layout below
 
-classes.txt in the folder names the classes, one a line in the order of the mask values, `name` or `name R G B`;
-the name `ignore` is not counted. Without it, --classes or the masks themselves decide, and the run says so.
+classes.txt in the folder names the classes, one a line in the order of the mask values, as `name` or
+`name R G B`; the name `ignore` is not counted. Without it, --classes or the masks decide; the run says so.
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,11 +38,12 @@ def folder(root, val_fraction=0.2, class_names=()):
         if wrong.any():
             raise InputError(outside_message(sample.mask, np.repeat(values[wrong], counts[wrong]), table))
     if different:
-        notes.append(f"{different} of {len(samples)} masks differ in size from their image: resized (nearest) to it")
+        notes.append(f"{different} of {len(samples)} masks differ in size from their image: resized "
+                     "(nearest) to it")
     if "val" not in splits:
         train, val = stratified_split(class_pixels(scans, table, len(classes)), val_fraction)
         splits = {"train": [samples[i] for i in train], "val": [samples[i] for i in val]}
-        notes.append(f"no validation folder: {len(val)} of {len(samples)} images, stratified by class, validate")
+        notes.append(f"no validation folder: {len(val)} of {len(samples)} images validate (stratified)")
     return DataSource("folder", classes, splits, table, notes)
 
 
@@ -68,7 +69,7 @@ def find_layout(root):
         found = {}
         for split, names in SPLIT_NAMES.items():
             pairs = [(find_folder(root, images, name), find_folder(root, masks, name)) for name in names]
-            found.update({split: pair for pair in pairs if all(pair)})
+            found.update((split, pair) for pair in pairs if all(pair))
         if "train" in found:
             return found
     pair = find_folder(root, UNSPLIT[0]), find_folder(root, UNSPLIT[1])
@@ -85,7 +86,7 @@ def read_classes(path):
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B`, one class a line") from None
+        raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B`, a class a line") from None
     classes = []
     for number, words in enumerate(map(str.split, lines), 1):
         colour = None
@@ -108,7 +109,7 @@ def is_painted(path):
 
 
 def scan_masks(samples, colours):
-    """Read every mask once. Return [(values, counts) arrays, ...] and how many differ in size from the image."""
+    """Read every mask once. Return [(values, counts), ...] and how many differ in size from their image."""
     def scan(sample):
         values = read_mask_values(sample.mask, colours)
         with open_image(sample.image) as image:
@@ -141,10 +142,11 @@ def decide_classes(found, named, colours):
         return with_colours(kept), index_table_with(named), []
     values = [value for value in found if value != IGNORE]
     if values != list(range(len(values))) or not 2 <= len(values) <= MOST_CLASSES:
-        raise InputError(f"the masks hold the values {ranges(found)}, which are not 0..K-1: say what they mean in "
-                         "classes.txt (a name a line, in the order of the values; `ignore` is not counted)")
+        raise InputError(f"the masks hold the values {ranges(found)}, which are not 0..K-1: say what they "
+                         "mean in classes.txt (a name a line, by value; `ignore` is not counted)")
     named = [(f"class {value}", None) for value in values]
-    return with_colours(named), index_table_with(named), [f"no classes.txt: the masks hold {len(values)} classes"]
+    note = f"no classes.txt: the masks hold {len(values)} classes"
+    return with_colours(named), index_table_with(named), [note]
 
 
 def with_colours(classes):
@@ -159,7 +161,7 @@ def class_ids(named):
 
 
 def index_table_with(named, entries=None):
-    """Return the table of index masks whose value i is entry i of `named`, or the `entries` {value: class id}."""
+    """Return the table of index masks: value i is entry i of `named`, or as `entries` {value: class id}."""
     table = np.full(65536, OUTSIDE, np.uint8)
     table[IGNORE] = IGNORE
     for value, id in (entries or dict(enumerate(class_ids(named)))).items():

@@ -116,8 +116,8 @@ def main():
         if args.show:
             show(drawn, str(path))
     utils.save_image(utils.legend(classes), out_dir / "legend.png")
-    print(f"{len(paths) - failed} of {len(paths)} images segmented at {imgsz[0]}x{imgsz[1]} on {device} ({precision}); "
-          f"overlays, masks and legend.png are in {out_dir}")
+    print(f"{len(paths) - failed} of {len(paths)} images segmented at {imgsz[0]}x{imgsz[1]} on {device} "
+          f"({precision}); overlays, masks and legend.png are in {out_dir}")
     return 0 if not failed else 1 if failed < len(paths) else 2
 
 

@@ -48,8 +48,8 @@ class Stopwatch:
 
 
 class StopOnSignal:
-    """`with StopOnSignal() as stop`: stop.asked turns True at the first Ctrl-C or SIGTERM, so that the frame at
-    hand is finished; a second Ctrl-C interrupts as usual.
+    """`with StopOnSignal() as stop`: stop.asked turns True at the first Ctrl-C or SIGTERM, so that the frame
+    at hand is finished; a second Ctrl-C interrupts as usual.
     """
 
     def __init__(self):
@@ -102,7 +102,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
     parser.add_argument("--model", default="outputs/best_model_iou.pth", help="checkpoint of train.py")
-    parser.add_argument("--batch-size", type=positive_int, default=1, help="frames a forward pass (default: 1)")
+    parser.add_argument("--batch-size", type=positive_int, default=1,
+                        help="frames a forward pass (default: 1)")
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
     utils.add_inference_flags(parser)
     return parser.parse_args(argv)
@@ -111,7 +112,7 @@ def parse_args(argv=None):
 def segment_frames(reader, writer, predict, draw, stop, args):
     """Read, predict, draw and write until the frames, args.max_frames or `stop` end it; return the Stopwatch.
 
-    predict: (n, H, W, 3) uint8 RGB -> (n, H, W) class ids; draw: (frame, pred) -> overlay; stop: StopOnSignal.
+    predict: (n, H, W, 3) uint8 RGB -> (n, H, W) class ids; draw: (frame, pred) -> overlay.
     """
     watch, recent = Stopwatch(), deque([time.perf_counter()], maxlen=31)
     frames = itertools.islice(reader, args.max_frames)
@@ -160,17 +161,17 @@ def main():
     start = time.perf_counter()
     with StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps) as writer:
         watch = segment_frames(reader, writer, predict, draw, stop, args)
-    seconds, count = time.perf_counter() - start, writer.frames
-    stages = ", ".join(f"{stage} {1000 * spent / max(1, count):.1f} ms" for stage, spent in watch.seconds.items())
-    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end at {imgsz[0]}x{imgsz[1]} "
-          f"on {device} ({precision}); a frame takes {stages}")
+    seconds, count = time.perf_counter() - start, max(1, writer.frames)
+    stages = ", ".join(f"{stage} {1000 * spent / count:.1f} ms" for stage, spent in watch.seconds.items())
+    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end at "
+          f"{imgsz[0]}x{imgsz[1]} on {device} ({precision}); a frame takes {stages}")
     print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s")
     if stop.asked:
         print(f"stopped after {count} frames; the clip so far is whole")
         return 0 if reader.live or args.show else 130
     if not args.max_frames and reader.ended_early(count):
-        raise InputError(f"--input {args.input} ended after {count} of {reader.count} frames: the file is damaged "
-                         f"or cut off; what could be read is in {path}")
+        raise InputError(f"--input {args.input} ended after {count} of {reader.count} frames: the file is "
+                         f"damaged or cut off; what could be read is in {path}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class ConfusionMatrix:
         Raises ValueError where the shapes differ.
         """
         if preds.shape != masks.shape:
-            raise ValueError(f"predictions {tuple(preds.shape)} and masks {tuple(masks.shape)} differ in shape")
+            raise ValueError(f"preds {tuple(preds.shape)} and masks {tuple(masks.shape)} differ in shape")
         size = self.num_classes ** 2
         pairs = masks.long() * self.num_classes + preds.long()
         pairs = torch.where(masks == IGNORE, size, pairs).flatten()  # ignored pixels fall into one extra bin

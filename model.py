@@ -25,7 +25,7 @@ from torch import nn
 from config import CLASSES, InputError, parse_train_args, resolve
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as DINOv2 was trained
-HUB_REPO = "facebookresearch/dinov2:main"  # the branch is named, so that torch.hub need not ask the network for it
+HUB_REPO = "facebookresearch/dinov2:main"  # with the branch, so that torch.hub need not ask the network
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{registers}_pretrain.pth"
 XFORMERS_WARNING = r"xFormers is (not )?(available|disabled)"
 # The same architectures in timm: a trained checkpoint runs where the hub code is not at hand.
@@ -151,7 +151,8 @@ class TimmBackbone(Backbone):
         """
         net, batch, grid = self.net, len(tokens), tuple(tokens.shape[1:3])
         tokens = tokens.flatten(1, 2)
-        special = [token.expand(batch, -1, -1) for token in (net.cls_token, net.reg_token) if token is not None]
+        special = [token for token in (net.cls_token, net.reg_token) if token is not None]
+        special = [token.expand(batch, -1, -1) for token in special]
         positions = self.positions(grid, tokens)
         if net.no_embed_class:
             tokens = torch.cat([*special, tokens + positions], dim=1)
@@ -163,7 +164,7 @@ class TimmBackbone(Backbone):
         """(B, 3, H, W) normalised, H and W multiples of `patch` -> list of maps (B, D, h, w), all of one
         size.
         """
-        norm = {"norm": True} if isinstance(self.net, VisionTransformer) or hasattr(self.net, "blocks") else {}
+        norm = {"norm": True} if self.blocks else {}
         maps = self.net.forward_intermediates(images, indices=self.layers, intermediates_only=True, **norm)
         finest = max((m.shape[-2:] for m in maps), key=math.prod)
         return [m if m.shape[-2:] == finest else F.interpolate(m, size=finest, mode="bilinear") for m in maps]
@@ -174,9 +175,9 @@ def check_layers(layers, depth):
 
     Raises InputError for an index outside 0..depth-1 or one given twice.
     """
-    layers = [layer if layer >= 0 else depth + layer for layer in layers] or list(range(max(0, depth - 4), depth))
+    layers = [layer if layer >= 0 else depth + layer for layer in layers or range(-min(4, depth), 0)]
     if sorted(set(layers)) != layers or layers[-1] >= depth or layers[0] < 0:
-        raise InputError(f"--layers {' '.join(map(str, layers))}: give increasing block indices from 0 to {depth - 1}")
+        raise InputError(f"--layers {' '.join(map(str, layers))}: give rising block indices, 0..{depth - 1}")
     return layers
 
 
@@ -191,8 +192,9 @@ def load_hub_net(name):
         return torch.hub.load(HUB_REPO, name, pretrained=False, verbose=False)
     except (OSError, RuntimeError, ImportError, AttributeError) as error:
         raise InputError(f"the DINOv2 code could not be loaded through torch.hub ({error}): unpack "
-                         f"github.com/facebookresearch/dinov2 (branch main) as {place}, or choose another backbone "
-                         "with --backbone timm/vit_small_patch14_dinov2.lvd142m or --backbone vit_tiny") from None
+                         f"github.com/facebookresearch/dinov2 (branch main) as {place}, or choose another "
+                         "backbone: --backbone timm/vit_small_patch14_dinov2.lvd142m, --backbone vit_tiny"
+                         ) from None
 
 
 def published_weights(name):
@@ -208,9 +210,9 @@ def published_weights(name):
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"the pretrained weights could not be downloaded ({error}): put {url} into {place.parent}, "
-                         "or name the file with --weights FILE, or start from random weights with --weights none"
-                         ) from None
+        raise InputError(f"the pretrained weights could not be downloaded ({error}): put {url} into "
+                         f"{place.parent}, or name the file with --weights FILE, or start from random "
+                         "weights with --weights none") from None
 
 
 def read_weights(path):
@@ -242,8 +244,8 @@ def torch_load(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path} is no checkpoint of tensors and plain values; it is not loaded, because it could "
-                         "run code") from None
+        raise InputError(f"{path} is no checkpoint of tensors and plain values; it is not loaded, because it "
+                         "could run code") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).split("\n")[0][:120]
         raise InputError(f"{path} is not a whole checkpoint (truncated or damaged: {reason})") from None
@@ -253,11 +255,11 @@ def load_strictly(module, state, source):
     """Load a state dict whose keys and shapes must match exactly. Raises InputError that names what differs.
     """
     own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or unexpected or shapes:
-        listed = [f"{len(keys)} {what} such as {keys[0]}" for keys, what in
-                  ((missing, "missing"), (unexpected, "unexpected"), (sorted(shapes), "of another shape")) if keys]
+        listed = [f"{len(keys)} {what} such as {min(keys)}" for keys, what in (
+            (missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")) if keys]
         raise InputError(f"{source} does not fit the model ({'; '.join(listed)}): it belongs to another one")
     module.load_state_dict(state, strict=True)
 
@@ -286,8 +288,9 @@ def load_timm_net(name, weights):
             raise
         except Exception as error:  # the hub client raises its own types, which differ between versions
             raise InputError(f"the weights of timm/{name} are neither cached nor downloadable "
-                             f"({type(error).__name__}): put them into the Hugging Face cache, or name the file with "
-                             "--weights FILE, or start from random weights with --weights none") from None
+                             f"({type(error).__name__}): put them into the Hugging Face cache, or name the "
+                             "file with --weights FILE, or start from random weights with --weights none"
+                             ) from None
     else:
         net = create_timm(name)
         if weights != "none":
@@ -307,8 +310,8 @@ def build_backbone(name, weights="none", layers=()):
     missing.
     """
     if name == "vit_tiny":  # DINOv2's shape (patch 14) at a size that learns from scratch on a CPU
-        net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3, num_classes=0,
-                                global_pool="", dynamic_img_size=True)
+        net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3,
+                                num_classes=0, global_pool="", dynamic_img_size=True)
         if weights not in ("auto", "none"):
             load_strictly(net, read_weights(weights), weights)
         return TimmBackbone(net, layers)
@@ -407,8 +410,9 @@ def build_model(backbone, head, num_classes, layers=(), weights="none", unfreeze
 def pack_checkpoint(model, classes, imgsz, **more):
     """Return a self-contained checkpoint: tensors and plain JSON types only (spec, classes, size, weights).
     """
-    return dict(format="dinoseg", version=1, spec=model.spec, classes=[[name, list(c)] for name, c in classes],
-                imgsz=list(imgsz), model=model.state_dict(), **more)
+    classes = [[name, list(colour)] for name, colour in classes]
+    return dict(format="dinoseg", version=1, spec=model.spec, classes=classes, imgsz=list(imgsz),
+                model=model.state_dict(), **more)
 
 
 def read_checkpoint(path):
@@ -458,7 +462,7 @@ def timm_twin(spec, state):
 
 def main():
     """Print the model that the train flags describe: its layers, parameters, output shape."""
-    config = resolve(parse_train_args(description="Print the model that train.py would train with these flags."))
+    config = resolve(parse_train_args(description="Print the model that these train.py flags describe."))
     classes = CLASSES.get(config.dataset) or config.classes or ("background", "foreground")
     model = build_model(config.backbone, config.head, len(classes), config.layers, "none", config.unfreeze)
     print(model)
@@ -466,7 +470,8 @@ def main():
     shape = (1, 3, *config.imgsz)
     with torch.inference_mode():
         logits = model.eval()(torch.zeros(shape, dtype=torch.uint8))
-    print(f"blocks read {model.backbone.layers} of {len(model.backbone.blocks)}, patch {model.backbone.patch}")
+    body = model.backbone
+    print(f"blocks read {body.layers} of {len(body.blocks)}, patch {body.patch}")
     print(f"parameters: {trained:,} trained, {total - trained:,} frozen, {total:,} in all")
     print(f"images {shape} uint8 -> logits {tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')}")
 

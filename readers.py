@@ -3,8 +3,8 @@
     image = read_image("photo.jpg")                    # (3, H, W) uint8 RGB, upright
     mask = read_mask("mask.png", index_table(21))      # (H, W) uint8 class ids, 255 = ignore
 
-Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files store. Everything a file can have
-wrong is an InputError that names it.
+Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files store. What is wrong with a
+file is an InputError that names it.
 """
 import hashlib
 from dataclasses import dataclass, field
@@ -39,8 +39,8 @@ class DataSource:
     """What a data-set function returns: classes, files per split, how to decode the masks.
 
     classes: [(name, (R, G, B)), ...] by class id. splits: {"train": [Sample], "val": [Sample]}.
-    table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24 for
-    masks painted in colours (entry R * 65536 + G * 256 + B). notes: lines the user should read.
+    table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24
+    for masks painted in colours (entry R * 65536 + G * 256 + B). notes: lines the user should read.
     """
 
     name: str
@@ -173,8 +173,8 @@ def rotate_like(mask, image_path):
 # --- lists and pairs --------------------------------------------------------------------------------------
 def list_images(folder):
     """Return the image files below `folder`, sorted, without hidden files and other endings."""
-    return sorted(path for path in Path(folder).rglob("*")
-                  if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file())
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
+                  and not path.name.startswith(".") and path.is_file())
 
 
 def read_list(path):
@@ -202,8 +202,9 @@ def by_key(paths, folder, suffixes):
     """Return {(sub-folder, stem without one of `suffixes`): path}. Raises InputError where two collide."""
     found = {}
     for path in paths:
-        ends = [end for end in suffixes if path.stem.lower().endswith(end.lower()) and len(path.stem) > len(end)]
-        stem = path.stem[:-len(ends[0])] if ends else path.stem  # inner dots stay part of the stem
+        stem = path.stem  # inner dots stay part of it
+        end = next((end for end in suffixes if stem.lower().endswith(end.lower()) and stem != end), "")
+        stem = stem.removesuffix(stem[len(stem) - len(end):])
         other = found.setdefault((path.parent.relative_to(folder).as_posix(), stem), path)
         if other is not path:
             raise InputError(f"{other} and {path} have the same name: which one is meant? remove one")
@@ -228,5 +229,5 @@ def pair_files(image_folder, mask_folder):
                                  (masks.keys() - images.keys(), masks, f"image in {image_folder}")):
         if lonely:
             more = f" ({len(lonely) - 1} more like it)" if len(lonely) > 1 else ""
-            raise InputError(f"{paths[min(lonely)]} has no {other}{more}: add what is missing or move it away")
+            raise InputError(f"{paths[min(lonely)]} has no {other}{more}: add what is missing or move it")
     return [Sample(images[key], masks[key]) for key in sorted(images)]

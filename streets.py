@@ -33,10 +33,10 @@ MOODS = (  # zenith and horizon colours, tint of the light, light in the shade, 
     ((72, 84, 154), (246, 172, 122), (1.02, 0.86, 0.84), 0.66, 0.30, 0.18))    # dusk
 WALLS = "c47054 debe8c e8d6ba aa5648 ce9670 d6b262 e4b0a0 bc848e"
 ROOFS, TRIMS = "963e30 7a4a3a 5c4e54 a85838", "f2ece0 fafaf6 785438"
-PAINTS = "ce2226 1c54be f4f4f8 22242c fac41e 1292a0 c4cad4 781a5c"
-SHIRTS, TROUSERS = "de2e42 2a58ce face36 f0f0f4 9634a8 f07a28 f26ea0", "263060 302e36 5c4230 466496 787068"
+PAINTS = "1c54be f4f4f8 22242c 1292a0 c4cad4 3a7cc8 28406e b01c2c"
+SHIRTS, TROUSERS = "de2e42 f2387e face36 9634a8 f07a28 f26ea0 d83ac0", "2c3474 5a2a4c 6a4226 3a3486 8a5a2c"
 SKINS, HAIRS = "f4ceae e2b28c ba805c 82543c 603e2e", "2c1e18 5c381e cea458 1a181c 964622 a09ea0"
-GREENS, LAWNS = "3a7a2c 4a8628 2c6834 608a2e 7c8026", "60a63e 70ac3a 54963c 8ca846"
+GREENS, LAWNS = "3a7a2c 4a8628 2c6834 608a2e 568c3a", "60a63e 70ac3a 54963c 8ca846"
 BARK, GLASS, RUBBER, CHROME = (104, 74, 52), (52, 72, 94), (28, 28, 32), (190, 194, 200)
 WHITE, LAMP, RED, SHOE = (236, 236, 226), (255, 248, 214), (230, 30, 36), (52, 40, 40)
 CARS = (  # saloon, hatchback, van: outlines of body and cabin seen from the side, (along, up) in metres, nose at +along
@@ -63,14 +63,14 @@ def describe(seed):
     scene.sun, scene.hills = [s / math.hypot(*sun) for s in sun], rng.uniform(0, 6.28, 4)
     scene.here = here = int(rng.choice([-1, 1]))                                              # the side where the camera walks
     scene.kerb = {side: 3.1 + 2.2 * (rng.random() < 0.4) for side in (-1, 1)}     # wider where cars are parked
-    scene.pavement, scene.grass = rng.uniform(2.6, 3.4), pick(rng, LAWNS)
-    scene.lawn = {here: rng.uniform(3.5, 7), -here: rng.uniform(4, 7) if rng.random() < 0.5 else 0.0}
-    scene.eye_x, scene.eye_height = here * (scene.kerb[here] + rng.uniform(0.3, 0.6)), rng.uniform(1.5, 2.1)
-    scene.yaw, scene.pan, scene.speed = here * rng.uniform(-0.12, 0.16), rng.uniform(-0.05, 0.05), rng.uniform(0.5, 0.9)
+    scene.pavement, scene.grass = rng.uniform(2.0, 2.6), pick(rng, LAWNS)
+    scene.park = {here: rng.random() < 0.25, -here: rng.random() < 0.35}         # lawn and trees, no buildings
+    scene.lawn = {here: rng.uniform(3.5, 7), -here: 5.0 if scene.park[-here] else 0.0}
+    scene.eye_x, scene.eye_height = here * (scene.kerb[here] + rng.uniform(0.3, 0.6)), rng.uniform(1.8, 2.5)
+    scene.yaw, scene.pan, scene.speed = here * rng.uniform(-0.18, 0.3), rng.uniform(-0.05, 0.05), rng.uniform(0.5, 0.9)
     scene.horizon = rng.uniform(0.45, 0.56)
     scene.asphalt, scene.paving = rng.uniform(84, 116) + np.array([0, 1, 5]), rng.uniform(158, 190) - np.array([0, 4, 12])
-    scene.cross = rng.uniform(11, 18) if rng.random() < 0.4 else math.inf        # near edge of a crossing street
-    scene.park = int(rng.choice([-1, 1])) * int(rng.random() < 0.4)              # a side with lawn and trees only
+    scene.zebra = rng.uniform(7.0, 9.0) if rng.random() < 0.3 else None
     for side in (-1, 1):
         describe_side(scene, rng, side)
     describe_cars(scene, rng)
@@ -86,15 +86,13 @@ def pick(rng, table):
 
 def add(scene, draw, x, z, heading=0.0, vx=0.0, vz=0.0, length=0.0, **values):
     """Adds a thing with its place at time 0, its speed in m/s and, for a building, its length along the street."""
-    fixed = draw in (draw_building, draw_tree)
-    if not fixed or z + length < scene.cross - 2 or z > scene.cross + 10:         # the crossing street stays free
-        scene.things.append(SimpleNamespace(draw=draw, x=x, z=z, heading=heading, vx=vx, vz=vz, length=length, **values))
+    scene.things.append(SimpleNamespace(draw=draw, x=x, z=z, heading=heading, vx=vx, vz=vz, length=length, **values))
 
 
 def describe_side(scene, rng, side):
     """One side of the street: a row of buildings, unless it is a park, and a row of trees."""
     edge, z = scene.kerb[side] + scene.pavement, -BEHIND + rng.uniform(0, 4)
-    while side != scene.park and z < PERIOD - BEHIND - 8:
+    while not scene.park[side] and z < PERIOD - BEHIND - 8:
         kind = rng.choice(["house", "block", "shop"], p=[0.5, 0.25, 0.25])
         length = min(rng.uniform(7, 11) if kind == "house" else rng.uniform(10, 16), PERIOD - BEHIND - z)
         floors = rng.integers(1, 3) if kind == "house" else rng.integers(3, 6)
@@ -102,9 +100,9 @@ def describe_side(scene, rng, side):
             side=side, floors=int(floors), deep=rng.uniform(7, 10), storey=rng.uniform(2.9, 3.3), wall=pick(rng, WALLS),
             roof=pick(rng, ROOFS), trim=pick(rng, TRIMS), paint=pick(rng, PAINTS), gable=bool(rng.random() < 0.5))
         z += length + (rng.uniform(0.5, 4) if kind == "house" or rng.random() < 0.3 else 0.0)
-    for z in np.arange(-4, 40, 13.0) if scene.lawn[side] else ():
-        for x in (edge + max(rng.uniform(0.3, 0.6) * scene.lawn[side], 0.2), *(edge + rng.uniform(7, 26, int(side == scene.park)))):
-            angle, reach = rng.uniform(0, 6.28, 66), np.sqrt(rng.random(66)) * np.repeat([0.68, 0.94], [16, 50])
+    for z in (-4, 8, 20) if scene.lawn[side] else ():
+        for x in (edge + max(rng.uniform(0.3, 0.6) * scene.lawn[side], 0.2), *(edge + rng.uniform(7, 26, int(scene.park[side])))):
+            angle, reach = rng.uniform(0, 6.28, 66), np.sqrt(rng.random(66)) * np.repeat([0.68, 0.88], [16, 50])
             across, up, size = reach * np.cos(angle), reach * np.sin(angle), rng.uniform(0.32, 0.48, 66)
             shade = 0.9 + 0.22 * (across * np.sign(scene.sun[0]) + up) + rng.uniform(-0.12, 0.12, 66)
             size[16:] *= 0.17                                                     # tufts over 16 masses of leaves,
@@ -120,36 +118,31 @@ def describe_cars(scene, rng):
     def car(x, z, heading, **speed):
         shape = CARS[rng.choice(3, p=[0.45, 0.4, 0.15])]
         add(scene, draw_car, x, z, heading, paint=pick(rng, PAINTS), shape=shape, **speed)
-    crossing = scene.cross < math.inf
-    first = scene.cross + 13 if crossing else rng.uniform(8, 15)                  # keeps off the zebra crossing
-    for z in (first, first + rng.uniform(11, 18))[:rng.integers(0, 3)]:
-        car(1.6, z, 0.0, vz=4.0)
-    speed = 0.0 if crossing else -rng.uniform(4, 7)                               # or waiting at the crossing
-    for index in range(rng.integers(1, 4)):
-        car(-1.6, first + 2 + index * (7 if crossing else rng.uniform(10, 16)), math.pi, vz=speed)
+    ahead, speed = (5.0, -rng.uniform(4, 7)) if scene.zebra is None else (scene.zebra + 4, 0.0)   # or waiting
+    for index in range(rng.integers(0, 3)):
+        car(1.6, ahead + rng.uniform(1.5, 5) + 16 * index, 0.0, vz=4.0)
+    for index in range(rng.integers(1, 3)):
+        car(-1.6, ahead + rng.uniform(1.5, 5) + 16 * index, math.pi, vz=speed)
     for side in (-1, 1):
-        for z in np.arange(rng.uniform(4, 8), 26, 6.5) if scene.kerb[side] > 4 else ():
-            if rng.random() < 0.6 and not scene.cross - 6 < z < scene.cross + 14:
+        for z in np.arange(rng.uniform(4.5, 7), 20, 6.5) if scene.kerb[side] > 4 else ():
+            if rng.random() < 0.6 and (scene.zebra is None or abs(z - scene.zebra) > 4):
                 car(side * (scene.kerb[side] - 1.1), z, 0.0 if side > 0 else math.pi)
-    for way in (-1, 1) if crossing else ():
-        for x in (rng.uniform(-12, -2), rng.uniform(4, 13))[:rng.integers(0, 3)]:
-            car(x, scene.cross + 4 + 1.9 * way, way * math.pi / 2, vx=way * rng.uniform(3, 4))
 
 
 def describe_persons(scene, rng):
     """Persons walk on the pavements, away or towards us, stand on the lawn or walk over the zebra crossing."""
-    for index in range(rng.integers(3, 6)):
-        side, speed, act = scene.here * (-1 if index == 3 else 1), rng.uniform(0.9, 1.5), rng.choice(4, p=[0.38, 0.3, 0.14, 0.18])
-        x = side * (scene.kerb[side] + 1.4 + (0.5 + 0.618 * index) % 1 * (scene.pavement - 1.2))
-        # The nearest two stand just inside the view on either side, the next ones in steps behind them.
-        z = 2.9 + 0.9 * abs(x - scene.eye_x) + 1.1 * index + rng.uniform(0, 0.6)
-        heading = (0.0, math.pi, rng.uniform(0, 6.28), 0.0)[act]
-        motion = dict(pace=speed * (act != 2), vz=speed * (act != 2) * math.cos(heading))
-        if act == 2:
-            x += side * rng.uniform(0.5, 1.5)
-        elif act == 3 and scene.cross < math.inf:
-            x, z, heading = rng.uniform(-5, 5), scene.cross - rng.uniform(0.5, 2), side * math.pi / 2
-            motion = dict(pace=speed, vx=side * speed)
+    for index in range(rng.integers(2, 5)):
+        aside = rng.uniform(0.9, 2.8)                                             # of the way of the camera
+        x, angle = scene.eye_x + scene.here * aside, min(0.42 + scene.here * scene.yaw, 1.0)
+        z = max(3.1 + 0.9 * index, aside / math.tan(angle)) + rng.uniform(0, 0.6)  # where it is within the view
+        act, speed = rng.choice(["away", "towards", "stands", "crosses"], p=[0.42, 0.33, 0.15, 0.1]), rng.uniform(0.8, 1.3)
+        heading = {"away": 0.0, "towards": math.pi}.get(act, rng.uniform(0, 6.28))
+        motion = dict(pace=0.0) if act == "stands" else dict(pace=speed, vz=speed * math.cos(heading))
+        if act == "crosses" or scene.zebra and index == 3:
+            if scene.zebra is None:
+                continue
+            way = int(rng.choice([-1, 1]))
+            x, z, heading, motion = rng.uniform(-3, 1) * way, scene.zebra + rng.uniform(-0.8, 0.8), way * math.pi / 2, dict(pace=speed, vx=way * speed)
         add(scene, draw_person, x, z, heading, size=rng.uniform(1.0, 1.15), phase=rng.uniform(0, 6.28),
             skin=pick(rng, SKINS), hair=pick(rng, HAIRS), shirt=pick(rng, SHIRTS), legs=pick(rng, TROUSERS),
             dress=bool(rng.random() < 0.25), long_hair=bool(rng.random() < 0.4), sleeves=bool(rng.random() < 0.5), **motion)
@@ -163,7 +156,7 @@ class Canvas:
     def __init__(self, scene, size, time):
         self.height, self.width = SUPER * size[0], SUPER * size[1]
         self.pixels = np.zeros((self.height, self.width, 4), np.uint8)
-        self.focal, self.horizon = 1.0 * min(self.height, 0.8 * self.width), scene.horizon * self.height
+        self.focal, self.horizon = 1.1 * min(self.height, 0.8 * self.width), scene.horizon * self.height
         self.top = math.ceil(self.horizon)                    # the first row of the ground
         self.eye = (scene.eye_x, scene.eye_height + 0.012 * math.sin(3.1 * time), 0.0)
         self.slide, self.time, yaw = scene.speed * time, time, scene.yaw + scene.pan * math.sin(0.45 * time)
@@ -285,21 +278,20 @@ def draw_ground(canvas, scene):
         if points.size:
             cv2.fillPoly(canvas.pixels, [points], (*rgb, ROAD), shift=4)
     left, right, kerb = -scene.kerb[-1], scene.kerb[1], scene.paving * 1.16
-    cross = canvas.ahead(scene.cross) if scene.cross < math.inf else -100.0
-    strip(left - scene.pavement, right + scene.pavement, -9, 900, scene.paving)
-    strip(-200, 200, cross - 2.2, cross + 10.2, scene.paving)
-    strip(-200, 200, cross - 0.2, cross + 8.2, kerb)
+    for side, edge in scene.kerb.items():
+        strip(0, side * (edge + scene.pavement + (0 if scene.lawn[side] else 2)), -9, 900, scene.paving)
     strip(left - 0.2, right + 0.2, -9, 900, kerb)
     strip(left, right, -9, 900, scene.asphalt)
-    for side, x in scene.kerb.items():
-        if x > 4:
+    for side, edge in scene.kerb.items():
+        if edge > 4:
             strip(side * 3.1 - 0.06, side * 3.1 + 0.06, -9, 900, WHITE)
-    strip(-200, 200, cross, cross + 8, scene.asphalt)
-    for x in np.arange(left + 0.3, right - 0.3, 1.0):
-        strip(x, x + 0.5, cross - 2.6, cross - 0.3, WHITE)
     for z in canvas.ahead(np.arange(0, PERIOD, 6.5)):
-        if not cross - 6 < z < cross + 9:
-            strip(-0.08, 0.08, z, z + 3, WHITE)
+        strip(-0.08, 0.08, z, z + 3, WHITE)
+    if scene.zebra is not None:
+        z = canvas.ahead(scene.zebra)
+        strip(left, right, z - 2, z + 2, scene.asphalt)
+        for x in np.arange(left + 0.3, right - 0.3, 1.0):
+            strip(x, x + 0.5, z - 1.4, z + 1.4, WHITE)
 
 
 def shade_ground(canvas, scene, shadows):
@@ -492,17 +484,15 @@ def draw_person(canvas, item, at, z, grown):
 
 def place(canvas, scene):
     """(thing, x, z) of everything in reach at the canvas's time, in the order in which it is to be drawn."""
-    placed, cross = [], float(canvas.ahead(scene.cross)) if scene.cross < math.inf else math.inf
+    placed = []
     for item in scene.things:
         x = (item.x + item.vx * canvas.time + 50) % 100 - 50 if item.vx else item.x
         placed.append((item, x, float(canvas.ahead(item.z + item.vz * canvas.time))))
 
     def order(entry):
-        # A building never hides what is in the street, but it does hide the side street behind it: so first what lies
-        # beyond the crossing, then what is on it, then what is nearer, and in each of these the buildings first.
+        # Seen from the street, a building never hides what is in the street. A car hides from its near end on.
         item, _, z = entry
-        middle, near = z + item.length / 2, z - 2.2 * (item.draw is draw_car and not item.vx)
-        return (middle < cross + 9) + (middle < cross - 2.5), item.draw is not draw_building, -near
+        return item.draw is not draw_building, 2.2 * (item.draw is draw_car) - z
     return sorted((entry for entry in placed if entry[2] + entry[0].length > -3), key=order)
 
 
@@ -514,7 +504,7 @@ def cast_shadow(scene, item, x, z):
     elif item.draw is draw_tree:
         foot, high = CIRCLE * item.radius + lean * (item.height - 1.6 * item.radius), 0.8 * item.radius
     elif item.draw is draw_car:
-        foot, high = np.clip(1.5 * CIRCLE, -1, 1) * ((2.3, 1.05) if item.vx else (1.05, 2.3)), 0.8
+        foot, high = np.clip(1.5 * CIRCLE, -1, 1) * (1.05, 2.3), 0.8
     else:
         foot, high = CIRCLE * 0.28, 1.6
     hull = cv2.convexHull(np.float32(np.concatenate([foot, foot + lean * high]) + (x, z)))[:, 0]

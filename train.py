@@ -41,12 +41,13 @@ def print_settings(config, data, model, device, precision):
     """Say what was decided: settings, data, what trains, where it runs."""
     print("settings: " + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()))
     counts = ", ".join(f"{len(samples)} {split}" for split, samples in data.splits.items())
-    print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {', '.join(n for n, _ in data.classes)}")
+    names = ", ".join(name for name, _ in data.classes)
+    print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {names}")
     for note in data.notes:
         print(f"  {note}")
     trained, total = model.parameter_counts()
-    print(f"model: {config.backbone} + {config.head} on blocks {model.backbone.layers}, {trained:,} parameters "
-          f"train, {total - trained:,} are frozen")
+    print(f"model: {config.backbone} + {config.head} on blocks {model.backbone.layers}, {trained:,} "
+          f"parameters train, {total - trained:,} are frozen")
     print(f"device: {device}, {precision}", flush=True)
 
 
@@ -66,8 +67,9 @@ def restore_random_state(state):
 
 
 def open_run(out_dir, facts, resumed):
-    """Move an earlier run aside and write config.json. Called when the first epoch is done, so that a run that
-    fails before leaves everything as it was.
+    """Move an earlier run aside and write config.json.
+
+    Called when the first epoch is done, so that a run that fails before leaves everything as it was.
     """
     if not resumed and (moved := utils.set_aside(out_dir)):
         print(f"the earlier run in {out_dir} was moved to {moved}")
@@ -125,11 +127,12 @@ def print_result(history, classes, out_dir, picture, clip):
 def build_training(config, data, device):
     """Return model, optimizer and the two loaders that a TrainConfig describes."""
     weights = "none" if config.resume else config.weights  # last.pth brings its own
-    model = build_model(config.backbone, config.head, len(data.classes), config.layers, weights, config.unfreeze)
-    model = model.to(device)
+    model = build_model(config.backbone, config.head, len(data.classes), config.layers, weights,
+                        config.unfreeze).to(device)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, config.backbone_lr_scale)
     optimizer = torch.optim.AdamW(groups, lr=config.lr)
-    train_set = SegmentationDataset(data.splits["train"], data.table, config.imgsz, config.augment, config.seed)
+    train_set = SegmentationDataset(data.splits["train"], data.table, config.imgsz, config.augment,
+                                    config.seed)
     val_set = SegmentationDataset(data.splits["val"], data.table, config.imgsz)
     loaders = [make_loader(part, config.batch_size, config.workers, device.type == "cuda")
                for part in (train_set, val_set)]
@@ -181,12 +184,13 @@ def main():
         draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
                         out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
         draw_epoch(history, matrix, data.classes, out_dir)
-        packed = pack_checkpoint(model, data.classes, config.imgsz, config=settings, epoch=epoch, metrics=scores)
+        packed = pack_checkpoint(model, data.classes, config.imgsz, config=settings, epoch=epoch,
+                                 metrics=scores)
         if better := scores["miou"] > best or best < 0:
             utils.save_checkpoint(packed, out_dir / "best_model_iou.pth")
-        utils.save_checkpoint(dict(packed, optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(),
-                                   step=step, history=history, random=random_state(),
-                                   data_fingerprint=data.fingerprint()), out_dir / "last.pth")
+        state = dict(optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(), step=step,
+                     history=history, random=random_state(), data_fingerprint=data.fingerprint())
+        utils.save_checkpoint({**packed, **state}, out_dir / "last.pth")
         print(f"{title}: loss {trained['loss']:.4f}, validation loss {scores['loss']:.4f}, accuracy "
               f"{scores['accuracy']:.4f}, mIoU {scores['miou']:.4f}{' (best so far)' if better else ''}, "
               f"{trained['images_per_s']:.1f} images/s, {row['seconds']:.1f} s", flush=True)
@@ -201,8 +205,8 @@ def resume(saved, config, data, model, optimizer, precision):
     if saved["epoch"] >= config.epochs:
         raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
     if saved["data_fingerprint"] != data.fingerprint():
-        raise InputError("the data set is not the one the run was trained on (files were added, removed or changed): "
-                         "restore it, or start a new run without --resume")
+        raise InputError("the data set is not the one the run was trained on (files were added, removed or "
+                         "changed): restore it, or start a new run without --resume")
     load_strictly(model, saved["model"], "last.pth")
     optimizer.load_state_dict(saved["optimizer"])
     precision.scaler.load_state_dict(saved["scaler"])

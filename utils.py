@@ -104,10 +104,10 @@ def add_inference_flags(parser):
     """Add the flags that infer_image.py and infer_video.py share to an argparse parser."""
     parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
                         help="size the network runs at (default: as trained)")
-    parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colours, 0..1 (default: 0.5)")
+    parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colours (default: 0.5)")
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
     parser.add_argument("--show", action="store_true", help="open a window")
-    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (default: outputs)")
+    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out-dir: cannot create {path} ({error.strerror}): choose another folder") from None
+        raise InputError(f"--out-dir: cannot create {path} ({error.strerror}); choose another one") from None
     if not os.access(path, os.W_OK):
         raise InputError(f"--out-dir: {path} is not writable: choose another folder")
 
@@ -189,7 +189,8 @@ def run_facts(device):
     """Return what a later reader wants to know about where a run was made: versions, device, git commit."""
     import timm
     import torchvision
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                            text=True)
     return dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
                 timm=timm.__version__, device=str(device), git_commit=commit.stdout.strip() or None,
                 started=time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -249,7 +250,8 @@ def side_by_side(rows, classes, height=240):
         strips.append(np.hstack([image, *[overlay(image, mask, table, 0.65, keep) for mask in masks]]))
     names = legend(classes)
     width = max(strip.shape[1] for strip in strips)
-    canvas = np.full((max(len(strips) * (height + 4) + 26, names.shape[0]), width + names.shape[1], 3), 255, np.uint8)
+    tall = max(len(strips) * (height + 4) + 26, names.shape[0])
+    canvas = np.full((tall, width + names.shape[1], 3), 255, np.uint8)
     for row, strip in enumerate(strips):
         top = 26 + row * (height + 4)
         canvas[top:top + height, :strip.shape[1]] = strip

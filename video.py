@@ -33,7 +33,7 @@ class VideoReader:
         self.source = str(source)
         self.live = self.source.isdecimal() or "://" in self.source
         if not self.live and not Path(self.source).is_file():
-            raise InputError(f"--input {source} does not exist: give a video file, a camera index or a stream URL")
+            raise InputError(f"--input {source} does not exist: give a video file, camera index or URL")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # its complaints come as our own line instead
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self.capture = cv2.VideoCapture(int(self.source) if self.source.isdecimal() else self.source)
@@ -81,7 +81,8 @@ class VideoWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.codec = "H.264" if av else "mp4v"
         if av:
-            self.container = av.open(str(self.temporary), "w", format="mp4", options={"movflags": "+faststart"})
+            options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded whole
+            self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
             self.stream = self.container.add_stream("libx264", rate=self.fps)
             self.stream.height, self.stream.width = self.size
             # 4:2:0 is what browsers play; it cannot hold an odd size

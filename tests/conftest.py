@@ -1,4 +1,5 @@
 """Helpers of the tests: small files of every kind, a torch.hub cache, and scripts run as a user runs them."""
+
 import os
 
 os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
@@ -42,7 +43,7 @@ def blocks(height, width, classes, seed=0):
     mask = np.full((height, width), classes[0], np.uint8)
     for id in classes[1:]:
         top, left = generator.integers(0, height // 2 + 1), generator.integers(0, width // 2 + 1)
-        mask[top:top + height // 3, left:left + width // 3] = id
+        mask[top : top + height // 3, left : left + width // 3] = id
     return mask
 
 
@@ -57,6 +58,7 @@ def write_folder(root, count=8, size=(45, 61), values=(0, 1, 2)):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Return run(module, *flags) -> (exit code, stdout, stderr): a script's main as the command line calls it."""
+
     def call(module, *flags):
         monkeypatch.setattr("sys.argv", [module.__name__ + ".py", *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
@@ -67,7 +69,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-HUBCONF = '''
+HUBCONF = """
 import timm
 
 dependencies = ["timm"]
@@ -76,21 +78,31 @@ dependencies = ["timm"]
 def dinov2_vits14(*, pretrained=True, **kwargs):
     return timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=5, embed_dim=48, num_heads=3,
                              num_classes=0, dynamic_img_size=True, init_values=1e-5)
-'''
+"""
 
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """A TORCH_HOME as torch.hub leaves it: the code folder and the weights file of dinov2_vits14."""
     import timm
+
     home = tmp_path / "torch_home"
     code = home / "hub/facebookresearch_dinov2_main"
     code.mkdir(parents=True)
     (code / "hubconf.py").write_text(HUBCONF)
     monkeypatch.setenv("TORCH_HOME", str(home))
     torch.manual_seed(5)
-    net = timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=5, embed_dim=48, num_heads=3,
-                            num_classes=0, dynamic_img_size=True, init_values=1e-5)
+    net = timm.create_model(
+        "vit_tiny_patch16_224",
+        patch_size=14,
+        img_size=56,
+        depth=5,
+        embed_dim=48,
+        num_heads=3,
+        num_classes=0,
+        dynamic_img_size=True,
+        init_values=1e-5,
+    )
     weights = home / "hub/checkpoints/dinov2_vits14_pretrain.pth"
     weights.parent.mkdir()
     torch.save(net.state_dict(), weights)

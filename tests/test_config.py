@@ -1,4 +1,5 @@
 """Settings: defaults < recipe < saved run < flags; names are known or listed."""
+
 import dataclasses
 import json
 
@@ -23,12 +24,25 @@ def test_every_recipe_is_made_of_known_settings_and_json(name):
     assert dataclasses.asdict(resolve({}, saved)) == settings
 
 
-@pytest.mark.parametrize(("flags", "reason"), [
-    (["--imgsz", "0", "640"], "'0' is not a whole number of at least 1"), (["--imgsz", "640"], "2 arguments"),
-    (["--imgsz", "-5", "3"], "imgsz"), (["--dataset", "coco"], "voc"), (["--head", "big"], "linear"),
-    (["--backbone", "resnet"], "dinov2_vitg14_reg"), (["--recipe", "x"], "person-bn"), (["--epoch", "3"], "--epoch"),
-    (["--lr", "nan"], "above 0"), (["--lr", "fast"], "above 0"), (["--unfreeze", "-1"], "unfreeze"),
-    (["--val-fraction", "1"], "between 0 and 1"), (["--seed", "1.5"], "at least 0"), (["--amp", "fp8"], "bf16")])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--imgsz", "0", "640"], "'0' is not a whole number of at least 1"),
+        (["--imgsz", "640"], "2 arguments"),
+        (["--imgsz", "-5", "3"], "imgsz"),
+        (["--dataset", "coco"], "voc"),
+        (["--head", "big"], "linear"),
+        (["--backbone", "resnet"], "dinov2_vitg14_reg"),
+        (["--recipe", "x"], "person-bn"),
+        (["--epoch", "3"], "--epoch"),
+        (["--lr", "nan"], "above 0"),
+        (["--lr", "fast"], "above 0"),
+        (["--unfreeze", "-1"], "unfreeze"),
+        (["--val-fraction", "1"], "between 0 and 1"),
+        (["--seed", "1.5"], "at least 0"),
+        (["--amp", "fp8"], "bf16"),
+    ],
+)
 def test_wrong_flags_exit_with_2_and_list_what_is_known(capsys, flags, reason):
     with pytest.raises(SystemExit) as stop:
         parse_train_args(flags)

@@ -1,4 +1,5 @@
 """Image and mask stay aligned through every transform; data sets are found where users have them."""
+
 import pickle
 
 import numpy as np
@@ -10,7 +11,15 @@ from PIL import Image
 import config
 import datasets
 from config import InputError
-from datasets import EpochSampler, SegmentationDataset, augment, load_data, make_loader, resize_image, resize_mask
+from datasets import (
+    EpochSampler,
+    SegmentationDataset,
+    augment,
+    load_data,
+    make_loader,
+    resize_image,
+    resize_mask,
+)
 from readers import Sample, index_table
 
 
@@ -49,7 +58,7 @@ def test_colour_jitter_changes_the_image_and_leaves_the_mask():
 def test_mask_resize_has_no_half_pixel_shift():
     # A centred disc must keep its centre; torch's plain `nearest` would move it by two pixels of the source.
     rows, columns = np.mgrid[:500, :500] - 249.5
-    disc = torch.from_numpy(((rows ** 2 + columns ** 2) < 150 ** 2).astype(np.uint8))
+    disc = torch.from_numpy(((rows**2 + columns**2) < 150**2).astype(np.uint8))
     small = resize_mask(disc, (100, 100)).float()
     centre = (small.sum(1) @ torch.arange(100.0) / small.sum()).item()
     assert abs(centre - 49.5) < 0.05
@@ -142,7 +151,9 @@ def test_voc_offline_says_which_file_goes_where(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", no_network)
-    with pytest.raises(InputError, match="put VOCtrainval_11-May-2012.tar or .* into .* or .*--data-root") as error:
+    with pytest.raises(
+        InputError, match="put VOCtrainval_11-May-2012.tar or .* into .* or .*--data-root"
+    ) as error:
         load_data("voc", tmp_path)
     assert "\n" not in str(error.value)
 
@@ -152,13 +163,18 @@ def test_voc_download_goes_through_torchvision(tmp_path, monkeypatch):
     import tarfile
 
     import torchvision.datasets.voc as voc_module
+
     write_voc(tmp_path / "made/VOCdevkit/VOC2012")
     root = tmp_path / "root"
     root.mkdir()
     with tarfile.open(root / datasets.VOC_TAR, "w") as tar:
         tar.add(tmp_path / "made/VOCdevkit", "VOCdevkit")
     import hashlib
-    year = dict(voc_module.DATASET_YEAR_DICT["2012"], md5=hashlib.md5((root / datasets.VOC_TAR).read_bytes()).hexdigest())
+
+    year = dict(
+        voc_module.DATASET_YEAR_DICT["2012"],
+        md5=hashlib.md5((root / datasets.VOC_TAR).read_bytes()).hexdigest(),
+    )
     monkeypatch.setitem(voc_module.DATASET_YEAR_DICT, "2012", year)
     assert len(load_data("voc", root).splits["train"]) == 1
 
@@ -185,8 +201,11 @@ def test_fingerprint_follows_the_files(tmp_path):
     write_voc(tmp_path)
     before = load_data("voc", tmp_path).fingerprint()
     assert before == load_data("voc", tmp_path).fingerprint()
-    write_pair(tmp_path / "JPEGImages/2007_000002.jpg", tmp_path / "SegmentationClass/2007_000002.png",
-               blocks(30, 30, (0, 1)))
+    write_pair(
+        tmp_path / "JPEGImages/2007_000002.jpg",
+        tmp_path / "SegmentationClass/2007_000002.png",
+        blocks(30, 30, (0, 1)),
+    )
     assert before != load_data("voc", tmp_path).fingerprint()
 
 

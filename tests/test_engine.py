@@ -1,4 +1,5 @@
 """Training step, accumulation, schedules, prediction at native size, non-finite losses."""
+
 import math
 
 import numpy as np
@@ -35,8 +36,13 @@ class Pixelwise(nn.Module):
 def batches_of(images, masks, size):
     """Return a bar over batches of `size` with names."""
     names = [f"image_{number}.png" for number in range(len(images))]
-    return tqdm([(images[i:i + size], masks[i:i + size], names[i:i + size]) for i in range(0, len(images), size)],
-                disable=True)
+    return tqdm(
+        [
+            (images[i : i + size], masks[i : i + size], names[i : i + size])
+            for i in range(0, len(images), size)
+        ],
+        disable=True,
+    )
 
 
 def random_batch(count, height=11, width=13, seed=0):
@@ -45,7 +51,7 @@ def random_batch(count, height=11, width=13, seed=0):
     images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
     masks = images.float().argmax(1).to(torch.uint8)
     for number in range(count):
-        masks[number, :number % 5] = 255
+        masks[number, : number % 5] = 255
     return images, masks
 
 
@@ -53,8 +59,16 @@ def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=Non
     """Train one epoch with plain SGD; return what train_one_epoch returns."""
     groups = parameter_groups(net, lr, 0.0, 1.0)
     optimizer = torch.optim.SGD(groups, lr=lr)
-    return train_one_epoch(net, batches, criterion or build_loss("ce"), optimizer, Precision(precision, CPU),
-                           lambda step: 1.0, 0, accumulate)
+    return train_one_epoch(
+        net,
+        batches,
+        criterion or build_loss("ce"),
+        optimizer,
+        Precision(precision, CPU),
+        lambda step: 1.0,
+        0,
+        accumulate,
+    )
 
 
 @pytest.mark.parametrize(("count", "size", "accumulate"), [(8, 2, 4), (7, 2, 2), (5, 2, 3)])
@@ -72,13 +86,19 @@ def test_epoch_numbers_are_those_of_the_data():
     net = Pixelwise()
     with torch.no_grad():
         logits = net(images)
-        want = [F.cross_entropy(logits[i:i + 2], masks[i:i + 2].long(), ignore_index=255).item() for i in (0, 2, 4)]
+        want = [
+            F.cross_entropy(logits[i : i + 2], masks[i : i + 2].long(), ignore_index=255).item()
+            for i in (0, 2, 4)
+        ]
     result = run_epoch(net, batches_of(images, masks, 2), lr=1e-12)
     assert result["loss"] == result["ce"] == pytest.approx(np.mean(want), rel=1e-5)
     counted = masks != 255
-    assert result["accuracy"] == pytest.approx((logits.argmax(1)[counted] == masks[counted]).float().mean().item())
+    assert result["accuracy"] == pytest.approx(
+        (logits.argmax(1)[counted] == masks[counted]).float().mean().item()
+    )
     assert result["miou"] == pytest.approx(
-        jaccard_score(masks[counted], logits.argmax(1)[counted], average="macro"), abs=1e-6)
+        jaccard_score(masks[counted], logits.argmax(1)[counted], average="macro"), abs=1e-6
+    )
 
 
 def test_training_learns():
@@ -100,6 +120,7 @@ def test_half_precision_training_stays_close(precision):
 
 def test_a_loss_that_is_not_finite_names_its_files():
     images, masks = random_batch(24)
+
     def criterion(logits, labels):
         loss = logits.float().mean() * 0 + 1
         bad = torch.equal(labels, masks[4:6].long())
@@ -114,9 +135,15 @@ def test_gradients_are_clipped():
     images, masks = random_batch(2)
     net = Pixelwise()
     before = [p.clone() for p in net.parameters()]
-    run_epoch(net, batches_of(images, masks, 2), lr=1.0,
-              criterion=lambda logits, labels: (1e4 * logits.square().mean(), {}))
-    moved = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(net.parameters(), before, strict=True)))
+    run_epoch(
+        net,
+        batches_of(images, masks, 2),
+        lr=1.0,
+        criterion=lambda logits, labels: (1e4 * logits.square().mean(), {}),
+    )
+    moved = math.sqrt(
+        sum((a - b).square().sum().item() for a, b in zip(net.parameters(), before, strict=True))
+    )
     assert moved == pytest.approx(engine.MAX_GRAD_NORM, rel=1e-3)
 
 
@@ -146,8 +173,11 @@ def test_parameter_groups_cover_what_trains_once():
     head = {id(p) for p in net.head.parameters()}
     for group in groups:
         assert group["base_lr"] == (1e-3 if {id(p) for p in group["params"]} <= head else 5e-4)
-        assert all(p.ndim > 1 for p in group["params"]) if group["weight_decay"] else \
-            all(p.ndim == 1 for p in group["params"])
+        assert (
+            all(p.ndim > 1 for p in group["params"])
+            if group["weight_decay"]
+            else all(p.ndim == 1 for p in group["params"])
+        )
 
 
 # --- prediction -------------------------------------------------------------------------------------------
@@ -173,14 +203,18 @@ def test_evaluate_scores_every_mask_at_its_own_size():
     net = Pixelwise().eval()
     images, _ = random_batch(5, 12, 18)
     generator = torch.Generator().manual_seed(1)
-    masks = [torch.randint(0, 3, size, dtype=torch.uint8, generator=generator)
-             for size in ((24, 36), (13, 17), (12, 18), (50, 20), (9, 9))]
+    masks = [
+        torch.randint(0, 3, size, dtype=torch.uint8, generator=generator)
+        for size in ((24, 36), (13, 17), (12, 18), (50, 20), (9, 9))
+    ]
     masks[1][:4] = 255
     names = list("abcde")
     bar = tqdm([(images[:3], masks[:3], names[:3]), (images[3:], masks[3:], names[3:])], disable=True)
     scores, matrix = engine.evaluate(net, bar, build_loss("ce"), Precision("off", CPU))
-    preds = [F.interpolate(net(one[None]), size=mask.shape, mode="bilinear").argmax(1)[0]
-             for one, mask in zip(images, masks, strict=True)]
+    preds = [
+        F.interpolate(net(one[None]), size=mask.shape, mode="bilinear").argmax(1)[0]
+        for one, mask in zip(images, masks, strict=True)
+    ]
     truth = torch.cat([mask[mask != 255] for mask in masks])
     guess = torch.cat([pred[mask != 255] for pred, mask in zip(preds, masks, strict=True)])
     assert scores["miou"] == pytest.approx(jaccard_score(truth, guess, average="macro"), abs=1e-9)

@@ -1,4 +1,5 @@
 """A folder of the user's own: every layout, every kind of classes, and a fair split."""
+
 import numpy as np
 import pytest
 from conftest import blocks, real_data, write_folder, write_pair
@@ -23,8 +24,11 @@ LAYOUTS = [
 def test_every_layout(tmp_path, layout):
     for number in range(5):
         images, masks = layout[:2] if number < 3 else layout[2:]
-        write_pair(tmp_path / images / f"{number}.png", tmp_path / masks / f"{number}.png",
-                   blocks(20, 30, (0, 1, 2), seed=number))
+        write_pair(
+            tmp_path / images / f"{number}.png",
+            tmp_path / masks / f"{number}.png",
+            blocks(20, 30, (0, 1, 2), seed=number),
+        )
     source = folder(tmp_path)
     assert [sample.image.stem for sample in source.splits["train"]] == ["0", "1", "2"]
     assert [sample.mask.stem for sample in source.splits["val"]] == ["3", "4"]
@@ -76,8 +80,15 @@ def test_masks_painted_in_the_colours_of_classes_txt(tmp_path):
         folder(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("one\n", "1 classes"), ("a 1 2 3\nb 300 0 0\n", "line 2"),
-                                              ("", "0 classes"), (b"\xff\xfe\x00", "UTF-8")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("one\n", "1 classes"),
+        ("a 1 2 3\nb 300 0 0\n", "line 2"),
+        ("", "0 classes"),
+        (b"\xff\xfe\x00", "UTF-8"),
+    ],
+)
 def test_bad_classes_txt_is_named(tmp_path, text, reason):
     write_folder(tmp_path, count=2)
     (tmp_path / "classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -120,7 +131,9 @@ def test_real_crackforest_pairs_by_suffix_in_any_case():
 
 def test_split_is_deterministic_disjoint_and_fair():
     generator = np.random.default_rng(0)
-    pixels = generator.integers(1, 1000, (120, 6)) * (generator.random((120, 6)) < [1, 0.8, 0.5, 0.3, 0.1, 0.05])
+    pixels = generator.integers(1, 1000, (120, 6)) * (
+        generator.random((120, 6)) < [1, 0.8, 0.5, 0.3, 0.1, 0.05]
+    )
     pixels[:3] = 0  # images without any class
     train, val = stratified_split(pixels, 0.2)
     assert (train, val) == stratified_split(pixels, 0.2)

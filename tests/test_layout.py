@@ -1,4 +1,5 @@
 """The shape of the code base: who imports whom, what is set before torch, what the README promises."""
+
 import ast
 import re
 import subprocess
@@ -9,7 +10,18 @@ from conftest import ROOT
 
 import config
 
-LEAVES = {"config", "datasets", "folder", "losses", "metrics", "model", "readers", "streets", "utils", "video"}
+LEAVES = {
+    "config",
+    "datasets",
+    "folder",
+    "losses",
+    "metrics",
+    "model",
+    "readers",
+    "streets",
+    "utils",
+    "video",
+}
 PARTS = {"datasets": {"folder", "readers", "streets"}, "folder": {"readers"}}  # files split off a leaf
 FILES = sorted(ROOT.glob("*.py"))
 SCRIPTS = [path for path in FILES if path.stem not in LEAVES | {"engine"}]
@@ -66,14 +78,18 @@ def test_mps_fallback_is_set_before_torch_unless_the_user_did(name, setting, mon
     monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK", raising=False)
     if setting:
         monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", setting)
-    done = subprocess.run([sys.executable, "-c", WATCH.format(name=name)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH.format(name=name)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.strip() == (setting or "1"), done.stderr
 
 
 def test_readme_names_only_flags_and_files_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     scripts = {path.name: path.read_text(encoding="utf-8") for path in FILES}
-    train_flags = {"--" + name.replace("_", "-") for name in config.TrainConfig.__dataclass_fields__} | {"--recipe"}
+    train_flags = {"--" + name.replace("_", "-") for name in config.TrainConfig.__dataclass_fields__} | {
+        "--recipe"
+    }
     for command in re.findall(r"python (\w+\.py)([^\n`|]*)", text):
         name, rest = command
         assert name in scripts, name

@@ -1,4 +1,5 @@
 """Cross entropy against torch's own, with ignored pixels, half precision and nothing to count."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
 """The confusion matrix against torchmetrics, scikit-learn and a loop; absent classes; ignored pixels."""
+
 import math
 
 import pytest
@@ -32,9 +33,12 @@ def test_equals_independent_references(absent):
     truth, guess = masks[counted].numpy(), preds[counted].numpy()
     assert (matrix.counts.numpy() == confusion_matrix(truth, guess, labels=range(6))).all()
     present = [id for id in range(6) if id not in absent]
-    assert matrix.miou() == pytest.approx(jaccard_score(truth, guess, labels=present, average="macro"), abs=1e-12)
     assert matrix.miou() == pytest.approx(
-        MulticlassJaccardIndex(6, ignore_index=255)(preds, masks).item(), abs=1e-6)
+        jaccard_score(truth, guess, labels=present, average="macro"), abs=1e-12
+    )
+    assert matrix.miou() == pytest.approx(
+        MulticlassJaccardIndex(6, ignore_index=255)(preds, masks).item(), abs=1e-6
+    )
     dice = multiclass_f1_score(torch.tensor(guess), torch.tensor(truth), 6, average="none")
     assert matrix.per_class_dice()[present].tolist() == pytest.approx(dice[present].tolist(), abs=1e-6)
     assert matrix.pixel_accuracy() == pytest.approx((truth == guess).mean())
@@ -70,6 +74,8 @@ def test_batches_merge_to_the_whole_and_differ_from_the_mean_of_batches():
 def test_nothing_counted_is_nan_and_wrong_shapes_raise():
     matrix = ConfusionMatrix(4)
     matrix.update(torch.zeros(2, 5, 5, dtype=torch.int64), torch.full((2, 5, 5), 255))
-    assert math.isnan(matrix.miou()) and math.isnan(matrix.pixel_accuracy()) and matrix.absent() == [0, 1, 2, 3]
+    assert (
+        math.isnan(matrix.miou()) and math.isnan(matrix.pixel_accuracy()) and matrix.absent() == [0, 1, 2, 3]
+    )
     with pytest.raises(ValueError, match="shape"):
         matrix.update(torch.zeros(4, 4), torch.zeros(4, 5))

@@ -1,4 +1,5 @@
 """The Segmenter at odd sizes, frozen and unfrozen parts, torch.hub offline, checkpoints that are not ours."""
+
 import pickle
 import subprocess
 import sys
@@ -55,8 +56,9 @@ def test_forward_equals_the_steps_written_out():
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         pixels = (pixels - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
         padded = F.pad(pixels, (5, 6, 6, 6))  # 30 -> 42 and 45 -> 56, zeros, the odd pixel on the far side
-        tokens = net.backbone.net.forward_intermediates(padded, indices=[2, 3, 4, 5], norm=True,
-                                                        intermediates_only=True)
+        tokens = net.backbone.net.forward_intermediates(
+            padded, indices=[2, 3, 4, 5], norm=True, intermediates_only=True
+        )
         features = net.head.bn(torch.cat(tokens, 1))
         weight, bias = net.head.conv_seg.weight[:, :, 0, 0], net.head.conv_seg.bias
         logits = torch.einsum("bdhw,kd->bkhw", features, weight) + bias.view(1, -1, 1, 1)
@@ -68,7 +70,7 @@ def test_padding_is_centred_and_only_where_needed():
     images = torch.ones(1, 1, 28, 30)
     padded, top, left = pad_to_multiple(images, 14)
     assert padded.shape == (1, 1, 28, 42) and (top, left) == (0, 6)
-    assert torch.equal(padded[..., top:top + 28, left:left + 30], images) and padded.sum() == images.sum()
+    assert torch.equal(padded[..., top : top + 28, left : left + 30], images) and padded.sum() == images.sum()
 
 
 def test_bn_head_is_batchnorm_then_1x1_convolution():
@@ -94,14 +96,18 @@ def official_interpolation(pos_embed, rows, columns):
     """Interpolate as the official DINOv2 code describes it: scale factors (grid + 0.1) / old grid, bicubic."""
     side = int((pos_embed.shape[1] - 1) ** 0.5)
     patches = pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, scale_factor=((rows + 0.1) / side, (columns + 0.1) / side), mode="bicubic")
+    patches = F.interpolate(
+        patches, scale_factor=((rows + 0.1) / side, (columns + 0.1) / side), mode="bicubic"
+    )
     return torch.cat([pos_embed[:, :1], patches.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)], 1)
 
 
 def test_position_embedding_of_the_official_code_keeps_its_offset():
     parameter = torch.nn.Parameter(torch.randn(1, 26, 6), requires_grad=False)
     positions = PositionEmbedding(parameter, 1, (5, 5), offset=0.1, antialias=False)
-    assert torch.allclose(positions((7, 3), torch.zeros(1)), official_interpolation(parameter, 7, 3), atol=1e-6)
+    assert torch.allclose(
+        positions((7, 3), torch.zeros(1)), official_interpolation(parameter, 7, 3), atol=1e-6
+    )
     half = positions((7, 3), torch.zeros(1, dtype=torch.bfloat16))
     assert half.dtype == torch.bfloat16  # rounded after the interpolation, not before
     assert torch.equal(half, positions((7, 3), torch.zeros(1)).bfloat16())
@@ -148,10 +154,16 @@ def test_frozen_blocks_run_in_eval_mode_without_autograd():
     assert modes == [False] * 5 + [True]
 
 
-@pytest.mark.parametrize(("options", "reason"), [
-    (dict(unfreeze=7), "--unfreeze 7: the backbone has 6 blocks"), (dict(layers=(0, 6)), "--layers 0 6"),
-    (dict(layers=(2, 1)), "--layers 2 1"), (dict(backbone="timm/resnet9000"), "timm/resnet9000"),
-    (dict(weights="missing.pth"), "missing.pth does not exist")])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(unfreeze=7), "--unfreeze 7: the backbone has 6 blocks"),
+        (dict(layers=(0, 6)), "--layers 0 6"),
+        (dict(layers=(2, 1)), "--layers 2 1"),
+        (dict(backbone="timm/resnet9000"), "timm/resnet9000"),
+        (dict(weights="missing.pth"), "missing.pth does not exist"),
+    ],
+)
 def test_wrong_settings_are_one_line(options, reason):
     with pytest.raises(InputError, match=reason) as error:
         tiny(**options)
@@ -204,8 +216,10 @@ def test_hub_without_code_or_weights_says_what_goes_where(hub_cache, monkeypatch
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     weights = hub_cache / "hub/checkpoints/dinov2_vits14_pretrain.pth"
     weights.rename(weights.with_name("kept.pth"))
-    with pytest.raises(InputError, match="put https.*dinov2_vits14_pretrain.pth into .*checkpoints.*--weights FILE, "
-                                         "or .*--weights none"):
+    with pytest.raises(
+        InputError,
+        match="put https.*dinov2_vits14_pretrain.pth into .*checkpoints.*--weights FILE, or .*--weights none",
+    ):
         tiny(backbone="dinov2_vits14", weights="auto")
     tiny(backbone="dinov2_vits14", weights="none")
     tiny(backbone="dinov2_vits14", weights=str(weights.with_name("kept.pth")))
@@ -222,6 +236,7 @@ def test_weights_of_another_model_are_refused_by_name(hub_cache, tmp_path):
 
 def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
     """A stand-in with the official attributes: positions are taken from our table, at non-square sizes too."""
+
     class Official(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -244,15 +259,20 @@ def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
     backbone.requires_grad_(False)
     images = torch.randn(1, 3, 42, 70)
     want = backbone.net.patch_embed(images)
-    want = want + official_interpolation(backbone.net.pos_embed, 3, 5)[:, 1:].transpose(1, 2).unflatten(2, (3, 5))
+    want = want + official_interpolation(backbone.net.pos_embed, 3, 5)[:, 1:].transpose(1, 2).unflatten(
+        2, (3, 5)
+    )
     assert torch.allclose(backbone.features(images)[0], want, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
 def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(name, tmp_path, monkeypatch):
     """The keys of an official state dict, made from timm's, come back as the same network."""
-    twin = timm.create_model("vit_small_patch14" + ("_reg4" if "reg" in name else "") + "_dinov2", num_classes=0,
-                             dynamic_img_size=True)
+    twin = timm.create_model(
+        "vit_small_patch14" + ("_reg4" if "reg" in name else "") + "_dinov2",
+        num_classes=0,
+        dynamic_img_size=True,
+    )
     state = {f"backbone.net.{key}": value for key, value in twin.state_dict().items()}
     if "reg" in name:  # the official model keeps a position for the class token
         state["backbone.net.register_tokens"] = state.pop("backbone.net.reg_token")
@@ -294,10 +314,19 @@ class Evil:
         return print, ("code ran",)
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    ("truncated", "truncated or damaged"), ("text", "could run code|truncated or damaged"), ("empty", "truncated"),
-    ("evil", "could run code"), ("foreign", "is not a checkpoint of train.py"), ("missing", "does not exist"),
-    ("incomplete", "incomplete checkpoint"), ("other", "does not fit the model")])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("truncated", "truncated or damaged"),
+        ("text", "could run code|truncated or damaged"),
+        ("empty", "truncated"),
+        ("evil", "could run code"),
+        ("foreign", "is not a checkpoint of train.py"),
+        ("missing", "does not exist"),
+        ("incomplete", "incomplete checkpoint"),
+        ("other", "does not fit the model"),
+    ],
+)
 def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, content, reason):
     path = tmp_path / "model.pth"
     packed = pack_checkpoint(tiny(), CLASSES, (28, 28))
@@ -312,7 +341,9 @@ def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, cont
     elif content != "missing":
         torch.save(packed, path)
         whole = path.read_bytes()
-        path.write_bytes({"truncated": whole[:len(whole) // 2], "text": b"hello\nworld", "empty": b""}[content])
+        path.write_bytes(
+            {"truncated": whole[: len(whole) // 2], "text": b"hello\nworld", "empty": b""}[content]
+        )
     with pytest.raises(InputError, match=reason) as error:
         load_model(path)
     assert "\n" not in str(error.value) and "model.pth" in str(error.value)
@@ -321,6 +352,7 @@ def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, cont
 
 def test_weights_files_of_several_kinds(tmp_path):
     from safetensors.torch import save_file
+
     state = tiny().backbone.net.state_dict()
     save_file(state, tmp_path / "w.safetensors")
     torch.save({"model": state}, tmp_path / "w.pth")
@@ -335,7 +367,11 @@ def test_weights_files_of_several_kinds(tmp_path):
 
 
 def test_python_model_py_prints_the_model():
-    done = subprocess.run([sys.executable, "model.py", "--backbone", "vit_tiny", "--imgsz", "30", "45", "--unfreeze",
-                           "1"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "model.py", "--backbone", "vit_tiny", "--imgsz", "30", "45", "--unfreeze", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "BNHead" in done.stdout, done.stderr
     assert "-> logits (1, 7, 30, 45) float32" in done.stdout and "trained" in done.stdout

@@ -1,4 +1,5 @@
 """Files of every kind come out right, broken ones give one line that names them."""
+
 import numpy as np
 import pytest
 import torch
@@ -38,15 +39,24 @@ def test_grey_rgba_palette_and_16_bit_images(tmp_path):
     clear = read_image(tmp_path / "rgba.png").permute(1, 2, 0).numpy()
     assert (clear[5:] == pixels[5:]).all() and (clear[:5] == 255).all()
     Image.fromarray(pixels).quantize(32).save(tmp_path / "palette.png")
-    assert np.abs(read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy().astype(int) - pixels).mean() < 12
+    assert (
+        np.abs(read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy().astype(int) - pixels).mean() < 12
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotated_images_come_out_upright_and_masks_follow(tmp_path, orientation):
     upright = gradient()
-    stored = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-              5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1),
-              7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}[orientation]
+    stored = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored(upright))).save(tmp_path / "photo.png", exif=exif)
@@ -65,7 +75,7 @@ def test_broken_images_are_named(tmp_path, damage):
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"empty": b"", "text": b"no picture", "truncated": whole[:len(whole) // 2]}[damage])
+        path.write_bytes({"empty": b"", "text": b"no picture", "truncated": whole[: len(whole) // 2]}[damage])
     with pytest.raises(InputError, match="broken.jpg") as error:
         read_image(path)
     assert "\n" not in str(error.value)
@@ -80,7 +90,13 @@ def test_index_palette_bilevel_and_16_bit_masks_give_their_values(tmp_path):
     Image.fromarray(mask.astype(np.uint16) * 1000).save(tmp_path / "i16.png")
     Image.fromarray(mask > 0).save(tmp_path / "one.png")
     Image.fromarray(np.dstack([mask] * 3)).save(tmp_path / "rgb.png")
-    for name, want in (("p", mask), ("l", mask), ("rgb", mask), ("i16", mask.astype(np.int32) * 1000), ("one", mask > 0)):
+    for name, want in (
+        ("p", mask),
+        ("l", mask),
+        ("rgb", mask),
+        ("i16", mask.astype(np.int32) * 1000),
+        ("one", mask > 0),
+    ):
         assert (read_mask_values(tmp_path / f"{name}.png") == want.astype(np.int32)).all(), name
 
 
@@ -88,9 +104,13 @@ def test_a_mask_value_outside_the_classes_is_named(tmp_path):
     mask = np.zeros((9, 11), np.uint8)
     mask[0, :3], mask[5] = 77, 255
     Image.fromarray(mask).save(tmp_path / "odd.png")
-    with pytest.raises(InputError, match=r"odd.png has the value 77 \(3 pixels\).*classes are 0..4, ignored: 255"):
+    with pytest.raises(
+        InputError, match=r"odd.png has the value 77 \(3 pixels\).*classes are 0..4, ignored: 255"
+    ):
         read_mask(tmp_path / "odd.png", index_table(5))
-    assert (read_mask(tmp_path / "odd.png", index_table(5, ignored=(77, 255))) == np.where(mask, 255, 0)).all()
+    assert (
+        read_mask(tmp_path / "odd.png", index_table(5, ignored=(77, 255))) == np.where(mask, 255, 0)
+    ).all()
 
 
 def test_colour_masks_need_colours(tmp_path):
@@ -108,7 +128,8 @@ def test_pairs_by_stem_with_suffixes_and_inner_dots(tmp_path):
     (tmp_path / "images/.hidden.jpg").write_bytes(b"x")
     pairs = pair_files(tmp_path / "images", tmp_path / "masks")
     assert [(pair.image.stem, pair.mask.stem) for pair in pairs] == [
-        (stem, f"{stem}_label") for stem in sorted(("a.b.c", "site 1", "ünï"))]
+        (stem, f"{stem}_label") for stem in sorted(("a.b.c", "site 1", "ünï"))
+    ]
 
 
 @pytest.mark.parametrize("lonely", ["images/x.png", "masks/x.png"])

@@ -1,4 +1,5 @@
 """The scripts as a user runs them: training, resuming, inference on images and video, bad input."""
+
 import json
 import os
 import shutil
@@ -25,15 +26,48 @@ from model import load_model
 from readers import read_image
 from video import VideoReader
 
-RUN_FILES = {"config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
-             "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds"}
+RUN_FILES = {
+    "config.json",
+    "history.jsonl",
+    "loss.png",
+    "accuracy.png",
+    "miou.png",
+    "per_class_iou.png",
+    "confusion_matrix.png",
+    "best_model_iou.pth",
+    "last.pth",
+    "valid_preds",
+}
 
 
 def train_flags(data, out, *more):
     """Return the flags of a run of seconds: vit_tiny from scratch on a small folder."""
-    return ("--dataset", "folder", "--data-root", data, "--out-dir", out, "--backbone", "vit_tiny", "--unfreeze",
-            "all", "--imgsz", 42, 56, "--batch-size", 4, "--lr", 5e-4, "--backbone-lr-scale", 1, "--workers", 0,
-            "--scheduler", "none", *more)
+    return (
+        "--dataset",
+        "folder",
+        "--data-root",
+        data,
+        "--out-dir",
+        out,
+        "--backbone",
+        "vit_tiny",
+        "--unfreeze",
+        "all",
+        "--imgsz",
+        42,
+        56,
+        "--batch-size",
+        4,
+        "--lr",
+        5e-4,
+        "--backbone-lr-scale",
+        1,
+        "--workers",
+        0,
+        "--scheduler",
+        "none",
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +99,15 @@ def test_a_run_leaves_the_files_it_promises(trained):
     assert sorted(path.name for path in (out / "valid_preds").iterdir()) == ["epoch_001.png", "epoch_002.png"]
     rows = history_of(out)
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert {"train_loss", "train_ce", "val_loss", "val_miou", "val_dice", "per_class_iou", "lr"} <= rows[0].keys()
+    assert {"train_loss", "train_ce", "val_loss", "val_miou", "val_dice", "per_class_iou", "lr"} <= rows[
+        0
+    ].keys()
     settings = json.loads((out / "config.json").read_text())
-    assert settings["imgsz"] == [42, 56] and settings["data_fingerprint"] and settings["torch"] == torch.__version__
+    assert (
+        settings["imgsz"] == [42, 56]
+        and settings["data_fingerprint"]
+        and settings["torch"] == torch.__version__
+    )
     for name in RUN_FILES:
         if name.endswith(".png"):
             assert np.array(Image.open(out / name)).std() > 1
@@ -82,7 +122,9 @@ def test_best_checkpoint_is_the_best_epoch_and_scores_what_it_says(trained):
     source = train.load_data("folder", data)
     dataset = train.SegmentationDataset(source.splits["val"], source.table, (42, 56))
     bar = train.tqdm(train.make_loader(dataset, 3, 0), disable=True)
-    scores, _ = engine.evaluate(model, bar, train.build_loss("ce"), utils.Precision("auto", torch.device("cpu")))
+    scores, _ = engine.evaluate(
+        model, bar, train.build_loss("ce"), utils.Precision("auto", torch.device("cpu"))
+    )
     assert scores["miou"] == pytest.approx(best["val_miou"], abs=2e-3)  # bf16 rounds by batch
 
 
@@ -96,7 +138,10 @@ def test_resume_equals_an_uninterrupted_run(trained, tmp_path, run):
     assert [row["epoch"] for row in rows] == [1, 2, 3] and not (tmp_path / "resumed/previous").exists()
     for a, b in zip(rows, straight, strict=True):
         assert a["train_loss"] == b["train_loss"] and a["val_miou"] == b["val_miou"]
-    states = [torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("resumed", "straight")]
+    states = [
+        torch.load(tmp_path / name / "last.pth", weights_only=True)["model"]
+        for name in ("resumed", "straight")
+    ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
@@ -105,7 +150,7 @@ def test_a_new_run_sets_the_earlier_one_aside(trained, tmp_path, run):
     shutil.copytree(out, tmp_path / "out")
     code, text, _ = run(train, *train_flags(data, tmp_path / "out", "--epochs", 1))
     assert code == 0 and "was moved to" in text
-    moved, = (tmp_path / "out/previous").iterdir()
+    (moved,) = (tmp_path / "out/previous").iterdir()
     assert {path.name for path in moved.iterdir()} == RUN_FILES
     assert (moved / "last.pth").read_bytes() == (out / "last.pth").read_bytes()
     assert len(history_of(tmp_path / "out")) == 1
@@ -114,12 +159,35 @@ def test_a_new_run_sets_the_earlier_one_aside(trained, tmp_path, run):
 @pytest.mark.parametrize("head", ["bn", "linear"])
 def test_hub_backbone_trains_saves_and_infers_offline(head, hub_cache, tmp_path, run, monkeypatch):
     data = write_folder(tmp_path / "data")
-    flags = train_flags(data, tmp_path / "out", "--epochs", 1, "--head", head, "--augment", "crop", "flip", "color",
-                        "--backbone", "dinov2_vits14", "--unfreeze", 1, "--accumulate", 2)
+    flags = train_flags(
+        data,
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--head",
+        head,
+        "--augment",
+        "crop",
+        "flip",
+        "color",
+        "--backbone",
+        "dinov2_vits14",
+        "--unfreeze",
+        1,
+        "--accumulate",
+        2,
+    )
     code, text, err = run(train, *flags)
     assert code == 0 and "are frozen" in text, err
-    code, text, err = run(infer_image, "--input", data / "images", "--model", tmp_path / "out/best_model_iou.pth",
-                          "--out-dir", tmp_path / "out")
+    code, text, err = run(
+        infer_image,
+        "--input",
+        data / "images",
+        "--model",
+        tmp_path / "out/best_model_iou.pth",
+        "--out-dir",
+        tmp_path / "out",
+    )
     assert code == 0 and "8 of 8 images" in text, err
 
 
@@ -136,9 +204,14 @@ def bad_training(data, tmp_path, kind):
     """Break a copy of the folder data set, or return wrong flags; return the flags of the run."""
     root = tmp_path / "broken"
     shutil.copytree(data, root)
-    changed = {"no root": ("--data-root", tmp_path / "nowhere"), "weights": ("--weights", tmp_path / "none.pth"),
-               "device": ("--device", "cuda:9"), "unfreeze": ("--unfreeze", 9), "size": ("--imgsz", 0, 5),
-               "head": ("--head", "mlp")}
+    changed = {
+        "no root": ("--data-root", tmp_path / "nowhere"),
+        "weights": ("--weights", tmp_path / "none.pth"),
+        "device": ("--device", "cuda:9"),
+        "unfreeze": ("--unfreeze", 9),
+        "size": ("--imgsz", 0, 5),
+        "head": ("--head", "mlp"),
+    }
     if kind == "empty":
         shutil.rmtree(root / "images")
         (root / "images").mkdir()
@@ -151,14 +224,23 @@ def bad_training(data, tmp_path, kind):
         Image.fromarray(np.full((45, 61), 9, np.uint8)).save(root / "masks/03.png")
     elif kind == "corrupt image":
         whole = (root / "images/03.png").read_bytes()
-        (root / "images/03.png").write_bytes(whole[:len(whole) // 2])
+        (root / "images/03.png").write_bytes(whole[: len(whole) // 2])
     return *train_flags(root, tmp_path / "out", "--epochs", 1), *changed.get(kind, ())
 
 
-BAD_TRAINING = {"no root": "nowhere does not exist", "empty": "no images in", "no mask": "images/03.png has no mask",
-                "no image": "masks/03.png has no image", "value": "masks/03.png has the value 9",
-                "corrupt image": "images/03.png is damaged", "weights": "none.pth does not exist",
-                "device": "cuda:9", "unfreeze": "has 6 blocks", "size": "at least 1", "head": "linear"}
+BAD_TRAINING = {
+    "no root": "nowhere does not exist",
+    "empty": "no images in",
+    "no mask": "images/03.png has no mask",
+    "no image": "masks/03.png has no image",
+    "value": "masks/03.png has the value 9",
+    "corrupt image": "images/03.png is damaged",
+    "weights": "none.pth does not exist",
+    "device": "cuda:9",
+    "unfreeze": "has 6 blocks",
+    "size": "at least 1",
+    "head": "linear",
+}
 
 
 @pytest.mark.parametrize(("kind", "workers"), [*[(kind, 0) for kind in BAD_TRAINING], ("corrupt image", 1)])
@@ -176,12 +258,19 @@ def test_resume_refuses_what_it_cannot_go_on_from(trained, tmp_path, run, kind):
     data, out = trained
     if kind != "nothing there":
         shutil.copytree(out, tmp_path / "out")
-    flags, reason = ["--epochs", 3], {"nothing there": "last.pth does not exist", "truncated": "last.pth is not a whole",
-                                      "complete": "larger --epochs", "other data": "not the one the run was trained",
-                                      "other head": "--head is 'linear'"}[kind]
+    flags, reason = (
+        ["--epochs", 3],
+        {
+            "nothing there": "last.pth does not exist",
+            "truncated": "last.pth is not a whole",
+            "complete": "larger --epochs",
+            "other data": "not the one the run was trained",
+            "other head": "--head is 'linear'",
+        }[kind],
+    )
     if kind == "truncated":
         whole = (out / "last.pth").read_bytes()
-        (tmp_path / "out/last.pth").write_bytes(whole[:len(whole) // 2])
+        (tmp_path / "out/last.pth").write_bytes(whole[: len(whole) // 2])
     elif kind == "complete":
         flags = []
     elif kind == "other data":
@@ -194,7 +283,9 @@ def test_resume_refuses_what_it_cannot_go_on_from(trained, tmp_path, run, kind):
 
 
 def test_a_loss_that_is_not_finite_stops_with_exit_code_1(trained, tmp_path, run):
-    code, _, err = run(train, *train_flags(trained[0], tmp_path / "out", "--epochs", 9, "--lr", 1e30, "--amp", "off"))
+    code, _, err = run(
+        train, *train_flags(trained[0], tmp_path / "out", "--epochs", 9, "--lr", 1e30, "--amp", "off")
+    )
     assert code == 1 and "the loss is nan at step" in err and ".png" in err and "Traceback" not in err
 
 
@@ -228,8 +319,18 @@ def test_files_folders_globs_and_equal_stems(model_file, tmp_path, run):
     for name in ("a/1.png", "b/1.png", "b/2.jpg", "c[1].png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 30)).save(tmp_path / name)
-    code, text, _ = run(infer_image, "--model", model_file, "--out-dir", tmp_path, "--input", tmp_path / "a/1.png",
-                        f"{tmp_path}/*/1.png", tmp_path / "b", tmp_path / "c[1].png")
+    code, text, _ = run(
+        infer_image,
+        "--model",
+        model_file,
+        "--out-dir",
+        tmp_path,
+        "--input",
+        tmp_path / "a/1.png",
+        f"{tmp_path}/*/1.png",
+        tmp_path / "b",
+        tmp_path / "c[1].png",
+    )
     masks = {path.name for path in (tmp_path / "inference_results_image").glob("*_mask.png")}
     assert code == 0 and masks == {"1_mask.png", "b_1_mask.png", "2_mask.png", "c[1]_mask.png"}, text
 
@@ -241,13 +342,21 @@ def test_a_corrupt_image_is_passed_over(model_file, tmp_path, run):
     code, text, err = run(infer_image, "--input", tmp_path, "--model", model_file, "--out-dir", tmp_path)
     assert code == 1 and "2 of 3 images" in text and "passed over" in err and "1.png" in err
     assert (tmp_path / "inference_results_image/2_mask.png").exists()
-    assert run(infer_image, "--input", tmp_path / "1.png", "--model", model_file, "--out-dir", tmp_path)[0] == 2
+    assert (
+        run(infer_image, "--input", tmp_path / "1.png", "--model", model_file, "--out-dir", tmp_path)[0] == 2
+    )
 
 
-@pytest.mark.parametrize(("flags", "reason"), [
-    (["--input", "nothing/*.png"], "nothing/*.png is no file"), (["--input", "{tmp}"], "folder without images"),
-    (["--input", "x.png", "--model", "none.pth"], "none.pth does not exist"), (["--imgsz", "0", "4"], "at least 1"),
-    (["--input", "{tmp}", "--alpha", "2"], "between 0 and 1")])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--input", "nothing/*.png"], "nothing/*.png is no file"),
+        (["--input", "{tmp}"], "folder without images"),
+        (["--input", "x.png", "--model", "none.pth"], "none.pth does not exist"),
+        (["--imgsz", "0", "4"], "at least 1"),
+        (["--input", "{tmp}", "--alpha", "2"], "between 0 and 1"),
+    ],
+)
 @pytest.mark.parametrize("script", [infer_image, infer_video], ids=["image", "video"])
 def test_bad_inference_input_is_one_line(model_file, tmp_path, run, script, flags, reason):
     flags = [flag.format(tmp=tmp_path) for flag in flags]
@@ -268,8 +377,9 @@ def test_a_clip_keeps_size_rate_and_frames(model_file, tmp_path, run, monkeypatc
     if not with_av:
         monkeypatch.setattr(video, "av", None)
     clip = write_clip(tmp_path / "clip.mp4", 11, Fraction(30000, 1001), (48, 64))
-    code, text, err = run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size",
-                          batch_size)
+    code, text, err = run(
+        infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", batch_size
+    )
     assert code == 0, err
     assert "11 frames" in text and "frames/s end to end" in text and "29.97 frames/s" in text
     assert all(stage in text for stage in ("decode", "model", "draw", "encode"))
@@ -279,19 +389,24 @@ def test_a_clip_keeps_size_rate_and_frames(model_file, tmp_path, run, monkeypatc
 
 def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run):
     clip = write_clip(tmp_path / "clip.mp4", 6, size=(96, 128))
-    assert run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", 4)[0] == 0
+    assert (
+        run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", 4)[0]
+        == 0
+    )
     model, checkpoint = load_model(model_file)
     table, precision = utils.colour_table(checkpoint["classes"]), utils.Precision("auto", torch.device("cpu"))
     drawn = list(VideoReader(tmp_path / "inference_results_video/clip.mp4"))
     for frame, got in zip(VideoReader(clip), drawn, strict=True):
-        pred = engine.predict(model, torch.from_numpy(frame).permute(2, 0, 1)[None], (42, 56), precision)[0].numpy()
+        pred = engine.predict(model, torch.from_numpy(frame).permute(2, 0, 1)[None], (42, 56), precision)[
+            0
+        ].numpy()
         want = utils.overlay(frame, pred, table, 0.5)[24:]  # the counter stands above
         assert np.abs(got[24:].astype(int) - want).mean() < 12
 
 
 def test_an_early_end_is_told_and_what_was_read_is_kept(model_file, tmp_path, run):
     clip = write_clip(tmp_path / "cut.mp4", 200)
-    clip.write_bytes(clip.read_bytes()[:int(clip.stat().st_size * 0.6)])
+    clip.write_bytes(clip.read_bytes()[: int(clip.stat().st_size * 0.6)])
     code, _, err = run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path)
     assert code == 2 and "of 200 frames" in err and "Traceback" not in err
     assert len(list(VideoReader(tmp_path / "inference_results_video/cut.mp4"))) > 10
@@ -300,9 +415,13 @@ def test_an_early_end_is_told_and_what_was_read_is_kept(model_file, tmp_path, ru
 def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
     clip = write_clip(tmp_path / "clip.mp4", 20)
     open_capture = video.cv2.VideoCapture
-    monkeypatch.setattr(video.cv2, "VideoCapture", lambda source: open_capture(str(clip) if source == 0 else source))
-    code, text, _ = run(infer_video, "--input", 0, "--max-frames", 5, "--model", model_file, "--out-dir", tmp_path)
-    made, = (tmp_path / "inference_results_video").iterdir()
+    monkeypatch.setattr(
+        video.cv2, "VideoCapture", lambda source: open_capture(str(clip) if source == 0 else source)
+    )
+    code, text, _ = run(
+        infer_video, "--input", 0, "--max-frames", 5, "--model", model_file, "--out-dir", tmp_path
+    )
+    (made,) = (tmp_path / "inference_results_video").iterdir()
     assert code == 0 and made.name.startswith("camera0_") and "5 frames" in text
     assert len(list(VideoReader(made))) == 5
 
@@ -321,9 +440,26 @@ def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
     clip = write_clip(tmp_path / "clip.mp4", 3000)
-    process = subprocess.Popen([sys.executable, "infer_video.py", "--input", clip, "--model", model_file, "--out-dir",
-                                tmp_path, "--imgsz", "224", "224"], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "infer_video.py",
+            "--input",
+            clip,
+            "--model",
+            model_file,
+            "--out-dir",
+            tmp_path,
+            "--imgsz",
+            "224",
+            "224",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     started = time.time()
     while not list(tmp_path.glob("inference_results_video/.*.mp4")) and time.time() - started < 60:
         time.sleep(0.05)
@@ -331,13 +467,18 @@ def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped after" in out and "Traceback" not in err, err
-    made, = (tmp_path / "inference_results_video").iterdir()
+    (made,) = (tmp_path / "inference_results_video").iterdir()
     assert 0 < len(list(VideoReader(made))) < 3000
 
 
 def test_real_clip_and_photos(model_file, tmp_path, run):
     clip, images = real_data("video") / "car-detection.mp4", real_data("images")
-    code, text, _ = run(infer_video, "--input", clip, "--max-frames", 8, "--model", model_file, "--out-dir", tmp_path)
+    code, text, _ = run(
+        infer_video, "--input", clip, "--max-frames", 8, "--model", model_file, "--out-dir", tmp_path
+    )
     assert code == 0 and "768x432, 12.5 frames/s" in text
     assert run(infer_image, "--input", images, "--model", model_file, "--out-dir", tmp_path)[0] == 0
-    assert Image.open(tmp_path / "inference_results_image/bus_overlay.jpg").size == Image.open(images / "bus.jpg").size
+    assert (
+        Image.open(tmp_path / "inference_results_image/bus_overlay.jpg").size
+        == Image.open(images / "bus.jpg").size
+    )

@@ -1,4 +1,5 @@
 """Device choice with fakes, atomic files, runs set aside, colours and plots."""
+
 import json
 import math
 
@@ -32,9 +33,15 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, name):
         pick_device(name)
 
 
-@pytest.mark.parametrize(("kind", "capability", "want"), [
-    ("cuda", (8, 0), torch.bfloat16), ("cuda", (9, 0), torch.bfloat16), ("cuda", (7, 5), torch.float16),
-    ("mps", None, None)])
+@pytest.mark.parametrize(
+    ("kind", "capability", "want"),
+    [
+        ("cuda", (8, 0), torch.bfloat16),
+        ("cuda", (9, 0), torch.bfloat16),
+        ("cuda", (7, 5), torch.float16),
+        ("mps", None, None),
+    ],
+)
 def test_autocast_type_follows_the_device(monkeypatch, kind, capability, want):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert utils.best_dtype(torch.device(kind)) is want
@@ -52,7 +59,11 @@ def test_cpu_autocast_needs_bf16_instructions(monkeypatch, able, want):
 
 def test_only_fp16_scales_gradients():
     cpu = torch.device("cpu")
-    assert [Precision(name, cpu).scaler.is_enabled() for name in ("fp16", "bf16", "off")] == [True, False, False]
+    assert [Precision(name, cpu).scaler.is_enabled() for name in ("fp16", "bf16", "off")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path):
@@ -116,8 +127,10 @@ def test_legend_shows_every_colour(count):
 
 
 def test_side_by_side_takes_images_of_any_size():
-    rows = [(np.zeros((*size, 3), np.uint8), blocks(*size, (0, 1)), blocks(*size, (0, 2))) for size in
-            ((40, 90), (333, 71), (1, 1))]
+    rows = [
+        (np.zeros((*size, 3), np.uint8), blocks(*size, (0, 1)), blocks(*size, (0, 2)))
+        for size in ((40, 90), (333, 71), (1, 1))
+    ]
     picture = utils.side_by_side(rows, CLASSES)
     assert picture.ndim == 3 and picture.dtype == np.uint8
     assert (picture == (255, 0, 0)).all(2).any() and (picture == (0, 200, 100)).all(2).any()
@@ -129,16 +142,29 @@ def test_plots_are_drawn_with_absent_classes_and_a_first_epoch(tmp_path):
     for rows in (history[:1], history, history[1:]):
         utils.plot_history(rows, tmp_path)
     utils.plot_per_class_iou([0.5, math.nan, 0.0], CLASSES, tmp_path / "per_class_iou.png")
-    utils.plot_confusion(np.array([[5, 1, 0], [0, 0, 0], [2, 2, 2]]), CLASSES, tmp_path / "confusion_matrix.png")
+    utils.plot_confusion(
+        np.array([[5, 1, 0], [0, 0, 0], [2, 2, 2]]), CLASSES, tmp_path / "confusion_matrix.png"
+    )
     for path in tmp_path.iterdir():
         assert Image.open(path).size[0] > 300
     assert len(list(tmp_path.iterdir())) == 5
 
 
-@pytest.mark.parametrize(("error", "code"), [
-    (InputError("bad mask"), 2), (FloatingPointError("the loss is nan"), 1), (KeyboardInterrupt(), 130),
-    (OSError(28, "No space left on device", "outputs/last.pth"), 2),
-    (InputError("Caught InputError in DataLoader worker process 0.\nTraceback\nconfig.InputError: bad mask"), 2)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("bad mask"), 2),
+        (FloatingPointError("the loss is nan"), 1),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device", "outputs/last.pth"), 2),
+        (
+            InputError(
+                "Caught InputError in DataLoader worker process 0.\nTraceback\nconfig.InputError: bad mask"
+            ),
+            2,
+        ),
+    ],
+)
 def test_errors_become_one_line_and_an_exit_code(capsys, error, code):
     def main():
         raise error

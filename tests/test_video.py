@@ -1,4 +1,5 @@
 """Frame rates, sizes and colours survive; broken sources are one line; the fallback without PyAV works."""
+
 from fractions import Fraction
 
 import cv2
@@ -15,7 +16,7 @@ def frames(count, height=48, width=64):
     """Yield frames with a bright column that moves, red on the left and blue on the right."""
     for number in range(count):
         frame = np.full((height, width, 3), (200, 30, 30), np.uint8)
-        frame[:, width // 2:] = (30, 30, 200)
+        frame[:, width // 2 :] = (30, 30, 200)
         frame[:, number % width] = 255
         yield frame
 
@@ -28,9 +29,22 @@ def write_clip(path, count=30, fps=Fraction(30000, 1001), size=(48, 64)):
     return path
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    (29.97, "30000/1001"), (29.97002997, "30000/1001"), (23.976, "24000/1001"), (59.94, "60000/1001"), (30.0, "30"),
-    (25.0, "25"), (12.5, "25/2"), (10.0, "10"), (0.0, "30"), (float("nan"), "30"), (90000.0, "30")])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (29.97, "30000/1001"),
+        (29.97002997, "30000/1001"),
+        (23.976, "24000/1001"),
+        (59.94, "60000/1001"),
+        (30.0, "30"),
+        (25.0, "25"),
+        (12.5, "25/2"),
+        (10.0, "10"),
+        (0.0, "30"),
+        (float("nan"), "30"),
+        (90000.0, "30"),
+    ],
+)
 def test_frame_rates_as_fractions(text, want):
     assert exact_rate(text) == Fraction(want)
 
@@ -93,13 +107,14 @@ def test_a_source_that_does_not_open_is_one_line(tmp_path, capfd, content):
 
 def test_a_cut_off_clip_is_noticed(tmp_path):
     path = write_clip(tmp_path / "long.mp4", 200)
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * 0.6)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
     reader = VideoReader(path)
     assert reader.ended_early(len(list(reader)))
 
 
 def test_a_rotated_phone_clip_comes_out_upright(tmp_path, monkeypatch):
     """OpenCV turns frames by the file's rotation; the size is that of the turned frame."""
+
     class Turned:
         def __init__(self, source):
             self.capture = open_capture(source)
