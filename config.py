@@ -174,7 +174,7 @@ RECIPES = {
     "demo": ("streets drawn by our code, small ViT from scratch, minutes on a laptop CPU",
              dict(dataset="streets", backbone="vit_tiny", weights="none", head="bn", unfreeze="all",
                   imgsz=(224, 224), lr=5e-4, backbone_lr_scale=1.0, weight_decay=0.05, scheduler="cosine",
-                  batch_size=16, epochs=14)),
+                  batch_size=16, epochs=10)),
     "person-bn": ("own folder of photos with person masks, frozen DINOv2 ViT-S/14 + bn",
                   dict(dataset="folder", classes=("background", "person"), backbone="dinov2_vits14",
                        head="bn", unfreeze=0, imgsz=(640, 640), lr=1e-4, scheduler="none", batch_size=8,
@@ -225,7 +225,13 @@ def resolve(given, saved=None):
             raise InputError(f"--{name.replace('_', '-')} is {wanted[name]!r}, but the run to resume has "
                              f"{saved[name]!r}: leave the flag out, or start a new run without --resume")
         defaults = saved
+    unknown = defaults.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown:
+        raise InputError(f"the run to resume has settings unknown here ({', '.join(sorted(unknown))}): "
+                         "resume it with the version that wrote it")
     config = TrainConfig(**{**defaults, **given})
+    if "none" in config.augment and len(config.augment) > 1:
+        raise InputError("--augment none stands alone: leave out none or the others")
     if "none" in config.augment:
         config.augment = ()
     return config

@@ -29,9 +29,12 @@ def folder(root, val_fraction=0.2, class_names=()):
     splits = {split: pair_files(*pair) for split, pair in find_layout(root).items()}
     samples = [sample for part in splits.values() for sample in part]
     listed = read_classes(root / "classes.txt") if (root / "classes.txt").is_file() else []
-    colours = bool(listed) and all(colour for _, colour in listed) and is_painted(samples[0].mask)
+    colours = bool(listed) and all(colour for _, colour in listed) and any(
+        is_painted(sample.mask, listed) for sample in samples)
     scans, different = scan_masks(samples, colours)
-    found = np.unique(np.concatenate([values for values, _ in scans])).tolist()
+    found = {}  # every value, and the first mask that has it
+    for sample, (values, _) in zip(samples, scans, strict=True):
+        found = {**dict.fromkeys(values.tolist(), sample.mask), **found}
     classes, table, notes = decide_classes(found, listed or [(name, None) for name in class_names], colours)
     for sample, (values, counts) in zip(samples, scans, strict=True):
         wrong = table[values] == OUTSIDE
@@ -89,6 +92,8 @@ def read_classes(path):
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B`, a class a line") from None
     classes = []
     for number, words in enumerate(map(str.split, lines), 1):
+        if words and words[0].startswith("#"):
+            continue
         colour = None
         if len(words) > 3 and all(word.isdecimal() for word in words[-3:]):
             *words, red, green, blue = words
@@ -96,16 +101,36 @@ def read_classes(path):
             if max(colour) > 255:
                 raise InputError(f"{path} line {number}: {colour} is no colour, three numbers 0..255 are")
         if words:
-            classes.append((" ".join(words), colour))
+            name = " ".join(words)
+            classes.append(("ignore" if name.lower() == "ignore" else name, colour))
+    for kind, used in (("name", [name for name, _ in classes if name != "ignore"]),
+                       ("colour", [colour for _, colour in classes if colour])):
+        twice = [item for item in used if used.count(item) > 1]
+        if twice:
+            raise InputError(f"{path} has the {kind} {twice[0]} twice; every class needs its own")
     if len(classes) > MOST_CLASSES or sum(name != "ignore" for name, _ in classes) < 2:
         raise InputError(f"{path} names {len(classes)} classes; it needs two to {MOST_CLASSES}, one a line")
     return classes
 
 
-def is_painted(path):
-    """Return whether a mask file is stored in RGB colours rather than as class indices."""
+def is_painted(path, listed):
+    """Return whether a mask is painted in the `listed` colours [(name, (R, G, B))] rather than an index mask.
+
+    RGB masks are, unless they are grey in values that are not listed. Palette masks are where their colours
+    are listed, but stand for other entries of the list than their indices do.
+    """
     with open_image(path) as mask:
-        return mask.mode in ("RGB", "RGBA")
+        mode = mask.mode
+    if mode not in ("RGB", "RGBA", "P"):
+        return False
+    codes = [red << 16 | green << 8 | blue for _, (red, green, blue) in listed]
+    painted = read_mask_values(path, colours=True)
+    all_listed = np.isin(painted, codes).all()
+    if mode == "P":
+        by_index = np.array([*codes, *[-1] * (256 - len(codes))])[read_mask_values(path)]
+        return all_listed and bool((by_index != painted).any())
+    grey = (painted >> 16 == painted & 255) & (painted >> 8 & 255 == painted & 255)
+    return bool(all_listed or not grey.all())
 
 
 def scan_masks(samples, colours):
@@ -123,7 +148,7 @@ def scan_masks(samples, colours):
 
 
 def decide_classes(found, named, colours):
-    """Decide the classes of a folder: `found` are its sorted mask values, `named` its [(name, colour)] or [].
+    """Decide the classes of a folder: `found` = {mask value: first mask with it}, `named` = [(name, colour)].
 
     Returns (classes, value table, notes). Raises InputError where values and names make no sense together.
     """
@@ -132,20 +157,23 @@ def decide_classes(found, named, colours):
         raise InputError("--classes needs at least two names, in the order of the mask values")
     if colours:
         return with_colours(kept), colour_table(named), []
-    # 0 and 255 (or 65535) with two classes: a binary mask, in which 255 is no ignore value
-    white = found[-1] if found[-1] in (255, 65535) and 1 not in found else None
-    if white and (len(kept) == 2 or (not named and found[:-1] == [0])):
+    # 0 and 255 (or 65535) with two classes and no `ignore`: a binary mask, in which 255 is the second class
+    values = sorted(found)
+    binary = values[0] == 0 and values[-1] in (255, 65535) and 1 not in found and len(kept) == len(named)
+    if binary and (len(kept) == 2 or (not named and len(values) == 2)):
+        white = values[-1]
         kept = kept or [("background", None), ("foreground", None)]
         classes, table = with_colours(kept), index_table_with(named, {0: 0, white: 1})
         return classes, table, [f"masks hold 0 and {white}: read as 0 = {kept[0][0]}, 1 = {kept[1][0]}"]
     if named:
         return with_colours(kept), index_table_with(named), []
-    values = [value for value in found if value != IGNORE]
-    if values != list(range(len(values))) or not 2 <= len(values) <= MOST_CLASSES:
-        raise InputError(f"the masks hold the values {ranges(found)}, which are not 0..K-1: say what they "
-                         "mean in classes.txt (a name a line, by value; `ignore` is not counted)")
-    named = [(f"class {value}", None) for value in values]
-    note = f"no classes.txt: the masks hold {len(values)} classes"
+    counted = [value for value in values if value != IGNORE]
+    if counted != list(range(len(counted))) or not 2 <= len(counted) <= MOST_CLASSES:
+        odd = next((value for id, value in enumerate(counted) if value != id), values[0])
+        raise InputError(f"the masks hold the values {ranges(values)}, which are not 0..K-1 ({odd} first in "
+                         f"{found[odd]}): repair them, or say what they mean in classes.txt, a name a line")
+    named = [(f"class {value}", None) for value in counted]
+    note = f"no classes.txt: the masks hold {len(counted)} classes"
     return with_colours(named), index_table_with(named), [note]
 
 

@@ -15,7 +15,6 @@ import glob
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -35,7 +34,8 @@ def find_inputs(inputs):
         path = Path(text)
         if path.is_dir():
             files = sorted(item for item in path.iterdir()
-                           if item.suffix.lower() in IMAGE_ENDINGS and not item.name.startswith("."))
+                           if item.suffix.lower() in IMAGE_ENDINGS and not item.name.startswith(".")
+                           and item.is_file())
         elif path.exists():
             files = [path]
         else:
@@ -65,18 +65,6 @@ def describe(pred, classes):
     order = counts.argsort()[::-1]
     return ", ".join(f"{classes[id][0]} {100 * counts[id] / pred.size:.1f} %" for id in order
                      if counts[id] >= 0.0005 * pred.size)
-
-
-def show(pixels, title):
-    """Show (H, W, 3) uint8 RGB in a window until a key is pressed. Raises InputError where there is no
-    display.
-    """
-    try:
-        cv2.imshow(title, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-        cv2.waitKey(0)
-        cv2.destroyAllWindows()
-    except cv2.error:
-        raise InputError("--show needs a display and opencv-python (not -headless): leave it out") from None
 
 
 def parse_args(argv=None):
@@ -114,7 +102,7 @@ def main():
         utils.save_mask(pred, classes, out_dir / f"{name}_mask.png")
         tqdm.write(f"{path}: {describe(pred, classes)}")
         if args.show:
-            show(drawn, str(path))
+            utils.show_window(drawn, str(path), 0)
     utils.save_image(utils.legend(classes), out_dir / "legend.png")
     print(f"{len(paths) - failed} of {len(paths)} images segmented at {imgsz[0]}x{imgsz[1]} on {device} "
           f"({precision}); overlays, masks and legend.png are in {out_dir}")

@@ -1,11 +1,11 @@
 """Segment a video, camera or stream: an overlay clip of the same size and frame rate, with an FPS counter.
 
     python infer_video.py --input clip.mp4
-    python infer_video.py --input 0 --show                     # first camera; q in the window or Ctrl-C ends
-    it python infer_video.py --input rtsp://host/stream --max-frames 500
+    python infer_video.py --input 0 --show             # first camera; q in the window or Ctrl-C ends it
+    python infer_video.py --input rtsp://host/stream --max-frames 500
 
-Writes OUT_DIR/inference_results_video/<name>.mp4: H.264 where PyAV is installed, else mp4v. Ctrl-C leaves a
-playable file of what was done so far.
+Writes OUT_DIR/inference_results_video/<name>.mp4: H.264 where PyAV is installed, else mp4v; without sound.
+Ctrl-C leaves a playable file of what was done so far.
 """
 import os
 
@@ -79,19 +79,12 @@ def draw_rate(frame, rate):
     cv2.putText(frame, text, (margin, height + margin), font, scale, (255, 255, 255), thickness, cv2.LINE_AA)
 
 
-def show(frame):
-    """Show a frame (H, W, 3) uint8 RGB; return whether q was pressed. Raises InputError without a display."""
-    try:
-        cv2.imshow("dinoseg (q ends)", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-        return cv2.waitKey(1) & 0xFF == ord("q")
-    except cv2.error:
-        raise InputError("--show needs a display and opencv-python (not -headless): leave it out") from None
-
-
 def output_path(reader, out_dir):
     """Return where the clip goes: <name>.mp4 for a file; a name with the time for a camera or stream."""
     if not reader.live:
-        return out_dir / f"{Path(reader.source).stem}.mp4"
+        path = out_dir / f"{Path(reader.source).stem}.mp4"
+        same = path.exists() and path.samefile(reader.source)
+        return path.with_stem(f"{path.stem}_overlay") if same else path  # never over its own input
     kind = f"camera{reader.source}" if reader.source.isdecimal() else "stream"
     return out_dir / f"{kind}_{time.strftime('%Y-%m-%d_%H-%M-%S')}.mp4"
 
@@ -132,7 +125,7 @@ def segment_frames(reader, writer, predict, draw, stop, args):
                     draw_rate(drawn, (len(recent) - 1) / (recent[-1] - recent[0]))
                 with watch("encode"):
                     writer.write(drawn)
-                if args.show and show(drawn):
+                if args.show and utils.show_window(drawn, "dinoseg (q ends)", 1) == "q":
                     stop.asked = True
             bar.update(len(batch))
     return watch

@@ -29,24 +29,28 @@ class ConfusionMatrix:
         size = self.num_classes ** 2
         pairs = masks.long() * self.num_classes + preds.long()
         pairs = torch.where(masks == IGNORE, size, pairs).flatten()  # ignored pixels fall into one extra bin
-        self.counts += torch.bincount(pairs, minlength=size + 1)[:size].view_as(self.counts)
+        # scatter_add_, because bincount looks at its values first and so makes the GPU wait
+        bins = torch.zeros(size + 1, dtype=torch.int64, device=pairs.device)
+        self.counts += bins.scatter_add_(0, pairs, torch.ones_like(pairs))[:size].view_as(self.counts)
 
     def merge(self, other):
         """Add the counts of another matrix over the same classes."""
         self.counts += other.counts.to(self.counts.device)
 
-    def _union(self):
-        return (self.counts.sum(0) + self.counts.sum(1) - self.counts.diag()).double()
+    def _overlap_and_total(self):
+        """Pixels right, and pixels of truth plus prediction, per class: (K,) float64 on the CPU."""
+        counts = self.counts.cpu()  # MPS has no float64
+        return counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
 
     def per_class_iou(self):
-        """Intersection over union of every class, (K,) float64; NaN where the class is absent. Jaccard
-        (1912).
-        """
-        return self.counts.diag().double() / self._union()
+        """Intersection over union per class, (K,) float64; NaN where the class is absent. Jaccard (1912)."""
+        overlap, total = self._overlap_and_total()
+        return overlap / (total - overlap)
 
     def per_class_dice(self):
-        """Dice coefficient (F1) of every class, (K,) float64; NaN where the class is absent. Dice (1945)."""
-        return 2 * self.counts.diag().double() / (self.counts.sum(0) + self.counts.sum(1)).double()
+        """Dice coefficient (F1) per class, (K,) float64; NaN where the class is absent. Dice (1945)."""
+        overlap, total = self._overlap_and_total()
+        return 2 * overlap / total
 
     def miou(self):
         """Mean IoU over the classes that occur in truth or prediction; NaN where no pixel counted."""
@@ -58,8 +62,9 @@ class ConfusionMatrix:
 
     def pixel_accuracy(self):
         """Share of counted pixels that are right; NaN where no pixel counted."""
-        return (self.counts.diag().sum().double() / self.counts.sum()).item()
+        overlap, total = self._overlap_and_total()
+        return (2 * overlap.sum() / total.sum()).item()
 
     def absent(self):
         """Ids of the classes that occur in no truth and no prediction: left out of the means."""
-        return torch.nonzero(self._union() == 0).flatten().tolist()
+        return torch.nonzero(self._overlap_and_total()[1] == 0).flatten().tolist()

@@ -24,10 +24,12 @@ from torch import nn
 
 from config import CLASSES, InputError, parse_train_args, resolve
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as DINOv2 was trained
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB, as DINOv2 was trained
 HUB_REPO = "facebookresearch/dinov2:main"  # with the branch, so that torch.hub need not ask the network
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{registers}_pretrain.pth"
 XFORMERS_WARNING = r"xFormers is (not )?(available|disabled)"
+VERSION = 1  # of the checkpoint format
+SPEC_KEYS = {"backbone", "head", "num_classes", "layers"}
 # The same architectures in timm: a trained checkpoint runs where the hub code is not at hand.
 TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_patch14",
               "dinov2_vitl14": "vit_large_patch14", "dinov2_vitg14": "vit_giant_patch14"}
@@ -73,8 +75,11 @@ class PositionEmbedding:
 
 # --- backbones --------------------------------------------------------------------------------------------
 class Backbone(nn.Module):
-    """What a Segmenter needs of a backbone: `net`, `patch`, `layers`, `channels` of each map, and features().
+    """What a Segmenter needs of a backbone: `net`, `patch`, `layers`, `channels` of each map, features(), and
+    the `normalisation` (mean, std) of RGB in 0..1 that its weights were trained with.
     """
+
+    normalisation = IMAGENET
 
     def __init__(self, net, patch, layers, channels):
         super().__init__()
@@ -94,8 +99,8 @@ class Backbone(nn.Module):
         if count in ("all", 0):
             return
         if count > len(self.blocks):
-            raise InputError(f"--unfreeze {count}: the backbone has {len(self.blocks)} blocks; give 0 to "
-                             f"{len(self.blocks)}, or all")
+            known = f"0 to {len(self.blocks)}, or all" if self.blocks else "0 or all"
+            raise InputError(f"--unfreeze {count}: the backbone has {len(self.blocks)} blocks; give {known}")
         for part in [*self.blocks[-count:], *([self.net.norm] if hasattr(self.net, "norm") else [])]:
             part.requires_grad_(True)
 
@@ -140,6 +145,8 @@ class TimmBackbone(Backbone):
         layers = check_layers(layers, len(info))
         patch = max(item["reduction"] for item in info)
         super().__init__(net, patch, layers, [info[layer]["num_chs"] for layer in layers])
+        if getattr(net, "pretrained_cfg", None):
+            self.normalisation = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
         if isinstance(net, VisionTransformer) and net.pos_embed is not None:
             prefix = 0 if net.no_embed_class else net.num_prefix_tokens
             self.positions = PositionEmbedding(net.pos_embed, prefix, net.patch_embed.grid_size)
@@ -193,8 +200,8 @@ def load_hub_net(name):
     except (OSError, RuntimeError, ImportError, AttributeError) as error:
         raise InputError(f"the DINOv2 code could not be loaded through torch.hub ({error}): unpack "
                          f"github.com/facebookresearch/dinov2 (branch main) as {place}, or choose another "
-                         "backbone: --backbone timm/vit_small_patch14_dinov2.lvd142m, --backbone vit_tiny"
-                         ) from None
+                         "one: --backbone timm/vit_small_patch14_dinov2.lvd142m, or --backbone vit_tiny "
+                         "--unfreeze all") from None
 
 
 def published_weights(name):
@@ -247,7 +254,7 @@ def torch_load(path):
         raise InputError(f"{path} is no checkpoint of tensors and plain values; it is not loaded, because it "
                          "could run code") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).split("\n")[0][:120]
+        reason = (str(error).split("\n")[0] or "nothing in it")[:120]
         raise InputError(f"{path} is not a whole checkpoint (truncated or damaged: {reason})") from None
 
 
@@ -363,8 +370,9 @@ class Segmenter(nn.Module):
     def __init__(self, backbone, head, num_classes, spec):
         super().__init__()
         self.backbone, self.head, self.num_classes, self.spec = backbone, head, num_classes, spec
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255)
+        mean, std = backbone.normalisation
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
     def forward(self, images):
         """(B, 3, H, W) uint8 RGB of any H, W -> (B, K, H, W) float32 logits."""
@@ -411,7 +419,7 @@ def pack_checkpoint(model, classes, imgsz, **more):
     """Return a self-contained checkpoint: tensors and plain JSON types only (spec, classes, size, weights).
     """
     classes = [[name, list(colour)] for name, colour in classes]
-    return dict(format="dinoseg", version=1, spec=model.spec, classes=classes, imgsz=list(imgsz),
+    return dict(format="dinoseg", version=VERSION, spec=model.spec, classes=classes, imgsz=list(imgsz),
                 model=model.state_dict(), **more)
 
 
@@ -423,6 +431,11 @@ def read_checkpoint(path):
     missing = {"spec", "classes", "imgsz", "model"} - checkpoint.keys()
     if missing:
         raise InputError(f"{path} is an incomplete checkpoint (no {', '.join(sorted(missing))})")
+    spec = checkpoint["spec"]
+    if checkpoint.get("version") != VERSION or spec.keys() != SPEC_KEYS or spec["head"] not in HEADS:
+        raise InputError(f"{path} was written by another version of this code: use that version")
+    if len(checkpoint["classes"]) != spec["num_classes"]:
+        raise InputError(f"{path} names {len(checkpoint['classes'])} classes, but has {spec['num_classes']}")
     return checkpoint
 
 
@@ -480,4 +493,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)

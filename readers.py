@@ -72,10 +72,15 @@ def open_image(path):
 
 
 def to_rgb(image):
-    """Return a PIL image of any mode as RGB: 16-bit grey scaled to 8 bit, transparency laid over white."""
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would clip at 255
-        wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((wide.clip(0, 65535) // 257).astype(np.uint8))
+    """Return a PIL image of any mode as RGB: deep grey scaled to 8 bit, transparency laid over white.
+
+    16-bit files count to 65535; float and 32-bit files to 1, 255 or 65535, whichever holds their values.
+    """
+    if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip at 255
+        wide = np.asarray(image).astype(np.float64)
+        fits = [65535] if ";16" in image.mode else [top for top in (1, 255, 65535) if wide.max() <= top]
+        top = fits[0] if fits else wide.max()
+        image = Image.fromarray((wide.clip(0, top) * (255 / top)).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

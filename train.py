@@ -1,9 +1,9 @@
 """Train a segmentation model.
 
-    python train.py --recipe demo                                    # drawn streets, minutes on a laptop CPU
-    python train.py --imgsz 640 640 --dataset voc                    # DINOv2 ViT-S/14, BatchNorm head, VOC
-    2012 python train.py --recipe person-bn --dataset folder --data-root my_photos python train.py --resume
-    --epochs 60                             # go on from outputs/last.pth
+    python train.py --recipe demo                      # drawn streets, minutes on a laptop CPU
+    python train.py --imgsz 640 640 --dataset voc      # DINOv2 ViT-S/14, BatchNorm head, VOC 2012
+    python train.py --recipe person-bn --data-root my_photos
+    python train.py --resume --epochs 60               # go on from outputs/last.pth
 
 Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,
 per_class_iou.png, confusion_matrix.png, best_model_iou.pth (best validation mIoU), last.pth (for --resume).
@@ -19,6 +19,7 @@ import random
 import time
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -48,6 +49,9 @@ def print_settings(config, data, model, device, precision):
     trained, total = model.parameter_counts()
     print(f"model: {config.backbone} + {config.head} on blocks {model.backbone.layers}, {trained:,} "
           f"parameters train, {total - trained:,} are frozen")
+    untrained = config.weights == "none" or (config.backbone, config.weights) == ("vit_tiny", "auto")
+    if untrained and config.unfreeze == 0:
+        print("warning: the backbone is random and frozen, only the head learns: add --unfreeze all")
     print(f"device: {device}, {precision}", flush=True)
 
 
@@ -97,13 +101,13 @@ def draw_epoch(history, matrix, classes, out_dir):
 def example_inputs(config, data):
     """Return a picture and a clip to try the model on: drawn for streets, else a validation image."""
     if config.dataset != "streets":
-        return data.splits["val"][0].image, "clip.mp4"
+        return data.splits["val"][0].image, "YOUR_CLIP.mp4"
     picture, clip = (Path(config.data_root) / "streets" / name for name in ("picture.png", "clip.mp4"))
     if not picture.exists():
         utils.save_image(streets.draw_scene(10_001, size=(480, 640))[0], picture)
     if not clip.exists():
         with VideoWriter(clip, (360, 640), 15) as writer:
-            for frame in streets.draw_clip(10_002, (360, 640), frames=90, fps=15):
+            for frame in streets.draw_clip(323, (360, 640), frames=90, fps=15):
                 writer.write(frame)
     return picture, clip
 
@@ -120,8 +124,8 @@ def print_result(history, classes, out_dir, picture, clip):
         print(f"absent from truth and prediction, left out of the means: {', '.join(absent)}")
     model = out_dir / "best_model_iou.pth"
     print(f"curves: {out_dir / 'miou.png'}, predictions: {out_dir / 'valid_preds'}\ntry it:\n"
-          f"  python infer_image.py --model {model} --input {picture}\n"
-          f"  python infer_video.py --model {model} --input {clip}")
+          f"  python infer_image.py --model {quote(str(model))} --input {quote(str(picture))}\n"
+          f"  python infer_video.py --model {quote(str(model))} --input {quote(str(clip))}")
 
 
 def build_training(config, data, device):
@@ -144,7 +148,7 @@ def main():
     given = parse_train_args(description=__doc__)
     out_dir = Path(given.get("out_dir", "outputs"))
     saved = read_checkpoint(out_dir / "last.pth") if given.get("resume") else None
-    config = resolve(given, saved and saved["config"])
+    config = resolve(given, saved and saved.get("config", {}))
     if not {"dataset", "recipe", "resume"} & given.keys():
         print("no --dataset given: training on streets, which our code draws")
     device = utils.pick_device(config.device)
@@ -202,6 +206,9 @@ def resume(saved, config, data, model, optimizer, precision):
 
     Raises InputError where the run is complete or the data are not those it was trained on.
     """
+    missing = {"epoch", "optimizer", "scaler", "step", "history", "random", "data_fingerprint"} - saved.keys()
+    if missing:
+        raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
     if saved["epoch"] >= config.epochs:
         raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
     if saved["data_fingerprint"] != data.fingerprint():
@@ -209,7 +216,8 @@ def resume(saved, config, data, model, optimizer, precision):
                          "changed): restore it, or start a new run without --resume")
     load_strictly(model, saved["model"], "last.pth")
     optimizer.load_state_dict(saved["optimizer"])
-    precision.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"] and precision.scaler.is_enabled():  # empty where the run had no fp16
+        precision.scaler.load_state_dict(saved["scaler"])
     restore_random_state(saved["random"])
     print(f"going on after epoch {saved['epoch']}")
     return saved["epoch"] + 1, saved["step"], saved["history"]

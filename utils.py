@@ -37,6 +37,9 @@ def run_main(main):
     except FloatingPointError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(1)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("error: out of memory: lower --imgsz or --batch-size", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.filename is None and not error.strerror:
             raise
@@ -108,6 +111,22 @@ def add_inference_flags(parser):
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
     parser.add_argument("--show", action="store_true", help="open a window")
     parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
+
+
+def show_window(pixels, title, milliseconds):
+    """Show (H, W, 3) uint8 RGB; return the key pressed within `milliseconds` (0 = wait for one), or "".
+
+    Raises InputError where there is no display.
+    """
+    # Qt aborts the whole process where it finds no display, so look first
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise InputError("--show needs a display, and this machine has none: leave it out")
+    try:
+        cv2.imshow(title, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+        key = cv2.waitKey(milliseconds)
+    except cv2.error:
+        raise InputError("--show needs opencv-python, not opencv-python-headless: leave it out") from None
+    return chr(key & 0xFF) if key >= 0 else ""
 
 
 # --- files ------------------------------------------------------------------------------------------------

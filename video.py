@@ -33,7 +33,7 @@ class VideoReader:
         self.source = str(source)
         self.live = self.source.isdecimal() or "://" in self.source
         if not self.live and not Path(self.source).is_file():
-            raise InputError(f"--input {source} does not exist: give a video file, camera index or URL")
+            raise InputError(f"--input {source} is not a file: give a video file, camera index or URL")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # its complaints come as our own line instead
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self.capture = cv2.VideoCapture(int(self.source) if self.source.isdecimal() else self.source)
@@ -64,8 +64,9 @@ def exact_rate(fps):
     """Return a frame rate as the fraction it stands for: 29.97 -> 30000/1001, 12.5 -> 25/2."""
     if not 0 < fps < 1000:  # also NaN
         return FALLBACK_FPS
-    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)  # 24000/1001, 30000/1001, 60000/1001
-    return ntsc if abs(ntsc - Fraction(fps)) < 0.005 else Fraction(fps).limit_denominator(1000)
+    ntsc = [Fraction(base * 1000, 1001) for base in (24, 30, 48, 60, 120)]
+    near = [rate for rate in ntsc if abs(rate - Fraction(fps)) < 0.005]
+    return near[0] if near else Fraction(fps).limit_denominator(1000)
 
 
 class VideoWriter:

@@ -28,7 +28,7 @@ def real_data(name):
 
 
 def write_pair(image_path, mask_path, mask, seed=0):
-    """Write a mask (H, W) and an image in which every class has its own brightness, so that it can be learnt."""
+    """Write a mask (H, W) and an image in which every class has its own brightness."""
     generator = np.random.default_rng(seed)
     shades = (np.minimum(mask, 7).astype(np.int64) * 32 + 16)[..., None]
     pixels = (shades + generator.integers(-10, 10, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
@@ -57,7 +57,7 @@ def write_folder(root, count=8, size=(45, 61), values=(0, 1, 2)):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Return run(module, *flags) -> (exit code, stdout, stderr): a script's main as the command line calls it."""
+    """Return run(module, *flags) -> (exit code, stdout, stderr): a script as the command line calls it."""
 
     def call(module, *flags):
         monkeypatch.setattr("sys.argv", [module.__name__ + ".py", *map(str, flags)])
@@ -76,8 +76,8 @@ dependencies = ["timm"]
 
 
 def dinov2_vits14(*, pretrained=True, **kwargs):
-    return timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=5, embed_dim=48, num_heads=3,
-                             num_classes=0, dynamic_img_size=True, init_values=1e-5)
+    return timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=5, embed_dim=48,
+                             num_heads=3, num_classes=0, dynamic_img_size=True, init_values=1e-5)
 """
 
 

@@ -66,6 +66,21 @@ def test_mask_resize_has_no_half_pixel_shift():
     assert ((soft > 127) != (small > 0)).float().mean() < 0.01
 
 
+def test_images_are_averaged_when_they_shrink():
+    board = torch.zeros(3, 80, 80, dtype=torch.uint8)
+    board[:, ::2, ::2] = board[:, 1::2, 1::2] = 200  # plain bilinear would see only some of the squares
+    assert (resize_image(board, (11, 13)).float() - 100).abs().max() < 12
+
+
+def test_crops_come_in_many_scales():
+    image, mask = torch.zeros(3, 100, 100, dtype=torch.uint8), torch.zeros(100, 100, dtype=torch.uint8)
+    shares = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        shares.append((augment(image, mask, (80, 80), ("crop",))[1] == 0).float().mean().item())
+    assert min(shares) < 0.4 and sum(share == 1 for share in shares) >= 10 and len(set(shares)) > 8
+
+
 def test_flip_and_crop_really_happen():
     image, mask = shaded_pair()
     plain = resize_mask(mask, (64, 64))
@@ -123,6 +138,17 @@ def test_mask_of_another_size_is_brought_to_the_image(tmp_path):
     mask = blocks(45, 61, (0, 1, 2), seed=0)
     Image.fromarray(np.kron(mask, np.ones((3, 3), np.uint8))).save(dataset.samples[0].mask)
     assert torch.equal(dataset[0][1], resize_mask(torch.from_numpy(mask), (32, 40)))
+
+
+def test_mask_drawn_on_the_stored_pixels_of_a_phone_photo_follows_its_image(tmp_path):
+    dataset = small_dataset(tmp_path, count=1, augments=())
+    upright = dataset[0][1]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(dataset.samples[0].image) as image, Image.open(dataset.samples[0].mask) as mask:
+        image.rotate(90, expand=True).save(dataset.samples[0].image, exif=exif)
+        mask.rotate(90, expand=True).save(dataset.samples[0].mask)
+    assert torch.equal(dataset[0][1], upright)
 
 
 # --- finding data sets ------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def batches_of(images, masks, size):
 
 
 def random_batch(count, height=11, width=13, seed=0):
-    """Return images (count, 3, H, W) uint8 and masks whose share of ignored pixels differs from image to image."""
+    """Return images (count, 3, H, W) uint8 and masks whose share of ignored pixels differs."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
     masks = images.float().argmax(1).to(torch.uint8)

@@ -86,6 +86,8 @@ def test_masks_painted_in_the_colours_of_classes_txt(tmp_path):
         ("one\n", "1 classes"),
         ("a 1 2 3\nb 300 0 0\n", "line 2"),
         ("", "0 classes"),
+        ("a\nb\na\n", "name a twice"),
+        ("a 1 2 3\nb 1 2 3\n", "colour .1, 2, 3. twice"),
         (b"\xff\xfe\x00", "UTF-8"),
     ],
 )
@@ -97,14 +99,37 @@ def test_bad_classes_txt_is_named(tmp_path, text, reason):
 
 
 def test_values_that_make_no_sense_are_refused():
-    with pytest.raises(InputError, match="0, 3..4, 255, which are not 0..K-1"):
-        decide_classes([0, 3, 4, 255], [], colours=False)
+    with pytest.raises(InputError, match=r"0, 3..4, 255, which are not 0..K-1 \(3 first in m.png"):
+        decide_classes(dict.fromkeys([0, 3, 4, 255], "m.png"), [], colours=False)
     with pytest.raises(InputError, match="values 0, which"):
-        decide_classes([0], [], colours=False)
+        decide_classes({0: "m.png"}, [], colours=False)
     with pytest.raises(InputError, match="at least two names"):
-        decide_classes([0, 1], [("only", None)], colours=False)
-    classes, table, _ = decide_classes([0, 1, 255], [], colours=False)  # 255 beside 1 is ignore, not white
+        decide_classes(dict.fromkeys([0, 1]), [("only", None)], colours=False)
+    classes, table, _ = decide_classes(
+        dict.fromkeys([0, 1, 255]), [], colours=False
+    )  # 255 beside 1 is ignore, not white
     assert len(classes) == 2 and table[255] == 255
+
+
+def test_255_is_ignore_where_classes_txt_lists_ignore():
+    named = [("road", None), ("car", None), ("ignore", None)]
+    _, table, notes = decide_classes(dict.fromkeys([0, 255]), named, colours=False)
+    assert table[255] == 255 and not notes
+
+
+def test_palette_masks_whose_indices_are_not_the_order_of_classes_txt_are_read_by_colour(tmp_path):
+    write_folder(tmp_path, values=(0, 1))
+    for number, path in enumerate(sorted((tmp_path / "masks").iterdir())):
+        mask = np.array(Image.open(path))
+        painted = Image.fromarray(1 - mask if number % 2 else mask)  # every second one in another order
+        painted.putpalette([200, 30, 30, 0, 0, 0] if number % 2 else [0, 0, 0, 200, 30, 30])
+        painted.save(path)
+    (tmp_path / "classes.txt").write_text("# two classes\nbg 0 0 0\nroof 200 30 30\n")
+    source = folder(tmp_path)
+    for sample in [*source.splits["train"], *source.splits["val"]]:
+        assert (
+            read_mask(sample.mask, source.table) == blocks(45, 61, (0, 1), seed=int(sample.mask.stem))
+        ).all()
 
 
 def test_a_value_outside_is_named_before_training(tmp_path):

@@ -92,8 +92,15 @@ def test_position_embedding_equals_timm_and_is_computed_once(grid, monkeypatch):
     positions(grid, torch.zeros(1))
 
 
+def test_position_embeddings_of_two_grids_do_not_mix():
+    positions = PositionEmbedding(torch.nn.Parameter(torch.randn(1, 17, 6), requires_grad=False), 1, (4, 4))
+    wide, tall = positions((2, 6), torch.zeros(1)), positions((6, 2), torch.zeros(1))
+    assert wide.shape == tall.shape and not torch.equal(wide, tall)
+    assert torch.equal(wide, positions((2, 6), torch.zeros(1)))
+
+
 def official_interpolation(pos_embed, rows, columns):
-    """Interpolate as the official DINOv2 code describes it: scale factors (grid + 0.1) / old grid, bicubic."""
+    """Interpolate as the official DINOv2 code does: scale factors (grid + 0.1) / old grid, bicubic."""
     side = int((pos_embed.shape[1] - 1) ** 0.5)
     patches = pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     patches = F.interpolate(
@@ -140,6 +147,12 @@ def test_unfreeze_trains_what_it_says_and_nothing_else(unfreeze):
     assert {"head.bn.running_mean", "head.conv_seg.weight"} <= changed
     assert blocks == {0: set(), 2: {4, 5}, "all": set(range(6))}[unfreeze]
     assert ("backbone.net.pos_embed" in changed) == (unfreeze == "all")
+    assert ("backbone.net.norm.weight" in changed) == (unfreeze != 0)
+
+
+def test_default_layers_are_the_last_four_and_the_last_one_for_linear():
+    assert tiny().spec["layers"] == [2, 3, 4, 5] and tiny(head="linear").spec["layers"] == [5]
+    assert tiny(head="linear", layers=(0, 3)).spec["layers"] == [0, 3]
 
 
 def test_frozen_blocks_run_in_eval_mode_without_autograd():
@@ -176,6 +189,12 @@ def test_other_timm_backbones(name):
     assert net(random_images(1, 3, 50, 71)).shape == (1, 3, 50, 71)
     net = tiny(backbone=f"timm/{name}", unfreeze="all").train()
     net(random_images(2, 3, 64, 64)).sum().backward()
+
+
+def test_images_are_normalised_as_the_backbone_was_trained():
+    half = tiny(backbone="timm/vit_tiny_patch16_224")
+    assert half.mean.flatten().tolist() == [127.5] * 3 and half.std.flatten().tolist() == [127.5] * 3
+    assert tiny().mean.flatten().tolist() == pytest.approx([255 * x for x in (0.485, 0.456, 0.406)])
 
 
 def test_timm_backbone_equals_timm_at_another_size():
@@ -235,7 +254,7 @@ def test_weights_of_another_model_are_refused_by_name(hub_cache, tmp_path):
 
 
 def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
-    """A stand-in with the official attributes: positions are taken from our table, at non-square sizes too."""
+    """A stand-in with the official attributes: positions come from our table, at odd sizes too."""
 
     class Official(torch.nn.Module):
         def __init__(self):
@@ -323,6 +342,8 @@ class Evil:
         ("evil", "could run code"),
         ("foreign", "is not a checkpoint of train.py"),
         ("missing", "does not exist"),
+        ("newer", "another version of this code"),
+        ("classes", "names 2 classes, but has 3"),
         ("incomplete", "incomplete checkpoint"),
         ("other", "does not fit the model"),
     ],
@@ -334,6 +355,10 @@ def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, cont
         path.write_bytes(pickle.dumps(Evil()))
     elif content == "foreign":
         torch.save({"state_dict": {}}, path)
+    elif content == "newer":
+        torch.save(dict(packed, version=99), path)
+    elif content == "classes":
+        torch.save(dict(packed, classes=packed["classes"][:2]), path)
     elif content == "incomplete":
         torch.save({"format": "dinoseg", "spec": {}}, path)
     elif content == "other":

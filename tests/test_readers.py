@@ -33,6 +33,9 @@ def test_grey_rgba_palette_and_16_bit_images(tmp_path):
     assert (read_image(tmp_path / "grey.png").numpy() == grey).all()
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     assert (read_image(tmp_path / "deep.png").numpy() == grey).all()
+    for name, deep in (("float", (grey / 255).astype(np.float32)), ("wide", grey.astype(np.int32))):
+        Image.fromarray(deep).save(tmp_path / f"{name}.tif")
+        assert np.abs(read_image(tmp_path / f"{name}.tif")[0].numpy().astype(int) - grey).max() <= 1
     alpha = np.full(grey.shape, 255, np.uint8)
     alpha[:5] = 0
     Image.fromarray(np.dstack([pixels, alpha])).save(tmp_path / "rgba.png")

@@ -145,6 +145,39 @@ def test_resume_equals_an_uninterrupted_run(trained, tmp_path, run):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_accumulate_scheduler_and_amp_reach_the_run(trained, tmp_path, run):
+    flags = train_flags(trained[0], tmp_path / "out", "--epochs", 4, "--batch-size", 2, "--accumulate", 3)
+    code, text, _ = run(train, *flags, "--amp", "off", "--scheduler", "cosine")
+    assert code == 0 and "cpu, float32" in text
+    last = torch.load(tmp_path / "out/last.pth", weights_only=True)
+    assert last["step"] == 4 * 2  # 8 images, 4 batches, 2 optimizer steps an epoch
+    rates = [row["lr"] for row in history_of(tmp_path / "out")]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(5e-4 * engine.lr_factor(7, 8, "cosine"))
+
+
+def test_random_state_is_saved_and_restored(trained, tmp_path, run):
+    torch.rand(3), np.random.rand(3), train.random.random()
+    state = train.random_state()
+    drawn = torch.rand(4).tolist(), np.random.rand(4).tolist(), train.random.random()
+    train.restore_random_state(state)
+    assert drawn == (torch.rand(4).tolist(), np.random.rand(4).tolist(), train.random.random())
+    shutil.copytree(trained[1], tmp_path / "out")
+    saved = torch.load(tmp_path / "out/last.pth", weights_only=True)
+    torch.save(dict(saved, random=state), tmp_path / "out/last.pth")
+    assert run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")[0] == 0
+    after = torch.load(tmp_path / "out/last.pth", weights_only=True)[
+        "random"
+    ]  # training draws from its own seeds
+    assert torch.equal(after["torch"], state["torch"]) and after["numpy"] == state["numpy"]
+
+
+def test_a_frozen_random_backbone_is_warned_about(trained, tmp_path, run):
+    flags = train_flags(trained[0], tmp_path / "out", "--epochs", 1)
+    assert "warning: the backbone is random" not in run(train, *flags)[1]
+    assert "warning: the backbone is random" in run(train, *flags, "--unfreeze", 0)[1]
+
+
 def test_a_new_run_sets_the_earlier_one_aside(trained, tmp_path, run):
     data, out = trained
     shutil.copytree(out, tmp_path / "out")
@@ -253,7 +286,9 @@ def test_bad_training_input_is_one_line_and_loses_nothing(trained, tmp_path, run
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kind", ["nothing there", "truncated", "complete", "other data", "other head"])
+@pytest.mark.parametrize(
+    "kind", ["nothing there", "truncated", "complete", "other data", "other head", "best"]
+)
 def test_resume_refuses_what_it_cannot_go_on_from(trained, tmp_path, run, kind):
     data, out = trained
     if kind != "nothing there":
@@ -266,6 +301,7 @@ def test_resume_refuses_what_it_cannot_go_on_from(trained, tmp_path, run, kind):
             "complete": "larger --epochs",
             "other data": "not the one the run was trained",
             "other head": "--head is 'linear'",
+            "best": "last.pth has no data_fingerprint",
         }[kind],
     )
     if kind == "truncated":
@@ -275,6 +311,8 @@ def test_resume_refuses_what_it_cannot_go_on_from(trained, tmp_path, run, kind):
         flags = []
     elif kind == "other data":
         flags += ["--data-root", write_folder(tmp_path / "data", count=6)]
+    elif kind == "best":
+        shutil.copy(out / "best_model_iou.pth", tmp_path / "out/last.pth")
     elif kind == "other head":
         flags += ["--head", "linear"]
     code, _, err = run(train, "--resume", "--out-dir", tmp_path / "out", *flags)
@@ -313,6 +351,28 @@ def test_images_of_every_kind_come_out_right(model_file, tmp_path, run):
         assert mask.mode == "P" and (np.array(mask) == want.numpy()).all()
         assert Image.open(out / f"{path.stem}_overlay.jpg").size == mask.size
     assert Image.open(out / "legend.png").size[0] > 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "imgsz", "alpha"), [((), (42, 56), 0.5), (("--imgsz", 70, 28, "--alpha", 0.25), (70, 28), 0.25)]
+)
+def test_overlay_is_the_prediction_over_the_image(model_file, tmp_path, run, flags, imgsz, alpha):
+    image = np.full((64, 96, 3), (220, 120, 20), np.uint8)
+    image[:32, :48] = (10, 90, 200)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    assert (
+        run(infer_image, "--input", tmp_path / "a.png", "--model", model_file, "--out-dir", tmp_path, *flags)[
+            0
+        ]
+        == 0
+    )
+    model, checkpoint = load_model(model_file)
+    batch = torch.from_numpy(image).permute(2, 0, 1)[None]
+    pred = engine.predict(model, batch, imgsz, utils.Precision("auto", torch.device("cpu")))[0].numpy()
+    colours = np.array([colour for _, colour in checkpoint["classes"]])[pred]
+    want = (1 - alpha) * image + alpha * colours  # no class is called background
+    got = np.array(Image.open(tmp_path / "inference_results_image/a_overlay.jpg"))
+    assert np.abs(got - want).mean() < 6  # JPEG
 
 
 def test_files_folders_globs_and_equal_stems(model_file, tmp_path, run):
@@ -389,10 +449,19 @@ def test_a_clip_keeps_size_rate_and_frames(model_file, tmp_path, run, monkeypatc
 
 def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run):
     clip = write_clip(tmp_path / "clip.mp4", 6, size=(96, 128))
-    assert (
-        run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", 4)[0]
-        == 0
+    flags = (
+        "--input",
+        clip,
+        "--model",
+        model_file,
+        "--out-dir",
+        tmp_path,
+        "--batch-size",
+        4,
+        "--alpha",
+        0.25,
     )
+    assert run(infer_video, *flags)[0] == 0
     model, checkpoint = load_model(model_file)
     table, precision = utils.colour_table(checkpoint["classes"]), utils.Precision("auto", torch.device("cpu"))
     drawn = list(VideoReader(tmp_path / "inference_results_video/clip.mp4"))
@@ -400,7 +469,7 @@ def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run
         pred = engine.predict(model, torch.from_numpy(frame).permute(2, 0, 1)[None], (42, 56), precision)[
             0
         ].numpy()
-        want = utils.overlay(frame, pred, table, 0.5)[24:]  # the counter stands above
+        want = utils.overlay(frame, pred, table, 0.25)[24:]  # the counter stands above
         assert np.abs(got[24:].astype(int) - want).mean() < 12
 
 
@@ -410,6 +479,14 @@ def test_an_early_end_is_told_and_what_was_read_is_kept(model_file, tmp_path, ru
     code, _, err = run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path)
     assert code == 2 and "of 200 frames" in err and "Traceback" not in err
     assert len(list(VideoReader(tmp_path / "inference_results_video/cut.mp4"))) > 10
+
+
+def test_a_clip_is_never_written_over_its_input(model_file, tmp_path, run):
+    (tmp_path / "inference_results_video").mkdir()
+    clip = write_clip(tmp_path / "inference_results_video/clip.mp4", 4)
+    before = clip.read_bytes()
+    assert run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path)[0] == 0
+    assert clip.read_bytes() == before and clip.with_name("clip_overlay.mp4").exists()
 
 
 def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
@@ -428,8 +505,9 @@ def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
 
 def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
     shown = []
-    monkeypatch.setattr(infer_video.cv2, "imshow", lambda title, frame: shown.append(frame.shape))
-    monkeypatch.setattr(infer_video.cv2, "waitKey", lambda delay: ord("q") if len(shown) == 3 else -1)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(utils.cv2, "imshow", lambda title, frame: shown.append(frame.shape))
+    monkeypatch.setattr(utils.cv2, "waitKey", lambda delay: ord("q") if len(shown) == 3 else -1)
     clip = write_clip(tmp_path / "clip.mp4", 8)
     flags = ("--input", clip, "--model", model_file, "--out-dir", tmp_path)
     assert run(infer_video, *flags)[0] == 0 and not shown

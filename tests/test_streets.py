@@ -1,16 +1,14 @@
-"""The drawn street scenes: deterministic, exact masks, smooth in time, and a data set on disk that is whole or absent."""
-import sys
-from pathlib import Path
+"""The drawn street scenes: deterministic, exact masks, smooth in time; the set on disk is whole or absent."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import streets  # noqa: E402
+import streets
 
-CLASSES = [("sky", (70, 130, 180)), ("road", (128, 64, 128)), ("grass", (152, 251, 152)), ("building", (70, 70, 70)),
-           ("tree", (107, 142, 35)), ("car", (0, 0, 142)), ("person", (220, 20, 60))]
+CLASSES = [("sky", (70, 130, 180)), ("road", (128, 64, 128)), ("grass", (152, 251, 152)),
+           ("building", (70, 70, 70)), ("tree", (107, 142, 35)), ("car", (0, 0, 142)),
+           ("person", (220, 20, 60))]
 SMALL = dict(train=3, val=2, size=(48, 60), seed=5)
 
 
@@ -61,18 +59,21 @@ def test_every_class_has_its_share(scenes):
 
 
 def test_outlines_in_the_image_are_those_of_the_mask(scenes):
-    """The image changes most where the mask does: more than along the outlines of the mask moved by 6 pixels."""
+    """The image changes more along the outlines of its mask than along those of the mask moved 6 pixels."""
     images, masks = scenes
     steps = np.abs(np.diff(images.astype(float), axis=2)).mean(-1)
     there = steps[np.diff(masks, axis=2) != 0].mean()
-    moved = [steps[np.diff(np.roll(masks, shift, axis), axis=2) != 0].mean() for axis in (1, 2) for shift in (-6, 6)]
+    moved = [np.roll(masks, shift, axis) for axis in (1, 2) for shift in (-6, 6)]
+    moved = [steps[np.diff(other, axis=2) != 0].mean() for other in moved]
     assert there > 1.8 * max(moved), (there, moved)
 
 
 def test_colours_tell_sky_road_and_grass_apart(scenes):
     images, masks = scenes
-    means = [images[masks == kind].mean(0) for kind in (streets.SKY, streets.ROAD, streets.GRASS)]
-    assert min(np.abs(a - b).max() for i, a in enumerate(means) for b in means[:i]) > 25, means
+    sky, road, grass = (images[masks == kind].mean(0) for kind in (streets.SKY, streets.ROAD, streets.GRASS))
+    assert sky.mean() > road.mean() + 20 and sky[2] > sky[0] + 10
+    assert np.ptp(road) < 20
+    assert grass[1] > max(grass[0], grass[2]) + 25
 
 
 def test_time_moves_the_scene_smoothly():
@@ -83,33 +84,38 @@ def test_time_moves_the_scene_smoothly():
     assert (times[0.04][1] != mask).mean() < 0.03
 
 
-def test_nothing_pops_up_in_a_clip():
-    """Over 20 seconds no class gains or loses more than a few percent of the picture within a fifth of a second."""
-    scene = streets.describe(6)
-    shares = [np.bincount(streets.render(scene, (48, 60), step / 5)[1].ravel(), minlength=7) / 2880 for step in range(100)]
-    assert np.abs(np.diff(shares, axis=0)).max() < 0.08
+@pytest.mark.parametrize("seed", [6, 10])
+def test_nothing_pops_up_in_a_clip(seed):
+    """Over 8 seconds no class gains or loses much of the picture within a fifth of a second."""
+    scene = streets.describe(seed)
+    masks = [streets.render(scene, (48, 60), step / 5)[1] for step in range(40)]
+    shares = np.array([np.bincount(mask.ravel(), minlength=7) / mask.size for mask in masks])
+    assert np.abs(np.diff(shares, axis=0)).max() < 0.09
 
 
 def test_clip_yields_the_scene_over_time():
     clip = streets.draw_clip(3, (40, 60), frames=3, fps=10)
     assert iter(clip) is clip
     frames = list(clip)
-    assert len(frames) == 3 and all(frame.shape == (40, 60, 3) and frame.dtype == np.uint8 for frame in frames)
-    assert all((frame == streets.draw_scene(3, (40, 60), time=i / 10)[0]).all() for i, frame in enumerate(frames))
+    assert len(frames) == 3 and frames[0].shape == (40, 60, 3) and frames[0].dtype == np.uint8
+    for index, frame in enumerate(frames):
+        assert (frame == streets.draw_scene(3, (40, 60), time=index / 10)[0]).all()
 
 
 def test_data_set_on_disk(tmp_path):
     root = tmp_path / "streets"
     streets.write_streets(root, CLASSES, **SMALL)
-    names = {f"{split}/{kind}/{i:05d}.png" for split, n in (("train", 3), ("val", 2)) for kind in ("images", "masks")
-             for i in range(n)}
-    assert set(contents(root)) == names | {"classes.txt", "streets.json"} and list(tmp_path.iterdir()) == [root]
+    names = {f"{split}/{kind}/{index:05d}.png" for split in ("train", "val") for kind in ("images", "masks")
+             for index in range(SMALL[split])}
+    assert set(contents(root)) == names | {"classes.txt", "streets.json"}
+    assert list(tmp_path.iterdir()) == [root]
     assert (root / "classes.txt").read_text().splitlines()[0] == "sky 70 130 180"
     mask = Image.open(root / "val/masks/00001.png")
     assert mask.mode == "P" and mask.size == (60, 48)
     assert mask.getpalette()[:21] == [value for _, rgb in CLASSES for value in rgb]
     image, drawn = streets.draw_scene((5, 1, 1), (48, 60))
-    assert (np.array(mask) == drawn).all() and (np.array(Image.open(root / "val/images/00001.png")) == image).all()
+    assert (np.array(mask) == drawn).all()
+    assert (np.array(Image.open(root / "val/images/00001.png")) == image).all()
 
 
 def test_written_twice_is_the_same_bytes(tmp_path):

@@ -178,6 +178,23 @@ def test_errors_become_one_line_and_an_exit_code(capsys, error, code):
         assert printed == "error: bad mask"
 
 
+def test_out_of_memory_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_main(main)
+    assert stop.value.code == 2 and "--batch-size" in capsys.readouterr().err
+
+
+def test_a_window_without_a_display_is_one_line(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(InputError, match="--show needs a display"):
+        utils.show_window(np.zeros((4, 4, 3), np.uint8), "title", 1)
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     def main():
         raise ZeroDivisionError
