@@ -46,8 +46,7 @@ SPARE_COLOURS = [
 
 
 def spare_colour(index):
-    """Return an (R, G, B) for class `index` (0-based), distinct for neighbours, repeating after 20 classes.
-    """
+    """Return an (R, G, B) for class `index` (0-based), distinct for neighbours; repeats after 20."""
     return SPARE_COLOURS[index] if index < len(SPARE_COLOURS) else SPARE_COLOURS[1 + (index - 1) % 19]
 
 
@@ -122,8 +121,7 @@ def setting(default, group, help, **argparse_options):
 
 @dataclass
 class TrainConfig:
-    """Every setting of train.py; one field = one flag (`data_root` is `--data-root`). Plain JSON types only.
-    """
+    """Every setting of train.py; one field = one flag (`data_root` is `--data-root`). Plain JSON types."""
 
     dataset: str = setting("streets", "data", "data set; streets is drawn by our code, nothing to download",
                            choices=DATASETS)

@@ -22,8 +22,8 @@ LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wai
 def lr_factor(step, total_steps, scheduler):
     """Return what every base learning rate is multiplied by at optimizer step `step` (0-based).
 
-    cosine (Loshchilov & Hutter, 2017) and poly (power 0.9; Chen et al., 2018) fall to 0 after a linear warm-
-    up.
+    cosine (Loshchilov & Hutter, 2017) and poly (power 0.9; Chen et al., 2018) fall to 0 after a linear
+    warm-up.
     """
     if scheduler == "none":
         return 1.0
@@ -133,8 +133,7 @@ def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, s
 
 # --- prediction -------------------------------------------------------------------------------------------
 def native_preds(logits, sizes):
-    """Upsample logits (B, K, h, w) to each image's size (H, W), then argmax: list of (H, W) uint8 class ids.
-    """
+    """Upsample logits (B, K, h, w) to each image's size (H, W), then argmax: list of (H, W) uint8."""
     # max().indices is several times faster than argmax on the CPU, and equal to it
     return [F.interpolate(one[None], size=tuple(size), mode="bilinear").max(1).indices[0].to(torch.uint8)
             for one, size in zip(logits, sizes, strict=True)]

@@ -26,9 +26,7 @@ from model import load_model
 
 
 def find_inputs(inputs):
-    """Return the image files behind files, folders and globs, without repeats. Raises InputError where one
-    has none.
-    """
+    """Return the image files behind files, folders and globs, without repeats. Raises InputError."""
     found = []
     for text in inputs:
         path = Path(text)
@@ -49,8 +47,7 @@ def find_inputs(inputs):
 
 
 def output_names(paths):
-    """Return one distinct output name a path: its stem, with the folder's name in front where stems repeat.
-    """
+    """Return one distinct output name a path: its stem, after the folder's name where stems repeat."""
     names = []
     for path in paths:
         candidates = [path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"]

@@ -137,8 +137,7 @@ class HubBackbone(Backbone):
 
 
 class TimmBackbone(Backbone):
-    """Any timm model with forward_intermediates. Maps of several resolutions are brought to the finest one.
-    """
+    """Any timm model with forward_intermediates. Maps of several resolutions go to the finest one."""
 
     def __init__(self, net, layers):
         info = net.feature_info.info if hasattr(net.feature_info, "info") else net.feature_info
@@ -153,9 +152,7 @@ class TimmBackbone(Backbone):
             net._pos_embed = self.add_positions
 
     def add_positions(self, tokens):
-        """Stand in for net._pos_embed: (B, h, w, D) patch tokens -> (B, prefix + h * w, D) with positions
-        added.
-        """
+        """Stand in for net._pos_embed: (B, h, w, D) patch tokens -> (B, prefix + h * w, D)."""
         net, batch, grid = self.net, len(tokens), tuple(tokens.shape[1:3])
         tokens = tokens.flatten(1, 2)
         special = [token for token in (net.cls_token, net.reg_token) if token is not None]
@@ -168,11 +165,15 @@ class TimmBackbone(Backbone):
         return net.pos_drop(tokens)
 
     def features(self, images):
-        """(B, 3, H, W) normalised, H and W multiples of `patch` -> list of maps (B, D, h, w), all of one
-        size.
-        """
+        """(B, 3, H, W) normalised, H and W multiples of `patch` -> maps (B, D, h, w) of one size."""
         norm = {"norm": True} if self.blocks else {}
-        maps = self.net.forward_intermediates(images, indices=self.layers, intermediates_only=True, **norm)
+        try:
+            maps = self.net.forward_intermediates(images, indices=self.layers, intermediates_only=True,
+                                                  **norm)
+        except AssertionError as error:  # networks for one input size only say so when they run
+            height, width = images.shape[-2:]
+            raise InputError(f"this timm model does not take {height}x{width} pixels ({error}): choose "
+                             "another --backbone or --imgsz") from None
         finest = max((m.shape[-2:] for m in maps), key=math.prod)
         return [m if m.shape[-2:] == finest else F.interpolate(m, size=finest, mode="bilinear") for m in maps]
 
@@ -243,9 +244,7 @@ def read_weights(path):
 
 
 def torch_load(path):
-    """torch.load to the CPU without unpickling code. Raises InputError for a missing, truncated or unsafe
-    file.
-    """
+    """torch.load to the CPU without unpickling code. Raises InputError for what is no whole file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -259,8 +258,7 @@ def torch_load(path):
 
 
 def load_strictly(module, state, source):
-    """Load a state dict whose keys and shapes must match exactly. Raises InputError that names what differs.
-    """
+    """Load a state dict whose keys and shapes must match. Raises InputError that names what differs."""
     own = module.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
@@ -285,9 +283,7 @@ def create_timm(name, **options):
 
 
 def load_timm_net(name, weights):
-    """Return a timm model: published weights (`auto`), random ones (`none`), or those of a file. Raises
-    InputError.
-    """
+    """Return a timm model: weights published (`auto`), random (`none`) or from a file. Raises InputError."""
     if weights == "auto":
         try:
             net = create_timm(name, pretrained=True)
@@ -313,9 +309,7 @@ def load_timm_net(name, weights):
 
 
 def build_backbone(name, weights="none", layers=()):
-    """Return the Backbone called `name`. weights: auto, none or a file. Raises InputError where a part is
-    missing.
-    """
+    """Return the Backbone called `name`. weights: auto, none or a file. Raises InputError."""
     if name == "vit_tiny":  # DINOv2's shape (patch 14) at a size that learns from scratch on a CPU
         net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3,
                                 num_classes=0, global_pool="", dynamic_img_size=True)
@@ -364,8 +358,7 @@ HEADS = {"bn": BNHead, "linear": LinearHead}
 
 # --- the whole model --------------------------------------------------------------------------------------
 class Segmenter(nn.Module):
-    """Images in, logits at the same size out. `spec` is what build_model needs to make it again (plain JSON).
-    """
+    """Images in, logits at the same size out. `spec` is what build_model needs to make it again."""
 
     def __init__(self, backbone, head, num_classes, spec):
         super().__init__()
@@ -396,8 +389,7 @@ class Segmenter(nn.Module):
 
 
 def pad_to_multiple(images, multiple):
-    """Pad (B, C, H, W) with zeros to multiples of `multiple`, centred. Return (padded, top, left) in pixels.
-    """
+    """Pad (B, C, H, W) with zeros to a multiple, centred. Return (padded, top, left) in pixels."""
     height, width = images.shape[-2:]
     extra_h, extra_w = -height % multiple, -width % multiple
     top, left = extra_h // 2, extra_w // 2
@@ -416,8 +408,7 @@ def build_model(backbone, head, num_classes, layers=(), weights="none", unfreeze
 
 # --- checkpoints ------------------------------------------------------------------------------------------
 def pack_checkpoint(model, classes, imgsz, **more):
-    """Return a self-contained checkpoint: tensors and plain JSON types only (spec, classes, size, weights).
-    """
+    """Return a self-contained checkpoint: tensors and plain JSON types only."""
     classes = [[name, list(colour)] for name, colour in classes]
     return dict(format="dinoseg", version=VERSION, spec=model.spec, classes=classes, imgsz=list(imgsz),
                 model=model.state_dict(), **more)

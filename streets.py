@@ -595,7 +595,7 @@ def write_pair(job):
 
 def write_pairs(jobs):
     """Runs `write_pair` on all jobs, in several processes where that pays and works."""
-    progress = dict(total=len(jobs), desc="drawing streets")
+    progress = dict(total=len(jobs), desc="drawing streets", leave=False, disable=None)
     workers = min(os.cpu_count() or 1, len(jobs) // 32, 8)
     if workers > 1:
         try:

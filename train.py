@@ -185,9 +185,6 @@ def main():
         if epoch == first_epoch:
             open_run(out_dir, dict(settings, data_fingerprint=data.fingerprint(), **utils.run_facts(device)),
                      resumed=bool(saved))
-        draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
-                        out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
-        draw_epoch(history, matrix, data.classes, out_dir)
         packed = pack_checkpoint(model, data.classes, config.imgsz, config=settings, epoch=epoch,
                                  metrics=scores)
         if better := scores["miou"] > best or best < 0:
@@ -195,6 +192,11 @@ def main():
         state = dict(optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(), step=step,
                      history=history, random=random_state(), data_fingerprint=data.fingerprint())
         utils.save_checkpoint({**packed, **state}, out_dir / "last.pth")
+        draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
+                        out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
+        draw_epoch(history, matrix, data.classes, out_dir)
+        if math.isnan(scores["miou"]):
+            print("warning: no validation pixel counts, the masks hold nothing but ignored ones")
         print(f"{title}: loss {trained['loss']:.4f}, validation loss {scores['loss']:.4f}, accuracy "
               f"{scores['accuracy']:.4f}, mIoU {scores['miou']:.4f}{' (best so far)' if better else ''}, "
               f"{trained['images_per_s']:.1f} images/s, {row['seconds']:.1f} s", flush=True)
@@ -224,4 +226,4 @@ def resume(saved, config, data, model, optimizer, precision):
 
 
 if __name__ == "__main__":
-    utils.run_main(main)
+    utils.run_main(main, stopped="stopped; --resume goes on after the last whole epoch")

@@ -25,9 +25,8 @@ RUN_FILES = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.p
 
 
 # --- errors -----------------------------------------------------------------------------------------------
-def run_main(main):
-    """Run a script's main() and exit: 0 or its return value, 2 with one line for bad input, 130 for Ctrl-C.
-    """
+def run_main(main, stopped="stopped"):
+    """Run a script's main() and exit: 0 or what it returns, 2 with one line for bad input, 130 for Ctrl-C."""
     try:
         sys.exit(main() or 0)
     except InputError as error:
@@ -47,15 +46,13 @@ def run_main(main):
         print(f"error: {name}{error.strerror}; nothing that was written before is lost", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
 
 
 # --- device, precision, seed ------------------------------------------------------------------------------
 def pick_device(name="auto"):
-    """Return a torch.device: `auto` is CUDA, else Apple MPS, else CPU. Raises InputError for one that is not
-    there.
-    """
+    """Return a torch.device: `auto` is CUDA, else Apple MPS, else CPU. Raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -69,8 +66,7 @@ def pick_device(name="auto"):
 
 
 def best_dtype(device):
-    """Return the autocast type a device is good at: bfloat16, float16 on older CUDA cards, or None (float32).
-    """
+    """Return the autocast type a device is good at: bfloat16, float16 (older CUDA), or None = float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
@@ -80,8 +76,7 @@ def best_dtype(device):
 
 
 class Precision:
-    """Autocast and gradient scaler of a run; both do nothing where they are not needed, so no step branches.
-    """
+    """Autocast and gradient scaler of a run; both do nothing where they are not needed."""
 
     def __init__(self, name, device):
         choices = {"auto": best_dtype(device), "bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -153,9 +148,7 @@ def save_image(pixels, path, **options):
 
 
 def save_mask(pred, classes, path):
-    """Write class ids (H, W) uint8 as a palette PNG: pixel values are class ids, colours those of the
-    classes.
-    """
+    """Write class ids (H, W) uint8 as a palette PNG: pixel values are ids, colours the classes'."""
     picture = Image.fromarray(pred)
     picture.putpalette(colour_table(classes).flatten().tolist())
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
@@ -187,8 +180,7 @@ def make_folder(path):
 
 
 def set_aside(out_dir):
-    """Move the files of an earlier run in `out_dir` to out_dir/previous/<time>/; return that folder or None.
-    """
+    """Move the files of an earlier run in `out_dir` to out_dir/previous/<time>/; return it or None."""
     old = [Path(out_dir) / name for name in RUN_FILES if (Path(out_dir) / name).exists()]
     if not old:
         return None
@@ -333,8 +325,7 @@ def plot_per_class_iou(ious, classes, path):
 
 
 def plot_confusion(counts, classes, path):
-    """Draw a confusion matrix: counts (K, K) int64 with truth in rows; colour and number = share of the row.
-    """
+    """Draw a confusion matrix: counts (K, K) int64, truth in rows; colour and number = row share."""
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     side = max(5, 2 + 0.45 * len(classes))
     figure, axes = new_figure(side + 1, side)

@@ -54,9 +54,7 @@ class VideoReader:
         self.capture.release()
 
     def ended_early(self, frames):
-        """Return whether `frames` read is clearly fewer than the file claims (containers may be off by a
-        few).
-        """
+        """Return whether `frames` read is clearly fewer than the file claims (which may be off by a few)."""
         return self.count is not None and frames + max(2, 0.02 * self.count) < self.count
 
 

@@ -75,10 +75,11 @@ def test_images_are_averaged_when_they_shrink():
 def test_crops_come_in_many_scales():
     image, mask = torch.zeros(3, 100, 100, dtype=torch.uint8), torch.zeros(100, 100, dtype=torch.uint8)
     shares = []
-    for seed in range(30):
+    for seed in range(60):
         torch.manual_seed(seed)
         shares.append((augment(image, mask, (80, 80), ("crop",))[1] == 0).float().mean().item())
-    assert min(shares) < 0.4 and sum(share == 1 for share in shares) >= 10 and len(set(shares)) > 8
+    # scale uniform in 0.5-2: a third of the crops is padded, down to a quarter of the area
+    assert min(shares) < 0.4 and 25 < sum(share == 1 for share in shares) < 55 and len(set(shares)) > 10
 
 
 def test_flip_and_crop_really_happen():
