@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 import engine
+from datasets import resize_image
 from engine import lr_factor, native_preds, parameter_groups, predict, train_one_epoch
 from losses import build_loss
 from model import build_model
@@ -191,16 +192,18 @@ def test_native_preds_upsample_logits_then_argmax():
 
 def test_predict_gives_the_images_own_size_in_order():
     net = Pixelwise().eval()
-    images, _ = random_batch(3, 20, 31)
+    images, _ = random_batch(3, 4, 6)
+    images = F.interpolate(images, size=(20, 31))  # patches, so that a smaller image is not plain grey
     preds = predict(net, images, (20, 31), Precision("off", CPU))
     assert torch.equal(preds.long(), net(images).argmax(1))  # same size: nothing is resized
     small = predict(net, images, (10, 15), Precision("off", CPU))
-    assert small.shape == (3, 20, 31)
+    want = native_preds(net(resize_image(images, (10, 15))), [(20, 31)] * 3)
+    assert small.shape == (3, 20, 31) and torch.equal(small, torch.stack(want))
     assert torch.equal(small[1], predict(net, images[1:2], (10, 15), Precision("off", CPU))[0])
 
 
 def test_evaluate_scores_every_mask_at_its_own_size():
-    net = Pixelwise().eval()
+    net = Pixelwise().train()
     images, _ = random_batch(5, 12, 18)
     generator = torch.Generator().manual_seed(1)
     masks = [
@@ -218,4 +221,4 @@ def test_evaluate_scores_every_mask_at_its_own_size():
     truth = torch.cat([mask[mask != 255] for mask in masks])
     guess = torch.cat([pred[mask != 255] for pred, mask in zip(preds, masks, strict=True)])
     assert scores["miou"] == pytest.approx(jaccard_score(truth, guess, average="macro"), abs=1e-9)
-    assert matrix.counts.sum() == len(truth) and scores["loss"] == scores["ce"]
+    assert matrix.counts.sum() == len(truth) and scores["loss"] == scores["ce"] and not net.training

@@ -350,12 +350,9 @@ def test_overlay_is_the_prediction_over_the_image(model_file, tmp_path, run, fla
     image = np.full((64, 96, 3), (220, 120, 20), np.uint8)
     image[:32, :48] = (10, 90, 200)
     Image.fromarray(image).save(tmp_path / "a.png")
-    assert (
-        run(infer_image, "--input", tmp_path / "a.png", "--model", model_file, "--out-dir", tmp_path, *flags)[
-            0
-        ]
-        == 0
-    )
+    flags = ("--input", tmp_path / "a.png", "--model", model_file, "--out-dir", tmp_path, *flags)
+    code, text, _ = run(infer_image, *flags)
+    assert code == 0 and f"at {imgsz[0]}x{imgsz[1]} on" in text
     model, checkpoint = load_model(model_file)
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
     pred = engine.predict(model, batch, imgsz, utils.Precision("auto", torch.device("cpu")))[0].numpy()
