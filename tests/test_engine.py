@@ -29,6 +29,10 @@ class Pixelwise(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 3, 1))
+        with torch.no_grad():  # starts as "the brightest channel", so that predictions differ
+            self.layers[0].weight[:3] = 2 * torch.eye(3)[..., None, None]
+            self.layers[2].weight[:, :3] = 2 * torch.eye(3)[..., None, None]
+            self.layers[2].bias.zero_()
 
     def forward(self, images):
         return self.layers(images.float() / 255)
@@ -195,7 +199,7 @@ def test_predict_gives_the_images_own_size_in_order():
     images, _ = random_batch(3, 4, 6)
     images = F.interpolate(images, size=(20, 31))  # patches, so that a smaller image is not plain grey
     preds = predict(net, images, (20, 31), Precision("off", CPU))
-    assert torch.equal(preds.long(), net(images).argmax(1))  # same size: nothing is resized
+    assert torch.equal(preds.long(), net(images).argmax(1)) and len(preds.unique()) == 3
     small = predict(net, images, (10, 15), Precision("off", CPU))
     want = native_preds(net(resize_image(images, (10, 15))), [(20, 31)] * 3)
     assert small.shape == (3, 20, 31) and torch.equal(small, torch.stack(want))
