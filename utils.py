@@ -252,25 +252,22 @@ def side_by_side(rows, classes, height=240):
 
     image (H, W, 3) uint8 RGB; truth and prediction (H, W) uint8 class ids of any size, laid over the image.
     """
-    table, keep = colour_table(classes), background_id(classes)
-    strips = []
-    for image, *masks in rows:
-        width = max(1, round(image.shape[1] * height / image.shape[0]))
+    table, keep, names = colour_table(classes), background_id(classes), legend(classes)
+    widths = [min(4 * height, max(1, round(image.shape[1] * height / image.shape[0]))) for image, *_ in rows]
+    column, gap, head = max(widths) + 4, 4, 26
+    tall = max(len(rows) * (height + gap) + head, names.shape[0])
+    canvas = np.full((tall, 3 * column + names.shape[1], 3), 255, np.uint8)
+    canvas[:names.shape[0], 3 * column:] = names
+    for row, ((image, *masks), width) in enumerate(zip(rows, widths, strict=True)):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         masks = [cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in masks]
-        strips.append(np.hstack([image, *[overlay(image, mask, table, 0.65, keep) for mask in masks]]))
-    names = legend(classes)
-    width = max(strip.shape[1] for strip in strips)
-    tall = max(len(strips) * (height + 4) + 26, names.shape[0])
-    canvas = np.full((tall, width + names.shape[1], 3), 255, np.uint8)
-    for row, strip in enumerate(strips):
-        top = 26 + row * (height + 4)
-        canvas[top:top + height, :strip.shape[1]] = strip
-    canvas[:names.shape[0], width:] = names
+        top = head + row * (height + gap)
+        for place, panel in enumerate([image, *[overlay(image, mask, table, 0.65, keep) for mask in masks]]):
+            canvas[top:top + height, place * column:place * column + width] = panel
     picture = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
-    for column, title in enumerate(("image", "truth", "prediction")):
-        draw.text((column * strips[0].shape[1] // 3 + 6, 13), title, fill="black", font=font, anchor="lm")
+    for place, title in enumerate(("image", "truth", "prediction")):
+        draw.text((place * column + 6, head // 2), title, fill="black", font=font, anchor="lm")
     return np.array(picture)
 
 

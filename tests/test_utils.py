@@ -129,7 +129,7 @@ def test_legend_shows_every_colour(count):
 def test_side_by_side_takes_images_of_any_size():
     rows = [
         (np.zeros((*size, 3), np.uint8), blocks(*size, (0, 1)), blocks(*size, (0, 2)))
-        for size in ((40, 90), (333, 71), (1, 1))
+        for size in ((40, 90), (333, 71), (1, 1), (3, 9000))
     ]
     picture = utils.side_by_side(rows, CLASSES)
     assert picture.ndim == 3 and picture.dtype == np.uint8
