@@ -200,6 +200,8 @@ def train_parser(description):
             options["help"] += f" (default: {default})"
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
+        if not {"choices", "action"} & options.keys():
+            options.setdefault("metavar", {int: "N", float: "X"}.get(field.type, "NAME"))
         groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
     return parser
 

@@ -78,6 +78,8 @@ def main():
     """Segment every input; return 1 where a file had to be passed over, 2 where all had."""
     args = parse_args()
     paths = find_inputs(args.input)
+    if args.show:
+        utils.require_display()
     device = utils.pick_device(args.device)
     precision = utils.Precision("auto", device)
     model, checkpoint = load_model(args.model)
@@ -100,7 +102,8 @@ def main():
         tqdm.write(f"{path}: {describe(pred, classes)}")
         if args.show:
             utils.show_window(drawn, str(path), 0)
-    utils.save_image(utils.legend(classes), out_dir / "legend.png")
+    if failed < len(paths):
+        utils.save_image(utils.legend(classes), out_dir / "legend.png")
     print(f"{len(paths) - failed} of {len(paths)} images segmented at {imgsz[0]}x{imgsz[1]} on {device} "
           f"({precision}); overlays, masks and legend.png are in {out_dir}")
     return 0 if not failed else 1 if failed < len(paths) else 2

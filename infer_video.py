@@ -134,6 +134,8 @@ def segment_frames(reader, writer, predict, draw, stop, args):
 def main():
     """Segment the video; return 130 where a file was interrupted. Raises InputError where it ends early."""
     args = parse_args()
+    if args.show:
+        utils.require_display()
     device = utils.pick_device(args.device)
     precision = utils.Precision("auto", device)
     model, checkpoint = load_model(args.model)

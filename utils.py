@@ -108,14 +108,14 @@ def add_inference_flags(parser):
     parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
 
 
-def show_window(pixels, title, milliseconds):
-    """Show (H, W, 3) uint8 RGB; return the key pressed within `milliseconds` (0 = wait for one), or "".
-
-    Raises InputError where there is no display.
-    """
-    # Qt aborts the whole process where it finds no display, so look first
+def require_display():
+    """Raise InputError where no window can open: Qt would abort the whole process."""
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise InputError("--show needs a display, and this machine has none: leave it out")
+
+
+def show_window(pixels, title, milliseconds):
+    """Show (H, W, 3) uint8 RGB; return the key pressed within `milliseconds` (0 = wait for one), or ""."""
     try:
         cv2.imshow(title, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
         key = cv2.waitKey(milliseconds)

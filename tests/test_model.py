@@ -358,7 +358,7 @@ def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, cont
     path = tmp_path / "model.pth"
     packed = pack_checkpoint(tiny(), CLASSES, (28, 28))
     if content == "evil":
-        path.write_bytes(pickle.dumps(Evil()))
+        path.write_bytes(pickle.dumps(Evil(), protocol=2))
     elif content == "foreign":
         torch.save({"state_dict": {}}, path)
     elif content == "newer":

@@ -490,6 +490,17 @@ def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
     assert len(list(VideoReader(made))) == 5
 
 
+@pytest.mark.parametrize("script", [infer_image, infer_video], ids=["image", "video"])
+def test_show_without_a_display_leaves_earlier_outputs(model_file, tmp_path, run, monkeypatch, script):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    clip = write_clip(tmp_path / "clip.mp4", 2)
+    flags = ("--input", clip, "--model", model_file, "--out-dir", tmp_path / "out")
+    code, _, err = run(script, *flags, "--show")
+    assert code == 2 and "--show needs a display" in err and not (tmp_path / "out").exists()
+
+
 def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
     shown = []
     monkeypatch.setenv("DISPLAY", ":0")
