@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from config import IGNORE
 from datasets import resize_image, resize_mask
 from metrics import ConfusionMatrix
+from model import load_model
+from utils import Precision, pick_device
 
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
@@ -151,6 +153,27 @@ def predict(model, images, imgsz, precision):
     with precision.autocast():
         logits = model(resize_image(images.to(device), imgsz))  # (B, K, h, w)
     return torch.stack(native_preds(logits, [size] * len(images)))
+
+
+class Predictor:
+    """A model file ready to use: predictor(images (B, 3, H, W) uint8) -> (B, H, W) uint8 numpy class ids.
+
+    classes = [[name, [R, G, B]], ...], imgsz = (h, w) the network runs at; str() says size and device.
+    Raises InputError for a device or file that does not work.
+    """
+
+    def __init__(self, path, device="auto", imgsz=None):
+        self.device = pick_device(device)
+        self.precision = Precision("auto", self.device)
+        model, checkpoint = load_model(path)
+        self.model, self.classes = model.to(self.device), checkpoint["classes"]
+        self.imgsz = tuple(imgsz or checkpoint["imgsz"])
+
+    def __call__(self, images):
+        return predict(self.model, images, self.imgsz, self.precision).cpu().numpy()
+
+    def __str__(self):
+        return f"{self.imgsz[0]}x{self.imgsz[1]} on {self.device} ({self.precision})"
 
 
 @torch.inference_mode()

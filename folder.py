@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import IGNORE, InputError, spare_colour
-from readers import OUTSIDE, DataSource, open_image, outside_message, pair_files, ranges, read_mask_values
+from readers import (OUTSIDE, DataSource, index_table, open_image, outside_message, pack_colour, pair_files,
+                     ranges, read_mask_values, value_table)
 
 # (images, masks) of one split, tried in this order; names match in any case, `|` separates spellings.
 LAYOUTS = [
@@ -25,7 +26,7 @@ MOST_CLASSES = 250
 
 
 def folder(root, val_fraction=0.2, class_names=()):
-    """Return the DataSource of a folder in any of LAYOUTS; every mask is read once. Raises InputError."""
+    """Return the DataSource of a folder in any of LAYOUTS; every mask is read. Raises InputError."""
     splits = {split: pair_files(*pair) for split, pair in find_layout(root).items()}
     samples = [sample for part in splits.values() for sample in part]
     listed = read_classes(root / "classes.txt") if (root / "classes.txt").is_file() else []
@@ -34,7 +35,8 @@ def folder(root, val_fraction=0.2, class_names=()):
     scans, different = scan_masks(samples, colours)
     found = {}  # every value, and the first mask that has it
     for sample, (values, _) in zip(samples, scans, strict=True):
-        found = {**dict.fromkeys(values.tolist(), sample.mask), **found}
+        for value in values.tolist():
+            found.setdefault(value, sample.mask)
     classes, table, notes = decide_classes(found, listed or [(name, None) for name in class_names], colours)
     for sample, (values, counts) in zip(samples, scans, strict=True):
         wrong = table[values] == OUTSIDE
@@ -123,7 +125,7 @@ def is_painted(path, listed):
         mode = mask.mode
     if mode not in ("RGB", "RGBA", "P"):
         return False
-    codes = [red << 16 | green << 8 | blue for _, (red, green, blue) in listed]
+    codes = [pack_colour(*colour) for _, colour in listed]
     painted = read_mask_values(path, colours=True)
     all_listed = np.isin(painted, codes).all()
     if mode == "P":
@@ -152,21 +154,24 @@ def decide_classes(found, named, colours):
 
     Returns (classes, value table, notes). Raises InputError where values and names make no sense together.
     """
-    kept = [item for item in named if item[0] != "ignore"]
+    kept, ids = [item for item in named if item[0] != "ignore"], class_ids(named)
     if named and len(kept) < 2:
         raise InputError("--classes needs at least two names, in the order of the mask values")
     if colours:
-        return with_colours(kept), colour_table(named), []
+        codes = [pack_colour(*colour) for _, colour in named]
+        return with_colours(kept), value_table(dict(zip(codes, ids, strict=True)), size=1 << 24), []
+    by_index = {IGNORE: IGNORE, **dict(enumerate(ids))}
     # 0 and 255 (or 65535) with two classes and no `ignore`: a binary mask, in which 255 is the second class
     values = sorted(found)
     binary = values[0] == 0 and values[-1] in (255, 65535) and 1 not in found and len(kept) == len(named)
     if binary and (len(kept) == 2 or (not named and len(values) == 2)):
         white = values[-1]
         kept = kept or [("background", None), ("foreground", None)]
-        classes, table = with_colours(kept), index_table_with(named, {0: 0, white: 1})
-        return classes, table, [f"masks hold 0 and {white}: read as 0 = {kept[0][0]}, 1 = {kept[1][0]}"]
+        table = value_table({IGNORE: IGNORE, 0: 0, white: 1})
+        note = f"masks hold 0 and {white}: read as 0 = {kept[0][0]}, 1 = {kept[1][0]}"
+        return with_colours(kept), table, [note]
     if named:
-        return with_colours(kept), index_table_with(named), []
+        return with_colours(kept), value_table(by_index), []
     counted = [value for value in values if value != IGNORE]
     if counted != list(range(len(counted))) or not 2 <= len(counted) <= MOST_CLASSES:
         odd = next((value for id, value in enumerate(counted) if value != id), values[0])
@@ -174,7 +179,7 @@ def decide_classes(found, named, colours):
                          f"{found[odd]}): repair them, or say what they mean in classes.txt, a name a line")
     named = [(f"class {value}", None) for value in counted]
     note = f"no classes.txt: the masks hold {len(counted)} classes"
-    return with_colours(named), index_table_with(named), [note]
+    return with_colours(named), index_table(len(named)), [note]
 
 
 def with_colours(classes):
@@ -186,23 +191,6 @@ def class_ids(named):
     """Return the class id of every entry of `named`, IGNORE for those called `ignore`."""
     ids = iter(range(len(named)))
     return [IGNORE if name == "ignore" else next(ids) for name, _ in named]
-
-
-def index_table_with(named, entries=None):
-    """Return the table of index masks: value i is entry i of `named`, or as `entries` {value: class id}."""
-    table = np.full(65536, OUTSIDE, np.uint8)
-    table[IGNORE] = IGNORE
-    for value, id in (entries or dict(enumerate(class_ids(named)))).items():
-        table[value] = id
-    return table
-
-
-def colour_table(named):
-    """Return the table (2**24 entries) of masks painted in the colours of `named`."""
-    table = np.full(1 << 24, OUTSIDE, np.uint8)
-    for id, (_, (red, green, blue)) in zip(class_ids(named), named, strict=True):
-        table[red << 16 | green << 8 | blue] = id
-    return table
 
 
 # --- a validation part ------------------------------------------------------------------------------------

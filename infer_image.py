@@ -12,6 +12,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 
 import argparse
 import glob
+import itertools
 import sys
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import engine
 import utils
 from config import InputError
 from readers import IMAGE_ENDINGS, read_image
-from model import load_model
 
 
 def find_inputs(inputs):
@@ -48,12 +48,12 @@ def find_inputs(inputs):
 
 def output_names(paths):
     """Return one distinct output name a path: its stem, after the folder's name where stems repeat."""
-    names = []
+    names = {}  # keeps its order, and finds a taken name at once
     for path in paths:
-        candidates = [path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"]
-        candidates += [f"{path.stem}_{number}" for number in range(2, len(paths) + 2)]
-        names.append(next(name for name in candidates if name not in names))
-    return names
+        plain = path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"
+        numbered = (f"{path.stem}_{number}" for number in itertools.count(2))
+        names[next(name for name in itertools.chain(plain, numbered) if name not in names)] = path
+    return list(names)
 
 
 def describe(pred, classes):
@@ -80,10 +80,8 @@ def main():
     paths = find_inputs(args.input)
     if args.show:
         utils.require_display()
-    device = utils.pick_device(args.device)
-    precision = utils.Precision("auto", device)
-    model, checkpoint = load_model(args.model)
-    model, classes, imgsz = model.to(device), checkpoint["classes"], args.imgsz or checkpoint["imgsz"]
+    predictor = engine.Predictor(args.model, args.device, args.imgsz)
+    classes = predictor.classes
     table, keep = utils.colour_table(classes), utils.background_id(classes)
     out_dir = Path(args.out_dir) / "inference_results_image"
     utils.make_folder(out_dir)
@@ -95,7 +93,7 @@ def main():
             failed += 1
             tqdm.write(f"passed over: {error}", file=sys.stderr)
             continue
-        pred = engine.predict(model, image[None], imgsz, precision)[0].cpu().numpy()  # (H, W)
+        pred = predictor(image[None])[0]  # (H, W)
         drawn = utils.overlay(image.permute(1, 2, 0).numpy(), pred, table, args.alpha, keep)
         utils.save_image(drawn, out_dir / f"{name}_overlay.jpg", quality=92)
         utils.save_mask(pred, classes, out_dir / f"{name}_mask.png")
@@ -104,8 +102,8 @@ def main():
             utils.show_window(drawn, str(path), 0)
     if failed < len(paths):
         utils.save_image(utils.legend(classes), out_dir / "legend.png")
-    print(f"{len(paths) - failed} of {len(paths)} images segmented at {imgsz[0]}x{imgsz[1]} on {device} "
-          f"({precision}); overlays, masks and legend.png are in {out_dir}")
+    print(f"{len(paths) - failed} of {len(paths)} images segmented at {predictor}; overlays, masks and "
+          f"legend.png are in {out_dir}")
     return 0 if not failed else 1 if failed < len(paths) else 2
 
 

@@ -26,7 +26,6 @@ from tqdm import tqdm
 import engine
 import utils
 from config import InputError, positive_int
-from model import load_model
 from video import VideoReader, VideoWriter
 
 
@@ -136,15 +135,11 @@ def main():
     args = parse_args()
     if args.show:
         utils.require_display()
-    device = utils.pick_device(args.device)
-    precision = utils.Precision("auto", device)
-    model, checkpoint = load_model(args.model)
-    model, classes, imgsz = model.to(device), checkpoint["classes"], args.imgsz or checkpoint["imgsz"]
-    table, keep = utils.colour_table(classes), utils.background_id(classes)
+    predictor = engine.Predictor(args.model, args.device, args.imgsz)
+    table, keep = utils.colour_table(predictor.classes), utils.background_id(predictor.classes)
 
     def predict(frames):
-        images = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (n, 3, H, W)
-        return engine.predict(model, images, imgsz, precision).cpu().numpy()
+        return predictor(torch.from_numpy(frames).permute(0, 3, 1, 2))  # (n, 3, H, W) -> (n, H, W)
 
     def draw(frame, pred):
         return utils.overlay(frame, pred, table, args.alpha, keep)
@@ -156,10 +151,13 @@ def main():
     start = time.perf_counter()
     with StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps) as writer:
         watch = segment_frames(reader, writer, predict, draw, stop, args)
-    seconds, count = time.perf_counter() - start, max(1, writer.frames)
+    seconds, count = time.perf_counter() - start, writer.frames
+    if count == 0:
+        print("stopped before the first frame; nothing was written")
+        return 130
     stages = ", ".join(f"{stage} {1000 * spent / count:.1f} ms" for stage, spent in watch.seconds.items())
-    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end at "
-          f"{imgsz[0]}x{imgsz[1]} on {device} ({precision}); a frame takes {stages}")
+    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end at {predictor}; "
+          f"a frame takes {stages}")
     print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s")
     if stop.asked:
         print(f"stopped after {count} frames; the clip so far is whole")

@@ -100,10 +100,19 @@ def read_image(path):
 # --- masks ------------------------------------------------------------------------------------------------
 def index_table(num_classes, ignored=(IGNORE,)):
     """Return the table of index masks: 0..K-1 are classes, `ignored` values IGNORE, all others OUTSIDE."""
-    table = np.full(65536, OUTSIDE, np.uint8)
-    table[:num_classes] = np.arange(num_classes)
-    table[list(ignored)] = IGNORE
+    return value_table({**{id: id for id in range(num_classes)}, **dict.fromkeys(ignored, IGNORE)})
+
+
+def value_table(entries, size=65536):
+    """Return the table that decodes {mask value: class id or IGNORE}; every other value is OUTSIDE."""
+    table = np.full(size, OUTSIDE, np.uint8)
+    table[list(entries)] = list(entries.values())
     return table
+
+
+def pack_colour(red, green, blue):
+    """Return the 24-bit code of a colour, of whole numbers or of int32 arrays."""
+    return red << 16 | green << 8 | blue
 
 
 def read_mask_values(path, colours=False):
@@ -115,8 +124,7 @@ def read_mask_values(path, colours=False):
     with open_image(path) as mask:
         try:
             if colours:
-                red, green, blue = np.moveaxis(np.array(mask.convert("RGB")).astype(np.int32), 2, 0)
-                return red << 16 | green << 8 | blue
+                return pack_colour(*np.moveaxis(np.array(mask.convert("RGB")).astype(np.int32), 2, 0))
             values = np.array(mask.convert("RGB") if mask.mode in ("RGBA", "CMYK", "YCbCr") else mask)
         except DECODE_ERRORS as error:
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None

@@ -114,7 +114,7 @@ def example_inputs(config, data):
 
 def print_result(history, classes, out_dir, picture, clip):
     """Print the best epoch, its per-class IoU, and the commands that use the model."""
-    best = max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1)
+    best = utils.best_row(history)
     absent = [name for (name, _), iou in zip(classes, best["per_class_iou"], strict=True) if iou is None]
     print(f"\nbest epoch {best['epoch']}: validation mIoU {best['val_miou']:.4f}, pixel accuracy "
           f"{best['val_accuracy']:.4f}, mean Dice {best['val_dice']:.4f}")
@@ -155,11 +155,12 @@ def main():
     precision = utils.Precision(config.amp, device)
     data = load_data(config.dataset, config.data_root, val_fraction=config.val_fraction,
                      class_names=config.classes)
+    fingerprint = data.fingerprint()
     utils.seed_everything(config.seed)
     model, optimizer, train_loader, val_loader = build_training(config, data, device)
     history, first_epoch, step = [], 1, 0
     if saved:
-        first_epoch, step, history = resume(saved, config, data, model, optimizer, precision)
+        first_epoch, step, history = resume(saved, config, fingerprint, model, optimizer, precision)
     print_settings(config, data, model, device, precision)
     utils.make_folder(out_dir)
     settings = utils.finite(dataclasses.asdict(config))
@@ -176,21 +177,20 @@ def main():
         step = trained.pop("step")
         bar = tqdm(val_loader, f"{title} validation", leave=False, disable=None)
         scores, matrix = engine.evaluate(model, bar, criterion, precision)
-        best = max([row["val_miou"] for row in history if math.isfinite(row["val_miou"])], default=-1.0)
         row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start,
                    **{f"train_{key}": value for key, value in trained.items()},
                    **{f"val_{key}": value for key, value in scores.items()},
                    per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
         history.append(row)
         if epoch == first_epoch:
-            open_run(out_dir, dict(settings, data_fingerprint=data.fingerprint(), **utils.run_facts(device)),
+            open_run(out_dir, dict(settings, data_fingerprint=fingerprint, **utils.run_facts(device)),
                      resumed=bool(saved))
         packed = pack_checkpoint(model, data.classes, config.imgsz, config=settings, epoch=epoch,
                                  metrics=scores)
-        if better := scores["miou"] > best or best < 0:
+        if better := utils.best_row(history) is row:
             utils.save_checkpoint(packed, out_dir / "best_model_iou.pth")
         state = dict(optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(), step=step,
-                     history=history, random=random_state(), data_fingerprint=data.fingerprint())
+                     history=history, random=random_state(), data_fingerprint=fingerprint)
         utils.save_checkpoint({**packed, **state}, out_dir / "last.pth")
         draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
                         out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
@@ -203,7 +203,7 @@ def main():
     print_result(history, data.classes, out_dir, *example_inputs(config, data))
 
 
-def resume(saved, config, data, model, optimizer, precision):
+def resume(saved, config, fingerprint, model, optimizer, precision):
     """Load the state of a saved run into model, optimizer and scaler; return (next epoch, step, history).
 
     Raises InputError where the run is complete or the data are not those it was trained on.
@@ -213,7 +213,7 @@ def resume(saved, config, data, model, optimizer, precision):
         raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
     if saved["epoch"] >= config.epochs:
         raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
-    if saved["data_fingerprint"] != data.fingerprint():
+    if saved["data_fingerprint"] != fingerprint:
         raise InputError("the data set is not the one the run was trained on (files were added, removed or "
                          "changed): restore it, or start a new run without --resume")
     load_strictly(model, saved["model"], "last.pth")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -36,7 +37,9 @@ def run_main(main, stopped="stopped"):
     except FloatingPointError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(1)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:  # torch has an error class of its own for CUDA alone
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
         print("error: out of memory: lower --imgsz or --batch-size", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -284,13 +287,18 @@ def save_figure(figure, path):
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
+def best_row(history):
+    """Return the row of a history with the best val_miou, the first of equals; NaN counts as worst."""
+    return max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1.0)
+
+
 def plot_history(history, out_dir):
     """Draw loss.png, accuracy.png and miou.png: training and validation over epochs, the best epoch marked.
 
     history: list of dicts with epoch, train_loss, val_loss, train_accuracy, ... as in history.jsonl.
     """
     epochs = [row["epoch"] for row in history]
-    best = max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1)
+    best = best_row(history)
     for name, label in (("loss", "loss"), ("accuracy", "pixel accuracy"), ("miou", "mean IoU")):
         figure, axes = new_figure(7, 4.5)
         for part, colour in (("train", "tab:blue"), ("val", "tab:orange")):

@@ -23,7 +23,7 @@ import train
 import utils
 import video
 from model import load_model
-from readers import read_image
+from readers import DataSource, read_image
 from video import VideoReader
 
 RUN_FILES = {
@@ -160,6 +160,15 @@ def test_random_state_is_saved_and_restored():
     drawn = torch.rand(4).tolist(), np.random.rand(4).tolist(), train.random.random()
     train.restore_random_state(state)
     assert drawn == (torch.rand(4).tolist(), np.random.rand(4).tolist(), train.random.random())
+
+
+def test_data_are_fingerprinted_once_so_that_a_file_lost_midway_costs_no_epoch(
+    trained, tmp_path, run, monkeypatch
+):
+    calls, fingerprint = [], DataSource.fingerprint
+    monkeypatch.setattr(DataSource, "fingerprint", lambda self: calls.append(1) or fingerprint(self))
+    assert run(train, *train_flags(trained[0], tmp_path / "out", "--epochs", 2))[0] == 0
+    assert len(calls) == 1
 
 
 def test_a_frozen_random_backbone_is_warned_about(trained, tmp_path, run):

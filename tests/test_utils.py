@@ -178,9 +178,18 @@ def test_errors_become_one_line_and_an_exit_code(capsys, error, code):
         assert printed == "error: bad mask"
 
 
-def test_out_of_memory_is_one_line(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    ],
+)
+def test_out_of_memory_is_one_line(capsys, error):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with pytest.raises(SystemExit) as stop:
         utils.run_main(main)
@@ -197,9 +206,10 @@ def test_a_window_without_a_display_is_one_line(monkeypatch):
     utils.require_display()
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError])
+def test_a_fault_of_ours_keeps_its_traceback(fault):
     def main():
-        raise ZeroDivisionError
+        raise fault
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(fault):
         utils.run_main(main)
