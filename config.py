@@ -34,7 +34,75 @@ STREETS = [
     ("sky", (70, 130, 180)), ("road", (128, 64, 128)), ("grass", (152, 251, 152)),
     ("building", (250, 170, 30)), ("tree", (35, 120, 35)), ("car", (0, 0, 200)), ("person", (220, 20, 60)),
 ]
-CLASSES = {"voc": VOC, "camvid": CAMVID, "streets": STREETS}
+AEROSCAPES = [
+    ("background", (0, 0, 0)), ("person", (192, 128, 128)), ("bike", (0, 128, 0)), ("car", (128, 128, 128)),
+    ("drone", (128, 0, 0)), ("boat", (0, 0, 128)), ("animal", (192, 0, 128)), ("obstacle", (192, 0, 0)),
+    ("construction", (192, 128, 0)), ("vegetation", (0, 64, 0)), ("road", (128, 128, 0)),
+    ("sky", (0, 128, 128)),
+]
+PET = [("foreground", (0, 200, 0)), ("background", (0, 0, 0)), ("boundary", (255, 225, 25))]
+CITYSCAPES = [
+    ("road", (128, 64, 128)), ("sidewalk", (244, 35, 232)), ("building", (70, 70, 70)),
+    ("wall", (102, 102, 156)), ("fence", (190, 153, 153)), ("pole", (153, 153, 153)),
+    ("traffic light", (250, 170, 30)), ("traffic sign", (220, 220, 0)), ("vegetation", (107, 142, 35)),
+    ("terrain", (152, 251, 152)), ("sky", (70, 130, 180)), ("person", (220, 20, 60)),
+    ("rider", (255, 0, 0)), ("car", (0, 0, 142)), ("truck", (0, 0, 70)), ("bus", (0, 60, 100)),
+    ("train", (0, 80, 100)), ("motorcycle", (0, 0, 230)), ("bicycle", (119, 11, 32)),
+]
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]  # of 0..33
+ADE20K = [
+    ("wall", (120, 120, 120)), ("building", (180, 120, 120)), ("sky", (6, 230, 230)),
+    ("floor", (80, 50, 50)), ("tree", (4, 200, 3)), ("ceiling", (120, 120, 80)),
+    ("road", (140, 140, 140)), ("bed", (204, 5, 255)), ("windowpane", (230, 230, 230)),
+    ("grass", (4, 250, 7)), ("cabinet", (224, 5, 255)), ("sidewalk", (235, 255, 7)),
+    ("person", (150, 5, 61)), ("earth", (120, 120, 70)), ("door", (8, 255, 51)),
+    ("table", (255, 6, 82)), ("mountain", (143, 255, 140)), ("plant", (204, 255, 4)),
+    ("curtain", (255, 51, 7)), ("chair", (204, 70, 3)), ("car", (0, 102, 200)),
+    ("water", (61, 230, 250)), ("painting", (255, 6, 51)), ("sofa", (11, 102, 255)),
+    ("shelf", (255, 7, 71)), ("house", (255, 9, 224)), ("sea", (9, 7, 230)),
+    ("mirror", (220, 220, 220)), ("rug", (255, 9, 92)), ("field", (112, 9, 255)),
+    ("armchair", (8, 255, 214)), ("seat", (7, 255, 224)), ("fence", (255, 184, 6)),
+    ("desk", (10, 255, 71)), ("rock", (255, 41, 10)), ("wardrobe", (7, 255, 255)),
+    ("lamp", (224, 255, 8)), ("bathtub", (102, 8, 255)), ("railing", (255, 61, 6)),
+    ("cushion", (255, 194, 7)), ("base", (255, 122, 8)), ("box", (0, 255, 20)),
+    ("column", (255, 8, 41)), ("signboard", (255, 5, 153)), ("chest", (6, 51, 255)),
+    ("counter", (235, 12, 255)), ("sand", (160, 150, 20)), ("sink", (0, 163, 255)),
+    ("skyscraper", (140, 140, 140)), ("fireplace", (250, 10, 15)), ("refrigerator", (20, 255, 0)),
+    ("grandstand", (31, 255, 0)), ("path", (255, 31, 0)), ("stairs", (255, 224, 0)),
+    ("runway", (153, 255, 0)), ("case", (0, 0, 255)), ("pool", (255, 71, 0)), ("pillow", (0, 235, 255)),
+    ("screen", (0, 173, 255)), ("stairway", (31, 0, 255)), ("river", (11, 200, 200)),
+    ("bridge", (255, 82, 0)), ("bookcase", (0, 255, 245)), ("blind", (0, 61, 255)),
+    ("coffee", (0, 255, 112)), ("toilet", (0, 255, 133)), ("flower", (255, 0, 0)),
+    ("book", (255, 163, 0)), ("hill", (255, 102, 0)), ("bench", (194, 255, 0)),
+    ("countertop", (0, 143, 255)), ("stove", (51, 255, 0)), ("palm", (0, 82, 255)),
+    ("kitchen", (0, 255, 41)), ("computer", (0, 255, 173)), ("swivel", (10, 0, 255)),
+    ("boat", (173, 255, 0)), ("bar", (0, 255, 153)), ("arcade", (255, 92, 0)), ("hovel", (255, 0, 255)),
+    ("bus", (255, 0, 245)), ("towel", (255, 0, 102)), ("light", (255, 173, 0)), ("truck", (255, 0, 20)),
+    ("tower", (255, 184, 184)), ("chandelier", (0, 31, 255)), ("awning", (0, 255, 61)),
+    ("streetlight", (0, 71, 255)), ("booth", (255, 0, 204)), ("television", (0, 255, 194)),
+    ("airplane", (0, 255, 82)), ("dirt", (0, 10, 255)), ("apparel", (0, 112, 255)),
+    ("pole", (51, 0, 255)), ("land", (0, 194, 255)), ("bannister", (0, 122, 255)),
+    ("escalator", (0, 255, 163)), ("ottoman", (255, 153, 0)), ("bottle", (0, 255, 10)),
+    ("buffet", (255, 112, 0)), ("poster", (143, 255, 0)), ("stage", (82, 0, 255)),
+    ("van", (163, 255, 0)), ("ship", (255, 235, 0)), ("fountain", (8, 184, 170)),
+    ("conveyer", (133, 0, 255)), ("canopy", (0, 255, 92)), ("washer", (184, 0, 255)),
+    ("plaything", (255, 0, 31)), ("swimming", (0, 184, 255)), ("stool", (0, 214, 255)),
+    ("barrel", (255, 0, 112)), ("basket", (92, 255, 0)), ("waterfall", (0, 224, 255)),
+    ("tent", (112, 224, 255)), ("bag", (70, 184, 160)), ("minibike", (163, 0, 255)),
+    ("cradle", (153, 0, 255)), ("oven", (71, 255, 0)), ("ball", (255, 0, 163)), ("food", (255, 204, 0)),
+    ("step", (255, 0, 143)), ("tank", (0, 255, 235)), ("trade", (133, 255, 0)),
+    ("microwave", (255, 0, 235)), ("pot", (245, 0, 255)), ("animal", (255, 0, 122)),
+    ("bicycle", (255, 245, 0)), ("lake", (10, 190, 212)), ("dishwasher", (214, 255, 0)),
+    ("crt screen", (0, 204, 255)), ("blanket", (20, 0, 255)), ("sculpture", (255, 255, 0)),
+    ("hood", (0, 153, 255)), ("sconce", (0, 41, 255)), ("vase", (0, 255, 204)),
+    ("traffic", (41, 0, 255)), ("tray", (41, 255, 0)), ("ashcan", (173, 0, 255)),
+    ("fan", (0, 245, 255)), ("pier", (71, 0, 255)), ("crt", (122, 0, 255)), ("plate", (0, 255, 184)),
+    ("monitor", (0, 92, 255)), ("bulletin", (184, 255, 0)), ("shower", (0, 133, 255)),
+    ("radiator", (255, 214, 0)), ("glass", (25, 194, 194)), ("clock", (102, 255, 0)),
+    ("flag", (92, 0, 255)),
+]
+CLASSES = {"voc": VOC, "camvid": CAMVID, "streets": STREETS, "aeroscapes": AEROSCAPES, "pet": PET,
+           "cityscapes": CITYSCAPES, "ade20k": ADE20K}
 
 # Colours for classes that came without one: background black, then far apart in hue, green first.
 SPARE_COLOURS = [
@@ -52,11 +120,15 @@ def spare_colour(index):
 
 # --- training settings ------------------------------------------------------------------------------------
 BACKBONES = [f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]
-DATASETS = ["streets", "voc", "camvid", "folder"]
-HEADS = ["bn", "linear"]
-LOSSES = ["ce"]
-SCHEDULERS = ["cosine", "poly", "none"]
+ARCHITECTURES = ["dinov2", "fcn_resnet50", "deeplabv3_resnet101", *[f"segformer_b{i}" for i in range(6)]]
+DATASETS = ["streets", "voc", "camvid", "aeroscapes", "pet", "cityscapes", "ade20k", "folder"]
+HEADS = ["bn", "linear", "unet", "unet-skip", "deconv", "deconv-resize"]
+LOSSES = ["ce", "lovasz", "focal", "dice"]
+CLASS_WEIGHTS = ["none", "enet", "median"]
+OPTIMIZERS = ["adamw", "adam", "sgd"]
+SCHEDULERS = ["cosine", "poly", "exponential", "onecycle", "none"]
 AUGMENTS = ["crop", "flip", "color", "none"]
+NORMALIZATIONS = ["auto", "none"]
 PRECISIONS = ["auto", "bf16", "fp16", "off"]
 
 
@@ -114,6 +186,15 @@ def backbone_name(text):
                                      "timm/<any timm model name>)")
 
 
+def loss_name(text):
+    """argparse type of --loss: one of LOSSES, or several joined by `+`."""
+    parts = text.split("+")
+    if set(parts) <= set(LOSSES) and len(set(parts)) == len(parts):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no loss: give {', '.join(LOSSES)}, or a sum of different "
+                                     "ones such as focal+dice")
+
+
 def setting(default, group, help, **argparse_options):
     """One field of TrainConfig: its default, the heading it stands under in --help, its help line."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **argparse_options})
@@ -130,29 +211,51 @@ class TrainConfig:
                                   "(deterministic, stratified by class)", type=fraction)
     classes: tuple = setting((), "data", "class names of a folder that has no classes.txt, in the order of "
                              "the mask values", nargs="+", metavar="NAME")
+    resplit: bool = setting(False, "data", "pool training and validation images and split them anew, "
+                            "stratified by class; --val-fraction validates", action="store_true")
+    ignore_background: bool = setting(False, "data", "leave the class called background out: its pixels are "
+                                      "not counted", action="store_true")
     imgsz: tuple = setting((518, 518), "data", "size the network trains at; any H W works", nargs=2,
                            type=positive_int, metavar=("H", "W"))
     augment: tuple = setting(("flip",), "data", "crop = scale 0.5-2 and random crop, flip, color; or none",
                              nargs="+", choices=AUGMENTS)
     workers: int = setting(2, "data", "processes that load data", type=whole_number, metavar="N")
 
+    arch: str = setting("dinov2", "model", "dinov2 = --backbone + --head, or a whole network to compare with "
+                        "it: fcn_resnet50, deeplabv3_resnet101, segformer_b0 ... segformer_b5",
+                        choices=ARCHITECTURES, metavar="NAME")
     backbone: str = setting("dinov2_vits14", "model", f"{BACKBONES[0]} ... {BACKBONES[-1]} (torch.hub), "
                             "vit_tiny, or timm/<model name>", type=backbone_name, metavar="NAME")
-    weights: str = setting("auto", "model", "auto = published pretrained weights, none = random, or a file "
-                           "(.pth, .safetensors)", metavar="auto|none|FILE")
-    layers: tuple = setting((), "model", "blocks whose feature maps the head sees, 0 = first (default: the "
-                            "last four; for linear the last one)", nargs="+", type=whole_number, metavar="I")
-    head: str = setting("bn", "model", "bn = BatchNorm + 1x1 conv on several maps, linear = 1x1 conv",
-                        choices=HEADS)
+    weights: str = setting("auto", "model", "auto = published pretrained weights (of the encoder), none = "
+                           "random, or a file (.pth, .safetensors)", metavar="auto|none|FILE")
+    normalize: str = setting("auto", "model", "auto = the mean and std that the weights were trained with, "
+                             "none = pixels / 255 only", choices=NORMALIZATIONS)
+    layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last "
+                            "(default: the last four for bn and unet-skip, else the last one)", nargs="+",
+                            type=int, metavar="I")
+    head: str = setting("bn", "model", "bn = BatchNorm + 1x1 conv on several maps, linear = 1x1 conv, unet = "
+                        "four up-blocks, unet-skip = the same with earlier blocks joined in, deconv = four "
+                        "transposed convolutions and a centre crop, deconv-resize = the same with a resize "
+                        "in place of the crop", choices=HEADS)
     unfreeze: object = setting(0, "model", "how many of the last transformer blocks train with the head, "
-                               "or all", type=block_count, metavar="N|all")
+                               "or all (the default of every --arch but dinov2)", type=block_count,
+                               metavar="N|all")
 
-    loss: str = setting("ce", "training", "ce = cross entropy", choices=LOSSES)
-    lr: float = setting(1e-3, "training", "base learning rate of AdamW (of the head)", type=positive_float)
-    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen blocks, relative to --lr",
-                                       type=positive_float, metavar="X")
-    weight_decay: float = setting(1e-3, "training", "AdamW weight decay", type=non_negative_float)
-    scheduler: str = setting("cosine", "training", "learning rate over the run; cosine and poly warm up",
+    loss: str = setting("ce", "training", "ce = cross entropy, lovasz = Lovasz-Softmax, focal (gamma 2), "
+                        "dice = soft Dice; or a sum such as focal+dice", type=loss_name,
+                        metavar="NAME[+NAME]")
+    class_weights: str = setting("none", "training", "weight the classes in ce and focal by their share of "
+                                 "the training pixels: enet = 1 / ln(1.02 + share), median = median "
+                                 "frequency balancing", choices=CLASS_WEIGHTS)
+    optimizer: str = setting("adamw", "training", "adamw, adam, or sgd = Nesterov momentum 0.937",
+                             choices=OPTIMIZERS)
+    lr: float = setting(1e-3, "training", "base learning rate (of the head)", type=positive_float)
+    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen blocks, relative to --lr "
+                                       "(1 for every --arch but dinov2)", type=positive_float, metavar="X")
+    weight_decay: float = setting(1e-3, "training", "weight decay; none on norms and biases",
+                                  type=non_negative_float)
+    scheduler: str = setting("cosine", "training", "learning rate over the run; cosine and poly warm up, "
+                             "exponential = x 0.98 an epoch, onecycle rises for 30 %% of the steps",
                              choices=SCHEDULERS)
     epochs: int = setting(30, "training", "passes over the training images", type=positive_int)
     batch_size: int = setting(8, "training", "images a forward pass", type=positive_int)
@@ -167,6 +270,12 @@ class TrainConfig:
                            metavar="DIR")
 
 
+# What two or more recipes share.
+DINOV2_PROTOCOL = dict(dataset="voc", backbone="dinov2_vits14", head="bn", unfreeze=0, lr=1e-3,
+                       weight_decay=1e-3, augment=("crop", "flip"), batch_size=16, epochs=60)
+SMALL_BASELINE = dict(weights="none", normalize="none", imgsz=(64, 64), lr=1e-3, weight_decay=0.01,
+                      scheduler="exponential", batch_size=64, epochs=30)
+
 # A recipe is a set of defaults under a name: (one line for --help, settings).
 RECIPES = {
     "demo": ("streets drawn by our code, small ViT from scratch, minutes on a laptop CPU",
@@ -177,16 +286,44 @@ RECIPES = {
                   dict(dataset="folder", classes=("background", "person"), backbone="dinov2_vits14",
                        head="bn", unfreeze=0, imgsz=(640, 640), lr=1e-4, scheduler="none", batch_size=8,
                        epochs=30)),
+    "voc-linear": ("VOC 2012, frozen ViT-S/14, BN + 1x1 conv on the last block: DINOv2's linear protocol",
+                   dict(DINOV2_PROTOCOL, imgsz=(512, 512), layers=(-1,), scheduler="poly")),
+    "voc-ms": ("VOC 2012, frozen ViT-S/14, BN + 1x1 conv on four blocks: DINOv2's multi-scale protocol",
+               dict(DINOV2_PROTOCOL, imgsz=(640, 640), layers=(-4, -3, -2, -1), scheduler="cosine")),
+    "voc-unet": ("VOC 2012, ViT-B/14 with its last block trained, U-Net decoder, Lovasz-Softmax",
+                 dict(dataset="voc", backbone="dinov2_vitb14", head="unet", unfreeze=1, backbone_lr_scale=1.0,
+                      imgsz=(518, 518), loss="lovasz", lr=1e-4, weight_decay=0.01, scheduler="none",
+                      batch_size=2, epochs=8)),
+    "aeroscapes-deconv": ("AeroScapes, frozen ViT-B/14, transposed-convolution decoder",
+                          dict(dataset="aeroscapes", backbone="dinov2_vitb14", head="deconv", unfreeze=0,
+                               imgsz=(518, 518), optimizer="adam", lr=1e-4, weight_decay=0.0,
+                               scheduler="none", batch_size=2, epochs=11)),
+    "pet-fcn": ("Oxford-IIIT Pet, FCN-ResNet50 from scratch (or --weights auto), 64x64",
+                dict(SMALL_BASELINE, dataset="pet", arch="fcn_resnet50")),
+    "pet-segformer": ("Oxford-IIIT Pet, SegFormer-B0 from scratch (or --weights auto), 64x64",
+                      dict(SMALL_BASELINE, dataset="pet", arch="segformer_b0")),
+    "cityscapes-fcn": ("Cityscapes, FCN-ResNet50 from scratch (or --weights auto), 64x64",
+                       dict(SMALL_BASELINE, dataset="cityscapes", arch="fcn_resnet50")),
+    "cityscapes-segformer": ("Cityscapes, SegFormer-B0 from scratch (or --weights auto), 64x64",
+                             dict(SMALL_BASELINE, dataset="cityscapes", arch="segformer_b0")),
+    "drone-deeplab": ("all AeroScapes images split anew, DeepLabV3-ResNet101 pretrained, focal + Dice, SGD",
+                      dict(dataset="aeroscapes", resplit=True, val_fraction=0.2, weights="auto",
+                           arch="deeplabv3_resnet101", imgsz=(512, 512), loss="focal+dice", optimizer="sgd",
+                           lr=1e-2, weight_decay=5e-4, scheduler="onecycle", batch_size=8, accumulate=2,
+                           epochs=80)),
 }
 
-# Settings that may differ between a run and its --resume; the others shape the model, the data or the
-# steps.
+# Settings of --arch dinov2 alone, and the defaults of every other --arch, which trains as a whole.
+DINOV2_ONLY = ("backbone", "head", "layers")
+BASELINE_DEFAULTS = dict(unfreeze="all", backbone_lr_scale=1.0)
+
+# Settings that may differ between a run and its --resume; the others shape model, data or steps.
 MAY_CHANGE_ON_RESUME = {"epochs", "workers", "device", "data_root", "out_dir", "resume"}
 
 
 def train_parser(description):
     """Return the argparse parser made from TrainConfig. Flags not given stay out of the namespace."""
-    recipes = "\n".join(f"  {name:12} {line}" for name, (line, _) in RECIPES.items())
+    recipes = "\n".join(f"  {name:21}{line}" for name, (line, _) in RECIPES.items())
     parser = argparse.ArgumentParser(
         description=description, epilog=f"recipes:\n{recipes}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
@@ -215,6 +352,12 @@ def resolve(given, saved=None):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     recipe = given.pop("recipe", None)
     defaults = dict(RECIPES[recipe][1]) if recipe else {}
+    arch = given.get("arch", defaults.get("arch", "dinov2"))
+    if arch != defaults.get("arch", "dinov2"):  # the recipe's data and steps with another model
+        defaults = {name: value for name, value in defaults.items()
+                    if name not in (*DINOV2_ONLY, *BASELINE_DEFAULTS)}
+    if arch != "dinov2":
+        defaults = {**BASELINE_DEFAULTS, **defaults}
     if saved is not None:
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         wanted = {**defaults, **given}
@@ -230,6 +373,13 @@ def resolve(given, saved=None):
         raise InputError(f"the run to resume has settings unknown here ({', '.join(sorted(unknown))}): "
                          "resume it with the version that wrote it")
     config = TrainConfig(**{**defaults, **given})
+    misfit = [name for name in DINOV2_ONLY if name in given and config.arch != "dinov2"]
+    if misfit:
+        raise InputError(f"--{misfit[0]} belongs to --arch dinov2, and {config.arch} is a whole network: "
+                         "leave it out")
+    if config.class_weights != "none" and not {"ce", "focal"} & set(config.loss.split("+")):
+        raise InputError(f"--class-weights acts on ce and focal, and --loss {config.loss} has neither: "
+                         "leave it out, or add one (such as --loss ce+dice)")
     if "none" in config.augment and len(config.augment) > 1:
         raise InputError("--augment none stands alone: leave out none or the others")
     if "none" in config.augment:

@@ -5,6 +5,7 @@
 
 A new data set is one function that returns a DataSource, entered in DATASETS (and its name in config.py).
 """
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 import streets as drawn
-from config import CAMVID, IGNORE, STREETS, VOC, InputError
+from config import (ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, IGNORE, PET, STREETS, VOC,
+                    InputError)
 from folder import folder
-from readers import (DataSource, Sample, existing, index_table, pair_files, read_image, read_list, read_mask,
-                     rotate_like)
+from readers import (DataSource, Sample, existing, index_table, list_images, pair_files, read_image,
+                     read_list, read_mask, rotate_like, value_table)
+from stratify import count_pixels, share_table, split_samples
 
 PADDING_COLOUR = (124, 116, 104)  # the ImageNet mean, so that padding is close to zero after normalisation
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
@@ -188,16 +191,132 @@ def streets(root):
     return DataSource("streets", STREETS, splits, index_table(len(STREETS)))
 
 
-DATASETS = {"streets": streets, "voc": voc, "camvid": camvid, "folder": folder}
+def aeroscapes(root):
+    """AeroScapes (Nigam et al., WACV 2018): 2,621 train, 648 val frames of drones, 12 classes."""
+    base = first_with([root, root / "aeroscapes", root / "AeroScapes"], "ImageSets/trn.txt")
+    if base is None:
+        raise InputError(f"no AeroScapes under {root}: download aeroscapes.tar.gz (750 MB, linked from "
+                         "github.com/ishann/aeroscapes) and unpack it there, so that ImageSets/trn.txt, "
+                         "JPEGImages and SegmentationClass lie in it, or give --data-root")
+    splits = {split: existing([Sample(base / f"JPEGImages/{name}.jpg", base / f"SegmentationClass/{name}.png")
+                               for name in read_list(base / f"ImageSets/{list_name}.txt")])
+              for split, list_name in (("train", "trn"), ("val", "val"))}
+    return DataSource("aeroscapes", AEROSCAPES, splits, index_table(len(AEROSCAPES)))
 
 
-def load_data(name, root, **folder_options):
+def pet(root):
+    """Oxford-IIIT Pet: 3,680 train, 3,669 val (its test list); trimaps: 1 pet, 2 background, 3 border."""
+    base = first_with([root, root / "oxford-iiit-pet"], "annotations/trainval.txt") or download_pet(root)
+    splits = {}
+    for split, list_name in (("train", "trainval"), ("val", "test")):
+        names = [line.split()[0] for line in read_list(base / f"annotations/{list_name}.txt")
+                 if not line.startswith("#")]
+        splits[split] = existing([
+            Sample(base / f"images/{name}.jpg", base / f"annotations/trimaps/{name}.png") for name in names])
+    return DataSource("pet", PET, splits, value_table({1: 0, 2: 1, 3: 2, IGNORE: IGNORE}))
+
+
+def download_pet(root):
+    """Download and unpack Oxford-IIIT Pet into `root`, return its folder. Raises InputError: what goes
+    where.
+    """
+    from torchvision.datasets import OxfordIIITPet
+    print(f"Oxford-IIIT Pet is not under {root}: downloading it there (800 MB)", flush=True)
+    try:
+        OxfordIIITPet(str(root), target_types="segmentation", download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"no Oxford-IIIT Pet under {root} and no download ({error}): unpack images.tar.gz "
+                         "(755 MB) and annotations.tar.gz (18 MB) of www.robots.ox.ac.uk/~vgg/data/pets into "
+                         f"{root / 'oxford-iiit-pet'}, or name its folder with --data-root") from None
+    return root / "oxford-iiit-pet"
+
+
+def cityscapes(root):
+    """Cityscapes, fine annotations: 2,975 train, 500 val, 19 of its classes; the others are ignored.
+
+    Masks are *_labelTrainIds.png where every image has one, else *_labelIds.png mapped by table.
+    """
+    base = first_with([root, root / "cityscapes", root / "Cityscapes"], "leftImg8bit/train")
+    if base is None or not (base / "gtFine/train").is_dir():
+        raise InputError(f"no Cityscapes under {root}: log in at www.cityscapes-dataset.com, download "
+                         "leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (241 MB) and "
+                         "unpack both there, side by side, or give --data-root")
+    names = {split: [(path.parent.name, path.name.removesuffix("_leftImg8bit.png"))
+                     for path in list_images(base / "leftImg8bit" / split)
+                     if path.name.endswith("_leftImg8bit.png")]
+             for split in ("train", "val")}
+    empty = [split for split, found in names.items() if not found]
+    if empty:
+        raise InputError(f"no *_leftImg8bit.png below {base / 'leftImg8bit' / empty[0]}: unpack all of it")
+
+    def samples(split, kind):
+        return [Sample(base / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png",
+                       base / f"gtFine/{split}/{city}/{name}_gtFine_{kind}.png")
+                for city, name in names[split]]
+
+    trained = {split: samples(split, "labelTrainIds") for split in names}
+    if all(sample.mask.is_file() for part in trained.values() for sample in part):
+        return DataSource("cityscapes", CITYSCAPES, trained, index_table(len(CITYSCAPES)))
+    raw = {split: existing(samples(split, "labelIds")) for split in names}
+    entries = dict.fromkeys([*range(34), IGNORE], IGNORE) | {id: i for i, id in enumerate(CITYSCAPES_IDS)}
+    return DataSource("cityscapes", CITYSCAPES, raw, value_table(entries))
+
+
+def ade20k(root):
+    """ADE20K, SceneParsing benchmark: 20,210 train, 2,000 val, 150 classes; mask value 0 is ignored."""
+    base = first_with([root, root / "ADEChallengeData2016", root / "ade20k"], "annotations/validation")
+    if base is None:
+        raise InputError(f"no ADE20K under {root}: download ADEChallengeData2016.zip (923 MB) from "
+                         "data.csail.mit.edu/places/ADEchallenge and unpack it there, so that "
+                         "images/training and annotations/training lie in it, or give --data-root")
+    splits = {split: pair_files(base / "images" / part, base / "annotations" / part)
+              for split, part in (("train", "training"), ("val", "validation"))}
+    entries = {0: IGNORE, IGNORE: IGNORE} | {id + 1: id for id in range(len(ADE20K))}
+    return DataSource("ade20k", ADE20K, splits, value_table(entries))
+
+
+DATASETS = {"streets": streets, "voc": voc, "camvid": camvid, "aeroscapes": aeroscapes, "pet": pet,
+            "cityscapes": cityscapes, "ade20k": ade20k, "folder": folder}
+
+
+# --- what every data set can be asked for -----------------------------------------------------------------
+def split_anew(source, val_fraction, cache_dir):
+    """Return a DataSource with all images pooled and split anew, stratified; its notes say how it came out.
+    """
+    samples = sorted({sample for part in source.splits.values() for sample in part})
+    pixels = count_pixels(samples, source.table, len(source.classes), cache_dir)
+    splits = split_samples(samples, pixels, val_fraction)
+    notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate (stratified)",
+             *share_table(dict(zip(samples, pixels, strict=True)), splits, source.classes)]
+    return dataclasses.replace(source, splits=splits, notes=source.notes + notes)
+
+
+def without_background(source):
+    """Return a DataSource in which the class called background is ignored. Raises InputError without one."""
+    names = [name.lower() for name, _ in source.classes]
+    if "background" not in names or len(names) < 3:
+        raise InputError(f"--ignore-background: {source.name} has no class called background and two others")
+    gone = names.index("background")
+    ids = np.arange(256, dtype=np.uint8)  # new id of every old one; IGNORE and OUTSIDE keep theirs
+    ids[gone:len(names)] = [IGNORE, *range(gone, len(names) - 1)]
+    classes = source.classes[:gone] + source.classes[gone + 1:]
+    notes = [*source.notes, "background is left out: its pixels are not counted"]
+    return dataclasses.replace(source, classes=classes, table=ids[source.table], notes=notes)
+
+
+def load_data(name, root, resplit=False, ignore_background=False, val_fraction=0.2, class_names=(),
+              cache_dir="outputs/cache"):
     """Find the files of data set `name` under folder `root` and return its DataSource.
 
-    folder_options: val_fraction and class_names, which the data set `folder` understands. Raises InputError
-    where the root or a file of the data set is missing or does not fit.
+    resplit: pool all images and split them anew; ignore_background: leave that class out; class_names: of the
+    data set `folder` alone; cache_dir: where pixel counts are kept. Raises InputError where the root or a
+    file of the data set is missing or does not fit.
     """
     root = Path(root)
-    if name in ("folder", "camvid") and not root.is_dir():
+    if name == "folder" and not root.is_dir():
         raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
-    return DATASETS[name](root, **(folder_options if name == "folder" else {}))
+    options = dict(val_fraction=val_fraction, class_names=class_names) if name == "folder" else {}
+    source = DATASETS[name](root, **options)
+    if resplit:
+        source = split_anew(source, val_fraction, cache_dir)
+    return without_background(source) if ignore_background else source

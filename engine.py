@@ -16,40 +16,66 @@ from model import load_model
 from utils import Precision, pick_device
 
 MAX_GRAD_NORM = 1.0
+MOMENTUM = 0.937  # of sgd
 WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
 LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wait
 
 
 # --- optimisation -----------------------------------------------------------------------------------------
-def lr_factor(step, total_steps, scheduler):
+def lr_factor(step, total_steps, scheduler, steps_per_epoch=1):
     """Return what every base learning rate is multiplied by at optimizer step `step` (0-based).
 
     cosine (Loshchilov & Hutter, 2017) and poly (power 0.9; Chen et al., 2018) fall to 0 after a linear
-    warm-up.
+    warm-up; exponential is 0.98 per epoch; onecycle (Smith & Topin, 2018) is torch's OneCycleLR with its
+    defaults: from 1/25 up to 1 in 30 % of the steps and down to 1/250,000, both along cosines.
     """
     if scheduler == "none":
         return 1.0
+    if scheduler == "exponential":
+        return 0.98 ** (step // steps_per_epoch)
+    if scheduler == "onecycle":
+        peak, last = 0.3 * total_steps - 1, total_steps - 1
+        if step <= peak:
+            return cosine_between(1 / 25, 1.0, step / peak if peak else 1.0)
+        return cosine_between(1.0, 1 / 25e4, min(1.0, (step - peak) / (last - peak)))
     warmup = max(1, round(WARMUP * total_steps))
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return (1 - progress) ** 0.9 if scheduler == "poly" else 0.5 * (1 + math.cos(math.pi * progress))
+    return (1 - progress) ** 0.9 if scheduler == "poly" else cosine_between(1.0, 0.0, progress)
+
+
+def cosine_between(start, end, progress):
+    """Return the point of a half cosine from `start` (progress 0) to `end` (progress 1)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def parameter_groups(model, lr, weight_decay, backbone_lr_scale):
     """Return optimizer groups of the parameters that train; `base_lr` is what the schedule multiplies.
 
-    Head at `lr`, backbone at lr * backbone_lr_scale; biases and norms (one dimension) without weight decay.
+    Three groups at each learning rate: weights with weight decay, weights of norms (one dimension) and
+    biases without. The head trains at `lr`, the backbone at lr * backbone_lr_scale.
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = name.startswith("backbone."), parameter.ndim > 1
-            groups.setdefault(key, []).append(parameter)
-    rate = {True: lr * backbone_lr_scale, False: lr}
-    return [dict(params=parameters, lr=rate[in_backbone], base_lr=rate[in_backbone],
-                 weight_decay=weight_decay if decays else 0.0)
-            for (in_backbone, decays), parameters in groups.items()]
+            rate = lr * (backbone_lr_scale if name.startswith("backbone.") else 1.0)
+            kind = "bias" if name.endswith("bias") else "weight" if parameter.ndim > 1 else "norm"
+            groups.setdefault((rate, kind), []).append(parameter)
+    decay = {"weight": weight_decay, "norm": 0.0, "bias": 0.0}
+    return [dict(params=parameters, lr=rate, base_lr=rate, weight_decay=decay[kind])
+            for (rate, kind), parameters in groups.items()]
+
+
+def build_optimizer(name, groups):
+    """Return the optimizer called `name` (adamw, adam, sgd) over the groups of parameter_groups.
+
+    Weight decay is decoupled in adamw (Loshchilov & Hutter, 2019), an L2 term in adam and sgd; sgd has
+    Nesterov momentum 0.937.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups)
 
 
 def optimizer_step(optimizer, scaler, weight):
@@ -72,7 +98,8 @@ class LossLog:
 
     def add(self, loss, terms, names, step, lr):
         """Note one batch: scalar tensors loss and terms, its file names, optimizer step and learning rate."""
-        values = {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
+        values = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
+        values = {name: value.detach() for name, value in values.items()}
         self.waiting.append((values, names, step, lr))
         if len(self.waiting) >= LOG_EVERY:
             self.read()
@@ -98,7 +125,7 @@ class LossLog:
         return self.images / (time.perf_counter() - self.start)
 
     def means(self):
-        """Mean over images of the loss and its terms, by name."""
+        """Mean over images of the loss and its terms: loss, loss_ce, loss_dice, ..."""
         self.read()
         return {key: value / max(1, self.images) for key, value in self.sums.items()}
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from config import IGNORE, InputError, spare_colour
 from readers import (OUTSIDE, DataSource, index_table, open_image, outside_message, pack_colour, pair_files,
                      ranges, read_mask_values, value_table)
+from stratify import share_table, split_samples
 
 # (images, masks) of one split, tried in this order; names match in any case, `|` separates spellings.
 LAYOUTS = [
@@ -46,9 +47,11 @@ def folder(root, val_fraction=0.2, class_names=()):
         notes.append(f"{different} of {len(samples)} masks differ in size from their image: resized "
                      "(nearest) to it")
     if "val" not in splits:
-        train, val = stratified_split(class_pixels(scans, table, len(classes)), val_fraction)
-        splits = {"train": [samples[i] for i in train], "val": [samples[i] for i in val]}
-        notes.append(f"no validation folder: {len(val)} of {len(samples)} images validate (stratified)")
+        pixels = class_pixels(scans, table, len(classes))
+        splits = split_samples(samples, pixels, val_fraction)
+        notes.append(f"no validation folder: {len(splits['val'])} of {len(samples)} images validate "
+                     "(stratified)")
+        notes += share_table(dict(zip(samples, pixels, strict=True)), splits, classes)
     return DataSource("folder", classes, splits, table, notes)
 
 
@@ -193,7 +196,6 @@ def class_ids(named):
     return [IGNORE if name == "ignore" else next(ids) for name, _ in named]
 
 
-# --- a validation part ------------------------------------------------------------------------------------
 def class_pixels(scans, table, num_classes):
     """Return (N, K) pixel counts of every class in every mask, from the scans of scan_masks."""
     pixels = np.zeros((len(scans), num_classes), np.int64)
@@ -201,37 +203,3 @@ def class_pixels(scans, table, num_classes):
         ids = table[values]
         np.add.at(row, ids[ids != IGNORE], counts[ids != IGNORE])
     return pixels
-
-
-def stratified_split(pixels, val_fraction):
-    """Split images so that every class has its share of pixels in both parts; deterministic.
-
-    Iterative stratification (Sechidis et al., ECML 2011) on class presence weighted by pixel counts.
-    pixels: (N, K). Returns (train indices, val indices), both sorted, with round(N * val_fraction) in val.
-    Raises InputError with fewer than two images.
-    """
-    count = len(pixels)
-    if count < 2:
-        raise InputError("one image cannot be split into training and validation: add images")
-    validation = min(max(1, round(count * val_fraction)), count - 1)
-    room = np.array([count - validation, validation])  # images still to go into train, val
-    ratio = room / count
-    shares = pixels / np.maximum(pixels.sum(0), 1)  # (N, K), every class sums to 1
-    wanted = np.outer(ratio, np.ones(pixels.shape[1]))  # (2, K) share of every class still wanted
-    present, part = pixels > 0, np.full(count, -1)
-    images_left = present.sum(0)  # (K,)
-    while (part < 0).any():
-        if images_left.any():
-            rarest = np.where(images_left > 0, images_left, count + 1).argmin()
-            image = np.where(part < 0, shares[:, rarest], -1).argmax()
-            need = (wanted[:, rarest] - shares[image, rarest]) / ratio  # what would still be wanted after it
-            if images_left[rarest] == 1:  # the last chance of a class to be in both parts
-                need = -present[part == 0, rarest].sum(), -present[part == 1, rarest].sum()
-        else:  # only images without any class are left
-            image, need = (part < 0).argmax(), room / ratio
-        side = np.where(room > 0, need, -np.inf).argmax()
-        part[image] = side
-        room[side] -= 1
-        wanted[side] -= shares[image]
-        images_left -= present[image]
-    return np.flatnonzero(part == 0).tolist(), np.flatnonzero(part == 1).tolist()

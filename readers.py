@@ -49,14 +49,16 @@ class DataSource:
     table: np.ndarray
     notes: list = field(default_factory=list)
 
-    def fingerprint(self):
-        """Return a short hash over split, name and size of every file: equal data, equal fingerprint."""
-        digest = hashlib.sha256()
-        for split, samples in self.splits.items():
-            for image, mask in samples:
-                sizes = image.stat().st_size, mask.stat().st_size
-                digest.update(repr((split, image.name, mask.name, sizes)).encode())
-        return digest.hexdigest()[:16]
+    def fingerprints(self):
+        """Return short hashes that equal data have in common: over the names and sizes of all files, and over
+        which image is in which split.
+        """
+        files = sorted({(image.name, mask.name, image.stat().st_size, mask.stat().st_size)
+                        for samples in self.splits.values() for image, mask in samples})
+        splits = [(split, sorted(image.name for image, _ in samples))
+                  for split, samples in sorted(self.splits.items())]
+        return {f"{name}_fingerprint": hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+                for name, facts in (("data", files), ("split", splits))}
 
 
 # --- images -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python train.py --recipe demo                      # drawn streets, minutes on a laptop CPU
     python train.py --imgsz 640 640 --dataset voc      # DINOv2 ViT-S/14, BatchNorm head, VOC 2012
     python train.py --recipe person-bn --data-root my_photos
+    python train.py --arch segformer_b0 --dataset camvid --data-root CamVid     # a network to compare with
     python train.py --resume --epochs 60               # go on from outputs/last.pth
 
 Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,
@@ -30,11 +31,14 @@ import streets
 import utils
 from config import InputError, parse_train_args, resolve
 from datasets import SegmentationDataset, load_data, make_loader
-from losses import build_loss
-from model import build_model, load_strictly, pack_checkpoint, read_checkpoint
+from losses import build_loss, class_weights
+from model import build_model, pack_checkpoint, read_checkpoint
 from readers import read_image
+from stratify import count_pixels
 from video import VideoWriter
+from weights import load_strictly
 
+PROTOCOL = "whole image resized to {}x{}, scored at the size of each mask, 255 ignored"
 SHOWN = 4  # validation images drawn after every epoch
 
 
@@ -47,8 +51,9 @@ def print_settings(config, data, model, device, precision):
     for note in data.notes:
         print(f"  {note}")
     trained, total = model.parameter_counts()
-    print(f"model: {config.backbone} + {config.head} on blocks {model.backbone.layers}, {trained:,} "
-          f"parameters train, {total - trained:,} are frozen")
+    ours = f"{config.backbone} + {config.head} on blocks {model.backbone.layers}"
+    print(f"model: {ours if config.arch == 'dinov2' else config.arch}, {trained:,} parameters train, "
+          f"{total - trained:,} are frozen")
     untrained = config.weights == "none" or (config.backbone, config.weights) == ("vit_tiny", "auto")
     if untrained and config.unfreeze == 0:
         print("warning: the backbone is random and frozen, only the head learns: add --unfreeze all")
@@ -115,11 +120,15 @@ def example_inputs(config, data):
 def print_result(history, classes, out_dir, picture, clip):
     """Print the best epoch, its per-class IoU, and the commands that use the model."""
     best = utils.best_row(history)
+    objects = [iou for (name, _), iou in zip(classes, best["per_class_iou"], strict=True)
+               if iou is not None and name.lower() != "background"]
     absent = [name for (name, _), iou in zip(classes, best["per_class_iou"], strict=True) if iou is None]
     print(f"\nbest epoch {best['epoch']}: validation mIoU {best['val_miou']:.4f}, pixel accuracy "
           f"{best['val_accuracy']:.4f}, mean Dice {best['val_dice']:.4f}")
     print("per class: " + ", ".join(f"{name} {iou:.3f}" for (name, _), iou in
                                     zip(classes, best["per_class_iou"], strict=True) if iou is not None))
+    if len(objects) not in (0, len(classes) - len(absent)):
+        print(f"mean of the {len(objects)} classes other than background: {sum(objects) / len(objects):.4f}")
     if absent:
         print(f"absent from truth and prediction, left out of the means: {', '.join(absent)}")
     model = out_dir / "best_model_iou.pth"
@@ -132,15 +141,26 @@ def build_training(config, data, device):
     """Return model, optimizer and the two loaders that a TrainConfig describes."""
     weights = "none" if config.resume else config.weights  # last.pth brings its own
     model = build_model(config.backbone, config.head, len(data.classes), config.layers, weights,
-                        config.unfreeze).to(device)
+                        config.unfreeze, config.arch, config.normalize).to(device)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, config.backbone_lr_scale)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
+    optimizer = engine.build_optimizer(config.optimizer, groups)
     train_set = SegmentationDataset(data.splits["train"], data.table, config.imgsz, config.augment,
                                     config.seed)
     val_set = SegmentationDataset(data.splits["val"], data.table, config.imgsz)
     loaders = [make_loader(part, config.batch_size, config.workers, device.type == "cuda")
                for part in (train_set, val_set)]
     return model, optimizer, *loaders
+
+
+def build_criterion(config, data, device):
+    """Return the loss that a TrainConfig describes; prints the class weights where there are any."""
+    if config.class_weights == "none":
+        return build_loss(config.loss)
+    pixels = count_pixels(data.splits["train"], data.table, len(data.classes), Path(config.out_dir) / "cache")
+    weights = class_weights(pixels, config.class_weights)
+    print("class weights: " + ", ".join(f"{name} {weight:.3g}" for (name, _), weight in
+                                        zip(data.classes, weights.tolist(), strict=True)))
+    return build_loss(config.loss, weights.to(device))
 
 
 def main():
@@ -153,20 +173,21 @@ def main():
         print("no --dataset given: training on streets, which our code draws")
     device = utils.pick_device(config.device)
     precision = utils.Precision(config.amp, device)
-    data = load_data(config.dataset, config.data_root, val_fraction=config.val_fraction,
-                     class_names=config.classes)
-    fingerprint = data.fingerprint()
+    data = load_data(config.dataset, config.data_root, config.resplit, config.ignore_background,
+                     config.val_fraction, config.classes, out_dir / "cache")
+    fingerprints = data.fingerprints()
     utils.seed_everything(config.seed)
     model, optimizer, train_loader, val_loader = build_training(config, data, device)
     history, first_epoch, step = [], 1, 0
     if saved:
-        first_epoch, step, history = resume(saved, config, fingerprint, model, optimizer, precision)
+        first_epoch, step, history = resume(saved, config, fingerprints, model, optimizer, precision)
     print_settings(config, data, model, device, precision)
     utils.make_folder(out_dir)
     settings = utils.finite(dataclasses.asdict(config))
-    criterion = build_loss(config.loss)
-    total_steps = config.epochs * math.ceil(len(train_loader) / config.accumulate)
-    schedule = partial(engine.lr_factor, total_steps=total_steps, scheduler=config.scheduler)
+    criterion = build_criterion(config, data, device)
+    epoch_steps = math.ceil(len(train_loader) / config.accumulate)
+    schedule = partial(engine.lr_factor, total_steps=config.epochs * epoch_steps, scheduler=config.scheduler,
+                       steps_per_epoch=epoch_steps)
     for epoch in range(first_epoch, config.epochs + 1):
         start = time.perf_counter()
         train_loader.sampler.set_epoch(epoch - 1)
@@ -183,14 +204,16 @@ def main():
                    per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
         history.append(row)
         if epoch == first_epoch:
-            open_run(out_dir, dict(settings, data_fingerprint=fingerprint, **utils.run_facts(device)),
-                     resumed=bool(saved))
+            facts = dict(settings, **fingerprints, protocol=PROTOCOL.format(*config.imgsz),
+                         class_names=[name for name, _ in data.classes],
+                         parameters=model.parameter_counts(), **utils.run_facts(device))
+            open_run(out_dir, facts, resumed=bool(saved))
         packed = pack_checkpoint(model, data.classes, config.imgsz, config=settings, epoch=epoch,
                                  metrics=scores)
         if better := utils.best_row(history) is row:
             utils.save_checkpoint(packed, out_dir / "best_model_iou.pth")
         state = dict(optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(), step=step,
-                     history=history, random=random_state(), data_fingerprint=fingerprint)
+                     history=history, random=random_state(), **fingerprints)
         utils.save_checkpoint({**packed, **state}, out_dir / "last.pth")
         draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
                         out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
@@ -203,17 +226,17 @@ def main():
     print_result(history, data.classes, out_dir, *example_inputs(config, data))
 
 
-def resume(saved, config, fingerprint, model, optimizer, precision):
+def resume(saved, config, fingerprints, model, optimizer, precision):
     """Load the state of a saved run into model, optimizer and scaler; return (next epoch, step, history).
 
     Raises InputError where the run is complete or the data are not those it was trained on.
     """
-    missing = {"epoch", "optimizer", "scaler", "step", "history", "random", "data_fingerprint"} - saved.keys()
+    missing = {"epoch", "optimizer", "scaler", "step", "history", "random", *fingerprints} - saved.keys()
     if missing:
         raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
     if saved["epoch"] >= config.epochs:
         raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
-    if saved["data_fingerprint"] != fingerprint:
+    if any(saved[name] != value for name, value in fingerprints.items()):
         raise InputError("the data set is not the one the run was trained on (files were added, removed or "
                          "changed): restore it, or start a new run without --resume")
     load_strictly(model, saved["model"], "last.pth")

@@ -275,11 +275,11 @@ def side_by_side(rows, classes, height=240):
 
 
 # --- plots ------------------------------------------------------------------------------------------------
-def new_figure(width, height):
-    """Return a matplotlib (figure, axes) of that size in inches, without touching global state."""
+def new_figure(width, height, columns=1):
+    """Return a matplotlib (figure, axes; several where columns > 1), in inches, without global state."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, columns)
 
 
 def save_figure(figure, path):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import utils
+from model import build_model
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"  # real samples; tests that need them are skipped where they are missing
@@ -55,6 +56,51 @@ def write_folder(root, count=8, size=(45, 61), values=(0, 1, 2)):
     return root
 
 
+TREES = {  # image and mask of an image of a split, values in the files -> class ids
+    "voc": ("JPEGImages/{name}.jpg", "SegmentationClass/{name}.png", {0: 0, 7: 7, 15: 15}),
+    "aeroscapes": ("JPEGImages/{name}.jpg", "SegmentationClass/{name}.png", {0: 0, 3: 3, 11: 11}),
+    "pet": ("images/{name}.jpg", "annotations/trimaps/{name}.png", {1: 0, 2: 1, 3: 2}),
+    "cityscapes": (
+        "leftImg8bit/{split}/ulm/{name}_leftImg8bit.png",
+        "gtFine/{split}/ulm/{name}_gtFine_labelIds.png",
+        {7: 0, 33: 18, 0: 255, 26: 13},
+    ),
+    "ade20k": ("images/{long}/{name}.jpg", "annotations/{long}/{name}.png", {0: 255, 1: 0, 150: 149}),
+}
+LISTS = {
+    "voc": ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"),
+    "aeroscapes": ("ImageSets/trn.txt", "ImageSets/val.txt"),
+    "pet": ("annotations/trainval.txt", "annotations/test.txt"),
+}
+
+
+def write_tree(dataset, root, counts=(4, 2), size=(45, 61)):
+    """Write a few small images in the tree of a data set; return {value in the files: class id}."""
+    image, mask, values = TREES[dataset]
+    for part, (split, long) in enumerate((("train", "training"), ("val", "validation"))):
+        names = [f"{split}_{number:06d}" for number in range(counts[part])]
+        for seed, name in enumerate(names):
+            paths = [root / text.format(split=split, long=long, name=name) for text in (image, mask)]
+            write_pair(*paths, blocks(*size, list(values), seed=10 * part + seed), seed=seed)
+        if dataset in LISTS:
+            lines = [f"{name} 1 1 1" if dataset == "pet" else name for name in names]
+            path = root / LISTS[dataset][part]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+    return values
+
+
+def tiny(**options):
+    """Return a vit_tiny Segmenter with three classes."""
+    torch.manual_seed(0)
+    return build_model(**{"backbone": "vit_tiny", "head": "bn", "num_classes": 3, **options})
+
+
+def random_images(*size, seed=0):
+    """Return (B, 3, H, W) uint8 noise."""
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Return run(module, *flags) -> (exit code, stdout, stderr): a script as the command line calls it."""
@@ -78,6 +124,11 @@ dependencies = ["timm"]
 def dinov2_vits14(*, pretrained=True, **kwargs):
     return timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=5, embed_dim=48,
                              num_heads=3, num_classes=0, dynamic_img_size=True, init_values=1e-5)
+
+
+def dinov2_vitb14(*, pretrained=True, **kwargs):  # the width of the real one, for the decoders' sake
+    return timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=56, depth=4, embed_dim=768,
+                             num_heads=12, num_classes=0, dynamic_img_size=True, init_values=1e-5)
 """
 
 

@@ -41,6 +41,10 @@ def test_every_recipe_is_made_of_known_settings_and_json(name):
         (["--val-fraction", "1"], "between 0 and 1"),
         (["--seed", "1.5"], "at least 0"),
         (["--amp", "fp8"], "bf16"),
+        (["--arch", "unet"], "segformer_b5"),
+        (["--loss", "ce+ce"], "'ce+ce' is no loss: give ce, lovasz, focal, dice, or a sum of different ones"),
+        (["--loss", "hinge"], "'hinge' is no loss"),
+        (["--optimizer", "lion"], "sgd"),
     ],
 )
 def test_wrong_flags_exit_with_2_and_list_what_is_known(capsys, flags, reason):
@@ -68,12 +72,70 @@ def test_a_resumed_run_may_grow_but_not_change_shape():
         resolve({"head": "linear"}, saved)
 
 
+def test_other_architectures_train_as_a_whole_and_refuse_the_flags_of_ours():
+    plain = resolve(parse_train_args(["--arch", "fcn_resnet50"]))
+    assert plain.unfreeze == "all" and plain.backbone_lr_scale == 1.0
+    assert resolve(parse_train_args(["--arch", "fcn_resnet50", "--unfreeze", "0"])).unfreeze == 0
+    for flags in (["--head", "unet"], ["--backbone", "vit_tiny"], ["--layers", "1"]):
+        with pytest.raises(InputError, match=f"{flags[0]} belongs to --arch dinov2, and fcn_resnet50 is"):
+            resolve(parse_train_args(["--arch", "fcn_resnet50", *flags]))
+
+
+def test_a_recipe_with_another_architecture_keeps_its_data_and_steps():
+    ours, other = resolve({"recipe": "voc-unet"}), resolve({"recipe": "voc-unet", "arch": "segformer_b0"})
+    assert (other.unfreeze, other.backbone_lr_scale, other.head) == ("all", 1.0, TrainConfig.head)
+    same = {"dataset", "imgsz", "loss", "optimizer", "lr", "scheduler", "epochs", "batch_size"}
+    assert all(getattr(ours, name) == getattr(other, name) for name in same)
+    back = resolve({"recipe": "pet-fcn", "arch": "dinov2"})
+    assert back.unfreeze == 0 and back.imgsz == (64, 64)
+
+
+def test_class_weights_need_a_loss_that_uses_them():
+    assert resolve({"class_weights": "enet", "loss": "lovasz+ce"}).class_weights == "enet"
+    with pytest.raises(InputError, match="--class-weights acts on ce and focal, and --loss dice has neither"):
+        resolve({"class_weights": "median", "loss": "dice"})
+
+
+RECIPE_TABLE = {  # data set, model, unfreeze, loss, optimizer, schedule, size, batch, epochs
+    "person-bn": "folder dinov2_vits14+bn 0 ce adamw none 640 8 30",
+    "voc-unet": "voc dinov2_vitb14+unet 1 lovasz adamw none 518 2 8",
+    "aeroscapes-deconv": "aeroscapes dinov2_vitb14+deconv 0 ce adam none 518 2 11",
+    "pet-fcn": "pet fcn_resnet50 all ce adamw exponential 64 64 30",
+    "pet-segformer": "pet segformer_b0 all ce adamw exponential 64 64 30",
+    "cityscapes-fcn": "cityscapes fcn_resnet50 all ce adamw exponential 64 64 30",
+    "cityscapes-segformer": "cityscapes segformer_b0 all ce adamw exponential 64 64 30",
+    "drone-deeplab": "aeroscapes deeplabv3_resnet101 all focal+dice sgd onecycle 512 8 80",
+    "voc-linear": "voc dinov2_vits14+bn 0 ce adamw poly 512 16 60",
+    "voc-ms": "voc dinov2_vits14+bn 0 ce adamw cosine 640 16 60",
+    "demo": "streets vit_tiny+bn all ce adamw cosine 224 16 10",
+}
+
+
+def test_recipes_are_those_of_the_write_ups():
+    found = {}
+    for name in RECIPES:
+        c = resolve({"recipe": name})
+        model = f"{c.backbone}+{c.head}" if c.arch == "dinov2" else c.arch
+        assert c.imgsz[0] == c.imgsz[1]
+        steps = (c.loss, c.optimizer, c.scheduler, c.imgsz[0], c.batch_size, c.epochs)
+        found[name] = " ".join(map(str, (c.dataset, model, c.unfreeze, *steps)))
+    assert found == RECIPE_TABLE
+    drone = resolve({"recipe": "drone-deeplab"})
+    assert drone.resplit and drone.accumulate == 2 and drone.weights == "auto" and drone.val_fraction == 0.2
+    assert resolve({"recipe": "voc-unet"}).lr == resolve({"recipe": "aeroscapes-deconv"}).lr == 1e-4
+    assert resolve({"recipe": "pet-fcn"}).normalize == "none"
+
+
 def test_augment_none_is_empty():
     assert resolve(parse_train_args(["--augment", "none"])).augment == ()
     assert resolve(parse_train_args(["--augment", "crop", "flip"])).augment == ("crop", "flip")
 
 
 def test_class_tables_have_distinct_names_and_colours():
-    for classes in CLASSES.values():
-        assert len({name for name, _ in classes}) == len({colour for _, colour in classes}) == len(classes)
+    for name, classes in CLASSES.items():
+        assert len({name for name, _ in classes}) == len(classes)
+        twice = len(classes) - len({colour for _, colour in classes})
+        assert twice == (name == "ade20k")  # whose own palette has one colour twice
+    counts = dict(voc=21, camvid=11, aeroscapes=12, pet=3, cityscapes=19, ade20k=150, streets=7)
+    assert {name: len(classes) for name, classes in CLASSES.items()} == counts
     assert len({spare_colour(id) for id in range(20)}) == 20 and spare_colour(200) != (0, 0, 0)

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import blocks, real_data, write_folder, write_pair
+from conftest import blocks, real_data, write_folder, write_pair, write_tree
 from PIL import Image
 
 import config
@@ -20,7 +20,7 @@ from datasets import (
     resize_image,
     resize_mask,
 )
-from readers import Sample, index_table
+from readers import Sample, index_table, read_image, read_mask
 
 
 def shaded_pair(height=120, width=170, seed=3):
@@ -214,11 +214,8 @@ def test_a_listed_file_that_is_missing_is_named(tmp_path):
 
 
 def test_missing_roots_and_blocked_places(tmp_path):
-    for name in ("folder", "camvid"):
-        with pytest.raises(InputError, match="--data-root .*nowhere does not exist"):
-            load_data(name, tmp_path / "nowhere")
-    with pytest.raises(InputError, match="trainannot"):
-        load_data("camvid", tmp_path)
+    with pytest.raises(InputError, match="--data-root .*nowhere does not exist"):
+        load_data("folder", tmp_path / "nowhere")
     (tmp_path / "streets").mkdir()
     with pytest.raises(InputError, match="in the way"):
         load_data("streets", tmp_path)
@@ -226,14 +223,138 @@ def test_missing_roots_and_blocked_places(tmp_path):
 
 def test_fingerprint_follows_the_files(tmp_path):
     write_voc(tmp_path)
-    before = load_data("voc", tmp_path).fingerprint()
-    assert before == load_data("voc", tmp_path).fingerprint()
+    before = load_data("voc", tmp_path).fingerprints()
+    assert before == load_data("voc", tmp_path).fingerprints()
     write_pair(
         tmp_path / "JPEGImages/2007_000002.jpg",
         tmp_path / "SegmentationClass/2007_000002.png",
         blocks(30, 30, (0, 1)),
     )
-    assert before != load_data("voc", tmp_path).fingerprint()
+    after = load_data("voc", tmp_path).fingerprints()
+    assert before["data_fingerprint"] != after["data_fingerprint"]
+    assert before["split_fingerprint"] == after["split_fingerprint"]
+
+
+# --- every data set, from trees as they are downloaded ----------------------------------------------------
+@pytest.mark.parametrize("name", ["voc", "aeroscapes", "pet", "cityscapes", "ade20k"])
+def test_trees_of_every_data_set_are_read_with_their_own_values(name, tmp_path):
+    values = write_tree(name, tmp_path)
+    source = load_data(name, tmp_path)
+    assert source.classes == config.CLASSES[name] and source.name == name
+    assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 4, "val": 2}
+    for samples in source.splits.values():
+        for sample in samples:
+            stored = np.array(Image.open(sample.mask)).astype(int)
+            want = np.vectorize(lambda value: values.get(value, 255))(stored)
+            assert (read_mask(sample.mask, source.table) == want).all() and len(np.unique(want)) > 1
+            image = read_image(sample.image)
+            assert image.shape[1:] == want.shape
+
+
+def test_cityscapes_takes_train_ids_where_every_image_has_them(tmp_path):
+    write_tree("cityscapes", tmp_path)
+    raw = load_data("cityscapes", tmp_path)
+    samples = [sample for part in raw.splits.values() for sample in part]
+    for count, sample in enumerate(samples, 1):
+        trained = sample.mask.with_name(sample.mask.name.replace("labelIds", "labelTrainIds"))
+        Image.fromarray(read_mask(sample.mask, raw.table)).save(trained)
+        now = load_data("cityscapes", tmp_path)
+        assert ("labelTrainIds" in now.splits["val"][0].mask.name) == (count == len(samples))
+    for old, new in zip(samples, [s for part in now.splits.values() for s in part], strict=True):
+        assert (read_mask(old.mask, raw.table) == read_mask(new.mask, now.table)).all()
+
+
+def test_wrong_values_of_every_data_set_are_named(tmp_path):
+    for name, wrong in (("aeroscapes", 12), ("pet", 4), ("cityscapes", 34), ("ade20k", 151), ("pet", 0)):
+        root = tmp_path / f"{name}{wrong}"
+        write_tree(name, root)
+        source = load_data(name, root)
+        Image.new("L", (8, 8), wrong).save(source.splits["train"][0].mask)
+        with pytest.raises(InputError, match=f"has the value {wrong} .64 pixels., which is no class"):
+            read_mask(source.splits["train"][0].mask, source.table)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "place"),
+    [
+        ("camvid", "180 MB", "trainannot"),
+        ("aeroscapes", "750 MB", "ImageSets/trn.txt"),
+        ("cityscapes", "11 GB", "gtFine"),
+        ("ade20k", "923 MB", "annotations/training"),
+        ("pet", "755 MB", "oxford-iiit-pet"),
+    ],
+)
+def test_missing_data_say_what_to_download_how_big_it_is_and_where_it_goes(
+    name, size, place, tmp_path, monkeypatch
+):
+    import torchvision.datasets.utils as downloads
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", no_network)
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=f"{root}.*--data-root") as error:
+            load_data(name, root)
+        assert "\n" not in str(error.value) and size in str(error.value) and place in str(error.value)
+
+
+def test_pet_is_found_where_torchvision_puts_it(tmp_path):
+    write_tree("pet", tmp_path / "oxford-iiit-pet")
+    assert len(load_data("pet", tmp_path).splits["train"]) == 4
+
+
+@pytest.mark.parametrize("name", ["voc", "aeroscapes"])
+def test_resplit_pools_all_images_and_shares_no_image(name, tmp_path):
+    write_tree(name, tmp_path)
+    plain = load_data(name, tmp_path)
+    again = load_data(name, tmp_path, resplit=True, val_fraction=0.5, cache_dir=tmp_path / "cache")
+    train, val = (set(again.splits[split]) for split in ("train", "val"))
+    assert len(train) == len(val) == 3 and not train & val
+    assert train | val == {sample for part in plain.splits.values() for sample in part}
+    assert again.fingerprints()["data_fingerprint"] == plain.fingerprints()["data_fingerprint"]
+    assert again.fingerprints()["split_fingerprint"] != plain.fingerprints()["split_fingerprint"]
+    assert "split anew: 3 of 6 images validate" in again.notes[0] and "background" in "".join(again.notes)
+    same = load_data(name, tmp_path, resplit=True, val_fraction=0.5, cache_dir=tmp_path / "cache")
+    assert same.splits == again.splits
+
+
+@pytest.mark.parametrize(("name", "gone"), [("aeroscapes", 0), ("pet", 1)])
+def test_ignore_background_leaves_out_its_pixels_and_nothing_else(name, gone, tmp_path):
+    write_tree(name, tmp_path)
+    whole, without = load_data(name, tmp_path), load_data(name, tmp_path, ignore_background=True)
+    assert without.classes == [c for c in whole.classes if c[0] != "background"]
+    for sample in whole.splits["train"]:
+        before, after = read_mask(sample.mask, whole.table), read_mask(sample.mask, without.table)
+        assert ((after == 255) == ((before == 255) | (before == gone))).all()
+        kept = after != 255
+        assert (after[kept] == before[kept] - (before[kept] > gone)).all() and kept.any()
+    with pytest.raises(InputError, match="--ignore-background: camvid has no class called background"):
+        datasets.without_background(load_data("camvid", real_data("camvid")))
+
+
+def test_real_samples_of_every_data_set(tmp_path):
+    aeroscapes = load_data("aeroscapes", real_data("aeroscapes_sample"))
+    mask = read_mask(aeroscapes.splits["val"][0].mask, aeroscapes.table)
+    assert mask.shape == (720, 1280) and np.unique(mask).tolist() == [0, 1, 3, 7, 8, 9, 10, 11]
+    pet = load_data("pet", real_data("pet_sample"))
+    assert (len(pet.splits["train"]), len(pet.splits["val"])) == (9, 3)
+    for sample in pet.splits["train"]:
+        assert set(np.unique(read_mask(sample.mask, pet.table))) == {0, 1, 2}
+    city = load_data("cityscapes", real_data("cityscapes_sample"))
+    (sample,) = city.splits["val"]
+    ids = read_mask(sample.mask, city.table)
+    trained = sample.mask.with_name(sample.mask.name.replace("labelIds", "labelTrainIds"))
+    assert (ids != np.array(Image.open(trained))).mean() < 0.005  # the sample was shrunk file by file
+    assert len(city.splits["train"]) == 2 and ids.shape == (128, 256)
+    with pytest.raises(InputError, match="no images in .*images/training"):
+        load_data("ade20k", real_data("ade20k_sample"))
+
+
+def test_class_names_of_ade20k_are_those_of_its_list():
+    lines = (real_data("ade20k_sample") / "objectInfo150.csv").read_text().splitlines()[1:]
+    for line, (name, _) in zip(lines, config.ADE20K, strict=True):
+        assert name.split()[-1] in line.lower()
 
 
 def test_names_on_the_command_line_are_the_registry():

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 import engine
 from datasets import resize_image
-from engine import lr_factor, native_preds, parameter_groups, predict, train_one_epoch
+from engine import build_optimizer, lr_factor, native_preds, parameter_groups, predict, train_one_epoch
+from config import OPTIMIZERS, SCHEDULERS
 from losses import build_loss
 from model import build_model
 from utils import Precision
@@ -60,10 +61,10 @@ def random_batch(count, height=11, width=13, seed=0):
     return images, masks
 
 
-def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=None):
-    """Train one epoch with plain SGD; return what train_one_epoch returns."""
+def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=None, optimizer=None):
+    """Train one epoch, with plain SGD unless told otherwise; return what train_one_epoch returns."""
     groups = parameter_groups(net, lr, 0.0, 1.0)
-    optimizer = torch.optim.SGD(groups, lr=lr)
+    optimizer = build_optimizer(optimizer, groups) if optimizer else torch.optim.SGD(groups, lr=lr)
     return train_one_epoch(
         net,
         batches,
@@ -77,11 +78,13 @@ def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=Non
 
 
 @pytest.mark.parametrize(("count", "size", "accumulate"), [(8, 2, 4), (7, 2, 2), (5, 2, 3)])
-def test_accumulated_steps_equal_the_large_batch(count, size, accumulate):
+@pytest.mark.parametrize(("optimizer", "loss"), [(None, "ce"), ("sgd", "ce"), ("adamw", "ce+focal")])
+def test_accumulated_steps_equal_the_large_batch(count, size, accumulate, optimizer, loss):
     images, masks = random_batch(count)
     small, large = Pixelwise(), Pixelwise()
-    taken = run_epoch(small, batches_of(images, masks, size), accumulate=accumulate)["step"]
-    assert taken == run_epoch(large, batches_of(images, masks, size * accumulate))["step"]
+    options = dict(criterion=build_loss(loss, torch.tensor([0.3, 1.0, 2.5])), optimizer=optimizer)
+    taken = run_epoch(small, batches_of(images, masks, size), accumulate=accumulate, **options)["step"]
+    assert taken == run_epoch(large, batches_of(images, masks, size * accumulate), **options)["step"]
     for a, b in zip(small.parameters(), large.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
@@ -96,7 +99,7 @@ def test_epoch_numbers_are_those_of_the_data():
             for i in (0, 2, 4)
         ]
     result = run_epoch(net, batches_of(images, masks, 2), lr=1e-12)
-    assert result["loss"] == result["ce"] == pytest.approx(np.mean(want), rel=1e-5)
+    assert result["loss"] == result["loss_ce"] == pytest.approx(np.mean(want), rel=1e-5)
     counted = masks != 255
     assert result["accuracy"] == pytest.approx(
         (logits.argmax(1)[counted] == masks[counted]).float().mean().item()
@@ -170,6 +173,70 @@ def test_schedules_are_pure_functions_of_the_step():
     assert lr_factor(5 + 95 // 2, 100, "cosine") == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(("total", "per_epoch"), [(100, 7), (11, 3), (2000, 100)])
+def test_schedules_equal_torchs(total, per_epoch):
+    """Exponential steps once an epoch, one-cycle at every optimizer step."""
+
+    def rates(make, every):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
+        scheduler, found = make(optimizer), []
+        for step in range(total):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if (step + 1) % every == 0 and step + 1 < total:
+                scheduler.step()
+        return found
+
+    schedulers = torch.optim.lr_scheduler
+    for name, every, make in (
+        ("exponential", per_epoch, lambda o: schedulers.ExponentialLR(o, 0.98)),
+        ("onecycle", 1, lambda o: schedulers.OneCycleLR(o, max_lr=3.0, total_steps=total)),
+    ):
+        got = [3.0 * lr_factor(step, total, name, per_epoch) for step in range(total)]
+        assert got == pytest.approx(rates(make, every), rel=1e-9), name
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_short_runs_have_a_rate(scheduler):
+    for total in (1, 2, 3, 4):
+        assert all(0 < lr_factor(step, total, scheduler, 1) <= 1 for step in range(total))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_take_the_step_of_their_formula(name):
+    net = build_model("vit_tiny", "bn", 3, unfreeze=1)
+    optimizer = build_optimizer(name, parameter_groups(net, 1e-2, 0.1, 0.5))
+    before = {id(p): p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    for p in net.parameters():
+        if p.requires_grad:
+            p.grad = torch.full_like(p, 0.3)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        decay, lr = group["weight_decay"], group["base_lr"]
+        for p in group["params"]:
+            old, grad = before[id(p)], 0.3
+            if name == "sgd":  # first Nesterov step: grad + momentum * grad
+                want = old - lr * 1.937 * (grad + decay * old)
+            elif name == "adamw":
+                want = old * (1 - lr * decay) - lr
+            else:
+                want = old - lr * (grad + decay * old).sign()
+            assert torch.allclose(p, want, atol=1e-6)
+
+
+def test_norms_and_biases_are_not_decayed_and_groups_are_three_at_one_rate():
+    net = build_model("", "", 3, arch="segformer_b0", unfreeze="all")
+    groups = parameter_groups(net, 1e-3, 0.1, 1.0)
+    assert [group["weight_decay"] for group in groups].count(0.1) == 1 and len(groups) == 3
+    norms = [m for m in net.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))]
+    kept = {id(p) for m in norms for p in m.parameters()}
+    kept |= {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for p in net.parameters()} - kept
+    biases = {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
+    assert sum({id(p) for p in group["params"]} == biases for group in groups) == 1
+
+
 def test_parameter_groups_cover_what_trains_once():
     net = build_model("vit_tiny", "bn", 3, unfreeze=2)
     groups = parameter_groups(net, lr=1e-3, weight_decay=0.1, backbone_lr_scale=0.5)
@@ -225,4 +292,4 @@ def test_evaluate_scores_every_mask_at_its_own_size():
     truth = torch.cat([mask[mask != 255] for mask in masks])
     guess = torch.cat([pred[mask != 255] for pred, mask in zip(preds, masks, strict=True)])
     assert scores["miou"] == pytest.approx(jaccard_score(truth, guess, average="macro"), abs=1e-9)
-    assert matrix.counts.sum() == len(truth) and scores["loss"] == scores["ce"] and not net.training
+    assert matrix.counts.sum() == len(truth) and scores["loss"] == scores["loss_ce"] and not net.training

@@ -6,7 +6,7 @@ from conftest import blocks, real_data, write_folder, write_pair
 from PIL import Image
 
 from config import InputError
-from folder import decide_classes, folder, stratified_split
+from folder import decide_classes, folder
 from readers import IMAGE_ENDINGS, read_mask
 
 LAYOUTS = [
@@ -152,30 +152,6 @@ def test_real_crackforest_pairs_by_suffix_in_any_case():
     source = folder(real_data("crackforest"), class_names=("road", "crack"))
     assert len(source.splits["train"]) == 19 and len(source.splits["val"]) == 5
     assert all(sample.mask.name == f"{sample.image.stem}_label.PNG" for sample in source.splits["val"])
-
-
-def test_split_is_deterministic_disjoint_and_fair():
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(1, 1000, (120, 6)) * (
-        generator.random((120, 6)) < [1, 0.8, 0.5, 0.3, 0.1, 0.05]
-    )
-    pixels[:3] = 0  # images without any class
-    train, val = stratified_split(pixels, 0.2)
-    assert (train, val) == stratified_split(pixels, 0.2)
-    assert sorted(train + val) == list(range(120)) and len(val) == 24
-    shares = pixels[val].sum(0) / pixels.sum(0)
-    assert (np.abs(shares - 0.2) < 0.1).all(), shares
-    random_parts = [generator.permutation(120)[:24] for _ in range(50)]
-    spread = np.mean([np.abs(pixels[part].sum(0) / pixels.sum(0) - 0.2).max() for part in random_parts])
-    assert np.abs(shares - 0.2).max() < spread / 1.5
-
-
-@pytest.mark.parametrize(("count", "fraction", "want"), [(2, 0.2, 1), (3, 0.9, 2), (10, 0.01, 1)])
-def test_small_splits_keep_both_parts(count, fraction, want):
-    train, val = stratified_split(np.ones((count, 2), np.int64), fraction)
-    assert len(val) == want and len(train) == count - want
-    with pytest.raises(InputError, match="one image"):
-        stratified_split(np.ones((1, 2), np.int64), fraction)
 
 
 def test_real_person_photos(tmp_path):

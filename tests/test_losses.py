@@ -1,38 +1,151 @@
-"""Cross entropy against torch's own, with ignored pixels, half precision and nothing to count."""
+"""Losses against torch, smp and plain loops; ignored pixels, half precision, gradients, class weights."""
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 
-from config import LOSSES
-from losses import FUNCTIONS, build_loss, cross_entropy
+from config import CLASS_WEIGHTS, LOSSES
+from losses import FUNCTIONS, build_loss, class_weights, cross_entropy, dice, focal, lovasz
+
+EVERY = ["ce", "lovasz", "focal", "dice", "focal+dice", "ce+dice", "lovasz+ce"]
+
+
+def random_case(classes=5, present=None, height=13, width=9, dtype=torch.float32, seed=0):
+    """Return logits (2, K, H, W) and masks of the first `present` classes, a third of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(2, classes, height, width, generator=generator, dtype=dtype)
+    masks = torch.randint(0, present or classes, (2, height, width), generator=generator)
+    masks[torch.rand(masks.shape, generator=generator) < 0.3] = 255
+    return logits, masks
 
 
 def test_cross_entropy_equals_torch_on_counted_pixels():
-    torch.manual_seed(0)
-    logits, masks = torch.randn(2, 5, 13, 9), torch.randint(0, 5, (2, 13, 9))
-    masks[:, :4] = 255
+    logits, masks = random_case()
     counted = masks != 255
     flat = logits.permute(0, 2, 3, 1)[counted]  # (N, K)
     assert torch.allclose(cross_entropy(logits, masks), F.cross_entropy(flat, masks[counted]))
+    weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
+    want = F.cross_entropy(flat, masks[counted], weight=weights, reduction="sum") / counted.sum()
+    assert torch.allclose(cross_entropy(logits, masks, weights), want)
 
 
-def test_a_batch_without_valid_pixels_gives_zero_loss_and_gradient():
+@pytest.mark.parametrize("present", [5, 3, 1])
+def test_lovasz_equals_smp_on_the_classes_present(present):
+    logits, masks = random_case(present=present)
+    want = smp.losses.LovaszLoss("multiclass", ignore_index=255)(logits, masks)
+    assert lovasz(logits, masks).item() == pytest.approx(want.item(), abs=1e-5)
+
+
+def test_lovasz_of_a_sure_prediction_is_one_minus_iou():
+    """The extension equals the set function at its corners: 1 - mean IoU over the classes present."""
+    generator = torch.Generator().manual_seed(1)
+    truth, guess = (torch.randint(0, 3, (1, 8, 8), generator=generator) for _ in range(2))
+    logits = 100.0 * F.one_hot(guess, 3).movedim(-1, 1).float()
+    ious = [((truth == c) & (guess == c)).sum() / ((truth == c) | (guess == c)).sum() for c in range(3)]
+    assert lovasz(logits, truth).item() == pytest.approx(1 - sum(ious).item() / 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("present", [5, 3])
+def test_dice_equals_smp_per_class_present(present):
+    logits, masks = random_case(present=present)
+    want = smp.losses.DiceLoss("multiclass", ignore_index=255, smooth=0.0)(logits, masks)
+    assert dice(logits, masks).item() == pytest.approx(
+        want.item() * 5 / present, abs=1e-5
+    )  # smp: / all classes
+
+
+def test_focal_of_two_classes_equals_smp_on_the_difference_of_the_logits():
+    logits, masks = random_case(classes=2)
+    counted = masks != 255
+    difference = (logits[:, 1] - logits[:, 0])[counted]
+    want = smp.losses.FocalLoss("binary", gamma=2.0)(difference, masks[counted].float())
+    assert focal(logits, masks).item() == pytest.approx(want.item(), abs=1e-6)
+
+
+def test_focal_equals_a_loop_over_pixels():
+    logits, masks = random_case()
+    weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
+    plain, weighted, count = 0.0, 0.0, 0
+    for b, y, x in (masks != 255).nonzero().tolist():
+        label = masks[b, y, x]
+        p = logits[b, :, y, x].softmax(0)[label]
+        plain, count = plain - (1 - p) ** 2 * p.log(), count + 1
+        weighted = weighted - weights[label] * (1 - p) ** 2 * p.log()
+    assert focal(logits, masks).item() == pytest.approx(plain.item() / count, rel=1e-5)
+    assert focal(logits, masks, weights).item() == pytest.approx(weighted.item() / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gradients_in_float64(name):
+    logits, masks = random_case(classes=4, height=3, width=4, dtype=torch.float64)
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=torch.float64)
+    criterion = build_loss(name, weights)
+    assert torch.autograd.gradcheck(lambda z: criterion(z, masks)[0], logits.requires_grad_())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_batch_without_valid_pixels_gives_zero_loss_and_gradient(name):
     logits = torch.randn(2, 5, 4, 4, requires_grad=True)
-    loss = cross_entropy(logits, torch.full((2, 4, 4), 255))
+    loss, terms = build_loss(name, torch.ones(5))(logits, torch.full((2, 4, 4), 255))
     loss.backward()
-    assert loss.item() == 0.0 and logits.grad.abs().sum() == 0.0
+    assert loss.item() == 0.0 and logits.grad.abs().sum() == 0.0 and list(terms) == name.split("+")
 
 
-def test_half_precision_logits_are_summed_in_float32():
-    logits = torch.randn(1, 3, 300, 300)
-    masks = torch.randint(0, 3, (1, 300, 300))
-    half = cross_entropy(logits.half(), masks)
-    assert half.dtype == torch.float32
-    assert half.item() == pytest.approx(cross_entropy(logits, masks).item(), rel=1e-3)
+@pytest.mark.parametrize("name", EVERY)
+def test_ignored_pixels_change_nothing_and_get_no_gradient(name):
+    logits, masks = random_case()
+    other = torch.where((masks == 255)[:, None], 50.0, logits).requires_grad_()
+    logits.requires_grad_()
+    losses = [build_loss(name)(z, masks)[0] for z in (logits, other)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
+    losses[0].backward()
+    assert (logits.grad.movedim(1, -1)[masks == 255] == 0).all()
+    assert (logits.grad.movedim(1, -1)[masks != 255] != 0).any()
 
 
-def test_terms_are_named_and_names_are_known_to_the_command_line():
-    loss, terms = build_loss("ce")(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64))
-    assert list(terms) == ["ce"] and loss == terms["ce"]
-    assert {part for name in LOSSES for part in name.split("+")} == set(FUNCTIONS)
+@pytest.mark.parametrize("name", EVERY)
+def test_losses_are_finite_where_the_network_is_sure_and_wrong_or_right(name):
+    for guess in (0, 1):
+        logits = torch.zeros(1, 2, 6, 6)
+        logits[:, guess] = 300.0
+        logits.requires_grad_()
+        loss, _ = build_loss(name)(logits, torch.ones(1, 6, 6, dtype=torch.int64))
+        loss.backward()
+        assert loss.isfinite() and logits.grad.isfinite().all() and (loss.item() < 1e-5) == (guess == 1)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_summed_in_float32_also_under_autocast(name, dtype):
+    logits, masks = random_case(classes=3, height=120, width=130)
+    logits = logits.to(dtype)
+    want, _ = build_loss(name)(logits.double(), masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, terms = build_loss(name)(logits, masks)
+    assert loss.dtype == torch.float32 and all(term.dtype == torch.float32 for term in terms.values())
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_terms_are_named_summed_and_known_to_the_command_line():
+    logits, masks = random_case()
+    loss, terms = build_loss("focal+dice")(logits, masks)
+    assert list(terms) == ["focal", "dice"] and loss == terms["focal"] + terms["dice"]
+    assert terms["focal"] == focal(logits, masks) and terms["dice"] == dice(logits, masks)
+    assert list(FUNCTIONS) == LOSSES
+
+
+# --- class weights ----------------------------------------------------------------------------------------
+PIXELS = [[800, 200, 0, 0], [600, 0, 400, 0], [1000, 0, 0, 0]]  # three images of four classes, one unseen
+
+
+def test_enet_and_median_weights_are_their_formulas_with_mean_one_over_pixels():
+    shares = torch.tensor([0.8, 0.0666667, 0.1333333])
+    enet = 1 / (1.02 + shares).log()
+    median = 0.4 / torch.tensor([0.8, 0.2, 0.4])  # frequencies 2400 / 3000, 200 / 1000, 400 / 1000
+    for name, want in (("enet", enet), ("median", median)):
+        got = class_weights(PIXELS, name)
+        assert got.dtype == torch.float32 and torch.allclose(got[:3], want / (want * shares).sum(), atol=1e-5)
+        assert (got[:3] * shares).sum().item() == pytest.approx(1.0, abs=1e-5) and got[3] == 1.0
+    assert class_weights(PIXELS, "none") is None
+    assert class_weights([[0, 0]], "median").isfinite().all() and CLASS_WEIGHTS == ["none", "enet", "median"]

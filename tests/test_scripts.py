@@ -99,7 +99,7 @@ def test_a_run_leaves_the_files_it_promises(trained):
     assert sorted(path.name for path in (out / "valid_preds").iterdir()) == ["epoch_001.png", "epoch_002.png"]
     rows = history_of(out)
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert {"train_loss", "train_ce", "val_loss", "val_miou", "val_dice", "per_class_iou", "lr"} <= rows[
+    assert {"train_loss", "train_loss_ce", "val_loss", "val_miou", "val_dice", "per_class_iou", "lr"} <= rows[
         0
     ].keys()
     settings = json.loads((out / "config.json").read_text())
@@ -154,6 +154,52 @@ def test_accumulate_scheduler_and_amp_reach_the_run(trained, tmp_path, run):
     assert rates[-1] == pytest.approx(5e-4 * engine.lr_factor(7, 8, "cosine"))
 
 
+def test_optimizer_losses_and_class_weights_reach_the_run(trained, tmp_path, run):
+    more = ["--epochs", 2, "--optimizer", "sgd", "--scheduler", "onecycle", "--loss", "focal+dice"]
+    more += ["--class-weights", "median", "--resplit"]
+    flags = train_flags(trained[0], tmp_path / "out", *more)
+    code, text, _ = run(train, *flags)
+    assert code == 0 and "class weights: class 0 " in text and "split anew: 2 of 10 images validate" in text
+    rows = history_of(tmp_path / "out")
+    for row in rows:
+        for part in ("train", "val"):
+            total = row[f"{part}_loss_focal"] + row[f"{part}_loss_dice"]
+            assert row[f"{part}_loss"] == pytest.approx(total, rel=1e-5)
+    assert rows[-1]["lr"] == pytest.approx(5e-4 * engine.lr_factor(3, 4, "onecycle"))
+    last = torch.load(tmp_path / "out/last.pth", weights_only=True)
+    assert last["optimizer"]["param_groups"][0]["nesterov"]
+    assert len(list((tmp_path / "out/cache").iterdir())) == 2  # pixels of all images, of those that train
+    code, text, _ = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
+    assert code == 0 and "class weights: class 0 " in text
+
+
+def test_a_baseline_trains_resumes_and_infers(trained, tmp_path, run):
+    data, out = trained[0], tmp_path / "out"
+    base = ["--arch", "segformer_b0", "--weights", "none", "--imgsz", 40, 56, "--epochs", 1]
+    base += ["--batch-size", 3, "--workers", 0]
+    code, text, _ = run(train, "--dataset", "folder", "--data-root", data, "--out-dir", out, *base)
+    assert code == 0 and "model: segformer_b0, 3,714,915 parameters train, 0 are frozen" in text
+    code, text, _ = run(train, "--resume", "--epochs", 2, "--out-dir", out)
+    assert code == 0 and [row["epoch"] for row in history_of(out)] == [1, 2]
+    flags = ["--input", data / "images/00.png", "--model", out / "best_model_iou.pth", "--out-dir", out]
+    assert run(infer_image, *flags)[0] == 0
+    mask = np.array(Image.open(out / "inference_results_image/00_mask.png"))
+    assert mask.shape == (45, 61) and mask.max() < 3
+
+
+def test_the_mean_without_background_is_reported_beside_the_mean(trained, tmp_path, run):
+    (tmp_path / "data").mkdir()
+    for name in ("images", "masks"):
+        shutil.copytree(trained[0] / name, tmp_path / "data" / name)
+    (tmp_path / "data/classes.txt").write_text("background\ncat\ndog\n")
+    flags = train_flags(tmp_path / "data", tmp_path / "out", "--epochs", 1)
+    text = run(train, *flags)[1]
+    (row,) = history_of(tmp_path / "out")
+    ious = [iou for iou in row["per_class_iou"][1:] if iou is not None]
+    assert f"mean of the {len(ious)} classes other than background: {np.mean(ious):.4f}" in text
+    assert "other than background" not in run(train, *flags, "--ignore-background")[1]
+
+
 def test_random_state_is_saved_and_restored():
     torch.rand(3), np.random.rand(3), train.random.random()
     state = train.random_state()
@@ -165,8 +211,8 @@ def test_random_state_is_saved_and_restored():
 def test_data_are_fingerprinted_once_so_that_a_file_lost_midway_costs_no_epoch(
     trained, tmp_path, run, monkeypatch
 ):
-    calls, fingerprint = [], DataSource.fingerprint
-    monkeypatch.setattr(DataSource, "fingerprint", lambda self: calls.append(1) or fingerprint(self))
+    calls, fingerprints = [], DataSource.fingerprints
+    monkeypatch.setattr(DataSource, "fingerprints", lambda self: calls.append(1) or fingerprints(self))
     assert run(train, *train_flags(trained[0], tmp_path / "out", "--epochs", 2))[0] == 0
     assert len(calls) == 1
 

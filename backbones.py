@@ -1,0 +1,260 @@
+"""Backbones: DINOv2 through torch.hub, any timm model, and the position embedding of both at any size.
+
+    backbone = build_backbone("dinov2_vits14", weights="auto")       # the last four blocks
+    maps = backbone.features(images)                   # normalised, (B, 3, H, W) -> 4 x (B, D, H/14, W/14)
+"""
+import math
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from config import InputError
+from weights import load_strictly, published_weights, read_weights
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB, as DINOv2 was trained
+HUB_REPO = "facebookresearch/dinov2:main"  # with the branch, so that torch.hub need not ask the network
+WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{registers}_pretrain.pth"
+XFORMERS_WARNING = r"xFormers is (not )?(available|disabled)"
+
+
+# --- position embeddings ----------------------------------------------------------------------------------
+class PositionEmbedding:
+    """The position embedding of a ViT for any patch grid, computed in fp32 on the CPU and kept per grid.
+
+    Bicubic, as in the official code: DINOv2 scales by (grid + 0.1) / old grid, its _reg forms and timm by
+    sizes with antialiasing. On the CPU, because MPS has no bicubic kernel and half precision would round it.
+    """
+
+    def __init__(self, parameter, prefix, old_grid, offset=0.0, antialias=True):
+        self.parameter, self.prefix, self.old_grid = parameter, prefix, old_grid
+        self.offset, self.antialias = offset, antialias
+        self.cache = {}
+
+    def interpolate(self, grid):
+        """Return (1, prefix + h * w, D) float32 on the CPU for `grid` = (h, w); differentiable."""
+        positions = self.parameter.float().cpu()
+        if tuple(grid) == tuple(self.old_grid):
+            return positions
+        special, patches = positions[:, :self.prefix], positions[:, self.prefix:]
+        patches = patches.unflatten(1, self.old_grid).permute(0, 3, 1, 2)  # (1, D, old h, old w)
+        if self.offset:
+            scale = [(new + self.offset) / old for new, old in zip(grid, self.old_grid, strict=True)]
+            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=self.antialias)
+        else:
+            patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=self.antialias)
+        return torch.cat([special, patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def __call__(self, grid, like):
+        """Return the embedding for `grid` = (h, w) with the device and dtype of the tensor `like`."""
+        if self.parameter.requires_grad:  # it changes at every step
+            return self.interpolate(grid).to(like.device, like.dtype)
+        key = (*grid, like.device, like.dtype)
+        if key not in self.cache:
+            with torch.inference_mode(False):  # an inference tensor could not take part in training later
+                self.cache[key] = self.interpolate(grid).detach().to(like.device, like.dtype)
+        return self.cache[key]
+
+
+# --- backbones --------------------------------------------------------------------------------------------
+class Backbone(nn.Module):
+    """What a Segmenter needs of a backbone: `net`, `patch`, `layers`, `channels` of each map, features(), and
+    the `normalisation` (mean, std) of RGB in 0..1 that its weights were trained with.
+
+    patch: what image sizes are padded to a multiple of, in pixels. stride: image pixels to a pixel of the
+    maps (default: patch).
+    """
+
+    normalisation = IMAGENET
+
+    def __init__(self, net, patch, layers, channels, stride=None):
+        super().__init__()
+        self.net, self.patch, self.stride = net, patch, stride or patch
+        self.layers, self.channels = list(layers), list(channels)
+
+    @property
+    def blocks(self):
+        """The transformer blocks in order; an empty list where the network has none."""
+        return list(getattr(self.net, "blocks", []))
+
+    def unfreeze(self, count):
+        """Let the last `count` blocks and the final norm train ("all" = everything); freeze the rest.
+
+        Raises InputError where the network has no such list of blocks or fewer of them.
+        """
+        self.net.requires_grad_(count == "all")
+        if count in ("all", 0):
+            return
+        if count > len(self.blocks):
+            known = f"0 to {len(self.blocks)}, or all" if self.blocks else "0 or all"
+            raise InputError(f"--unfreeze {count}: the backbone has {len(self.blocks)} blocks; give {known}")
+        for part in [*self.blocks[-count:], *([self.net.norm] if hasattr(self.net, "norm") else [])]:
+            part.requires_grad_(True)
+
+    def train(self, mode=True):
+        """Switch to training mode; frozen parts stay in eval mode, with the dropout that is in them."""
+        super().train(mode)
+        for part in self.net.modules():
+            trains = [parameter.requires_grad for parameter in part.parameters()]
+            if trains and not any(trains):
+                part.eval()
+        return self
+
+
+class HubBackbone(Backbone):
+    """A DINOv2 from torch.hub (Oquab et al., 2023), read through its get_intermediate_layers."""
+
+    def __init__(self, net, layers):
+        positions, patches = net.pos_embed, net.patch_embed
+        patch = patches.patch_size if isinstance(patches.patch_size, int) else patches.patch_size[0]
+        layers = check_layers(layers, len(net.blocks))
+        super().__init__(net, patch, layers, [positions.shape[2]] * len(layers))
+        if hasattr(net, "interpolate_pos_encoding"):
+            side = math.isqrt(positions.shape[1] - 1)
+            self.positions = PositionEmbedding(positions, 1, (side, side), net.interpolate_offset or 0.0,
+                                               net.interpolate_antialias)
+            net.interpolate_pos_encoding = self.official_positions
+
+    def official_positions(self, tokens, height, width):
+        """Stand in for net.interpolate_pos_encoding(tokens (B, 1 + N, D), height, width in pixels)."""
+        return self.positions((height // self.patch, width // self.patch), tokens)
+
+    def features(self, images):
+        """(B, 3, H, W) normalised, H and W multiples of `patch` -> list of maps (B, D, H/patch, W/patch)."""
+        return list(self.net.get_intermediate_layers(images, n=self.layers, reshape=True, norm=True))
+
+
+class TimmBackbone(Backbone):
+    """Any timm model with forward_intermediates. Maps of several resolutions go to the finest one."""
+
+    def __init__(self, net, layers):
+        info = net.feature_info.info if hasattr(net.feature_info, "info") else net.feature_info
+        layers = check_layers(layers, len(info))
+        patch = max(item["reduction"] for item in info)
+        super().__init__(net, patch, layers, [info[layer]["num_chs"] for layer in layers],
+                         stride=min(info[layer]["reduction"] for layer in layers))
+        if getattr(net, "pretrained_cfg", None):
+            self.normalisation = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
+        if isinstance(net, VisionTransformer) and net.pos_embed is not None:
+            prefix = 0 if net.no_embed_class else net.num_prefix_tokens
+            self.positions = PositionEmbedding(net.pos_embed, prefix, net.patch_embed.grid_size)
+            net._pos_embed = self.add_positions
+
+    def add_positions(self, tokens):
+        """Stand in for net._pos_embed: (B, h, w, D) patch tokens -> (B, prefix + h * w, D)."""
+        net, batch, grid = self.net, len(tokens), tuple(tokens.shape[1:3])
+        tokens = tokens.flatten(1, 2)
+        special = [token for token in (net.cls_token, net.reg_token) if token is not None]
+        special = [token.expand(batch, -1, -1) for token in special]
+        positions = self.positions(grid, tokens)
+        if net.no_embed_class:
+            tokens = torch.cat([*special, tokens + positions], dim=1)
+        else:
+            tokens = torch.cat([*special, tokens], dim=1) + positions
+        return net.pos_drop(tokens)
+
+    def features(self, images):
+        """(B, 3, H, W) normalised, H and W multiples of `patch` -> maps (B, D, h, w) of one size."""
+        norm = {"norm": True} if self.blocks else {}
+        try:
+            maps = self.net.forward_intermediates(images, indices=self.layers, intermediates_only=True,
+                                                  **norm)
+        except AssertionError as error:  # networks for one input size only say so when they run
+            height, width = images.shape[-2:]
+            raise InputError(f"this timm model does not take {height}x{width} pixels ({error}): choose "
+                             "another --backbone or --imgsz") from None
+        finest = max((m.shape[-2:] for m in maps), key=math.prod)
+        return [m if m.shape[-2:] == finest else F.interpolate(m, size=finest, mode="bilinear") for m in maps]
+
+
+def check_layers(layers, depth):
+    """Return the block indices to read: `layers`, or the last four where empty; negative counts from the end.
+
+    Raises InputError for an index outside 0..depth-1 or one given twice.
+    """
+    layers = [layer if layer >= 0 else depth + layer for layer in layers or range(-min(4, depth), 0)]
+    if sorted(set(layers)) != layers or layers[-1] >= depth or layers[0] < 0:
+        raise InputError(f"--layers {' '.join(map(str, layers))}: give rising block indices, 0..{depth - 1}")
+    return layers
+
+
+def load_hub_net(name):
+    """Return a DINOv2 with random weights from torch.hub: from its cache, else downloaded.
+
+    Raises InputError that says which folder to put where.
+    """
+    warnings.filterwarnings("ignore", message=XFORMERS_WARNING)
+    place = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
+    try:
+        return torch.hub.load(HUB_REPO, name, pretrained=False, verbose=False)
+    except (OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise InputError(f"the DINOv2 code could not be loaded through torch.hub ({error}): unpack "
+                         f"github.com/facebookresearch/dinov2 (branch main) as {place}, or choose another "
+                         "one: --backbone timm/vit_small_patch14_dinov2.lvd142m, or --backbone vit_tiny "
+                         "--unfreeze all") from None
+
+
+def dinov2_url(name):
+    """Return where the published weights of a DINOv2 are, such as dinov2_vits14 or dinov2_vitb14_reg."""
+    base = name.removesuffix("_reg")
+    return WEIGHTS_URL.format(base=base, registers="_reg4" if name.endswith("_reg") else "")
+
+
+def create_timm(name, **options):
+    """timm.create_model with any input size allowed. Raises InputError for a name timm does not know."""
+    try:
+        try:
+            return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+        except TypeError:  # networks without position embeddings take any size as they are
+            return timm.create_model(name, num_classes=0, **options)
+    except RuntimeError as error:
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[-1]}*")[:5])
+        raise InputError(f"--backbone timm/{name}: {str(error)[:80]}; timm.list_models() lists all"
+                         + (f" (such as {close})" if close else "")) from None
+
+
+def load_timm_net(name, weights):
+    """Return a timm model: weights published (`auto`), random (`none`) or from a file. Raises InputError."""
+    if weights == "auto":
+        try:
+            net = create_timm(name, pretrained=True)
+        except InputError:
+            raise
+        except Exception as error:  # the hub client raises its own types, which differ between versions
+            raise InputError(f"the weights of timm/{name} are neither cached nor downloadable "
+                             f"({type(error).__name__}): put them into the Hugging Face cache, or name the "
+                             "file with --weights FILE, or start from random weights with --weights none"
+                             ) from None
+    else:
+        net = create_timm(name)
+        if weights != "none":
+            state = read_weights(weights)
+            classifier = net.pretrained_cfg.get("classifier") or "head"
+            state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
+            if isinstance(net, VisionTransformer):
+                state = checkpoint_filter_fn(state, net)
+            load_strictly(net, state, weights)
+    if not hasattr(net, "forward_intermediates"):
+        raise InputError(f"--backbone timm/{name} has no forward_intermediates: choose another timm model")
+    return net
+
+
+def build_backbone(name, weights="none", layers=()):
+    """Return the Backbone called `name`. weights: auto, none or a file. Raises InputError."""
+    if name == "vit_tiny":  # DINOv2's shape (patch 14) at a size that learns from scratch on a CPU
+        net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3,
+                                num_classes=0, global_pool="", dynamic_img_size=True)
+        if weights not in ("auto", "none"):
+            load_strictly(net, read_weights(weights), weights)
+        return TimmBackbone(net, layers)
+    if name.startswith("timm/"):
+        return TimmBackbone(load_timm_net(name.removeprefix("timm/"), weights), layers)
+    net = load_hub_net(name)
+    if weights != "none":
+        state = published_weights(dinov2_url(name)) if weights == "auto" else read_weights(weights)
+        load_strictly(net, state, f"--weights {weights}")
+    return HubBackbone(net, layers)

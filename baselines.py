@@ -1,0 +1,121 @@
+"""The networks to compare with, as a backbone (encoder) and a head (decoder), like our own models.
+
+    backbone, head = build_baseline("fcn_resnet50", num_classes=21, weights="auto")
+
+FCN-ResNet50 (Long et al., 2015) and DeepLabV3-ResNet101 (Chen et al., 2017) are torchvision's, without the
+auxiliary classifier; SegFormer-B0..B5 (Xie et al., 2021) is the one of transformers, imported when asked for.
+"""
+import torch
+from torch import nn
+from torchvision.models import ResNet50_Weights, ResNet101_Weights, segmentation
+
+from backbones import Backbone
+from config import InputError
+from heads import BatchNorm2d
+from weights import load_strictly, published_weights, read_weights
+
+TORCHVISION = {"fcn_resnet50": (segmentation.fcn_resnet50, ResNet50_Weights.IMAGENET1K_V1),
+               "deeplabv3_resnet101": (segmentation.deeplabv3_resnet101, ResNet101_Weights.IMAGENET1K_V1)}
+# Widths of the four stages, depths of the four stages, width of the decoder: table 6 of the paper.
+SEGFORMER = {"segformer_b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
+             "segformer_b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
+             "segformer_b2": ((64, 128, 320, 512), (3, 4, 6, 3), 768),
+             "segformer_b3": ((64, 128, 320, 512), (3, 4, 18, 3), 768),
+             "segformer_b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
+             "segformer_b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768)}
+
+
+class ResNetBackbone(Backbone):
+    """The dilated ResNet of a torchvision segmentation network: one map of 2048 channels, stride 8."""
+
+    def __init__(self, net):
+        super().__init__(net.to(memory_format=torch.channels_last), patch=1, layers=[], channels=[2048])
+
+    def features(self, images):
+        """(B, 3, H, W) normalised -> [(B, 2048, H/8, W/8)], rounded up."""
+        # channels last: three times as fast on the CPU in bf16, and what tensor cores want
+        return [self.net(images.contiguous(memory_format=torch.channels_last))["out"]]
+
+
+class SegformerBackbone(Backbone):
+    """The hierarchical encoder of a SegFormer: four maps at strides 4, 8, 16 and 32.
+
+    Images are padded to multiples of 32, below which the reduced attention of the first stage has no keys.
+    """
+
+    def __init__(self, net):
+        super().__init__(net, patch=32, layers=[], channels=net.config.hidden_sizes)
+
+    def features(self, images):
+        """(B, 3, H, W) normalised -> 4 x (B, D, H/s, W/s), s = 4, 8, 16, 32."""
+        return list(self.net(images, output_hidden_states=True).hidden_states)
+
+
+class WholeHead(nn.Module):
+    """The decoder of a published network: `net` takes the list of maps, or the only one."""
+
+    def __init__(self, net, takes_list):
+        super().__init__()
+        self.net, self.takes_list = net, takes_list
+
+    def forward(self, maps, size):
+        """n x (B, D, h, w) -> (B, K, h, w) of the finest map."""
+        return self.net(maps if self.takes_list else maps[0])
+
+
+def build_baseline(arch, num_classes, weights="none"):
+    """Return (Backbone, head) of the network called `arch`.
+
+    weights: auto = the encoder as published for ImageNet, none, or a file of the encoder or of the whole
+    network, of which the encoder is read. Raises InputError.
+    """
+    build = build_torchvision if arch in TORCHVISION else build_segformer
+    backbone, head = build(arch, num_classes, weights)
+    for module in (*backbone.modules(), *head.modules()):
+        if type(module) is nn.BatchNorm2d:  # same weights, same names; only a batch of one differs
+            module.__class__ = BatchNorm2d
+    return backbone, head
+
+
+def build_torchvision(arch, num_classes, weights):
+    """Return (ResNetBackbone, head); arguments as build_baseline."""
+    make, published = TORCHVISION[arch]
+    net = make(weights=None, weights_backbone=None, num_classes=num_classes)
+    if weights != "none":
+        state = published_weights(published.url) if weights == "auto" else read_weights(weights)
+        if any(key.startswith("backbone.") for key in state):  # a whole network, such as the one for COCO
+            state = {key.removeprefix("backbone."): value for key, value in state.items()
+                     if key.startswith("backbone.")}
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        load_strictly(net.backbone, state, published.url if weights == "auto" else weights)
+    return ResNetBackbone(net.backbone), WholeHead(net.classifier, takes_list=False)
+
+
+def build_segformer(arch, num_classes, weights):
+    """Return (SegformerBackbone, head); arguments as build_baseline."""
+    from transformers import SegformerConfig, SegformerModel
+    from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    widths, depths, decoder = SEGFORMER[arch]
+    config = SegformerConfig(hidden_sizes=list(widths), depths=list(depths), decoder_hidden_size=decoder,
+                             num_labels=num_classes)
+    if weights == "none":
+        net = SegformerModel(config)
+    else:
+        auto = weights == "auto"
+        source, state = f"nvidia/mit-{arch[-2:]}" if auto else None, None if auto else read_weights(weights)
+        try:  # by from_pretrained, which renames the keys of files that earlier versions wrote
+            net, report = SegformerModel.from_pretrained(source, config=config, state_dict=state,
+                                                         dtype=torch.float32, output_loading_info=True,
+                                                         ignore_mismatched_sizes=True)
+        except (OSError, ValueError) as error:  # what the hub client's own types derive from
+            raise InputError(f"the weights {source} are neither in the Hugging Face cache nor downloadable "
+                             f"({str(error).splitlines()[0][:80]}): put them there, or name the file with "
+                             "--weights FILE, or start from random weights with --weights none") from None
+        wrong = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+        if wrong:
+            raise InputError(f"--weights {weights} does not fit {arch} ({len(wrong)} weights missing or of "
+                             f"another shape, such as {wrong[0]}): it belongs to another model")
+    return SegformerBackbone(net), WholeHead(SegformerDecodeHead(config), takes_list=True)

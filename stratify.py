@@ -1,0 +1,102 @@
+"""Pixel counts of every class in every mask, kept on disk, and the stratified split made from them.
+
+    pixels = count_pixels(samples, table, num_classes, "outputs/cache")          # (N, K)
+    train, val = stratified_split(pixels, val_fraction=0.2)                      # indices
+"""
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import IGNORE, InputError
+from readers import read_mask
+
+
+def count_pixels(samples, table, num_classes, cache_dir):
+    """Return (N, K) int64: pixels of every class in the mask of every sample; read once, then from cache_dir.
+
+    The file kept is named by a hash over the masks' names, sizes and times and the table, so that a changed
+    data set is counted anew. Raises InputError for a mask that does not fit the table.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(table))
+    for sample in samples:
+        facts = sample.mask.stat()
+        digest.update(repr((str(sample.mask.resolve()), facts.st_size, facts.st_mtime_ns)).encode())
+    kept = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"
+    try:
+        pixels = np.load(kept, allow_pickle=False)
+        if pixels.shape == (len(samples), num_classes):
+            return pixels
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or damaged: count
+
+    def count(sample):
+        return np.bincount(read_mask(sample.mask, table).ravel(), minlength=IGNORE + 1)[:num_classes]
+
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(count, samples), "counting pixels", len(samples), leave=False, disable=None)
+        rows = list(bar)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_name(f".{os.getpid()}.{kept.name}")
+    with open(temporary, "wb") as file:
+        np.save(file, np.stack(rows))
+    os.replace(temporary, kept)
+    return np.stack(rows)
+
+
+def stratified_split(pixels, val_fraction):
+    """Split images so that every class has its share of pixels in both parts; deterministic.
+
+    Iterative stratification (Sechidis et al., ECML 2011) on class presence weighted by pixel counts.
+    pixels: (N, K). Returns (train indices, val indices), both sorted, with round(N * val_fraction) in val.
+    Raises InputError with fewer than two images.
+    """
+    count = len(pixels)
+    if count < 2:
+        raise InputError("one image cannot be split into training and validation: add images")
+    validation = min(max(1, round(count * val_fraction)), count - 1)
+    room = np.array([count - validation, validation])  # images still to go into train, val
+    ratio = room / count
+    shares = pixels / np.maximum(pixels.sum(0), 1)  # (N, K), every class sums to 1
+    wanted = np.outer(ratio, np.ones(pixels.shape[1]))  # (2, K) share of every class still wanted
+    present, part = pixels > 0, np.full(count, -1)
+    images_left = present.sum(0)  # (K,)
+    while (part < 0).any():
+        if images_left.any():
+            rarest = np.where(images_left > 0, images_left, count + 1).argmin()
+            image = np.where(part < 0, shares[:, rarest], -1).argmax()
+            need = (wanted[:, rarest] - shares[image, rarest]) / ratio  # what would still be wanted after it
+            if images_left[rarest] == 1:  # the last chance of a class to be in both parts
+                need = -present[part == 0, rarest].sum(), -present[part == 1, rarest].sum()
+        else:  # only images without any class are left
+            image, need = (part < 0).argmax(), room / ratio
+        side = np.where(room > 0, need, -np.inf).argmax()
+        part[image] = side
+        room[side] -= 1
+        wanted[side] -= shares[image]
+        images_left -= present[image]
+    return np.flatnonzero(part == 0).tolist(), np.flatnonzero(part == 1).tolist()
+
+
+def split_samples(samples, pixels, val_fraction):
+    """Return {"train": [...], "val": [...]} of `samples` by stratified_split on their `pixels` (N, K)."""
+    train, val = stratified_split(pixels, val_fraction)
+    return {"train": [samples[i] for i in train], "val": [samples[i] for i in val]}
+
+
+def share_table(pixels, parts, classes):
+    """Return lines of a table: images with each class and its share of the pixels, in every part.
+
+    pixels: {sample: (K,) counts}; parts: {name: [sample]}; classes: [(name, colour)].
+    """
+    width = max(len(name) for name, _ in classes)
+    counts = {part: np.stack([pixels[sample] for sample in samples]) for part, samples in parts.items()}
+    lines = [" " * width + "".join(f"  {part + ' images':>12}  {part + ' pixels':>12}" for part in counts)]
+    for id, (name, _) in enumerate(classes):
+        cells = [f"  {(part[:, id] > 0).sum():12}  {100 * part[:, id].sum() / max(1, part.sum()):10.2f} %"
+                 for part in counts.values()]
+        lines.append(f"{name:{width}}" + "".join(cells))
+    return lines

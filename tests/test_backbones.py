@@ -1,0 +1,202 @@
+"""Position embeddings at any grid, timm backbones, torch.hub offline."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import random_images, tiny
+from timm.layers import resample_abs_pos_embed
+
+import backbones
+from backbones import HubBackbone, PositionEmbedding, TimmBackbone
+from config import InputError
+from heads import BNHead
+from model import Segmenter, load_model, pack_checkpoint, pad_to_multiple
+
+CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
+
+
+# --- position embeddings ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (2, 9)])
+def test_position_embedding_equals_timm_and_is_computed_once(grid, monkeypatch):
+    parameter = torch.nn.Parameter(torch.randn(1, 17, 6), requires_grad=False)
+    positions = PositionEmbedding(parameter, 1, (4, 4))
+    want = resample_abs_pos_embed(parameter, list(grid), [4, 4], num_prefix_tokens=1)
+    first = positions(grid, torch.zeros(1))
+    assert torch.allclose(first, want, atol=1e-6)
+    assert positions(grid, torch.zeros(1)) is first
+    monkeypatch.setattr(positions, "interpolate", None)  # a second computation would fail
+    positions(grid, torch.zeros(1))
+
+
+def test_position_embeddings_of_two_grids_do_not_mix():
+    positions = PositionEmbedding(torch.nn.Parameter(torch.randn(1, 17, 6), requires_grad=False), 1, (4, 4))
+    wide, tall = positions((2, 6), torch.zeros(1)), positions((6, 2), torch.zeros(1))
+    assert wide.shape == tall.shape and not torch.equal(wide, tall)
+    assert torch.equal(wide, positions((2, 6), torch.zeros(1)))
+
+
+def official_interpolation(pos_embed, rows, columns):
+    """Interpolate as the official DINOv2 code does: scale factors (grid + 0.1) / old grid, bicubic."""
+    side = int((pos_embed.shape[1] - 1) ** 0.5)
+    patches = pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(
+        patches, scale_factor=((rows + 0.1) / side, (columns + 0.1) / side), mode="bicubic"
+    )
+    return torch.cat([pos_embed[:, :1], patches.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)], 1)
+
+
+def test_position_embedding_of_the_official_code_keeps_its_offset():
+    parameter = torch.nn.Parameter(torch.randn(1, 26, 6), requires_grad=False)
+    positions = PositionEmbedding(parameter, 1, (5, 5), offset=0.1, antialias=False)
+    assert torch.allclose(
+        positions((7, 3), torch.zeros(1)), official_interpolation(parameter, 7, 3), atol=1e-6
+    )
+    half = positions((7, 3), torch.zeros(1, dtype=torch.bfloat16))
+    assert half.dtype == torch.bfloat16  # rounded after the interpolation, not before
+    assert torch.equal(half, positions((7, 3), torch.zeros(1)).bfloat16())
+
+
+def test_position_embedding_that_trains_is_not_kept_and_gets_gradients():
+    net = tiny(unfreeze="all").train()
+    net(random_images(2, 3, 30, 45)).sum().backward()
+    assert net.backbone.net.pos_embed.grad.abs().sum() > 0 and not net.backbone.positions.cache
+
+
+def test_one_cache_serves_inference_and_later_training():
+    net = tiny(unfreeze=1)
+    with torch.inference_mode():
+        net.eval()(random_images(1, 3, 30, 45))
+    net.train()(random_images(2, 3, 30, 45)).sum().backward()  # an inference tensor would raise here
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "vit_small_patch16_dinov3"])
+def test_other_timm_backbones(name):
+    net = tiny(backbone=f"timm/{name}").eval()
+    assert net(random_images(1, 3, 50, 71)).shape == (1, 3, 50, 71)
+    net = tiny(backbone=f"timm/{name}", unfreeze="all").train()
+    net(random_images(2, 3, 64, 64)).sum().backward()
+
+
+def test_a_network_for_one_size_only_says_so():
+    net = tiny(backbone="timm/mixer_s16_224", layers=(2,))
+    with pytest.raises(InputError, match="does not take 64x96 pixels"):
+        net(random_images(1, 3, 64, 96))
+
+
+def test_images_are_normalised_as_the_backbone_was_trained():
+    half = tiny(backbone="timm/vit_tiny_patch16_224")
+    assert half.mean.flatten().tolist() == [127.5] * 3 and half.std.flatten().tolist() == [127.5] * 3
+    assert tiny().mean.flatten().tolist() == pytest.approx([255 * x for x in (0.485, 0.456, 0.406)])
+
+
+def test_timm_backbone_equals_timm_at_another_size():
+    net = tiny(backbone="timm/vit_tiny_patch16_224", layers=(3, 11)).eval()
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    plain.load_state_dict(net.backbone.net.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        ours = net.backbone.features(images)
+        theirs = plain.forward_intermediates(images, indices=[3, 11], norm=True, intermediates_only=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- torch.hub offline ------------------------------------------------------------------------------------
+def test_hub_backbone_loads_from_the_cache_without_network(hub_cache, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    net = tiny(backbone="dinov2_vits14", weights="auto").eval()
+    weights = torch.load(hub_cache / "hub/checkpoints/dinov2_vits14_pretrain.pth")
+    assert all(torch.equal(value, weights[name]) for name, value in net.backbone.net.state_dict().items())
+    assert type(net.backbone).__name__ == "HubBackbone" and net.spec["layers"] == [1, 2, 3, 4]
+    images = random_images(1, 3, 50, 71)
+    assert net(images).shape == (1, 3, 50, 71)
+    padded, _, _ = pad_to_multiple((images.float() - net.mean) / net.std, 14)
+    with torch.no_grad():
+        want = net.backbone.net.get_intermediate_layers(padded, n=4, reshape=True, norm=True)
+        assert torch.allclose(torch.cat(net.backbone.features(padded), 1), torch.cat(want, 1))
+
+
+def test_hub_without_code_or_weights_says_what_goes_where(hub_cache, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    weights = hub_cache / "hub/checkpoints/dinov2_vits14_pretrain.pth"
+    weights.rename(weights.with_name("kept.pth"))
+    with pytest.raises(
+        InputError,
+        match="put https.*dinov2_vits14_pretrain.pth into .*checkpoints.*--weights FILE, or .*--weights none",
+    ):
+        tiny(backbone="dinov2_vits14", weights="auto")
+    tiny(backbone="dinov2_vits14", weights="none")
+    tiny(backbone="dinov2_vits14", weights=str(weights.with_name("kept.pth")))
+    (hub_cache / "hub/facebookresearch_dinov2_main").rename(hub_cache / "hub/gone")
+    with pytest.raises(InputError, match="as .*facebookresearch_dinov2_main, or .*--backbone timm/"):
+        tiny(backbone="dinov2_vits14", weights="none")
+
+
+def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
+    """A stand-in with the official attributes: positions come from our table, at odd sizes too."""
+
+    class Official(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = torch.nn.Conv2d(3, 6, 14, 14)
+            self.patch_embed.patch_size = (14, 14)
+            self.pos_embed = torch.nn.Parameter(torch.randn(1, 26, 6))
+            self.blocks = torch.nn.ModuleList([torch.nn.Identity()] * 4)
+            self.interpolate_offset, self.interpolate_antialias = 0.1, False
+
+        def interpolate_pos_encoding(self, tokens, height, width):
+            raise AssertionError("the official interpolation ran")
+
+        def get_intermediate_layers(self, images, n, reshape, norm):
+            tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
+            tokens = torch.cat([tokens[:, :1] * 0, tokens], 1)
+            tokens = tokens + self.interpolate_pos_encoding(tokens, *images.shape[-2:])
+            return [tokens[:, 1:].transpose(1, 2).unflatten(2, (3, 5))] * len(n)
+
+    backbone = HubBackbone(Official(), (3,))
+    backbone.requires_grad_(False)
+    images = torch.randn(1, 3, 42, 70)
+    want = backbone.net.patch_embed(images)
+    want = want + official_interpolation(backbone.net.pos_embed, 3, 5)[:, 1:].transpose(1, 2).unflatten(
+        2, (3, 5)
+    )
+    assert torch.allclose(backbone.features(images)[0], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(name, tmp_path, monkeypatch):
+    """The keys of an official state dict, made from timm's, come back as the same network."""
+    twin = timm.create_model(
+        "vit_small_patch14" + ("_reg4" if "reg" in name else "") + "_dinov2",
+        num_classes=0,
+        dynamic_img_size=True,
+    )
+    state = {f"backbone.net.{key}": value for key, value in twin.state_dict().items()}
+    if "reg" in name:  # the official model keeps a position for the class token
+        state["backbone.net.register_tokens"] = state.pop("backbone.net.reg_token")
+        state["backbone.net.pos_embed"] = F.pad(state["backbone.net.pos_embed"], (0, 0, 1, 0))
+    state["backbone.net.mask_token"] = torch.zeros(1, 384)
+    spec = dict(arch="dinov2", backbone=name, head="bn", num_classes=3, layers=[10, 11])
+    head = BNHead([384, 384], 3)
+    state.update({f"head.{key}": value for key, value in head.state_dict().items()})
+    net = Segmenter(TimmBackbone(twin, [10, 11]), head, spec)
+    state.update(mean=net.mean, std=net.std)
+    torch.save(dict(pack_checkpoint(net, CLASSES, (70, 70)), model=state), tmp_path / "model.pth")
+
+    def not_here(*args):
+        raise InputError("no hub")
+
+    monkeypatch.setattr(backbones, "load_hub_net", not_here)
+    loaded, _ = load_model(tmp_path / "model.pth")
+    images = random_images(1, 3, 518, 518)
+    with torch.no_grad():
+        assert torch.allclose(loaded(images), net.eval()(images), atol=1e-5)
+    assert loaded.backbone.positions.offset == (0.0 if "reg" in name else 0.1)

@@ -1,0 +1,78 @@
+"""Every recipe runs for one step at its real image size, on a tiny tree of its data set."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_folder, write_tree
+from test_config import RECIPE_TABLE
+from torchvision.models import resnet101
+
+import infer_image
+import streets
+import train
+from config import CLASSES, RECIPES
+
+FILES = {"loss.png", "miou.png", "config.json", "best_model_iou.pth", "last.pth", "valid_preds"}
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    """Return write(data set) -> a root with two training images and one validation image of it."""
+
+    def write(name):
+        root = tmp_path / "data"
+        if name == "folder":
+            write_folder(root, count=3, size=(45, 61), values=(0, 1))
+        elif name != "streets":
+            write_tree(name, root, counts=(2, 1))
+        return root
+
+    return write
+
+
+def few_streets(monkeypatch):
+    """Let the drawn data set hold a few scenes."""
+    draw = streets.write_streets
+
+    def write(base, classes, train, val, size, seed):
+        return draw(base, classes, train=2, val=1, size=(64, 80), seed=seed)
+
+    monkeypatch.setattr(streets, "write_streets", write)
+    monkeypatch.setattr(streets, "is_current", lambda *args, **kwargs: False)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_runs_from_its_name_alone(name, data_root, tmp_path, hub_cache, run, monkeypatch):
+    few_streets(monkeypatch)
+    place = hub_cache / "hub/checkpoints/resnet101-63fe2227.pth"
+    dataset = RECIPE_TABLE[name].split()[0]
+    flags = ["--recipe", name, "--data-root", data_root(dataset), "--out-dir", tmp_path / "out"]
+    flags += ["--epochs", 1, "--workers", 0, "--batch-size", 2, "--accumulate", 2]
+    if name == "drone-deeplab":
+        torch.save(resnet101().state_dict(), place)
+    elif RECIPES[name][1].get("backbone") == "dinov2_vitb14":
+        flags += ["--weights", "none"]
+    code, text, err = run(train, *flags)
+    assert code == 0, err
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    resolved = dict(RECIPES[name][1], epochs=1, workers=0, batch_size=2, accumulate=2)
+    for key, value in resolved.items():
+        assert settings[key] == (list(value) if isinstance(value, tuple) else value) or key == "weights"
+        assert f"{key}=" in text  # the settings are printed as resolved
+    classes = CLASSES.get(dataset) or [("background",), ("person",)]
+    assert settings["class_names"] == [entry[0] for entry in classes]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= FILES
+    (row,) = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
+    assert {f"train_loss_{term}" for term in settings["loss"].split("+")} <= row.keys()
+    picture = next(path for path in (tmp_path / "data").rglob("*") if path.suffix in (".jpg", ".png"))
+    code, _, err = run(
+        infer_image,
+        "--input",
+        picture,
+        "--model",
+        tmp_path / "out/best_model_iou.pth",
+        "--out-dir",
+        tmp_path / "out",
+    )
+    assert code == 0, err

@@ -1,0 +1,92 @@
+"""The stratified split: deterministic, disjoint, fair; pixel counts kept and counted anew when needed."""
+
+import numpy as np
+import pytest
+from conftest import blocks, write_folder, write_pair
+from PIL import Image
+
+import stratify
+from config import InputError
+from readers import Sample, index_table
+from stratify import count_pixels, share_table, split_samples, stratified_split
+
+
+def test_split_is_deterministic_disjoint_and_fair():
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(1, 1000, (120, 6)) * (
+        generator.random((120, 6)) < [1, 0.8, 0.5, 0.3, 0.1, 0.05]
+    )
+    pixels[:3] = 0  # images without any class
+    train, val = stratified_split(pixels, 0.2)
+    assert (train, val) == stratified_split(pixels, 0.2)
+    assert sorted(train + val) == list(range(120)) and len(val) == 24
+    shares = pixels[val].sum(0) / pixels.sum(0)
+    assert (np.abs(shares - 0.2) < 0.1).all(), shares
+    random_parts = [generator.permutation(120)[:24] for _ in range(50)]
+    spread = np.mean([np.abs(pixels[part].sum(0) / pixels.sum(0) - 0.2).max() for part in random_parts])
+    assert np.abs(shares - 0.2).max() < spread / 1.5
+
+
+@pytest.mark.parametrize(("count", "fraction", "want"), [(2, 0.2, 1), (3, 0.9, 2), (10, 0.01, 1)])
+def test_small_splits_keep_both_parts(count, fraction, want):
+    train, val = stratified_split(np.ones((count, 2), np.int64), fraction)
+    assert len(val) == want and len(train) == count - want
+    with pytest.raises(InputError, match="one image"):
+        stratified_split(np.ones((1, 2), np.int64), fraction)
+
+
+def test_the_last_images_of_rare_classes_are_shared():
+    pixels = np.zeros((20, 3), np.int64)
+    pixels[:, 0] = 1000
+    pixels[[3, 11], 1] = 50  # two images show it: one must validate
+    pixels[7, 2] = 10  # one image shows it: it must train
+    train, val = stratified_split(pixels, 0.2)
+    assert len({3, 11} & set(val)) == 1 and 7 in train and len(val) == 4
+
+
+def write_samples(root, count=6):
+    """Write pairs and return their Samples."""
+    write_folder(root, count=count)
+    return [Sample(root / f"images/{n:02d}.png", root / f"masks/{n:02d}.png") for n in range(count)]
+
+
+def test_pixels_are_counted_once_and_again_when_a_mask_or_the_table_changes(tmp_path, monkeypatch):
+    samples, table = write_samples(tmp_path), index_table(3)
+    want = np.stack([np.bincount(np.array(Image.open(s.mask)).ravel(), minlength=3)[:3] for s in samples])
+    assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(stratify, "read_mask", None)  # reading would fail
+        assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
+    without_zero = index_table(3)
+    without_zero[0] = 255
+    assert count_pixels(samples, without_zero, 3, tmp_path / "cache")[:, 0].sum() == 0
+    write_pair(samples[2].image, samples[2].mask, blocks(45, 61, (2, 2)))
+    assert count_pixels(samples, table, 3, tmp_path / "cache")[2].tolist() == [0, 0, 45 * 61]
+
+
+def test_a_damaged_count_file_is_counted_anew(tmp_path):
+    samples, table = write_samples(tmp_path), index_table(3)
+    want = count_pixels(samples, table, 3, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    for content in (b"", kept.read_bytes()[:100], b"not numpy"):
+        kept.write_bytes(content)
+        assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
+
+
+def test_a_mask_that_does_not_fit_is_named(tmp_path):
+    samples = write_samples(tmp_path)
+    with pytest.raises(InputError, match="has the value 2"):
+        count_pixels(samples, index_table(2), 2, tmp_path / "cache")
+
+
+def test_the_table_of_shares_is_that_of_the_parts():
+    samples = ["a", "b", "c"]
+    pixels = np.array([[30, 10], [0, 40], [100, 0]])
+    splits = {"train": ["a", "c"], "val": ["b"]}
+    classes = [("sky", (0, 0, 0)), ("a tree", (0, 255, 0))]
+    lines = share_table(dict(zip(samples, pixels, strict=True)), splits, classes)
+    assert lines[0].split() == ["train", "images", "train", "pixels", "val", "images", "val", "pixels"]
+    assert lines[1].split() == ["sky", "2", "92.86", "%", "0", "0.00", "%"]
+    assert lines[2].split() == ["a", "tree", "1", "7.14", "%", "1", "100.00", "%"]
+    assert split_samples(samples, pixels, 0.3).keys() == {"train", "val"}

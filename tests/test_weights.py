@@ -1,0 +1,31 @@
+"""Weights files of several kinds; files that are damaged or belong to another model."""
+
+import pytest
+import timm
+import torch
+from conftest import tiny
+
+from config import InputError
+from weights import load_strictly, read_weights
+
+
+def test_weights_of_another_model_are_refused_by_name(hub_cache, tmp_path):
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(InputError, match="other.pth does not fit the model .*missing such as"):
+        tiny(backbone="dinov2_vits14", weights=str(tmp_path / "other.pth"))
+
+
+def test_weights_files_of_several_kinds(tmp_path):
+    from safetensors.torch import save_file
+
+    state = tiny().backbone.net.state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save({"model": state}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        net = tiny(weights=str(tmp_path / name))
+        load_strictly(net.backbone.net, read_weights(tmp_path / name), name)
+    (tmp_path / "w.safetensors").write_bytes(b"1234")
+    torch.save([1, 2], tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        with pytest.raises(InputError, match=name):
+            read_weights(tmp_path / name)

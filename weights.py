@@ -1,0 +1,73 @@
+"""Reading files of weights without running code that is in them, and loading them strictly.
+
+    state = read_weights("dinov2_vits14_pretrain.pth")     # or .safetensors
+    load_strictly(net, state, "dinov2_vits14_pretrain.pth")
+"""
+import pickle
+from pathlib import Path
+
+import torch
+
+from config import InputError
+
+
+def published_weights(url):
+    """Return the state dict behind a public URL: from torch.hub's cache, else downloaded into it.
+
+    Raises InputError that says which file to put where.
+    """
+    place = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if place.is_file():
+        return read_weights(place)
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"the pretrained weights could not be downloaded ({error}): put {url} into "
+                         f"{place.parent}, or name the file with --weights FILE, or start from random "
+                         "weights with --weights none") from None
+
+
+def read_weights(path):
+    """Read a state dict from a .pth or .safetensors file without unpickling code. Raises InputError."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--weights {path} does not exist: give auto, none or a weights file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+    state = torch_load(path)
+    for wrapper in ("model", "state_dict", "teacher"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state dict of tensors: give a weights file of the backbone")
+    return state
+
+
+def torch_load(path):
+    """torch.load to the CPU without unpickling code. Raises InputError for what is no whole file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is no checkpoint of tensors and plain values; it is not loaded, because it "
+                         "could run code") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).split("\n")[0] or "nothing in it")[:120]
+        raise InputError(f"{path} is not a whole checkpoint (truncated or damaged: {reason})") from None
+
+
+def load_strictly(module, state, source):
+    """Load a state dict whose keys and shapes must match. Raises InputError that names what differs."""
+    own = module.state_dict()
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if missing or unexpected or shapes:
+        listed = [f"{len(keys)} {what} such as {min(keys)}" for keys, what in (
+            (missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")) if keys]
+        raise InputError(f"{source} does not fit the model ({'; '.join(listed)}): it belongs to another one")
+    module.load_state_dict(state, strict=True)
