@@ -207,12 +207,12 @@ class TrainConfig:
     dataset: str = setting("streets", "data", "data set; streets is drawn by our code, nothing to download",
                            choices=DATASETS)
     data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR")
-    val_fraction: float = setting(0.2, "data", "share of a folder without a validation part that becomes one "
-                                  "(deterministic, stratified by class)", type=fraction)
+    val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
+                                  "validation part, and with --resplit (stratified by class)", type=fraction)
     classes: tuple = setting((), "data", "class names of a folder that has no classes.txt, in the order of "
                              "the mask values", nargs="+", metavar="NAME")
     resplit: bool = setting(False, "data", "pool training and validation images and split them anew, "
-                            "stratified by class; --val-fraction validates", action="store_true")
+                            "stratified by class", action="store_true")
     ignore_background: bool = setting(False, "data", "leave the class called background out: its pixels are "
                                       "not counted", action="store_true")
     imgsz: tuple = setting((518, 518), "data", "size the network trains at; any H W works", nargs=2,

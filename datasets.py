@@ -162,8 +162,8 @@ def download_voc(root):
     try:
         VOCSegmentation(str(root), year="2012", image_set="train", download=True)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"no VOC 2012 under {root} and no download ({error}): put {VOC_TAR} or the unpacked "
-                         f"VOCdevkit/VOC2012 into {root}, or name its folder with --data-root") from None
+        raise InputError(f"no VOC 2012 under {root} and no download ({error}): put {VOC_TAR} (2 GB) or the "
+                         f"unpacked VOCdevkit/VOC2012 into {root}, or give --data-root") from None
     return root / "VOCdevkit/VOC2012"
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import engine
 import streets
 import utils
-from config import InputError, parse_train_args, resolve
+from config import DINOV2_ONLY, InputError, parse_train_args, resolve
 from datasets import SegmentationDataset, load_data, make_loader
 from losses import build_loss, class_weights
 from model import build_model, pack_checkpoint, read_checkpoint
@@ -42,9 +42,15 @@ PROTOCOL = "whole image resized to {}x{}, scored at the size of each mask, 255 i
 SHOWN = 4  # validation images drawn after every epoch
 
 
-def print_settings(config, data, model, device, precision):
-    """Say what was decided: settings, data, what trains, where it runs."""
-    print("settings: " + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()))
+def print_settings(config):
+    """Print every setting that has a part in the run."""
+    shown = {key: value for key, value in dataclasses.asdict(config).items()
+             if config.arch == "dinov2" or key not in DINOV2_ONLY}
+    print("settings: " + " ".join(f"{key}={value}" for key, value in shown.items()))
+
+
+def print_plan(config, data, model, device, precision):
+    """Say what was decided: data, what trains, where it runs."""
     counts = ", ".join(f"{len(samples)} {split}" for split, samples in data.splits.items())
     names = ", ".join(name for name, _ in data.classes)
     print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {names}")
@@ -171,6 +177,7 @@ def main():
     config = resolve(given, saved and saved.get("config", {}))
     if not {"dataset", "recipe", "resume"} & given.keys():
         print("no --dataset given: training on streets, which our code draws")
+    print_settings(config)
     device = utils.pick_device(config.device)
     precision = utils.Precision(config.amp, device)
     data = load_data(config.dataset, config.data_root, config.resplit, config.ignore_background,
@@ -181,7 +188,7 @@ def main():
     history, first_epoch, step = [], 1, 0
     if saved:
         first_epoch, step, history = resume(saved, config, fingerprints, model, optimizer, precision)
-    print_settings(config, data, model, device, precision)
+    print_plan(config, data, model, device, precision)
     utils.make_folder(out_dir)
     settings = utils.finite(dataclasses.asdict(config))
     criterion = build_criterion(config, data, device)
