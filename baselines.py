@@ -29,7 +29,8 @@ class ResNetBackbone(Backbone):
     """The dilated ResNet of a torchvision segmentation network: one map of 2048 channels, stride 8."""
 
     def __init__(self, net):
-        super().__init__(net.to(memory_format=torch.channels_last), patch=1, layers=[], channels=[2048])
+        super().__init__(net.to(memory_format=torch.channels_last), patch=1, layers=[], channels=[2048],
+                         stride=8)
 
     def features(self, images):
         """(B, 3, H, W) normalised -> [(B, 2048, H/8, W/8)], rounded up."""
@@ -44,7 +45,7 @@ class SegformerBackbone(Backbone):
     """
 
     def __init__(self, net):
-        super().__init__(net, patch=32, layers=[], channels=net.config.hidden_sizes)
+        super().__init__(net, patch=32, layers=[], channels=net.config.hidden_sizes, stride=4)
 
     def features(self, images):
         """(B, 3, H, W) normalised -> 4 x (B, D, H/s, W/s), s = 4, 8, 16, 32."""

@@ -27,6 +27,8 @@ from model import load_model
 
 MUST_AGREE = {"data_fingerprint": "the data files", "split_fingerprint": "the training / validation split",
               "class_names": "the classes", "protocol": "the protocol"}
+OF_CONFIG = {*MUST_AGREE, "arch", "backbone", "head", "parameters", "imgsz", "epochs", "device", "dataset"}
+OF_ROW = {"epoch", "seconds", "val_miou", "val_dice", "val_accuracy", "per_class_iou"}
 ROUNDS = 12  # timed forward passes of each model, after two that are not
 
 
@@ -63,9 +65,11 @@ def read_run(folder):
         raise InputError(f"{folder} is no run of train.py ({name}: {error.strerror})") from None
     except ValueError as error:
         raise InputError(f"{folder}: config.json or history.jsonl is damaged ({error})") from None
-    missing = {*MUST_AGREE, "arch", "parameters", "imgsz"} - config.keys()
-    if missing:
-        raise InputError(f"{folder}/config.json has no {', '.join(sorted(missing))}: train with this version")
+    for name, part, needed in (("config.json", config, OF_CONFIG), *(("history.jsonl", row, OF_ROW)
+                                                                     for row in history)):
+        missing = needed - part.keys() if isinstance(part, dict) else needed
+        if missing:
+            raise InputError(f"{folder / name} has no {', '.join(sorted(missing))}: train with this version")
     if len(history) < config["epochs"]:
         raise InputError(f"{folder} has {len(history)} of its {config['epochs']} epochs: finish it first "
                          f"(python train.py --resume --out-dir {folder})")

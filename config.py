@@ -65,41 +65,41 @@ ADE20K = [
     ("desk", (10, 255, 71)), ("rock", (255, 41, 10)), ("wardrobe", (7, 255, 255)),
     ("lamp", (224, 255, 8)), ("bathtub", (102, 8, 255)), ("railing", (255, 61, 6)),
     ("cushion", (255, 194, 7)), ("base", (255, 122, 8)), ("box", (0, 255, 20)),
-    ("column", (255, 8, 41)), ("signboard", (255, 5, 153)), ("chest", (6, 51, 255)),
+    ("column", (255, 8, 41)), ("signboard", (255, 5, 153)), ("chest of drawers", (6, 51, 255)),
     ("counter", (235, 12, 255)), ("sand", (160, 150, 20)), ("sink", (0, 163, 255)),
     ("skyscraper", (140, 140, 140)), ("fireplace", (250, 10, 15)), ("refrigerator", (20, 255, 0)),
     ("grandstand", (31, 255, 0)), ("path", (255, 31, 0)), ("stairs", (255, 224, 0)),
-    ("runway", (153, 255, 0)), ("case", (0, 0, 255)), ("pool", (255, 71, 0)), ("pillow", (0, 235, 255)),
-    ("screen", (0, 173, 255)), ("stairway", (31, 0, 255)), ("river", (11, 200, 200)),
-    ("bridge", (255, 82, 0)), ("bookcase", (0, 255, 245)), ("blind", (0, 61, 255)),
-    ("coffee", (0, 255, 112)), ("toilet", (0, 255, 133)), ("flower", (255, 0, 0)),
-    ("book", (255, 163, 0)), ("hill", (255, 102, 0)), ("bench", (194, 255, 0)),
+    ("runway", (153, 255, 0)), ("case", (0, 0, 255)), ("pool table", (255, 71, 0)),
+    ("pillow", (0, 235, 255)), ("screen door", (0, 173, 255)), ("stairway", (31, 0, 255)),
+    ("river", (11, 200, 200)), ("bridge", (255, 82, 0)), ("bookcase", (0, 255, 245)),
+    ("blind", (0, 61, 255)), ("coffee table", (0, 255, 112)), ("toilet", (0, 255, 133)),
+    ("flower", (255, 0, 0)), ("book", (255, 163, 0)), ("hill", (255, 102, 0)), ("bench", (194, 255, 0)),
     ("countertop", (0, 143, 255)), ("stove", (51, 255, 0)), ("palm", (0, 82, 255)),
-    ("kitchen", (0, 255, 41)), ("computer", (0, 255, 173)), ("swivel", (10, 0, 255)),
-    ("boat", (173, 255, 0)), ("bar", (0, 255, 153)), ("arcade", (255, 92, 0)), ("hovel", (255, 0, 255)),
-    ("bus", (255, 0, 245)), ("towel", (255, 0, 102)), ("light", (255, 173, 0)), ("truck", (255, 0, 20)),
-    ("tower", (255, 184, 184)), ("chandelier", (0, 31, 255)), ("awning", (0, 255, 61)),
-    ("streetlight", (0, 71, 255)), ("booth", (255, 0, 204)), ("television", (0, 255, 194)),
-    ("airplane", (0, 255, 82)), ("dirt", (0, 10, 255)), ("apparel", (0, 112, 255)),
-    ("pole", (51, 0, 255)), ("land", (0, 194, 255)), ("bannister", (0, 122, 255)),
-    ("escalator", (0, 255, 163)), ("ottoman", (255, 153, 0)), ("bottle", (0, 255, 10)),
-    ("buffet", (255, 112, 0)), ("poster", (143, 255, 0)), ("stage", (82, 0, 255)),
-    ("van", (163, 255, 0)), ("ship", (255, 235, 0)), ("fountain", (8, 184, 170)),
-    ("conveyer", (133, 0, 255)), ("canopy", (0, 255, 92)), ("washer", (184, 0, 255)),
-    ("plaything", (255, 0, 31)), ("swimming", (0, 184, 255)), ("stool", (0, 214, 255)),
-    ("barrel", (255, 0, 112)), ("basket", (92, 255, 0)), ("waterfall", (0, 224, 255)),
-    ("tent", (112, 224, 255)), ("bag", (70, 184, 160)), ("minibike", (163, 0, 255)),
-    ("cradle", (153, 0, 255)), ("oven", (71, 255, 0)), ("ball", (255, 0, 163)), ("food", (255, 204, 0)),
-    ("step", (255, 0, 143)), ("tank", (0, 255, 235)), ("trade", (133, 255, 0)),
-    ("microwave", (255, 0, 235)), ("pot", (245, 0, 255)), ("animal", (255, 0, 122)),
-    ("bicycle", (255, 245, 0)), ("lake", (10, 190, 212)), ("dishwasher", (214, 255, 0)),
-    ("crt screen", (0, 204, 255)), ("blanket", (20, 0, 255)), ("sculpture", (255, 255, 0)),
-    ("hood", (0, 153, 255)), ("sconce", (0, 41, 255)), ("vase", (0, 255, 204)),
-    ("traffic", (41, 0, 255)), ("tray", (41, 255, 0)), ("ashcan", (173, 0, 255)),
-    ("fan", (0, 245, 255)), ("pier", (71, 0, 255)), ("crt", (122, 0, 255)), ("plate", (0, 255, 184)),
-    ("monitor", (0, 92, 255)), ("bulletin", (184, 255, 0)), ("shower", (0, 133, 255)),
-    ("radiator", (255, 214, 0)), ("glass", (25, 194, 194)), ("clock", (102, 255, 0)),
-    ("flag", (92, 0, 255)),
+    ("kitchen island", (0, 255, 41)), ("computer", (0, 255, 173)), ("swivel chair", (10, 0, 255)),
+    ("boat", (173, 255, 0)), ("bar", (0, 255, 153)), ("arcade machine", (255, 92, 0)),
+    ("hovel", (255, 0, 255)), ("bus", (255, 0, 245)), ("towel", (255, 0, 102)),
+    ("light", (255, 173, 0)), ("truck", (255, 0, 20)), ("tower", (255, 184, 184)),
+    ("chandelier", (0, 31, 255)), ("awning", (0, 255, 61)), ("streetlight", (0, 71, 255)),
+    ("booth", (255, 0, 204)), ("television receiver", (0, 255, 194)), ("airplane", (0, 255, 82)),
+    ("dirt track", (0, 10, 255)), ("apparel", (0, 112, 255)), ("pole", (51, 0, 255)),
+    ("land", (0, 194, 255)), ("bannister", (0, 122, 255)), ("escalator", (0, 255, 163)),
+    ("ottoman", (255, 153, 0)), ("bottle", (0, 255, 10)), ("buffet", (255, 112, 0)),
+    ("poster", (143, 255, 0)), ("stage", (82, 0, 255)), ("van", (163, 255, 0)), ("ship", (255, 235, 0)),
+    ("fountain", (8, 184, 170)), ("conveyer belt", (133, 0, 255)), ("canopy", (0, 255, 92)),
+    ("washer", (184, 0, 255)), ("plaything", (255, 0, 31)), ("swimming pool", (0, 184, 255)),
+    ("stool", (0, 214, 255)), ("barrel", (255, 0, 112)), ("basket", (92, 255, 0)),
+    ("waterfall", (0, 224, 255)), ("tent", (112, 224, 255)), ("bag", (70, 184, 160)),
+    ("minibike", (163, 0, 255)), ("cradle", (153, 0, 255)), ("oven", (71, 255, 0)),
+    ("ball", (255, 0, 163)), ("food", (255, 204, 0)), ("step", (255, 0, 143)), ("tank", (0, 255, 235)),
+    ("trade name", (133, 255, 0)), ("microwave", (255, 0, 235)), ("pot", (245, 0, 255)),
+    ("animal", (255, 0, 122)), ("bicycle", (255, 245, 0)), ("lake", (10, 190, 212)),
+    ("dishwasher", (214, 255, 0)), ("screen", (0, 204, 255)), ("blanket", (20, 0, 255)),
+    ("sculpture", (255, 255, 0)), ("hood", (0, 153, 255)), ("sconce", (0, 41, 255)),
+    ("vase", (0, 255, 204)), ("traffic light", (41, 0, 255)), ("tray", (41, 255, 0)),
+    ("ashcan", (173, 0, 255)), ("fan", (0, 245, 255)), ("pier", (71, 0, 255)),
+    ("crt screen", (122, 0, 255)), ("plate", (0, 255, 184)), ("monitor", (0, 92, 255)),
+    ("bulletin board", (184, 255, 0)), ("shower", (0, 133, 255)), ("radiator", (255, 214, 0)),
+    ("glass", (25, 194, 194)), ("clock", (102, 255, 0)), ("flag", (92, 0, 255)),
 ]
 CLASSES = {"voc": VOC, "camvid": CAMVID, "streets": STREETS, "aeroscapes": AEROSCAPES, "pet": PET,
            "cityscapes": CITYSCAPES, "ade20k": ADE20K}
@@ -140,9 +140,9 @@ def positive_int(text):
 
 
 def whole_number(text):
-    """argparse type: a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    """argparse type: a whole number of at least 0 that fits 32 bits."""
+    if not text.isdecimal() or int(text) >= 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0 (and below 2**32)")
     return int(text)
 
 
@@ -170,7 +170,13 @@ def positive_float(text):
 
 def non_negative_float(text):
     """argparse type: a finite number of at least 0."""
-    return 0.0 if text in ("0", "0.0") else positive_float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
 
 def block_count(text):
@@ -204,6 +210,7 @@ def setting(default, group, help, **argparse_options):
 class TrainConfig:
     """Every setting of train.py; one field = one flag (`data_root` is `--data-root`). Plain JSON types."""
 
+    recipe: str = setting("", "recipe", "start from the settings of a recipe (listed below)", choices=())
     dataset: str = setting("streets", "data", "data set; streets is drawn by our code, nothing to download",
                            choices=DATASETS)
     data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR")
@@ -245,8 +252,8 @@ class TrainConfig:
                         "dice = soft Dice; or a sum such as focal+dice", type=loss_name,
                         metavar="NAME[+NAME]")
     class_weights: str = setting("none", "training", "weight the classes in ce and focal by their share of "
-                                 "the training pixels: enet = 1 / ln(1.02 + share), median = median "
-                                 "frequency balancing", choices=CLASS_WEIGHTS)
+                                 "the training pixels: enet = 1 / ln(1.02 + share), median = "
+                                 "inverse frequency where the class is seen", choices=CLASS_WEIGHTS)
     optimizer: str = setting("adamw", "training", "adamw, adam, or sgd = Nesterov momentum 0.937",
                              choices=OPTIMIZERS)
     lr: float = setting(1e-3, "training", "base learning rate (of the head)", type=positive_float)
@@ -259,7 +266,8 @@ class TrainConfig:
                              choices=SCHEDULERS)
     epochs: int = setting(30, "training", "passes over the training images", type=positive_int)
     batch_size: int = setting(8, "training", "images a forward pass", type=positive_int)
-    accumulate: int = setting(1, "training", "forward passes an optimizer step", type=positive_int)
+    accumulate: int = setting(1, "training", "forward passes an optimizer step; equals one large batch for "
+                              "ce and focal, whose terms are means over pixels", type=positive_int)
 
     amp: str = setting("auto", "run", "autocast: auto = what the device is good at", choices=PRECISIONS)
     seed: int = setting(0, "run", "seed of weights, order and augmentation", type=whole_number)
@@ -313,9 +321,11 @@ RECIPES = {
                            epochs=80)),
 }
 
-# Settings of --arch dinov2 alone, and the defaults of every other --arch, which trains as a whole.
+# Settings of --arch dinov2 alone; the defaults of every other --arch, which trains as a whole; all that a
+# recipe says of its model and that means nothing for one of the other kind.
 DINOV2_ONLY = ("backbone", "head", "layers")
 BASELINE_DEFAULTS = dict(unfreeze="all", backbone_lr_scale=1.0)
+OF_A_MODEL = (*DINOV2_ONLY, *BASELINE_DEFAULTS, "weights", "normalize")
 
 # Settings that may differ between a run and its --resume; the others shape model, data or steps.
 MAY_CHANGE_ON_RESUME = {"epochs", "workers", "device", "data_root", "out_dir", "resume"}
@@ -327,11 +337,12 @@ def train_parser(description):
     parser = argparse.ArgumentParser(
         description=description, epilog=f"recipes:\n{recipes}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--recipe", choices=list(RECIPES), help="start from these settings (listed below)")
     groups = {}
     for field in dataclasses.fields(TrainConfig):
         options = dict(field.metadata)
         group = options.pop("group")
+        if field.name == "recipe":
+            options["choices"] = list(RECIPES)
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         if field.type is not bool and default != "":
             options["help"] += f" (default: {default})"
@@ -349,30 +360,44 @@ def resolve(given, saved=None):
     Args: given = dict of the flags that were given (with `recipe` if any); saved = settings of a run to
     resume. Raises InputError where `given` changes a setting of the saved run that must stay.
     """
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    recipe = given.pop("recipe", None)
-    defaults = dict(RECIPES[recipe][1]) if recipe else {}
-    arch = given.get("arch", defaults.get("arch", "dinov2"))
-    if arch != defaults.get("arch", "dinov2"):  # the recipe's data and steps with another model
-        defaults = {name: value for name, value in defaults.items()
-                    if name not in (*DINOV2_ONLY, *BASELINE_DEFAULTS)}
-    if arch != "dinov2":
-        defaults = {**BASELINE_DEFAULTS, **defaults}
+    given = {name: as_setting(value) for name, value in given.items()}
     if saved is not None:
-        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        wanted = {**defaults, **given}
-        changed = [name for name, value in wanted.items()
-                   if name not in MAY_CHANGE_ON_RESUME and name in saved and value != saved[name]]
+        defaults = {name: as_setting(value) for name, value in saved.items()}
+        changed = [name for name, value in given.items()
+                   if name not in MAY_CHANGE_ON_RESUME and name in defaults and value != defaults[name]]
         if changed:
             name = changed[0]
-            raise InputError(f"--{name.replace('_', '-')} is {wanted[name]!r}, but the run to resume has "
-                             f"{saved[name]!r}: leave the flag out, or start a new run without --resume")
-        defaults = saved
+            raise InputError(f"--{name.replace('_', '-')} is {given[name]!r}, but the run to resume has "
+                             f"{defaults[name]!r}: leave the flag out, or start a new run without --resume")
+    else:
+        defaults = recipe_settings(given)
     unknown = defaults.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise InputError(f"the run to resume has settings unknown here ({', '.join(sorted(unknown))}): "
                          "resume it with the version that wrote it")
     config = TrainConfig(**{**defaults, **given})
+    check_settings(config, given)
+    return config
+
+
+def as_setting(value):
+    """Return a value from argparse or JSON as TrainConfig holds it: tuples for lists, () for `none` alone."""
+    value = tuple(value) if isinstance(value, list) else value
+    return () if value == ("none",) else value
+
+
+def recipe_settings(given):
+    """Return the settings of the recipe in `given`, fitted to the --arch in `given`."""
+    settings = dict(RECIPES[given["recipe"]][1]) if given.get("recipe") else {}
+    own = settings.get("arch", "dinov2")
+    arch = given.get("arch", own)
+    if (arch == "dinov2") != (own == "dinov2"):  # the recipe's data and steps with a model of the other kind
+        settings = {name: value for name, value in settings.items() if name not in OF_A_MODEL}
+    return settings if arch == "dinov2" else {**BASELINE_DEFAULTS, **settings}
+
+
+def check_settings(config, given):
+    """Raise InputError for flags in `given` that contradict each other or would have no effect."""
     misfit = [name for name in DINOV2_ONLY if name in given and config.arch != "dinov2"]
     if misfit:
         raise InputError(f"--{misfit[0]} belongs to --arch dinov2, and {config.arch} is a whole network: "
@@ -380,11 +405,16 @@ def resolve(given, saved=None):
     if config.class_weights != "none" and not {"ce", "focal"} & set(config.loss.split("+")):
         raise InputError(f"--class-weights acts on ce and focal, and --loss {config.loss} has neither: "
                          "leave it out, or add one (such as --loss ce+dice)")
-    if "none" in config.augment and len(config.augment) > 1:
-        raise InputError("--augment none stands alone: leave out none or the others")
     if "none" in config.augment:
-        config.augment = ()
-    return config
+        raise InputError("--augment none stands alone: leave out none or the others")
+    if given.get("classes") and config.dataset != "folder":
+        raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
+                         "own: leave it out")
+    if "val_fraction" in given and config.dataset != "folder" and not config.resplit:
+        raise InputError(f"--val-fraction has no effect, {config.dataset} has a validation part: add "
+                         "--resplit to split all images anew")
+    if "backbone_lr_scale" in given and config.unfreeze == 0:
+        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
 
 
 def parse_train_args(argv=None, description="Train a segmentation model."):

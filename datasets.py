@@ -76,7 +76,8 @@ class SegmentationDataset(Dataset):
     """Triples (image, mask, file name), read from disk.
 
     Training (`augments` a tuple, maybe empty): image (3, h, w) and mask (h, w), both uint8 at `size`.
-    Validation (`augments` None): image (3, h, w) at `size`, mask (H, W) at the size it is stored in.
+    Validation (`augments` None): image (3, h, w) at `size`, or as it is where `size` is empty; mask (H, W)
+    at the size it is stored in.
     """
 
     def __init__(self, samples, table, size, augments=None, seed=0):
@@ -94,7 +95,7 @@ class SegmentationDataset(Dataset):
         image = read_image(sample.image)
         mask = torch.from_numpy(rotate_like(read_mask(sample.mask, self.table), sample.image))
         if self.augments is None:
-            return resize_image(image, self.size), mask, str(sample.image)
+            return resize_image(image, self.size) if self.size else image, mask, str(sample.image)
         if mask.shape != image.shape[1:]:
             mask = resize_mask(mask, image.shape[1:])
         with torch.random.fork_rng(devices=[]):
@@ -209,8 +210,10 @@ def pet(root):
     base = first_with([root, root / "oxford-iiit-pet"], "annotations/trainval.txt") or download_pet(root)
     splits = {}
     for split, list_name in (("train", "trainval"), ("val", "test")):
-        names = [line.split()[0] for line in read_list(base / f"annotations/{list_name}.txt")
-                 if not line.startswith("#")]
+        path = base / f"annotations/{list_name}.txt"
+        names = [line.split()[0] for line in read_list(path) if not line.startswith("#")]
+        if not names:
+            raise InputError(f"{path} lists no images")
         splits[split] = existing([
             Sample(base / f"images/{name}.jpg", base / f"annotations/trimaps/{name}.png") for name in names])
     return DataSource("pet", PET, splits, value_table({1: 0, 2: 1, 3: 2, IGNORE: IGNORE}))
@@ -280,6 +283,23 @@ DATASETS = {"streets": streets, "voc": voc, "camvid": camvid, "aeroscapes": aero
 
 
 # --- what every data set can be asked for -----------------------------------------------------------------
+def without_leaks(source):
+    """Return a DataSource whose training part holds no validation image, with a note where it did.
+
+    Raises InputError where no training image is left.
+    """
+    val = set(source.splits["val"])
+    kept = [sample for sample in source.splits["train"] if sample not in val]
+    leaks = len(source.splits["train"]) - len(kept)
+    if not kept:
+        raise InputError(f"all {leaks} training images of {source.name} are validation images too: correct "
+                         "its list files")
+    if not leaks:
+        return source
+    note = f"{leaks} training images are validation images too: left out of training"
+    return dataclasses.replace(source, splits={**source.splits, "train": kept}, notes=[*source.notes, note])
+
+
 def split_anew(source, val_fraction, cache_dir):
     """Return a DataSource with all images pooled and split anew, stratified; its notes say how it came out.
     """
@@ -316,7 +336,7 @@ def load_data(name, root, resplit=False, ignore_background=False, val_fraction=0
     if name == "folder" and not root.is_dir():
         raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
     options = dict(val_fraction=val_fraction, class_names=class_names) if name == "folder" else {}
-    source = DATASETS[name](root, **options)
+    source = without_leaks(DATASETS[name](root, **options))
     if resplit:
         source = split_anew(source, val_fraction, cache_dir)
     return without_background(source) if ignore_background else source

@@ -5,6 +5,7 @@ evaluate; the inference scripts call predict, which is the same code that valida
 """
 import math
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from model import load_model
 from utils import Precision, pick_device
 
 MAX_GRAD_NORM = 1.0
+MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
+CHUNK = 1 << 25  # logits that are upsampled at a time, 128 MB
 MOMENTUM = 0.937  # of sgd
 WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
 LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wait
@@ -26,8 +29,9 @@ def lr_factor(step, total_steps, scheduler, steps_per_epoch=1):
     """Return what every base learning rate is multiplied by at optimizer step `step` (0-based).
 
     cosine (Loshchilov & Hutter, 2017) and poly (power 0.9; Chen et al., 2018) fall to 0 after a linear
-    warm-up; exponential is 0.98 per epoch; onecycle (Smith & Topin, 2018) is torch's OneCycleLR with its
-    defaults: from 1/25 up to 1 in 30 % of the steps and down to 1/250,000, both along cosines.
+    warm-up; exponential is 0.98 per epoch; onecycle (Smith & Topin, 2018) is the learning rate of torch's
+    OneCycleLR with its defaults (momentum stays): from 1/25 up to 1 in 30 % of the steps and down to
+    1/250,000, both along cosines.
     """
     if scheduler == "none":
         return 1.0
@@ -148,7 +152,7 @@ def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, s
         with precision.autocast():
             logits = model(images)  # (B, K, H, W) float32
             loss, terms = criterion(logits, masks)
-        weight = (masks != IGNORE).sum() / masks[0].numel()  # so that accumulating equals one large batch
+        weight = (masks != IGNORE).sum() / masks[0].numel()  # accumulated means over pixels = one large batch
         precision.scaler.scale(loss * weight).backward()
         weights = weights + weight
         log.add(loss, terms, names, step, optimizer.param_groups[0]["lr"])
@@ -161,46 +165,148 @@ def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, s
 
 
 # --- prediction -------------------------------------------------------------------------------------------
-def native_preds(logits, sizes):
-    """Upsample logits (B, K, h, w) to each image's size (H, W), then argmax: list of (H, W) uint8."""
-    # max().indices is several times faster than argmax on the CPU, and equal to it
-    return [F.interpolate(one[None], size=tuple(size), mode="bilinear").max(1).indices[0].to(torch.uint8)
-            for one, size in zip(logits, sizes, strict=True)]
+class Protocol(NamedTuple):
+    """How images are brought to a network and its outputs back to their own size.
+
+    window: (h, w) pixels the network sees. Without slide, the whole image is resized to it; with slide, the
+    image is resized, its proportions kept, until it just covers the window, which then moves over it by
+    `stride` (h, w). scales: factors on that size; flip: also the mirrored image. Views are averaged as
+    softmax probabilities, overlapping windows as logits, as mmsegmentation does.
+    """
+
+    window: tuple
+    slide: bool = False
+    stride: tuple = ()
+    scales: tuple = (1.0,)
+    flip: bool = False
+
+    def sizes(self, height, width):
+        """Return the sizes (h, w) that an image of height x width is resized to, one a scale."""
+        if self.slide:
+            fit = max(self.window[0] / height, self.window[1] / width)
+            whole = height * fit, width * fit
+        else:
+            whole = self.window
+        return [(max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))) for scale in self.scales]
+
+    def __str__(self):
+        text = f"whole image at {self.window[0]}x{self.window[1]}"
+        if self.slide:
+            text = f"window {self.window[0]}x{self.window[1]}, stride {self.stride[0]}x{self.stride[1]}"
+        if self.scales != (1.0,):
+            text += f", scales {' '.join(f'{scale:g}' for scale in self.scales)}"
+        return text + (", flip" if self.flip else "")
+
+
+def make_protocol(kind, tta, imgsz):
+    """Return the Protocol of the flags --protocol (whole, slide), --tta and an image size (h, w)."""
+    scales = MS_SCALES if "ms" in tta else (1.0,)
+    stride = tuple(max(1, round(side * 2 / 3)) for side in imgsz)
+    return Protocol(tuple(imgsz), kind == "slide", stride if kind == "slide" else (), scales, "flip" in tta)
+
+
+def window_starts(length, window, stride):
+    """Return where windows start along one side; the last one is shifted in so that it ends at the edge."""
+    return [*range(0, length - window, stride), max(0, length - window)]
+
+
+def slide_logits(model, images, window, stride, batch_size):
+    """Average the logits of overlapping windows: images (B, 3, H, W) uint8 -> (B, K, H, W) float32."""
+    height, width = images.shape[-2:]
+    high, wide = min(window[0], height), min(window[1], width)
+    places = [(top, left) for top in window_starts(height, high, stride[0])
+              for left in window_starts(width, wide, stride[1])]
+    total = count = None
+    for start in range(0, len(places), batch_size):
+        part = places[start:start + batch_size]
+        crops = torch.stack([images[..., top:top + high, left:left + wide] for top, left in part])
+        logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, h, w)
+        if total is None:
+            total = logits.new_zeros(len(images), logits.shape[2], height, width)
+            count = logits.new_zeros(height, width)
+        for (top, left), one in zip(part, logits, strict=True):
+            total[..., top:top + high, left:left + wide] += one
+            count[top:top + high, left:left + wide] += 1
+    return total / count
 
 
 @torch.inference_mode()
-def predict(model, images, imgsz, precision):
-    """Predict images at their own size: resize to `imgsz` = (h, w), forward, upsample the logits, argmax.
+def views_of(model, images, protocol, precision, batch_size=8):
+    """Return the logits of every view of `images` (B, 3, H, W) uint8: a list of (B, K, h, w), none mirrored.
 
-    images (B, 3, H, W) uint8 on any device; model in eval mode. Returns (B, H, W) uint8 on the model's
-    device.
+    model in eval mode; batch_size windows go through it at a time.
     """
-    device = next(model.parameters()).device
-    size = images.shape[-2:]
-    with precision.autocast():
-        logits = model(resize_image(images.to(device), imgsz))  # (B, K, h, w)
-    return torch.stack(native_preds(logits, [size] * len(images)))
+    images = images.to(next(model.parameters()).device, non_blocking=True)
+    views = []
+    for size in protocol.sizes(*images.shape[-2:]):
+        resized = resize_image(images, size)
+        for mirrored in (False, True)[:1 + protocol.flip]:
+            seen = resized.flip(-1) if mirrored else resized
+            with precision.autocast():
+                if protocol.slide:
+                    logits = slide_logits(model, seen, protocol.window, protocol.stride, batch_size)
+                else:
+                    logits = model(seen)
+            views.append(logits.flip(-1) if mirrored else logits)
+    return views
+
+
+def upsample_rows(logits, size, top, bottom):
+    """Return rows top..bottom of the bilinear resize of logits (K, h, w) to `size` = (H, W): (K, rows, W)."""
+    high = logits.shape[1]
+    source = (torch.arange(top, bottom, device=logits.device) + 0.5) * (high / size[0]) - 0.5
+    source = source.clamp(min=0)
+    above = source.long()  # (rows,)
+    below = (above + 1).clamp(max=high - 1)
+    weight = (source - above)[None, :, None]
+    rows = logits[:, above] * (1 - weight) + logits[:, below] * weight  # (K, rows, w)
+    return F.interpolate(rows[None], size=(bottom - top, size[1]), mode="bilinear")[0]
+
+
+def class_map(views, size):
+    """Return class ids (H, W) uint8 from the views of one image, a list of logits (K, h, w) of any sizes.
+
+    The logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K.
+    """
+    rows = max(1, CHUNK // (len(views[0]) * size[1]))
+    pred = torch.empty(tuple(size), dtype=torch.uint8, device=views[0].device)
+    for top in range(0, size[0], rows):
+        bottom = min(top + rows, size[0])
+        parts = [upsample_rows(view.float(), size, top, bottom) for view in views]
+        total = parts[0] if len(parts) == 1 else sum(part.softmax(0) for part in parts)
+        # max().indices is several times faster than argmax on the CPU, and equal to it
+        pred[top:bottom] = total.max(0).indices.to(torch.uint8)
+    return pred
+
+
+def predict(model, images, protocol, precision, batch_size=8):
+    """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the model's device."""
+    views = views_of(model, images, protocol, precision, batch_size)
+    return torch.stack([class_map(list(one), images.shape[-2:]) for one in zip(*views, strict=True)])
 
 
 class Predictor:
     """A model file ready to use: predictor(images (B, 3, H, W) uint8) -> (B, H, W) uint8 numpy class ids.
 
-    classes = [[name, [R, G, B]], ...], imgsz = (h, w) the network runs at; str() says size and device.
-    Raises InputError for a device or file that does not work.
+    classes = [[name, [R, G, B]], ...]; str() says protocol and device. imgsz, kind (whole, slide) and tta
+    (flip, ms, "ms,flip") as the flags --imgsz, --protocol and --tta. Raises InputError for a device or file
+    that does not work.
     """
 
-    def __init__(self, path, device="auto", imgsz=None):
+    def __init__(self, path, device="auto", imgsz=None, kind="", tta=""):
         self.device = pick_device(device)
         self.precision = Precision("auto", self.device)
         model, checkpoint = load_model(path)
-        self.model, self.classes = model.to(self.device), checkpoint["classes"]
-        self.imgsz = tuple(imgsz or checkpoint["imgsz"])
+        self.model, self.checkpoint = model.to(self.device), checkpoint
+        self.classes = checkpoint["classes"]
+        own = None if imgsz or kind or tta else checkpoint.get("protocol")  # of an official head
+        self.protocol = Protocol(**own) if own else make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
 
     def __call__(self, images):
-        return predict(self.model, images, self.imgsz, self.precision).cpu().numpy()
+        return predict(self.model, images, self.protocol, self.precision).cpu().numpy()
 
     def __str__(self):
-        return f"{self.imgsz[0]}x{self.imgsz[1]} on {self.device} ({self.precision})"
+        return f"{self.protocol} on {self.device} ({self.precision})"
 
 
 @torch.inference_mode()
@@ -220,7 +326,7 @@ def evaluate(model, batches, criterion, precision):
             logits = model(images)  # (B, K, h, w)
             loss, terms = criterion(logits, small.to(device).long())
         log.add(loss, terms, names, 0, 0.0)
-        for pred, mask in zip(native_preds(logits, [mask.shape for mask in masks]), masks, strict=True):
-            matrix.update(pred, mask.to(device))
+        for one, mask in zip(logits, masks, strict=True):
+            matrix.update(class_map([one], mask.shape), mask.to(device))
     scores = dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice())
     return scores, matrix

@@ -31,6 +31,8 @@ def folder(root, val_fraction=0.2, class_names=()):
     splits = {split: pair_files(*pair) for split, pair in find_layout(root).items()}
     samples = [sample for part in splits.values() for sample in part]
     listed = read_classes(root / "classes.txt") if (root / "classes.txt").is_file() else []
+    if listed and class_names:
+        raise InputError(f"--classes has no effect, {root / 'classes.txt'} names the classes: leave it out")
     colours = bool(listed) and all(colour for _, colour in listed) and any(
         is_painted(sample.mask, listed) for sample in samples)
     scans, different = scan_masks(samples, colours)

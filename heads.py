@@ -73,7 +73,7 @@ def double_conv(inputs, outputs):
 
 
 class UNetHead(nn.Module):
-    """The decoder of a U-Net (Ronneberger et al., 2015) on the last map, without skip connections.
+    """The decoder of a U-Net (Ronneberger et al., 2015) on the maps side by side, without skip connections.
 
     Four times: upsample (bilinear, x2; the last one straight to the image's size) and two convolutions;
     then a 1x1 convolution. With patches of 14 and an image of 518: 37 > 74 > 148 > 296 > 518.

@@ -69,7 +69,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
-    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="checkpoint of train.py")
+    utils.add_model_flag(parser)
+    utils.add_protocol_flags(parser)
     utils.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -80,7 +81,7 @@ def main():
     paths = find_inputs(args.input)
     if args.show:
         utils.require_display()
-    predictor = engine.Predictor(args.model, args.device, args.imgsz)
+    predictor = engine.Predictor(args.model, args.device, args.imgsz, args.protocol, args.tta)
     classes = predictor.classes
     table, keep = utils.colour_table(classes), utils.background_id(classes)
     out_dir = Path(args.out_dir) / "inference_results_image"
@@ -102,7 +103,7 @@ def main():
             utils.show_window(drawn, str(path), 0)
     if failed < len(paths):
         utils.save_image(utils.legend(classes), out_dir / "legend.png")
-    print(f"{len(paths) - failed} of {len(paths)} images segmented at {predictor}; overlays, masks and "
+    print(f"{len(paths) - failed} of {len(paths)} images segmented ({predictor}); overlays, masks and "
           f"legend.png are in {out_dir}")
     return 0 if not failed else 1 if failed < len(paths) else 2
 

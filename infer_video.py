@@ -93,7 +93,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
-    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="checkpoint of train.py")
+    utils.add_model_flag(parser)
     parser.add_argument("--batch-size", type=positive_int, default=1,
                         help="frames a forward pass (default: 1)")
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
@@ -156,7 +156,7 @@ def main():
         print("stopped before the first frame; nothing was written")
         return 130
     stages = ", ".join(f"{stage} {1000 * spent / count:.1f} ms" for stage, spent in watch.seconds.items())
-    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end at {predictor}; "
+    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end ({predictor}); "
           f"a frame takes {stages}")
     print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s")
     if stop.asked:

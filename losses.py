@@ -48,7 +48,8 @@ def focal(logits, masks, class_weights=None):
 def dice(logits, masks, class_weights=None):
     """1 - soft Dice coefficient, mean over the classes present in the batch; sums run over the whole batch.
 
-    Shapes as cross_entropy; class_weights have no part in it. Milletari et al., V-Net, 3DV 2016.
+    Shapes as cross_entropy; class_weights have no part in it. After Milletari et al., V-Net, 3DV 2016, with a
+    linear denominator (p + g, not p^2 + g^2), as in segmentation_models_pytorch.
     """
     counts = masks != IGNORE  # (B, H, W)
     probabilities = at_least_float32(logits).softmax(1) * counts[:, None]  # (B, K, H, W)
@@ -93,8 +94,7 @@ FUNCTIONS = {"ce": cross_entropy, "lovasz": lovasz, "focal": focal, "dice": dice
 def build_loss(name, class_weights=None):
     """Return criterion(logits, masks) -> (loss, {name: term}). A name may be a sum: "a+b" adds both terms."""
     def criterion(logits, masks):
-        with torch.autocast(logits.device.type, enabled=False):  # it would take some sums in half precision
-            terms = {part: FUNCTIONS[part](logits, masks, class_weights) for part in name.split("+")}
+        terms = {part: FUNCTIONS[part](logits, masks, class_weights) for part in name.split("+")}
         return sum(terms.values()), terms
 
     return criterion
@@ -104,9 +104,9 @@ def class_weights(pixels, name):
     """Return the weights (K,) float32 of the classes, or None for `none`; their mean over all pixels is 1.
 
     pixels: (N, K) pixel counts of every class in every training image. enet: 1 / ln(1.02 + share of the
-    pixels) (Paszke et al., ENet, 2016); median: median frequency / frequency, a frequency being the share of
-    a class in the pixels of the images that show it (Eigen & Fergus, ICCV 2015). A class without a pixel
-    gets the weight 1.
+    pixels) (Paszke et al., ENet, 2016). median: 1 / frequency, the share of a class in the pixels of the
+    images that show it (median frequency balancing, Eigen & Fergus, ICCV 2015; the median itself cancels out
+    here). A class without a pixel gets the weight 1.
     """
     if name == "none":
         return None
@@ -118,8 +118,6 @@ def class_weights(pixels, name):
         weights = 1 / torch.log(1.02 + shares)
     else:
         where_seen = ((pixels > 0) * pixels.sum(1, keepdim=True)).sum(0)  # pixels of the images that show it
-        frequency = totals / where_seen.clamp(min=1)
-        median = frequency[seen].quantile(0.5) if seen.any() else 1.0
-        weights = median / frequency.clamp(min=1e-12)
+        weights = where_seen / totals.clamp(min=1)
     weights = weights / (weights * shares).sum().clamp(min=1e-12)
     return torch.where(seen, weights, 1.0).float()

@@ -3,12 +3,19 @@
     matrix = ConfusionMatrix(num_classes=21)
     matrix.update(preds, masks)        # any number of times, any sizes
     matrix.miou(), matrix.per_class_iou(), matrix.pixel_accuracy()
+    low, high = bootstrap_interval(counts)     # (N, 3, K) of every image: how sure the mIoU is
 
 A class that occurs in no truth and no prediction has no IoU: it is NaN per class and left out of every mean.
 """
+import math
+
+import cv2
+import numpy as np
 import torch
 
 from config import IGNORE
+
+BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal, as Csurka et al. use
 
 
 class ConfusionMatrix:
@@ -65,6 +72,121 @@ class ConfusionMatrix:
         overlap, total = self._overlap_and_total()
         return (2 * overlap.sum() / total.sum()).item()
 
+    def per_class_recall(self):
+        """Share of every class's true pixels that are right, (K,) float64; NaN where it is in no truth."""
+        counts = self.counts.cpu().double()
+        return counts.diag() / counts.sum(1)
+
+    def per_class_precision(self):
+        """Share of every class's predicted pixels that are right, (K,) float64; NaN where never predicted."""
+        counts = self.counts.cpu().double()
+        return counts.diag() / counts.sum(0)
+
+    def mean_class_accuracy(self):
+        """Mean recall over the classes that occur in the truth; NaN where no pixel counted."""
+        return self.per_class_recall().nanmean().item()
+
+    def frequency_weighted_iou(self):
+        """Mean IoU weighted by each class's share of the true pixels; NaN where no pixel counted."""
+        counts = self.counts.cpu().double()
+        shares = counts.sum(1) / counts.sum()
+        return (shares * self.per_class_iou().nan_to_num(0.0)).sum().item()
+
     def absent(self):
         """Ids of the classes that occur in no truth and no prediction: left out of the means."""
         return torch.nonzero(self._overlap_and_total()[1] == 0).flatten().tolist()
+
+
+# --- boundaries -------------------------------------------------------------------------------------------
+def boundary_f1(pred, truth, num_classes):
+    """Return the boundary F1 of one image, (K,) float64; NaN for a class in neither pred nor truth.
+
+    pred, truth: (H, W) uint8 class ids, truth with 255 = ignore. A boundary pixel of a class touches (4
+    neighbours) a pixel of another class that is not ignored. Precision is the share of predicted boundary
+    pixels within BOUNDARY_TOLERANCE of a true one, recall the reverse. Csurka et al., What is a good
+    evaluation measure for semantic segmentation?, BMVC 2013.
+    """
+    pred = np.where(truth == IGNORE, IGNORE, pred).astype(np.uint8)
+    edges = boundary_pixels(pred), boundary_pixels(truth)
+    radius = max(1.0, BOUNDARY_TOLERANCE * math.hypot(*truth.shape))
+    scores = np.full(num_classes, np.nan)
+    for id in np.union1d(np.unique(pred), np.unique(truth)).tolist():
+        if id < num_classes:
+            scores[id] = class_boundary_f1((pred == id) & edges[0], (truth == id) & edges[1], radius)
+    return scores
+
+
+def boundary_pixels(labels):
+    """Return (H, W) bool: pixels that touch (4 neighbours) another class, ignored pixels left out."""
+    edge = np.zeros(labels.shape, bool)
+    for a, b in (((slice(1, None), slice(None)), (slice(None, -1), slice(None))),
+                 ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):
+        differs = (labels[a] != labels[b]) & (labels[a] != IGNORE) & (labels[b] != IGNORE)
+        edge[a] |= differs
+        edge[b] |= differs
+    return edge
+
+
+def class_boundary_f1(found, wanted, radius):
+    """Return the F1 of boundary pixels `found` against `wanted`, both (H, W) bool, within `radius` pixels.
+
+    1 where neither has any, 0 where only one has.
+    """
+    if not found.any() or not wanted.any():
+        return float(not found.any() and not wanted.any())
+    rows, columns = np.nonzero(found | wanted)  # distances beyond the pixels at hand are of no interest
+    box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+    found, wanted = np.ascontiguousarray(found[box]), np.ascontiguousarray(wanted[box])
+
+    def near(targets):
+        distance = cv2.distanceTransform((~targets).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return distance <= radius + 1e-4
+
+    precision, recall = near(wanted)[found].mean(), near(found)[wanted].mean()
+    return 2 * precision * recall / max(precision + recall, 1e-12)
+
+
+# --- how sure a score is ----------------------------------------------------------------------------------
+def miou_of_counts(counts):
+    """Return the mIoU of counts (..., 3, K): pixels right, of truth, of prediction; NaN where nothing
+    counted.
+    """
+    right, truth, pred = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    union = truth + pred - right
+    present = union > 0
+    ious = np.divide(right, union, out=np.zeros_like(right), where=present)
+    number = present.sum(-1)
+    return np.divide(ious.sum(-1), number, out=np.full(number.shape, np.nan), where=number > 0)
+
+
+def resampled_mious(counts, samples, seed):
+    """Return the mIoU of `samples` sets of images drawn with replacement: counts (N, 3, K) -> (samples,)."""
+    images = len(counts)
+    times = np.random.default_rng(seed).multinomial(
+        images, np.full(images, 1 / images), size=samples
+    )  # (S, N)
+    flat = np.asarray(counts, np.float64).reshape(images, -1)
+    return miou_of_counts((times.astype(np.float64) @ flat).reshape(samples, *np.shape(counts)[1:]))
+
+
+def bootstrap_interval(counts, samples=2000, seed=0):
+    """Return the 95 % percentile bootstrap interval (low, high) of the mIoU over images (Efron, 1979).
+
+    counts: (N, 3, K) pixels right, of truth, of prediction, for every image and class.
+    """
+    low, high = np.nanpercentile(resampled_mious(counts, samples, seed), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired_bootstrap(counts_a, counts_b, samples=10_000, seed=0):
+    """Compare two models on the same images: return dict(difference, low, high, p).
+
+    difference = mIoU of b - mIoU of a with its 95 % interval; p = share of resampled image sets in which the
+    difference has not the sign of `difference`, doubled (two-sided). counts as in bootstrap_interval, same
+    images.
+    """
+    difference = float(miou_of_counts(np.sum(counts_b, 0)) - miou_of_counts(np.sum(counts_a, 0)))
+    drawn = resampled_mious(counts_b, samples, seed) - resampled_mious(counts_a, samples, seed)
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    against = np.mean(drawn <= 0) if difference > 0 else np.mean(drawn >= 0)
+    return dict(difference=difference, low=float(low), high=float(high), p=float(min(1.0, 2 * against)))

@@ -11,7 +11,9 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
+import re
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,16 @@ from backbones import TimmBackbone, build_backbone, create_timm
 from baselines import build_baseline
 from config import ARCHITECTURES, CLASSES, InputError, parse_train_args, resolve
 from heads import HEADS
-from weights import load_strictly, torch_load
+from weights import load_strictly, published_weights, torch_load
 
 VERSION = 1  # of the checkpoint format
+OFFICIAL_NAME = re.compile(r"(dinov2_vit[sblg]14)_(voc2012|ade20k)_(linear|ms)")
+OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2/{backbone}/{name}_head.pth"
+OFFICIAL_PROTOCOLS = {  # of the configurations published beside the heads
+    "linear": dict(window=(512, 512), slide=True, stride=(341, 341)),
+    "ms": dict(window=(640, 640), slide=True, stride=(320, 320), scales=(1.0, 1.32, 1.73, 2.28, 3.0),
+               flip=True),
+}
 SPEC_KEYS = {"arch", "backbone", "head", "num_classes", "layers"}
 # The same architectures in timm: a trained checkpoint runs where the hub code is not at hand.
 TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_patch14",
@@ -128,9 +137,11 @@ def read_checkpoint(path):
 def load_model(path):
     """Return (Segmenter in eval mode, checkpoint dict) from a file alone; nothing in it trains.
 
-    Where a DINOv2 was trained and torch.hub's code is not at hand, the same network from timm takes its
-    place. Raises InputError.
+    `path` may also be the name of an official DINOv2 head. Where a DINOv2 was trained and torch.hub's code is
+    not at hand, the same network from timm takes its place. Raises InputError.
     """
+    if OFFICIAL_NAME.fullmatch(str(path)) and not Path(path).exists():
+        return load_official(str(path))
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
     try:
@@ -140,6 +151,27 @@ def load_model(path):
             raise
         model, state = timm_twin(spec, state)
     load_strictly(model, state, path)
+    return model.requires_grad_(False).eval(), checkpoint
+
+
+# --- official heads ---------------------------------------------------------------------------------------
+def load_official(name):
+    """Return (Segmenter in eval mode, checkpoint dict) of a head published with DINOv2 (Oquab et al., 2023).
+
+    name: dinov2_vit{s,b,l,g}14_{voc2012,ade20k}_{linear,ms}. The backbone comes through torch.hub; the head
+    file from torch.hub's cache, else downloaded. Its keys are those of mmsegmentation: decode_head.bn.*,
+    decode_head.conv_seg.*. The checkpoint's `protocol` is the official test protocol. Raises InputError.
+    """
+    backbone, dataset, kind = OFFICIAL_NAME.fullmatch(name).groups()
+    classes = CLASSES[{"voc2012": "voc"}.get(dataset, dataset)]
+    state = published_weights(OFFICIAL_URL.format(backbone=backbone, name=name))
+    prefix = "decode_head."
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    layers = (-1,) if kind == "linear" else ()  # the last block, or the last four
+    model = build_model(backbone, "bn", len(classes), layers, weights="auto")
+    load_strictly(model.head, state, f"{name}_head.pth")
+    window = (512, 512) if kind == "linear" else (640, 640)
+    checkpoint = pack_checkpoint(model, classes, window, protocol=OFFICIAL_PROTOCOLS[kind])
     return model.requires_grad_(False).eval(), checkpoint
 
 
@@ -163,6 +195,8 @@ def main():
     """Print the model that the train flags describe: its layers, parameters, output shape."""
     config = resolve(parse_train_args(description="Print the model that these train.py flags describe."))
     classes = CLASSES.get(config.dataset) or config.classes or ("background", "foreground")
+    if config.ignore_background:
+        classes = [entry for entry in classes if entry[0] != "background"]
     model = build_model(config.backbone, config.head, len(classes), config.layers, "none", config.unfreeze,
                         config.arch, config.normalize)
     print(model)

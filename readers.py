@@ -7,6 +7,7 @@ Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files 
 file is an InputError that names it.
 """
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -50,12 +51,15 @@ class DataSource:
     notes: list = field(default_factory=list)
 
     def fingerprints(self):
-        """Return short hashes that equal data have in common: over the names and sizes of all files, and over
-        which image is in which split.
+        """Return two short hashes that equal data share: data_fingerprint over names and sizes of all
+        files and how masks are decoded, split_fingerprint over which image is in which split.
         """
-        files = sorted({(image.name, mask.name, image.stat().st_size, mask.stat().st_size)
-                        for samples in self.splits.values() for image, mask in samples})
-        splits = [(split, sorted(image.name for image, _ in samples))
+        pairs = [sample for samples in self.splits.values() for sample in samples]
+        paths = sorted({path for pair in pairs for path in pair})
+        base = os.path.commonpath([path.parent for path in paths])  # the data may move as a whole
+        files = [(os.path.relpath(path, base), path.stat().st_size) for path in paths]
+        files.append(hashlib.sha256(self.table).hexdigest())
+        splits = [(split, sorted(os.path.relpath(image, base) for image, _ in samples))
                   for split, samples in sorted(self.splits.items())]
         return {f"{name}_fingerprint": hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
                 for name, facts in (("data", files), ("split", splits))}
@@ -198,6 +202,8 @@ def read_list(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: the data set is incomplete") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     entries = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not entries:
         raise InputError(f"{path} lists no images")

@@ -69,8 +69,9 @@ def stratified_split(pixels, val_fraction):
             rarest = np.where(images_left > 0, images_left, count + 1).argmin()
             image = np.where(part < 0, shares[:, rarest], -1).argmax()
             need = (wanted[:, rarest] - shares[image, rarest]) / ratio  # what would still be wanted after it
-            if images_left[rarest] == 1:  # the last chance of a class to be in both parts
-                need = -present[part == 0, rarest].sum(), -present[part == 1, rarest].sum()
+            shown = [present[part == side, rarest].any() for side in (0, 1)]
+            if images_left[rarest] == 1 and not all(shown):  # the last chance of a class to be in both parts
+                need = [-float(one) for one in shown]
         else:  # only images without any class are left
             image, need = (part < 0).argmax(), room / ratio
         side = np.where(room > 0, need, -np.inf).argmax()

@@ -69,7 +69,9 @@ def print_plan(config, data, model, device, precision):
 def random_state():
     """Return the state of every random generator of this process, as tensors and plain values."""
     numpy_state = np.random.get_state()
-    return dict(python=json.dumps(random.getstate()), torch=torch.get_rng_state(),
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else \
+        [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+    return dict(python=json.dumps(random.getstate()), torch=torch.get_rng_state(), devices=devices,
                 numpy=[numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]])
 
 
@@ -78,6 +80,11 @@ def restore_random_state(state):
     version, numbers, gauss = json.loads(state["python"])
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(state["torch"])
+    devices = state.get("devices", [])
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)
+    elif torch.backends.mps.is_available() and len(devices) == 1:
+        torch.mps.set_rng_state(devices[0])
     np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
 
 
@@ -96,7 +103,7 @@ def draw_validation(model, dataset, classes, imgsz, precision, path):
     rows = []
     for index in np.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).round().astype(int).tolist():
         image = read_image(dataset.samples[index].image)
-        pred = engine.predict(model, image[None], imgsz, precision)[0].cpu().numpy()
+        pred = engine.predict(model, image[None], engine.Protocol(imgsz), precision)[0].cpu().numpy()
         rows.append((image.permute(1, 2, 0).numpy(), dataset[index][1].numpy(), pred))
     utils.save_image(utils.side_by_side(rows, classes), path)
 

@@ -101,6 +101,22 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+def add_model_flag(parser):
+    """Add --model, the same in every script that takes a trained model."""
+    parser.add_argument("--model", default="outputs/best_model_iou.pth", metavar="FILE|NAME",
+                        help="checkpoint of train.py, or an official DINOv2 head such as "
+                        "dinov2_vits14_voc2012_linear (outputs/best_model_iou.pth)")
+
+
+def add_protocol_flags(parser):
+    """Add --protocol and --tta."""
+    parser.add_argument("--protocol", choices=["whole", "slide"], default="",
+                        help="whole = the image resized to --imgsz, slide = windows of that size over "
+                        "the image (default: whole; for official heads the official one)")
+    parser.add_argument("--tta", choices=["flip", "ms", "ms,flip"], default="",
+                        help="average over the mirrored image, over scales 0.5-1.75, or both")
+
+
 def add_inference_flags(parser):
     """Add the flags that infer_image.py and infer_video.py share to an argparse parser."""
     parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),

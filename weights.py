@@ -20,7 +20,9 @@ def published_weights(url):
     if place.is_file():
         return read_weights(place)
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(place))
+        return read_weights(place)
     except OSError as error:
         raise InputError(f"the pretrained weights could not be downloaded ({error}): put {url} into "
                          f"{place.parent}, or name the file with --weights FILE, or start from random "

@@ -5,10 +5,8 @@ import re
 import shutil
 
 import pytest
-import torch
 from conftest import write_folder
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import compare
 import train
@@ -64,19 +62,27 @@ def test_the_table_holds_what_the_runs_left(runs, tmp_path, run):
         for (name, _), iou in zip(checkpoint["classes"], best["per_class_iou"], strict=True):
             assert table[f"IoU {name}"][place] == f"{iou:.3f}"
         assert table["parameters, M"][place] == f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, 28, 42, dtype=torch.uint8))
-        assert table["GFLOPs, one image"][place] == f"{counter.get_total_flops() / 1e9:.2f}"
+        trained = json.loads((folder / "config.json").read_text())["parameters"][0]
+        assert table["parameters trained, M"][place] == f"{trained / 1e6:.2f}"
+        if folder.name == "ours":  # 6 tokens of patches and one more; six blocks of width 192
+            blocks = 6 * (12 * 7 * 192**2 + 2 * 7**2 * 192)
+            flops = 2 * (blocks + 6 * 3 * 14 * 14 * 192 + 6 * 4 * 192 * 3)
+            assert table["GFLOPs, one image"][place] == f"{flops / 1e9:.2f}" == "0.04"
+        lines = (folder / "history.jsonl").read_text().splitlines()
+        minutes = sum(json.loads(line)["seconds"] for line in lines) / 60
+        assert table["training, minutes"][place] == f"{minutes:.1f}"
         assert float(table["latency, ms"][place]) > 0 and table["trained on"][place] == "cpu"
     width, height = Image.open(tmp_path / "compare.png").size
     assert width > 1000 and height > 400
 
 
-def test_flops_of_a_convolution_count_both_operations():
-    net = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
-    with FlopCounterMode(display=False) as counter:
-        net(torch.zeros(1, 3, 10, 12))
-    assert counter.get_total_flops() == 2 * 3 * 8 * 9 * 10 * 12
+def test_the_best_value_of_a_row_is_bold(runs):
+    two = [compare.read_run(folder) for folder in runs[1]]
+    rows = [("up", [0.5, 0.7], ".1f", max), ("down", [3.0, 2.0], ".1f", min), ("flat", [1, 2], "d", None)]
+    rows.append(("hole", [float("nan"), 0.1], ".1f", max))
+    lines = compare.markdown(two, rows).splitlines()[2:]
+    assert lines == ["| up | 0.5 | **0.7** |", "| down | 3.0 | **2.0** |", "| flat | 1 | 2 |",
+                     "| hole | absent | **0.1** |"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,9 @@ def test_a_real_difference_is_noticed(runs, tmp_path, run):
         ("no model", "best_model_iou.pth does not exist"),
         ("unfinished", "has 1 of its 2 epochs: finish it first"),
         ("broken", "history.jsonl is damaged"),
-        ("old", "has no protocol: train with this version"),
+        ("old", "config.json has no protocol: train with this version"),
+        ("list", "config.json has no arch, backbone,"),
+        ("rows", "history.jsonl has no val_miou: train with this version"),
     ],
 )
 def test_runs_that_cannot_be_read_are_one_line(runs, tmp_path, run, kind, said):
@@ -126,6 +134,11 @@ def test_runs_that_cannot_be_read_are_one_line(runs, tmp_path, run, kind, said):
         (broken / "history.jsonl").write_text(lines[0] + "\n")
     elif kind == "broken":
         (broken / "history.jsonl").write_text("{")
+    elif kind == "list":
+        (broken / "config.json").write_text("[]")
+    elif kind == "rows":
+        text = (broken / "history.jsonl").read_text()
+        (broken / "history.jsonl").write_text(text.replace("val_miou", "miou"))
     elif kind == "old":
         config = json.loads((broken / "config.json").read_text())
         del config["protocol"]

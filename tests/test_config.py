@@ -40,6 +40,8 @@ def test_every_recipe_is_made_of_known_settings_and_json(name):
         (["--unfreeze", "-1"], "unfreeze"),
         (["--val-fraction", "1"], "between 0 and 1"),
         (["--seed", "1.5"], "at least 0"),
+        (["--seed", "4294967296"], "below 2**32"),
+        (["--weight-decay", "-0.1"], "at least 0"),
         (["--amp", "fp8"], "bf16"),
         (["--arch", "unet"], "segformer_b5"),
         (["--loss", "ce+ce"], "'ce+ce' is no loss: give ce, lovasz, focal, dice, or a sum of different ones"),
@@ -59,7 +61,7 @@ def test_help_lists_every_flag_with_help_and_every_recipe(capsys):
     text = capsys.readouterr().out
     flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)]
     assert all(flag in text for flag in flags) and all(name in text for name in RECIPES)
-    assert len(flags) + 1 <= 35
+    assert len(flags) <= 35
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainConfig))
 
 
@@ -87,7 +89,45 @@ def test_a_recipe_with_another_architecture_keeps_its_data_and_steps():
     same = {"dataset", "imgsz", "loss", "optimizer", "lr", "scheduler", "epochs", "batch_size"}
     assert all(getattr(ours, name) == getattr(other, name) for name in same)
     back = resolve({"recipe": "pet-fcn", "arch": "dinov2"})
-    assert back.unfreeze == 0 and back.imgsz == (64, 64)
+    assert (back.unfreeze, back.imgsz, back.weights, back.normalize) == (0, (64, 64), "auto", "auto")
+    alike = resolve({"recipe": "pet-fcn", "arch": "segformer_b0"})
+    assert (alike.weights, alike.normalize, alike.unfreeze) == ("none", "none", "all")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--augment", "none"],
+        ["--arch", "fcn_resnet50", "--unfreeze", "0"],
+        ["--recipe", "voc-unet", "--lr", "1e-3"],
+        ["--recipe", "demo", "--arch", "segformer_b1"],
+    ],
+)
+def test_a_run_resumes_with_its_own_flags_and_with_some_of_them(flags):
+    saved = json.loads(json.dumps(dataclasses.asdict(resolve(parse_train_args(flags)))))
+    again = dataclasses.asdict(resolve(parse_train_args([*flags, "--resume"]), saved))
+    part = dataclasses.asdict(resolve(parse_train_args([*flags[:2], "--resume"]), saved))
+    assert again == part == {**dataclasses.asdict(resolve(parse_train_args(flags))), "resume": True}
+
+
+def test_another_recipe_is_refused_on_resume():
+    saved = dataclasses.asdict(resolve({"recipe": "voc-unet"}))
+    with pytest.raises(InputError, match="--recipe is 'demo', but the run to resume has 'voc-unet'"):
+        resolve({"recipe": "demo", "resume": True}, saved)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--dataset", "voc", "--classes", "a", "b"], "--classes names the classes of a folder"),
+        (["--dataset", "voc", "--val-fraction", "0.3"], "--val-fraction has no effect.*add --resplit"),
+        (["--backbone-lr-scale", "0.5"], "--backbone-lr-scale has no effect on a frozen backbone"),
+        (["--augment", "none", "flip"], "--augment none stands alone"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, reason):
+    with pytest.raises(InputError, match=reason):
+        resolve(parse_train_args(flags))
 
 
 def test_class_weights_need_a_loss_that_uses_them():

@@ -1,6 +1,7 @@
 """Image and mask stay aligned through every transform; data sets are found where users have them."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from datasets import (
     resize_image,
     resize_mask,
 )
-from readers import Sample, index_table, read_image, read_mask
+from readers import DataSource, Sample, index_table, read_image, read_mask
 
 
 def shaded_pair(height=120, width=170, seed=3):
@@ -179,7 +180,7 @@ def test_voc_offline_says_which_file_goes_where(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", no_network)
     with pytest.raises(
-        InputError, match="put VOCtrainval_11-May-2012.tar or .* into .* or .*--data-root"
+        InputError, match="put VOCtrainval_11-May-2012.tar .* or .* into .* or .*--data-root"
     ) as error:
         load_data("voc", tmp_path)
     assert "\n" not in str(error.value)
@@ -319,6 +320,56 @@ def test_resplit_pools_all_images_and_shares_no_image(name, tmp_path):
     assert same.splits == again.splits
 
 
+def test_validation_images_in_the_train_list_do_not_train(tmp_path):
+    write_tree("aeroscapes", tmp_path)
+    lists = tmp_path / "ImageSets"
+    names = (lists / "val.txt").read_text()
+    (lists / "trn.txt").write_text((lists / "trn.txt").read_text() + names)
+    source = load_data("aeroscapes", tmp_path)
+    assert len(source.splits["train"]) == 4 and not set(source.splits["train"]) & set(source.splits["val"])
+    assert source.notes == ["2 training images are validation images too: left out of training"]
+    again = load_data("aeroscapes", tmp_path, resplit=True, cache_dir=tmp_path / "cache")
+    assert sum(len(part) for part in again.splits.values()) == 6
+    (lists / "trn.txt").write_text(names)
+    with pytest.raises(InputError, match="all 2 training images of aeroscapes are validation images too"):
+        load_data("aeroscapes", tmp_path)
+
+
+def test_ade20k_ignores_255_too(tmp_path):
+    write_tree("ade20k", tmp_path)
+    assert load_data("ade20k", tmp_path).table[[0, 255, 1, 150]].tolist() == [255, 255, 0, 149]
+
+
+def test_list_files_that_are_not_utf8_or_hold_comments_alone(tmp_path):
+    write_tree("pet", tmp_path)
+    (tmp_path / "annotations/test.txt").write_text("#Image CLASS-ID\n")
+    with pytest.raises(InputError, match="test.txt lists no images"):
+        load_data("pet", tmp_path)
+    (tmp_path / "annotations/test.txt").write_bytes(b"\xff\xfe1")
+    with pytest.raises(InputError, match="test.txt is not UTF-8"):
+        load_data("pet", tmp_path)
+
+
+def test_fingerprints_tell_folders_and_decoding_apart(tmp_path):
+    for part in ("s1", "s2"):
+        write_pair(tmp_path / part / "a.png", tmp_path / part / "m/a.png", blocks(8, 8, (0, 1)))
+    one, two = (Sample(tmp_path / part / "a.png", tmp_path / part / "m/a.png") for part in ("s1", "s2"))
+    sources = [
+        DataSource("x", [], {"train": [train], "val": [val]}, index_table(count))
+        for train, val, count in ((one, two, 2), (two, one, 2), (one, two, 3))
+    ]
+    a, b, c = (source.fingerprints() for source in sources)
+    assert a["data_fingerprint"] == b["data_fingerprint"] and a["split_fingerprint"] != b["split_fingerprint"]
+    assert a["data_fingerprint"] != c["data_fingerprint"] and a["split_fingerprint"] == c["split_fingerprint"]
+    shutil.copytree(tmp_path / "s1", tmp_path / "moved/s1")
+    shutil.copytree(tmp_path / "s2", tmp_path / "moved/s2")
+    moved = {
+        split: [Sample(*(tmp_path / "moved" / path.relative_to(tmp_path) for path in sample))]
+        for split, sample in (("train", one), ("val", two))
+    }
+    assert DataSource("x", [], moved, index_table(2)).fingerprints() == a
+
+
 @pytest.mark.parametrize(("name", "gone"), [("aeroscapes", 0), ("pet", 1)])
 def test_ignore_background_leaves_out_its_pixels_and_nothing_else(name, gone, tmp_path):
     write_tree(name, tmp_path)
@@ -334,7 +385,9 @@ def test_ignore_background_leaves_out_its_pixels_and_nothing_else(name, gone, tm
 
 
 def test_real_samples_of_every_data_set(tmp_path):
-    aeroscapes = load_data("aeroscapes", real_data("aeroscapes_sample"))
+    with pytest.raises(InputError, match="all 1 training images of aeroscapes are validation images too"):
+        load_data("aeroscapes", real_data("aeroscapes_sample"))
+    aeroscapes = datasets.aeroscapes(real_data("aeroscapes_sample"))
     mask = read_mask(aeroscapes.splits["val"][0].mask, aeroscapes.table)
     assert mask.shape == (720, 1280) and np.unique(mask).tolist() == [0, 1, 3, 7, 8, 9, 10, 11]
     pet = load_data("pet", real_data("pet_sample"))
@@ -354,7 +407,9 @@ def test_real_samples_of_every_data_set(tmp_path):
 def test_class_names_of_ade20k_are_those_of_its_list():
     lines = (real_data("ade20k_sample") / "objectInfo150.csv").read_text().splitlines()[1:]
     for line, (name, _) in zip(lines, config.ADE20K, strict=True):
-        assert name.split()[-1] in line.lower()
+        synonyms = ";" + line.split(",")[-1].lower() + ";"  # the list has `;` for every space
+        assert f";{name.replace(' ', ';')};" in synonyms, (name, line)
+    assert config.ADE20K[130][0] == "screen" and config.ADE20K[141][0] == "crt screen"
 
 
 def test_names_on_the_command_line_are_the_registry():

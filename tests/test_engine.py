@@ -12,7 +12,20 @@ from tqdm import tqdm
 
 import engine
 from datasets import resize_image
-from engine import build_optimizer, lr_factor, native_preds, parameter_groups, predict, train_one_epoch
+from engine import (
+    Protocol,
+    build_optimizer,
+    class_map,
+    lr_factor,
+    make_protocol,
+    parameter_groups,
+    predict,
+    slide_logits,
+    train_one_epoch,
+    upsample_rows,
+    views_of,
+    window_starts,
+)
 from config import OPTIMIZERS, SCHEDULERS
 from losses import build_loss
 from model import build_model
@@ -171,6 +184,7 @@ def test_schedules_are_pure_functions_of_the_step():
         assert factors[5:] == sorted(factors[5:], reverse=True)
         assert lr_factor(1, 1, scheduler) >= 0  # one step in all
     assert lr_factor(5 + 95 // 2, 100, "cosine") == pytest.approx(0.5, abs=0.02)
+    assert lr_factor(24, 100, "poly") == pytest.approx((1 - 19 / 95) ** 0.9)
 
 
 @pytest.mark.parametrize(("total", "per_epoch"), [(100, 7), (11, 3), (2000, 100)])
@@ -253,24 +267,131 @@ def test_parameter_groups_cover_what_trains_once():
 
 
 # --- prediction -------------------------------------------------------------------------------------------
-def test_native_preds_upsample_logits_then_argmax():
-    logits = torch.randn(2, 4, 9, 7)
-    sizes = [(31, 22), (5, 40)]
-    for pred, one, size in zip(native_preds(logits, sizes), logits, sizes, strict=True):
-        want = F.interpolate(one[None], size=size, mode="bilinear", align_corners=False).argmax(1)[0]
-        assert pred.shape == size and pred.dtype == torch.uint8 and torch.equal(pred.long(), want)
+FLOAT32 = Precision("off", CPU)
+
+
+def sure(logits):
+    """Return where the best of logits (..., K, H, W) is not a tie up to rounding."""
+    best = logits.topk(2, dim=-3).values
+    return best.select(-3, 0) - best.select(-3, 1) > 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 1 << 25])
+@pytest.mark.parametrize("size", [(31, 22), (5, 40), (1, 1), (9, 7), (200, 3)])
+def test_class_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time(size, chunk, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", chunk)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 9, 7)
+    whole = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    rows = torch.cat([upsample_rows(logits, size, top, top + 1) for top in range(size[0])], dim=1)
+    assert torch.allclose(rows, whole, atol=1e-6)
+    pred = class_map([logits], size)
+    assert pred.shape == size and pred.dtype == torch.uint8
+    assert torch.equal(pred[sure(whole)].long(), whole.argmax(0)[sure(whole)])
+
+
+def test_views_are_averaged_as_probabilities():
+    torch.manual_seed(0)
+    views = [5 * torch.randn(4, *size) for size in ((9, 7), (4, 4), (13, 20))]
+    total = sum(F.interpolate(v[None], size=(30, 21), mode="bilinear")[0].softmax(0) for v in views)
+    assert torch.equal(class_map(views, (30, 21))[sure(total)].long(), total.argmax(0)[sure(total)])
 
 
 def test_predict_gives_the_images_own_size_in_order():
     net = Pixelwise().eval()
     images, _ = random_batch(3, 4, 6)
     images = F.interpolate(images, size=(20, 31))  # patches, so that a smaller image is not plain grey
-    preds = predict(net, images, (20, 31), Precision("off", CPU))
+    preds = predict(net, images, Protocol((20, 31)), FLOAT32)
     assert torch.equal(preds.long(), net(images).argmax(1)) and len(preds.unique()) == 3
-    small = predict(net, images, (10, 15), Precision("off", CPU))
-    want = native_preds(net(resize_image(images, (10, 15))), [(20, 31)] * 3)
-    assert small.shape == (3, 20, 31) and torch.equal(small, torch.stack(want))
-    assert torch.equal(small[1], predict(net, images[1:2], (10, 15), Precision("off", CPU))[0])
+    small = predict(net, images, Protocol((10, 15)), FLOAT32)
+    logits = F.interpolate(net(resize_image(images, (10, 15))), size=(20, 31), mode="bilinear")
+    assert small.shape == (3, 20, 31)
+    assert torch.equal(small[sure(logits)].long(), logits.argmax(1)[sure(logits)])
+    assert torch.equal(small[1], predict(net, images[1:2], Protocol((10, 15)), FLOAT32)[0])
+
+
+# --- protocols --------------------------------------------------------------------------------------------
+class Neighbours(Pixelwise):
+    """A network that sees 5x5 pixels and the mean of its window, so that windows and their edges matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.Tanh(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits + logits.mean((2, 3), keepdim=True)
+
+
+def test_windows_cover_everything_and_the_last_is_shifted_in():
+    for length, window, stride in ((10, 4, 3), (9, 4, 3), (4, 4, 3), (3, 4, 3), (100, 7, 7), (5, 4, 2)):
+        starts = window_starts(length, window, stride)
+        covered = {p for start in starts for p in range(start, min(start + window, length))}
+        assert covered == set(range(length)) and starts[0] == 0
+        assert all(b - a <= stride for a, b in zip(starts, starts[1:], strict=False))
+        assert starts[-1] + min(window, length) == length and len(set(starts)) == len(starts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_slide_equals_a_loop_over_windows(batch_size):
+    net = Neighbours().eval()
+    images = torch.randint(0, 256, (2, 3, 23, 31), dtype=torch.uint8)
+    total, count = torch.zeros(2, 3, 23, 31), torch.zeros(23, 31)
+    with torch.no_grad():
+        for top in (0, 7, 13):  # 13 = 23 - 10, shifted in
+            for left in (0, 9, 18, 19):
+                rows, columns = slice(top, top + 10), slice(left, left + 12)
+                total[..., rows, columns] += net(images[..., rows, columns])
+                count[rows, columns] += 1
+        got = slide_logits(net, images, (10, 12), (7, 9), batch_size)
+    assert torch.allclose(got, total / count, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(23, 31), (40, 50)])
+def test_slide_with_a_window_as_large_as_the_image_equals_whole(window):
+    net = Neighbours().eval()
+    images = torch.randint(0, 256, (2, 3, 23, 31), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(slide_logits(net, images, window, (5, 5), 8), net(images))
+    square = torch.randint(0, 256, (1, 3, 30, 30), dtype=torch.uint8)
+    slide, whole = make_protocol("slide", "", (20, 20)), make_protocol("whole", "", (20, 20))
+    assert torch.equal(predict(net, square, slide, FLOAT32), predict(net, square, whole, FLOAT32))
+
+
+def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
+    images = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+    symmetric, other = Pixelwise().eval(), Neighbours().eval()
+    plain, flip = Protocol((20, 30)), Protocol((20, 30), flip=True)
+    assert torch.equal(predict(symmetric, images, plain, FLOAT32), predict(symmetric, images, flip, FLOAT32))
+    a, b = views_of(other, images, flip, FLOAT32)
+    with torch.no_grad():
+        assert torch.equal(a, other(images)) and torch.equal(b, other(images.flip(-1)).flip(-1))
+    assert not torch.allclose(a, b, atol=1e-3)
+
+
+def test_sizes_of_the_protocols():
+    assert Protocol((64, 48)).sizes(100, 300) == [(64, 48)]
+    assert Protocol((64, 48), scales=(0.5, 1.75)).sizes(100, 300) == [(32, 24), (112, 84)]
+    slide = make_protocol("slide", "ms,flip", (512, 512))
+    assert slide.stride == (341, 341) and slide.flip and slide.scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    assert slide.sizes(375, 500)[2] == (512, 683)  # the short side fits the window
+    assert Protocol((20, 60), True, (10, 10)).sizes(100, 100) == [(60, 60)]  # covers the window
+    assert make_protocol("whole", "", (7, 9)) == Protocol((7, 9))
+    text = "window 512x512, stride 341x341, scales 0.5 0.75 1 1.25 1.5 1.75, flip"
+    assert str(slide) == text and str(Protocol((7, 9))) == "whole image at 7x9"
+
+
+def test_multi_scale_equals_its_views_written_out():
+    net = Neighbours().eval()
+    images = torch.randint(0, 256, (1, 3, 26, 34), dtype=torch.uint8)
+    total = 0
+    with torch.no_grad():
+        for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+            seen = resize_image(images, (round(20 * scale), round(24 * scale)))
+            for one in (net(seen), net(seen.flip(-1)).flip(-1)):
+                total = total + F.interpolate(one, size=(26, 34), mode="bilinear").softmax(1)
+    pred = predict(net, images, make_protocol("whole", "ms,flip", (20, 24)), FLOAT32)
+    assert torch.equal(pred[sure(total)].long(), total.argmax(1)[sure(total)])
 
 
 def test_evaluate_scores_every_mask_at_its_own_size():

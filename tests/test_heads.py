@@ -108,6 +108,32 @@ def test_skip_connections_join_the_latest_block_first(count):
     assert all(m.grad.abs().sum() > 0 for m in maps)
 
 
+def test_skip_connections_equal_their_steps_written_out():
+    torch.manual_seed(0)
+    head = UNetSkipHead([16, 20, 24], 3).eval()
+    early, late, deep = torch.randn(1, 16, 3, 5), torch.randn(1, 20, 3, 5), torch.randn(1, 24, 3, 5)
+    want = deep
+    with torch.no_grad():
+        for number, size in enumerate([(6, 10), (12, 20), (24, 40), (42, 70)]):
+            want = F.interpolate(want, size=size, mode="bilinear")
+            if number < 2:
+                skip = F.interpolate((late, early)[number], size=size, mode="bilinear")
+                want = torch.cat([want, head.skips[number](skip)], 1)  # a 1x1 convolution commutes with it
+            want = head.blocks[number](want)
+        assert torch.allclose(head([early, late, deep], (42, 70)), head.conv_seg(want), atol=1e-4)
+
+
+def test_deconv_resize_is_a_bilinear_resize_of_the_uncropped_logits():
+    torch.manual_seed(0)
+    plain, resized = (HEADS[name]([24], 3).eval() for name in ("deconv", "deconv-resize"))
+    resized.load_state_dict(plain.state_dict())
+    maps = maps_of("deconv")
+    with torch.no_grad():
+        whole = plain(maps, (80, 112))
+        want = F.interpolate(whole, size=(70, 98), mode="bilinear")
+        assert torch.equal(resized(maps, (70, 98)), want)
+
+
 @pytest.mark.parametrize("layers", [(5,), (1, 2, 3, 4, 5)])
 def test_skip_connections_need_two_to_four_blocks(layers):
     with pytest.raises(InputError, match="--head unet-skip reads two to four blocks"):

@@ -142,7 +142,9 @@ PIXELS = [[800, 200, 0, 0], [600, 0, 400, 0], [1000, 0, 0, 0]]  # three images o
 def test_enet_and_median_weights_are_their_formulas_with_mean_one_over_pixels():
     shares = torch.tensor([0.8, 0.0666667, 0.1333333])
     enet = 1 / (1.02 + shares).log()
-    median = 0.4 / torch.tensor([0.8, 0.2, 0.4])  # frequencies 2400 / 3000, 200 / 1000, 400 / 1000
+    median = 0.4 / torch.tensor(
+        [0.8, 0.2, 0.4]
+    )  # of 2400 / 3000, 200 / 1000, 400 / 1000
     for name, want in (("enet", enet), ("median", median)):
         got = class_weights(PIXELS, name)
         assert got.dtype == torch.float32 and torch.allclose(got[:3], want / (want * shares).sum(), atol=1e-5)

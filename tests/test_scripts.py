@@ -220,7 +220,9 @@ def test_data_are_fingerprinted_once_so_that_a_file_lost_midway_costs_no_epoch(
 def test_a_frozen_random_backbone_is_warned_about(trained, tmp_path, run):
     flags = train_flags(trained[0], tmp_path / "out", "--epochs", 1)
     assert "warning: the backbone is random" not in run(train, *flags)[1]
-    assert "warning: the backbone is random" in run(train, *flags, "--unfreeze", 0)[1]
+    frozen = [flag for flag in flags if flag not in ("--backbone-lr-scale", "--epochs", 1)]
+    frozen += ["--epochs", 1, "--unfreeze", 0]
+    assert "warning: the backbone is random" in run(train, *frozen)[1]
 
 
 def test_a_new_run_sets_the_earlier_one_aside(trained, tmp_path, run):
@@ -392,7 +394,9 @@ def test_images_of_every_kind_come_out_right(model_file, tmp_path, run):
         upright = read_image(path)
         assert upright.shape[1:] == ((71, 50) if path.stem == "phone" else (50, 71))
         mask = Image.open(out / f"{path.stem}_mask.png")
-        want = engine.predict(model, upright[None], (42, 56), utils.Precision("auto", torch.device("cpu")))[0]
+        want = engine.predict(
+            model, upright[None], engine.Protocol((42, 56)), utils.Precision("auto", torch.device("cpu"))
+        )[0]
         assert mask.mode == "P" and (np.array(mask) == want.numpy()).all()
         assert Image.open(out / f"{path.stem}_overlay.jpg").size == mask.size
     assert Image.open(out / "legend.png").size[0] > 60
@@ -410,7 +414,9 @@ def test_overlay_is_the_prediction_over_the_image(model_file, tmp_path, run, fla
     assert code == 0 and f"at {imgsz[0]}x{imgsz[1]} on" in text
     model, checkpoint = load_model(model_file)
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-    pred = engine.predict(model, batch, imgsz, utils.Precision("auto", torch.device("cpu")))[0].numpy()
+    pred = engine.predict(model, batch, engine.Protocol(imgsz), utils.Precision("auto", torch.device("cpu")))[
+        0
+    ].numpy()
     colours = np.array([colour for _, colour in checkpoint["classes"]])[pred]
     want = (1 - alpha) * image + alpha * colours  # no class is called background
     got = np.array(Image.open(tmp_path / "inference_results_image/a_overlay.jpg"))
@@ -508,9 +514,9 @@ def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run
     table, precision = utils.colour_table(checkpoint["classes"]), utils.Precision("auto", torch.device("cpu"))
     drawn = list(VideoReader(tmp_path / "inference_results_video/clip.mp4"))
     for frame, got in zip(VideoReader(clip), drawn, strict=True):
-        pred = engine.predict(model, torch.from_numpy(frame).permute(2, 0, 1)[None], (42, 56), precision)[
-            0
-        ].numpy()
+        pred = engine.predict(
+            model, torch.from_numpy(frame).permute(2, 0, 1)[None], engine.Protocol((42, 56)), precision
+        )[0].numpy()
         want = utils.overlay(frame, pred, table, 0.25)[24:]  # the counter stands above
         assert np.abs(got[24:].astype(int) - want).mean() < 12
 

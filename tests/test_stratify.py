@@ -1,5 +1,7 @@
 """The stratified split: deterministic, disjoint, fair; pixel counts kept and counted anew when needed."""
 
+import os
+
 import numpy as np
 import pytest
 from conftest import blocks, write_folder, write_pair
@@ -44,6 +46,14 @@ def test_the_last_images_of_rare_classes_are_shared():
     assert len({3, 11} & set(val)) == 1 and 7 in train and len(val) == 4
 
 
+@pytest.mark.parametrize(("shown", "wanted"), [(6, 1), (12, 2), (15, 3)])
+def test_a_class_in_a_few_images_has_its_share_in_validation(shown, wanted):
+    pixels = np.zeros((200, 2), np.int64)
+    pixels[:, 0] = 1000
+    pixels[:shown, 1] = 100
+    assert sum(image < shown for image in stratified_split(pixels, 0.2)[1]) == wanted
+
+
 def write_samples(root, count=6):
     """Write pairs and return their Samples."""
     write_folder(root, count=count)
@@ -61,6 +71,14 @@ def test_pixels_are_counted_once_and_again_when_a_mask_or_the_table_changes(tmp_
     without_zero = index_table(3)
     without_zero[0] = 255
     assert count_pixels(samples, without_zero, 3, tmp_path / "cache")[:, 0].sum() == 0
+    whole = samples[1].mask.stat()
+    Image.fromarray(np.zeros((45, 61), np.uint8)).save(
+        samples[1].mask
+    )  # repaired, the same size
+    samples[1].mask.write_bytes(samples[1].mask.read_bytes().ljust(whole.st_size, b"\0"))
+    os.utime(samples[1].mask, ns=(whole.st_atime_ns, whole.st_mtime_ns + 1000))
+    assert samples[1].mask.stat().st_size == whole.st_size
+    assert count_pixels(samples, table, 3, tmp_path / "cache")[1].tolist() == [45 * 61, 0, 0]
     write_pair(samples[2].image, samples[2].mask, blocks(45, 61, (2, 2)))
     assert count_pixels(samples, table, 3, tmp_path / "cache")[2].tolist() == [0, 0, 45 * 61]
 

@@ -1,0 +1,354 @@
+"""Score a trained model on a data set, each mask at its own size, each image once.
+
+    python evaluate.py                                        # outputs/best_model_iou.pth on its own data
+    python evaluate.py --protocol slide --tta ms,flip --report
+    python evaluate.py --model dinov2_vits14_voc2012_linear --dataset voc --data-root data
+    python evaluate.py --compare outputs/a/evaluation/metrics.json outputs/b/evaluation/metrics.json
+
+Writes OUT_DIR/evaluation/: metrics.json, per_class.csv, per_class_iou.png, confusion_matrix.png, and with
+--report one HTML file that needs no other.
+"""
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import engine
+import utils
+from config import DATASETS, IGNORE, InputError, positive_int
+from datasets import SegmentationDataset, load_data, make_loader
+from metrics import (BOUNDARY_TOLERANCE, ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts,
+                     paired_bootstrap)
+from readers import read_image
+from report import existing_figures, report_page
+
+KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
+WORST, PAIRS = 20, 8  # images and pairs of classes that a report shows
+CURVES = {"loss.png": "loss", "accuracy.png": "pixel accuracy", "miou.png": "mIoU"}  # of the run
+FIGURES = {"per_class_iou.png": "IoU of every class", "confusion_matrix.png": "confusion matrix"}
+DATA_OPTIONS = {"val_fraction": "val_fraction", "classes": "class_names", "resplit": "resplit",
+                "ignore_background": "ignore_background"}  # settings of a run: arguments of load_data
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    utils.add_model_flag(parser)
+    parser.add_argument(
+        "--dataset", choices=DATASETS, help="data set (default: the one the model was trained on)"
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="folder that holds it (default: as in training)")
+    parser.add_argument("--split", choices=["train", "val"], default="val", help="part of it (default: val)")
+    parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
+                        help="size the network runs at, with slide the window (default: as trained)")
+    utils.add_protocol_flags(parser)
+    parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=8, help="images or windows a forward pass (8)"
+    )
+    parser.add_argument("--report", action="store_true", help="write report.html too")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
+                        help="is B better than A? paired bootstrap over images; scores no model")
+    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
+    return parser.parse_args(argv)
+
+
+# --- scoring ----------------------------------------------------------------------------------------------
+def open_data(args, checkpoint):
+    """Return the DataSource to score on, split as it was in training. Raises InputError."""
+    trained = checkpoint.get("config", {})
+    dataset = args.dataset or trained.get("dataset")
+    if not dataset:
+        raise InputError("--dataset is missing: this model does not say what it was trained on")
+    same = dataset == trained.get("dataset")
+    options = {name: trained[key] for key, name in DATA_OPTIONS.items() if same and key in trained}
+    root = args.data_root or (trained["data_root"] if same else "data")
+    data = load_data(dataset, root, cache_dir=Path(args.out_dir) / "cache", **options)
+    ours, theirs = [name for name, _ in checkpoint["classes"]], [name for name, _ in data.classes]
+    if ours != theirs:
+        first = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), None)
+        detail = (
+            f"class {first[0]} against {first[1]}" if first else f"{len(ours)} classes against {len(theirs)}"
+        )
+        raise InputError(f"the model's classes are not those of --dataset {dataset} ({detail}): evaluate it "
+                         "on a data set with its classes")
+    return data
+
+
+def batches_of(samples, table, protocol, batch_size):
+    """Return a loader: images resized together where all have one size, else one native image at a time."""
+    whole = not protocol.slide and protocol.scales == (1.0,)
+    dataset = SegmentationDataset(samples, table, protocol.window if whole else ())
+    return make_loader(dataset, batch_size if whole else 1, workers=min(2, os.cpu_count() or 1))
+
+
+def score(model, loader, protocol, precision, batch_size):
+    """Return (ConfusionMatrix of all images, one record an image).
+
+    A record is dict(name, cells, boundary): cells = [[truth, prediction, pixels], ...] of the image's own
+    confusion matrix, without zeros; boundary = [boundary F1 of each class, NaN where it has none].
+    """
+    device, classes = next(model.parameters()).device, model.num_classes
+    total, records = ConfusionMatrix(classes, device), []
+    bar = tqdm(total=len(loader.dataset), desc="evaluating", unit="image", leave=False, disable=None)
+    for images, masks, names in loader:
+        views = engine.views_of(model, images, protocol, precision, batch_size)
+        for one, mask, name in zip(zip(*views, strict=True), masks, names, strict=True):
+            pred = engine.class_map(list(one), mask.shape)
+            matrix = ConfusionMatrix(classes, device)
+            matrix.update(pred, mask.to(device))
+            total.merge(matrix)
+            cells = torch.nonzero(matrix.counts)  # (n, 2)
+            counts = matrix.counts[cells[:, 0], cells[:, 1]]
+            records.append(dict(name=name, cells=torch.column_stack([cells, counts]).tolist(),
+                                boundary=boundary_f1(pred.cpu().numpy(), mask.numpy(), classes).tolist()))
+        bar.update(len(names))
+    bar.close()
+    return total, records
+
+
+def counts_of(records, num_classes):
+    """Return (N, 3, K) int64: pixels right, of truth, of prediction, for every record and class."""
+    counts = np.zeros((len(records), 3, num_classes), np.int64)
+    for row, record in zip(counts, records, strict=True):
+        for truth, pred, pixels in record["cells"]:
+            row[0, truth] += pixels if truth == pred else 0
+            row[1, truth] += pixels
+            row[2, pred] += pixels
+    return counts
+
+
+def summarise(total, records, classes):
+    """Return the scores as a dict: the means, their interval, one dict a class, the classes that are absent.
+    """
+    counts = counts_of(records, len(classes))
+    boundaries = np.array([record["boundary"] for record in records])  # (N, K)
+    seen = ~np.isnan(boundaries)
+    boundary = np.where(seen, boundaries, 0).sum(0) / np.where(seen.any(0), seen.sum(0), np.nan)
+    columns = dict(
+        iou=total.per_class_iou(),
+        dice=total.per_class_dice(),
+        precision=total.per_class_precision(),
+        recall=total.per_class_recall(),
+        boundary_f1=torch.from_numpy(boundary),
+    )
+    pixels = total.counts.cpu()
+    per_class = [dict(name=name, colour=list(colour), pixels=int(pixels[id].sum()),
+                      predicted=int(pixels[:, id].sum()), images=int((counts[:, 1, id] > 0).sum()),
+                      **{key: values[id].item() for key, values in columns.items()})
+                 for id, (name, colour) in enumerate(classes)]
+    return dict(miou=total.miou(), miou_interval=bootstrap_interval(counts), mean_dice=total.mean_dice(),
+                pixel_accuracy=total.pixel_accuracy(), mean_class_accuracy=total.mean_class_accuracy(),
+                frequency_weighted_iou=total.frequency_weighted_iou(),
+                boundary_f1=float(np.nanmean(boundary)) if seen.any() else float("nan"),
+                per_class=per_class, absent=[classes[id][0] for id in total.absent()])
+
+
+def file_hash(model, path):
+    """Return the first 16 digits of the SHA-256 of a model's file, or of the weights of an official head."""
+    digest = hashlib.sha256()
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    else:
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe(args, data, protocol, precision, checkpoint, model):
+    """Return the protocol as a dict of plain values: all that a score depends on."""
+    return dict(
+        dataset=data.name,
+        split=args.split,
+        images=len(data.splits[args.split]),
+        classes=len(data.classes),
+        ignore=IGNORE,
+        views=str(protocol),
+        imgsz=list(protocol.window),
+        slide=protocol.slide,
+        stride=list(protocol.stride),
+        scales=list(protocol.scales),
+        flip=protocol.flip,
+        precision=str(precision),
+        scored="each mask at its own size, one confusion matrix",
+        boundary_tolerance=f"{100 * BOUNDARY_TOLERANCE:g} % of the diagonal",
+        model=str(args.model),
+        weights_sha256=file_hash(model, args.model),
+        **data.fingerprints(),
+    )
+
+
+# --- output -----------------------------------------------------------------------------------------------
+def protocol_line(protocol):
+    """Return the protocol dict as one line."""
+    return (
+        f"protocol: {protocol['dataset']} {protocol['split']}, {protocol['images']} images, "
+        f"{protocol['classes']} classes, ignore {protocol['ignore']}, {protocol['views']}, "
+        f"{protocol['precision']}, {protocol['scored']}, boundary tolerance "
+        f"{protocol['boundary_tolerance']}, weights {protocol['weights_sha256']}"
+    )
+
+
+def print_scores(scores):
+    """Print the means, then one line a class."""
+    low, high = scores["miou_interval"]
+    print(f"mIoU {scores['miou']:.4f} (95 % interval over images {low:.4f} to {high:.4f})")
+    print(", ".join(f"{key.replace('_', ' ')} {scores[key]:.4f}" for key in KEYS[1:]))
+    width = max(len(row["name"]) for row in scores["per_class"])
+    columns = ("iou", "dice", "precision", "recall", "boundary_f1")
+    print(" " * width + "".join(f"{column.replace('_', ' '):>13}" for column in columns) + "       pixels")
+    for row in scores["per_class"]:
+        values = [row[column] for column in columns]
+        cells = "".join(f"{value:13.4f}" if value == value else f"{'-':>13}" for value in values)
+        print(f"{row['name']:{width}}{cells}{row['pixels']:13,}")
+    if scores["absent"]:
+        print(f"absent from truth and prediction, left out of the means: {', '.join(scores['absent'])}")
+
+
+def write_results(out_dir, result, total, classes):
+    """Write metrics.json, per_class.csv and the two pictures."""
+    text = json.dumps(utils.finite(result))
+    utils.write_atomically(out_dir / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
+    table = io.StringIO()
+    columns = [key for key in result["per_class"][0] if key != "colour"]
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(utils.finite(result["per_class"]))
+    utils.write_atomically(out_dir / "per_class.csv",
+                           lambda path: path.write_text(table.getvalue(), encoding="utf-8", newline=""))
+    utils.plot_per_class_iou(total.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
+    utils.plot_confusion(total.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
+
+
+def error_map(image, truth, pred):
+    """Return a picture (H, W, 3) uint8: grey where right, red where wrong, white where not counted."""
+    grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2) * 0.6 + 40
+    grey[truth != pred] = 0.25 * grey[truth != pred] + 0.75 * np.array([255, 0, 0])
+    grey[truth == IGNORE] = 255
+    return grey.astype(np.uint8)
+
+
+def panels_of(index, dataset, predictor):
+    """Return [(caption, picture)] of one image: itself, truth, prediction, errors."""
+    _, truth, _ = dataset[index]
+    truth, image = truth.numpy(), read_image(dataset.samples[index].image)
+    pred = predictor(image[None])[0]
+    if pred.shape != truth.shape:  # masks of another size than their image
+        pred = cv2.resize(pred, truth.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    pixels = cv2.resize(image.permute(1, 2, 0).numpy(), truth.shape[::-1], interpolation=cv2.INTER_AREA)
+    table = utils.colour_table(predictor.classes)
+    return [("image", pixels), ("truth", utils.overlay(pixels, truth, table, 0.65)),
+            ("prediction", utils.overlay(pixels, pred, table, 0.65)),
+            ("errors", error_map(pixels, truth, pred))]
+
+
+def make_report(result, data, split, predictor, out_dir, run_dir):
+    """Return the HTML page: the worst images and the most confused pairs are predicted once more to show
+    them.
+    """
+    records, names = result["records"], [name for name, _ in data.classes]
+    dataset = SegmentationDataset(data.splits[split], data.table, ())
+    mious = miou_of_counts(counts_of(records, len(names)))
+    order = np.argsort(np.where(np.isnan(mious), np.inf, mious), kind="stable")[:WORST].tolist()
+    worst = [(f"{records[index]['name']}: mIoU {mious[index]:.4f}", panels_of(index, dataset, predictor))
+             for index in order]
+    confusion = np.array(result["confusion"])
+    np.fill_diagonal(confusion, 0)
+    confused = []
+    for cell in confusion.ravel().argsort()[::-1][:PAIRS].tolist():
+        truth, pred = divmod(cell, len(names))
+        if not confusion[truth, pred]:
+            break
+        pixels = [sum(n for t, p, n in record["cells"] if (t, p) == (truth, pred)) for record in records]
+        index = int(np.argmax(pixels))
+        title = (f"{names[truth]} taken for {names[pred]}: {confusion[truth, pred]:,} pixels, most of them "
+                 f"({pixels[index]:,}) in {records[index]['name']}")
+        confused.append((title, panels_of(index, dataset, predictor)))
+    figures = [*existing_figures(run_dir, CURVES), *existing_figures(out_dir, FIGURES)]
+    return report_page(result, figures, worst, confused)
+
+
+# --- comparison -------------------------------------------------------------------------------------------
+def read_metrics(path):
+    """Return the content of a metrics.json. Raises InputError."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        missing = {"protocol", "records", "per_class"} - result.keys()
+    except OSError as error:
+        raise InputError(f"--compare {path}: {error.strerror}") from None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"--compare {path} is no metrics.json of evaluate.py ({error})") from None
+    if missing:
+        raise InputError(f"--compare {path} is no metrics.json of evaluate.py (no "
+                         f"{', '.join(sorted(missing))})")
+    return result
+
+
+def compare(path_a, path_b):
+    """Print whether B is better than A, by a paired bootstrap over the images both were scored on.
+
+    Raises InputError where the two were not scored on the same images and classes.
+    """
+    a, b = read_metrics(path_a), read_metrics(path_b)
+    names = [[Path(record["name"]).name for record in result["records"]] for result in (a, b)]
+    classes = [[row["name"] for row in result["per_class"]] for result in (a, b)]
+    if classes[0] != classes[1]:
+        raise InputError(f"--compare: {path_a} and {path_b} have different classes")
+    counts = [counts_of(result["records"], len(classes[0])) for result in (a, b)]
+    if names[0] != names[1] or not np.array_equal(counts[0][:, 1], counts[1][:, 1]):
+        raise InputError(f"--compare: {path_a} and {path_b} were not scored on the same images and masks")
+    for label, result in (("A", a), ("B", b)):
+        print(f"{label}: mIoU {result['miou']:.4f}, {protocol_line(result['protocol'])}")
+    differs = [key for key in ("views", "precision") if a["protocol"][key] != b["protocol"][key]]
+    if differs:
+        print(f"note: the two differ in {' and '.join(differs)} too")
+    found = paired_bootstrap(*counts)
+    verdict = "no clear difference"
+    if found["p"] < 0.05:
+        verdict = "B is better" if found["difference"] > 0 else "A is better"
+    print(f"B - A: {found['difference']:+.4f} (95 % interval {found['low']:+.4f} to {found['high']:+.4f}, p "
+          f"= {found['p']:.4f}, paired bootstrap over {len(names[0])} images): {verdict}")
+
+
+def main():
+    """Score, print, write; or compare two scores."""
+    args = parse_args()
+    if args.compare:
+        return compare(*args.compare)
+    device = utils.pick_device(args.device)
+    predictor = engine.Predictor(args.model, device, args.imgsz, args.protocol, args.tta)
+    model, protocol, precision = predictor.model, predictor.protocol, predictor.precision
+    data = open_data(args, predictor.checkpoint)
+    out_dir = Path(args.out_dir) / "evaluation"
+    utils.make_folder(out_dir)
+    described = describe(args, data, protocol, precision, predictor.checkpoint, model)
+    print(protocol_line(described), flush=True)
+    loader = batches_of(data.splits[args.split], data.table, protocol, args.batch_size)
+    total, records = score(model, loader, protocol, precision, args.batch_size)
+    scores = summarise(total, records, data.classes)
+    print_scores(scores)
+    result = dict(protocol=described, **scores, confusion=total.counts.tolist(), records=records)
+    write_results(out_dir, result, total, data.classes)
+    print(f"written: {out_dir / 'metrics.json'}, per_class.csv, per_class_iou.png, confusion_matrix.png")
+    if args.report:
+        page = make_report(result, data, args.split, predictor, out_dir, Path(args.model).parent)
+        utils.write_atomically(out_dir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+        print(f"report: {out_dir / 'report.html'} ({len(page) / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    utils.run_main(main)
