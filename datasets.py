@@ -283,6 +283,18 @@ DATASETS = {"streets": streets, "voc": voc, "camvid": camvid, "aeroscapes": aero
 
 
 # --- what every data set can be asked for -----------------------------------------------------------------
+def quick_check(source, count=8):
+    """Read a few masks of every part, evenly spread. Raises InputError where no training could come of them.
+
+    check_data.py reads all of them and says more.
+    """
+    for split, samples in source.splits.items():
+        chosen = samples[::max(1, len(samples) // count)][:count]
+        if not any((read_mask(sample.mask, source.table) != IGNORE).any() for sample in chosen):
+            raise InputError(f"{len(chosen)} masks of {split}, such as {chosen[0].mask}, hold nothing but "
+                             "ignored pixels: there is nothing to learn; python check_data.py says more")
+
+
 def without_leaks(source):
     """Return a DataSource whose training part holds no validation image, with a note where it did.
 
@@ -339,4 +351,7 @@ def load_data(name, root, resplit=False, ignore_background=False, val_fraction=0
     source = without_leaks(DATASETS[name](root, **options))
     if resplit:
         source = split_anew(source, val_fraction, cache_dir)
-    return without_background(source) if ignore_background else source
+    if ignore_background:
+        source = without_background(source)
+    quick_check(source)
+    return source

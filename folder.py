@@ -2,17 +2,18 @@
 
     python train.py --dataset folder --data-root my_photos      # images/ + masks/, or any layout below
 
-classes.txt in the folder names the classes, one a line in the order of the mask values, as `name` or
-`name R G B`; the name `ignore` is not counted. Without it, --classes or the masks decide; the run says so.
+classes.txt in the folder names the classes, one a line: `name` (the line number is the mask value), `name R
+G B` (masks painted in colours) or `name = VALUE ...`. Lines of the same name are one class; the name
+`ignore` is not counted. Without classes.txt, --classes or the masks decide; the run says so.
 """
-from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from config import IGNORE, InputError, spare_colour
 from readers import (OUTSIDE, DataSource, index_table, open_image, outside_message, pack_colour, pair_files,
-                     ranges, read_mask_values, value_table)
+                     ranges, value_table)
+from scan import in_parallel, scan_mask
 from stratify import share_table, split_samples
 
 # (images, masks) of one split, tried in this order; names match in any case, `|` separates spellings.
@@ -26,35 +27,78 @@ UNSPLIT = ("images|imgs|img|JPEGImages", "masks|labels|annotations|SegmentationC
 MOST_CLASSES = 250
 
 
+class Entry(NamedTuple):
+    """One line of classes.txt: a class or `ignore`, and the colour or the mask value that stands for it."""
+
+    name: str
+    colour: tuple = None
+    value: int = None
+
+
 def folder(root, val_fraction=0.2, class_names=()):
-    """Return the DataSource of a folder in any of LAYOUTS; every mask is read. Raises InputError."""
+    """Return the DataSource of a folder in any of LAYOUTS; every mask is read once. Raises InputError."""
     splits = {split: pair_files(*pair) for split, pair in find_layout(root).items()}
     samples = [sample for part in splits.values() for sample in part]
-    listed = read_classes(root / "classes.txt") if (root / "classes.txt").is_file() else []
-    if listed and class_names:
-        raise InputError(f"--classes has no effect, {root / 'classes.txt'} names the classes: leave it out")
-    colours = bool(listed) and all(colour for _, colour in listed) and any(
-        is_painted(sample.mask, listed) for sample in samples)
-    scans, different = scan_masks(samples, colours)
-    found = {}  # every value, and the first mask that has it
-    for sample, (values, _) in zip(samples, scans, strict=True):
-        for value in values.tolist():
-            found.setdefault(value, sample.mask)
-    classes, table, notes = decide_classes(found, listed or [(name, None) for name in class_names], colours)
-    for sample, (values, counts) in zip(samples, scans, strict=True):
-        wrong = table[values] == OUTSIDE
-        if wrong.any():
-            raise InputError(outside_message(sample.mask, np.repeat(values[wrong], counts[wrong]), table))
+    facts = in_parallel(scan_pair, samples, "reading masks")
+    damaged = next((error for error in facts if isinstance(error, InputError)), None)
+    if damaged:
+        raise damaged
+    masks = [mask for mask, _ in facts]
+    classes, table, notes = decode_masks(root, samples, masks, class_names)
+    different = sum(differs for _, differs in facts)
     if different:
         notes.append(f"{different} of {len(samples)} masks differ in size from their image: resized "
                      "(nearest) to it")
     if "val" not in splits:
-        pixels = class_pixels(scans, table, len(classes))
+        pixels = class_pixels([(stored(mask, table), mask.counts) for mask in masks], table, len(classes))
         splits = split_samples(samples, pixels, val_fraction)
         notes.append(f"no validation folder: {len(splits['val'])} of {len(samples)} images validate "
                      "(stratified)")
         notes += share_table(dict(zip(samples, pixels, strict=True)), splits, classes)
     return DataSource("folder", classes, splits, table, notes)
+
+
+def scan_pair(sample):
+    """Return (MaskFacts of the mask, whether its size differs from the image's). Raises InputError."""
+    mask = scan_mask(sample.mask)
+    with open_image(sample.image) as image:
+        return mask, mask.size not in (image.size, image.size[::-1])
+
+
+def stored(mask, table):
+    """Return what a value table decodes of a mask's facts: its colours for a table of colours, else its
+    values.
+    """
+    return mask.colours if len(table) > 65536 else mask.values
+
+
+def decode_masks(root, samples, masks, class_names=()):
+    """Decide what the masks of a folder mean: return (classes, value table, notes).
+
+    masks: the MaskFacts of every sample. Raises InputError that names the first mask that does not fit.
+    """
+    listed = read_classes(root / "classes.txt") if (root / "classes.txt").is_file() else []
+    if listed and class_names:
+        raise InputError(f"--classes has no effect, {root / 'classes.txt'} names the classes: leave it out")
+    colours = bool(listed) and all(entry.colour for entry in listed) and any(
+        is_painted(mask, listed) for mask in masks)
+    found = {}  # every value or colour, and the first mask that has it
+    for sample, mask in zip(samples, masks, strict=True):
+        values = mask.colours if colours else mask.values
+        if values is None:
+            reason = "has no colours, and other masks are painted" if colours else \
+                "is painted in colours: list them in classes.txt, `name R G B` a line"
+            raise InputError(f"{sample.mask} {reason}")
+        for value in values.tolist():
+            found.setdefault(value, sample.mask)
+    entries = listed or [Entry(name) for name in class_names]
+    classes, table, notes = decide_classes(found, entries, colours)
+    for sample, mask in zip(samples, masks, strict=True):
+        values = stored(mask, table)
+        wrong = table[values] == OUTSIDE
+        if wrong.any():
+            raise InputError(outside_message(sample.mask, values[wrong], mask.counts[wrong], table, classes))
+    return classes, table, notes
 
 
 # --- layout -----------------------------------------------------------------------------------------------
@@ -92,90 +136,95 @@ def find_layout(root):
 
 # --- classes ----------------------------------------------------------------------------------------------
 def read_classes(path):
-    """Read classes.txt. Return [(name, (R, G, B) or None), ...] by mask value. Raises InputError."""
+    """Read classes.txt: return its lines as [Entry], a line with several values as several. Raises
+    InputError.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B`, a class a line") from None
-    classes = []
+    entries = []
     for number, words in enumerate(map(str.split, lines), 1):
-        if words and words[0].startswith("#"):
+        if not words or words[0].startswith("#"):
             continue
-        colour = None
-        if len(words) > 3 and all(word.isdecimal() for word in words[-3:]):
+        colour, values = None, [None]
+        if "=" in words:
+            words, texts = words[:words.index("=")], words[words.index("=") + 1:]
+            values = [int(text) if text.isdecimal() else 65536 for text in texts]
+            if not words or not values or max(values) > 65535:
+                raise InputError(f"{path} line {number}: write `name = VALUE`, values are numbers 0..65535")
+        elif len(words) > 3 and all(word.isdecimal() for word in words[-3:]):
             *words, red, green, blue = words
             colour = int(red), int(green), int(blue)
             if max(colour) > 255:
                 raise InputError(f"{path} line {number}: {colour} is no colour, three numbers 0..255 are")
-        if words:
-            name = " ".join(words)
-            classes.append(("ignore" if name.lower() == "ignore" else name, colour))
-    for kind, used in (("name", [name for name, _ in classes if name != "ignore"]),
-                       ("colour", [colour for _, colour in classes if colour])):
+        name = "ignore" if " ".join(words).lower() == "ignore" else " ".join(words)
+        entries += [Entry(name, colour, value) for value in values]
+    check_entries(path, entries)
+    return entries
+
+
+def check_entries(path, entries):
+    """Raise InputError where the lines of classes.txt contradict each other."""
+    for kind, used in (("colour", [entry.colour for entry in entries if entry.colour]),
+                       ("value", [entry.value for entry in entries if entry.value is not None])):
         twice = [item for item in used if used.count(item) > 1]
         if twice:
-            raise InputError(f"{path} has the {kind} {twice[0]} twice; every class needs its own")
-    if len(classes) > MOST_CLASSES or sum(name != "ignore" for name, _ in classes) < 2:
-        raise InputError(f"{path} names {len(classes)} classes; it needs two to {MOST_CLASSES}, one a line")
-    return classes
+            raise InputError(f"{path} has the {kind} {twice[0]} twice; one {kind} means one class")
+    if len({entry.value is None for entry in entries}) > 1:
+        raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none")
+    count = len({entry.name for entry in entries} - {"ignore"})
+    if not 2 <= count <= MOST_CLASSES:
+        raise InputError(f"{path} names {count} classes; it needs two to {MOST_CLASSES}, one a line")
 
 
-def is_painted(path, listed):
-    """Return whether a mask is painted in the `listed` colours [(name, (R, G, B))] rather than an index mask.
+def is_painted(mask, listed):
+    """Return whether a mask (its MaskFacts) is painted in the `listed` colours rather than an index mask.
 
     RGB masks are, unless they are grey in values that are not listed. Palette masks are where their colours
     are listed, but stand for other entries of the list than their indices do.
     """
-    with open_image(path) as mask:
-        mode = mask.mode
-    if mode not in ("RGB", "RGBA", "P"):
+    if mask.colours is None:
         return False
-    codes = [pack_colour(*colour) for _, colour in listed]
-    painted = read_mask_values(path, colours=True)
-    all_listed = np.isin(painted, codes).all()
-    if mode == "P":
-        by_index = np.array([*codes, *[-1] * (256 - len(codes))])[read_mask_values(path)]
-        return all_listed and bool((by_index != painted).any())
-    grey = (painted >> 16 == painted & 255) & (painted >> 8 & 255 == painted & 255)
-    return bool(all_listed or not grey.all())
+    codes = [pack_colour(*entry.colour) for entry in listed]
+    all_listed = bool(np.isin(mask.colours, codes).all())
+    if mask.mode == "P":
+        by_index = np.array([*codes, *[-1] * 65536])[mask.values]
+        return all_listed and bool((by_index != mask.colours).any())
+    return all_listed or mask.values is None
 
 
-def scan_masks(samples, colours):
-    """Read every mask once. Return [(values, counts), ...] and how many differ in size from their image."""
-    def scan(sample):
-        values = read_mask_values(sample.mask, colours)
-        with open_image(sample.image) as image:
-            differs = values.shape not in (image.size, image.size[::-1])
-        return *np.unique(values, return_counts=True), differs
+def decide_classes(found, entries, colours):
+    """Decide the classes of a folder: `found` = {mask value: first mask with it}, `entries` = [Entry].
 
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(scan, samples), "reading masks", len(samples), leave=False, disable=None)
-        rows = list(bar)
-    return [(values, counts) for values, counts, _ in rows], sum(differs for *_, differs in rows)
-
-
-def decide_classes(found, named, colours):
-    """Decide the classes of a folder: `found` = {mask value: first mask with it}, `named` = [(name, colour)].
-
-    Returns (classes, value table, notes). Raises InputError where values and names make no sense together.
+    Entries of one name are one class: several values may mean it. Returns (classes, value table, notes).
+    Raises InputError where values and names make no sense together.
     """
-    kept, ids = [item for item in named if item[0] != "ignore"], class_ids(named)
-    if named and len(kept) < 2:
+    entries = [Entry(*entry) for entry in entries]
+    ids = {"ignore": IGNORE}  # of every name, in the order of first mention
+    for entry in entries:
+        ids.setdefault(entry.name, len(ids) - 1)
+    kept = [(name, next((entry.colour for entry in entries if entry.name == name and entry.colour), None))
+            for name in ids if name != "ignore"]
+    if entries and len(kept) < 2:
         raise InputError("--classes needs at least two names, in the order of the mask values")
     if colours:
-        codes = [pack_colour(*colour) for _, colour in named]
-        return with_colours(kept), value_table(dict(zip(codes, ids, strict=True)), size=1 << 24), []
-    by_index = {IGNORE: IGNORE, **dict(enumerate(ids))}
+        codes = {pack_colour(*entry.colour): ids[entry.name] for entry in entries}
+        return with_colours(kept), value_table(codes, size=1 << 24), []
+    if entries and entries[0].value is not None:
+        table = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
+        return with_colours(kept), value_table(table), []
+    by_index = {IGNORE: IGNORE, **{line: ids[entry.name] for line, entry in enumerate(entries)}}
     # 0 and 255 (or 65535) with two classes and no `ignore`: a binary mask, in which 255 is the second class
     values = sorted(found)
-    binary = values[0] == 0 and values[-1] in (255, 65535) and 1 not in found and len(kept) == len(named)
-    if binary and (len(kept) == 2 or (not named and len(values) == 2)):
+    binary = values[0] == 0 and values[-1] in (255, 65535) and 1 not in found and len(kept) == len(entries)
+    if binary and (len(kept) == 2 or (not entries and len(values) == 2)):
         white = values[-1]
         kept = kept or [("background", None), ("foreground", None)]
         table = value_table({IGNORE: IGNORE, 0: 0, white: 1})
         note = f"masks hold 0 and {white}: read as 0 = {kept[0][0]}, 1 = {kept[1][0]}"
         return with_colours(kept), table, [note]
-    if named:
+    if entries:
         return with_colours(kept), value_table(by_index), []
     counted = [value for value in values if value != IGNORE]
     if counted != list(range(len(counted))) or not 2 <= len(counted) <= MOST_CLASSES:
@@ -190,12 +239,6 @@ def decide_classes(found, named, colours):
 def with_colours(classes):
     """Return [(name, (R, G, B)), ...], colours made up where they are None."""
     return [(name, colour or spare_colour(id)) for id, (name, colour) in enumerate(classes)]
-
-
-def class_ids(named):
-    """Return the class id of every entry of `named`, IGNORE for those called `ignore`."""
-    ids = iter(range(len(named)))
-    return [IGNORE if name == "ignore" else next(ids) for name, _ in named]
 
 
 def class_pixels(scans, table, num_classes):

@@ -148,22 +148,33 @@ def read_mask(path, table):
     values = read_mask_values(path, colours=len(table) > 65536)
     mask = table[values]
     if (mask == OUTSIDE).any():
-        raise InputError(outside_message(path, values[mask == OUTSIDE], table))
+        wrong = np.unique(values[mask == OUTSIDE], return_counts=True)
+        raise InputError(outside_message(path, *wrong, table))
     return mask
 
 
-def outside_message(path, values, table):
-    """Return the line that names a mask file, the first of its wrong `values`, and what is allowed."""
-    first = int(values.flat[0])
+def outside_message(path, values, counts, table, classes=()):
+    """Return the line that names a mask file, the first of its wrong `values`, and what is allowed.
+
+    values, counts: (n,) the distinct wrong values and their pixels; classes: [(name, (R, G, B))].
+    """
+    first, pixels = int(values[0]), int(counts[0])
+    more = f" and {len(values) - 1} more such values" if len(values) > 1 else ""
     if len(table) > 65536:
-        colour = first >> 16, first >> 8 & 255, first & 255
-        return (f"{path} has the colour {colour} ({values.size} pixels), which classes.txt does not list: "
-                "repair the mask or list the colour")
-    classes = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
+        colour = np.array([first >> 16, first >> 8 & 255, first & 255])
+        codes = np.flatnonzero(table != OUTSIDE)
+        known = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)  # (n, 3)
+        nearest = np.abs(known - colour).sum(1).argmin()
+        id = table[codes[nearest]]
+        name = "ignore" if id == IGNORE else classes[id][0] if classes else f"class {id}"
+        return (f"{path} has the colour {tuple(colour.tolist())} ({pixels} pixels){more}, which classes.txt "
+                f"does not list; the nearest is {name} {tuple(known[nearest].tolist())}: repair it or list "
+                "the colour")
+    allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
     ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
     lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    return (f"{path} has the value {first} ({values.size} pixels), which is no class: classes are {classes}, "
-            f"ignored: {ignored}{lossy}; repair the mask or describe the values in classes.txt")
+    return (f"{path} has the value {first} ({pixels} pixels){more}, which is no class: classes are "
+            f"{allowed}, ignored: {ignored}{lossy}; repair the mask or describe the values in classes.txt")
 
 
 def ranges(values):
@@ -232,23 +243,34 @@ def by_key(paths, folder, suffixes):
     return found
 
 
-def pair_files(image_folder, mask_folder):
-    """Pair images and masks by stem, else by stem without known suffixes; return sorted Samples.
+def match_files(image_folder, mask_folder):
+    """Pair images and masks by stem, else by stem without known suffixes.
 
-    Raises InputError for an empty folder, an image without mask, a mask without image.
+    Returns (sorted Samples, images without mask, masks without image). Raises InputError for an empty folder
+    and for two files of the same name.
     """
     image_paths, mask_paths = list_images(image_folder), list_images(mask_folder)
     if not image_paths or not mask_paths:
         empty = mask_folder if image_paths else image_folder
         raise InputError(f"no images in {empty} (endings {' '.join(IMAGE_ENDINGS)})")
+    found = None
     for image_suffixes, mask_suffixes in (((), ()), (IMAGE_SUFFIXES, MASK_SUFFIXES)):
         images = by_key(image_paths, image_folder, image_suffixes)
         masks = by_key(mask_paths, mask_folder, mask_suffixes)
-        if images.keys() == masks.keys():
-            break
-    for lonely, paths, other in ((images.keys() - masks.keys(), images, f"mask in {mask_folder}"),
-                                 (masks.keys() - images.keys(), masks, f"image in {image_folder}")):
-        if lonely:
-            more = f" ({len(lonely) - 1} more like it)" if len(lonely) > 1 else ""
-            raise InputError(f"{paths[min(lonely)]} has no {other}{more}: add what is missing or move it")
-    return [Sample(images[key], masks[key]) for key in sorted(images)]
+        common = images.keys() & masks.keys()
+        if found is None or len(common) > len(found[0]):
+            found = common, images, masks
+    common, images, masks = found
+    samples = [Sample(images[key], masks[key]) for key in sorted(common)]
+    return samples, *([paths[key] for key in sorted(paths.keys() - common)] for paths in (images, masks))
+
+
+def pair_files(image_folder, mask_folder):
+    """Return the Samples of match_files. Raises InputError for an image without mask, a mask without image.
+    """
+    samples, *lonely = match_files(image_folder, mask_folder)
+    for paths, other in zip(lonely, (f"mask in {mask_folder}", f"image in {image_folder}"), strict=True):
+        if paths:
+            more = f" ({len(paths) - 1} more like it)" if len(paths) > 1 else ""
+            raise InputError(f"{paths[0]} has no {other}{more}: add what is missing or move it")
+    return samples

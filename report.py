@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+MISSING = "\u2013"  # in place of a score that does not exist
 PANEL_WIDTH = 360  # pixels of one picture of a row
 SCORES = {"miou": "mIoU", "mean_dice": "mean Dice", "pixel_accuracy": "pixel accuracy",
           "mean_class_accuracy": "mean class accuracy", "frequency_weighted_iou": "frequency weighted IoU",
@@ -28,17 +29,24 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
-} th:first-child, td:first-child { text-align: left; } th button { all: unset; cursor: pointer; font-weight:
-600; } th button:focus-visible { outline: 2px solid; } th[aria-sort=ascending] button::after { content: "
-\\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; } .swatch { display: inline-block;
-width: .9em; height: .9em; margin-right: .5em; border: 1px solid var(--line); } .facts { display: grid;
-grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .7rem; padding: 0; } .facts div {
-background: var(--soft); padding: .6rem .8rem; border-radius: .4rem; } .facts b { display: block; font-size:
-1.4rem; } .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap:
-.4rem; } figure { margin: 0 0 1.2rem; } .row figure { margin: 0; } img { width: 100%; height: auto; display:
-block; } figcaption, .small { font-size: .85rem; } .figures { display: grid; grid-template-columns:
-repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+         white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid; }
+th[aria-sort=ascending] button::after { content: " \\25B2"; }
+th[aria-sort=descending] button::after { content: " \\25BC"; }
+.swatch { display: inline-block; width: .9em; height: .9em; margin-right: .5em;
+          border: 1px solid var(--line); }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .7rem; }
+.facts div { background: var(--soft); padding: .6rem .8rem; border-radius: .4rem; }
+.facts b { display: block; font-size: 1.4rem; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .4rem; }
+figure { margin: 0 0 1.2rem; }
+.row figure { margin: 0; }
+img { width: 100%; height: auto; display: block; }
+figcaption, .small { font-size: .85rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 """
 
 SCRIPT = """
@@ -76,9 +84,9 @@ def as_jpeg(picture, width=None):
 
 
 def number(value):
-    """Return a score for reading: four digits, `absent` for NaN and None."""
+    """Return a score for reading: four digits, a dash for NaN and None."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "absent"
+        return MISSING
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
@@ -103,7 +111,7 @@ def class_table(rows):
         ]
         for key in COLUMNS:
             shown = number(row[key])
-            cells.append(f'<td data-value="{"" if shown == "absent" else row[key]}">{shown}</td>')
+            cells.append(f'<td data-value="{"" if shown == MISSING else row[key]}">{shown}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}'

@@ -86,7 +86,11 @@ def test_masks_painted_in_the_colours_of_classes_txt(tmp_path):
         ("one\n", "1 classes"),
         ("a 1 2 3\nb 300 0 0\n", "line 2"),
         ("", "0 classes"),
-        ("a\nb\na\n", "name a twice"),
+        ("a = 1\nb\n", "on some lines only"),
+        ("a = 1\nb = 1\n", "value 1 twice"),
+        ("a = 1\nb = x\n", "line 2: write `name = VALUE`"),
+        ("a = 70000\nb = 1\n", "line 1: write `name = VALUE`"),
+        ("a\na\n", "names 1 classes"),
         ("a 1 2 3\nb 1 2 3\n", "colour .1, 2, 3. twice"),
         (b"\xff\xfe\x00", "UTF-8"),
     ],
@@ -95,6 +99,43 @@ def test_bad_classes_txt_is_named(tmp_path, text, reason):
     write_folder(tmp_path, count=2)
     (tmp_path / "classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=f"classes.txt.*{reason}"):
+        folder(tmp_path)
+
+
+def test_lines_of_one_name_are_one_class(tmp_path):
+    write_folder(tmp_path, values=(0, 1, 2, 3))
+    (tmp_path / "classes.txt").write_text("road\ncar\nroad\nignore\n")
+    source = folder(tmp_path)
+    assert [name for name, _ in source.classes] == ["road", "car"]
+    assert source.table[:5].tolist() == [0, 1, 0, 255, 254]
+
+
+def test_values_are_mapped_as_classes_txt_says(tmp_path):
+    write_folder(tmp_path, values=(0, 85, 170, 200))
+    (tmp_path / "classes.txt").write_text("sea = 85\nland = 0 170\nignore = 200\n")
+    source = folder(tmp_path)
+    assert [name for name, _ in source.classes] == ["sea", "land"]
+    assert source.table[[85, 0, 170, 200, 255, 1]].tolist() == [0, 1, 1, 255, 255, 254]
+
+
+def test_several_colours_of_one_class_and_the_nearest_of_an_unknown_one(tmp_path):
+    write_folder(tmp_path, count=4, values=(0, 1, 2))
+    palette = np.array([[0, 0, 0], [200, 30, 30], [210, 90, 30]], np.uint8)
+    for path in (tmp_path / "masks").iterdir():
+        Image.fromarray(palette[np.array(Image.open(path))]).save(path)
+    text = "background 0 0 0\nroof 200 30 30\nroof 210 90 30\n"
+    (tmp_path / "classes.txt").write_text(text)
+    source = folder(tmp_path)
+    assert source.classes == [("background", (0, 0, 0)), ("roof", (200, 30, 30))]
+    mask = read_mask(source.splits["train"][0].mask, source.table)
+    colours = np.array(Image.open(source.splits["train"][0].mask))
+    assert ((mask == 1) == (colours[..., 0] > 0)).all() and set(np.unique(mask)) == {0, 1}
+    colours[3, 4:7] = 205, 31, 30
+    Image.fromarray(colours).save(tmp_path / "masks/02.png")
+    with pytest.raises(
+        InputError,
+        match=r"02.png has the colour \(205, 31, 30\) \(3 pixels\).*nearest is roof \(200, 30, 30\)",
+    ):
         folder(tmp_path)
 
 

@@ -12,7 +12,8 @@ import config
 
 PARTS = {  # files split off a leaf, and what they may import beside config
     "datasets": {"folder", "readers", "streets", "stratify"},
-    "folder": {"readers", "stratify"},
+    "folder": {"readers", "scan", "stratify"},
+    "scan": {"readers"},
     "stratify": {"readers"},
     "model": {"backbones", "baselines", "heads", "weights"},
     "backbones": {"weights"},

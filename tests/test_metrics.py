@@ -2,13 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, jaccard_score
+from conftest import blocks
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    jaccard_score,
+    precision_score,
+    recall_score,
+)
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from metrics import ConfusionMatrix
+import metrics
+from metrics import ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts, paired_bootstrap
 
 
 def random_case(classes=6, absent=(), seed=0):
@@ -79,3 +88,148 @@ def test_nothing_counted_is_nan_and_wrong_shapes_raise():
     )
     with pytest.raises(ValueError, match="shape"):
         matrix.update(torch.zeros(4, 4), torch.zeros(4, 5))
+
+
+# --- more scores ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("absent", [(), (2,), (0, 5)])
+def test_precision_recall_and_weighted_iou_equal_scikit_learn(absent):
+    preds, masks = random_case(absent=absent)
+    matrix = ConfusionMatrix(6)
+    matrix.update(preds, masks)
+    counted = masks != 255
+    truth, guess = masks[counted].numpy(), preds[counted].numpy()
+    labels = [id for id in range(6) if id not in absent]
+    for ours, reference in (
+        (matrix.per_class_precision(), precision_score),
+        (matrix.per_class_recall(), recall_score),
+    ):
+        assert ours[labels].numpy() == pytest.approx(reference(truth, guess, labels=labels, average=None))
+        assert all(math.isnan(ours[id]) for id in absent)
+    assert matrix.mean_class_accuracy() == pytest.approx(balanced_accuracy_score(truth, guess))
+    assert matrix.frequency_weighted_iou() == pytest.approx(jaccard_score(truth, guess, average="weighted"))
+
+
+def test_known_wrong_definitions_differ_where_they_are_wrong():
+    """What peers compute in place of the mIoU over the whole data set, on a case where each is wrong."""
+    first_truth, first_pred = torch.tensor([[0, 0, 1, 7]]), torch.tensor([[0, 1, 1, 7]])
+    second_truth, second_pred = torch.tensor([[7, 7, 7, 7]]), torch.tensor([[7, 7, 7, 6]])
+    matrix = ConfusionMatrix(8)
+    for pred, truth in ((first_pred, first_truth), (second_pred, second_truth)):
+        matrix.update(pred, truth)
+    right = (1 / 2 + 1 / 2 + 4 / 5 + 0 / 1) / 4  # classes 0, 1, 7 and 6, which is predicted only
+    assert matrix.miou() == pytest.approx(right)
+    per_batch = np.mean([(1 / 2 + 1 / 2 + 1) / 3, (3 / 4 + 0) / 2])
+    absent_as_zero = (1 / 2 + 1 / 2 + 4 / 5) / 8
+    truth, pred = torch.cat([first_truth, second_truth]), torch.cat([first_pred, second_pred])
+    bitwise = ((truth & pred).sum() / (truth | pred).sum()).item()
+    without_class_0 = (1 / 2 + 4 / 5 + 0) / 3
+    micro = 6 / 10  # one IoU over all pixels
+    for wrong in (per_batch, absent_as_zero, bitwise, without_class_0, micro):
+        assert abs(wrong - right) > 0.01
+    fine_truth = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0]])  # scored at half the size, a thin error is lost
+    fine_pred = torch.tensor([[0, 0, 1, 0, 1, 0, 0, 0]])
+    native, resized = ConfusionMatrix(2), ConfusionMatrix(2)
+    native.update(fine_pred, fine_truth)
+    resized.update(fine_pred[:, ::2], fine_truth[:, ::2])
+    assert resized.miou() == 1.0 and native.miou() == pytest.approx((5 / 6 + 2 / 3) / 2)
+
+
+# --- boundaries -------------------------------------------------------------------------------------------
+def brute_force_boundary_f1(pred, truth, radius):
+    """Return the boundary F1 of every class by loops over pixels and pairs of boundary pixels."""
+    pred = np.where(truth == 255, 255, pred)
+    height, width = truth.shape
+
+    def boundary(labels, id):
+        found = []
+        for y, x in zip(*np.nonzero(labels == id), strict=True):
+            around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+            near = [labels[v, u] for v, u in around if 0 <= v < height and 0 <= u < width]
+            if any(other not in (id, 255) for other in near):
+                found.append((y, x))
+        return found
+
+    scores = {}
+    for id in sorted(({*np.unique(pred)} | {*np.unique(truth)}) - {255}):
+        found, wanted = boundary(pred, id), boundary(truth, id)
+
+        def share(these, those):
+            return np.mean([any(math.dist(a, b) <= radius for b in those) for a in these])
+
+        if not found or not wanted:
+            scores[int(id)] = float(not found and not wanted)
+            continue
+        precision, recall = share(found, wanted), share(wanted, found)
+        scores[int(id)] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return scores
+
+
+@pytest.mark.parametrize("tolerance", [0.0075, 0.06, 0.15])
+@pytest.mark.parametrize("seed", range(4))
+def test_boundary_f1_equals_brute_force(seed, tolerance, monkeypatch):
+    monkeypatch.setattr(metrics, "BOUNDARY_TOLERANCE", tolerance)
+    truth, pred = blocks(23, 31, (0, 1, 2, 255), seed=seed), blocks(23, 31, (0, 1, 2), seed=seed + 10)
+    got = boundary_f1(pred, truth, 5)
+    want = brute_force_boundary_f1(pred, truth, max(1.0, tolerance * math.hypot(23, 31)))
+    for id in range(5):
+        assert got[id] == pytest.approx(want[id]) if id in want else math.isnan(got[id])
+
+
+def test_boundary_f1_of_equal_and_of_shifted_masks():
+    truth = np.zeros((200, 300), np.uint8)
+    truth[50:150, 80:220] = 1
+    assert np.nanmean(boundary_f1(truth, truth, 2)) == 1.0
+    near, far = np.roll(truth, 2, axis=1), np.roll(truth, 40, axis=1)
+    assert np.nanmean(boundary_f1(near, truth, 2)) == 1.0  # 0.75 % of the diagonal are 2.7 pixels
+    assert np.nanmean(boundary_f1(far, truth, 2)) < 0.75
+    nothing = np.full_like(truth, 255)
+    assert np.isnan(boundary_f1(truth, nothing, 2)).all()
+
+
+# --- how sure a score is ----------------------------------------------------------------------------------
+def random_counts(images=40, classes=5, seed=0, quality=0.7):
+    """Return (N, 3, K) counts of images whose quality varies."""
+    generator = np.random.default_rng(seed)
+    truth = generator.integers(0, 500, (images, classes)) * (generator.random((images, classes)) < 0.7)
+    share = np.clip(generator.normal(quality, 0.15, (images, classes)), 0, 1)
+    right = (truth * share).astype(np.int64)
+    return np.stack([right, truth, right + generator.integers(0, 200, (images, classes))], axis=1)
+
+
+def test_miou_of_counts_is_that_of_the_confusion_matrix():
+    preds, masks = random_case(absent=(2,))
+    counts, total = [], ConfusionMatrix(6)
+    for pred, mask in zip(preds, masks, strict=True):
+        one = ConfusionMatrix(6)
+        one.update(pred, mask)
+        total.merge(one)
+        counts.append(torch.stack([one.counts.diag(), one.counts.sum(1), one.counts.sum(0)]).numpy())
+    assert miou_of_counts(np.sum(counts, 0)) == pytest.approx(total.miou())
+    assert miou_of_counts(counts).shape == (3,) and np.isnan(miou_of_counts(np.zeros((3, 6))))
+
+
+def test_bootstrap_equals_a_loop_that_draws_images():
+    counts = random_counts()
+    generator = np.random.default_rng(1)
+    drawn = []
+    for _ in range(2000):
+        right, truth, pred = counts[generator.integers(0, 40, 40)].sum(0)
+        drawn.append(np.mean(right / (truth + pred - right)))
+    low, high = bootstrap_interval(counts)
+    assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=5e-3)
+    assert (low, high) == bootstrap_interval(counts) != bootstrap_interval(counts, seed=1)
+    assert low < miou_of_counts(counts.sum(0)) < high
+
+
+def test_paired_bootstrap_knows_better_from_equal():
+    a, better = random_counts(quality=0.6), random_counts(quality=0.8)
+    found = paired_bootstrap(a, better)
+    assert found["difference"] > 0 and found["low"] > 0 and found["p"] < 0.001
+    back = paired_bootstrap(better, a)
+    assert back["difference"] == pytest.approx(-found["difference"]) and back["p"] < 0.001
+    same = paired_bootstrap(a, a)
+    assert same["difference"] == 0 and same["p"] == 1.0
+    noise = a.copy()
+    noise[::2, 0], noise[1::2, 0] = a[::2, 0] * 0.97, np.minimum(a[1::2, 0] * 1.03, a[1::2, 1])
+    close = paired_bootstrap(a, noise)
+    assert close["low"] < 0 < close["high"] and close["p"] > 0.05

@@ -1,0 +1,116 @@
+"""What is in one image or mask file, read once: values, colours, sizes, fingerprints to find duplicates by.
+
+    facts = scan_mask("mask.png")        # facts.values, facts.colours, facts.counts
+    facts = scan_image("photo.jpg")      # facts.digest, facts.look
+"""
+import hashlib
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import InputError
+from readers import DECODE_ERRORS, EXIF_ORIENTATION, open_image, pack_colour
+
+LOOK = 16  # side of the difference hash: 16 x 16 bits
+
+
+class MaskFacts(NamedTuple):
+    """What a mask file holds. size: (H, W); mode, kind: as PIL names the pixels and the file.
+
+    values: (n,) int64, the distinct stored values, None where it is painted in colours; colours: (n,) int64,
+    the same as 24-bit codes, None where the file has no colours; counts: (n,) int64, pixels of each.
+    """
+
+    size: tuple
+    mode: str
+    kind: str
+    values: np.ndarray
+    colours: np.ndarray
+    counts: np.ndarray
+
+
+class ImageFacts(NamedTuple):
+    """What an image file holds. size: (H, W) as stored; turned: EXIF asks for a rotation.
+
+    digest: of its bytes; look: (4,) uint64, its difference hash, close for images that look alike.
+    """
+
+    size: tuple
+    mode: str
+    turned: bool
+    digest: bytes
+    look: np.ndarray
+
+
+def distinct(codes):
+    """Return (distinct values, counts) of an integer array; fast where neighbours are mostly equal."""
+    flat = codes.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    lengths = np.diff(starts, append=flat.size)
+    values, inverse = np.unique(flat[starts], return_inverse=True)
+    return values.astype(np.int64), np.bincount(inverse, lengths).astype(np.int64)
+
+
+def scan_mask(path):
+    """Return the MaskFacts of a file. Raises InputError where it is damaged or holds no whole numbers."""
+    with open_image(path) as mask:
+        mode, kind = mask.mode, mask.format
+        try:
+            if mode in ("RGBA", "CMYK", "YCbCr", "LA", "PA"):
+                mask = mask.convert("L" if mode == "LA" else "RGB")
+            pixels = np.array(mask)
+            palette = np.array(mask.convert("P").getpalette("RGB")).reshape(-1, 3) if mode == "P" else None
+        except DECODE_ERRORS as error:
+            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+    if pixels.ndim == 3:
+        colours, counts = distinct(pack_colour(*np.moveaxis(pixels.astype(np.int32), 2, 0)))
+        red, green, blue = colours >> 16, colours >> 8 & 255, colours & 255
+        grey = (red == green).all() and (green == blue).all()
+        return MaskFacts(pixels.shape[:2], mode, kind, blue if grey else None, colours, counts)
+    if pixels.dtype.kind not in "biu" or pixels.min() < 0 or pixels.max() > 65535:
+        raise InputError(f"{path} does not hold whole numbers 0..65535: save masks as 8- or 16-bit PNG")
+    values, counts = distinct(pixels.astype(np.int32))
+    colours = None
+    if palette is not None:
+        padded = np.vstack([palette, np.zeros((256, 3), np.int64)]).astype(np.int64)
+        colours = pack_colour(*padded[values].T)
+    return MaskFacts(pixels.shape, mode, kind, values, colours, counts)
+
+
+def scan_image(path):
+    """Return the ImageFacts of a file; JPEGs are decoded at a fraction of their size. Raises InputError."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            size, mode = image.size[::-1], image.mode
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+            image.draft("L", (4 * LOOK, 4 * LOOK))
+            small = np.asarray(image.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
+    except DECODE_ERRORS as error:
+        raise InputError(f"{path} is damaged or no image ({error}): repair or remove the file") from None
+    bits = small[:, 1:] > small[:, :-1]  # (LOOK, LOOK)
+    look = np.packbits(bits).view(np.uint64)
+    return ImageFacts(size, mode, turned, hashlib.blake2b(content, digest_size=16).digest(), look)
+
+
+def in_parallel(function, items, title):
+    """Return [function(item)] with threads (decoding frees the interpreter) and a progress bar.
+
+    An InputError becomes the item's result instead of ending the scan.
+    """
+    def careful(item):
+        try:
+            return function(item)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(careful, items), title, len(items), leave=False, disable=None))

@@ -1,0 +1,212 @@
+"""check_data.py on data sets with one fault each: the fault is named, the advice works."""
+
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+from conftest import blocks, real_data, write_folder, write_pair, write_tree
+from PIL import Image
+from test_scan import painted, photo
+
+import check_data
+from datasets import load_data
+
+
+def check(run, root, out, *flags):
+    """Run check_data.py on a folder; return (exit code, its text)."""
+    code, text, err = run(check_data, "--data-root", root, "--out-dir", out, *flags)
+    assert "Traceback" not in err
+    return code, text + err
+
+
+def write_photos(root, count=8, values=(0, 1, 2)):
+    """Write a folder of photos that do not look alike, with index masks."""
+    for number in range(count):
+        for part, array in (
+            ("images", photo(number, (60, 80))),
+            ("masks", blocks(60, 80, values, seed=number)),
+        ):
+            path = root / part / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+    return root
+
+
+def test_a_good_folder_is_ready_and_says_how_to_train(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    code, text = check(run, root, tmp_path)
+    assert code == 0 and "verdict: ready, with 0 warning(s)" in text
+    assert f"python train.py --dataset folder --data-root {root}" in text
+    assert "8 pairs (8 train)" in text and "mask values: 0..2" in text and "masks: 8 L PNG" in text
+    picture = np.array(Image.open(tmp_path / "check.png"))
+    assert picture.std() > 10 and picture.shape[1] > 1000
+
+
+def test_unpaired_files_are_all_counted_and_named(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    (root / "masks/03.png").unlink()
+    (root / "images/05.png").unlink()
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "verdict: not ready, 2 problem(s)" in text
+    assert re.search(r"1 images have no mask.*\n.*images/03.png", text)
+    assert re.search(r"1 masks have no image.*\n.*masks/05.png", text)
+
+
+def test_unreadable_files_are_named_and_the_rest_is_checked(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    (root / "images/02.png").write_bytes(b"broken")
+    (root / "masks/04.png").write_bytes((root / "masks/04.png").read_bytes()[:60])
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "2 files cannot be read" in text and "02.png" in text and "04.png" in text
+    assert "images: 6 RGB" in text
+
+
+def test_warnings_do_not_stop_a_training(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    Image.open(root / "images/01.png").convert("L").save(root / "images/01.png")
+    Image.open(root / "masks/02.png").resize((40, 30), Image.Resampling.NEAREST).save(root / "masks/02.png")
+    Image.fromarray(np.zeros((60, 80), np.uint8)).save(root / "masks/03.png")
+    turned = Image.fromarray(photo(4, (60, 80)))
+    turned.getexif()[0x0112] = 3
+    turned.save(root / "images/04.jpg", exif=turned.getexif())
+    (root / "images/04.png").unlink()
+    code, text = check(run, root, tmp_path)
+    assert code == 0, text
+    for said, name in (
+        ("1 images are not RGB", "images/01.png"),
+        ("1 masks differ in size", "masks/02.png"),
+        ("hold a single class", "masks/03.png"),
+        ("1 images are rotated by EXIF", "images/04.jpg"),
+    ):
+        assert re.search(f"warning: .*{said}.*\n.*{name}", text), said
+
+
+def test_stray_values_in_binary_masks_are_found_and_the_advice_repairs_them(tmp_path, run):
+    """CrackForest as published: 0 and 255, with a few pixels of 3 and 4."""
+    root = write_photos(tmp_path / "data", values=(0, 255))
+    for number, value in ((2, 3), (6, 4)):
+        mask = np.array(Image.open(root / f"masks/{number:02d}.png"))
+        mask[5, 5:8] = value
+        Image.fromarray(mask).save(root / f"masks/{number:02d}.png")
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "value 3 is rare (3 pixels in 1 files): an accident?" in text
+    write_advice(root, text)
+    code, text = check(run, root, tmp_path)
+    assert code == 0, text
+    source = load_data("folder", root)
+    assert [name for name, _ in source.classes] == ["class 0", "class 1"]
+    assert source.table[[0, 255, 3, 4]].tolist() == [0, 1, 255, 255]
+
+
+def write_advice(root, text):
+    """Write the classes.txt that check_data.py suggested."""
+    lines = re.search(r"write this to .*classes.txt.*:\n((?: {6}.*\n)+)", text)[1]
+    (root / "classes.txt").write_text("\n".join(line.strip() for line in lines.splitlines()) + "\n")
+
+
+@pytest.mark.parametrize("values", [(0, 85, 170), (7, 8, 11, 255), (1, 2)])
+def test_values_with_gaps_get_a_classes_txt_that_works(tmp_path, run, values):
+    root = write_photos(tmp_path / "data", values=values)
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "which are not 0..K-1" in text
+    write_advice(root, text)
+    assert check(run, root, tmp_path)[0] == 0
+    assert len(load_data("folder", root).classes) == len(set(values) - {255})
+
+
+def test_painted_masks_get_a_classes_txt_that_works(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 1))
+    for path in (root / "masks").iterdir():
+        Image.fromarray(painted(np.array(Image.open(path)))).save(path)
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "is painted in colours" in text and "class 0 0 255 0" in text
+    write_advice(root, text)
+    assert check(run, root, tmp_path)[0] == 0
+    source = load_data("folder", root)
+    assert source.table[255 << 8] == 0 and source.table[255 << 16] == 1
+
+
+def test_lossy_masks_are_told_to_be_exported_again(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 85, 170))
+    for path in list((root / "masks").iterdir()):
+        noisy = np.array(Image.open(path)) + np.random.default_rng(0).integers(0, 60, (60, 80), np.uint8)
+        Image.fromarray(np.stack([noisy, 255 - noisy, noisy // 2], 2)).save(
+            path.with_suffix(".jpg"), quality=50
+        )
+        path.unlink()
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "8 masks are JPEG or WebP" in text and "export them again as PNG" in text
+
+
+def test_copies_and_look_alikes_between_train_and_val(tmp_path, run):
+    for split, start in (("train", 0), ("val", 10)):
+        write_photos(tmp_path / "staging", count=4)
+        for number in range(4):
+            for part in ("images", "masks"):
+                target = tmp_path / "data" / split / part / f"{start + number}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(tmp_path / f"staging/{part}/{number:02d}.png", target)
+    val = tmp_path / "data/val/images"
+    for number in (11, 12, 13):  # 10 stays a copy of 0
+        Image.fromarray(photo(40 + number, (60, 80))).save(val / f"{number}.png")
+    alike = Image.open(tmp_path / "data/train/images/2.png").resize((100, 75))
+    alike.save(val / "12.png")
+    code, text = check(run, tmp_path / "data", tmp_path)
+    assert code == 1 and re.search(r"1 validation images are copies.*\n.*10.png = .*0.png", text)
+    assert re.search(r"warning: 1 validation images look like.*\n.*12.png ~ .*2.png", text)
+
+
+def test_leaks_and_wrong_values_of_a_listed_data_set(tmp_path, run):
+    write_tree("aeroscapes", tmp_path / "data")
+    lists = tmp_path / "data/ImageSets"
+    (lists / "trn.txt").write_text((lists / "trn.txt").read_text() + "val_000001\n")
+    mask = tmp_path / "data/SegmentationClass/train_000000.png"
+    Image.new("L", (61, 45), 77).save(mask)
+    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "aeroscapes")
+    assert code == 1 and "1 validation images are in the training list too" in text
+    assert f"1 masks hold values that are no class: {mask} has the value 77" in text
+    (lists / "val.txt").write_text("nothing_here\n")
+    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "aeroscapes")
+    assert code == 2 and "nothing_here.jpg is listed but does not exist" in text
+
+
+def test_missing_roots_exit_with_2(tmp_path, run):
+    assert check(run, tmp_path / "nowhere", tmp_path) == (
+        2,
+        f"error: --data-root {tmp_path / 'nowhere'} does not exist: "
+        "give the folder that holds the data set\n",
+    )
+    (tmp_path / "empty").mkdir()
+    assert check(run, tmp_path / "empty", tmp_path)[0] == 2
+
+
+def test_training_refuses_nonsense_at_once(tmp_path):
+    root = write_folder(tmp_path / "data", count=6, values=(0, 1))
+    (root / "classes.txt").write_text("a\nb\n")
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.full((45, 61), 255, np.uint8)).save(path)
+    with pytest.raises(check_data.InputError, match="hold nothing but ignored pixels.*check_data.py"):
+        load_data("folder", root)
+
+
+def test_real_data_sets(tmp_path, run):
+    started = time.perf_counter()
+    code, text = check(run, real_data("camvid"), tmp_path, "--dataset", "camvid")
+    assert code == 0 and "468 pairs (367 train, 101 val)" in text and "mask values: 0..11" in text
+    assert time.perf_counter() - started < 60
+    code, text = check(run, real_data("person_sample"), tmp_path)
+    assert code == 0 and "43 masks differ in size" in text and "2 images are not RGB" in text
+    code, text = check(run, real_data("crackforest"), tmp_path)
+    assert code == 0 and "masks hold 0 and 255" in text
+
+
+def test_pairs_in_sub_folders_and_write_pair(tmp_path, run):
+    for place in ("a", "b"):
+        write_pair(
+            tmp_path / f"data/images/{place}/x.png",
+            tmp_path / f"data/masks/{place}/x_mask.png",
+            blocks(40, 50, (0, 1, 2), seed=ord(place)),
+        )
+    assert check(run, tmp_path / "data", tmp_path)[0] == 0

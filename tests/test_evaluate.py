@@ -1,0 +1,362 @@
+"""evaluate.py against plain computations; official heads; the paired comparison; memory of large images."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, blocks, random_images, write_folder, write_pair, write_tree
+from PIL import Image
+from torchmetrics.classification import MulticlassJaccardIndex
+
+import engine
+import evaluate
+import infer_image
+import train
+import utils
+from config import CLASSES
+from datasets import load_data, resize_image
+from metrics import miou_of_counts
+from model import load_model, load_official
+from readers import read_image, read_mask
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder whose masks and images differ in size, and a finished run on it: (data, out)."""
+    data, out = write_folder(tmp_path_factory.mktemp("data"), count=10), tmp_path_factory.mktemp("run")
+    for number in (1, 4, 7):
+        image = Image.open(data / f"images/{number:02d}.png")
+        image.resize((90, 70)).save(data / f"images/{number:02d}.png")
+    flags = ["--dataset", "folder", "--data-root", data, "--out-dir", out, "--backbone", "vit_tiny"]
+    flags += [
+        "--unfreeze",
+        "all",
+        "--imgsz",
+        42,
+        56,
+        "--epochs",
+        2,
+        "--workers",
+        0,
+        "--amp",
+        "off",
+        "--lr",
+        5e-4,
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", *map(str, flags)])
+        train.main()
+    return data, out
+
+
+def score(run, out, *flags):
+    """Run evaluate.py; return (text, metrics.json)."""
+    code, text, err = run(evaluate, *flags, "--out-dir", out)
+    assert code == 0, err
+    return text, json.loads((out / "evaluation/metrics.json").read_text())
+
+
+def plain_scores(data, model_file, split="val"):
+    """Return (mIoU by torchmetrics, the confusion matrix by a loop over images) of a plain evaluation."""
+    model, checkpoint = load_model(model_file)
+    source = load_data("folder", data)
+    jaccard = MulticlassJaccardIndex(3, ignore_index=255, average="macro")
+    confusion = np.zeros((3, 3), np.int64)
+    for sample in source.splits[split]:
+        truth = torch.from_numpy(read_mask(sample.mask, source.table))
+        with torch.no_grad():
+            logits = model(resize_image(read_image(sample.image)[None], checkpoint["imgsz"]))
+        logits = F.interpolate(logits, size=truth.shape, mode="bilinear", align_corners=False)
+        pred = logits.argmax(1)[0]
+        jaccard.update(pred, truth.long())
+        np.add.at(confusion, (truth[truth != 255].numpy(), pred[truth != 255].numpy()), 1)
+    return jaccard.compute().item(), confusion
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Score in float32, so that plain computations agree to the pixel."""
+    monkeypatch.setattr(utils, "best_dtype", lambda device: None)
+
+
+def test_scores_equal_a_plain_loop_with_torchmetrics(trained, tmp_path, run):
+    data, out = trained
+    text, result = score(run, tmp_path, "--model", out / "best_model_iou.pth")
+    miou, confusion = plain_scores(data, out / "best_model_iou.pth")
+    assert np.abs(np.array(result["confusion"]) - confusion).sum() <= 4  # ties of rounding
+    assert result["miou"] == pytest.approx(miou, abs=1e-3)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert result["miou"] == pytest.approx(max(row["val_miou"] for row in history), abs=1e-3)
+    total = sum(np.array(confusion).ravel())
+    assert result["pixel_accuracy"] == pytest.approx(np.trace(confusion) / total, abs=1e-3)
+    names = [Path(record["name"]).name for record in result["records"]]
+    assert len(names) == len(set(names)) == result["protocol"]["images"] == 2
+    matrix = np.zeros((3, 3), np.int64)
+    for record in result["records"]:
+        for truth, pred, pixels in record["cells"]:
+            matrix[truth, pred] += pixels
+    assert matrix.tolist() == result["confusion"]  # per-image matrices sum to the total
+    low, high = result["miou_interval"]
+    assert low <= result["miou"] <= high and f"mIoU {result['miou']:.4f} (95 % interval" in text
+
+
+def test_the_protocol_says_all_a_score_depends_on(trained, tmp_path, run):
+    data, out = trained
+    model = out / "best_model_iou.pth"
+    text, result = score(run, tmp_path, "--model", model, "--protocol", "slide", "--tta", "ms,flip")
+    protocol = result["protocol"]
+    want = dict(dataset="folder", split="val", images=2, classes=3, ignore=255, imgsz=[42, 56])
+    want |= dict(slide=True, stride=[28, 37], scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
+    want |= dict(precision="float32")
+    assert {key: protocol[key] for key in want} == want
+    import hashlib
+
+    assert protocol["weights_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()[:16]
+    line = next(line for line in text.splitlines() if line.startswith("protocol: "))
+    for part in ("folder val", "2 images", "3 classes", "ignore 255", "window 42x56, stride 28x37", "flip",
+                 "float32", "0.75 % of the diagonal", protocol["weights_sha256"]):  # fmt: skip
+        assert part in line
+    _, other = score(run, tmp_path, "--model", model, "--imgsz", 28, 28, "--split", "train")
+    assert other["protocol"]["views"] == "whole image at 28x28" and other["protocol"]["images"] == 8
+
+
+@pytest.mark.parametrize("flags", [("slide", ""), ("whole", "flip"), ("slide", "ms")], ids=str)
+def test_other_protocols_score_what_predict_predicts(trained, tmp_path, run, flags):
+    data, out = trained
+    kind, tta = flags
+    more = ["--protocol", kind] + (["--tta", tta] if tta else [])
+    _, result = score(run, tmp_path, "--model", out / "best_model_iou.pth", *more, "--batch-size", 3)
+    model, checkpoint = load_model(out / "best_model_iou.pth")
+    source = load_data("folder", data)
+    protocol = engine.make_protocol(kind, tta, checkpoint["imgsz"])
+    confusion = np.zeros((3, 3), np.int64)
+    for sample in source.splits["val"]:
+        truth = read_mask(sample.mask, source.table)
+        views = engine.views_of(
+            model, read_image(sample.image)[None], protocol, utils.Precision("off", utils.pick_device("cpu"))
+        )
+        pred = engine.class_map([view[0] for view in views], truth.shape).numpy()
+        np.add.at(confusion, (truth[truth != 255], pred[truth != 255]), 1)
+    assert np.abs(np.array(result["confusion"]) - confusion).sum() <= 4
+
+
+def test_files_hold_the_same_numbers(trained, tmp_path, run):
+    _, out = trained
+    _, result = score(run, tmp_path, "--model", out / "best_model_iou.pth")
+    lines = (tmp_path / "evaluation/per_class.csv").read_text().splitlines()
+    assert lines[0] == "name,pixels,predicted,images,iou,dice,precision,recall,boundary_f1"
+    for line, row in zip(lines[1:], result["per_class"], strict=True):
+        name, pixels, _, _, iou, *_ = line.split(",")
+        assert name == row["name"] and int(pixels) == row["pixels"]
+        assert iou == "" if row["iou"] is None else float(iou) == row["iou"]
+    for name in ("per_class_iou.png", "confusion_matrix.png"):
+        assert np.array(Image.open(tmp_path / "evaluation" / name)).std() > 1
+    assert not (tmp_path / "evaluation/report.html").exists()
+
+
+def test_absent_classes_are_named_and_left_out(trained, tmp_path, run):
+    _, out = trained
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for number in range(2):
+            mask = blocks(45, 61, (0, 1) if split == "val" else (0, 1, 2), seed=number)
+            write_pair(data / f"{split}/images/{number}.png", data / f"{split}/masks/{number}.png", mask)
+    (data / "classes.txt").write_text("class 0\nclass 1\nclass 2\n")
+    text, result = score(
+        run, tmp_path, "--model", out / "best_model_iou.pth", "--dataset", "folder", "--data-root", data
+    )
+    row = result["per_class"][2]
+    if row["predicted"] == 0:
+        assert row["iou"] is None and result["absent"] == ["class 2"] and "absent from truth" in text
+    assert row["pixels"] == 0 and row["recall"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--model", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--dataset", "camvid", "--data-root", "x"], "no CamVid under x"),
+        (
+            ["--dataset", "aeroscapes", "--data-root", "TREE"],
+            "the model's classes are not those of --dataset aer",
+        ),
+        (["--imgsz", "0", "5"], "at least 1"),
+        (["--protocol", "window"], "slide"),
+        (["--compare", "a.json", "b.json"], "--compare a.json: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(trained, tmp_path, run, flags, reason):
+    write_tree("aeroscapes", tmp_path / "tree")
+    flags = [str(tmp_path / "tree") if flag == "TREE" else flag for flag in flags]
+    if "--model" not in flags:
+        flags = ["--model", trained[1] / "best_model_iou.pth", *flags]
+    code, _, err = run(evaluate, *flags, "--out-dir", tmp_path / "out")
+    assert code == 2 and reason in err and "Traceback" not in err
+
+
+# --- comparison -------------------------------------------------------------------------------------------
+def test_compare_is_the_paired_bootstrap_over_the_same_images(trained, tmp_path, run):
+    _, out = trained
+    model = out / "best_model_iou.pth"
+    score(run, tmp_path / "a", "--model", model, "--split", "train")
+    score(run, tmp_path / "b", "--model", model, "--split", "train", "--imgsz", 14, 14)
+    paths = [tmp_path / name / "evaluation/metrics.json" for name in "ab"]
+    a, b = (json.loads(path.read_text()) for path in paths)
+    code, text, _ = run(evaluate, "--compare", *paths)
+    assert code == 0 and f"B - A: {b['miou'] - a['miou']:+.4f}" in text and "over 8 images" in text
+    assert "the two differ in views too" in text
+    code, text, _ = run(evaluate, "--compare", paths[0], paths[0])
+    assert code == 0 and "B - A: +0.0000" in text and "no clear difference" in text
+    score(run, tmp_path / "c", "--model", model)
+    code, _, err = run(evaluate, "--compare", paths[0], tmp_path / "c/evaluation/metrics.json")
+    assert code == 2 and "not scored on the same images" in err
+    paths[1].write_text("[]")
+    code, _, err = run(evaluate, "--compare", *paths)
+    assert code == 2 and "is no metrics.json" in err and err.count("\n") == 1
+
+
+def test_a_clearly_better_model_is_called_better(tmp_path, run):
+    def result(right):
+        records = []
+        for number in range(30):
+            good = right + number % 5
+            records.append(dict(name=f"{number}.png", cells=[[0, 0, good], [0, 1, 100 - good], [1, 1, 50]]))
+        classes = [dict(name="a"), dict(name="b")]
+        keys = ["dataset", "split", "images", "classes", "ignore", "views", "precision", "scored"]
+        protocol = dict.fromkeys([*keys, "boundary_tolerance", "weights_sha256"], "x")
+        return dict(miou=0.5, per_class=classes, records=records, protocol=protocol)
+
+    for name, right in (("a", 50), ("b", 80)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(right)))
+    assert "B is better" in run(evaluate, "--compare", tmp_path / "a.json", tmp_path / "b.json")[1]
+    assert "A is better" in run(evaluate, "--compare", tmp_path / "b.json", tmp_path / "a.json")[1]
+
+
+# --- official heads ---------------------------------------------------------------------------------------
+@pytest.fixture
+def official(hub_cache):
+    """Head files as published, in torch.hub's cache, for the small stand-in backbone of hub_cache."""
+    torch.manual_seed(1)
+    for dataset, classes in (("voc2012", 21), ("ade20k", 150)):
+        for kind, maps in (("linear", 1), ("ms", 4)):
+            width = 48 * maps
+            bn = dict(weight=torch.rand(width) + 0.5, bias=torch.randn(width))
+            bn |= dict(running_mean=torch.randn(width), running_var=torch.rand(width) + 0.5)
+            bn |= dict(num_batches_tracked=torch.tensor(9))
+            conv = dict(weight=torch.randn(classes, width, 1, 1), bias=torch.randn(classes))
+            state = {f"decode_head.bn.{key}": value for key, value in bn.items()}
+            state |= {f"decode_head.conv_seg.{key}": value for key, value in conv.items()}
+            name = f"dinov2_vits14_{dataset}_{kind}_head.pth"
+            file = {"meta": {"epoch": 1, "CLASSES": ("a", "b")}, "state_dict": state}
+            torch.save(file, hub_cache / "hub/checkpoints" / name)
+    return hub_cache
+
+
+@pytest.mark.parametrize("dataset", ["voc2012", "ade20k"])
+@pytest.mark.parametrize(("kind", "maps"), [("linear", 1), ("ms", 4)])
+def test_official_heads_equal_batchnorm_1x1_convolution_and_resize(official, dataset, kind, maps):
+    name = f"dinov2_vits14_{dataset}_{kind}"
+    model, checkpoint = load_official(name)
+    images = random_images(2, 3, 50, 64)
+    state = torch.load(official / f"hub/checkpoints/{name}_head.pth")["state_dict"]
+    state = {key.removeprefix("decode_head."): value for key, value in state.items()}
+    with torch.no_grad():
+        pixels = (images - model.mean) / model.std
+        padded = F.pad(pixels, (3, 3, 3, 3))  # 50 -> 56, 64 -> 70
+        features = torch.cat(
+            model.backbone.net.get_intermediate_layers(padded, n=maps, reshape=True, norm=True), 1
+        )
+        mean, var = (state[f"bn.running_{key}"].view(1, -1, 1, 1) for key in ("mean", "var"))
+        features = (features - mean) / (var + 1e-5).sqrt()
+        features = features * state["bn.weight"].view(1, -1, 1, 1) + state["bn.bias"].view(1, -1, 1, 1)
+        logits = torch.einsum("bdhw,kd->bkhw", features, state["conv_seg.weight"][:, :, 0, 0])
+        logits = logits + state["conv_seg.bias"].view(1, -1, 1, 1)
+        want = F.interpolate(logits, size=(56, 70), mode="bilinear", align_corners=False)[..., 3:53, 3:67]
+        assert torch.allclose(model(images), want, atol=1e-3)
+    classes = CLASSES["voc" if dataset == "voc2012" else dataset]
+    assert checkpoint["classes"] == [[class_name, list(colour)] for class_name, colour in classes]
+
+
+def test_official_heads_are_scored_by_their_own_protocol_unless_told_otherwise(official, tmp_path, run):
+    write_tree("voc", tmp_path / "voc", counts=(1, 1))
+    flags = ["--dataset", "voc", "--data-root", tmp_path / "voc", "--model"]
+    _, result = score(run, tmp_path, *flags, "dinov2_vits14_voc2012_linear")
+    assert result["protocol"]["views"] == "window 512x512, stride 341x341"
+    _, other = score(
+        run, tmp_path, *flags, "dinov2_vits14_voc2012_linear", "--imgsz", 98, 98, "--protocol", "whole"
+    )
+    assert other["protocol"]["views"] == "whole image at 98x98"
+    assert result["protocol"]["weights_sha256"] == other["protocol"]["weights_sha256"]
+    views = str(engine.Predictor("dinov2_vits14_voc2012_ms", "cpu").protocol)
+    assert views == "window 640x640, stride 320x320, scales 1 1.32 1.73 2.28 3, flip"
+    code, _, err = run(evaluate, "--model", "dinov2_vits14_voc2012_linear", "--out-dir", tmp_path)
+    assert code == 2 and "--dataset is missing" in err
+
+
+def test_official_heads_segment_images_and_say_where_their_file_goes(official, tmp_path, run, monkeypatch):
+    write_tree("voc", tmp_path / "voc", counts=(1, 1))
+    picture = tmp_path / "voc/JPEGImages/val_000000.jpg"
+    flags = ["--input", picture, "--imgsz", 56, 70, "--out-dir", tmp_path, "--model"]
+    assert run(infer_image, *flags, "dinov2_vits14_ade20k_linear")[0] == 0
+    mask = np.array(Image.open(tmp_path / "inference_results_image/val_000000_mask.png"))
+    assert mask.shape == (45, 61) and mask.max() < 150
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    code, _, err = run(infer_image, *flags, "dinov2_vitb14_ade20k_ms")
+    place = official / "hub/checkpoints"
+    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_ade20k_ms_head.pth"
+    assert code == 2 and f"put {url} into {place}" in err and err.count("\n") == 1
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+LARGE = """
+import resource, sys, torch
+import engine, utils
+class Net(torch.nn.Module):
+    num_classes = 150
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 150, 1)
+    def forward(self, images):
+        return self.conv(images.float())
+torch.manual_seed(0)
+net = Net().eval()
+image = torch.randint(0, 256, (1, 3, 4096, 4096), dtype=torch.uint8)
+precision = utils.Precision("off", torch.device("cpu"))
+pred = engine.predict(net, image, engine.Protocol((512, 512), flip=len(sys.argv) > 1), precision)
+assert pred.shape == (1, 4096, 4096)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux's unit")
+def test_a_4096_image_with_150_classes_stays_under_3_gb():
+    """The logits at full size alone would take 10 GB."""
+    done = subprocess.run([sys.executable, "-c", LARGE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 3.0 and resource.RUSAGE_SELF == 0
+
+
+def test_moved_data_and_a_copied_model_are_scored_alike(trained, tmp_path, run):
+    data, out = trained
+    _, here = score(run, tmp_path, "--model", out / "best_model_iou.pth")
+    shutil.copytree(data, tmp_path / "moved")
+    shutil.copy(out / "best_model_iou.pth", tmp_path / "copy.pth")
+    _, there = score(run, tmp_path, "--model", tmp_path / "copy.pth", "--data-root", tmp_path / "moved")
+    assert here["confusion"] == there["confusion"]
+    for key in ("weights_sha256", "data_fingerprint", "split_fingerprint"):
+        assert here["protocol"][key] == there["protocol"][key]
+    counts = evaluate.counts_of(here["records"], 3)
+    assert miou_of_counts(counts.sum(0)) == pytest.approx(here["miou"])
+    assert re.fullmatch("[0-9a-f]{16}", here["protocol"]["weights_sha256"])
