@@ -189,6 +189,9 @@ def main():
     precision = utils.Precision(config.amp, device)
     data = load_data(config.dataset, config.data_root, config.resplit, config.ignore_background,
                      config.val_fraction, config.classes, out_dir / "cache")
+    if not data.splits["train"]:
+        raise InputError(f"{config.dataset} under {config.data_root} has no training image of its own: "
+                         "complete the data set, or correct its lists")
     fingerprints = data.fingerprints()
     utils.seed_everything(config.seed)
     model, optimizer, train_loader, val_loader = build_training(config, data, device)

@@ -90,7 +90,7 @@ def test_readme_names_only_flags_and_files_that_exist():
     for command in re.findall(r"python (\w+\.py)([^\n`|]*)", text):
         name, rest = command
         assert name in scripts, name
-        source = scripts[name] + (scripts["utils.py"] if name.startswith("infer") else "")
+        source = scripts[name] + scripts["utils.py"]  # which holds the flags that scripts share
         known = train_flags if name in ("train.py", "model.py") else set(re.findall(r'"(--[a-z-]+)"', source))
         assert set(re.findall(r"--[a-z][a-z-]*", rest)) <= known | {"--help"}, command
         recipe = re.search(r"--recipe (\S+)", rest)

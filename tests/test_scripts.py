@@ -173,6 +173,12 @@ def test_optimizer_losses_and_class_weights_reach_the_run(trained, tmp_path, run
     assert code == 0 and "class weights: class 0 " in text
 
 
+def test_a_data_set_without_training_images_is_refused(tmp_path, run):
+    flags = ["--dataset", "aeroscapes", "--data-root", real_data("aeroscapes_sample")]
+    code, _, err = run(train, *flags, "--backbone", "vit_tiny", "--out-dir", tmp_path / "out")
+    assert code == 2 and "has no training image of its own" in err and err.count("\n") == 1
+
+
 def test_a_baseline_trains_resumes_and_infers(trained, tmp_path, run):
     data, out = trained[0], tmp_path / "out"
     base = ["--arch", "segformer_b0", "--weights", "none", "--imgsz", 40, 56, "--epochs", 1]
