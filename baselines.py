@@ -12,7 +12,7 @@ from torchvision.models import ResNet50_Weights, ResNet101_Weights, segmentation
 from backbones import Backbone
 from config import InputError
 from heads import BatchNorm2d
-from weights import load_strictly, published_weights, read_weights
+from weights import hugging_face_weights, load_strictly, published_weights, read_weights
 
 TORCHVISION = {"fcn_resnet50": (segmentation.fcn_resnet50, ResNet50_Weights.IMAGENET1K_V1),
                "deeplabv3_resnet101": (segmentation.deeplabv3_resnet101, ResNet101_Weights.IMAGENET1K_V1)}
@@ -105,16 +105,18 @@ def build_segformer(arch, num_classes, weights):
     if weights == "none":
         net = SegformerModel(config)
     else:
-        auto = weights == "auto"
-        source, state = f"nvidia/mit-{arch[-2:]}" if auto else None, None if auto else read_weights(weights)
-        try:  # by from_pretrained, which renames the keys of files that earlier versions wrote
-            net, report = SegformerModel.from_pretrained(source, config=config, state_dict=state,
-                                                         dtype=torch.float32, output_loading_info=True,
-                                                         ignore_mismatched_sizes=True)
-        except (OSError, ValueError) as error:  # what the hub client's own types derive from
-            raise InputError(f"the weights {source} are neither in the Hugging Face cache nor downloadable "
-                             f"({str(error).splitlines()[0][:80]}): put them there, or name the file with "
-                             "--weights FILE, or start from random weights with --weights none") from None
+        state = (
+            hugging_face_weights(f"nvidia/mit-{arch[-2:]}") if weights == "auto" else read_weights(weights)
+        )
+        # by from_pretrained, which renames the keys of files that earlier versions wrote
+        net, report = SegformerModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
         wrong = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
         if wrong:
             raise InputError(f"--weights {weights} does not fit {arch} ({len(wrong)} weights missing or of "

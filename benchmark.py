@@ -22,7 +22,7 @@ from PIL import Image
 
 import engine
 import utils
-from config import positive_int
+from config import InputError, positive_int
 from datasets import SegmentationDataset, load_data, make_loader
 from metrics import ConfusionMatrix
 from model import load_model
@@ -70,8 +70,9 @@ def our_evaluation(model, samples, table, protocol, precision, batch_size):
     total = ConfusionMatrix(model.num_classes, device)
     for images, masks, _ in loader:
         views = engine.views_of(model, images, protocol, precision)
-        for one, mask in zip(views[0], masks, strict=True):
-            total.update(engine.class_map([one], mask.shape), mask.to(device))
+        preds = engine.class_maps(views, [mask.shape for mask in masks])
+        for pred, mask in zip(preds, masks, strict=True):
+            total.update(pred, mask.to(device))
     return total.miou()
 
 
@@ -80,7 +81,11 @@ def benchmark_evaluate(args):
     device = utils.pick_device(args.device)
     model, checkpoint = load_model(args.model)
     model = model.to(device)
-    settings = checkpoint["config"]
+    settings = checkpoint.get("config", {})
+    if "resplit" not in settings:
+        raise InputError(
+            f"{args.model} does not say what it was trained on: give a model that train.py wrote"
+        )
     data = load_data(settings["dataset"], args.data_root or settings["data_root"], settings["resplit"],
                      settings["ignore_background"], settings["val_fraction"], settings["classes"])
     samples = data.splits["val"]

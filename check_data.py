@@ -4,7 +4,8 @@
     python check_data.py --dataset voc --data-root data
 
 Reads every file once and writes OUT_DIR/check.png (overlays and the classes' shares). The exit code is 0
-where training can start, 1 where something must be repaired first, 2 where there is nothing to check.
+where training can start, 1 where something must be repaired first, 2 where the data are not found or their
+lists are incomplete.
 """
 import os
 
@@ -23,8 +24,8 @@ import utils
 from config import DATASETS, IGNORE, InputError
 from datasets import DATASETS as SOURCES
 from folder import MOST_CLASSES, class_pixels, decode_masks, find_layout, stored
-from readers import OUTSIDE, match_files, outside_message, ranges, read_image, read_mask
-from scan import in_parallel, scan_image, scan_mask
+from readers import OUTSIDE, match_files, outside_message, ranges, read_image, read_mask, rotate_like
+from scan import fits, in_parallel, scan_image, scan_mask
 from stratify import share_table, split_samples
 
 ALIKE = 10  # bits of 256 in which the difference hashes of near duplicates may differ
@@ -34,19 +35,33 @@ SHOWN = 8  # overlays in check.png, problems of one kind that are listed
 
 @dataclasses.dataclass
 class Report:
-    """What was found: problems stop a training, warnings do not, hints say what to do, facts describe."""
+    """What was found: problems spoil a training or its scores, warnings may be meant; hints say what to do.
+    """
 
     problems: list = dataclasses.field(default_factory=list)
     warnings: list = dataclasses.field(default_factory=list)
     hints: list = dataclasses.field(default_factory=list)
     facts: list = dataclasses.field(default_factory=list)
 
-    def add(self, kind, text, paths=()):
-        """Note a problem or warning with its files: all are counted, the first few are named."""
-        paths = list(map(str, paths))
-        named = "".join(f"\n      {path}" for path in paths[:SHOWN])
-        more = f"\n      and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-        getattr(self, kind).append(text + named + more)
+    def problem(self, text, paths=None):
+        """Note what stops a training; with `paths` their number and the first few follow, none = no problem.
+        """
+        self.problems += listed(text, paths)
+
+    def warn(self, text, paths=None):
+        """Note what does not stop a training; paths as in problem()."""
+        self.warnings += listed(text, paths)
+
+
+def listed(text, paths):
+    """Return [text] where paths is None, else [their number, text and the first few], [] without any."""
+    if paths is None:
+        return [text]
+    if not paths:
+        return []
+    named = "".join(f"\n      {path}" for path in paths[:SHOWN])
+    more = f"\n      and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return [f"{len(paths)} {text}{named}{more}"]
 
 
 # --- finding the files ------------------------------------------------------------------------------------
@@ -55,14 +70,8 @@ def find_folder_samples(root, report):
     splits = {}
     for split, (images, masks) in find_layout(root).items():
         splits[split], no_mask, no_image = match_files(images, masks)
-        if no_mask:
-            report.add(
-                "problems", f"{split}: {len(no_mask)} images have no mask: add masks or move them", no_mask
-            )
-        if no_image:
-            report.add(
-                "problems", f"{split}: {len(no_image)} masks have no image: add images or move them", no_image
-            )
+        report.problem(f"{split} images have no mask: add masks or move them", no_mask)
+        report.problem(f"{split} masks have no image: add images or move them", no_image)
     return splits
 
 
@@ -80,9 +89,7 @@ def find_samples(name, root, report):
         raise InputError(f"{root} holds no image with a mask of the same name")
     train, val = set(splits.get("train", [])), splits.get("val", [])
     leaks = [sample.image for sample in val if sample in train]
-    if leaks:
-        report.add("problems", f"{len(leaks)} validation images are in the training list too: scores would "
-                   "be too good", leaks)
+    report.problem("validation images are in the training list too: scores would be too good", leaks)
     return splits, source
 
 
@@ -90,8 +97,7 @@ def find_samples(name, root, report):
 def readable(splits, images, masks, report):
     """Return {split: [Sample]} without the samples that cannot be read; those go into the report."""
     broken = [error for facts in (images, masks) for error in facts.values() if isinstance(error, InputError)]
-    if broken:
-        report.add("problems", f"{len(broken)} files cannot be read", broken)
+    report.problem("files cannot be read", broken)
     return {split: [sample for sample in samples if not isinstance(images[sample], InputError)
                     and not isinstance(masks[sample], InputError)] for split, samples in splits.items()}
 
@@ -103,24 +109,18 @@ def check_images(samples, images, masks, report):
         modes.setdefault(images[sample].mode, []).append(sample.image)
     report.facts.append("images: " + ", ".join(f"{len(paths)} {mode}" for mode, paths in modes.items()))
     odd = [path for mode, paths in modes.items() if mode != "RGB" for path in paths]
-    if odd:
-        report.add(
-            "warnings", f"{len(odd)} images are not RGB (greyscale, transparent or 16 bit): read as RGB", odd
-        )
-    turned = [sample.image for sample in samples if images[sample].turned]
-    if turned:
-        report.add(
-            "warnings",
-            f"{len(turned)} images are rotated by EXIF: they are turned upright, masks with them",
-            turned,
-        )
+    report.warn("images are not RGB (greyscale, transparent or 16 bit): read as RGB", odd)
+    turned = [sample for sample in samples if images[sample].orientation != 1]
+    follows = [sample for sample in turned if images[sample].orientation >= 5
+               and images[sample].size != images[sample].size[::-1]]
+    report.warn("images are turned upright by EXIF, and masks of the size as stored with them",
+                [sample.image for sample in follows])
+    report.warn("images are turned upright by EXIF, but their masks stay as stored: look at check.png",
+                [sample.image for sample in turned if sample not in follows])
     differs = [sample.mask for sample in samples
-               if masks[sample].size not in (images[sample].size, images[sample].size[::-1])]
-    if differs:
-        report.add(
-            "warnings", f"{len(differs)} masks differ in size from their image: resized (nearest)", differs
-        )
-    shapes = {shape for sample in samples for shape in [images[sample].size]}
+               if not fits(masks[sample].size, images[sample].size, images[sample].orientation)]
+    report.warn("masks differ in size from their image: resized (nearest)", differs)
+    shapes = {images[sample].size for sample in samples}
     smallest, largest = min(shapes, key=np.prod), max(shapes, key=np.prod)
     report.facts.append(f"sizes: {len(shapes)} different ones, {smallest[0]}x{smallest[1]} to "
                         f"{largest[0]}x{largest[1]}")
@@ -135,11 +135,10 @@ def describe_masks(samples, masks, report):
         values |= set(mask.values.tolist()) if mask.values is not None else set()
     report.facts.append("masks: " + ", ".join(f"{len(paths)} {kind}" for kind, paths in kinds.items()))
     if values:
-        report.facts.append(f"mask values: {ranges(sorted(values))}")
-    lossy = [path for kind, paths in kinds.items() if kind.endswith(("JPEG", "WEBP")) for path in paths]
-    if lossy:
-        report.add("warnings", f"{len(lossy)} masks are JPEG or WebP files, which blur class borders: save "
-                   "masks as PNG", lossy)
+        text = ranges(sorted(values))
+        report.facts.append(f"mask values: {text if len(text) < 200 else text[:200] + ' ...'}")
+    lossy = [path for kind, paths in kinds.items() if kind.endswith("JPEG") for path in paths]
+    report.problem("masks are JPEG files, which blur class borders into other classes: export PNG", lossy)
 
 
 def suggest_classes(root, samples, masks, report):
@@ -152,24 +151,30 @@ def suggest_classes(root, samples, masks, report):
         for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
             pixels[code] = pixels.get(code, 0) + count
             files.setdefault(code, []).append(sample.mask)
-    total = sum(pixels.values())
-    real = [code for code in sorted(pixels) if pixels[code] >= STRAY * total]
-    stray = [code for code in sorted(pixels) if pixels[code] < STRAY * total]
-    if len(real) < 2 or len(pixels) > MOST_CLASSES:
+    if len(pixels) < 2:
+        report.hints.append("all masks hold one single value: there is nothing to learn, export them again")
+        return
+    if len(pixels) > MOST_CLASSES:
         report.hints.append(
             f"the masks hold {len(pixels)} different {'colours' if painted else 'values'}: "
             "they are not class masks, or were blurred by a lossy format; export them again as PNG"
         )
         return
+    total, few = sum(pixels.values()), max(1, len(samples) // 20)
     shown = {
         code: f"({code >> 16}, {code >> 8 & 255}, {code & 255})" if painted else str(code) for code in pixels
     }
+    stray = [code for code in sorted(pixels)
+             if pixels[code] < STRAY * total and len(files[code]) <= few and len(pixels) > 2]
     for code in stray:
-        report.add("warnings", f"{'colour' if painted else 'value'} {shown[code]} is rare ({pixels[code]} "
-                   f"pixels in {len(files[code])} files): an accident?", files[code])
-    lines = []
-    for code in [*real, *stray]:
-        name = "ignore" if code in stray or (code == IGNORE and len(real) > 2) else f"class {len(lines)}"
+        report.warn(f"masks hold the {'colour' if painted else 'value'} {shown[code]}, {pixels[code]} "
+                    "pixels in all: an accident?", files[code])
+    kept = [code for code in sorted(pixels) if code not in stray]
+    void = IGNORE if not painted and len(kept) > 2 else None
+    lines, number = [], 0
+    for code in [*kept, *stray]:
+        name = "ignore" if code in stray or code == void else f"class {number}"
+        number += name != "ignore"
         lines.append(f"{name} {code >> 16} {code >> 8 & 255} {code & 255}" if painted else f"{name} = {code}")
     report.hints.append(
         f"write this to {root / 'classes.txt'}, with names of your own (equal names are one class):\n"
@@ -184,7 +189,7 @@ def decode(name, root, source, samples, masks, report):
         try:
             classes, table, notes = decode_masks(root, samples, facts)
         except InputError as error:
-            report.add("problems", str(error))
+            report.problem(str(error))
             suggest_classes(root, samples, masks, report)
             return None, None
         report.facts += notes
@@ -199,8 +204,7 @@ def decode(name, root, source, samples, masks, report):
     else:
         outside = source.table[mask.values] == OUTSIDE
         text = outside_message(sample.mask, mask.values[outside], mask.counts[outside], source.table)
-    report.add("problems", f"{len(wrong)} masks hold values that are no class: {text}",
-               [sample.mask for sample, _ in wrong])
+    report.problem(f"masks hold values that are no class: {text}", [sample.mask for sample, _ in wrong])
     return None, None
 
 
@@ -211,16 +215,14 @@ def check_classes(splits, pixels, classes, report):
     for split, samples in parts.items():
         counts = np.stack([pixels[sample] for sample in samples])
         missing = [name for id, (name, _) in enumerate(classes) if not counts[:, id].any()]
-        if missing:
-            report.add("warnings", f"no pixel of {', '.join(missing)} in {split}")
+        if len(missing) == len(classes):
+            report.problem(f"the masks of {split} hold nothing but ignored pixels: there is nothing to learn")
+        elif missing:
+            report.warn(f"no pixel of {', '.join(missing)} in {split}")
         nothing = [sample.mask for sample, row in zip(samples, counts, strict=True) if not row.any()]
-        if nothing:
-            report.add(
-                "warnings", f"{len(nothing)} masks of {split} hold nothing but ignored pixels", nothing
-            )
+        report.warn(f"masks of {split} hold nothing but ignored pixels", nothing)
         single = [sample.mask for sample, row in zip(samples, counts, strict=True) if (row > 0).sum() == 1]
-        if single:
-            report.add("warnings", f"{len(single)} masks of {split} hold a single class (empty?)", single)
+        report.warn(f"masks of {split} hold a single class (empty?)", single)
 
 
 def check_duplicates(splits, images, report):
@@ -229,12 +231,7 @@ def check_duplicates(splits, images, report):
     digests = {images[sample].digest: sample.image for sample in train}
     same = [f"{sample.image} = {digests[images[sample].digest]}" for sample in val
             if digests.get(images[sample].digest, sample.image) != sample.image]
-    if same:
-        report.add(
-            "problems",
-            f"{len(same)} validation images are copies of training images: remove one of each",
-            same,
-        )
+    report.problem("validation images are copies of training images: remove one of each", same)
     if not train or not val:
         return
     looks = np.stack([images[sample].look for sample in train])  # (N, 4)
@@ -245,12 +242,7 @@ def check_duplicates(splits, images, report):
         copy = images[sample].digest == images[train[closest]].digest
         if distance[closest] <= ALIKE and not copy and images[sample].look.any():
             near.append(f"{sample.image} ~ {train[closest].image}")
-    if near:
-        report.add(
-            "warnings",
-            f"{len(near)} validation images look like training images (neighbouring frames?)",
-            near,
-        )
+    report.warn("validation images look like training images (neighbouring frames?)", near)
 
 
 # --- output -----------------------------------------------------------------------------------------------
@@ -264,7 +256,7 @@ def draw(samples, classes, table, pixels, path):
     chosen = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int)
     for place, index in enumerate(chosen.tolist()):
         image = read_image(samples[index].image).permute(1, 2, 0).numpy()
-        mask = read_mask(samples[index].mask, table)
+        mask = rotate_like(read_mask(samples[index].mask, table), samples[index].image)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[place // columns, place % columns])
         axes.imshow(utils.overlay(image, mask, colours, 0.6, utils.background_id(classes)))
@@ -332,8 +324,9 @@ def main():
         if classes:
             scans = [(stored(masks[sample], table), masks[sample].counts) for sample in samples]
             pixels = dict(zip(samples, class_pixels(scans, table, len(classes)), strict=True))
-            if "val" not in splits:
-                splits = split_samples(samples, np.stack(list(pixels.values())), 0.2)
+            if "val" not in splits and len(splits["train"]) > 1:
+                train = splits["train"]
+                splits.update(split_samples(train, np.stack([pixels[sample] for sample in train]), 0.2))
             check_classes(splits, pixels, classes, report)
             utils.make_folder(args.out_dir)
             draw(samples, classes, table, pixels, Path(args.out_dir) / "check.png")

@@ -288,18 +288,22 @@ DATASETS = {"streets": streets, "voc": voc, "camvid": camvid, "aeroscapes": aero
 def quick_check(source, count=8):
     """Read a few masks of every part, evenly spread. Raises InputError where no training could come of them.
 
-    check_data.py reads all of them and says more.
+    Reads on where those few hold no class, as a part of a sparsely labelled set may; check_data.py says more.
     """
     for split, samples in source.splits.items():
-        chosen = samples[::max(1, len(samples) // count)][:count]
-        if chosen and not any((read_mask(sample.mask, source.table) != IGNORE).any() for sample in chosen):
-            raise InputError(f"{len(chosen)} masks of {split}, such as {chosen[0].mask}, hold nothing but "
-                             "ignored pixels: there is nothing to learn; python check_data.py says more")
+        spread = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int).tolist()
+        labelled = [(read_mask(samples[index].mask, source.table) != IGNORE).any() for index in spread]
+        if samples and not any(labelled) and not any(
+                (read_mask(sample.mask, source.table) != IGNORE).any() for sample in samples):
+            raise InputError(
+                f"the masks of {split}, such as {samples[0].mask}, hold nothing but ignored pixels: "
+                "there is nothing to learn; python check_data.py says more"
+            )
 
 
 def without_leaks(source):
-    """Return a DataSource whose training part holds no validation image, with a note where it did."""
-    val = set(source.splits["val"])
+    """Return a DataSource that trains on no validation or test image, with a note where it did."""
+    val = {*source.splits["val"], *source.splits.get("test", [])}
     kept = [sample for sample in source.splits["train"] if sample not in val]
     leaks = len(source.splits["train"]) - len(kept)
     if not leaks:
@@ -309,14 +313,13 @@ def without_leaks(source):
 
 
 def split_anew(source, val_fraction, cache_dir):
-    """Return a DataSource with all images pooled and split anew, stratified; its notes say how it came out.
-    """
-    samples = sorted({sample for part in source.splits.values() for sample in part})
+    """Return a DataSource with training and validation images pooled and split anew, stratified."""
+    samples = sorted({*source.splits["train"], *source.splits["val"]})
     pixels = count_pixels(samples, source.table, len(source.classes), cache_dir)
     splits = split_samples(samples, pixels, val_fraction)
     notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate (stratified)",
              *share_table(dict(zip(samples, pixels, strict=True)), splits, source.classes)]
-    return dataclasses.replace(source, splits=splits, notes=source.notes + notes)
+    return dataclasses.replace(source, splits={**source.splits, **splits}, notes=source.notes + notes)
 
 
 def without_background(source):

@@ -3,6 +3,7 @@
 Functions here take models, tensors and numbers, never the config. train.py calls train_one_epoch and
 evaluate; the inference scripts call predict, which is the same code that validation scores.
 """
+import itertools
 import math
 import time
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from utils import Precision, pick_device
 MAX_GRAD_NORM = 1.0
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
 CHUNK = 1 << 25  # logits that are upsampled at a time, 128 MB
+LARGE = 1 << 28  # probabilities that are summed at full size, 1 GB
 MOMENTUM = 0.937  # of sgd
 WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
 LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wait
@@ -217,8 +219,9 @@ def slide_logits(model, images, window, stride, batch_size):
     places = [(top, left) for top in window_starts(height, high, stride[0])
               for left in window_starts(width, wide, stride[1])]
     total = count = None
-    for start in range(0, len(places), batch_size):
-        part = places[start:start + batch_size]
+    step = max(1, batch_size // len(images))
+    for start in range(0, len(places), step):
+        part = places[start:start + step]
         crops = torch.stack([images[..., top:top + high, left:left + wide] for top, left in part])
         logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, h, w)
         if total is None:
@@ -227,17 +230,17 @@ def slide_logits(model, images, window, stride, batch_size):
         for (top, left), one in zip(part, logits, strict=True):
             total[..., top:top + high, left:left + wide] += one
             count[top:top + high, left:left + wide] += 1
-    return total / count
+    return total.div_(count)
 
 
 @torch.inference_mode()
 def views_of(model, images, protocol, precision, batch_size=8):
-    """Return the logits of every view of `images` (B, 3, H, W) uint8: a list of (B, K, h, w), none mirrored.
+    """Yield the logits of every view of `images` (B, 3, H, W) uint8: (B, K, h, w), none mirrored.
 
-    model in eval mode; batch_size windows go through it at a time.
+    model in eval mode; about batch_size windows go through it at a time. One view is alive at a time, unless
+    the caller keeps them.
     """
     images = images.to(next(model.parameters()).device, non_blocking=True)
-    views = []
     for size in protocol.sizes(*images.shape[-2:]):
         resized = resize_image(images, size)
         for mirrored in (False, True)[:1 + protocol.flip]:
@@ -247,8 +250,7 @@ def views_of(model, images, protocol, precision, batch_size=8):
                     logits = slide_logits(model, seen, protocol.window, protocol.stride, batch_size)
                 else:
                     logits = model(seen)
-            views.append(logits.flip(-1) if mirrored else logits)
-    return views
+            yield logits.flip(-1) if mirrored else logits
 
 
 def upsample_rows(logits, size, top, bottom):
@@ -263,26 +265,64 @@ def upsample_rows(logits, size, top, bottom):
     return F.interpolate(rows[None], size=(bottom - top, size[1]), mode="bilinear")[0]
 
 
-def class_map(views, size):
-    """Return class ids (H, W) uint8 from the views of one image, a list of logits (K, h, w) of any sizes.
-
-    The logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K.
-    """
-    rows = max(1, CHUNK // (len(views[0]) * size[1]))
-    pred = torch.empty(tuple(size), dtype=torch.uint8, device=views[0].device)
+def row_blocks(classes, size):
+    """Yield (top, bottom) of blocks of rows of which `classes` x rows x width values stay below CHUNK."""
+    rows = max(1, CHUNK // (classes * size[1]))
     for top in range(0, size[0], rows):
-        bottom = min(top + rows, size[0])
-        parts = [upsample_rows(view.float(), size, top, bottom) for view in views]
-        total = parts[0] if len(parts) == 1 else sum(part.softmax(0) for part in parts)
-        # max().indices is several times faster than argmax on the CPU, and equal to it
-        pred[top:bottom] = total.max(0).indices.to(torch.uint8)
-    return pred
+        yield top, min(top + rows, size[0])
 
 
+def class_map(views, size):
+    """Return class ids (H, W) uint8 from the views of one image, an iterable of logits (K, h, w) of any size.
+
+    Logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K. Several
+    views are summed as probabilities at H x W where that stays below LARGE, else all of them are kept.
+    """
+    views = iter(views)
+    first, second = next(views), next(views, None)
+    pred = torch.empty(tuple(size), dtype=torch.uint8, device=first.device)
+    views = [first] if second is None else itertools.chain([first, second], views)
+    large = len(first) * size[0] * size[1] > LARGE
+    if second is None or large:
+        views = list(views)
+        for top, bottom in row_blocks(len(first), size):
+            parts = [upsample_rows(view.float(), size, top, bottom) for view in views]
+            total = parts[0] if len(parts) == 1 else sum(part.softmax(0) for part in parts)
+            # max().indices is several times faster than argmax on the CPU, and equal to it
+            pred[top:bottom] = total.max(0).indices.to(torch.uint8)
+        return pred
+    total = torch.zeros(len(first), *size, device=first.device)
+    del first, second
+    for view in views:
+        for top, bottom in row_blocks(len(total), size):
+            total[:, top:bottom] += upsample_rows(view.float(), size, top, bottom).softmax(0)
+    return total.max(0).indices.to(torch.uint8)
+
+
+def class_maps(views, sizes):
+    """Return the class ids of a batch, a list of (H, W) uint8, from an iterable of views (B, K, h, w)."""
+    if len(sizes) == 1:  # the views of a single image need not be kept
+        return [class_map((view[0] for view in views), sizes[0])]
+    views = list(views)
+    return [class_map([view[index] for view in views], size) for index, size in enumerate(sizes)]
+
+
+@torch.inference_mode()
 def predict(model, images, protocol, precision, batch_size=8):
     """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the model's device."""
     views = views_of(model, images, protocol, precision, batch_size)
-    return torch.stack([class_map(list(one), images.shape[-2:]) for one in zip(*views, strict=True)])
+    return torch.stack(class_maps(views, [images.shape[-2:]] * len(images)))
+
+
+def override(own, asked, imgsz, kind, tta):
+    """Return the Protocol `own` with those parts of `asked` that the flags imgsz, kind and tta name."""
+    if imgsz:
+        own = own._replace(window=asked.window, stride=make_protocol("slide", "", asked.window).stride)
+    if kind == "whole":
+        own = own._replace(slide=False, stride=())
+    if tta:
+        own = own._replace(scales=asked.scales, flip=asked.flip)
+    return own
 
 
 class Predictor:
@@ -299,8 +339,9 @@ class Predictor:
         model, checkpoint = load_model(path)
         self.model, self.checkpoint = model.to(self.device), checkpoint
         self.classes = checkpoint["classes"]
-        own = None if imgsz or kind or tta else checkpoint.get("protocol")  # of an official head
-        self.protocol = Protocol(**own) if own else make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
+        self.protocol = make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
+        if "protocol" in checkpoint:  # an official head has its own; what was given replaces its part
+            self.protocol = override(Protocol(**checkpoint["protocol"]), self.protocol, imgsz, kind, tta)
 
     def __call__(self, images):
         return predict(self.model, images, self.protocol, self.precision).cpu().numpy()

@@ -50,7 +50,8 @@ def parse_args(argv=None):
         "--dataset", choices=DATASETS, help="data set (default: the one the model was trained on)"
     )
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds it (default: as in training)")
-    parser.add_argument("--split", choices=["train", "val"], default="val", help="part of it (default: val)")
+    parser.add_argument("--split", choices=["train", "val", "test", "all"], default="val",
+                        help="part of it (default: val)")
     parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
                         help="size the network runs at, with slide the window (default: as trained)")
     utils.add_protocol_flags(parser)
@@ -87,6 +88,17 @@ def open_data(args, checkpoint):
     return data
 
 
+def samples_of(data, split):
+    """Return the samples of a split, or of all together. Raises InputError where there are none."""
+    samples = data.splits.get(split, [])
+    if split == "all":
+        samples = list(dict.fromkeys(sample for part in data.splits.values() for sample in part))
+    if not samples:
+        known = ", ".join(f"{len(part)} {name}" for name, part in data.splits.items())
+        raise InputError(f"--split {split}: {data.name} has no such images; it has {known}")
+    return samples
+
+
 def batches_of(samples, table, protocol, batch_size):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
     whole = not protocol.slide and protocol.scales == (1.0,)
@@ -105,8 +117,9 @@ def score(model, loader, protocol, precision, batch_size):
     bar = tqdm(total=len(loader.dataset), desc="evaluating", unit="image", leave=False, disable=None)
     for images, masks, names in loader:
         views = engine.views_of(model, images, protocol, precision, batch_size)
-        for one, mask, name in zip(zip(*views, strict=True), masks, names, strict=True):
-            pred = engine.class_map(list(one), mask.shape)
+        with torch.inference_mode():
+            preds = engine.class_maps(views, [mask.shape for mask in masks])
+        for pred, mask, name in zip(preds, masks, names, strict=True):
             matrix = ConfusionMatrix(classes, device)
             matrix.update(pred, mask.to(device))
             total.merge(matrix)
@@ -169,12 +182,12 @@ def file_hash(model, path):
     return digest.hexdigest()[:16]
 
 
-def describe(args, data, protocol, precision, checkpoint, model):
+def describe(args, data, samples, protocol, precision, model):
     """Return the protocol as a dict of plain values: all that a score depends on."""
     return dict(
         dataset=data.name,
         split=args.split,
-        images=len(data.splits[args.split]),
+        images=len(samples),
         classes=len(data.classes),
         ignore=IGNORE,
         views=str(protocol),
@@ -193,6 +206,10 @@ def describe(args, data, protocol, precision, checkpoint, model):
 
 
 # --- output -----------------------------------------------------------------------------------------------
+SHOWN_OF_PROTOCOL = ("dataset", "split", "images", "classes", "ignore", "views", "precision", "scored",
+                     "boundary_tolerance", "weights_sha256")
+
+
 def protocol_line(protocol):
     """Return the protocol dict as one line."""
     return (
@@ -256,12 +273,12 @@ def panels_of(index, dataset, predictor):
             ("errors", error_map(pixels, truth, pred))]
 
 
-def make_report(result, data, split, predictor, out_dir, run_dir):
+def make_report(result, data, samples, predictor, out_dir, run_dir):
     """Return the HTML page: the worst images and the most confused pairs are predicted once more to show
     them.
     """
     records, names = result["records"], [name for name, _ in data.classes]
-    dataset = SegmentationDataset(data.splits[split], data.table, ())
+    dataset = SegmentationDataset(samples, data.table, ())
     mious = miou_of_counts(counts_of(records, len(names)))
     order = np.argsort(np.where(np.isnan(mious), np.inf, mious), kind="stable")[:WORST].tolist()
     worst = [(f"{records[index]['name']}: mIoU {mious[index]:.4f}", panels_of(index, dataset, predictor))
@@ -287,7 +304,10 @@ def read_metrics(path):
     """Return the content of a metrics.json. Raises InputError."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = {"protocol", "records", "per_class"} - result.keys()
+        missing = {"protocol", "records", "per_class", "miou"} - result.keys()
+        missing |= {*SHOWN_OF_PROTOCOL} - result.get("protocol", {}).keys()
+        if not missing and (not result["records"] or result["miou"] is None):
+            missing = {"image that counts"}
     except OSError as error:
         raise InputError(f"--compare {path}: {error.strerror}") from None
     except (ValueError, AttributeError) as error:
@@ -333,11 +353,14 @@ def main():
     predictor = engine.Predictor(args.model, device, args.imgsz, args.protocol, args.tta)
     model, protocol, precision = predictor.model, predictor.protocol, predictor.precision
     data = open_data(args, predictor.checkpoint)
+    samples = samples_of(data, args.split)
     out_dir = Path(args.out_dir) / "evaluation"
     utils.make_folder(out_dir)
-    described = describe(args, data, protocol, precision, predictor.checkpoint, model)
+    described = describe(args, data, samples, protocol, precision, model)
+    for note in data.notes:
+        print(f"  {note}")
     print(protocol_line(described), flush=True)
-    loader = batches_of(data.splits[args.split], data.table, protocol, args.batch_size)
+    loader = batches_of(samples, data.table, protocol, args.batch_size)
     total, records = score(model, loader, protocol, precision, args.batch_size)
     scores = summarise(total, records, data.classes)
     print_scores(scores)
@@ -345,7 +368,7 @@ def main():
     write_results(out_dir, result, total, data.classes)
     print(f"written: {out_dir / 'metrics.json'}, per_class.csv, per_class_iou.png, confusion_matrix.png")
     if args.report:
-        page = make_report(result, data, args.split, predictor, out_dir, Path(args.model).parent)
+        page = make_report(result, data, samples, predictor, out_dir, Path(args.model).parent)
         utils.write_atomically(out_dir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
         print(f"report: {out_dir / 'report.html'} ({len(page) / 1e6:.1f} MB)")
 

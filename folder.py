@@ -11,9 +11,19 @@ from typing import NamedTuple
 import numpy as np
 
 from config import IGNORE, InputError, spare_colour
-from readers import (OUTSIDE, DataSource, index_table, open_image, outside_message, pack_colour, pair_files,
-                     ranges, value_table)
-from scan import in_parallel, scan_mask
+from readers import (
+    EXIF_ORIENTATION,
+    OUTSIDE,
+    DataSource,
+    index_table,
+    open_image,
+    outside_message,
+    pack_colour,
+    pair_files,
+    ranges,
+    value_table,
+)
+from scan import fits, in_parallel, scan_mask
 from stratify import share_table, split_samples
 
 # (images, masks) of one split, tried in this order; names match in any case, `|` separates spellings.
@@ -22,7 +32,8 @@ LAYOUTS = [
     ("{split}/images|{split}/imgs|{split}/img", "{split}/masks|{split}/labels|{split}/annotations"),
     ("images/{split}|imgs/{split}|img/{split}", "masks/{split}|labels/{split}|annotations/{split}"),
 ]
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
+               "test": ("test", "testing")}
 UNSPLIT = ("images|imgs|img|JPEGImages", "masks|labels|annotations|SegmentationClass")
 MOST_CLASSES = 250
 
@@ -50,11 +61,16 @@ def folder(root, val_fraction=0.2, class_names=()):
         notes.append(f"{different} of {len(samples)} masks differ in size from their image: resized "
                      "(nearest) to it")
     if "val" not in splits:
-        pixels = class_pixels([(stored(mask, table), mask.counts) for mask in masks], table, len(classes))
-        splits = split_samples(samples, pixels, val_fraction)
-        notes.append(f"no validation folder: {len(splits['val'])} of {len(samples)} images validate "
-                     "(stratified)")
-        notes += share_table(dict(zip(samples, pixels, strict=True)), splits, classes)
+        train = splits["train"]
+        facts = dict(zip(samples, masks, strict=True))
+        scans = [(stored(facts[sample], table), facts[sample].counts) for sample in train]
+        pixels = class_pixels(scans, table, len(classes))
+        parts = split_samples(train, pixels, val_fraction)
+        notes.append(
+            f"no validation folder: {len(parts['val'])} of {len(train)} images validate (stratified)"
+        )
+        notes += share_table(dict(zip(train, pixels, strict=True)), parts, classes)
+        splits.update(parts)
     return DataSource("folder", classes, splits, table, notes)
 
 
@@ -62,7 +78,8 @@ def scan_pair(sample):
     """Return (MaskFacts of the mask, whether its size differs from the image's). Raises InputError."""
     mask = scan_mask(sample.mask)
     with open_image(sample.image) as image:
-        return mask, mask.size not in (image.size, image.size[::-1])
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        return mask, not fits(mask.size, image.size[::-1], orientation)
 
 
 def stored(mask, table):
@@ -115,7 +132,7 @@ def find_folder(root, spellings, split=""):
 
 
 def find_layout(root):
-    """Return {"train": (image folder, mask folder), "val": ...}; "val" only where there is one.
+    """Return {"train": (image folder, mask folder), "val": ..., "test": ...}; those that are there.
 
     Raises InputError that lists the layouts where none fits.
     """
@@ -144,7 +161,7 @@ def read_classes(path):
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B`, a class a line") from None
     entries = []
-    for number, words in enumerate(map(str.split, lines), 1):
+    for number, words in enumerate((line.replace("=", " = ").split() for line in lines), 1):
         if not words or words[0].startswith("#"):
             continue
         colour, values = None, [None]
@@ -184,7 +201,7 @@ def is_painted(mask, listed):
     RGB masks are, unless they are grey in values that are not listed. Palette masks are where their colours
     are listed, but stand for other entries of the list than their indices do.
     """
-    if mask.colours is None:
+    if mask.mode not in ("RGB", "RGBA", "CMYK", "YCbCr", "P", "PA"):
         return False
     codes = [pack_colour(*entry.colour) for entry in listed]
     all_listed = bool(np.isin(mask.colours, codes).all())
@@ -242,7 +259,7 @@ def with_colours(classes):
 
 
 def class_pixels(scans, table, num_classes):
-    """Return (N, K) pixel counts of every class in every mask, from the scans of scan_masks."""
+    """Return (N, K) pixel counts of every class in every mask, from (values or colours, counts) of each."""
     pixels = np.zeros((len(scans), num_classes), np.int64)
     for row, (values, counts) in zip(pixels, scans, strict=True):
         ids = table[values]

@@ -101,18 +101,20 @@ class ConfusionMatrix:
 def boundary_f1(pred, truth, num_classes):
     """Return the boundary F1 of one image, (K,) float64; NaN for a class in neither pred nor truth.
 
-    pred, truth: (H, W) uint8 class ids, truth with 255 = ignore. A boundary pixel of a class touches (4
-    neighbours) a pixel of another class that is not ignored. Precision is the share of predicted boundary
-    pixels within BOUNDARY_TOLERANCE of a true one, recall the reverse. Csurka et al., What is a good
-    evaluation measure for semantic segmentation?, BMVC 2013.
+    pred, truth: (H, W) uint8 class ids, truth with 255 = ignore. A class that is in one of them only scores
+    0. A boundary pixel of a class touches (4 neighbours) a pixel of another class that is not ignored.
+    Precision is the share of predicted boundary pixels within BOUNDARY_TOLERANCE of a true one, recall the
+    reverse. Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013.
     """
     pred = np.where(truth == IGNORE, IGNORE, pred).astype(np.uint8)
     edges = boundary_pixels(pred), boundary_pixels(truth)
     radius = max(1.0, BOUNDARY_TOLERANCE * math.hypot(*truth.shape))
     scores = np.full(num_classes, np.nan)
     for id in np.union1d(np.unique(pred), np.unique(truth)).tolist():
+        found, wanted = pred == id, truth == id
         if id < num_classes:
-            scores[id] = class_boundary_f1((pred == id) & edges[0], (truth == id) & edges[1], radius)
+            both = found.any() and wanted.any()
+            scores[id] = class_boundary_f1(found & edges[0], wanted & edges[1], radius) if both else 0.0
     return scores
 
 
@@ -161,12 +163,14 @@ def miou_of_counts(counts):
 
 def resampled_mious(counts, samples, seed):
     """Return the mIoU of `samples` sets of images drawn with replacement: counts (N, 3, K) -> (samples,)."""
-    images = len(counts)
-    times = np.random.default_rng(seed).multinomial(
-        images, np.full(images, 1 / images), size=samples
-    )  # (S, N)
+    images, generator = len(counts), np.random.default_rng(seed)
     flat = np.asarray(counts, np.float64).reshape(images, -1)
-    return miou_of_counts((times.astype(np.float64) @ flat).reshape(samples, *np.shape(counts)[1:]))
+    parts = []
+    for start in range(0, samples, 100):  # 100 at a time: memory must not grow with samples x images
+        size = min(100, samples - start)
+        times = generator.multinomial(images, np.full(images, 1 / images), size=size)  # (size, N)
+        parts.append(miou_of_counts((times.astype(np.float64) @ flat).reshape(size, *np.shape(counts)[1:])))
+    return np.concatenate(parts)
 
 
 def bootstrap_interval(counts, samples=2000, seed=0):

@@ -47,19 +47,25 @@ class Segmenter(nn.Module):
     def __init__(self, backbone, head, spec, normalize="auto"):
         super().__init__()
         self.backbone, self.head, self.spec = backbone, head, spec
-        self.num_classes = spec["num_classes"]
+        self.num_classes, self.crops = spec["num_classes"], True
         mean, std = backbone.normalisation if normalize == "auto" else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
     def forward(self, images):
-        """(B, 3, H, W) uint8 RGB of any H, W -> (B, K, H, W) float32 logits."""
+        """(B, 3, H, W) uint8 RGB of any H, W -> (B, K, H, W) float32 logits.
+
+        The logits of the padded image are cropped back; without `crops` they are resized onto the image, as
+        mmsegmentation did when the official heads were trained.
+        """
         height, width = images.shape[-2:]
         images = (images.float() - self.mean) / self.std
         images, top, left = pad_to_multiple(images, self.backbone.patch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_backbone()):
             maps = self.backbone.features(images)  # n x (B, D, h, w)
         logits = self.head(maps, images.shape[-2:]).float()  # (B, K, h, w)
+        if not self.crops:
+            return F.interpolate(logits, size=(height, width), mode="bilinear")
         if logits.shape[-2:] != images.shape[-2:]:
             logits = F.interpolate(logits, size=images.shape[-2:], mode="bilinear")  # (B, K, padded H, W)
         return logits[..., top:top + height, left:left + width]
@@ -164,12 +170,13 @@ def load_official(name):
     """
     backbone, dataset, kind = OFFICIAL_NAME.fullmatch(name).groups()
     classes = CLASSES[{"voc2012": "voc"}.get(dataset, dataset)]
-    state = published_weights(OFFICIAL_URL.format(backbone=backbone, name=name))
+    state = published_weights(OFFICIAL_URL.format(backbone=backbone, name=name), instead="")
     prefix = "decode_head."
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     layers = (-1,) if kind == "linear" else ()  # the last block, or the last four
     model = build_model(backbone, "bn", len(classes), layers, weights="auto")
     load_strictly(model.head, state, f"{name}_head.pth")
+    model.crops = False
     window = (512, 512) if kind == "linear" else (640, 640)
     checkpoint = pack_checkpoint(model, classes, window, protocol=OFFICIAL_PROTOCOLS[kind])
     return model.requires_grad_(False).eval(), checkpoint

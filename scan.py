@@ -17,13 +17,15 @@ from config import InputError
 from readers import DECODE_ERRORS, EXIF_ORIENTATION, open_image, pack_colour
 
 LOOK = 16  # side of the difference hash: 16 x 16 bits
+MOST_VALUES = 4096  # distinct values in a mask; more is a photo or was blurred
 
 
 class MaskFacts(NamedTuple):
     """What a mask file holds. size: (H, W); mode, kind: as PIL names the pixels and the file.
 
     values: (n,) int64, the distinct stored values, None where it is painted in colours; colours: (n,) int64,
-    the same as 24-bit codes, None where the file has no colours; counts: (n,) int64, pixels of each.
+    the same as 24-bit codes, grey for 8-bit masks without colours, None for deeper ones; counts: (n,) int64,
+    pixels of each.
     """
 
     size: tuple
@@ -35,16 +37,23 @@ class MaskFacts(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What an image file holds. size: (H, W) as stored; turned: EXIF asks for a rotation.
+    """What an image file holds. size: (H, W) as stored; orientation: of EXIF, 1 = upright.
 
     digest: of its bytes; look: (4,) uint64, its difference hash, close for images that look alike.
     """
 
     size: tuple
     mode: str
-    turned: bool
+    orientation: int
     digest: bytes
     look: np.ndarray
+
+
+def fits(mask_size, image_size, orientation):
+    """Return whether a mask (H, W) lies pixel on pixel over an image stored as (H, W) with that orientation.
+    """
+    turned = image_size[::-1] if orientation >= 5 else image_size  # 5 to 8 turn by 90 degrees
+    return mask_size in (image_size, turned)
 
 
 def distinct(codes):
@@ -57,7 +66,16 @@ def distinct(codes):
 
 
 def scan_mask(path):
-    """Return the MaskFacts of a file. Raises InputError where it is damaged or holds no whole numbers."""
+    """Return the MaskFacts of a file. Raises InputError where it is damaged or no class mask at all."""
+    facts = read_mask_facts(path)
+    if len(facts.counts) > MOST_VALUES:
+        raise InputError(f"{path} holds {len(facts.counts)} different values: it is no class mask, or a "
+                         "lossy format blurred it; export it again as PNG")
+    return facts
+
+
+def read_mask_facts(path):
+    """Return the MaskFacts of a file, whatever it holds. Raises InputError where it is damaged."""
     with open_image(path) as mask:
         mode, kind = mask.mode, mask.format
         try:
@@ -75,7 +93,7 @@ def scan_mask(path):
     if pixels.dtype.kind not in "biu" or pixels.min() < 0 or pixels.max() > 65535:
         raise InputError(f"{path} does not hold whole numbers 0..65535: save masks as 8- or 16-bit PNG")
     values, counts = distinct(pixels.astype(np.int32))
-    colours = None
+    colours = values * 0x010101 if values.max() < 256 else None
     if palette is not None:
         padded = np.vstack([palette, np.zeros((256, 3), np.int64)]).astype(np.int64)
         colours = pack_colour(*padded[values].T)
@@ -91,14 +109,14 @@ def scan_image(path):
     try:
         with Image.open(io.BytesIO(content)) as image:
             size, mode = image.size[::-1], image.mode
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
             image.draft("L", (4 * LOOK, 4 * LOOK))
             small = np.asarray(image.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
     except DECODE_ERRORS as error:
         raise InputError(f"{path} is damaged or no image ({error}): repair or remove the file") from None
     bits = small[:, 1:] > small[:, :-1]  # (LOOK, LOOK)
     look = np.packbits(bits).view(np.uint64)
-    return ImageFacts(size, mode, turned, hashlib.blake2b(content, digest_size=16).digest(), look)
+    return ImageFacts(size, mode, orientation, hashlib.blake2b(content, digest_size=16).digest(), look)
 
 
 def in_parallel(function, items, title):

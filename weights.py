@@ -10,11 +10,13 @@ import torch
 
 from config import InputError
 
+INSTEAD = ", or name a file with --weights FILE, or start from random weights with --weights none"
 
-def published_weights(url):
+
+def published_weights(url, instead=INSTEAD):
     """Return the state dict behind a public URL: from torch.hub's cache, else downloaded into it.
 
-    Raises InputError that says which file to put where.
+    Raises InputError that says which file to put where, and what one may do `instead`.
     """
     place = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if place.is_file():
@@ -25,8 +27,30 @@ def published_weights(url):
         return read_weights(place)
     except OSError as error:
         raise InputError(f"the pretrained weights could not be downloaded ({error}): put {url} into "
-                         f"{place.parent}, or name the file with --weights FILE, or start from random "
-                         "weights with --weights none") from None
+                         f"{place.parent}{instead}") from None
+
+
+def hugging_face_weights(repo):
+    """Return the state dict of a model on the Hugging Face hub: from its cache, else downloaded into it.
+
+    Raises InputError that says which file to download.
+    """
+    from huggingface_hub import hf_hub_download, logging, try_to_load_from_cache
+    logging.set_verbosity(logging.CRITICAL)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = try_to_load_from_cache(repo, name)
+        if isinstance(path, str):
+            return read_weights(path)
+    try:
+        return read_weights(hf_hub_download(repo, "pytorch_model.bin"))
+    except InputError:
+        raise
+    except Exception as error:  # the hub client raises its own types, which differ between versions
+        raise InputError(
+            f"the pretrained weights of {repo} are not in the Hugging Face cache and could not be "
+            f"downloaded ({type(error).__name__}): download https://huggingface.co/{repo}/resolve/"
+            f"main/pytorch_model.bin{INSTEAD}"
+        ) from None
 
 
 def read_weights(path):

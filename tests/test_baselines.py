@@ -177,7 +177,8 @@ def test_segformer_weights_come_from_the_hugging_face_cache(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     missing, misfit = done.stdout.splitlines()
-    assert missing.startswith("the weights nvidia/mit-b1 are neither in the Hugging Face cache nor download")
+    assert missing.startswith("the pretrained weights of nvidia/mit-b1 are not in the Hugging Face cache")
+    assert "https://huggingface.co/nvidia/mit-b1/resolve/main/pytorch_model.bin" in missing
     assert "does not fit segformer_b1" in misfit and json.loads((snapshot / "config.json").read_text())
 
 

@@ -2,10 +2,12 @@
 
 import json
 
-from conftest import write_folder
+import torch
+from conftest import tiny, write_folder
 
 import benchmark
 import train
+from model import pack_checkpoint
 
 
 def test_evaluate_compares_equal_scores(tmp_path, run):
@@ -25,6 +27,12 @@ def test_unknown_modes_and_models_exit_with_2(tmp_path, run):
     assert run(benchmark, "everything")[0] == 2
     code, _, err = run(benchmark, "evaluate", "--model", tmp_path / "gone.pth")
     assert code == 2 and "gone.pth does not exist" in err
+    torch.save(
+        pack_checkpoint(tiny(num_classes=2), [("a", (0, 0, 0)), ("b", (1, 1, 1))], (28, 28)),
+        tmp_path / "m.pth",
+    )
+    code, _, err = run(benchmark, "evaluate", "--model", tmp_path / "m.pth")
+    assert code == 2 and "does not say what it was trained on" in err
 
 
 def test_turns_are_taken_and_the_median_counts(monkeypatch):

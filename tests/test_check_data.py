@@ -11,7 +11,9 @@ from PIL import Image
 from test_scan import painted, photo
 
 import check_data
+import datasets
 from datasets import load_data
+from readers import read_mask
 
 
 def check(run, root, out, *flags):
@@ -50,8 +52,8 @@ def test_unpaired_files_are_all_counted_and_named(tmp_path, run):
     (root / "images/05.png").unlink()
     code, text = check(run, root, tmp_path)
     assert code == 1 and "verdict: not ready, 2 problem(s)" in text
-    assert re.search(r"1 images have no mask.*\n.*images/03.png", text)
-    assert re.search(r"1 masks have no image.*\n.*masks/05.png", text)
+    assert re.search(r"1 train images have no mask.*\n.*images/03.png", text)
+    assert re.search(r"1 train masks have no image.*\n.*masks/05.png", text)
 
 
 def test_unreadable_files_are_named_and_the_rest_is_checked(tmp_path, run):
@@ -78,7 +80,7 @@ def test_warnings_do_not_stop_a_training(tmp_path, run):
         ("1 images are not RGB", "images/01.png"),
         ("1 masks differ in size", "masks/02.png"),
         ("hold a single class", "masks/03.png"),
-        ("1 images are rotated by EXIF", "images/04.jpg"),
+        ("1 images are turned upright by EXIF, but their masks stay", "images/04.jpg"),
     ):
         assert re.search(f"warning: .*{said}.*\n.*{name}", text), said
 
@@ -91,7 +93,7 @@ def test_stray_values_in_binary_masks_are_found_and_the_advice_repairs_them(tmp_
         mask[5, 5:8] = value
         Image.fromarray(mask).save(root / f"masks/{number:02d}.png")
     code, text = check(run, root, tmp_path)
-    assert code == 1 and "value 3 is rare (3 pixels in 1 files): an accident?" in text
+    assert code == 1 and "1 masks hold the value 3, 3 pixels in all: an accident?" in text
     write_advice(root, text)
     code, text = check(run, root, tmp_path)
     assert code == 0, text
@@ -137,7 +139,93 @@ def test_lossy_masks_are_told_to_be_exported_again(tmp_path, run):
         )
         path.unlink()
     code, text = check(run, root, tmp_path)
-    assert code == 1 and "8 masks are JPEG or WebP" in text and "export them again as PNG" in text
+    assert code == 1 and "8 masks are JPEG files" in text and "export them again as PNG" in text
+
+
+def test_index_masks_saved_as_jpeg_are_a_problem(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 1, 2))
+    for path in list((root / "masks").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+        path.unlink()
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "8 masks are JPEG files, which blur class borders" in text
+
+
+def test_blue_is_a_colour_like_others(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 1, 2))
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.eye(3, dtype=np.uint8)[np.array(Image.open(path))] * 255).save(path)
+    code, text = check(run, root, tmp_path)
+    write_advice(root, text)
+    assert code == 1 and check(run, root, tmp_path)[0] == 0
+    assert len(load_data("folder", root).classes) == 3
+
+
+def test_a_black_mask_saved_as_grey_among_painted_ones(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 1))
+    for path in (root / "masks").iterdir():
+        colours = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)
+        Image.fromarray(colours[np.array(Image.open(path))]).save(path)
+    Image.new("L", (80, 60), 0).save(root / "masks/03.png")
+    text = check(run, root, tmp_path)[1]
+    write_advice(root, text)
+    assert check(run, root, tmp_path)[0] == 0
+    source = load_data("folder", root)
+    assert (read_mask(root / "masks/03.png", source.table) == source.table[0]).all()
+
+
+def test_transposed_masks_are_noticed(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    mask = np.array(Image.open(root / "masks/02.png"))
+    Image.fromarray(np.ascontiguousarray(mask.T)).save(root / "masks/02.png")
+    assert re.search(r"1 masks differ in size.*\n.*masks/02.png", check(run, root, tmp_path)[1])
+
+
+def test_a_rare_class_that_is_in_every_file_is_no_accident(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 40))
+    for path in (root / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        mask[0, :2] = 90
+        Image.fromarray(mask).save(path)
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "an accident" not in text
+    write_advice(root, text)
+    assert len(load_data("folder", root).classes) == 3
+
+
+def test_masks_with_one_value_and_with_nothing_counted(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0,))
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "all masks hold one single value" in text
+    (root / "classes.txt").write_text("ignore\na\nb\n")
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "hold nothing but ignored pixels: there is nothing to learn" in text
+
+
+def test_classes_missing_from_a_part_are_named(tmp_path, run):
+    for split, values in (("train", (0, 1, 2)), ("val", (0, 1))):
+        for part in ("images", "masks"):
+            shutil.move(
+                write_photos(tmp_path / split / "x", 3, values) / part, tmp_path / f"data/{split}_{part}"
+            )
+    (tmp_path / "data/classes.txt").write_text("sky\nroad\ncar\n")
+    assert "warning: no pixel of car in val" in check(run, tmp_path / "data", tmp_path)[1]
+
+
+def test_sparse_labels_can_train_and_the_check_is_spread(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "data", count=40, values=(0, 1))
+    (root / "classes.txt").write_text("a\nb\n")
+    for number, path in enumerate(sorted((root / "masks").iterdir())):
+        if number != 17:
+            Image.fromarray(np.full((45, 61), 255, np.uint8)).save(path)
+    source = datasets.folder(root)
+    source.splits = {"train": [sample for part in source.splits.values() for sample in part]}
+    datasets.quick_check(source)  # one labelled mask is enough
+    seen = []
+    monkeypatch.setattr(datasets, "read_mask", lambda path, table: seen.append(path) or np.zeros((2, 2)))
+    datasets.quick_check(source)
+    order = [sample.mask for sample in source.splits["train"]]
+    assert len(seen) == 8 and order.index(seen[-1]) == 39 and order.index(seen[0]) == 0
 
 
 def test_copies_and_look_alikes_between_train_and_val(tmp_path, run):

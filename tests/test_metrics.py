@@ -157,7 +157,8 @@ def brute_force_boundary_f1(pred, truth, radius):
             return np.mean([any(math.dist(a, b) <= radius for b in those) for a in these])
 
         if not found or not wanted:
-            scores[int(id)] = float(not found and not wanted)
+            both = id in pred and id in truth
+            scores[int(id)] = float(both and not found and not wanted)
             continue
         precision, recall = share(found, wanted), share(wanted, found)
         scores[int(id)] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -182,6 +183,8 @@ def test_boundary_f1_of_equal_and_of_shifted_masks():
     near, far = np.roll(truth, 2, axis=1), np.roll(truth, 40, axis=1)
     assert np.nanmean(boundary_f1(near, truth, 2)) == 1.0  # 0.75 % of the diagonal are 2.7 pixels
     assert np.nanmean(boundary_f1(far, truth, 2)) < 0.75
+    zeros, ones = np.zeros_like(truth), np.ones_like(truth)
+    assert boundary_f1(zeros, ones, 2).tolist() == [0, 0] and boundary_f1(ones, ones, 2)[1] == 1
     nothing = np.full_like(truth, 255)
     assert np.isnan(boundary_f1(truth, nothing, 2)).all()
 
@@ -229,6 +232,12 @@ def test_paired_bootstrap_knows_better_from_equal():
     assert back["difference"] == pytest.approx(-found["difference"]) and back["p"] < 0.001
     same = paired_bootstrap(a, a)
     assert same["difference"] == 0 and same["p"] == 1.0
+    counts = np.zeros((3, 3, 2), np.int64)  # one image in which b is worse, two in which it is better
+    counts[:, 1:, 0] = 100
+    worse, good = counts.copy(), counts.copy()
+    worse[:, 0, 0], good[:, 0, 0] = [50, 50, 50], [0, 90, 90]
+    against = 7 / 27  # of the 27 ways to draw three images, those in which b is not better
+    assert paired_bootstrap(worse, good)["p"] == pytest.approx(2 * against, abs=0.02)
     noise = a.copy()
     noise[::2, 0], noise[1::2, 0] = a[::2, 0] * 0.97, np.minimum(a[1::2, 0] * 1.03, a[1::2, 1])
     close = paired_bootstrap(a, noise)

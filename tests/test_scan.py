@@ -6,7 +6,7 @@ from conftest import blocks
 from PIL import Image
 
 from config import InputError
-from scan import distinct, in_parallel, scan_image, scan_mask
+from scan import distinct, fits, in_parallel, scan_image, scan_mask
 
 RED, GREEN = 255 << 16, 255 << 8
 
@@ -30,12 +30,12 @@ def test_masks_of_every_kind(tmp_path):
     palette = Image.fromarray(mask)
     palette.putpalette([255, 0, 0, 0, 255, 0])
     cases = {
-        "index.png": (Image.fromarray(mask), [0, 1], None),
+        "index.png": (Image.fromarray(mask), [0, 1], [0, 0x010101]),
         "palette.png": (palette, [0, 1], [RED, GREEN]),
         "painted.png": (Image.fromarray(painted(mask)), None, [GREEN, RED]),
         "grey.png": (Image.fromarray(np.repeat(mask[..., None], 3, 2)), [0, 1], [0, 0x010101]),
         "deep.png": (Image.fromarray(mask.astype(np.uint16) * 65535), [0, 65535], None),
-        "bits.png": (Image.fromarray(mask.astype(bool)), [0, 1], None),
+        "bits.png": (Image.fromarray(mask.astype(bool)), [0, 1], [0, 0x010101]),
     }
     for name, (picture, values, colours) in cases.items():
         picture.save(tmp_path / name)
@@ -68,11 +68,23 @@ def test_looks_are_close_for_the_same_picture_and_far_for_others(tmp_path):
     Image.fromarray(photo(1)).save(tmp_path / "c.png")
     a, b, c = (scan_image(tmp_path / name) for name in ("a.png", "b.jpg", "c.png"))
     assert np.bitwise_count(a.look ^ b.look).sum() <= 10 < 60 < np.bitwise_count(a.look ^ c.look).sum()
-    assert a.digest != b.digest and a.size == (240, 320) and b.size == (150, 200) and not a.turned
+    assert a.digest != b.digest and a.size == (240, 320) and b.size == (150, 200) and a.orientation == 1
     turned = Image.fromarray(photo(0))
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "t.jpg", exif=turned.getexif())
-    assert scan_image(tmp_path / "t.jpg").turned
+    assert scan_image(tmp_path / "t.jpg").orientation == 6
+
+
+def test_masks_fit_as_stored_or_turned_as_exif_says():
+    assert fits((60, 80), (60, 80), 1) and not fits((80, 60), (60, 80), 1)
+    assert fits((80, 60), (60, 80), 6) and fits((60, 80), (60, 80), 6) and not fits((80, 60), (60, 80), 3)
+
+
+def test_photos_are_no_class_masks(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with pytest.raises(InputError, match="noise.png holds [0-9]+ different values: it is no class mask"):
+        scan_mask(tmp_path / "noise.png")
 
 
 def test_damaged_images_are_results_of_a_scan_not_its_end(tmp_path):
