@@ -218,7 +218,8 @@ def check_classes(splits, pixels, classes, report):
         if len(missing) == len(classes):
             report.problem(f"the masks of {split} hold nothing but ignored pixels: there is nothing to learn")
         elif missing:
-            report.warn(f"no pixel of {', '.join(missing)} in {split}")
+            more = f" and {len(missing) - SHOWN} more classes" if len(missing) > SHOWN else ""
+            report.warn(f"no pixel of {', '.join(missing[:SHOWN])}{more} in {split}")
         nothing = [sample.mask for sample, row in zip(samples, counts, strict=True) if not row.any()]
         report.warn(f"masks of {split} hold nothing but ignored pixels", nothing)
         single = [sample.mask for sample, row in zip(samples, counts, strict=True) if (row > 0).sum() == 1]
@@ -317,6 +318,8 @@ def main():
     report.facts.append(f"{args.dataset} under {root}: {count} pairs ("
                         + ", ".join(f"{len(part)} {split}" for split, part in splits.items())
                         + f") read in {time.perf_counter() - start:.1f} s")
+    if not splits.get("train"):
+        report.problem("there is no training image that can be read: this part is only good to evaluate on")
     if samples:
         check_images(samples, images, masks, report)
         describe_masks(samples, masks, report)

@@ -145,7 +145,7 @@ def markdown(runs, rows):
     for label, values, form, better in rows:
         known = [value for value in values if value == value]  # NaN: absent from truth and prediction
         cells = [("absent" if value != value else f"{value:{form}}") for value in values]
-        if better and known:
+        if better and len(set(cells)) > 1:
             best = f"{better(known):{form}}"
             cells = [f"**{cell}**" if cell == best else cell for cell in cells]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")

@@ -340,8 +340,10 @@ def compare(path_a, path_b):
     verdict = "no clear difference"
     if found["p"] < 0.05:
         verdict = "B is better" if found["difference"] > 0 else "A is better"
-    print(f"B - A: {found['difference']:+.4f} (95 % interval {found['low']:+.4f} to {found['high']:+.4f}, p "
-          f"= {found['p']:.4f}, paired bootstrap over {len(names[0])} images): {verdict}")
+    p = f"p = {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
+    interval = f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
+    print(f"B - A: {found['difference']:+.4f} ({interval}, {p}, "
+          f"paired bootstrap over {len(names[0])} images): {verdict}")
 
 
 def main():

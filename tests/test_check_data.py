@@ -260,6 +260,11 @@ def test_leaks_and_wrong_values_of_a_listed_data_set(tmp_path, run):
     assert code == 2 and "nothing_here.jpg is listed but does not exist" in text
 
 
+def test_a_data_set_to_evaluate_on_is_not_ready_to_train(tmp_path, run):
+    code, text = check(run, real_data("ade20k_sample"), tmp_path, "--dataset", "ade20k")
+    assert code == 1 and "no training image" in text and "and 135 more classes in val" in text
+
+
 def test_missing_roots_exit_with_2(tmp_path, run):
     assert check(run, tmp_path / "nowhere", tmp_path) == (
         2,

@@ -79,10 +79,11 @@ def test_the_table_holds_what_the_runs_left(runs, tmp_path, run):
 def test_the_best_value_of_a_row_is_bold(runs):
     two = [compare.read_run(folder) for folder in runs[1]]
     rows = [("up", [0.5, 0.7], ".1f", max), ("down", [3.0, 2.0], ".1f", min), ("flat", [1, 2], "d", None)]
-    rows.append(("hole", [float("nan"), 0.1], ".1f", max))
+    rows += [("hole", [float("nan"), 0.1], ".1f", max), ("same", [0.0, 0.04], ".1f", max)]
     lines = compare.markdown(two, rows).splitlines()[2:]
     assert lines == ["| up | 0.5 | **0.7** |", "| down | 3.0 | **2.0** |", "| flat | 1 | 2 |",
-                     "| hole | absent | **0.1** |"]  # fmt: skip
+                     "| hole | absent | **0.1** |",
+        "| same | 0.0 | 0.0 |"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
