@@ -11,18 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from config import IGNORE, InputError, spare_colour
-from readers import (
-    EXIF_ORIENTATION,
-    OUTSIDE,
-    DataSource,
-    index_table,
-    open_image,
-    outside_message,
-    pack_colour,
-    pair_files,
-    ranges,
-    value_table,
-)
+from readers import (OUTSIDE, DataSource, index_table, outside_message, pack_colour, pair_files, ranges,
+                     read_orientation, value_table)
 from scan import fits, in_parallel, scan_mask
 from stratify import share_table, split_samples
 
@@ -77,9 +67,7 @@ def folder(root, val_fraction=0.2, class_names=()):
 def scan_pair(sample):
     """Return (MaskFacts of the mask, whether its size differs from the image's). Raises InputError."""
     mask = scan_mask(sample.mask)
-    with open_image(sample.image) as image:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        return mask, not fits(mask.size, image.size[::-1], orientation)
+    return mask, not fits(mask.size, *read_orientation(sample.image))
 
 
 def stored(mask, table):

@@ -189,12 +189,20 @@ def ranges(values):
     return ", ".join(parts)
 
 
+def read_orientation(path):
+    """Return (size (H, W) as stored, EXIF orientation 1..8) of an image file. Raises InputError."""
+    with open_image(path) as image:
+        try:
+            return image.size[::-1], image.getexif().get(EXIF_ORIENTATION, 1)
+        except DECODE_ERRORS as error:  # PNG keeps EXIF behind the pixels
+            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+
+
 def rotate_like(mask, image_path):
     """Turn a mask (H, W) that was drawn on the unrotated pixels of an EXIF-rotated image as its image is."""
-    with open_image(image_path) as image:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        if orientation < 5 or mask.shape[::-1] != image.size or image.width == image.height:
-            return mask  # not turned by 90 degrees, or the mask was drawn upright
+    size, orientation = read_orientation(image_path)
+    if orientation < 5 or mask.shape != size or size[0] == size[1]:
+        return mask  # not turned by 90 degrees, or the mask was drawn upright
     turned = Image.fromarray(mask)
     turned.getexif()[EXIF_ORIENTATION] = orientation
     return np.array(ImageOps.exif_transpose(turned))
