@@ -143,6 +143,11 @@ def first_with(folders, inside):
     return next((place for place in folders if (place / inside).exists()), None)
 
 
+def listed(base, names, image, mask):
+    """Return Samples of `names` below `base`; image, mask: paths with {} for a name. Raises InputError."""
+    return existing([Sample(base / image.format(name), base / mask.format(name)) for name in names])
+
+
 def voc(root):
     """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads 2 GB by torchvision."""
     places = [root / "VOCdevkit/VOC2012", root / "VOC2012", root, root / "voc/VOCdevkit/VOC2012"]
@@ -150,9 +155,7 @@ def voc(root):
     splits = {}
     for split in ("train", "val"):
         names = read_list(base / f"ImageSets/Segmentation/{split}.txt")
-        splits[split] = existing([
-            Sample(base / f"JPEGImages/{name}.jpg", base / f"SegmentationClass/{name}.png")
-            for name in names])
+        splits[split] = listed(base, names, "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
     return DataSource("voc", VOC, splits, index_table(21))
 
 
@@ -199,9 +202,10 @@ def aeroscapes(root):
         raise InputError(f"no AeroScapes under {root}: download aeroscapes.tar.gz (750 MB, linked from "
                          "github.com/ishann/aeroscapes) and unpack it there, so that ImageSets/trn.txt, "
                          "JPEGImages and SegmentationClass lie in it, or give --data-root")
-    splits = {split: existing([Sample(base / f"JPEGImages/{name}.jpg", base / f"SegmentationClass/{name}.png")
-                               for name in read_list(base / f"ImageSets/{list_name}.txt")])
-              for split, list_name in (("train", "trn"), ("val", "val"))}
+    splits = {}
+    for split, list_name in (("train", "trn"), ("val", "val")):
+        names = read_list(base / f"ImageSets/{list_name}.txt")
+        splits[split] = listed(base, names, "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
     return DataSource("aeroscapes", AEROSCAPES, splits, index_table(len(AEROSCAPES)))
 
 
@@ -214,8 +218,7 @@ def pet(root):
         names = [line.split()[0] for line in read_list(path) if not line.startswith("#")]
         if not names:
             raise InputError(f"{path} lists no images")
-        splits[split] = existing([
-            Sample(base / f"images/{name}.jpg", base / f"annotations/trimaps/{name}.png") for name in names])
+        splits[split] = listed(base, names, "images/{}.jpg", "annotations/trimaps/{}.png")
     return DataSource("pet", PET, splits, value_table({1: 0, 2: 1, 3: 2, IGNORE: IGNORE}))
 
 
