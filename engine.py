@@ -9,17 +9,18 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from config import IGNORE
 from datasets import resize_image, resize_mask
 from metrics import ConfusionMatrix
+from losses import score
 from model import load_model
+from upsample import Logits, class_ids
 from utils import Precision, pick_device
 
 MAX_GRAD_NORM = 1.0
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
-CHUNK = 1 << 25  # logits that are upsampled at a time, 128 MB
 LARGE = 1 << 28  # probabilities that are summed at full size, 1 GB
 MOMENTUM = 0.937  # of sgd
 WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
@@ -100,7 +101,18 @@ class LossLog:
 
     def __init__(self, bar):
         self.bar, self.waiting, self.sums = bar, [], {}
-        self.images, self.start = 0, time.perf_counter()
+        self.images, self.waited, self.start = 0, 0.0, time.perf_counter()
+
+    def watch(self, batches):
+        """Yield the batches, adding up the seconds in which none was ready."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def add(self, loss, terms, names, step, lr):
         """Note one batch: scalar tensors loss and terms, its file names, optimizer step and learning rate."""
@@ -126,9 +138,13 @@ class LossLog:
         self.waiting.clear()
         self.bar.set_postfix_str(f"loss {values[0]:.3f}, {self.rate():.1f} images/s", refresh=False)
 
+    def seconds(self):
+        """Seconds since the start."""
+        return time.perf_counter() - self.start
+
     def rate(self):
         """Images per second so far."""
-        return self.images / (time.perf_counter() - self.start)
+        return self.images / self.seconds()
 
     def means(self):
         """Mean over images of the loss and its terms: loss, loss_ce, loss_dice, ..."""
@@ -136,34 +152,50 @@ class LossLog:
         return {key: value / max(1, self.images) for key, value in self.sums.items()}
 
 
-def train_one_epoch(model, batches, criterion, optimizer, precision, schedule, step, accumulate=1):
+class Objective(nn.Module):
+    """A model and its loss as one module, so that DDP sees a whole step.
+
+    model: a Segmenter, or a HeadOnly, which takes feature maps in place of images.
+    """
+
+    def __init__(self, model, criterion):
+        super().__init__()
+        self.model, self.criterion, self.num_classes = model, criterion, model.num_classes
+
+    def forward(self, images, masks):
+        """images as the model takes them, masks (B, H, W) int64 -> loss, {name: term}, preds (B, H, W)."""
+        return score(self.criterion, self.model.logits(images), masks)
+
+
+def train_one_epoch(objective, batches, optimizer, precision, schedule, step, accumulate=1):
     """Train once over `batches` (a tqdm bar over a loader) from optimizer step `step` on.
 
-    Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the
-    network saw them, images_per_s, step (the next optimizer step). Raises FloatingPointError for a loss that
-    is not finite.
+    objective: an Objective, or DDP around one. Returns a dict: loss and its terms (means over images),
+    accuracy and miou on the training images as the network saw them, images_per_s, data_wait (share of the
+    time in which the next batch was not ready), step (the next optimizer step). Raises FloatingPointError for
+    a loss that is not finite.
     """
-    device = next(model.parameters()).device
-    matrix, log, weights = ConfusionMatrix(model.num_classes, device), LossLog(batches), 0.0
-    model.train()
-    for index, (images, masks, names) in enumerate(batches):
+    device = next(objective.parameters()).device
+    matrix = ConfusionMatrix(getattr(objective, "module", objective).num_classes, device)
+    log, weights = LossLog(batches), 0.0
+    objective.train()
+    for index, (images, masks, names) in enumerate(log.watch(batches)):
         images = images.to(device, non_blocking=True)  # (B, 3, H, W) uint8
         masks = masks.to(device, non_blocking=True).long()  # (B, H, W) int64, 255 = ignore
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule(step)
         with precision.autocast():
-            logits = model(images)  # (B, K, H, W) float32
-            loss, terms = criterion(logits, masks)
+            loss, terms, preds = objective(images, masks)
         weight = (masks != IGNORE).sum() / masks[0].numel()  # accumulated means over pixels = one large batch
         precision.scaler.scale(loss * weight).backward()
         weights = weights + weight
         log.add(loss, terms, names, step, optimizer.param_groups[0]["lr"])
-        matrix.update(logits.detach().max(1).indices, masks)
+        matrix.update(preds, masks)
         if (index + 1) % accumulate == 0 or index + 1 == len(batches):
             optimizer_step(optimizer, precision.scaler, torch.clamp(weights, min=1e-6))
             step, weights = step + 1, 0.0
     return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), images_per_s=log.rate(),
-                step=step)
+                data_wait=log.waited / log.seconds(), step=step)
 
 
 # --- prediction -------------------------------------------------------------------------------------------
@@ -223,7 +255,7 @@ def slide_logits(model, images, window, stride, batch_size):
     for start in range(0, len(places), step):
         part = places[start:start + step]
         crops = torch.stack([images[..., top:top + high, left:left + wide] for top, left in part])
-        logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, h, w)
+        logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, H, W)
         if total is None:
             total = logits.new_zeros(len(images), logits.shape[2], height, width)
             count = logits.new_zeros(height, width)
@@ -235,7 +267,7 @@ def slide_logits(model, images, window, stride, batch_size):
 
 @torch.inference_mode()
 def views_of(model, images, protocol, precision, batch_size=8):
-    """Yield the logits of every view of `images` (B, 3, H, W) uint8: (B, K, h, w), none mirrored.
+    """Yield the Logits of every view of `images` (B, 3, H, W) uint8, B x K x h x w, none mirrored.
 
     model in eval mode; about batch_size windows go through it at a time. One view is alive at a time, unless
     the caller keeps them.
@@ -247,64 +279,42 @@ def views_of(model, images, protocol, precision, batch_size=8):
             seen = resized.flip(-1) if mirrored else resized
             with precision.autocast():
                 if protocol.slide:
-                    logits = slide_logits(model, seen, protocol.window, protocol.stride, batch_size)
+                    logits = Logits(slide_logits(model, seen, protocol.window, protocol.stride, batch_size))
                 else:
-                    logits = model(seen)
-            yield logits.flip(-1) if mirrored else logits
-
-
-def upsample_rows(logits, size, top, bottom):
-    """Return rows top..bottom of the bilinear resize of logits (K, h, w) to `size` = (H, W): (K, rows, W)."""
-    high = logits.shape[1]
-    source = (torch.arange(top, bottom, device=logits.device) + 0.5) * (high / size[0]) - 0.5
-    source = source.clamp(min=0)
-    above = source.long()  # (rows,)
-    below = (above + 1).clamp(max=high - 1)
-    weight = (source - above)[None, :, None]
-    rows = logits[:, above] * (1 - weight) + logits[:, below] * weight  # (K, rows, w)
-    return F.interpolate(rows[None], size=(bottom - top, size[1]), mode="bilinear")[0]
-
-
-def row_blocks(classes, size):
-    """Yield (top, bottom) of blocks of rows of which `classes` x rows x width values stay below CHUNK."""
-    rows = max(1, CHUNK // (classes * size[1]))
-    for top in range(0, size[0], rows):
-        yield top, min(top + rows, size[0])
+                    logits = model.logits(seen)
+            yield logits.flip() if mirrored else logits
 
 
 def class_map(views, size):
-    """Return class ids (H, W) uint8 from the views of one image, an iterable of logits (K, h, w) of any size.
+    """Return class ids (H, W) uint8 from the views of one image, an iterable of Logits with B = 1.
 
     Logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K. Several
     views are summed as probabilities at H x W where that stays below LARGE, else all of them are kept.
     """
-    views = iter(views)
+    views = (view.at(size) for view in views)
     first, second = next(views), next(views, None)
-    pred = torch.empty(tuple(size), dtype=torch.uint8, device=first.device)
+    pred = torch.empty(tuple(size), dtype=torch.uint8, device=first.values.device)
     views = [first] if second is None else itertools.chain([first, second], views)
-    large = len(first) * size[0] * size[1] > LARGE
-    if second is None or large:
+    if second is None or math.prod(first.shape) > LARGE:
         views = list(views)
-        for top, bottom in row_blocks(len(first), size):
-            parts = [upsample_rows(view.float(), size, top, bottom) for view in views]
-            total = parts[0] if len(parts) == 1 else sum(part.softmax(0) for part in parts)
-            # max().indices is several times faster than argmax on the CPU, and equal to it
-            pred[top:bottom] = total.max(0).indices.to(torch.uint8)
+        for _, rows in first.slices():
+            parts = [view.pixels(rows) for view in views]  # (1, K, r, W)
+            pred[rows] = class_ids(parts[0] if len(parts) == 1 else sum(part.softmax(1) for part in parts))[0]
         return pred
-    total = torch.zeros(len(first), *size, device=first.device)
+    total = torch.zeros(first.shape, device=first.values.device)
     del first, second
     for view in views:
-        for top, bottom in row_blocks(len(total), size):
-            total[:, top:bottom] += upsample_rows(view.float(), size, top, bottom).softmax(0)
-    return total.max(0).indices.to(torch.uint8)
+        for _, rows, pixels in view.blocks():
+            total[..., rows, :] += pixels.softmax(1)
+    return class_ids(total)[0]
 
 
 def class_maps(views, sizes):
-    """Return the class ids of a batch, a list of (H, W) uint8, from an iterable of views (B, K, h, w)."""
+    """Return the class ids of a batch, a list of (H, W) uint8, from an iterable of views (Logits)."""
     if len(sizes) == 1:  # the views of a single image need not be kept
-        return [class_map((view[0] for view in views), sizes[0])]
+        return [class_map(views, sizes[0])]
     views = list(views)
-    return [class_map([view[index] for view in views], size) for index, size in enumerate(sizes)]
+    return [class_map((view[index:index + 1] for view in views), size) for index, size in enumerate(sizes)]
 
 
 @torch.inference_mode()
@@ -364,10 +374,10 @@ def evaluate(model, batches, criterion, precision):
         images = images.to(device, non_blocking=True)  # (B, 3, h, w) uint8
         small = torch.stack([resize_mask(mask, images.shape[-2:]) for mask in masks])  # (B, h, w)
         with precision.autocast():
-            logits = model(images)  # (B, K, h, w)
-            loss, terms = criterion(logits, small.to(device).long())
+            logits = model.logits(images)
+            loss, terms, _ = score(criterion, logits, small.to(device).long())
         log.add(loss, terms, names, 0, 0.0)
-        for one, mask in zip(logits, masks, strict=True):
-            matrix.update(class_map([one], mask.shape), mask.to(device))
+        for pred, mask in zip(class_maps([logits], [mask.shape for mask in masks]), masks, strict=True):
+            matrix.update(pred, mask.to(device))
     scores = dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice())
     return scores, matrix

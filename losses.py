@@ -1,8 +1,8 @@
 """Losses by name. Every loss takes logits (B, K, H, W) and masks (B, H, W), leaves out 255, works in float32.
 
     criterion = build_loss("focal+dice")
-    loss, terms = criterion(logits, masks)     # scalar to call backward on; {"focal": ..., "dice": ...} to
-    log
+    loss, terms = criterion(logits, masks)     # scalar to call backward on; {"focal": ..., "dice": ...} to log
+    loss, terms, preds = score(criterion, model.logits(images), masks)  # the same without full-size logits
 
 A batch in which no pixel counts gives 0 with a gradient of 0. A new loss is one function
 f(logits, masks, class_weights), entered in FUNCTIONS (and its name in config.py).
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from config import IGNORE
+from upsample import class_ids
 
 FOCAL_GAMMA = 2.0
 
@@ -88,15 +89,71 @@ def lovasz_gradient(truth):
     return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
 
 
+def score(criterion, logits, masks):
+    """Return (loss, {name: term}, preds (B, H, W) uint8) of a criterion on Logits (upsample.py).
+
+    masks (B, H, W) int64. A loss that is a mean over pixels is taken a block of rows at a time together with
+    its gradient, so that no full-size logits, probabilities or gradients exist; others see them whole.
+    """
+    if not getattr(criterion, "per_pixel", False):
+        pixels = logits.pixels()
+        loss, terms = criterion(pixels, masks)
+        return loss, terms, class_ids(pixels.detach())
+    loss, terms, preds = BlockLoss.apply(logits.values, logits, masks, criterion)
+    return loss, dict(zip(criterion.names, terms, strict=True)), preds
+
+
+class BlockLoss(torch.autograd.Function):
+    """The mean over pixels of a criterion, with its gradient to the coarse logits computed on the way."""
+
+    @staticmethod
+    def forward(ctx, values, logits, masks, criterion):
+        """values = logits.values (B, K, h, w) -> loss, terms (T,), preds (B, H, W) uint8."""
+        counted = (masks != IGNORE).sum().clamp(min=1)
+        loss, terms = values.new_zeros(()), values.new_zeros(len(criterion.names))
+        gradient = torch.zeros_like(values) if ctx.needs_input_grad[0] else None
+        preds = torch.empty(masks.shape, dtype=torch.uint8, device=masks.device)
+        for images, rows in logits.slices():
+            truth = masks[images, rows]
+            share = (truth != IGNORE).sum() / counted
+            part = logits[images]
+            with torch.inference_mode(False), torch.set_grad_enabled(gradient is not None):
+                part.values = part.values.detach().requires_grad_(gradient is not None)
+                pixels = part.pixels(rows)  # (b, K, r, W)
+                total, named = criterion(pixels, truth)
+                total = total * share
+                if gradient is not None:
+                    gradient[images] += torch.autograd.grad(total, part.values)[0]
+            loss += total.detach()
+            terms += torch.stack([named[name].detach() for name in criterion.names]) * share
+            preds[images, rows] = class_ids(pixels.detach())
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(terms, preds)
+        return loss, terms, preds
+
+    @staticmethod
+    def backward(ctx, of_loss, of_terms, of_preds):
+        """Chain rule: the gradient to the loss, a scalar, times the saved one."""
+        return ctx.saved_tensors[0] * of_loss, None, None, None
+
+
 FUNCTIONS = {"ce": cross_entropy, "lovasz": lovasz, "focal": focal, "dice": dice}
 
 
+PER_PIXEL = {"ce", "focal"}  # means over the pixels that count
+
+
 def build_loss(name, class_weights=None):
-    """Return criterion(logits, masks) -> (loss, {name: term}). A name may be a sum: "a+b" adds both terms."""
+    """Return criterion(logits, masks) -> (loss, {name: term}). A name may be a sum: "a+b" adds both terms.
+
+    criterion.names: of the terms; criterion.per_pixel: whether all of them are means over pixels.
+    """
     def criterion(logits, masks):
-        terms = {part: FUNCTIONS[part](logits, masks, class_weights) for part in name.split("+")}
+        terms = {part: FUNCTIONS[part](logits, masks, class_weights) for part in criterion.names}
         return sum(terms.values()), terms
 
+    criterion.names = name.split("+")
+    criterion.per_pixel = PER_PIXEL.issuperset(criterion.names)
     return criterion
 
 

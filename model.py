@@ -24,6 +24,7 @@ from backbones import TimmBackbone, build_backbone, create_timm
 from baselines import build_baseline
 from config import ARCHITECTURES, CLASSES, InputError, parse_train_args, resolve
 from heads import HEADS
+from upsample import Logits
 from weights import load_strictly, published_weights, torch_load
 
 VERSION = 1  # of the checkpoint format
@@ -53,22 +54,34 @@ class Segmenter(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
     def forward(self, images):
-        """(B, 3, H, W) uint8 RGB of any H, W -> (B, K, H, W) float32 logits.
+        """(B, 3, H, W) uint8 RGB of any H, W -> (B, K, H, W) float32 logits."""
+        return self.logits(images).pixels()
+
+    def logits(self, images):
+        """(B, 3, H, W) uint8 RGB -> Logits, before anything is made large."""
+        return self.decode(self.features(images), images.shape[-2:])
+
+    def features(self, images):
+        """(B, 3, H, W) uint8 RGB -> the maps n x (B, D, h, w) of the normalised, padded images."""
+        images = pad_to_multiple((images.float() - self.mean) / self.std, self.backbone.patch)
+        if self.trains_backbone():
+            return self.backbone.features(images)
+        with torch.inference_mode():
+            maps = self.backbone.features(images)
+        if torch.is_grad_enabled():  # the head saves its inputs for backward, which inference tensors forbid
+            maps = [features.clone() for features in maps]
+        return maps
+
+    def decode(self, maps, size):
+        """Maps n x (B, D, h, w) of images of `size` = (H, W) -> Logits.
 
         The logits of the padded image are cropped back; without `crops` they are resized onto the image, as
         mmsegmentation did when the official heads were trained.
         """
-        height, width = images.shape[-2:]
-        images = (images.float() - self.mean) / self.std
-        images, top, left = pad_to_multiple(images, self.backbone.patch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_backbone()):
-            maps = self.backbone.features(images)  # n x (B, D, h, w)
-        logits = self.head(maps, images.shape[-2:]).float()  # (B, K, h, w)
-        if not self.crops:
-            return F.interpolate(logits, size=(height, width), mode="bilinear")
-        if logits.shape[-2:] != images.shape[-2:]:
-            logits = F.interpolate(logits, size=images.shape[-2:], mode="bilinear")  # (B, K, padded H, W)
-        return logits[..., top:top + height, left:left + width]
+        height, width = size
+        padded, top, left = padding(size, self.backbone.patch)
+        logits = Logits(self.head(maps, padded).float())  # (B, K, h, w)
+        return logits.at(padded).crop(top, left, height, width) if self.crops else logits.at(size)
 
     def trains_backbone(self):
         """Return whether any parameter of the backbone trains."""
@@ -80,12 +93,17 @@ class Segmenter(nn.Module):
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
+def padding(size, multiple):
+    """Return (padded (H, W), top, left): where an image of `size` lies, centred, in a multiple, in pixels."""
+    extra = [-side % multiple for side in size]
+    return tuple(side + more for side, more in zip(size, extra, strict=True)), extra[0] // 2, extra[1] // 2
+
+
 def pad_to_multiple(images, multiple):
-    """Pad (B, C, H, W) with zeros to a multiple, centred. Return (padded, top, left) in pixels."""
+    """Pad (B, C, H, W) with zeros to a multiple, centred."""
     height, width = images.shape[-2:]
-    extra_h, extra_w = -height % multiple, -width % multiple
-    top, left = extra_h // 2, extra_w // 2
-    return F.pad(images, (left, extra_w - left, top, extra_h - top)), top, left
+    (tall, wide), top, left = padding((height, width), multiple)
+    return F.pad(images, (left, wide - width - left, top, tall - height - top))
 
 
 def build_model(backbone, head, num_classes, layers=(), weights="none", unfreeze=0, arch="dinov2",

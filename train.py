@@ -202,6 +202,7 @@ def main():
     utils.make_folder(out_dir)
     settings = utils.finite(dataclasses.asdict(config))
     criterion = build_criterion(config, data, device)
+    objective = engine.Objective(model, criterion)
     epoch_steps = math.ceil(len(train_loader) / config.accumulate)
     schedule = partial(engine.lr_factor, total_steps=config.epochs * epoch_steps, scheduler=config.scheduler,
                        steps_per_epoch=epoch_steps)
@@ -210,7 +211,7 @@ def main():
         train_loader.sampler.set_epoch(epoch - 1)
         title = f"epoch {epoch}/{config.epochs}"
         bar = tqdm(train_loader, title, leave=False, disable=None)
-        trained = engine.train_one_epoch(model, bar, criterion, optimizer, precision, schedule, step,
+        trained = engine.train_one_epoch(objective, bar, optimizer, precision, schedule, step,
                                          config.accumulate)
         step = trained.pop("step")
         bar = tqdm(val_loader, f"{title} validation", leave=False, disable=None)

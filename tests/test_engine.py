@@ -11,8 +11,10 @@ from torch import nn
 from tqdm import tqdm
 
 import engine
+import upsample
 from datasets import resize_image
 from engine import (
+    Objective,
     Protocol,
     build_optimizer,
     class_map,
@@ -22,13 +24,13 @@ from engine import (
     predict,
     slide_logits,
     train_one_epoch,
-    upsample_rows,
     views_of,
     window_starts,
 )
 from config import OPTIMIZERS, SCHEDULERS
 from losses import build_loss
 from model import build_model
+from upsample import Logits
 from utils import Precision
 
 CPU = torch.device("cpu")
@@ -50,6 +52,9 @@ class Pixelwise(nn.Module):
 
     def forward(self, images):
         return self.layers(images.float() / 255)
+
+    def logits(self, images):
+        return Logits(self(images).float())
 
 
 def batches_of(images, masks, size):
@@ -79,9 +84,8 @@ def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=Non
     groups = parameter_groups(net, lr, 0.0, 1.0)
     optimizer = build_optimizer(optimizer, groups) if optimizer else torch.optim.SGD(groups, lr=lr)
     return train_one_epoch(
-        net,
+        Objective(net, criterion or build_loss("ce")),
         batches,
-        criterion or build_loss("ce"),
         optimizer,
         Precision(precision, CPU),
         lambda step: 1.0,
@@ -276,16 +280,14 @@ def sure(logits):
     return best.select(-3, 0) - best.select(-3, 1) > 1e-5
 
 
-@pytest.mark.parametrize("chunk", [1, 1000, 1 << 25])
+@pytest.mark.parametrize("block", [1, 1000, 1 << 25])
 @pytest.mark.parametrize("size", [(31, 22), (5, 40), (1, 1), (9, 7), (200, 3)])
-def test_class_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time(size, chunk, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+def test_class_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time(size, block, monkeypatch):
+    monkeypatch.setitem(upsample.BLOCK, "cpu", block)
     torch.manual_seed(0)
     logits = torch.randn(4, 9, 7)
     whole = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
-    rows = torch.cat([upsample_rows(logits, size, top, top + 1) for top in range(size[0])], dim=1)
-    assert torch.allclose(rows, whole, atol=1e-6)
-    pred = class_map([logits], size)
+    pred = class_map([Logits(logits[None])], size)
     assert pred.shape == size and pred.dtype == torch.uint8
     assert torch.equal(pred[sure(whole)].long(), whole.argmax(0)[sure(whole)])
 
@@ -294,7 +296,8 @@ def test_views_are_averaged_as_probabilities():
     torch.manual_seed(0)
     views = [5 * torch.randn(4, *size) for size in ((9, 7), (4, 4), (13, 20))]
     total = sum(F.interpolate(v[None], size=(30, 21), mode="bilinear")[0].softmax(0) for v in views)
-    assert torch.equal(class_map(views, (30, 21))[sure(total)].long(), total.argmax(0)[sure(total)])
+    got = class_map([Logits(v[None]) for v in views], (30, 21))
+    assert torch.equal(got[sure(total)].long(), total.argmax(0)[sure(total)])
 
 
 def test_predict_gives_the_images_own_size_in_order():
@@ -365,8 +368,9 @@ def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
     assert torch.equal(predict(symmetric, images, plain, FLOAT32), predict(symmetric, images, flip, FLOAT32))
     a, b = views_of(other, images, flip, FLOAT32)
     with torch.no_grad():
-        assert torch.equal(a, other(images)) and torch.equal(b, other(images.flip(-1)).flip(-1))
-    assert not torch.allclose(a, b, atol=1e-3)
+        assert torch.equal(a.pixels(), other(images))
+        assert torch.equal(b.pixels(), other(images.flip(-1)).flip(-1))
+    assert not torch.allclose(a.pixels(), b.pixels(), atol=1e-3)
 
 
 def test_sizes_of_the_protocols():

@@ -143,7 +143,7 @@ def test_other_protocols_score_what_predict_predicts(trained, tmp_path, run, fla
         views = engine.views_of(
             model, read_image(sample.image)[None], protocol, utils.Precision("off", utils.pick_device("cpu"))
         )
-        pred = engine.class_map([view[0] for view in views], truth.shape).numpy()
+        pred = engine.class_map(views, truth.shape).numpy()
         np.add.at(confusion, (truth[truth != 255], pred[truth != 255]), 1)
     assert np.abs(np.array(result["confusion"]) - confusion).sum() <= 4
 

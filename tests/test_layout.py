@@ -15,7 +15,8 @@ PARTS = {  # files split off a leaf, and what they may import beside config
     "folder": {"readers", "scan", "stratify"},
     "scan": {"readers"},
     "stratify": {"readers"},
-    "model": {"backbones", "baselines", "heads", "weights"},
+    "losses": {"upsample"},
+    "model": {"backbones", "baselines", "heads", "upsample", "weights"},
     "backbones": {"weights"},
     "baselines": {"backbones", "heads", "weights"},
 }

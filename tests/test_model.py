@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import ROOT, random_images, tiny
 
 from config import InputError
-from model import load_model, pack_checkpoint, pad_to_multiple
+from model import load_model, pack_checkpoint, pad_to_multiple, padding
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
 
@@ -45,8 +45,8 @@ def test_forward_equals_the_steps_written_out():
 
 def test_padding_is_centred_and_only_where_needed():
     images = torch.ones(1, 1, 28, 30)
-    padded, top, left = pad_to_multiple(images, 14)
-    assert padded.shape == (1, 1, 28, 42) and (top, left) == (0, 6)
+    padded, ((tall, wide), top, left) = pad_to_multiple(images, 14), padding((28, 30), 14)
+    assert padded.shape == (1, 1, tall, wide) == (1, 1, 28, 42) and (top, left) == (0, 6)
     assert torch.equal(padded[..., top : top + 28, left : left + 30], images) and padded.sum() == images.sum()
 
 
