@@ -82,7 +82,7 @@ def build_optimizer(name, groups):
     """
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, fused=True)
 
 
 def optimizer_step(optimizer, scaler, weight):

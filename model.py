@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from backbones import TimmBackbone, build_backbone, create_timm
+from backbones import FasterAttention, TimmBackbone, build_backbone, create_timm
 from baselines import build_baseline
 from config import ARCHITECTURES, CLASSES, InputError, parse_train_args, resolve
 from heads import HEADS
@@ -66,10 +66,10 @@ class Segmenter(nn.Module):
         images = pad_to_multiple((images.float() - self.mean) / self.std, self.backbone.patch)
         if self.trains_backbone():
             return self.backbone.features(images)
-        with torch.inference_mode():
+        with torch.inference_mode(), FasterAttention():
             maps = self.backbone.features(images)
         if torch.is_grad_enabled():  # the head saves its inputs for backward, which inference tensors forbid
-            maps = [features.clone() for features in maps]
+            maps = [features.clone(memory_format=torch.channels_last) for features in maps]
         return maps
 
     def decode(self, maps, size):
@@ -80,6 +80,8 @@ class Segmenter(nn.Module):
         """
         height, width = size
         padded, top, left = padding(size, self.backbone.patch)
+        # the layout of tokens: heads are two to three times as fast in it, above all in bfloat16
+        maps = [features.contiguous(memory_format=torch.channels_last) for features in maps]
         logits = Logits(self.head(maps, padded).float())  # (B, K, h, w)
         return logits.at(padded).crop(top, left, height, width) if self.crops else logits.at(size)
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+COARSE = 256  # grids up to this size are carried to pixels by matrix products, larger ones row by row
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 27, "mps": 1 << 26}  # float32 values of a block
 
 
@@ -25,33 +26,47 @@ def bilinear_matrix(old, new, device):
         return F.interpolate(torch.eye(old)[None], size=new, mode="linear")[0].T.contiguous().to(device)
 
 
-class Logits:
-    """values (B, K, h, w) float32; rows (H, h) and columns (W, w) carry them to the pixels of an H x W image.
+def resized_rows(values, size, rows):
+    """Return the rows `rows` (a slice) of the bilinear resize of values (B, K, h, w) to `size` = (H, W)."""
+    high = values.shape[2]
+    wanted = torch.arange(size[0], device=values.device)[rows]
+    source = ((wanted + 0.5) * (high / size[0]) - 0.5).clamp(min=0)
+    above = source.long()  # (r,)
+    below = (above + 1).clamp(max=high - 1)
+    weight = (source - above)[:, None]
+    mixed = values[:, :, above] * (1 - weight) + values[:, :, below] * weight  # (B, K, r, w)
+    return F.interpolate(mixed, size=(len(wanted), size[1]), mode="bilinear")
 
-    Without rows and columns, the values are those of the pixels.
+
+class Logits:
+    """values (B, K, h, w) float32, and how they become the pixels of H x W images.
+
+    rows (H, h) and columns (W, w): the weights of each side, for coarse values. size: the (H, W) that large
+    values are resized to. With neither, the values are the pixels.
     """
 
-    def __init__(self, values, rows=None, columns=None):
-        self.values, self.rows, self.columns = values, rows, columns
+    def __init__(self, values, rows=None, columns=None, size=None):
+        self.values, self.rows, self.columns, self.size = values, rows, columns, size
 
     @property
     def shape(self):
         """(B, K, H, W) of the pixels."""
-        if self.rows is None:
-            return tuple(self.values.shape)
-        return (*self.values.shape[:2], len(self.rows), len(self.columns))
+        sides = self.size or self.values.shape[-2:]
+        if self.rows is not None:
+            sides = len(self.rows), len(self.columns)
+        return (*self.values.shape[:2], *sides)
 
     def __len__(self):
         return len(self.values)
 
     def __getitem__(self, part):
         """The logits of some images: `part` is a slice."""
-        return Logits(self.values[part], self.rows, self.columns)
+        return Logits(self.values[part], self.rows, self.columns, self.size)
 
     def flip(self):
         """Return the logits of the mirrored images."""
         if self.rows is None:
-            return Logits(self.values.flip(-1))
+            return Logits(self.values.flip(-1), size=self.size)
         return Logits(self.values, self.rows, self.columns.flip(0))
 
     def at(self, size):
@@ -59,6 +74,8 @@ class Logits:
         height, width = self.shape[-2:]
         if tuple(size) == (height, width):
             return self
+        if self.rows is None and max(height, width) > COARSE:
+            return Logits(self.pixels(), size=tuple(size))
         rows = bilinear_matrix(height, size[0], self.values.device)
         columns = bilinear_matrix(width, size[1], self.values.device)
         if self.rows is not None:
@@ -68,13 +85,13 @@ class Logits:
     def crop(self, top, left, height, width):
         """Return the logits of a part of the images."""
         if self.rows is None:
-            return Logits(self.values[..., top:top + height, left:left + width])
+            return Logits(self.pixels()[..., top:top + height, left:left + width])
         return Logits(self.values, self.rows[top:top + height], self.columns[left:left + width])
 
     def pixels(self, rows=slice(None)):
         """Return (B, K, rows, W) float32; `rows` a slice of the pixel rows, all by default."""
         if self.rows is None:
-            return self.values[..., rows, :]
+            return resized_rows(self.values, self.size, rows) if self.size else self.values[..., rows, :]
         with torch.autocast(self.values.device.type, enabled=False):
             return (self.rows[rows] @ self.values) @ self.columns.T  # (B, K, r, w) -> (B, K, r, W)
 

@@ -8,7 +8,7 @@ from conftest import random_images, tiny
 from timm.layers import resample_abs_pos_embed
 
 import backbones
-from backbones import HubBackbone, PositionEmbedding, TimmBackbone
+from backbones import HubBackbone, PositionEmbedding, TimmBackbone, chunked_attention
 from config import InputError
 from heads import BNHead
 from model import Segmenter, load_model, pack_checkpoint, pad_to_multiple
@@ -200,3 +200,40 @@ def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(nam
     with torch.no_grad():
         assert torch.allclose(loaded(images), net.eval()(images), atol=1e-5)
     assert loaded.backbone.positions.offset == (0.0 if "reg" in name else 0.1)
+
+
+# --- attention --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tokens", [5, 256, 300, 517])
+def test_chunked_attention_equals_the_kernel(tokens):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 16, generator=generator) for _ in range(3))
+    want = F.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(chunked_attention(q, k, v), want, atol=1e-5)
+    half = chunked_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), want, atol=2e-2)
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny", "dinov2_vits14"])
+@pytest.mark.parametrize("win", [True, False])
+def test_the_faster_attention_is_used_in_bf16_and_changes_only_rounding(backbone, win, hub_cache, monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args[0].dtype)
+        return chunked_attention(*args, chunk=7)
+
+    net, images = tiny(backbone=backbone).eval(), random_images(2, 3, 70, 84)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want = torch.cat(net.backbone.features(pad_to_multiple((images - net.mean) / net.std, 14)), 1)
+        monkeypatch.setattr(backbones, "chunked_attention", counted)
+        monkeypatch.setattr(backbones, "shortest_time", lambda f, *_: (f is counted) != win)
+        monkeypatch.setattr(backbones.FasterAttention, "chunks_win", {})
+        got = torch.cat(net.features(images), 1)
+    assert calls == [torch.bfloat16] * len(net.backbone.blocks) * win
+    assert (got.float() - want.float()).abs().mean() < 0.02 * want.float().std()
+    calls.clear()
+    net.features(images)  # float32
+    net.backbone.unfreeze(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        net.features(images)  # has to be differentiated
+    assert not calls

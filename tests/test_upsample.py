@@ -16,7 +16,7 @@ def values(*size, seed=0):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("old", [(5, 7), (1, 1), (46, 33)])
+@pytest.mark.parametrize("old", [(5, 7), (1, 1), (46, 33), (9, 300)])
 @pytest.mark.parametrize("first", [(14, 20), (644, 460), (3, 2)])
 @pytest.mark.parametrize("second", [(31, 17), (9, 50)])
 def test_two_resizes_and_a_crop_equal_interpolate(old, first, second):
@@ -28,8 +28,8 @@ def test_two_resizes_and_a_crop_equal_interpolate(old, first, second):
     got = Logits(coarse).at(first).crop(top, left, height, width)
     assert got.shape == want.shape and torch.allclose(got.pixels(), want, atol=1e-5)
     want = F.interpolate(want, size=second, mode="bilinear")
-    assert torch.allclose(got.at(second).pixels(), want, atol=1e-5)
-    assert torch.allclose(got.at(second).flip().pixels(), want.flip(-1), atol=1e-5)
+    assert torch.allclose(got.at(second).pixels(), want, atol=1e-4)
+    assert torch.allclose(got.at(second).flip().pixels(), want.flip(-1), atol=1e-4)
     assert torch.allclose(Logits(coarse).flip().pixels(), coarse.flip(-1))
 
 
