@@ -1,38 +1,48 @@
 """Measure speed as ratios: a plain loop and ours, side by side in one run on this machine.
 
+    python benchmark.py train                # a head on a frozen backbone: plain, ours, with a feature cache
+    python benchmark.py data --dataset voc   # loading and augmenting alone
+    python benchmark.py memory               # peak memory of the same training loops
     python benchmark.py evaluate --model outputs/best_model_iou.pth
 
 Absolute times depend on the machine and on what else it does; the ratios are what the README quotes. Prints
-a table and writes OUT_DIR/benchmark_<mode>.json.
+a table and writes OUT_DIR/benchmark_<mode>.json. The plain loops are in plain.py.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 import argparse
+import copy
 import json
+import multiprocessing
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from tqdm import tqdm
 
 import engine
 import utils
-from config import InputError, positive_int
+from cache import cache_features
+from config import DATASETS, InputError, backbone_name, positive_int
 from datasets import SegmentationDataset, load_data, make_loader
+from losses import build_loss
 from metrics import ConfusionMatrix
-from model import load_model
-from readers import read_mask
+from model import HeadOnly, build_model, load_model
+from plain import PlainDataset, PlainModel, plain_epoch, plain_evaluation, plain_loader
+
+CLASSES = 21  # outputs of the heads that are trained here, whatever the data set
+WORKERS = 2
+LR = 1e-3
 
 
 def take_turns(variants, rounds):
-    """Call every function of `variants` {name: function} in turn, `rounds` times; return {name: seconds}.
+    """Call every function of `variants` {name: function} in turn, `rounds` times; return {name: [seconds]}.
 
-    The median counts: whatever else the machine does meets all of them.
+    In turn, so that whatever else the machine does meets all of them.
     """
     seconds = {name: [] for name in variants}
     for _ in range(rounds):
@@ -40,33 +50,192 @@ def take_turns(variants, rounds):
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
+
+
+def some_data(args):
+    """Return (training samples, validation samples, table): the first ones of the data set of the flags."""
+    data = load_data(args.dataset, args.data_root or "data", cache_dir=Path(args.out_dir) / "cache")
+    validation = data.splits["val"][:max(1, args.images // 5)]
+    return data.splits["train"][:args.images], validation, data.table
+
+
+def facts_of(args, device, **more):
+    """Return what a table of numbers has to say about itself."""
+    return dict(dataset=args.dataset, imgsz=list(args.imgsz), batch_size=args.batch_size, device=str(device),
+                threads=torch.get_num_threads(), torch=torch.__version__, **more)
+
+
+# --- train ------------------------------------------------------------------------------------------------
+class PlainRun:
+    """Training of a head as in plain.py, an epoch a call."""
+
+    def __init__(self, model, samples, args, device):
+        table, train, _ = samples
+        mean, std = ((value.flatten() / 255).tolist() for value in (model.mean, model.std))
+        dataset = PlainDataset(train, table, args.imgsz, mean, std)
+        self.order = SegmentationDataset(train, table, args.imgsz, ())
+        self.sampler = make_loader(self.order, args.batch_size, 0).sampler  # the same order for all
+        self.loader = plain_loader(dataset, args.batch_size, WORKERS, TicketsAsIndices(self.sampler))
+        self.net, self.device, self.epoch = PlainModel(model.backbone, model.head), device, 0
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LR)
+
+    def __call__(self):
+        self.sampler.set_epoch(self.epoch)
+        plain_epoch(self.net, self.loader, self.optimizer, self.device)
+        self.epoch += 1
+
+
+class TicketsAsIndices:
+    """The order of an EpochSampler for a dataset that takes plain indices."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        return (ticket % self.sampler.length for ticket in self.sampler)
+
+
+class OurRun:
+    """Training of a head as in train.py, an epoch a call; `cache`: folder of a feature cache, or None."""
+
+    def __init__(self, model, samples, args, device, cache=None):
+        table, train, _ = samples
+        self.precision, self.epoch, self.step = utils.Precision("auto", device), 0, 0
+        dataset = SegmentationDataset(train, table, args.imgsz, ())
+        if cache:
+            dataset = cache_features(model, dataset, cache, self.precision, workers=WORKERS)
+        self.batches = make_loader(dataset, args.batch_size, WORKERS, device.type == "cuda")
+        self.batches.start(0)
+        trained = HeadOnly(model, args.imgsz) if cache else model
+        self.objective = engine.Objective(trained, build_loss("ce"))
+        self.optimizer = engine.build_optimizer("adamw", engine.parameter_groups(model, LR, 0.01, 1.0))
+
+    def __call__(self):
+        bar = tqdm(self.batches, disable=True)
+        done = engine.train_one_epoch(self.objective, bar, self.optimizer, self.precision, lambda step: 1.0,
+                                      self.step)
+        self.step, self.epoch = done["step"], self.epoch + 1
+        self.batches.start(self.epoch)
+
+
+def benchmark_train(args):
+    """Train the same head on the same frozen backbone by a plain loop and by ours, the epochs in turn.
+
+    The cached runs count the making (first) or the checking (second) of the cache into their time.
+    """
+    device = utils.pick_device(args.device)
+    train, val, table = some_data(args)
+    samples = table, train, val
+    utils.seed_everything(0)
+    first = build_model(args.backbone, "bn", CLASSES, (), args.weights, 0)
+    models = {name: copy.deepcopy(first).to(device)
+              for name in ("plain loop", "ours", "ours, cache made", "ours, cache there")}
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        runs, started = {}, {}
+        for name, model in models.items():
+            start = time.perf_counter()
+            build = PlainRun if name == "plain loop" else OurRun
+            runs[name] = build(model, samples, args, device, *([folder] if "cache" in name else []))
+            started[name] = time.perf_counter() - start
+        seconds = take_turns({name: logged(name, run) for name, run in runs.items()}, args.epochs)
+        rows = []
+        for name, model in models.items():
+            rows.append(dict(name=name, seconds=started[name] + sum(seconds[name]),
+                             epoch_s=statistics.median(seconds[name]),
+                             miou=score(model.eval(), val, table, args.imgsz, device)))
+    for row in rows:
+        row["ratio"] = rows[0]["seconds"] / row["seconds"]
+        row["epoch_ratio"] = rows[0]["epoch_s"] / row["epoch_s"]
+    return facts_of(args, device, images=len(train), epochs=args.epochs, backbone=args.backbone,
+                    weights=args.weights, precision=str(utils.Precision("auto", device)), rows=rows)
+
+
+def logged(name, run):
+    """Return `run` with a line printed after every call, since an epoch may take minutes."""
+    def call():
+        start = time.perf_counter()
+        run()
+        print(f"{name}: epoch {run.epoch} in {time.perf_counter() - start:.1f} s", flush=True)
+
+    return call
+
+
+def score(model, samples, table, imgsz, device):
+    """Return the mIoU of a Segmenter on a few samples, in float32."""
+    loader = make_loader(SegmentationDataset(samples, table, imgsz), 4, WORKERS)
+    precision = utils.Precision("off", device)
+    scores, _ = engine.evaluate(model, tqdm(loader, disable=True), build_loss("ce"), precision)
+    return scores["miou"]
+
+
+# --- data -------------------------------------------------------------------------------------------------
+def benchmark_data(args):
+    """Load an epoch of training images by PIL and torchvision's first transforms, and by ours."""
+    train, _, table = some_data(args)
+    plain = plain_loader(PlainDataset(train, table, args.imgsz, (0.5,) * 3, (0.25,) * 3, flip=True),
+                         args.batch_size, WORKERS)
+    plain = torch.utils.data.DataLoader(plain.dataset, args.batch_size, shuffle=True, num_workers=WORKERS,
+                                        persistent_workers=True)
+    variants = {"plain loader": lambda: [None for _ in plain]}
+    for name, augments in (("ours", ("flip",)), ("ours, crop flip color", ("crop", "flip", "color"))):
+        dataset = SegmentationDataset(train, table, args.imgsz, augments)
+        batches = make_loader(dataset, args.batch_size, WORKERS)
+        variants[name] = lambda batches=batches: [None for _ in batches]
+    take_turns(variants, 1)  # the worker processes start
+    seconds = {name: statistics.median(spent) for name, spent in take_turns(variants, args.rounds).items()}
+    rows = [dict(name=name, images_per_s=len(train) / spent, ratio=seconds["plain loader"] / spent)
+            for name, spent in seconds.items()]
+    return facts_of(args, "cpu", images=len(train), workers=WORKERS, rows=rows)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+def peak_memory(args, name, images):
+    """Return the peak memory, GB, of one epoch over `images` images: of the GPU, else of this process."""
+    device = utils.pick_device(args.device)
+    args.images = images
+    train, val, table = some_data(args)
+    utils.seed_everything(0)
+    model = build_model(args.backbone, "bn", CLASSES, (), args.weights, 0).to(device)
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        if name == "plain loop":
+            run = PlainRun(model, (table, train, val), args, device)
+        else:
+            run = OurRun(model, (table, train, val), args, device, folder if "cache" in name else None)
+        run()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    unit = 1e9 if os.uname().sysname == "Darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def benchmark_memory(args):
+    """Measure the peak memory of the training loops, each in a process of its own."""
+    device = utils.pick_device(args.device)
+    cases = [("plain loop", args.images), ("ours", args.images), ("ours, cache made", args.images),
+             ("ours, cache made", 4 * args.images)]
+    rows = []
+    for name, images in cases:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(dict(name=name, images=images, peak_gb=pool.apply(peak_memory, (args, name, images))))
+    for row in rows:
+        row["ratio"] = rows[0]["peak_gb"] / row["peak_gb"]
+    return facts_of(args, device, backbone=args.backbone, rows=rows)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------
-@torch.inference_mode()
-def plain_evaluation(model, samples, table, imgsz, device):
-    """Score as most scripts do: one image at a time, float32, resize, forward, upsample, argmax,
-    torchmetrics.
-    """
-    from torchmetrics.classification import MulticlassJaccardIndex
-    jaccard = MulticlassJaccardIndex(model.num_classes, ignore_index=255, average="macro").to(device)
-    for sample in samples:
-        image = Image.open(sample.image).convert("RGB").resize(imgsz[::-1], Image.Resampling.BILINEAR)
-        mask = torch.from_numpy(read_mask(sample.mask, table)).long().to(device)
-        logits = model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device))
-        logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
-        jaccard.update(logits.argmax(1)[0], mask)
-    return jaccard.compute().item()
-
-
 @torch.inference_mode()
 def our_evaluation(model, samples, table, protocol, precision, batch_size):
     """Score as evaluate.py does, without its boundary F1: batches from worker processes, autocast, one
     matrix.
     """
     device = next(model.parameters()).device
-    loader = make_loader(SegmentationDataset(samples, table, protocol.window), batch_size, workers=2)
+    loader = make_loader(SegmentationDataset(samples, table, protocol.window), batch_size, WORKERS)
     total = ConfusionMatrix(model.num_classes, device)
     for images, masks, _ in loader:
         views = engine.views_of(model, images, protocol, precision)
@@ -99,19 +268,15 @@ def benchmark_evaluate(args):
         mious["ours"] = our_evaluation(model, samples, data.table, protocol, precision, args.batch_size)
 
     seconds = take_turns({"plain loop": plain, "ours": ours}, args.rounds)
+    seconds = {name: statistics.median(spent) for name, spent in seconds.items()}
     rows = [dict(name=name, images_per_s=len(samples) / spent, ratio=seconds["plain loop"] / spent,
                  miou=mious[name]) for name, spent in seconds.items()]
-    return dict(
-        images=len(samples),
-        imgsz=list(protocol.window),
-        device=str(device),
-        precision=str(precision),
-        model=str(args.model),
-        rows=rows,
-    )
+    return dict(images=len(samples), imgsz=list(protocol.window), device=str(device),
+                precision=str(precision), model=str(args.model), rows=rows)
 
 
-MODES = {"evaluate": benchmark_evaluate}
+MODES = {"train": benchmark_train, "data": benchmark_data, "memory": benchmark_memory,
+         "evaluate": benchmark_evaluate}
 
 
 def parse_args(argv=None):
@@ -119,10 +284,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=list(MODES), help="what to measure")
-    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="checkpoint of train.py")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of its data set (default: as in training)")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="images a forward pass of ours")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="times each variant runs (3)")
+    parser.add_argument("--dataset", choices=DATASETS, default="streets", help="train, data, memory: on what")
+    parser.add_argument("--data-root", metavar="DIR", help="its folder (data; evaluate: as in training)")
+    parser.add_argument("--images", type=positive_int, default=100, help="training images of it (100)")
+    parser.add_argument("--imgsz", nargs=2, type=positive_int, default=(640, 640), metavar=("H", "W"),
+                        help="size that images are brought to (640 640)")
+    parser.add_argument("--backbone", type=backbone_name, default="dinov2_vits14", metavar="NAME",
+                        help="train, memory: as in train.py (dinov2_vits14)")
+    parser.add_argument("--weights", default="auto", help="train, memory: as in train.py (auto)")
+    parser.add_argument("--epochs", type=positive_int, default=20, help="train: epochs of every variant (20)")
+    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="evaluate: model of train.py")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images a forward pass (8)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="data, evaluate: times each runs (3)")
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
     parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
     return parser.parse_args(argv)

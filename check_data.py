@@ -24,7 +24,7 @@ import utils
 from config import DATASETS, IGNORE, InputError
 from datasets import DATASETS as SOURCES
 from folder import MOST_CLASSES, class_pixels, decode_masks, find_layout, stored
-from readers import OUTSIDE, match_files, outside_message, ranges, read_image, read_mask, rotate_like
+from readers import OUTSIDE, match_files, outside_message, ranges, read_pair
 from scan import fits, in_parallel, scan_image, scan_mask
 from stratify import share_table, split_samples
 
@@ -256,8 +256,8 @@ def draw(samples, classes, table, pixels, path):
     colours = utils.colour_table(classes)
     chosen = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int)
     for place, index in enumerate(chosen.tolist()):
-        image = read_image(samples[index].image).permute(1, 2, 0).numpy()
-        mask = rotate_like(read_mask(samples[index].mask, table), samples[index].image)
+        image, mask = (part.numpy() for part in read_pair(samples[index], table))
+        image = image.transpose(1, 2, 0)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[place // columns, place % columns])
         axes.imshow(utils.overlay(image, mask, colours, 0.6, utils.background_id(classes)))

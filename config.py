@@ -269,6 +269,13 @@ class TrainConfig:
     accumulate: int = setting(1, "training", "forward passes an optimizer step; equals one large batch for "
                               "ce and focal, whose terms are means over pixels", type=positive_int)
 
+    cache_features: str = setting("", "run", "compute the features of a frozen backbone once and keep them "
+                                  "in DIR for every later epoch and run (DIR: outputs/cache)", nargs="?",
+                                  const="outputs/cache", metavar="DIR")
+    cache_views: int = setting(1, "run", "views of a training image to keep: 1 = as it is, more = "
+                               "augmented", type=positive_int)
+    compile: bool = setting(False, "run", "torch.compile backbone and head: minutes at the start, faster "
+                            "steps, above all on a GPU", action="store_true")
     amp: str = setting("auto", "run", "autocast: auto = what the device is good at", choices=PRECISIONS)
     seed: int = setting(0, "run", "seed of weights, order and augmentation", type=whole_number)
     device: str = setting("auto", "run", "auto = cuda, else mps, else cpu; or a torch device such as cuda:1")
@@ -413,6 +420,14 @@ def check_settings(config, given):
     if "val_fraction" in given and config.dataset != "folder" and not config.resplit:
         raise InputError(f"--val-fraction has no effect, {config.dataset} has a validation part: add "
                          "--resplit to split all images anew")
+    if config.cache_features and (config.arch != "dinov2" or config.unfreeze != 0):
+        raise InputError("--cache-features keeps what a frozen backbone computes, and here it trains: leave "
+                         "out --cache-features, or give --arch dinov2 --unfreeze 0")
+    if "cache_views" in given and not config.cache_features:
+        raise InputError("--cache-views has no effect without --cache-features: add it")
+    if config.cache_features and config.cache_views == 1 and given.get("augment"):
+        raise InputError("--augment has no effect on the one view that is cached: give --cache-views K to "
+                         "keep K augmented ones, or leave out --augment")
     if "backbone_lr_scale" in given and config.unfreeze == 0:
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
 

@@ -19,8 +19,8 @@ import streets as drawn
 from config import (ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, IGNORE, PET, STREETS, VOC,
                     InputError)
 from folder import folder
-from readers import (DataSource, Sample, existing, index_table, list_images, pair_files, read_image,
-                     read_list, read_mask, rotate_like, value_table)
+from readers import (DataSource, Sample, existing, index_table, list_images, pair_files, read_list,
+                     read_mask, read_orientation, read_pair, rotate_like, value_table)
 from stratify import count_pixels, share_table, split_samples
 
 PADDING_COLOUR = (124, 116, 104)  # the ImageNet mean, so that padding is close to zero after normalisation
@@ -52,8 +52,8 @@ def random_scale_crop(image, mask, size, scale=(0.5, 2.0)):
 def augment(image, mask, size, names):
     """Bring a training pair to `size` = (h, w) with the augmentations in `names` (crop, flip, color).
 
-    image (3, H, W) uint8, mask (H, W) uint8 of the same size -> both at `size`. Random numbers come from
-    torch's global generator.
+    image (3, H, W) uint8, mask (H, W) uint8 of any size -> both at `size`. Random numbers come from torch's
+    global generator.
     """
     if "crop" in names:
         image, mask = random_scale_crop(image, mask, size)
@@ -87,17 +87,22 @@ class SegmentationDataset(Dataset):
     def __len__(self):
         return len(self.samples)
 
+    def mask(self, index):
+        """Return mask `index` (H, W) uint8 at the size it is stored in, turned as its image is."""
+        sample = self.samples[index]
+        return torch.from_numpy(rotate_like(read_mask(sample.mask, self.table),
+                                            *read_orientation(sample.image)))
+
     def __getitem__(self, ticket):
         # A ticket is epoch * len + index. Augmentation depends on seed, epoch and image alone, not on the
         # worker or on what was read before: a resumed run sees what an uninterrupted one would.
         epoch, index = divmod(ticket, len(self))
         sample = self.samples[index]
-        image = read_image(sample.image)
-        mask = torch.from_numpy(rotate_like(read_mask(sample.mask, self.table), sample.image))
         if self.augments is None:
+            image, mask = read_pair(sample, self.table)
             return resize_image(image, self.size) if self.size else image, mask, str(sample.image)
-        if mask.shape != image.shape[1:]:
-            mask = resize_mask(mask, image.shape[1:])
+        largest = [side * (2 if "crop" in self.augments else 1) for side in self.size]
+        image, mask = read_pair(sample, self.table, at_least=largest)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.seed, epoch, index))
             image, mask = augment(image, mask, self.size, self.augments)
@@ -105,17 +110,23 @@ class SegmentationDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yields tickets epoch * n + index in an order that depends on (seed, epoch) alone."""
+    """Yields tickets epoch * n + index in an order that depends on (seed, epoch) alone.
 
-    def __init__(self, length, seed):
+    Of several processes, each takes every n-th ticket, so that their batches together are those of one
+    process with larger batches; the order's start is repeated until all have equally many.
+    """
+
+    def __init__(self, length, seed, rank=0, processes=1):
         self.length, self.seed, self.epoch = length, seed, 0
+        self.rank, self.processes = rank, processes
 
     def __len__(self):
-        return self.length
+        return -(-self.length // self.processes)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
+        order = torch.cat([order, order[:-self.length % self.processes]])[self.rank::self.processes]
         return iter((self.epoch * self.length + order).tolist())
 
     def set_epoch(self, epoch):
@@ -124,17 +135,44 @@ class EpochSampler(Sampler):
 
 
 def collate(items):
-    """Stack images to (B, 3, h, w), and masks to (B, h, w) where all have that size; else a list of masks."""
+    """Stack images to (B, 3, h, w), and masks to (B, h, w) where all have one size; else a list of masks."""
     images, masks, names = zip(*items, strict=True)
-    same = all(mask.shape == images[0].shape[1:] for mask in masks)
+    same = all(mask.shape == masks[0].shape for mask in masks)
     return torch.stack(images), torch.stack(masks) if same else list(masks), list(names)
 
 
-def make_loader(dataset, batch_size, workers, pin_memory=False):
-    """Return a DataLoader over a SegmentationDataset, shuffled by EpochSampler where it is for training."""
-    sampler = EpochSampler(len(dataset), dataset.seed) if dataset.augments is not None else None
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate,
-                      pin_memory=pin_memory, persistent_workers=workers > 0)
+class Batches:
+    """The batches of a DataLoader, of which the first can be loaded before they are asked for."""
+
+    def __init__(self, loader):
+        self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
+        self.started = None
+
+    def start(self, epoch=0):
+        """Let the worker processes begin with an epoch (0-based), while something else is computed."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        self.started = iter(self.loader)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        started, self.started = self.started or iter(self.loader), None
+        return started
+
+
+def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, processes=1):
+    """Return the Batches of a SegmentationDataset, shuffled by EpochSampler where it is for training.
+
+    Of several processes, each gets its part: in training of equal length, in validation every image once.
+    """
+    if dataset.augments is None:
+        sampler = range(rank, len(dataset), processes)
+    else:
+        sampler = EpochSampler(len(dataset), dataset.seed, rank, processes)
+    return Batches(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate,
+                              pin_memory=pin_memory, persistent_workers=workers > 0))
 
 
 # --- one function a data set ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from metrics import ConfusionMatrix
 from losses import score
 from model import load_model
 from upsample import Logits, class_ids
-from utils import Precision, pick_device
+from utils import Precision, gather, pick_device, place, share_buffers, sum_over_processes
 
 MAX_GRAD_NORM = 1.0
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
@@ -143,13 +143,16 @@ class LossLog:
         return time.perf_counter() - self.start
 
     def rate(self):
-        """Images per second so far."""
-        return self.images / self.seconds()
+        """Images per second so far, of all processes."""
+        return self.images * place()[1] / self.seconds()
 
     def means(self):
-        """Mean over images of the loss and its terms: loss, loss_ce, loss_dice, ..."""
+        """Mean over the images of all processes of the loss and its terms: loss, loss_ce, loss_dice, ..."""
         self.read()
-        return {key: value / max(1, self.images) for key, value in self.sums.items()}
+        parts = gather((self.sums, self.images))
+        images = max(1, sum(images for _, images in parts))
+        keys = max((sums for sums, _ in parts), key=len)  # a process without an image has none
+        return {key: sum(sums.get(key, 0.0) for sums, _ in parts) / images for key in keys}
 
 
 class Objective(nn.Module):
@@ -192,8 +195,11 @@ def train_one_epoch(objective, batches, optimizer, precision, schedule, step, ac
         log.add(loss, terms, names, step, optimizer.param_groups[0]["lr"])
         matrix.update(preds, masks)
         if (index + 1) % accumulate == 0 or index + 1 == len(batches):
+            weights = sum_over_processes(weights) / place()[1]  # DDP averages the gradients
             optimizer_step(optimizer, precision.scaler, torch.clamp(weights, min=1e-6))
             step, weights = step + 1, 0.0
+    share_buffers(objective)
+    matrix.counts = sum_over_processes(matrix.counts)
     return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), images_per_s=log.rate(),
                 data_wait=log.waited / log.seconds(), step=step)
 
@@ -362,7 +368,9 @@ class Predictor:
 
 @torch.inference_mode()
 def evaluate(model, batches, criterion, precision):
-    """Score a model on `batches` of a validation loader, each mask at its own size.
+    """Score a model (or a HeadOnly) on `batches` of a validation loader, each mask at its own size.
+
+    Of several processes, each brings its own part of the batches and all get the scores of the whole.
 
     Returns (dict of loss and its terms, accuracy, miou, dice; the ConfusionMatrix). The loss is taken at the
     network's size, as in training. Leaves the model in eval mode.
@@ -371,13 +379,13 @@ def evaluate(model, batches, criterion, precision):
     matrix, log = ConfusionMatrix(model.num_classes, device), LossLog(batches)
     model.eval()
     for images, masks, names in batches:
-        images = images.to(device, non_blocking=True)  # (B, 3, h, w) uint8
-        small = torch.stack([resize_mask(mask, images.shape[-2:]) for mask in masks])  # (B, h, w)
         with precision.autocast():
-            logits = model.logits(images)
+            logits = model.logits(images.to(device, non_blocking=True))
+            small = torch.stack([resize_mask(mask, logits.shape[-2:]) for mask in masks])  # (B, h, w)
             loss, terms, _ = score(criterion, logits, small.to(device).long())
         log.add(loss, terms, names, 0, 0.0)
         for pred, mask in zip(class_maps([logits], [mask.shape for mask in masks]), masks, strict=True):
             matrix.update(pred, mask.to(device))
+    matrix.counts = sum_over_processes(matrix.counts)
     scores = dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice())
     return scores, matrix

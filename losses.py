@@ -1,8 +1,8 @@
 """Losses by name. Every loss takes logits (B, K, H, W) and masks (B, H, W), leaves out 255, works in float32.
 
     criterion = build_loss("focal+dice")
-    loss, terms = criterion(logits, masks)     # scalar to call backward on; {"focal": ..., "dice": ...} to log
-    loss, terms, preds = score(criterion, model.logits(images), masks)  # the same without full-size logits
+    loss, terms = criterion(logits, masks)               # a scalar, {"focal": ..., "dice": ...}
+    loss, terms, preds = score(criterion, logits, masks)  # the same of Logits, without full-size copies
 
 A batch in which no pixel counts gives 0 with a gradient of 0. A new loss is one function
 f(logits, masks, class_weights), entered in FUNCTIONS (and its name in config.py).

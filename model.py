@@ -81,9 +81,15 @@ class Segmenter(nn.Module):
         height, width = size
         padded, top, left = padding(size, self.backbone.patch)
         # the layout of tokens: heads are two to three times as fast in it, above all in bfloat16
-        maps = [features.contiguous(memory_format=torch.channels_last) for features in maps]
+        maps = [features if features.stride(1) == 1
+                else features.contiguous(memory_format=torch.channels_last) for features in maps]
         logits = Logits(self.head(maps, padded).float())  # (B, K, h, w)
         return logits.at(padded).crop(top, left, height, width) if self.crops else logits.at(size)
+
+    def compile_parts(self):
+        """Compile backbone and head (torch.compile) the first time each is called."""
+        self.backbone.features = torch.compile(self.backbone.features)
+        self.head.compile()
 
     def trains_backbone(self):
         """Return whether any parameter of the backbone trains."""
@@ -93,6 +99,19 @@ class Segmenter(nn.Module):
         """Return (trained, all) numbers of parameters."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+class HeadOnly(nn.Module):
+    """A Segmenter from the features of its frozen backbone on, for images of one size: cache.py has them."""
+
+    def __init__(self, model, size):
+        super().__init__()
+        self.model, self.size, self.num_classes = model, tuple(size), model.num_classes
+
+    def logits(self, features):
+        """(B, h, w, D), all maps side by side -> Logits."""
+        maps = features.permute(0, 3, 1, 2).split(self.model.backbone.channels, dim=1)  # n x (B, D, h, w)
+        return self.model.decode(maps, self.size)
 
 
 def padding(size, multiple):

@@ -5,6 +5,8 @@
     python train.py --recipe person-bn --data-root my_photos
     python train.py --arch segformer_b0 --dataset camvid --data-root CamVid     # a network to compare with
     python train.py --resume --epochs 60               # go on from outputs/last.pth
+    python train.py --dataset voc --cache-features     # the frozen backbone sees every image once
+    torchrun --nproc-per-node 4 train.py --dataset voc # four GPUs; --batch-size is of each
 
 Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,
 per_class_iou.png, confusion_matrix.png, best_model_iou.pth (best validation mIoU), last.pth (for --resume).
@@ -24,15 +26,18 @@ from shlex import quote
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import engine
 import streets
 import utils
+from cache import cache_features
 from config import DINOV2_ONLY, InputError, parse_train_args, resolve
 from datasets import SegmentationDataset, load_data, make_loader
 from losses import build_loss, class_weights
-from model import build_model, pack_checkpoint, read_checkpoint
+from model import HeadOnly, build_model, pack_checkpoint, read_checkpoint
 from readers import read_image
 from stratify import count_pixels
 from video import VideoWriter
@@ -63,7 +68,12 @@ def print_plan(config, data, model, device, precision):
     untrained = config.weights == "none" or (config.backbone, config.weights) == ("vit_tiny", "auto")
     if untrained and config.unfreeze == 0:
         print("warning: the backbone is random and frozen, only the head learns: add --unfreeze all")
-    print(f"device: {device}, {precision}", flush=True)
+    if config.cache_features and config.cache_views == 1 and config.augment:
+        print("augmentation is off: one view of every image is cached, as it is (--cache-views K keeps more)")
+    processes = utils.place()[1]
+    print(f"device: {device}, {precision}, {processes} process{'es' * (processes > 1)}", flush=True)
+    if processes > 1 and device.type == "cpu":
+        print("warning: BatchNorm takes its statistics in each process alone on the CPU")
 
 
 def random_state():
@@ -98,13 +108,17 @@ def open_run(out_dir, facts, resumed):
     utils.write_atomically(out_dir / "config.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
 
 
-def draw_validation(model, dataset, classes, imgsz, precision, path):
+@torch.inference_mode()
+def draw_validation(model, dataset, classes, precision, path):
     """Write one picture of a few fixed validation images: image, truth and prediction side by side."""
-    rows = []
+    rows, device = [], next(model.parameters()).device
     for index in np.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).round().astype(int).tolist():
+        seen, mask, _ = dataset[index]
         image = read_image(dataset.samples[index].image)
-        pred = engine.predict(model, image[None], engine.Protocol(imgsz), precision)[0].cpu().numpy()
-        rows.append((image.permute(1, 2, 0).numpy(), dataset[index][1].numpy(), pred))
+        with precision.autocast():
+            logits = model.logits(seen[None].to(device))
+        pred = engine.class_map([logits], image.shape[1:]).cpu().numpy()
+        rows.append((image.permute(1, 2, 0).numpy(), mask.numpy(), pred))
     utils.save_image(utils.side_by_side(rows, classes), path)
 
 
@@ -151,25 +165,49 @@ def print_result(history, classes, out_dir, picture, clip):
 
 
 def build_training(config, data, device):
-    """Return model, optimizer and the two loaders that a TrainConfig describes."""
+    """Return the model and the optimizer that a TrainConfig describes."""
     weights = "none" if config.resume else config.weights  # last.pth brings its own
-    model = build_model(config.backbone, config.head, len(data.classes), config.layers, weights,
-                        config.unfreeze, config.arch, config.normalize).to(device)
+    with utils.first_alone():  # it may download
+        model = build_model(config.backbone, config.head, len(data.classes), config.layers, weights,
+                            config.unfreeze, config.arch, config.normalize).to(device)
+    if utils.place()[1] > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, config.backbone_lr_scale)
-    optimizer = engine.build_optimizer(config.optimizer, groups)
-    train_set = SegmentationDataset(data.splits["train"], data.table, config.imgsz, config.augment,
-                                    config.seed)
-    val_set = SegmentationDataset(data.splits["val"], data.table, config.imgsz)
-    loaders = [make_loader(part, config.batch_size, config.workers, device.type == "cuda")
-               for part in (train_set, val_set)]
-    return model, optimizer, *loaders
+    return model, engine.build_optimizer(config.optimizer, groups)
+
+
+def build_batches(config, data, model, precision):
+    """Return the training and the validation Batches: of images, or of cached features."""
+    device = model.mean.device
+    whole = config.cache_features and config.cache_views == 1
+    sets = [SegmentationDataset(data.splits["train"], data.table, config.imgsz,
+                                () if whole else config.augment, config.seed),
+            SegmentationDataset(data.splits["val"], data.table, config.imgsz)]
+    if config.cache_features:
+        sets = [cache_features(model, part, config.cache_features, precision, views, config.workers)
+                for part, views in zip(sets, (config.cache_views, 1), strict=True)]
+    return [make_loader(part, config.batch_size, config.workers, device.type == "cuda", *utils.place())
+            for part in sets]
+
+
+def build_objective(config, model, criterion):
+    """Return (what is trained and validated: the Segmenter or its head alone; the Objective or DDP of it)."""
+    if config.compile:
+        model.compile_parts()
+    trained = HeadOnly(model, config.imgsz) if config.cache_features else model
+    objective = engine.Objective(trained, criterion)
+    if utils.place()[1] > 1:
+        objective = DistributedDataParallel(objective, find_unused_parameters=model.trains_backbone())
+    return trained, objective
 
 
 def build_criterion(config, data, device):
     """Return the loss that a TrainConfig describes; prints the class weights where there are any."""
     if config.class_weights == "none":
         return build_loss(config.loss)
-    pixels = count_pixels(data.splits["train"], data.table, len(data.classes), Path(config.out_dir) / "cache")
+    with utils.first_alone():
+        pixels = count_pixels(data.splits["train"], data.table, len(data.classes),
+                              Path(config.out_dir) / "cache")
     weights = class_weights(pixels, config.class_weights)
     print("class weights: " + ", ".join(f"{name} {weight:.3g}" for (name, _), weight in
                                         zip(data.classes, weights.tolist(), strict=True)))
@@ -184,17 +222,18 @@ def main():
     config = resolve(given, saved and saved.get("config", {}))
     if not {"dataset", "recipe", "resume"} & given.keys():
         print("no --dataset given: training on streets, which our code draws")
+    device = utils.start_processes(utils.pick_device(config.device))
     print_settings(config)
-    device = utils.pick_device(config.device)
     precision = utils.Precision(config.amp, device)
-    data = load_data(config.dataset, config.data_root, config.resplit, config.ignore_background,
-                     config.val_fraction, config.classes, out_dir / "cache")
+    with utils.first_alone():
+        data = load_data(config.dataset, config.data_root, config.resplit, config.ignore_background,
+                         config.val_fraction, config.classes, out_dir / "cache")
     if not data.splits["train"]:
         raise InputError(f"{config.dataset} under {config.data_root} has no training image of its own: "
                          "complete the data set, or correct its lists")
     fingerprints = data.fingerprints()
     utils.seed_everything(config.seed)
-    model, optimizer, train_loader, val_loader = build_training(config, data, device)
+    model, optimizer = build_training(config, data, device)
     history, first_epoch, step = [], 1, 0
     if saved:
         first_epoch, step, history = resume(saved, config, fingerprints, model, optimizer, precision)
@@ -202,25 +241,32 @@ def main():
     utils.make_folder(out_dir)
     settings = utils.finite(dataclasses.asdict(config))
     criterion = build_criterion(config, data, device)
-    objective = engine.Objective(model, criterion)
-    epoch_steps = math.ceil(len(train_loader) / config.accumulate)
+    train_batches, val_batches = build_batches(config, data, model, precision)
+    scored, objective = build_objective(config, model, criterion)
+    epoch_steps = math.ceil(len(train_batches) / config.accumulate)
     schedule = partial(engine.lr_factor, total_steps=config.epochs * epoch_steps, scheduler=config.scheduler,
                        steps_per_epoch=epoch_steps)
+    hidden = None if utils.is_first() else True  # None: hidden where the output is no terminal
+    train_batches.start(first_epoch - 1)
     for epoch in range(first_epoch, config.epochs + 1):
         start = time.perf_counter()
-        train_loader.sampler.set_epoch(epoch - 1)
+        val_batches.start()  # its first batches are read while the epoch trains
         title = f"epoch {epoch}/{config.epochs}"
-        bar = tqdm(train_loader, title, leave=False, disable=None)
+        bar = tqdm(train_batches, title, leave=False, disable=hidden)
         trained = engine.train_one_epoch(objective, bar, optimizer, precision, schedule, step,
                                          config.accumulate)
         step = trained.pop("step")
-        bar = tqdm(val_loader, f"{title} validation", leave=False, disable=None)
-        scores, matrix = engine.evaluate(model, bar, criterion, precision)
+        if epoch < config.epochs:
+            train_batches.start(epoch)
+        bar = tqdm(val_batches, f"{title} validation", leave=False, disable=hidden)
+        scores, matrix = engine.evaluate(scored, bar, criterion, precision)
         row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start,
                    **{f"train_{key}": value for key, value in trained.items()},
                    **{f"val_{key}": value for key, value in scores.items()},
                    per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
         history.append(row)
+        if not utils.is_first():
+            continue
         if epoch == first_epoch:
             facts = dict(settings, **fingerprints, protocol=PROTOCOL.format(*config.imgsz),
                          class_names=[name for name, _ in data.classes],
@@ -233,15 +279,17 @@ def main():
         state = dict(optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(), step=step,
                      history=history, random=random_state(), **fingerprints)
         utils.save_checkpoint({**packed, **state}, out_dir / "last.pth")
-        draw_validation(model, val_loader.dataset, data.classes, config.imgsz, precision,
+        draw_validation(scored, val_batches.dataset, data.classes, precision,
                         out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
         draw_epoch(history, matrix, data.classes, out_dir)
         if math.isnan(scores["miou"]):
             print("warning: no validation pixel counts, the masks hold nothing but ignored ones")
         print(f"{title}: loss {trained['loss']:.4f}, validation loss {scores['loss']:.4f}, accuracy "
               f"{scores['accuracy']:.4f}, mIoU {scores['miou']:.4f}{' (best so far)' if better else ''}, "
-              f"{trained['images_per_s']:.1f} images/s, {row['seconds']:.1f} s", flush=True)
-    print_result(history, data.classes, out_dir, *example_inputs(config, data))
+              f"{trained['images_per_s']:.1f} images/s, {trained['data_wait']:.0%} of it waiting for data, "
+              f"{row['seconds']:.1f} s", flush=True)
+    if utils.is_first():
+        print_result(history, data.classes, out_dir, *example_inputs(config, data))
 
 
 def resume(saved, config, fingerprints, model, optimizer, precision):

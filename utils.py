@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from config import IGNORE, InputError, fraction, positive_int
@@ -32,13 +34,14 @@ def run_main(main, stopped="stopped"):
         sys.exit(main() or 0)
     except InputError as error:
         # raised in a loader process, the message comes wrapped in that process's traceback
-        print("error:", str(error).strip().split("InputError: ")[-1], file=sys.stderr)
+        process = f"[process {place()[0]}] " if place()[1] > 1 else ""
+        print(f"error: {process}{str(error).strip().split('InputError: ')[-1]}", file=sys.stderr, flush=True)
         sys.exit(2)
     except FloatingPointError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(1)
-    except (RuntimeError, MemoryError) as error:  # torch has an error class of its own for CUDA alone
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         print("error: out of memory: lower --imgsz or --batch-size", file=sys.stderr)
         sys.exit(2)
@@ -51,6 +54,86 @@ def run_main(main, stopped="stopped"):
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Return whether an exception says so; torch has a class of its own for CUDA alone."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+
+
+# --- several processes (torchrun) -------------------------------------------------------------------------
+def start_processes(device):
+    """Join the other processes where torchrun started several, one a GPU; return this one's device.
+
+    Only the first of them prints. Without torchrun nothing happens. Raises InputError.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda" and device.index is None:
+        device = pick_device(f"cuda:{local_share()[0]}")
+        torch.cuda.set_device(device)
+    elif device.type == "mps":
+        raise InputError("torchrun needs CUDA or --device cpu: MPS has one device only")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    return device
+
+
+def place():
+    """Return (rank, number of processes) of this process, (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def local_share():
+    """Return (rank, number of processes) of this process on its own machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first():
+    """Return whether this process is the one that prints and writes."""
+    return place()[0] == 0
+
+
+def barrier():
+    """Wait for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def first_alone():
+    """Context in which the first process of a machine goes before the others: it draws, downloads, caches."""
+    if local_share()[0] > 0:
+        barrier()
+    yield
+    if local_share()[0] == 0:
+        barrier()
+
+
+def sum_over_processes(tensor):
+    """Return the sum of a tensor over all processes; leaves the tensor as it was."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather(value):
+    """Return the list of every process's value, plain Python."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def share_buffers(module):
+    """Give every process the first one's buffers (running statistics of BatchNorm)."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 # --- device, precision, seed ------------------------------------------------------------------------------
@@ -189,13 +272,14 @@ def finite(value):
 
 
 def make_folder(path):
-    """Create a folder that must be writable. Raises InputError."""
+    """Create a folder that must be writable and return its path. Raises InputError."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out-dir: cannot create {path} ({error.strerror}); choose another one") from None
     if not os.access(path, os.W_OK):
         raise InputError(f"--out-dir: {path} is not writable: choose another folder")
+    return path
 
 
 def set_aside(out_dir):

@@ -215,7 +215,7 @@ def test_chunked_attention_equals_the_kernel(tokens):
 
 @pytest.mark.parametrize("backbone", ["vit_tiny", "dinov2_vits14"])
 @pytest.mark.parametrize("win", [True, False])
-def test_the_faster_attention_is_used_in_bf16_and_changes_only_rounding(backbone, win, hub_cache, monkeypatch):
+def test_the_faster_attention_is_used_in_bf16_and_only_rounds(backbone, win, hub_cache, monkeypatch):
     calls = []
 
     def counted(*args):

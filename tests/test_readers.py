@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import blocks, real_data, write_pair
 from PIL import Image
 
 from config import InputError
 from readers import (
+    Sample,
     index_table,
     list_images,
     pair_files,
@@ -15,6 +17,8 @@ from readers import (
     read_image,
     read_list,
     read_mask,
+    read_orientation,
+    read_pair,
     read_mask_values,
     rotate_like,
 )
@@ -65,9 +69,11 @@ def test_exif_rotated_images_come_out_upright_and_masks_follow(tmp_path, orienta
     Image.fromarray(np.ascontiguousarray(stored(upright))).save(tmp_path / "photo.png", exif=exif)
     assert (read_image(tmp_path / "photo.png").permute(1, 2, 0).numpy() == upright).all()
     mask = upright[..., 0]
-    assert (rotate_like(mask, tmp_path / "photo.png") == mask).all()  # drawn upright: stays
+    # drawn upright: stays
+    assert (rotate_like(mask, *read_orientation(tmp_path / "photo.png")) == mask).all()
     if orientation >= 5:  # drawn on the stored pixels: turned with them
-        assert (rotate_like(np.ascontiguousarray(stored(mask)), tmp_path / "photo.png") == mask).all()
+        drawn = np.ascontiguousarray(stored(mask))
+        assert (rotate_like(drawn, *read_orientation(tmp_path / "photo.png")) == mask).all()
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "missing"])
@@ -167,3 +173,25 @@ def test_real_person_photos_are_read():
     for path in list_images(real_data("person_sample/images"))[:20]:
         image = read_image(path)
         assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.float().std() > 1
+
+
+# --- reduced decoding -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("at_least", [(100, 90), (200, 130), (400, 300), (30, 500)])
+def test_a_large_jpeg_is_decoded_smaller_but_never_below_what_is_asked(tmp_path, orientation, at_least):
+    rows, columns = np.mgrid[0:403, 0:602]
+    pixels = np.stack([rows / 403, columns / 602, (rows + columns) % 50 / 100], 2)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.jpg"
+    Image.fromarray((255 * pixels).astype(np.uint8)).save(path, quality=95, exif=exif)
+    whole, small = read_image(path), read_image(path, at_least)
+    assert small.shape[1] >= min(at_least[0], whole.shape[1])
+    assert small.shape[2] >= min(at_least[1], whole.shape[2])
+    assert (max(small.shape) < 400) == (max(at_least) <= 200)  # half the size where half is enough
+    a, b = (F.interpolate(x[None].float(), size=(50, 60), mode="area") for x in (whole, small))
+    assert (a - b).abs().mean() < 3
+    mask = Image.fromarray(np.zeros((403, 602), np.uint8))
+    mask.save(tmp_path / "mask.png")
+    image, mask = read_pair(Sample(path, tmp_path / "mask.png"), index_table(2), at_least)
+    assert torch.equal(image, small) and mask.shape == whole.shape[1:]  # the mask turns as its image does

@@ -1,0 +1,259 @@
+"""The feature cache: what a frozen backbone makes of the images, computed once and read by every later run.
+
+    python train.py --cache-features --head bn          # one pass of the backbone, then the head alone
+    python train.py --cache-features --head unet        # the same blocks of the same images: no pass at all
+    python train.py --cache-features --cache-views 4    # four augmented views of every image
+
+A cache is one memory-mapped file of bfloat16 for every block that the head reads, one of masks for training,
+and beside each a file of checksums, one an entry, written after the entry: an interrupted cache is gone on
+with, a damaged entry computed again. The file's name is a hash of all that its content depends on.
+"""
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from config import InputError
+from datasets import collate
+from utils import barrier, is_out_of_memory, local_share, write_atomically
+
+VERSION = 1  # of the format
+BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images a pass of the backbone; halved while they do not fit
+SPARE = 1 << 28  # bytes of disk that stay free
+
+
+class EntryFile:
+    """An array (N, *shape) in a memory-mapped file, and a checksum for each of its N entries."""
+
+    def __init__(self, path, count, shape, dtype):
+        self.path, self.count, self.shape, self.dtype = Path(path), count, tuple(shape), dtype
+        self.maps = None
+
+    def __getstate__(self):  # a worker process maps the file itself
+        return {**self.__dict__, "maps": None}
+
+    def open(self):
+        """Map the file and its checksums. Returns (values (N, *shape), checksums (N,) int64, 0 = none)."""
+        if self.maps is None:
+            size = self.count * torch.Size(self.shape).numel()
+            values = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
+            sums = torch.from_file(str(self.sums_path), shared=True, size=self.count, dtype=torch.int64)
+            self.maps = values.view(self.count, *self.shape), sums
+        return self.maps
+
+    @property
+    def sums_path(self):
+        """Where the checksums are."""
+        return self.path.with_suffix(".sums")
+
+    def bytes(self):
+        """Return the size of the whole file."""
+        return self.count * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def is_whole(self):
+        """Return whether both files have the size that they should have."""
+        return all(path.is_file() and path.stat().st_size == size
+                   for path, size in ((self.path, self.bytes()), (self.sums_path, 8 * self.count)))
+
+    def create(self, facts):
+        """Reserve both files on disk, empty, and write `facts` beside them. Raises InputError: no room."""
+        try:
+            for path, size in ((self.sums_path, 8 * self.count), (self.path, self.bytes())):
+                path.unlink(missing_ok=True)
+                with open(path, "wb") as file:
+                    os.truncate(file.fileno(), size)
+                    if hasattr(os, "posix_fallocate"):  # else a full disk would end in SIGBUS later
+                        os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            raise InputError(f"--cache-features: no room for {self.path} ({error.strerror}): free some disk, "
+                             "or name another folder") from None
+        text = json.dumps(facts, indent=1)
+        write_atomically(self.path.with_suffix(".json"), lambda path: path.write_text(text))
+
+    def write(self, number, value):
+        """Store one entry, then its checksum: a process that dies between the two leaves no checksum."""
+        values, sums = self.open()
+        values[number] = value
+        sums[number] = checksum(values[number])
+
+    def has(self, number):
+        """Return whether entry `number` is there and undamaged."""
+        values, sums = self.open()
+        return sums[number] != 0 and sums[number] == checksum(values[number])
+
+
+def checksum(values):
+    """Return the CRC-32 of a tensor's bytes plus 2**32, so that it is never 0."""
+    return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy()) + (1 << 32)
+
+
+class CachedDataset(Dataset):
+    """Triples (features (h, w, D), mask, file name) in place of the (image, mask, name) of a dataset.
+
+    D = channels of all blocks side by side. Masks as in the dataset: at its `size` for training, else as they
+    are stored. Training epoch e reads view e % views.
+    """
+
+    def __init__(self, dataset, features, masks, views):
+        self.dataset, self.features, self.masks, self.views = dataset, features, masks, views
+        self.samples, self.augments, self.seed = dataset.samples, dataset.augments, dataset.seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, ticket):
+        epoch, index = divmod(ticket, len(self))
+        place = epoch % self.views * len(self) + index
+        maps = [file.open()[0][place] for file in self.features]  # n x (h, w, D)
+        mask = self.masks.open()[0][place] if self.masks else self.dataset.mask(index)
+        return torch.cat(maps, dim=-1) if len(maps) > 1 else maps[0], mask, str(self.samples[index].image)
+
+
+def cache_features(model, dataset, folder, precision, views=1, workers=0):
+    """Return the CachedDataset of a SegmentationDataset, computing what `folder` does not hold yet.
+
+    model: a Segmenter with a frozen backbone, on its device. Epochs 0..views-1 of a training dataset are the
+    views. Peak memory does not grow with the number of images. Raises InputError where the disk has no room.
+    """
+    folder = Path(folder)
+    files, facts = plan_files(model, dataset, folder, precision, views)
+    if local_share()[0] == 0:
+        reserve(files, facts, folder)
+    barrier()
+    rank, share = local_share()
+    missing = [number for number in range(rank, len(dataset) * views, share)
+               if not all(file.has(number) for file in files)]
+    if missing:
+        fill(model, dataset, files, missing, precision, workers)
+    barrier()
+    masks = files.pop() if dataset.augments is not None else None
+    return CachedDataset(dataset, files, masks, views)
+
+
+def plan_files(model, dataset, folder, precision, views):
+    """Return ([EntryFile of every block, and of masks for training], [the facts each depends on])."""
+    count = len(dataset) * views
+    with torch.inference_mode(), precision.autocast():
+        first = model.features(dataset[0][0][None].to(model.mean.device))  # n x (1, D, h, w)
+    shapes = [(*features.shape[2:], features.shape[1]) for features in first]
+    shared = dict(version=VERSION, split="val" if dataset.augments is None else "train", views=views,
+                  imgsz=list(dataset.size), **file_facts(dataset.samples))
+    if views > 1:
+        shared.update(augment=list(dataset.augments), seed=dataset.seed)
+    of_model = dict(weights=weights_hash(model), mean=model.mean.flatten().tolist(),
+                    std=model.std.flatten().tolist(), precision=str(precision))
+    kinds = [dict(shared, **of_model, block=layer, shape=shape)
+             for layer, shape in zip(model.backbone.layers, shapes, strict=True)]
+    types = [torch.bfloat16] * len(kinds)
+    if dataset.augments is not None:
+        kinds.append(dict(shared, table=hashlib.sha256(dataset.table).hexdigest()))
+        shapes, types = [*shapes, dataset.size], [*types, torch.uint8]
+    names = [hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16] for facts in kinds]
+    paths = [folder / f"{'features' if 'block' in facts else 'masks'}_{name}.bin"
+             for name, facts in zip(names, kinds, strict=True)]
+    files = [EntryFile(path, count, shape, kind)
+             for path, shape, kind in zip(paths, shapes, types, strict=True)]
+    return files, kinds
+
+
+def weights_hash(model):
+    """Return a hash of every weight and buffer of the backbone."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def file_facts(samples):
+    """Return the hashes of a file list: its names, and its sizes and times of change."""
+    base = os.path.commonpath([path.parent for sample in samples for path in sample])
+    stats = [path.stat() for sample in samples for path in sample]
+    names = [os.path.relpath(path, base) for sample in samples for path in sample]
+    changes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+            for key, value in (("names", names), ("contents", changes))}
+
+
+def reserve(files, facts, folder):
+    """Create the files that are missing; say how large they are. Raises InputError where the disk is full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
+                         "folder") from None
+    missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_whole()]
+    for _, fact in missing:
+        remove_outdated(fact, folder)
+    needed, free = sum(file.bytes() for file, _ in missing), shutil.disk_usage(folder).free
+    total = sum(file.bytes() for file in files)
+    print(f"feature cache of {files[0].count} {facts[0]['split']} views in {folder}: {total / 1e9:.2f} GB, "
+          f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)
+    if needed + SPARE > free:
+        raise InputError(f"--cache-features needs {needed / 1e9:.2f} GB in {folder}, which has "
+                         f"{free / 1e9:.2f} GB free: free some disk, name another folder "
+                         "(--cache-features DIR), or lower --imgsz or --cache-views")
+    for file, fact in missing:
+        file.create(fact)
+
+
+def remove_outdated(facts, folder):
+    """Remove a cache of the same files as they were before they changed."""
+    def same_but_contents(path):
+        try:
+            other = json.loads(path.read_text())
+            return other.pop("contents") and other == json.loads(json.dumps(
+                {key: value for key, value in facts.items() if key != "contents"}))
+        except (OSError, ValueError, KeyError, AttributeError):
+            return False
+
+    for path in [path for path in folder.glob("*.json") if same_but_contents(path)]:
+        print(f"the data set has changed: {path.with_suffix('.bin')} is removed and made anew")
+        for ending in (".json", ".bin", ".sums"):
+            path.with_suffix(ending).unlink(missing_ok=True)
+
+
+def fill(model, dataset, files, missing, precision, workers):
+    """Compute the entries `missing` (tickets of the dataset) of every file."""
+    device = model.mean.device
+    size = BATCH.get(device.type, 8)
+    loader = DataLoader(dataset, size, sampler=missing, num_workers=workers, collate_fn=collate,
+                        pin_memory=device.type == "cuda")
+    numbers = iter(missing)
+    model.eval()
+    with tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None) as bar:
+        for images, masks, _ in loader:
+            maps, size = features_that_fit(model, images, precision, size)
+            for index in range(len(images)):
+                number = next(numbers)
+                for file, features in zip(files, maps, strict=False):
+                    file.write(number, features[index].permute(1, 2, 0))  # (D, h, w) -> (h, w, D)
+                if len(files) > len(maps):
+                    files[-1].write(number, masks[index])
+            bar.update(len(images))
+
+
+@torch.inference_mode()
+def features_that_fit(model, images, precision, size):
+    """Return (maps n x (B, D, h, w) on the CPU, size): `size` images a pass, halved while they do not fit."""
+    while True:
+        try:
+            parts = []
+            for part in images.split(size):
+                with precision.autocast():
+                    maps = model.features(part.to(model.mean.device, non_blocking=True))
+                parts.append([features.to(torch.bfloat16).cpu() for features in maps])
+            return [torch.cat(maps) for maps in zip(*parts, strict=True)], size
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size //= 2
+            if model.mean.device.type == "cuda":
+                torch.cuda.empty_cache()
