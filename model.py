@@ -109,7 +109,9 @@ class HeadOnly(nn.Module):
         self.model, self.size, self.num_classes = model, tuple(size), model.num_classes
 
     def logits(self, features):
-        """(B, h, w, D), all maps side by side -> Logits."""
+        """(B, h, w, D) bfloat16, all maps side by side -> Logits."""
+        if not torch.is_autocast_enabled(features.device.type):
+            features = features.float()
         maps = features.permute(0, 3, 1, 2).split(self.model.backbone.channels, dim=1)  # n x (B, D, h, w)
         return self.model.decode(maps, self.size)
 

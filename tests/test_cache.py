@@ -1,0 +1,281 @@
+"""The feature cache: the same features, the same training, nothing computed twice, damage noticed."""
+
+import json
+import os
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_folder
+from PIL import Image
+
+import cache
+import engine
+import train
+from cache import cache_features
+from datasets import SegmentationDataset
+from model import HeadOnly
+from readers import Sample, index_table
+from utils import Precision
+
+FLOAT32 = Precision("off", torch.device("cpu"))
+
+
+@pytest.fixture
+def samples(tmp_path):
+    root = write_folder(tmp_path / "data", count=7)
+    return [Sample(path, root / "masks" / path.name) for path in sorted((root / "images").iterdir())]
+
+
+def training_set(samples, augments=(), **options):
+    return SegmentationDataset(samples, index_table(3), (30, 43), augments, **options)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A list that gets the number of images of every pass through a backbone."""
+    counts, forward = [], cache.features_that_fit
+
+    def counted(model, images, precision, size):
+        counts.append(len(images))
+        return forward(model, images, precision, size)
+
+    monkeypatch.setattr(cache, "features_that_fit", counted)
+    return counts
+
+
+def of_model(net, image):
+    """Return what the cache should hold of one image: (h, w, D) bfloat16."""
+    with torch.inference_mode():
+        maps = net.features(image[None])
+    return torch.cat([m[0].permute(1, 2, 0) for m in maps], dim=-1).bfloat16()
+
+
+@pytest.mark.parametrize("head", ["bn", "linear", "unet", "deconv"])
+def test_features_and_masks_are_those_of_the_images(samples, tmp_path, head):
+    net = tiny(head=head)
+    dataset = training_set(samples)
+    cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32)
+    for index in range(len(samples)):
+        features, mask, name = cached[len(samples) * 5 + index]  # of whatever epoch
+        image, want, title = dataset[index]
+        # batches of other sizes round the last bit otherwise
+        assert torch.allclose(features.float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+        assert (features == of_model(net, image)).float().mean() > 0.9
+        assert torch.equal(mask, want) and name == title
+    with torch.no_grad():
+        got = HeadOnly(net, dataset.size).eval().logits(cached[3][0][None].float()).pixels()
+        assert torch.allclose(got, net.eval()(dataset[3][0][None]), atol=0.05)
+    again = pickle.loads(pickle.dumps(cached))
+    assert torch.equal(again[2][0], cached[2][0]) and torch.equal(again[2][1], cached[2][1])
+
+
+def test_validation_masks_keep_their_size(samples, tmp_path):
+    cached = cache_features(tiny(), training_set(samples, None), tmp_path, FLOAT32)
+    assert cached[1][1].shape == (45, 61) and cached[1][0].shape == (3, 4, 4 * 192)
+
+
+def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path):
+    net, count = tiny(layers=(5,)), len(samples)
+    dataset = training_set(samples, ("crop", "flip", "color"), seed=3)
+    cached = cache_features(net, dataset, tmp_path, FLOAT32, views=3)
+    different = 0
+    for epoch in range(4):
+        for index in range(count):
+            features, mask, _ = cached[epoch * count + index]
+            image, want, _ = dataset[epoch % 3 * count + index]
+            assert torch.equal(mask, want)
+            assert torch.allclose(features.float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+            different += not torch.equal(mask, dataset[index][1])
+    assert different > count  # the views differ
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_one_view_trains_as_without_a_cache(samples, tmp_path, amp, run):
+    base = ["--dataset", "folder", "--data-root", tmp_path / "data", "--backbone", "vit_tiny"]
+    base += ["--imgsz", 30, 43, "--epochs", 3, "--batch-size", 3, "--workers", 0]
+    base += ["--device", "cpu", "--amp", amp]
+    rows = {}
+    more = dict(plain=["--augment", "none"], cached=["--cache-features", tmp_path / "cache"])
+    for name in more:
+        code, out, err = run(train, *base, *more[name], "--out-dir", tmp_path / name)
+        assert code == 0, err
+        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    assert "augmentation is off" in out and "feature cache of" in out
+    for a, b in zip(rows["plain"], rows["cached"], strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert a[key] == pytest.approx(b[key], rel=0.01)
+        assert a["val_accuracy"] == pytest.approx(b["val_accuracy"], abs=0.02)
+    assert rows["plain"][0]["train_loss"] != rows["plain"][2]["train_loss"]
+
+
+def test_later_heads_and_runs_need_no_pass(samples, tmp_path, passes):
+    cache_features(tiny(head="bn"), training_set(samples), tmp_path, FLOAT32)
+    assert sum(passes) == 7
+    for options in (dict(head="bn"), dict(head="unet"), dict(head="linear"), dict(layers=(3, 4))):
+        cache_features(tiny(**options), training_set(samples), tmp_path, FLOAT32)
+    assert sum(passes) == 7
+    cache_features(tiny(layers=(1, 5)), training_set(samples), tmp_path, FLOAT32)  # block 1 is new
+    assert sum(passes) == 14
+
+
+def other_weights(samples):
+    net = tiny()
+    net.backbone.net.blocks[0].mlp.fc1.weight.data[0, 0] += 1
+    return net, training_set(samples), FLOAT32
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        other_weights,
+        lambda samples: (tiny(normalize="none"), training_set(samples), FLOAT32),
+        lambda samples: (tiny(), SegmentationDataset(samples, index_table(3), (30, 44), ()), FLOAT32),
+        lambda samples: (tiny(), training_set(samples[1:]), FLOAT32),
+        lambda samples: (tiny(), training_set(samples), Precision("bf16", torch.device("cpu"))),
+    ],
+    ids=["weights", "normalisation", "size", "files", "precision"],
+)
+def test_whatever_the_features_depend_on_makes_another_cache(samples, tmp_path, passes, other):
+    cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
+    passes.clear()
+    net, dataset, precision = other(samples)
+    cache_features(net, dataset, tmp_path, precision)
+    assert sum(passes) == len(dataset)
+    passes.clear()
+    cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)  # the first one is still there
+    assert not passes
+
+
+def test_an_interrupted_cache_is_gone_on_with(samples, tmp_path, monkeypatch, passes):
+    monkeypatch.setitem(cache.BATCH, "cpu", 2)
+    counted = cache.features_that_fit
+
+    def dies(*args):
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return counted(*args)
+
+    monkeypatch.setattr(cache, "features_that_fit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
+    monkeypatch.setattr(cache, "features_that_fit", counted)
+    passes.clear()
+    net = tiny()
+    cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
+    assert sum(passes) == 3
+    for index in range(7):
+        image = training_set(samples)[index][0]
+        assert torch.allclose(cached[index][0].float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncated", "masks", "sums"])
+def test_a_damaged_cache_is_mended(samples, tmp_path, passes, damage):
+    whole = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
+    want = [tuple(part.clone() for part in whole[index][:2]) for index in range(7)]
+    passes.clear()
+    pattern = {"masks": "masks_*.bin", "sums": "features_*.sums"}.get(damage, "features_*.bin")
+    path = sorted(tmp_path.glob(pattern))[0]
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+    del whole
+    again = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
+    assert sum(passes) == (7 if damage == "truncated" else 1)
+    for index in range(7):
+        assert torch.allclose(again[index][0].float(), want[index][0].float(), atol=2e-2, rtol=2e-2)
+        assert torch.equal(again[index][1], want[index][1])
+
+
+def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_path, passes, capsys):
+    folder = tmp_path / "cache"
+    cache_features(tiny(), training_set(samples), folder, FLOAT32)
+    before = set(folder.iterdir())
+    passes.clear()
+    pixels = np.array(Image.open(samples[2].image))
+    Image.fromarray(255 - pixels).save(samples[2].image)
+    os.utime(samples[2].image, ns=(1, 1))
+    net = tiny()
+    cached = cache_features(net, training_set(samples), folder, FLOAT32)
+    assert sum(passes) == 7 and "the data set has changed" in capsys.readouterr().out
+    assert not before & set(folder.iterdir()) and len(before) == len(set(folder.iterdir()))
+    image = training_set(samples)[2][0]
+    assert torch.allclose(cached[2][0].float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+
+
+def test_batches_shrink_until_they_fit(samples, tmp_path, monkeypatch):
+    net, sizes = tiny(), []
+    features = net.features
+
+    def small_machine(images):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return features(images)
+
+    monkeypatch.setattr(net, "features", small_machine)
+    cache_features(net, training_set(samples), tmp_path, FLOAT32)
+    assert sizes == [1, 7, 4, 2, 2, 2, 1]  # the first one asks for the shape
+    monkeypatch.setattr(net, "features", lambda images: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cache_features(net, training_set(samples), tmp_path / "other", FLOAT32)
+
+
+# --- as a user calls it -----------------------------------------------------------------------------------
+def flags(root, out, *more):
+    base = ["--dataset", "folder", "--data-root", root, "--backbone", "vit_tiny", "--imgsz", 42, 56]
+    base += ["--epochs", 1, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+    return [*base, "--out-dir", out, *more]
+
+
+def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, monkeypatch, run):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    more = ["--cache-features", tmp_path / "cache"]
+    code, out, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
+    assert code == 2 and err.startswith("error: --cache-features needs 0.00 GB in") and err.count("\n") == 1
+    assert not list((tmp_path / "cache").iterdir()) and not (tmp_path / "out/config.json").exists()
+    (tmp_path / "file").write_text("")
+    code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more[:1], tmp_path / "file"))
+    assert code == 2 and "cannot create" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("head", ["unet-skip", "deconv-resize"])
+def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
+    more = ["--cache-features", tmp_path / "cache", "--cache-views", 2, "--augment", "crop", "flip"]
+    more += ["--head", head, "--workers", 2, "--loss", "ce+dice", "--batch-size", 3]
+    code, out, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
+    assert code == 0 and "feature cache of 12 train views" in out and "augmentation is off" not in out, err
+    assert (tmp_path / "out/valid_preds/epoch_001.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--cache-features", "--unfreeze", 1], "and here it trains"),
+        (["--cache-features", "--arch", "fcn_resnet50"], "and here it trains"),
+        (["--cache-views", 2], "without --cache-features"),
+        (["--cache-features", "--augment", "flip"], "--cache-views K"),
+    ],
+)
+def test_flags_that_contradict_the_cache(tmp_path, run, more, message):
+    code, _, err = run(train, "--dataset", "folder", "--data-root", tmp_path, *more)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_an_epoch_on_features_leaves_the_backbone_alone(samples, tmp_path):
+    net = tiny()
+    before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
+    cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
+    batches = train.make_loader(cached, 3, 0)
+    objective = engine.Objective(HeadOnly(net, (30, 43)), train.build_loss("ce"))
+    optimizer = engine.build_optimizer("adamw", engine.parameter_groups(net, 1e-2, 0.0, 1.0))
+    bar = train.tqdm(batches, disable=True)
+    done = engine.train_one_epoch(objective, bar, optimizer, FLOAT32, lambda step: 1.0, 0)
+    assert done["step"] == 3 and 0 <= done["data_wait"] <= 1
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())

@@ -1,0 +1,95 @@
+"""Two processes on the CPU, started by torchrun as a user starts them, against one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny, write_folder
+from torch import nn
+
+from datasets import EpochSampler, make_loader
+from test_cache import training_set
+from readers import Sample
+
+
+def torchrun(processes, *flags, timeout=120):
+    """Run train.py as `torchrun --nproc-per-node N train.py ...` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", str(port), "train.py", *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def flags(data, out, batch_size, *more):
+    base = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--head", "linear"]
+    base += ["--imgsz", 30, 43, "--augment", "flip", "--amp", "off", "--workers", 0, "--device", "cpu"]
+    return [*base, "--epochs", 2, "--lr", 0.01, "--batch-size", batch_size, "--out-dir", out, *more]
+
+
+def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path):
+    data = write_folder(tmp_path / "data", count=15)  # 12 train, 3 validate: an odd number for two
+    two = torchrun(2, *flags(data, tmp_path / "two", 2))
+    assert two.returncode == 0, two.stderr
+    one = subprocess.run([sys.executable, "train.py", *map(str, flags(data, tmp_path / "one", 4))], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    assert two.stdout.count("epoch 1/2:") == 1 and "2 processes" in two.stdout  # one of them prints
+    rows = [[json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 2
+    for a, b in zip(*rows, strict=True):
+        for key in ("val_loss", "val_accuracy", "val_miou", "val_dice", "train_accuracy", "train_miou"):
+            assert a[key] == pytest.approx(b[key], abs=1e-6), key
+    first, second = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("one", "two"))
+    assert first["model"].keys() == second["model"].keys()  # no `module.` before the names
+    for name, value in first["model"].items():
+        assert torch.allclose(value, second["model"][name], atol=1e-5), name
+
+
+def test_a_process_that_fails_ends_the_run_with_its_message(tmp_path):
+    data = write_folder(tmp_path / "data", count=15)
+    for path in sorted((data / "images").iterdir()):
+        path.write_bytes(path.read_bytes()[:-60])
+        break  # one damaged image, which one of the two meets
+    more = ["--cache-features", tmp_path / "cache", "--cache-views", 2]
+    done = torchrun(2, *flags(data, tmp_path / "out", 2, *more), timeout=90)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and lines and "00.png is damaged" in lines[0] and "[process " in lines[0]
+    assert not (tmp_path / "out/best_model_iou.pth").exists()
+
+
+@pytest.mark.parametrize(("length", "processes"), [(12, 2), (13, 2), (7, 3), (2, 4)])
+def test_samplers_of_all_processes_make_up_the_epoch(length, processes):
+    whole = EpochSampler(length, seed=5)
+    parts = [EpochSampler(length, 5, rank, processes) for rank in range(processes)]
+    for sampler in (whole, *parts):
+        sampler.set_epoch(3)
+    lists = [list(part) for part in parts]
+    assert len({len(part) for part in lists}) == 1 and all(len(part) == len(lists[0]) for part in parts)
+    together = [ticket for group in zip(*lists, strict=True) for ticket in group]
+    assert together[:length] == list(whole) and set(together) == set(whole)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 9])
+def test_every_validation_image_belongs_to_one_process(tmp_path, processes):
+    root = write_folder(tmp_path, count=7)
+    samples = [Sample(path, root / "masks" / path.name) for path in sorted((root / "images").iterdir())]
+    names = []
+    for rank in range(processes):
+        for *_, batch in make_loader(training_set(samples, None), 2, 0, False, rank, processes):
+            names += batch
+    assert sorted(names) == [str(sample.image) for sample in samples]
+
+
+def test_synchronised_batch_norm_keeps_the_names_of_the_weights():
+    net = tiny()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(tiny())
+    assert isinstance(synchronised.head.bn, nn.SyncBatchNorm)
+    assert synchronised.state_dict().keys() == net.state_dict().keys()
