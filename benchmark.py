@@ -214,6 +214,12 @@ def peak_memory(args, name, images):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def in_own_process(function, *args):
+    """Return what a function returns in a new process, whose memory holds nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
 def benchmark_memory(args):
     """Measure the peak memory of the training loops, each in a process of its own."""
     device = utils.pick_device(args.device)
@@ -221,8 +227,7 @@ def benchmark_memory(args):
              ("ours, cache made", 4 * args.images)]
     rows = []
     for name, images in cases:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(dict(name=name, images=images, peak_gb=pool.apply(peak_memory, (args, name, images))))
+        rows.append(dict(name=name, images=images, peak_gb=in_own_process(peak_memory, args, name, images)))
     for row in rows:
         row["ratio"] = rows[0]["peak_gb"] / row["peak_gb"]
     return facts_of(args, device, backbone=args.backbone, rows=rows)

@@ -50,6 +50,21 @@ def test_padding_is_centred_and_only_where_needed():
     assert torch.equal(padded[..., top : top + 28, left : left + 30], images) and padded.sum() == images.sum()
 
 
+def test_compiled_parts_give_the_same_logits_and_names(monkeypatch):
+    compiled = []
+
+    def compile(function, *args, **options):  # the compiler itself takes half a minute
+        compiled.append(function)
+        return function
+
+    net = tiny()
+    names, images = list(net.state_dict()), random_images(1, 3, 30, 43)
+    want = net.eval()(images)
+    monkeypatch.setattr(torch, "compile", compile)
+    net.compile_parts()
+    assert len(compiled) == 2 and torch.equal(net(images), want) and list(net.state_dict()) == names
+
+
 # --- what trains ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("unfreeze", [0, 2, "all"])
 def test_unfreeze_trains_what_it_says_and_nothing_else(unfreeze):
