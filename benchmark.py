@@ -4,6 +4,8 @@
     python benchmark.py data --dataset voc   # loading and augmenting alone
     python benchmark.py memory               # peak memory of the same training loops
     python benchmark.py evaluate --model outputs/best_model_iou.pth
+    python benchmark.py infer --model outputs/best_model_iou.pth --input clip.mp4
+    python benchmark.py model                # the network alone, and its share of the arithmetic limit
 
 Absolute times depend on the machine and on what else it does; the ratios are what the README quotes. Prints
 a table and writes OUT_DIR/benchmark_<mode>.json. The plain loops are in plain.py.
@@ -19,6 +21,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,13 +29,17 @@ from tqdm import tqdm
 
 import engine
 import utils
+from backbones import shortest_time
 from cache import cache_features
 from config import DATASETS, InputError, backbone_name, positive_int
 from datasets import SegmentationDataset, load_data, make_loader
 from losses import build_loss
 from metrics import ConfusionMatrix
 from model import HeadOnly, build_model, load_model
-from plain import PlainDataset, PlainModel, plain_epoch, plain_evaluation, plain_loader
+from engine import Predictor
+from plain import PlainDataset, PlainModel, plain_epoch, plain_evaluation, plain_loader, plain_video
+from runtimes import is_installed
+from video import VideoReader, VideoWriter, segment_frames
 
 CLASSES = 21  # outputs of the heads that are trained here, whatever the data set
 WORKERS = 2
@@ -280,8 +287,128 @@ def benchmark_evaluate(args):
                 precision=str(precision), model=str(args.model), rows=rows)
 
 
+# --- infer ------------------------------------------------------------------------------------------------
+class Kept:
+    """A predictor that keeps what it predicted; never asked to stop."""
+
+    def __init__(self, predictor):
+        self.predictor, self.preds, self.asked = predictor, [], False
+
+    def __call__(self, frames):
+        preds = self.predictor(frames)
+        self.preds += list(preds)
+        return preds
+
+
+def model_rate(predictor, size, batch_size, calls=5):
+    """Return images/s of the network alone on images of `size`, the best of a few calls."""
+    images = torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=predictor.device)
+
+    def once():
+        predictor.run_once(predictor.model, images)
+        if predictor.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    return batch_size / shortest_time(once, rounds=calls)
+
+
+def benchmark_infer(args):
+    """Segment a clip by a plain loop and by infer_video.py's pipeline, in every engine that is installed.
+
+    model_share: end-to-end rate / rate of the network alone, measured just before and after; equal: share of
+    the pixels that are the plain loop's, which runs in float32.
+    """
+    if not args.input:
+        raise InputError("--input is missing: give the clip to segment")
+    engines = ["torch", *[name for name in ("openvino", "onnxruntime") if is_installed(name)]]
+    predictors = {name: Predictor(args.model, args.device, runtime=name) for name in engines
+                  if name == "torch" or utils.pick_device(args.device).type == "cpu"}
+    first = predictors["torch"]
+    table = [colour for _, colour in first.classes]
+    kept, alone = {}, {name: [] for name in predictors}
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        def plain():
+            kept["plain loop"] = plain_video(first.model, args.input, Path(folder) / "plain.mp4",
+                                             first.protocol.window, table, first.device, args.images)
+
+        def pipeline(name):
+            predictor = kept[name] = Kept(predictors[name])
+            reader = VideoReader(args.input)
+            overlay = utils.Overlay(first.classes)
+            with VideoWriter(Path(folder) / f"{name}.mp4", reader.size, reader.fps, args.input) as writer:
+                segment_frames(reader, writer, predictor, overlay, predictor, args.batch_size, args.images)
+
+        def network(name):
+            alone[name].append(model_rate(predictors[name], first.protocol.window, args.batch_size))
+
+        variants = {"plain loop": plain}
+        for name in predictors:
+            variants |= {f"{name} before": partial(network, name), name: partial(pipeline, name),
+                         f"{name} after": partial(network, name)}
+        seconds = {
+            name: statistics.median(spent) for name, spent in take_turns(variants, args.rounds).items()
+        }
+    truth = kept["plain loop"]
+    rows = []
+    for name in ("plain loop", *predictors):
+        preds = truth if name == "plain loop" else kept[name].preds
+        rate = len(truth) / seconds[name]
+        own = statistics.median(alone[name]) if name in alone else float("nan")
+        equal = sum(float((a == b).mean()) for a, b in zip(truth, preds, strict=True)) / len(truth)
+        rows.append(dict(name=name, frames_per_s=rate, ratio=seconds["plain loop"] / seconds[name],
+                         model_only=own, model_share=rate / own, equal=equal))
+    return dict(clip=Path(args.input).name, frames=len(truth), imgsz=list(first.protocol.window),
+                batch_size=args.batch_size, device=str(first.device), precision=str(first.precision),
+                model=str(args.model), threads=torch.get_num_threads(), rows=rows)
+
+
+# --- model ------------------------------------------------------------------------------------------------
+def arithmetic_limit(device, dtype, side=4096):
+    """Return the FLOP/s of a large matrix product, the best of a few: what the device can do at most."""
+    side = side if device.type == "cuda" else side // 2
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def product():
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    product()
+    return 2 * side ** 3 / shortest_time(product, rounds=10)
+
+
+def benchmark_model(args):
+    """Run the network alone at several sizes and batches; share = of the FLOP/s that a matrix product gets."""
+    from torch.utils.flop_counter import FlopCounterMode
+    device = utils.pick_device(args.device)
+    precision = utils.Precision("auto", device)
+    model = build_model(args.backbone, "bn", CLASSES, (), args.weights, 0).to(device).eval()
+    limit = arithmetic_limit(device, precision.dtype or torch.float32)
+    rows = []
+    for size in ((224, 224), (448, 448), tuple(args.imgsz)):
+        for batch in (1, args.batch_size):
+            images = torch.zeros(batch, 3, *size, dtype=torch.uint8, device=device)
+            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+                model.logits(images)
+
+            def once(images=images):
+                with torch.inference_mode(), precision.autocast():
+                    model.logits(images)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+
+            once()
+            seconds, flops = shortest_time(once, rounds=args.rounds), counter.get_total_flops()
+            rows.append(dict(size=f"{size[0]}x{size[1]}", batch=batch, images_per_s=batch / seconds,
+                             gflop_per_image=flops / batch / 1e9, tflop_per_s=flops / seconds / 1e12,
+                             share_of_limit=flops / seconds / limit))
+    return dict(backbone=args.backbone, device=str(device), precision=str(precision),
+                limit_tflop_per_s=limit / 1e12, threads=torch.get_num_threads(), rows=rows)
+
+
 MODES = {"train": benchmark_train, "data": benchmark_data, "memory": benchmark_memory,
-         "evaluate": benchmark_evaluate}
+         "evaluate": benchmark_evaluate, "infer": benchmark_infer, "model": benchmark_model}
 
 
 def parse_args(argv=None):
@@ -291,14 +418,16 @@ def parse_args(argv=None):
     parser.add_argument("mode", choices=list(MODES), help="what to measure")
     parser.add_argument("--dataset", choices=DATASETS, default="streets", help="train, data, memory: on what")
     parser.add_argument("--data-root", metavar="DIR", help="its folder (data; evaluate: as in training)")
-    parser.add_argument("--images", type=positive_int, default=100, help="training images of it (100)")
+    parser.add_argument("--images", type=positive_int, default=100,
+                        help="training images of it; infer: frames of the clip (100)")
+    parser.add_argument("--input", metavar="FILE", help="infer: a clip")
     parser.add_argument("--imgsz", nargs=2, type=positive_int, default=(640, 640), metavar=("H", "W"),
                         help="size that images are brought to (640 640)")
     parser.add_argument("--backbone", type=backbone_name, default="dinov2_vits14", metavar="NAME",
                         help="train, memory: as in train.py (dinov2_vits14)")
     parser.add_argument("--weights", default="auto", help="train, memory: as in train.py (auto)")
     parser.add_argument("--epochs", type=positive_int, default=20, help="train: epochs of every variant (20)")
-    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="evaluate: model of train.py")
+    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="evaluate, infer: of train.py")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="images a forward pass (8)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="data, evaluate: times each runs (3)")
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")

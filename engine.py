@@ -6,16 +6,20 @@ evaluate; the inference scripts call predict, which is the same code that valida
 import itertools
 import math
 import time
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from config import IGNORE
+from backbones import shortest_time
+from config import IGNORE, InputError
 from datasets import resize_image, resize_mask
 from metrics import ConfusionMatrix
 from losses import score
-from model import load_model
+from readers import read_image
+from runtimes import Runtime, convert, is_installed, open_model
 from upsample import Logits, class_ids
 from utils import Precision, gather, pick_device, place, share_buffers, sum_over_processes
 
@@ -24,6 +28,7 @@ MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
 LARGE = 1 << 28  # probabilities that are summed at full size, 1 GB
 MOMENTUM = 0.937  # of sgd
 WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
+WORTH_CONVERTING = 200  # images that pay for the seconds OpenVINO takes to start
 LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wait
 
 
@@ -345,25 +350,69 @@ class Predictor:
     """A model file ready to use: predictor(images (B, 3, H, W) uint8) -> (B, H, W) uint8 numpy class ids.
 
     classes = [[name, [R, G, B]], ...]; str() says protocol and device. imgsz, kind (whole, slide) and tta
-    (flip, ms, "ms,flip") as the flags --imgsz, --protocol and --tta. Raises InputError for a device or file
-    that does not work.
+    (flip, ms, "ms,flip") as the flags --imgsz, --protocol and --tta; runtime: as --engine; expected: about
+    how many images will come, None = very many. Raises InputError for a device or file that does not work.
     """
 
-    def __init__(self, path, device="auto", imgsz=None, kind="", tta=""):
+    def __init__(self, path, device="auto", imgsz=None, kind="", tta="", runtime="torch", expected=0):
         self.device = pick_device(device)
         self.precision = Precision("auto", self.device)
-        model, checkpoint = load_model(path)
+        model, checkpoint = open_model(path)
+        exported = isinstance(model, Runtime)
+        if exported and runtime not in ("auto", "torch"):
+            raise InputError(f"--engine {runtime} chooses what runs a .pth, and {path} is an exported file: "
+                             "leave it out")
+        if exported:
+            self.device = torch.device("cpu")
         self.model, self.checkpoint = model.to(self.device), checkpoint
         self.classes = checkpoint["classes"]
         self.protocol = make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
         if "protocol" in checkpoint:  # an official head has its own; what was given replaces its part
             self.protocol = override(Protocol(**checkpoint["protocol"]), self.protocol, imgsz, kind, tta)
+        if not exported and runtime != "torch":
+            self.model = self.choose_runtime(runtime, expected)
+
+    def choose_runtime(self, runtime, expected):
+        """Return the model that --engine means: auto tries OpenVINO on a CPU where its start may pay."""
+        one_size = self.protocol.scales == (1.0,)
+        if runtime == "auto":
+            worth = expected is None or expected >= WORTH_CONVERTING
+            if self.device.type != "cpu" or not (worth and one_size and is_installed("openvino")):
+                return self.model
+            other = convert(self.model, self.protocol.window, "openvino")
+            images = torch.zeros(1, 3, *self.protocol.window, dtype=torch.uint8)
+            seconds = [shortest_time(self.run_once, model, images) for model in (self.model, other)]
+            return other if seconds[1] < seconds[0] else self.model
+        if self.device.type != "cpu" or not one_size:
+            raise InputError(
+                f"--engine {runtime} runs on the CPU and at one size: add --device cpu, and leave "
+                "out --tta ms; a GPU runs exported .onnx files (export.py)"
+            )
+        return convert(self.model, self.protocol.window, runtime)
+
+    @torch.inference_mode()
+    def run_once(self, model, images):
+        """Run a model on images (B, 3, H, W), for timing."""
+        with self.precision.autocast():
+            model.logits(images)
+
+    def predict(self, image):
+        """Return the class ids (H, W) uint8 of an image: a path, or a numpy array (H, W, 3) uint8 RGB."""
+        if isinstance(image, (str, Path)):
+            return self(read_image(image)[None])[0]
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise InputError(
+                f"an image is an array (H, W, 3) of uint8 RGB, not {image.shape} of {image.dtype}"
+            )
+        return self(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])[0]
 
     def __call__(self, images):
         return predict(self.model, images, self.protocol, self.precision).cpu().numpy()
 
     def __str__(self):
-        return f"{self.protocol} on {self.device} ({self.precision})"
+        runs = f"{self.device}, torch {self.precision}"
+        return f"{self.protocol} on {self.model.name if isinstance(self.model, Runtime) else runs}"
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
     python evaluate.py                                        # outputs/best_model_iou.pth on its own data
     python evaluate.py --protocol slide --tta ms,flip --report
+    python evaluate.py --model best_model_iou.onnx            # an exported file
     python evaluate.py --model dinov2_vits14_voc2012_linear --dataset voc --data-root data
     python evaluate.py --compare outputs/a/evaluation/metrics.json outputs/b/evaluation/metrics.json
 
@@ -173,9 +174,11 @@ def file_hash(model, path):
     """Return the first 16 digits of the SHA-256 of a model's file, or of the weights of an official head."""
     digest = hashlib.sha256()
     if Path(path).is_file():
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        weights = Path(path).with_suffix(".bin")  # OpenVINO keeps them beside the .xml
+        for part in [path, weights] if Path(path).suffix == ".xml" else [path]:
+            with open(part, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
     else:
         for name, value in sorted(model.state_dict().items()):
             digest.update(name.encode() + value.cpu().numpy().tobytes())
@@ -196,7 +199,7 @@ def describe(args, data, samples, protocol, precision, model):
         stride=list(protocol.stride),
         scales=list(protocol.scales),
         flip=protocol.flip,
-        precision=str(precision),
+        precision=getattr(model, "name", str(precision)),  # exported files have a name
         scored="each mask at its own size, one confusion matrix",
         boundary_tolerance=f"{100 * BOUNDARY_TOLERANCE:g} % of the diagonal",
         model=str(args.model),

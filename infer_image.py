@@ -23,6 +23,7 @@ import engine
 import utils
 from config import InputError
 from readers import IMAGE_ENDINGS, read_image
+from video import ReadAhead, WriteBehind
 
 
 def find_inputs(inputs):
@@ -56,6 +57,14 @@ def output_names(paths):
     return list(names)
 
 
+def read_or_error(path):
+    """Return an image (3, H, W) uint8, or the InputError that says why there is none."""
+    try:
+        return read_image(path)
+    except InputError as error:
+        return error
+
+
 def describe(pred, classes):
     """Return the classes of a prediction (H, W) with their share of the pixels, largest first, as text."""
     counts = np.bincount(pred.ravel(), minlength=len(classes))
@@ -71,6 +80,7 @@ def parse_args(argv=None):
     parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
     utils.add_model_flag(parser)
     utils.add_protocol_flags(parser)
+    utils.add_engine_flag(parser)
     utils.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -81,26 +91,34 @@ def main():
     paths = find_inputs(args.input)
     if args.show:
         utils.require_display()
-    predictor = engine.Predictor(args.model, args.device, args.imgsz, args.protocol, args.tta)
+    predictor = engine.Predictor(args.model, args.device, args.imgsz, args.protocol, args.tta, args.engine,
+                                 len(paths))
     classes = predictor.classes
     table, keep = utils.colour_table(classes), utils.background_id(classes)
     out_dir = Path(args.out_dir) / "inference_results_image"
     utils.make_folder(out_dir)
     failed = 0
-    for path, name in zip(tqdm(paths, "images", leave=False, disable=None), output_names(paths), strict=True):
-        try:
-            image = read_image(path)  # (3, H, W)
-        except InputError as error:
-            failed += 1
-            tqdm.write(f"passed over: {error}", file=sys.stderr)
-            continue
-        pred = predictor(image[None])[0]  # (H, W)
-        drawn = utils.overlay(image.permute(1, 2, 0).numpy(), pred, table, args.alpha, keep)
+
+    def save(image, pred, name):
+        drawn = utils.overlay(image, pred, table, args.alpha, keep)
         utils.save_image(drawn, out_dir / f"{name}_overlay.jpg", quality=92)
         utils.save_mask(pred, classes, out_dir / f"{name}_mask.png")
-        tqdm.write(f"{path}: {describe(pred, classes)}")
-        if args.show:
-            utils.show_window(drawn, str(path), 0)
+
+    # the next files are read and the last ones written while the model looks at one
+    with (ReadAhead(map(read_or_error, paths)) as images, WriteBehind(save) as writer,
+          tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar):
+        for path, name, image in zip(paths, output_names(paths), images, strict=True):
+            bar.update()
+            if isinstance(image, InputError):
+                failed += 1
+                tqdm.write(f"passed over: {image}", file=sys.stderr)
+                continue
+            pred = predictor(image[None])[0]  # (3, H, W) -> (H, W)
+            pixels = image.permute(1, 2, 0).numpy()
+            writer.put(pixels, pred, name)
+            tqdm.write(f"{path}: {describe(pred, classes)}")
+            if args.show:
+                utils.show_window(utils.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
     if failed < len(paths):
         utils.save_image(utils.legend(classes), out_dir / "legend.png")
     print(f"{len(paths) - failed} of {len(paths)} images segmented ({predictor}); overlays, masks and "

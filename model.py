@@ -73,17 +73,25 @@ class Segmenter(nn.Module):
         return maps
 
     def decode(self, maps, size):
-        """Maps n x (B, D, h, w) of images of `size` = (H, W) -> Logits.
+        """Maps n x (B, D, h, w) of images of `size` = (H, W) -> Logits."""
+        return self.place(self.coarse(maps, size), size)
+
+    def coarse(self, maps, size):
+        """Maps n x (B, D, h, w) of images of `size` = (H, W) -> what the head makes of them, (B, K, h, w)."""
+        padded, _, _ = padding(size, self.backbone.patch)
+        # the layout of tokens: heads are two to three times as fast in it, above all in bfloat16
+        maps = [features if features.stride(1) == 1
+                else features.contiguous(memory_format=torch.channels_last) for features in maps]
+        return self.head(maps, padded).float()
+
+    def place(self, values, size):
+        """What the head returns, (B, K, h, w), for images of `size` = (H, W) -> Logits.
 
         The logits of the padded image are cropped back; without `crops` they are resized onto the image, as
         mmsegmentation did when the official heads were trained.
         """
-        height, width = size
         padded, top, left = padding(size, self.backbone.patch)
-        # the layout of tokens: heads are two to three times as fast in it, above all in bfloat16
-        maps = [features if features.stride(1) == 1
-                else features.contiguous(memory_format=torch.channels_last) for features in maps]
-        logits = Logits(self.head(maps, padded).float())  # (B, K, h, w)
+        logits, (height, width) = Logits(values), size
         return logits.at(padded).crop(top, left, height, width) if self.crops else logits.at(size)
 
     def compile_parts(self):

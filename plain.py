@@ -3,6 +3,7 @@
 Nothing here is used by the other scripts. float32, PIL and torchvision's first transforms, full-size logits,
 `.item()` at every step, argmax over classes, one image at a time in evaluation.
 """
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -87,3 +88,32 @@ def plain_evaluation(model, samples, table, imgsz, device):
         logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
         jaccard.update(logits.argmax(1)[0], mask)
     return jaccard.compute().item()
+
+
+@torch.inference_mode()
+def plain_video(model, source, target, imgsz, colours, device, max_frames):
+    """Segment a clip frame by frame: read, resize, forward, upsample, argmax, a colour at a time, write.
+
+    Returns the class ids of the frames, a list of (H, W) uint8.
+    """
+    capture, preds, writer = cv2.VideoCapture(str(source)), [], None
+    while len(preds) < max_frames:
+        good, frame = capture.read()
+        if not good:
+            break
+        rgb = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), imgsz[::-1])
+        logits = model(torch.from_numpy(rgb).permute(2, 0, 1)[None].to(device))
+        logits = F.interpolate(logits, size=frame.shape[:2], mode="bilinear")
+        pred = logits.argmax(1)[0].cpu().numpy()
+        painted = np.zeros_like(frame)
+        for id, colour in enumerate(colours):
+            painted[pred == id] = colour[::-1]
+        drawn = cv2.addWeighted(frame, 0.5, painted, 0.5, 0)
+        cv2.putText(drawn, f"frame {len(preds)}", (10, 30), cv2.FONT_HERSHEY_SIMPLEX, 1, (255, 255, 255), 2)
+        if writer is None:
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(target), code, capture.get(cv2.CAP_PROP_FPS), frame.shape[1::-1])
+        writer.write(drawn)
+        preds.append(pred.astype(np.uint8))
+    writer.release()
+    return preds

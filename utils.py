@@ -191,6 +191,13 @@ def add_model_flag(parser):
                         "dinov2_vits14_voc2012_linear (outputs/best_model_iou.pth)")
 
 
+def add_engine_flag(parser):
+    """Add --engine."""
+    parser.add_argument("--engine", choices=["auto", "torch", "openvino", "onnxruntime"], default="auto",
+                        help="what runs a .pth: auto = torch, or on a CPU OpenVINO where it is installed, "
+                        "faster and worth its start; exported files run on their own")
+
+
 def add_protocol_flags(parser):
     """Add --protocol and --tta."""
     parser.add_argument("--protocol", choices=["whole", "slide"], default="",
@@ -333,6 +340,21 @@ def overlay(image, pred, table, alpha=0.5, keep=None):
     if keep is not None:
         cv2.copyTo(image, (pred == keep).astype(np.uint8), blended)
     return blended
+
+
+class Overlay:
+    """overlay(frame, pred) blends class colours into frames (H, W, 3) uint8, in place, with one buffer."""
+
+    def __init__(self, classes, alpha=0.5):
+        self.table = np.ascontiguousarray(colour_table(classes)[:, None])  # (256, 1, 3)
+        self.alpha, self.keep, self.colours = alpha, background_id(classes), None
+
+    def __call__(self, frame, pred):
+        """frame (H, W, 3) uint8 RGB, pred (H, W) uint8 class ids -> frame."""
+        self.colours = cv2.applyColorMap(pred, self.table, self.colours)  # (H, W, 3), from the table
+        if self.keep is not None:
+            cv2.copyTo(frame, cv2.inRange(pred, self.keep, self.keep), self.colours)
+        return cv2.addWeighted(frame, 1 - self.alpha, self.colours, self.alpha, 0, dst=frame)
 
 
 def legend(classes):

@@ -1,16 +1,27 @@
-"""Reading frames from files, cameras and streams; writing clips that browsers play.
+"""Reading frames from files, cameras and streams; writing clips that browsers play; threads between them.
 
     reader = VideoReader("clip.mp4")                  # or "0", "rtsp://..."
-    with VideoWriter("out.mp4", reader.size, reader.fps) as writer:
-        for frame in reader:                          # (H, W, 3) uint8 RGB
-            writer.write(frame)
+    with VideoWriter("out.mp4", reader.size, reader.fps, sound_of="clip.mp4") as writer:
+        with ReadAhead(reader) as frames, WriteBehind(writer.write) as encode:
+            for frame in frames:                      # (H, W, 3) uint8 RGB; the next ones are decoded
+            meanwhile
+                encode.put(frame)                     # returns at once, unless several wait already
 """
+import errno
+import itertools
 import os
+import queue
+import shutil
+import threading
+import time
+from collections import deque
 from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from config import InputError
 
@@ -20,6 +31,114 @@ except ImportError:  # clips are then written as mp4v through OpenCV
     av = None
 
 FALLBACK_FPS = Fraction(30)  # for cameras that do not say
+DEPTH = 4  # items that wait between two threads
+TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
+MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "alac", "opus"}  # codecs that an .mp4 may hold as they are
+RESERVE = 1 << 26  # bytes of disk that stay free for the end of a clip: frames in the encoder, its index
+
+
+# --- threads ----------------------------------------------------------------------------------------------
+class ReadAhead:
+    """Iterates over `source` in a thread of its own, up to `depth` items ahead of whoever takes them.
+
+    newest: for live sources: the oldest waiting item is dropped (counted in `dropped`) rather than letting
+    the source wait. seconds = time spent in the source. What the source raises is raised to the taker.
+    """
+
+    def __init__(self, source, depth=DEPTH, newest=False):
+        self.source, self.newest = source, newest
+        self.queue, self.closed = queue.Queue(depth), threading.Event()
+        self.seconds, self.dropped = 0.0, 0
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    def work(self):
+        """Fill the queue with (item, error) pairs; the last one is (None, error or StopIteration)."""
+        try:
+            items = iter(self.source)
+            while not self.closed.is_set():
+                start = time.perf_counter()
+                try:
+                    item = next(items)
+                finally:
+                    self.seconds += time.perf_counter() - start
+                self.offer((item, None))
+        except Exception as error:  # StopIteration too
+            self.offer((None, error), keep=True)
+
+    def offer(self, pair, keep=False):
+        """Put a pair into the queue, waiting for room or, with `newest`, making it."""
+        while not self.closed.is_set():
+            try:
+                return self.queue.put(pair, timeout=0 if self.newest and not keep else 0.1)
+            except queue.Full:
+                if self.newest and not keep:
+                    self.drop()
+
+    def drop(self):
+        """Throw the oldest waiting item away."""
+        try:
+            self.queue.get_nowait()
+            self.dropped += 1
+        except queue.Empty:
+            pass
+
+    def __iter__(self):
+        while True:
+            item, error = self.queue.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.closed.set()
+        self.thread.join()
+
+
+class WriteBehind:
+    """Calls function(item) for every item that is put, in their order, in a thread of its own.
+
+    seconds = time spent in the function. What it raises is raised by the next put, or at the end.
+    """
+
+    def __init__(self, function, depth=DEPTH):
+        self.function, self.queue, self.error, self.seconds = function, queue.Queue(depth), None, 0.0
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    def work(self):
+        """Take items until None comes; after an error the rest is thrown away, so that nobody waits."""
+        while (item := self.queue.get()) is not None:
+            if self.error is None:
+                start = time.perf_counter()
+                try:
+                    self.function(*item)
+                except Exception as error:
+                    self.error = error
+                self.seconds += time.perf_counter() - start
+
+    def put(self, *item):
+        """Hand over the arguments of one call; waits while `depth` items wait already."""
+        if self.error is not None:
+            raise self.error
+        self.queue.put(item)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, *_):
+        self.queue.put(None)
+        self.thread.join()
+        if kind is None and self.error is not None:
+            raise self.error
+
+
+# --- files, cameras, streams ------------------------------------------------------------------------------
 
 
 class VideoReader:
@@ -31,12 +150,16 @@ class VideoReader:
 
     def __init__(self, source):
         self.source = str(source)
-        self.live = self.source.isdecimal() or "://" in self.source
+        self.live = self.source.isdecimal() or "://" in self.source or Path(self.source).is_fifo()
         if not self.live and not Path(self.source).is_file():
-            raise InputError(f"--input {source} is not a file: give a video file, camera index or URL")
+            raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # its complaints come as our own line instead
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        self.capture = cv2.VideoCapture(int(self.source) if self.source.isdecimal() else self.source)
+        if "://" in self.source:
+            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
+            self.capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
+        else:
+            self.capture = cv2.VideoCapture(int(self.source) if self.source.isdecimal() else self.source)
         opened, self.first = self.capture.read() if self.capture.isOpened() else (False, None)
         if not opened:
             raise InputError(f"--input {source} does not open as a video: check the file, camera or URL")
@@ -67,18 +190,39 @@ def exact_rate(fps):
     return near[0] if near else Fraction(fps).limit_denominator(1000)
 
 
+class SoundCopy:
+    """Copies the sound of one file into another, as it is, while that one's frames are written."""
+
+    def __init__(self, path, container):
+        self.container, self.source = container, av.open(str(path))
+        stream = self.source.streams.audio[0]
+        if stream.codec_context.name not in MP4_SOUND:
+            raise ValueError(f"an .mp4 cannot hold {stream.codec_context.name}")
+        self.stream = container.add_stream_from_template(stream)
+        self.packets = (packet for packet in self.source.demux(stream) if packet.pts is not None)
+        self.packet = next(self.packets, None)
+
+    def until(self, seconds):
+        """Write the sound up to `seconds` after the start."""
+        while self.packet is not None and self.packet.pts * self.packet.time_base <= seconds:
+            self.packet.stream = self.stream
+            self.container.mux(self.packet)
+            self.packet = next(self.packets, None)
+
+
 class VideoWriter:
     """Writes (H, W, 3) uint8 RGB frames of one size to an .mp4 of that size and rate.
 
-    H.264 through PyAV where it is installed (plays in browsers), else mp4v through OpenCV. The file appears
-    under its name when it is closed, whole; leaving the `with` block by an error closes it too.
+    H.264 through PyAV where it is installed (plays in browsers), else mp4v through OpenCV. sound_of: a file
+    whose sound is copied (PyAV only; `sound` says whether it is). The file appears under its name when it is
+    closed, whole; leaving the `with` block by an error closes it too, with what was written before.
     """
 
-    def __init__(self, path, size, fps):
+    def __init__(self, path, size, fps, sound_of=None):
         self.path, self.size, self.fps, self.frames = Path(path), tuple(size), Fraction(fps), 0
         self.temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.codec = "H.264" if av else "mp4v"
+        self.codec, self.sound = "H.264" if av else "mp4v", None
         if av:
             options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded whole
             self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
@@ -87,20 +231,32 @@ class VideoWriter:
             # 4:2:0 is what browsers play; it cannot hold an odd size
             self.stream.pix_fmt = "yuv444p" if self.size[0] % 2 or self.size[1] % 2 else "yuv420p"
             self.stream.options = {"crf": "20", "preset": "veryfast", "x264-params": "colormatrix=smpte170m"}
+            self.sound = self.open_sound(sound_of)
         else:
             code = cv2.VideoWriter_fourcc(*"mp4v")
             self.writer = cv2.VideoWriter(str(self.temporary), code, float(self.fps), self.size[::-1])
             if not self.writer.isOpened():
                 raise InputError(f"{path} cannot be written as mp4v: install PyAV (pip install av)")
 
+    def open_sound(self, path):
+        """Return the SoundCopy of a file, or None where it has no sound that an .mp4 may hold."""
+        try:
+            return SoundCopy(path, self.container) if path else None
+        except (av.error.FFmpegError, IndexError, ValueError, OSError):
+            return None
+
     def write(self, frame):
-        """Append one frame. Raises ValueError for a frame of another size."""
+        """Append one frame. Raises ValueError for a frame of another size, OSError where the disk is full."""
         if frame.shape[:2] != self.size:
             raise ValueError(f"frame of {frame.shape[:2]} in a clip of {self.size}")
+        if shutil.disk_usage(self.path.parent).free < RESERVE:  # once it is full, no index can be written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.frames += 1
         if av:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture.pts, picture.time_base = self.frames - 1, 1 / self.fps
+            if self.sound:
+                self.sound.until(self.frames / self.fps)
             self.container.mux(self.stream.encode(picture))
         else:
             self.writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
@@ -122,3 +278,68 @@ class VideoWriter:
 
     def __exit__(self, *_):
         self.close()
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------
+def draw_rate(frame, rate):
+    """Write the frames per second into the top left corner of a frame (H, W, 3) uint8, in place."""
+    scale = max(0.4, frame.shape[0] / 720)
+    text, font, thickness = f"{rate:.1f} FPS", cv2.FONT_HERSHEY_SIMPLEX, max(1, round(1.5 * scale))
+    (width, height), _ = cv2.getTextSize(text, font, scale, thickness)
+    margin = round(10 * scale)
+    cv2.rectangle(frame, (0, 0), (width + 2 * margin, height + 2 * margin), (0, 0, 0), -1)
+    cv2.putText(frame, text, (margin, height + margin), font, scale, (255, 255, 255), thickness, cv2.LINE_AA)
+
+
+class Rate:
+    """Frames per second of the last half a hundred frames that were drawn."""
+
+    def __init__(self):
+        self.times = deque([time.perf_counter()], maxlen=51)
+
+    def tick(self):
+        """Count one frame and return the rate."""
+        self.times.append(time.perf_counter())
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
+def batches_of(frames, size):
+    """Yield lists of up to `size` frames."""
+    while batch := list(itertools.islice(frames, size)):
+        yield batch
+
+
+def segment_frames(reader, writer, predictor, overlay, stop, batch_size=1, max_frames=None, show=None):
+    """Read, predict, draw and write until the frames, max_frames or stop.asked end it.
+
+    Decoding, the model (here), drawing and encoding each have a thread, with short queues between them, so
+    that the slowest alone decides. predictor: (n, 3, H, W) uint8 -> (n, H, W) class ids; overlay: (frame,
+    pred) -> frame; show: frame -> whether to stop, called here. Returns ({stage: busy seconds}, number of
+    frames that a live source had to drop).
+    """
+    rate, model_seconds = Rate(), 0.0
+    total = min(filter(None, (reader.count, max_frames)), default=None)
+    source = itertools.islice(reader, max_frames)
+
+    def finish(frame, pred):
+        drawn = overlay(frame, pred)
+        draw_rate(drawn, rate.tick())
+        encode.put(drawn)
+        return drawn
+
+    with (ReadAhead(source, newest=reader.live) as frames, WriteBehind(writer.write) as encode,
+          WriteBehind(finish) as draw, tqdm(total=total, unit="frame", leave=False, disable=None) as bar):
+        for batch in batches_of(iter(frames), batch_size):
+            start = time.perf_counter()
+            preds = predictor(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2))  # (n, H, W)
+            model_seconds += time.perf_counter() - start
+            for frame, pred in zip(batch, preds, strict=True):
+                if show is None:
+                    draw.put(frame, pred)
+                elif show(finish(frame, pred)):
+                    stop.asked = True
+            bar.update(len(batch))
+            if stop.asked:
+                break
+    stages = dict(decode=frames.seconds, model=model_seconds, draw=draw.seconds, encode=encode.seconds)
+    return stages, frames.dropped

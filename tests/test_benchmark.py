@@ -9,6 +9,7 @@ from conftest import tiny, write_folder
 import benchmark
 import train
 from model import pack_checkpoint
+from test_video import write_clip
 
 
 def test_evaluate_compares_equal_scores(tmp_path, run):
@@ -41,6 +42,32 @@ def test_turns_are_taken_and_the_median_counts(monkeypatch):
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
     variants = {name: lambda name=name: order.append(name) for name in "ab"}
     assert benchmark.take_turns(variants, 3) == {"a": [1, 5, 2], "b": [2, 2, 2]} and order == list("ababab")
+
+
+def test_infer_compares_the_same_frames(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(benchmark, "is_installed", lambda name: name == "onnxruntime")
+    classes = [("background", (0, 0, 0)), ("a", (9, 200, 9)), ("b", (1, 2, 250))]
+    torch.save(pack_checkpoint(tiny(), classes, (28, 42)), tmp_path / "m.pth")
+    flags = ["--model", tmp_path / "m.pth", "--device", "cpu", "--rounds", 1, "--out-dir", tmp_path]
+    clip = write_clip(tmp_path / "clip.mp4", 7)
+    code, _, err = run(benchmark, "infer", *flags, "--input", clip, "--batch-size", 2)
+    assert code == 0, err
+    result = json.loads((tmp_path / "benchmark_infer.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["plain loop", "torch", "onnxruntime"]
+    assert result["frames"] == 7 and all(row["equal"] > 0.9 for row in result["rows"])
+    assert run(benchmark, "infer", *flags)[0] == 2  # which clip?
+
+
+def test_model_counts_the_arithmetic(tmp_path, run):
+    flags = ["--backbone", "vit_tiny", "--imgsz", 56, 56, "--batch-size", 2, "--rounds", 1, "--device", "cpu"]
+    assert run(benchmark, "model", *flags, "--out-dir", tmp_path)[0] == 0
+    result = json.loads((tmp_path / "benchmark_model.json").read_text())
+    rows = {(row["size"], row["batch"]): row for row in result["rows"]}
+    assert len(rows) == 6 and all(row["share_of_limit"] > 0 for row in rows.values())
+    # a block of width D on N tokens: 12 D D N in its products, 2 N N D in its attention, twice for FLOPs
+    tokens, width, depth = 16 * 16 + 1, 192, 6
+    want = 2 * depth * (12 * width**2 * tokens + 2 * tokens**2 * width)
+    assert rows["224x224", 1]["gflop_per_image"] * 1e9 == pytest.approx(want, rel=0.05)
 
 
 @pytest.mark.parametrize(("mode", "variants"), [("train", 4), ("data", 3), ("memory", 4)])

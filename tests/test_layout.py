@@ -18,6 +18,7 @@ PARTS = {  # files split off a leaf, and what they may import beside config
     "cache": {"datasets", "utils"},
     "losses": {"upsample"},
     "plain": {"readers"},
+    "runtimes": {"model", "upsample"},
     "model": {"backbones", "baselines", "heads", "upsample", "weights"},
     "backbones": {"weights"},
     "baselines": {"backbones", "heads", "weights"},

@@ -1,15 +1,26 @@
 """Frame rates, sizes and colours survive; broken sources are one line; the fallback without PyAV works."""
 
+import functools
+import http.server
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import threading
 from fractions import Fraction
 
 import cv2
 import numpy as np
 import pytest
-from conftest import real_data
+import torch
+from conftest import real_data, tiny
 
+import infer_video
 import video
 from config import InputError
-from video import VideoReader, VideoWriter, exact_rate
+from model import pack_checkpoint
+from video import ReadAhead, VideoReader, VideoWriter, WriteBehind, exact_rate
 
 
 def frames(count, height=48, width=64):
@@ -135,3 +146,183 @@ def test_a_rotated_phone_clip_comes_out_upright(tmp_path, monkeypatch):
 def test_real_clip():
     reader = VideoReader(real_data("video") / "car-detection.mp4")
     assert reader.size == (432, 768) and reader.fps == Fraction(25, 2) and reader.count == 377
+
+
+# --- threads ----------------------------------------------------------------------------------------------
+def test_read_ahead_keeps_the_order_and_stays_a_few_items_ahead():
+    taken, made = [], []
+
+    def source():
+        for number in range(200):
+            made.append(number)
+            yield number
+
+    with ReadAhead(source(), depth=3) as items:
+        for item in items:
+            taken.append(item)
+            assert len(made) - len(taken) <= 3 + 2  # in the queue, on its way, and being made
+    assert taken == list(range(200))
+
+
+def test_read_ahead_passes_errors_on_and_stops_when_it_is_left():
+    def fails():
+        yield 1
+        raise InputError("broken")
+
+    with ReadAhead(fails()) as items, pytest.raises(InputError, match="broken"):
+        assert list(zip(items, range(9), strict=False)) == []
+    with ReadAhead(itertools.count()) as items:  # endless
+        assert next(iter(items)) == 0
+    assert not items.thread.is_alive()
+
+
+def test_a_slow_taker_gets_the_newest_frames_of_a_live_source():
+    go = threading.Event()
+
+    def camera():
+        yield from range(100)
+        go.set()
+
+    with ReadAhead(camera(), depth=2, newest=True) as items:
+        assert go.wait(5)  # the camera never waits
+        got = list(items)
+    assert got == [98, 99] and items.dropped == 98
+
+
+def test_write_behind_keeps_the_order_and_reports_what_fails():
+    done = []
+    with WriteBehind(done.append) as writer:
+        for number in range(100):
+            writer.put(number)
+    assert done == list(range(100)) and writer.seconds > 0
+
+    def fails(number):
+        done.append(number)
+        raise OSError(28, "No space left on device")
+
+    done.clear()
+    with pytest.raises(OSError, match="No space left"), WriteBehind(fails, depth=2) as writer:
+        for number in range(100):  # never waits for ever, though nothing more is taken
+            writer.put(number)
+    assert done == [0]
+    with pytest.raises(OSError, match="No space left"), WriteBehind(fails) as writer:
+        writer.put(1)  # the last one, so that only the end can tell
+
+
+# --- sound, pipes, streams, full disks --------------------------------------------------------------------
+needs_av = pytest.mark.skipif(video.av is None, reason="PyAV is not installed")
+
+
+def write_sound(path, seconds=2, codec="aac"):
+    """Write a clip of 25 frames/s with a tone."""
+    with video.av.open(str(path), "w") as container:
+        picture, sound = container.add_stream("libx264", rate=25), container.add_stream(codec, rate=48000)
+        picture.height, picture.width, picture.pix_fmt = 48, 64, "yuv420p"
+        for number, frame in enumerate(frames(25 * seconds)):
+            image = video.av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(picture.encode(image))
+            tone = np.sin(np.arange(1920) * 0.05).astype(np.float32) * 0.3
+            samples = video.av.AudioFrame.from_ndarray(np.stack([tone, tone]), format="fltp", layout="stereo")
+            samples.rate, samples.pts = 48000, 1920 * number
+            container.mux(sound.encode(samples))
+        container.mux(picture.encode(None))
+        container.mux(sound.encode(None))
+    return path
+
+
+@needs_av
+def test_sound_is_copied_as_it_is(tmp_path):
+    source = write_sound(tmp_path / "a.mp4")
+    with VideoWriter(tmp_path / "b.mp4", (48, 64), 25, sound_of=source) as writer:
+        for frame in VideoReader(source):
+            writer.write(frame)
+    assert writer.sound is not None
+    packets = []
+    for path in (source, tmp_path / "b.mp4"):
+        with video.av.open(str(path)) as container:
+            stream = container.streams.audio[0]
+            packets.append(
+                [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.size]
+            )
+    assert packets[1] == packets[0][: len(packets[1])] and len(packets[1]) >= len(packets[0]) - 2
+    with VideoWriter(
+        tmp_path / "c.mp4", (48, 64), 25, sound_of=write_clip(tmp_path / "silent.mp4")
+    ) as writer:
+        writer.write(next(frames(1)))
+    assert writer.sound is None
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A web server on tmp_path; its address."""
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def transport_stream(path, count=30):
+    """Write a clip as the MPEG transport stream that cameras and broadcasts send."""
+    with video.av.open(str(path), "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in frames(count):
+            container.mux(stream.encode(video.av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@needs_av
+def test_a_stream_over_http_is_segmented_to_its_end(tmp_path, served, run):
+    transport_stream(tmp_path / "camera.ts")
+    model = tmp_path / "m.pth"
+    torch.save(
+        pack_checkpoint(tiny(), [("a", (0, 0, 0)), ("b", (9, 9, 9)), ("c", (1, 2, 3))], (28, 42)), model
+    )
+    flags = ["--model", model, "--out-dir", tmp_path, "--engine", "torch"]
+    code, text, err = run(infer_video, "--input", f"{served}/camera.ts", *flags)
+    assert code == 0 and "the stream ended after" in text, err
+    (made,) = (tmp_path / "inference_results_video").glob("stream_*.mp4")
+    kept, lost = len(list(VideoReader(made))), re.search(r"(\d+) frames came faster", text)
+    assert kept >= 1 and kept + (int(lost[1]) if lost else 0) >= 28
+    code, _, err = run(infer_video, "--input", f"{served}/gone.ts", *flags)
+    assert code == 2 and "does not open" in err and err.count("\n") == 1
+
+
+@needs_av
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_where_a_camera_would_be(tmp_path):
+    content = transport_stream(tmp_path / "camera.ts").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,), daemon=True)
+    writer.start()
+    reader = VideoReader(tmp_path / "pipe")
+    assert reader.live and reader.size == (48, 64) and len(list(reader)) == 30
+
+
+@needs_av
+def test_a_full_disk_leaves_a_playable_clip(tmp_path, monkeypatch):
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    monkeypatch.setattr(video, "RESERVE", 3 << 20)
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        noise = np.random.default_rng(0)
+        written = 0
+        with pytest.raises(OSError, match="a.mp4") as error:
+            with VideoWriter(place / "a.mp4", (96, 128), 25) as writer:
+                for written in range(3000):  # noqa: B007 - read below
+                    writer.write(noise.integers(0, 256, (96, 128, 3), dtype=np.uint8))
+        assert error.value.errno == 28
+        count = len(list(VideoReader(place / "a.mp4")))
+        assert 0 < count <= written and [path.name for path in place.iterdir()] == ["a.mp4"]
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
