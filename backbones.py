@@ -193,7 +193,8 @@ class TimmBackbone(Backbone):
 
     def add_positions(self, tokens):
         """Stand in for net._pos_embed: (B, h, w, D) patch tokens -> (B, prefix + h * w, D)."""
-        net, batch, grid = self.net, tokens.shape[0], tuple(tokens.shape[1:3])  # len() would fix it in exports
+        # shape[0] and not len(), which would fix the batch size of an exported model
+        net, batch, grid = self.net, tokens.shape[0], tuple(tokens.shape[1:3])
         tokens = tokens.flatten(1, 2)
         special = [token for token in (net.cls_token, net.reg_token) if token is not None]
         special = [token.expand(batch, -1, -1) for token in special]

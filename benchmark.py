@@ -21,6 +21,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -133,7 +134,8 @@ class OurRun:
 def benchmark_train(args):
     """Train the same head on the same frozen backbone by a plain loop and by ours, the epochs in turn.
 
-    The cached runs count the making (first) or the checking (second) of the cache into their time.
+    seconds = of the start, which makes (first cached run) or checks (second) the cache, and of so many median
+    epochs: whatever else the machine does for a while counts for none.
     """
     device = utils.pick_device(args.device)
     train, val, table = some_data(args)
@@ -152,8 +154,9 @@ def benchmark_train(args):
         seconds = take_turns({name: logged(name, run) for name, run in runs.items()}, args.epochs)
         rows = []
         for name, model in models.items():
-            rows.append(dict(name=name, seconds=started[name] + sum(seconds[name]),
-                             epoch_s=statistics.median(seconds[name]),
+            epoch = statistics.median(seconds[name])
+            rows.append(dict(name=name, start_s=started[name], epoch_s=epoch,
+                             seconds=started[name] + args.epochs * epoch,
                              miou=score(model.eval(), val, table, args.imgsz, device)))
     for row in rows:
         row["ratio"] = rows[0]["seconds"] / row["seconds"]
@@ -202,7 +205,9 @@ def benchmark_data(args):
 
 # --- memory -----------------------------------------------------------------------------------------------
 def peak_memory(args, name, images):
-    """Return the peak memory, GB, of one epoch over `images` images: of the GPU, else of this process."""
+    """Return the peak memory, GB, of one epoch over `images` images: of the GPU, else of this process without
+    those that load data.
+    """
     device = utils.pick_device(args.device)
     args.images = images
     train, val, table = some_data(args)
@@ -223,8 +228,8 @@ def peak_memory(args, name, images):
 
 def in_own_process(function, *args):
     """Return what a function returns in a new process, whose memory holds nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def benchmark_memory(args):
@@ -321,6 +326,7 @@ def benchmark_infer(args):
     """
     if not args.input:
         raise InputError("--input is missing: give the clip to segment")
+    VideoReader(args.input)  # says what is wrong with it before anything takes time
     engines = ["torch", *[name for name in ("openvino", "onnxruntime") if is_installed(name)]]
     predictors = {name: Predictor(args.model, args.device, runtime=name) for name in engines
                   if name == "torch" or utils.pick_device(args.device).type == "cpu"}
@@ -379,7 +385,7 @@ def arithmetic_limit(device, dtype, side=4096):
 
 
 def benchmark_model(args):
-    """Run the network alone at several sizes and batches; share = of the FLOP/s that a matrix product gets."""
+    """Run the network alone at several sizes and batches; share: of the FLOP/s that a large product gets."""
     from torch.utils.flop_counter import FlopCounterMode
     device = utils.pick_device(args.device)
     precision = utils.Precision("auto", device)

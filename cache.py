@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ from tqdm import tqdm
 from config import InputError
 from datasets import collate
 from utils import barrier, is_out_of_memory, local_share, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 VERSION = 1  # of the format
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images a pass of the backbone; halved while they do not fit
@@ -39,11 +45,16 @@ class EntryFile:
         return {**self.__dict__, "maps": None}
 
     def open(self):
-        """Map the file and its checksums. Returns (values (N, *shape), checksums (N,) int64, 0 = none)."""
+        """Map the file and its checksums. Returns (values (N, *shape), checksums (N,) int64, 0 = none).
+
+        Raises InputError where the files are gone. On a medium that is read-only, nothing can be written.
+        """
         if self.maps is None:
-            size = self.count * torch.Size(self.shape).numel()
-            values = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
-            sums = torch.from_file(str(self.sums_path), shared=True, size=self.count, dtype=torch.int64)
+            if not self.is_whole():
+                raise InputError(f"--cache-features: {self.path} is gone: start again")
+            size, shared = self.count * torch.Size(self.shape).numel(), self.is_writable()
+            values = torch.from_file(str(self.path), shared=shared, size=size, dtype=self.dtype)
+            sums = torch.from_file(str(self.sums_path), shared=shared, size=self.count, dtype=torch.int64)
             self.maps = values.view(self.count, *self.shape), sums
         return self.maps
 
@@ -51,6 +62,10 @@ class EntryFile:
     def sums_path(self):
         """Where the checksums are."""
         return self.path.with_suffix(".sums")
+
+    def is_writable(self):
+        """Return whether entries can be added."""
+        return os.access(self.path, os.W_OK) and os.access(self.sums_path, os.W_OK)
 
     def bytes(self):
         """Return the size of the whole file."""
@@ -123,13 +138,20 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     views. Peak memory does not grow with the number of images. Raises InputError where the disk has no room.
     """
     folder = Path(folder)
+    model.eval()  # BatchNorm of a frozen backbone must not learn from the images it is asked about
     files, facts = plan_files(model, dataset, folder, precision, views)
     if local_share()[0] == 0:
-        reserve(files, facts, folder)
+        with alone_in(folder):
+            reserve(files, facts, folder)
     barrier()
     rank, share = local_share()
     missing = [number for number in range(rank, len(dataset) * views, share)
                if not all(file.has(number) for file in files)]
+    if missing and not all(file.is_writable() for file in files):
+        raise InputError(
+            f"--cache-features: {len(missing)} entries are missing or damaged and {folder} cannot "
+            "be written: name another folder"
+        )
     if missing:
         fill(model, dataset, files, missing, precision, workers)
     barrier()
@@ -147,8 +169,13 @@ def plan_files(model, dataset, folder, precision, views):
                   imgsz=list(dataset.size), **file_facts(dataset.samples))
     if views > 1:
         shared.update(augment=list(dataset.augments), seed=dataset.seed)
-    of_model = dict(weights=weights_hash(model), mean=model.mean.flatten().tolist(),
-                    std=model.std.flatten().tolist(), precision=str(precision))
+    of_model = dict(
+        backbone=model.spec["backbone"],
+        weights=weights_hash(model),
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        precision=str(precision),
+    )
     kinds = [dict(shared, **of_model, block=layer, shape=shape)
              for layer, shape in zip(model.backbone.layers, shapes, strict=True)]
     types = [torch.bfloat16] * len(kinds)
@@ -182,13 +209,26 @@ def file_facts(samples):
             for key, value in (("names", names), ("contents", changes))}
 
 
-def reserve(files, facts, folder):
-    """Create the files that are missing; say how large they are. Raises InputError where the disk is full."""
+@contextmanager
+def alone_in(folder):
+    """Context in which no other run makes files in a cache folder, which is created. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 - closed below
     except OSError as error:
+        if folder.is_dir() and not os.access(folder, os.W_OK):  # all may be there already
+            yield
+            return
         raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
                          "folder") from None
+    with lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def reserve(files, facts, folder):
+    """Create the files that are missing; say how large they are. Raises InputError where the disk is full."""
     missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_whole()]
     for _, fact in missing:
         remove_outdated(fact, folder)
@@ -211,10 +251,11 @@ def remove_outdated(facts, folder):
             other = json.loads(path.read_text())
             return other.pop("contents") and other == json.loads(json.dumps(
                 {key: value for key, value in facts.items() if key != "contents"}))
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return False
 
-    for path in [path for path in folder.glob("*.json") if same_but_contents(path)]:
+    candidates = [*folder.glob("features_*.json"), *folder.glob("masks_*.json")]
+    for path in filter(same_but_contents, candidates):
         print(f"the data set has changed: {path.with_suffix('.bin')} is removed and made anew")
         for ending in (".json", ".bin", ".sums"):
             path.with_suffix(ending).unlink(missing_ok=True)

@@ -126,7 +126,7 @@ class EpochSampler(Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
-        order = torch.cat([order, order[:-self.length % self.processes]])[self.rank::self.processes]
+        order = order.repeat(self.processes)[:len(self) * self.processes][self.rank::self.processes]
         return iter((self.epoch * self.length + order).tolist())
 
     def set_epoch(self, epoch):
@@ -171,8 +171,10 @@ def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, processe
         sampler = range(rank, len(dataset), processes)
     else:
         sampler = EpochSampler(len(dataset), dataset.seed, rank, processes)
+    # a generator of its own, so that starting an epoch early moves no random numbers of the training
     return Batches(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate,
-                              pin_memory=pin_memory, persistent_workers=workers > 0))
+                              pin_memory=pin_memory, persistent_workers=workers > 0,
+                              generator=torch.Generator()))
 
 
 # --- one function a data set ------------------------------------------------------------------------------
@@ -186,10 +188,10 @@ def listed(base, names, image, mask):
     return existing([Sample(base / image.format(name), base / mask.format(name)) for name in names])
 
 
-def voc(root):
+def voc(root, download=True):
     """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads 2 GB by torchvision."""
     places = [root / "VOCdevkit/VOC2012", root / "VOC2012", root, root / "voc/VOCdevkit/VOC2012"]
-    base = first_with(places, "ImageSets/Segmentation/train.txt") or download_voc(root)
+    base = first_with(places, "ImageSets/Segmentation/train.txt") or download_voc(root, download)
     splits = {}
     for split in ("train", "val"):
         names = read_list(base / f"ImageSets/Segmentation/{split}.txt")
@@ -197,9 +199,11 @@ def voc(root):
     return DataSource("voc", VOC, splits, index_table(21))
 
 
-def download_voc(root):
+def download_voc(root, allowed):
     """Download and unpack VOC 2012 into `root`, return its folder. Raises InputError: what goes where."""
     from torchvision.datasets import VOCSegmentation
+    if not allowed:
+        raise InputError(f"no VOC 2012 under {root}")
     print(f"VOC 2012 is not under {root}: downloading it there (2 GB)", flush=True)
     try:
         VOCSegmentation(str(root), year="2012", image_set="train", download=True)
@@ -247,9 +251,10 @@ def aeroscapes(root):
     return DataSource("aeroscapes", AEROSCAPES, splits, index_table(len(AEROSCAPES)))
 
 
-def pet(root):
+def pet(root, download=True):
     """Oxford-IIIT Pet: 3,680 train, 3,669 val (its test list); trimaps: 1 pet, 2 background, 3 border."""
-    base = first_with([root, root / "oxford-iiit-pet"], "annotations/trainval.txt") or download_pet(root)
+    places = [root, root / "oxford-iiit-pet"]
+    base = first_with(places, "annotations/trainval.txt") or download_pet(root, download)
     splits = {}
     for split, list_name in (("train", "trainval"), ("val", "test")):
         path = base / f"annotations/{list_name}.txt"
@@ -260,11 +265,13 @@ def pet(root):
     return DataSource("pet", PET, splits, value_table({1: 0, 2: 1, 3: 2, IGNORE: IGNORE}))
 
 
-def download_pet(root):
+def download_pet(root, allowed):
     """Download and unpack Oxford-IIIT Pet into `root`, return its folder. Raises InputError: what goes
     where.
     """
     from torchvision.datasets import OxfordIIITPet
+    if not allowed:
+        raise InputError(f"no Oxford-IIIT Pet under {root}")
     print(f"Oxford-IIIT Pet is not under {root}: downloading it there (800 MB)", flush=True)
     try:
         OxfordIIITPet(str(root), target_types="segmentation", download=True)
@@ -377,17 +384,19 @@ def without_background(source):
 
 
 def load_data(name, root, resplit=False, ignore_background=False, val_fraction=0.2, class_names=(),
-              cache_dir="outputs/cache"):
+              cache_dir="outputs/cache", download=True):
     """Find the files of data set `name` under folder `root` and return its DataSource.
 
     resplit: pool all images and split them anew; ignore_background: leave that class out; class_names: of the
-    data set `folder` alone; cache_dir: where pixel counts are kept. Raises InputError where the root or a
-    file of the data set is missing or does not fit.
+    data set `folder` alone; cache_dir: where pixel counts are kept; download: whether voc and pet may. Raises
+    InputError where the root or a file of the data set is missing or does not fit.
     """
     root = Path(root)
     if name == "folder" and not root.is_dir():
         raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
     options = dict(val_fraction=val_fraction, class_names=class_names) if name == "folder" else {}
+    if name in ("voc", "pet"):
+        options["download"] = download
     source = without_leaks(DATASETS[name](root, **options))
     if resplit:
         source = split_anew(source, val_fraction, cache_dir)

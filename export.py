@@ -26,6 +26,7 @@ import torch
 import utils
 from config import InputError, positive_int, whole_number
 from datasets import load_data, resize_image
+from engine import make_protocol
 from model import load_model
 from readers import read_image
 from runtimes import ENDINGS, METADATA, Graph, import_openvino, onnx_program, open_model
@@ -85,13 +86,15 @@ def write_model(graph, kind, batch, text, path):
 def real_images(checkpoint, size):
     """Return (images (n, 3, H, W) uint8, what they are): of the data set it was trained on, else drawn ones.
     """
-    settings = checkpoint.get("config", {})
-    try:
-        data = load_data(settings["dataset"], settings["data_root"], class_names=settings.get("classes", ()))
-        samples = data.splits["val"] if settings["dataset"] != "streets" else []
-        images, origin = [read_image(sample.image) for sample in samples[:CHECKED]], settings["dataset"]
-    except (InputError, KeyError, OSError):
-        images = []
+    settings, images = checkpoint.get("config", {}), []
+    origin = settings.get("dataset", "streets")
+    if origin != "streets":
+        try:
+            data = load_data(origin, settings["data_root"], class_names=settings.get("classes", ()),
+                             download=False)
+            images = [read_image(sample.image) for sample in data.splits["val"][:CHECKED]]
+        except (InputError, KeyError, OSError):
+            pass  # it is on another machine
     if not images:
         scenes = (draw_scene(seed, size=(240, 320))[0] for seed in range(CHECKED))
         images, origin = [torch.from_numpy(scene).permute(2, 0, 1) for scene in scenes], "drawn streets"
@@ -117,6 +120,9 @@ def main():
     model, checkpoint = load_model(args.model)
     size = tuple(args.imgsz or checkpoint["imgsz"])
     facts = {key: checkpoint[key] for key in PLAIN_KEYS if key in checkpoint}
+    if args.imgsz and "protocol" in facts:  # of an official head: its windows are now as large as the images
+        stride = make_protocol("slide", "", size).stride if facts["protocol"]["slide"] else ()
+        facts["protocol"] = dict(facts["protocol"], window=size, stride=stride)
     text = json.dumps(utils.finite(dict(facts, imgsz=list(size), batch=args.batch_size)))
     utils.make_folder(path.parent)
     real, origin = real_images(checkpoint, size)

@@ -44,6 +44,7 @@ class StopOnSignal:
         """Handle a signal."""
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def output_path(reader, out_dir):
@@ -103,7 +104,7 @@ def main():
     print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end ({predictor}); "
           f"side by side, a frame takes {spent}")
     print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
-          f"{'with its sound' if writer.sound else 'without sound'}")
+          f"{'with its sound' if writer.sound and writer.sound.seconds else 'without sound'}")
     if dropped:
         print(f"{dropped} frames came faster than they could be segmented and were dropped")
     if stop.asked:

@@ -118,7 +118,8 @@ class HeadOnly(nn.Module):
 
     def logits(self, features):
         """(B, h, w, D) bfloat16, all maps side by side -> Logits."""
-        if not torch.is_autocast_enabled(features.device.type):
+        kind = features.device.type
+        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) is not torch.bfloat16:
             features = features.float()
         maps = features.permute(0, 3, 1, 2).split(self.model.backbone.channels, dim=1)  # n x (B, D, h, w)
         return self.model.decode(maps, self.size)

@@ -21,6 +21,7 @@ from model import load_model, pad_to_multiple
 from upsample import Logits
 
 ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".torchscript": "torchscript"}
+PROTOCOL_KEYS = {"window", "slide", "stride", "scales", "flip"}  # of engine.Protocol
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
 INSTALL = "{} is not installed: pip install {}"
 
@@ -74,7 +75,11 @@ class Runtime(nn.Module):
         for part in images.cpu().split(self.batch or len(images)):
             missing = self.batch - len(part) if self.batch else 0
             filled = torch.cat([part, part[:1].expand(missing, -1, -1, -1)]) if missing else part
-            values = torch.from_numpy(self.run(filled.contiguous().numpy()))
+            try:
+                values = torch.from_numpy(self.run(filled.contiguous().numpy()))
+            except Exception as error:  # each package has error classes of its own
+                raise InputError(f"the exported model does not run ({first_line(error)}): export it anew"
+                                 ) from None
             parts.append(values[:len(part)])
         return self.place(torch.cat(parts).float())
 
@@ -144,24 +149,38 @@ def open_model(path, precise=False):
     except InputError:
         raise
     except Exception as error:  # each package has error classes of its own
-        reason = str(error).strip().split("\n")[0][:120]
-        raise InputError(f"{path} is not a readable {path.suffix} file ({reason}): export it anew") from None
-    try:
-        facts = json.loads(text)
-        size, batch = facts["imgsz"], facts["batch"]
-        if facts["format"] != "dinoseg" or facts["spec"]["num_classes"] != len(facts["classes"]):
-            raise ValueError
-    except (TypeError, ValueError, KeyError):
-        raise InputError(f"{path} was not written by export.py: its metadata lack the classes") from None
+        raise InputError(f"{path} is not a readable {path.suffix} file ({first_line(error)}): export it anew"
+                         ) from None
+    facts = check_facts(text, path)
+    size, batch = facts["imgsz"], facts["batch"]
     try:
         model = build(size, batch, precise)
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise InputError(f"{path} does not run here ({reason}): export it anew") from None
+        raise InputError(f"{path} does not run here ({first_line(error)}): export it anew") from None
     model.num_classes = len(facts["classes"])
     return model.eval(), facts
+
+
+def check_facts(text, path):
+    """Return the metadata of an exported file as a dict. Raises InputError where they are not export.py's."""
+    def are_numbers(values, count, most):
+        return (isinstance(values, list) and len(values) == count
+                and all(type(value) is int and 0 <= value <= most for value in values))
+
+    try:
+        facts = json.loads(text)
+        classes = facts["classes"]
+        good = (facts["format"] == "dinoseg" and are_numbers(facts["imgsz"], 2, 1 << 16)
+                and are_numbers([facts["batch"]], 1, 1 << 16) and 0 < len(classes) < 255
+                and all(isinstance(name, str) and are_numbers(colour, 3, 255) for name, colour in classes)
+                and facts.get("protocol", {}).keys() <= PROTOCOL_KEYS)
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise InputError(f"{path} was not written by export.py: its metadata lack classes and size")
+    return facts
 
 
 def read_onnx(path):
@@ -186,6 +205,12 @@ def read_torchscript(path):
     module = torch.jit.load(str(path), map_location="cpu", _extra_files=more)
     text = more[METADATA].decode() if isinstance(more[METADATA], bytes) else more[METADATA]
     return text, lambda size, batch, precise: TorchScript(module.eval(), size, batch)
+
+
+def first_line(error):
+    """Return what an exception says, in one short line; OpenVINO's says where in its code first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (lines[-1] if lines[0].startswith("Exception from") else lines[0])[:120]
 
 
 # --- packages ---------------------------------------------------------------------------------------------

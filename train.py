@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -193,6 +194,10 @@ def build_batches(config, data, model, precision):
 def build_objective(config, model, criterion):
     """Return (what is trained and validated: the Segmenter or its head alone; the Objective or DDP of it)."""
     if config.compile:
+        compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+        if model.mean.device.type == "cpu" and not any(map(shutil.which, compilers)):
+            raise InputError("--compile on a CPU needs a C++ compiler, and there is none (g++, clang++, cl): "
+                             "install one, or leave it out")
         model.compile_parts()
     trained = HeadOnly(model, config.imgsz) if config.cache_features else model
     objective = engine.Objective(trained, criterion)

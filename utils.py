@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import cv2
@@ -69,12 +70,18 @@ def start_processes(device):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
-    if device.type == "cuda" and device.index is None:
-        device = pick_device(f"cuda:{local_share()[0]}")
-        torch.cuda.set_device(device)
-    elif device.type == "mps":
+    if device.type == "mps":
         raise InputError("torchrun needs CUDA or --device cpu: MPS has one device only")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        if device.index is not None and local_share()[1] > 1:
+            raise InputError(
+                f"--device {device} is one GPU, and torchrun started {local_share()[1]} processes: "
+                "give --device cuda"
+            )
+        device = pick_device(f"cuda:{local_share()[0]}") if device.index is None else device
+        torch.cuda.set_device(device)
+    # one process may download or count pixels for long while the others wait
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     return device

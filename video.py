@@ -33,6 +33,9 @@ except ImportError:  # clips are then written as mp4v through OpenCV
 FALLBACK_FPS = Fraction(30)  # for cameras that do not say
 DEPTH = 4  # items that wait between two threads
 TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
+LIVE_PROTOCOLS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms"}
+COUNTED = {".mp4", ".mov", ".m4v", ".avi"}  # containers that store how many frames they hold
+LONGEST_GAP = 10.0  # seconds between two frames of a file that are believed
 MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "alac", "opus"}  # codecs that an .mp4 may hold as they are
 RESERVE = 1 << 26  # bytes of disk that stay free for the end of a clip: frames in the encoder, its index
 
@@ -42,11 +45,12 @@ class ReadAhead:
     """Iterates over `source` in a thread of its own, up to `depth` items ahead of whoever takes them.
 
     newest: for live sources: the oldest waiting item is dropped (counted in `dropped`) rather than letting
-    the source wait. seconds = time spent in the source. What the source raises is raised to the taker.
+    the source wait. stop: once its `asked` is true, the items end, even where the source sends none. seconds
+    = time spent in the source. What the source raises is raised to the taker.
     """
 
-    def __init__(self, source, depth=DEPTH, newest=False):
-        self.source, self.newest = source, newest
+    def __init__(self, source, depth=DEPTH, newest=False, stop=None):
+        self.source, self.newest, self.stop = source, newest, stop
         self.queue, self.closed = queue.Queue(depth), threading.Event()
         self.seconds, self.dropped = 0.0, 0
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -84,7 +88,12 @@ class ReadAhead:
 
     def __iter__(self):
         while True:
-            item, error = self.queue.get()
+            try:
+                item, error = self.queue.get(timeout=0.2)
+            except queue.Empty:  # a source that sends nothing must not keep a stopped run alive
+                if self.stop is not None and self.stop.asked:
+                    return
+                continue
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -97,7 +106,7 @@ class ReadAhead:
 
     def __exit__(self, *_):
         self.closed.set()
-        self.thread.join()
+        self.thread.join(timeout=2)  # it may hang in a source that sends nothing; it ends with the process
 
 
 class WriteBehind:
@@ -144,8 +153,9 @@ class WriteBehind:
 class VideoReader:
     """Iterates over the frames of a file, camera index or stream URL as (H, W, 3) uint8 RGB, upright.
 
-    size = (H, W) in pixels, fps = Fraction, count = frames the file claims or None, live = camera or stream.
-    Raises InputError where the source does not open or gives no frame.
+    size = (H, W) in pixels, fps = Fraction, count = frames the file claims or None, live = camera, stream or
+    pipe, drops = whether frames are lost that are not taken in time. Raises InputError where the source does
+    not open or gives no frame.
     """
 
     def __init__(self, source):
@@ -159,7 +169,9 @@ class VideoReader:
             limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
             self.capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
         else:
-            self.capture = cv2.VideoCapture(int(self.source) if self.source.isdecimal() else self.source)
+            # the whole path, since a colon in a file's name would look like a protocol
+            plain = int(self.source) if self.source.isdecimal() else str(Path(self.source).absolute())
+            self.capture = cv2.VideoCapture(plain)
         opened, self.first = self.capture.read() if self.capture.isOpened() else (False, None)
         if not opened:
             raise InputError(f"--input {source} does not open as a video: check the file, camera or URL")
@@ -167,18 +179,36 @@ class VideoReader:
         self.fps = exact_rate(self.capture.get(cv2.CAP_PROP_FPS))
         count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.count = count if count > 0 and not self.live else None
+        sends = self.source.split("://")[0] in LIVE_PROTOCOLS or "://" in self.source and count <= 0
+        self.drops = self.source.isdecimal() or sends
 
     def __iter__(self):
-        frame = self.first
+        return (frame for frame, _ in self.timed())
+
+    def timed(self):
+        """Yield (frame, seconds since the first one): as the file says, else by the clock."""
+        frame, start, shift, last = self.first, time.perf_counter(), None, 0.0
         while frame is not None:
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            seconds = time.perf_counter() - start
+            if not self.drops:
+                stamp = self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                if shift is None:
+                    shift = stamp
+                elif not 0 <= stamp - shift - last < LONGEST_GAP:  # recordings that were joined
+                    shift = stamp - last - float(1 / self.fps)
+                seconds = last = stamp - shift
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), seconds
             good, frame = self.capture.read()
             frame = frame if good else None
         self.capture.release()
 
     def ended_early(self, frames):
-        """Return whether `frames` read is clearly fewer than the file claims (which may be off by a few)."""
-        return self.count is not None and frames + max(2, 0.02 * self.count) < self.count
+        """Return whether `frames` read is clearly fewer than the file claims (which may be off by a few).
+
+        Only where the container stores their number; elsewhere it is a guess from the duration.
+        """
+        stored = Path(self.source).suffix.lower() in COUNTED
+        return stored and self.count is not None and frames + max(2, 0.02 * self.count) < self.count
 
 
 def exact_rate(fps):
@@ -190,24 +220,53 @@ def exact_rate(fps):
     return near[0] if near else Fraction(fps).limit_denominator(1000)
 
 
+def has_h264():
+    """Return whether PyAV is installed with an H.264 encoder."""
+    return av is not None and "libx264" in av.codecs_available
+
+
 class SoundCopy:
-    """Copies the sound of one file into another, as it is, while that one's frames are written."""
+    """Copies the sound of one file into another, as it is, while that one's frames are written.
+
+    seconds = how much was copied. Sound that cannot be read or written ends early; the picture goes on.
+    """
 
     def __init__(self, path, container):
-        self.container, self.source = container, av.open(str(path))
-        stream = self.source.streams.audio[0]
-        if stream.codec_context.name not in MP4_SOUND:
-            raise ValueError(f"an .mp4 cannot hold {stream.codec_context.name}")
+        self.container, self.source = container, av.open(str(Path(path).absolute()))
+        stream, picture = self.source.streams.audio[0], self.source.streams.video[0]
+        name = stream.codec_context.codec.canonical_name
+        if name not in MP4_SOUND:
+            raise ValueError(f"an .mp4 cannot hold {name}")
         self.stream = container.add_stream_from_template(stream)
-        self.packets = (packet for packet in self.source.demux(stream) if packet.pts is not None)
-        self.packet = next(self.packets, None)
+        start = (picture.start_time or 0) * picture.time_base  # files need not start at 0
+        self.shift, self.last, self.seconds = round(start / stream.time_base), None, 0.0
+        self.packets = self.source.demux(stream)
+        self.packet = self.following()
+
+    def following(self):
+        """Return the next packet that lies after the picture's start and the last packet, or None."""
+        try:
+            for packet in self.packets:
+                if packet.pts is None or packet.dts is None:
+                    continue
+                packet.pts, packet.dts = packet.pts - self.shift, packet.dts - self.shift
+                if packet.dts >= 0 and (self.last is None or packet.dts > self.last):
+                    return packet
+        except (av.error.FFmpegError, ValueError):
+            pass
+        return None
 
     def until(self, seconds):
         """Write the sound up to `seconds` after the start."""
         while self.packet is not None and self.packet.pts * self.packet.time_base <= seconds:
+            self.last, self.seconds = self.packet.dts, float(self.packet.pts * self.packet.time_base)
             self.packet.stream = self.stream
-            self.container.mux(self.packet)
-            self.packet = next(self.packets, None)
+            try:
+                self.container.mux(self.packet)
+            except ValueError:  # out of order for the container
+                self.packet = None
+                return
+            self.packet = self.following()
 
 
 class VideoWriter:
@@ -222,8 +281,8 @@ class VideoWriter:
         self.path, self.size, self.fps, self.frames = Path(path), tuple(size), Fraction(fps), 0
         self.temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.codec, self.sound = "H.264" if av else "mp4v", None
-        if av:
+        self.codec, self.sound, self.place = "H.264" if has_h264() else "mp4v", None, -1
+        if self.codec == "H.264":
             options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded whole
             self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
             self.stream = self.container.add_stream("libx264", rate=self.fps)
@@ -245,33 +304,40 @@ class VideoWriter:
         except (av.error.FFmpegError, IndexError, ValueError, OSError):
             return None
 
-    def write(self, frame):
-        """Append one frame. Raises ValueError for a frame of another size, OSError where the disk is full."""
+    def write(self, frame, seconds=None):
+        """Append one frame, shown `seconds` after the first, by default as long after the last as fps says.
+
+        Raises ValueError for a frame of another size, OSError where the disk is full.
+        """
         if frame.shape[:2] != self.size:
             raise ValueError(f"frame of {frame.shape[:2]} in a clip of {self.size}")
         if shutil.disk_usage(self.path.parent).free < RESERVE:  # once it is full, no index can be written
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self.frames += 1
-        if av:
+        self.frames, before = self.frames + 1, self.place
+        self.place = max(before + 1, round((seconds or 0.0) * self.fps))  # in units of 1 / fps
+        if self.codec == "H.264":
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = self.frames - 1, 1 / self.fps
+            picture.pts, picture.time_base = self.place, 1 / self.fps
             if self.sound:
-                self.sound.until(self.frames / self.fps)
+                self.sound.until((self.place + 1) / self.fps)
             self.container.mux(self.stream.encode(picture))
         else:
-            self.writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+            for _ in range(self.place - before):  # this way of writing knows no times
+                self.writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def close(self):
         """Finish the file and give it its name; without a frame nothing is left."""
-        if av:
+        try:
+            if self.codec == "H.264":
+                if self.frames:
+                    self.container.mux(self.stream.encode(None))
+                self.container.close()
+            else:
+                self.writer.release()
             if self.frames:
-                self.container.mux(self.stream.encode(None))
-            self.container.close()
-        else:
-            self.writer.release()
-        if self.frames:
-            os.replace(self.temporary, self.path)
-        self.temporary.unlink(missing_ok=True)
+                os.replace(self.temporary, self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)
 
     def __enter__(self):
         return self
@@ -319,24 +385,26 @@ def segment_frames(reader, writer, predictor, overlay, stop, batch_size=1, max_f
     """
     rate, model_seconds = Rate(), 0.0
     total = min(filter(None, (reader.count, max_frames)), default=None)
-    source = itertools.islice(reader, max_frames)
+    # what a live source drops does not count
+    source = reader.timed() if reader.drops else itertools.islice(reader.timed(), max_frames)
 
-    def finish(frame, pred):
+    def finish(frame, pred, seconds):
         drawn = overlay(frame, pred)
         draw_rate(drawn, rate.tick())
-        encode.put(drawn)
+        encode.put(drawn, seconds)
         return drawn
 
-    with (ReadAhead(source, newest=reader.live) as frames, WriteBehind(writer.write) as encode,
+    with (ReadAhead(source, newest=reader.drops, stop=stop) as frames, WriteBehind(writer.write) as encode,
           WriteBehind(finish) as draw, tqdm(total=total, unit="frame", leave=False, disable=None) as bar):
-        for batch in batches_of(iter(frames), batch_size):
+        for batch in batches_of(itertools.islice(frames, max_frames), batch_size):
             start = time.perf_counter()
-            preds = predictor(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2))  # (n, H, W)
+            images = torch.from_numpy(np.stack([frame for frame, _ in batch])).permute(0, 3, 1, 2)
+            preds = predictor(images)  # (n, 3, H, W) -> (n, H, W)
             model_seconds += time.perf_counter() - start
-            for frame, pred in zip(batch, preds, strict=True):
+            for (frame, seconds), pred in zip(batch, preds, strict=True):
                 if show is None:
-                    draw.put(frame, pred)
-                elif show(finish(frame, pred)):
+                    draw.put(frame, pred, seconds)
+                elif show(finish(frame, pred, seconds)):
                     stop.asked = True
             bar.update(len(batch))
             if stop.asked:

@@ -15,6 +15,7 @@ import cache
 import engine
 import train
 from cache import cache_features
+from config import InputError
 from datasets import SegmentationDataset
 from model import HeadOnly
 from readers import Sample, index_table
@@ -196,7 +197,7 @@ def test_a_damaged_cache_is_mended(samples, tmp_path, passes, damage):
 def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_path, passes, capsys):
     folder = tmp_path / "cache"
     cache_features(tiny(), training_set(samples), folder, FLOAT32)
-    before = set(folder.iterdir())
+    before = set(folder.glob("*_*"))
     passes.clear()
     pixels = np.array(Image.open(samples[2].image))
     Image.fromarray(255 - pixels).save(samples[2].image)
@@ -204,9 +205,50 @@ def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_pa
     net = tiny()
     cached = cache_features(net, training_set(samples), folder, FLOAT32)
     assert sum(passes) == 7 and "the data set has changed" in capsys.readouterr().out
-    assert not before & set(folder.iterdir()) and len(before) == len(set(folder.iterdir()))
+    after = set(folder.glob("*_*"))
+    assert not before & after and len(before) == len(after) == 15
     image = training_set(samples)[2][0]
     assert torch.allclose(cached[2][0].float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_frozen_batch_norm_learns_nothing(samples, tmp_path):
+    net = tiny(backbone="timm/resnet18", head="linear").train()
+    before = cache.weights_hash(net)
+    first = cache_features(net, training_set(samples), tmp_path, FLOAT32)
+    second = cache_features(net.train(), training_set(samples), tmp_path, FLOAT32)
+    assert cache.weights_hash(net) == before and first.features[0].path == second.features[0].path
+
+
+def test_the_same_weights_in_another_network_are_another_cache(samples, tmp_path):
+    net = tiny()
+    files, _ = cache.plan_files(net, training_set(samples), tmp_path, FLOAT32, 1)
+    net.spec["backbone"] = "timm/the_same_with_another_activation"
+    others, _ = cache.plan_files(net, training_set(samples), tmp_path, FLOAT32, 1)
+    assert not {file.path for file in files[:-1]} & {file.path for file in others[:-1]}
+
+
+def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypatch, passes):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/notes.json").write_text("[1]")  # somebody else's
+    want = cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)[3][0].clone()
+    monkeypatch.setattr(cache.os, "access", lambda path, mode: False)
+    again = cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
+    assert torch.equal(again[3][0], want)
+    content = bytearray(again.features[0].path.read_bytes())
+    content[100] ^= 1
+    again.features[0].path.write_bytes(content)
+    with pytest.raises(InputError, match="1 entries are missing or damaged"):
+        cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
+
+
+@pytest.mark.parametrize("head", ["bn", "linear"])
+def test_features_train_in_half_precision(samples, tmp_path, head):
+    net, half = tiny(head=head), Precision("fp16", torch.device("cpu"))
+    cached = cache_features(net, training_set(samples), tmp_path, half)
+    features = torch.stack([cached[0][0], cached[1][0]])
+    with half.autocast():
+        logits = HeadOnly(net, (30, 43)).logits(features)
+    assert logits.values.isfinite().all()
 
 
 def test_batches_shrink_until_they_fit(samples, tmp_path, monkeypatch):
@@ -239,7 +281,7 @@ def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, 
     more = ["--cache-features", tmp_path / "cache"]
     code, out, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
     assert code == 2 and err.startswith("error: --cache-features needs 0.00 GB in") and err.count("\n") == 1
-    assert not list((tmp_path / "cache").iterdir()) and not (tmp_path / "out/config.json").exists()
+    assert not list((tmp_path / "cache").glob("*.*")) and not (tmp_path / "out/config.json").exists()
     (tmp_path / "file").write_text("")
     code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more[:1], tmp_path / "file"))
     assert code == 2 and "cannot create" in err and err.count("\n") == 1

@@ -122,6 +122,16 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(tmp_path, workers
     assert [names for *_, names in straight[0]] != [names for *_, names in straight[1]]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_starting_an_epoch_early_moves_no_random_numbers(tmp_path, workers):
+    batches = make_loader(small_dataset(tmp_path, augments=("flip",)), 2, workers)
+    state = torch.get_rng_state()
+    batches.start(3)
+    first = [names for *_, names in batches]
+    batches.sampler.set_epoch(3)
+    assert first == [names for *_, names in batches] and torch.equal(torch.get_rng_state(), state)
+
+
 def test_sampler_sees_every_image_once_an_epoch():
     sampler = EpochSampler(50, seed=3)
     sampler.set_epoch(4)

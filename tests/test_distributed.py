@@ -65,7 +65,7 @@ def test_a_process_that_fails_ends_the_run_with_its_message(tmp_path):
     assert not (tmp_path / "out/best_model_iou.pth").exists()
 
 
-@pytest.mark.parametrize(("length", "processes"), [(12, 2), (13, 2), (7, 3), (2, 4)])
+@pytest.mark.parametrize(("length", "processes"), [(12, 2), (13, 2), (7, 3), (2, 4), (1, 3), (2, 5)])
 def test_samplers_of_all_processes_make_up_the_epoch(length, processes):
     whole = EpochSampler(length, seed=5)
     parts = [EpochSampler(length, 5, rank, processes) for rank in range(processes)]

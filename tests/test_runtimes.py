@@ -199,6 +199,37 @@ def test_the_agreement_sees_a_wrong_model(trained):
     assert export.agreement(model, trained / "best_model_iou.torchscript", images) < 0.999
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"imgsz": "224"},
+        {"imgsz": [224]},
+        {"batch": "1"},
+        {"batch": -1},
+        {"classes": "abc"},
+        {"classes": [["a", [0, 0, 300]]]},
+        {"protocol": {"foo": 1}},
+        {"format": "other"},
+    ],
+    ids=str,
+)
+def test_metadata_that_export_did_not_write(change, tmp_path):
+    good = {"format": "dinoseg", "imgsz": [28, 42], "batch": 1, "classes": [["a", [0, 0, 0]]]}
+    assert runtimes.check_facts(json.dumps(good), "m.onnx") == good
+    for text in (json.dumps(good | change), "[" * 100_000, None):
+        with pytest.raises(InputError, match="m.onnx was not written by export.py"):
+            runtimes.check_facts(text, "m.onnx")
+
+
+def test_checking_an_export_downloads_and_draws_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dataset in ("streets", "voc", "pet", "camvid"):
+        facts = {"config": {"dataset": dataset, "data_root": str(tmp_path)}}
+        images, origin = export.real_images(facts, (28, 42))
+        assert images.shape == (4, 3, 28, 42) and origin == "images of drawn streets"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_padded_batch_is_cut_back(monkeypatch):
     class Mean(runtimes.Runtime):
         def run(self, images):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from fractions import Fraction
 
 import cv2
@@ -244,12 +245,83 @@ def test_sound_is_copied_as_it_is(tmp_path):
             packets.append(
                 [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.size]
             )
+    packets[0] = [packet for packet in packets[0] if packet[0] >= 0]  # without the encoder's lead-in
     assert packets[1] == packets[0][: len(packets[1])] and len(packets[1]) >= len(packets[0]) - 2
     with VideoWriter(
         tmp_path / "c.mp4", (48, 64), 25, sound_of=write_clip(tmp_path / "silent.mp4")
     ) as writer:
         writer.write(next(frames(1)))
     assert writer.sound is None
+
+
+@needs_av
+@pytest.mark.parametrize("ending", [".ts", ".mkv"])
+def test_sound_and_picture_that_start_late_are_copied_in_step(tmp_path, ending):
+    source = write_sound(tmp_path / f"a{ending}", codec="aac")  # .ts starts at 1.4 s
+    reader = VideoReader(source)
+    with VideoWriter(tmp_path / "b.mp4", (48, 64), 25, sound_of=source) as writer:
+        for frame, seconds in reader.timed():
+            writer.write(frame, seconds)
+    assert writer.sound.seconds > 1.8 and not reader.ended_early(20)
+    with video.av.open(str(tmp_path / "b.mp4")) as container:
+        starts = [float(stream.start_time * stream.time_base) for stream in container.streams]
+    assert len(starts) == 2 and abs(starts[0] - starts[1]) < 0.1
+
+
+@needs_av
+def test_joined_recordings_and_damaged_sound_do_not_end_the_run(tmp_path):
+    whole = write_sound(tmp_path / "a.ts").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(whole + whole)
+    broken = bytearray(whole)
+    for place in range(len(broken) // 3, len(broken), 1000):
+        broken[place] ^= 0x55
+    (tmp_path / "broken.ts").write_bytes(broken)
+    for name, least in (("joined.ts", 90), ("broken.ts", 10)):
+        reader = VideoReader(tmp_path / name)
+        with VideoWriter(tmp_path / "b.mp4", (48, 64), 25, sound_of=tmp_path / name) as writer:
+            for frame, seconds in reader.timed():
+                writer.write(frame, seconds)
+        assert len(list(VideoReader(tmp_path / "b.mp4"))) == writer.frames >= least
+        assert writer.place < 25 * 6  # no gap of the hours that a damaged time stamp may claim
+
+
+@needs_av
+def test_frames_are_shown_when_the_source_shows_them(tmp_path):
+    with video.av.open(str(tmp_path / "a.mkv"), "w") as container:  # 12 frames in 4 seconds, unevenly
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        times = [0, 1, 2, 3, 30, 31, 60, 61, 90, 91, 92, 120]
+        for place, frame in zip(times, frames(12), strict=True):
+            image = video.av.VideoFrame.from_ndarray(frame, format="rgb24")
+            image.pts, image.time_base = place, Fraction(1, 30)
+            container.mux(stream.encode(image))
+        container.mux(stream.encode(None))
+    with VideoWriter(tmp_path / "b.mp4", (48, 64), 30) as writer:
+        for frame, seconds in VideoReader(tmp_path / "a.mkv").timed():
+            writer.write(frame, seconds)
+    assert writer.frames == 12
+    with video.av.open(str(tmp_path / "b.mp4")) as container:
+        got = [round(float(frame.time) * 30) for frame in container.decode(video=0)]
+    assert got == times
+
+
+def test_a_stopped_run_does_not_wait_for_a_source_that_sends_nothing():
+    class Stop:
+        asked = False
+
+    def silent():
+        yield 1
+        threading.Event().wait(20)
+
+    stop, started = Stop(), time.perf_counter()
+    with ReadAhead(silent(), stop=stop) as items:
+        for _ in items:
+            stop.asked = True
+    assert time.perf_counter() - started < 10
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path):
+    assert len(list(VideoReader(write_clip(tmp_path / "12:30:05.mp4", 4)))) == 4
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
