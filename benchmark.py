@@ -4,7 +4,7 @@
     python benchmark.py data --dataset voc   # loading and augmenting alone
     python benchmark.py memory               # peak memory of the same training loops
     python benchmark.py evaluate --model outputs/best_model_iou.pth
-    python benchmark.py infer --model outputs/best_model_iou.pth --input clip.mp4
+    python benchmark.py infer --model outputs/best_model_iou.pth --input clip.mp4 --batch-size 2
     python benchmark.py model                # the network alone, and its share of the arithmetic limit
 
 Absolute times depend on the machine and on what else it does; the ratios are what the README quotes. Prints

@@ -63,8 +63,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
     utils.add_model_flag(parser)
-    parser.add_argument("--batch-size", type=positive_int, default=1,
-                        help="frames a forward pass (default: 1)")
+    parser.add_argument("--batch-size", type=positive_int,
+                        help="frames a forward pass (default: 1 for cameras and streams, else 2, on a GPU 8)")
     utils.add_engine_flag(parser)
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
     utils.add_inference_flags(parser)
@@ -91,7 +91,8 @@ def main():
     sound = None if reader.live else reader.source
     with StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps, sound) as writer:
         try:
-            stages, dropped = segment_frames(reader, writer, predictor, overlay, stop, args.batch_size,
+            size = args.batch_size or (1 if reader.drops else 8 if predictor.device.type == "cuda" else 2)
+            stages, dropped = segment_frames(reader, writer, predictor, overlay, stop, size,
                                              args.max_frames, show if args.show else None)
         except OSError as error:
             raise InputError(f"{path} cannot be written on after {writer.frames} frames ({error.strerror}); "

@@ -11,6 +11,7 @@ asked for. Nothing here unpickles.
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from upsample import Logits
 
 ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".torchscript": "torchscript"}
 PROTOCOL_KEYS = {"window", "slide", "stride", "scales", "flip"}  # of engine.Protocol
+STREAMS = 2  # images that OpenVINO computes side by side, where several are given
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
 INSTALL = "{} is not installed: pip install {}"
 
@@ -71,17 +73,20 @@ class Runtime(nn.Module):
             (height, width), (tall, wide) = self.size, images.shape[-2:]
             raise InputError(f"this model was exported for {height}x{width} pixels and is asked for "
                              f"{tall}x{wide}: leave out --imgsz and --tta ms, or export it anew with --imgsz")
-        parts = []
-        for part in images.cpu().split(self.batch or len(images)):
-            missing = self.batch - len(part) if self.batch else 0
-            filled = torch.cat([part, part[:1].expand(missing, -1, -1, -1)]) if missing else part
-            try:
-                values = torch.from_numpy(self.run(filled.contiguous().numpy()))
-            except Exception as error:  # each package has error classes of its own
-                raise InputError(f"the exported model does not run ({first_line(error)}): export it anew"
-                                 ) from None
-            parts.append(values[:len(part)])
-        return self.place(torch.cat(parts).float())
+        parts = list(images.cpu().split(self.batch or len(images)))
+        if missing := self.batch and self.batch - len(parts[-1]):
+            parts[-1] = torch.cat([parts[-1], parts[-1][:1].expand(missing, -1, -1, -1)])
+        try:
+            values = self.run_all([part.contiguous().numpy() for part in parts])
+        except Exception as error:  # each package has error classes of its own
+            raise InputError(
+                f"the exported model does not run ({first_line(error)}): export it anew"
+            ) from None
+        return self.place(torch.cat([torch.from_numpy(part) for part in values])[:len(images)].float())
+
+    def run_all(self, parts):
+        """run() of several batches."""
+        return [self.run(part) for part in parts]
 
     def forward(self, images):
         """(B, 3, H, W) uint8 -> (B, K, H, W) float32."""
@@ -111,11 +116,36 @@ class OpenVino(Runtime):
         hints = dict(INFERENCE_PRECISION_HINT="bf16" if half else "f32", PERFORMANCE_HINT="LATENCY")
         if precise:
             hints["EXECUTION_MODE_HINT"] = "ACCURACY"
-        self.compiled = core.compile_model(model, "CPU", hints)
+        self.compiled, self.queue = core.compile_model(model, "CPU", hints), None
+        self.open_queue = partial(open_queue, ov, core, model, hints)
         self.name = f"OpenVINO {'bfloat16' if half else 'float32'}"
 
     def run(self, images):
         return self.compiled([images])[0]
+
+    def run_all(self, parts):
+        """Several batches at a time, each on its share of the cores: none waits for the slowest thread."""
+        if len(parts) == 1:
+            return [self.run(parts[0])]
+        self.queue = self.queue or self.open_queue()
+        results = [None] * len(parts)
+        for index, part in enumerate(parts):
+            self.queue.start_async([part], (results, index))
+        self.queue.wait_all()
+        return results
+
+
+def open_queue(ov, core, model, hints):
+    """Return a queue of OpenVINO requests that run side by side."""
+    hints = dict(hints, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=str(STREAMS))
+    queue = ov.AsyncInferQueue(core.compile_model(model, "CPU", hints), STREAMS)
+
+    def keep(request, place):
+        results, index = place
+        results[index] = request.get_output_tensor(0).data.copy()
+
+    queue.set_callback(keep)
+    return queue
 
 
 class TorchScript(Runtime):

@@ -281,7 +281,7 @@ def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, 
     more = ["--cache-features", tmp_path / "cache"]
     code, out, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
     assert code == 2 and err.startswith("error: --cache-features needs 0.00 GB in") and err.count("\n") == 1
-    assert not list((tmp_path / "cache").glob("*.*")) and not (tmp_path / "out/config.json").exists()
+    assert not list((tmp_path / "cache").glob("*_*")) and not (tmp_path / "out/config.json").exists()
     (tmp_path / "file").write_text("")
     code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more[:1], tmp_path / "file"))
     assert code == 2 and "cannot create" in err and err.count("\n") == 1
