@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -205,25 +206,39 @@ def benchmark_data(args):
 
 # --- memory -----------------------------------------------------------------------------------------------
 def peak_memory(args, name, images):
-    """Return the peak memory, GB, of one epoch over `images` images: of the GPU, else of this process without
-    those that load data.
+    """Return the peak memory, GB, of one epoch over `images` images: of the GPU, else of this process.
+
+    Without the processes that load data and, on Linux, without mapped files, which the system takes back when
+    it needs the room.
     """
     device = utils.pick_device(args.device)
     args.images = images
     train, val, table = some_data(args)
     utils.seed_everything(0)
     model = build_model(args.backbone, "bn", CLASSES, (), args.weights, 0).to(device)
+    peaks = [0.0]
+    threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
         if name == "plain loop":
             run = PlainRun(model, (table, train, val), args, device)
         else:
             run = OurRun(model, (table, train, val), args, device, folder if "cache" in name else None)
         run()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peaks[0]
+
+
+def watch_memory(peaks):
+    """Keep peaks[0] at the most memory, GB, that this process has had since the call."""
     import resource
-    unit = 1e9 if os.uname().sysname == "Darwin" else 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    status = Path("/proc/self/status")
+    while True:
+        if status.exists():
+            lines = [line.split() for line in status.read_text().splitlines()]
+            now = sum(int(parts[1]) for parts in lines if parts[0] in ("RssAnon:", "RssShmem:")) / 1e6
+        else:
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+        peaks[0] = max(peaks[0], now)
+        time.sleep(0.01)
 
 
 def in_own_process(function, *args):

@@ -17,7 +17,6 @@ import signal
 import time
 from pathlib import Path
 
-
 import engine
 import utils
 from config import InputError, positive_int
@@ -91,7 +90,9 @@ def main():
     sound = None if reader.live else reader.source
     with StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps, sound) as writer:
         try:
-            size = args.batch_size or (1 if reader.drops else 8 if predictor.device.type == "cuda" else 2)
+            size = args.batch_size or (
+                1 if reader.drops or args.show else 8 if predictor.device.type == "cuda" else 2
+            )
             stages, dropped = segment_frames(reader, writer, predictor, overlay, stop, size,
                                              args.max_frames, show if args.show else None)
         except OSError as error:

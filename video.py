@@ -406,6 +406,7 @@ def segment_frames(reader, writer, predictor, overlay, stop, batch_size=1, max_f
                     draw.put(frame, pred, seconds)
                 elif show(finish(frame, pred, seconds)):
                     stop.asked = True
+                    break
             bar.update(len(batch))
             if stop.asked:
                 break
