@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import engine
@@ -188,10 +189,8 @@ def score(model, samples, table, imgsz, device):
 def benchmark_data(args):
     """Load an epoch of training images by PIL and torchvision's first transforms, and by ours."""
     train, _, table = some_data(args)
-    plain = plain_loader(PlainDataset(train, table, args.imgsz, (0.5,) * 3, (0.25,) * 3, flip=True),
-                         args.batch_size, WORKERS)
-    plain = torch.utils.data.DataLoader(plain.dataset, args.batch_size, shuffle=True, num_workers=WORKERS,
-                                        persistent_workers=True)
+    dataset = PlainDataset(train, table, args.imgsz, (0.5,) * 3, (0.25,) * 3, flip=True)
+    plain = DataLoader(dataset, args.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True)
     variants = {"plain loader": lambda: [None for _ in plain]}
     for name, augments in (("ours", ("flip",)), ("ours, crop flip color", ("crop", "flip", "color"))):
         dataset = SegmentationDataset(train, table, args.imgsz, augments)

@@ -419,9 +419,8 @@ class Predictor:
 def evaluate(model, batches, criterion, precision):
     """Score a model (or a HeadOnly) on `batches` of a validation loader, each mask at its own size.
 
-    Of several processes, each brings its own part of the batches and all get the scores of the whole.
-
-    Returns (dict of loss and its terms, accuracy, miou, dice; the ConfusionMatrix). The loss is taken at the
+    Of several processes, each brings its own part of the batches and all get the scores of the whole. Returns
+    (dict of loss and its terms, accuracy, miou, dice; the ConfusionMatrix). The loss is taken at the
     network's size, as in training. Leaves the model in eval mode.
     """
     device = next(model.parameters()).device
