@@ -35,7 +35,8 @@ import utils
 from backbones import shortest_time
 from cache import cache_features
 from config import DATASETS, InputError, backbone_name, positive_int
-from datasets import SegmentationDataset, load_data, make_loader
+from datasets import SegmentationDataset, load_data
+from loading import make_loader
 from losses import build_loss
 from metrics import ConfusionMatrix
 from model import HeadOnly, build_model, load_model

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import InputError
-from datasets import collate
+from loading import Batches
 from utils import barrier, is_out_of_memory, local_share, write_atomically
 
 try:
@@ -265,8 +265,7 @@ def fill(model, dataset, files, missing, precision, workers):
     """Compute the entries `missing` (tickets of the dataset) of every file."""
     device = model.mean.device
     size = BATCH.get(device.type, 8)
-    loader = DataLoader(dataset, size, sampler=missing, num_workers=workers, collate_fn=collate,
-                        pin_memory=device.type == "cuda")
+    loader = Batches(dataset, size, missing, workers, pin_memory=device.type == "cuda")
     numbers = iter(missing)
     model.eval()
     with tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None) as bar:

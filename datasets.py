@@ -7,12 +7,13 @@ A new data set is one function that returns a DataSource, entered in DATASETS (a
 """
 import dataclasses
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -21,6 +22,7 @@ import streets as drawn
 from config import (ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, IGNORE, PET, STREETS, VOC,
                     InputError)
 from folder import folder
+from loading import mixed_seed
 from readers import (DataSource, Sample, existing, index_table, list_images, pair_files, read_list,
                      read_mask, read_orientation, read_pair, rotate_like, value_table)
 from stratify import count_pixels, share_table, split_samples
@@ -37,8 +39,19 @@ def resize_image(image, size):
 
 
 def resize_mask(mask, size):
-    """Resize class ids (H, W) to (h, w) by nearest neighbour, pixel centres aligned."""
-    return F.resize_image(mask[None], list(size), interpolation=v2.InterpolationMode.NEAREST_EXACT)[0]
+    """Resize class ids (H, W) uint8 to (h, w) by nearest neighbour, pixel centres aligned.
+
+    Equal to torchvision's NEAREST_EXACT in a seventh of the time: whole rows are copied, twice.
+    """
+    rows, columns = (nearest(old, new) for old, new in zip(mask.shape, size, strict=True))
+    return torch.from_numpy(cv2.transpose(cv2.transpose(mask.numpy())[columns])[rows])
+
+
+@lru_cache(64)
+def nearest(old, new):
+    """Return for each of `new` pixels of a line which of `old` pixels its centre lies in, (new,) int64."""
+    places = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * (np.float32(old) / np.float32(new))
+    return np.minimum(places.astype(np.int64), old - 1)
 
 
 def random_scale_crop(image, mask, size, scale=(0.5, 2.0)):
@@ -90,12 +103,7 @@ def jitter_colours(image, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05
     return torch.from_numpy(cv2.transform(pixels, matrix)).permute(2, 0, 1)
 
 
-# --- the Dataset, its sampler and loader ------------------------------------------------------------------
-def mixed_seed(*numbers):
-    """Return one 63-bit seed that depends on all the whole numbers given, the same in every process."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
+# --- the Dataset -----------------------------------------------------------------------------------------
 class SegmentationDataset(Dataset):
     """Triples (image, mask, file name), read from disk.
 
@@ -134,75 +142,6 @@ class SegmentationDataset(Dataset):
         finally:
             torch.set_rng_state(state)
         return image, mask, str(sample.image)
-
-
-class EpochSampler(Sampler):
-    """Yields tickets epoch * n + index in an order that depends on (seed, epoch) alone.
-
-    Of several processes, each takes every n-th ticket, so that their batches together are those of one
-    process with larger batches; the order's start is repeated until all have equally many.
-    """
-
-    def __init__(self, length, seed, rank=0, processes=1):
-        self.length, self.seed, self.epoch = length, seed, 0
-        self.rank, self.processes = rank, processes
-
-    def __len__(self):
-        return -(-self.length // self.processes)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)
-        order = order.repeat(self.processes)[:len(self) * self.processes][self.rank::self.processes]
-        return iter((self.epoch * self.length + order).tolist())
-
-    def set_epoch(self, epoch):
-        """Choose the order and the augmentations of this epoch (0-based)."""
-        self.epoch = epoch
-
-
-def collate(items):
-    """Stack images to (B, 3, h, w), and masks to (B, h, w) where all have one size; else a list of masks."""
-    images, masks, names = zip(*items, strict=True)
-    same = all(mask.shape == masks[0].shape for mask in masks)
-    # default_collate stacks straight into memory that processes share
-    return default_collate(images), default_collate(masks) if same else list(masks), list(names)
-
-
-class Batches:
-    """The batches of a DataLoader, of which the first can be loaded before they are asked for."""
-
-    def __init__(self, loader):
-        self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
-        self.started = None
-
-    def start(self, epoch=0):
-        """Let the worker processes begin with an epoch (0-based), while something else is computed."""
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
-        self.started = iter(self.loader)
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        started, self.started = self.started or iter(self.loader), None
-        return started
-
-
-def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, processes=1):
-    """Return the Batches of a SegmentationDataset, shuffled by EpochSampler where it is for training.
-
-    Of several processes, each gets its part: in training of equal length, in validation every image once.
-    """
-    if dataset.augments is None:
-        sampler = range(rank, len(dataset), processes)
-    else:
-        sampler = EpochSampler(len(dataset), dataset.seed, rank, processes)
-    # a generator of its own, so that starting an epoch early moves no random numbers of the training
-    return Batches(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate,
-                              pin_memory=pin_memory, persistent_workers=workers > 0,
-                              generator=torch.Generator()))
 
 
 # --- one function a data set ------------------------------------------------------------------------------

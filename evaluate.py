@@ -28,7 +28,8 @@ from tqdm import tqdm
 import engine
 import utils
 from config import DATASETS, IGNORE, InputError, positive_int
-from datasets import SegmentationDataset, load_data, make_loader
+from datasets import SegmentationDataset, load_data
+from loading import make_loader
 from metrics import (BOUNDARY_TOLERANCE, ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts,
                      paired_bootstrap)
 from readers import read_image

