@@ -3,7 +3,10 @@
     backbone = build_backbone("dinov2_vits14", weights="auto")       # the last four blocks
     maps = backbone.features(images)                   # normalised, (B, 3, H, W) -> 4 x (B, D, H/14, W/14)
 """
+import hashlib
 import math
+import os
+import re
 import time
 import warnings
 from pathlib import Path
@@ -16,10 +19,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from config import InputError
-from weights import load_strictly, published_weights, read_weights
+from weights import cached_file, load_strictly, published_weights, read_weights
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB, as DINOv2 was trained
-HUB_REPO = "facebookresearch/dinov2:main"  # with the branch, so that torch.hub need not ask the network
+HUB_REPO = "facebookresearch/dinov2"
+HUB_REF = "main"  # named, so that torch.hub need not ask the network
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{registers}_pretrain.pth"
 XFORMERS_WARNING = r"xFormers is (not )?(available|disabled)"
 
@@ -230,20 +234,65 @@ def check_layers(layers, depth):
     return layers
 
 
+def hub_reference():
+    """Return (repository, branch, tag or commit) of DINOv2's code, which DINOSEG_HUB=owner/name:ref pins.
+
+    Raises InputError.
+    """
+    text = os.environ.get("DINOSEG_HUB") or f"{HUB_REPO}:{HUB_REF}"
+    parts = re.fullmatch(r"([\w.-]+/[\w.-]+):([\w./-]+)", text)
+    if not parts or ".." in text:
+        raise InputError(f"DINOSEG_HUB is {text!r}: give owner/name:ref, such as {HUB_REPO}:{HUB_REF}")
+    return parts.groups()
+
+
+def hub_folder():
+    """Return the folder in which torch.hub keeps DINOv2's code."""
+    repo, ref = hub_reference()
+    return Path(torch.hub.get_dir()) / f"{repo}/{ref}".replace("/", "_")
+
+
 def load_hub_net(name):
     """Return a DINOv2 with random weights from torch.hub: from its cache, else downloaded.
 
-    Raises InputError that says which folder to put where.
+    torch.hub asks the user before it runs code of any repository but the official one. Raises InputError that
+    says which folder to put where.
     """
     warnings.filterwarnings("ignore", message=XFORMERS_WARNING)
-    place = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
+    repo, ref = hub_reference()
+    pinned = bool(re.fullmatch("[0-9a-f]{40}", ref))  # torch.hub finds branches and tags alone
     try:
-        return torch.hub.load(HUB_REPO, name, pretrained=False, verbose=False)
-    except (OSError, RuntimeError, ImportError, AttributeError) as error:
-        raise InputError(f"the DINOv2 code could not be loaded through torch.hub ({error}): unpack "
-                         f"github.com/facebookresearch/dinov2 (branch main) as {place}, or choose another "
-                         "one: --backbone timm/vit_small_patch14_dinov2.lvd142m, or --backbone vit_tiny "
-                         "--unfreeze all") from None
+        return torch.hub.load(f"{repo}:{ref}", name, pretrained=False, verbose=False, skip_validation=pinned,
+                              trust_repo=True if repo == HUB_REPO else "check")
+    except EOFError:  # nobody there to answer
+        raise InputError(f"DINOSEG_HUB names {repo}, which is not {HUB_REPO}: its code runs only when you "
+                         "say so on a terminal, once") from None
+    except Exception as error:  # whatever the code of another version or repository raises
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(f"the DINOv2 code could not be loaded through torch.hub ({reason}): unpack "
+                         f"github.com/{repo} ({ref}) as {hub_folder()}, or choose another one: --backbone "
+                         "timm/vit_small_patch14_dinov2.lvd142m, or --backbone vit_tiny --unfreeze all"
+                         ) from None
+
+
+def origins(name, weights):
+    """Return where a backbone came from, for a run to record: the torch.hub reference and a hash of its code,
+    the weights file and its SHA-256; None for what there is not.
+    """
+    hub = not name.startswith(("timm/", "vit_tiny"))
+    file = None if weights in ("auto", "none") else Path(weights)
+    if hub and weights == "auto":
+        file = cached_file(dinov2_url(name))
+    code = hashlib.sha256()
+    for path in sorted(hub_folder().rglob("*.py")) if hub else []:
+        code.update(path.relative_to(hub_folder()).as_posix().encode() + path.read_bytes())
+    found = file is not None and file.is_file()  # not needed any more where a run goes on
+    return dict(
+        hub=":".join(hub_reference()) if hub else None,
+        hub_code=code.hexdigest()[:16] if hub else None,
+        weights_file=str(file) if found else None,
+        weights_sha256=hashlib.sha256(file.read_bytes()).hexdigest() if found else None,
+    )
 
 
 def dinov2_url(name):

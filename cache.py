@@ -22,12 +22,8 @@ from tqdm import tqdm
 
 from config import InputError
 from loading import Batches
-from utils import barrier, is_out_of_memory, local_share, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from processes import barrier, local_share
+from utils import is_out_of_memory, lock_file, write_atomically
 
 VERSION = 1  # of the format
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images a pass of the backbone; halved while they do not fit
@@ -214,7 +210,7 @@ def alone_in(folder):
     """Context in which no other run makes files in a cache folder, which is created. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # noqa: SIM115 - closed below
+        lock = lock_file(folder / ".lock", wait=True)
     except OSError as error:
         if folder.is_dir() and not os.access(folder, os.W_OK):  # all may be there already
             yield
@@ -222,8 +218,6 @@ def alone_in(folder):
         raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
                          "folder") from None
     with lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

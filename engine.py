@@ -18,10 +18,11 @@ from config import IGNORE, InputError
 from datasets import resize_image, resize_mask
 from metrics import ConfusionMatrix
 from losses import score
+from processes import gather, is_first, place, share_buffers, sum_over_processes
 from readers import read_image
 from runtimes import Runtime, convert, is_installed, open_model
 from upsample import Logits, class_ids
-from utils import Precision, gather, pick_device, place, share_buffers, sum_over_processes
+from utils import Precision, pick_device
 
 MAX_GRAD_NORM = 1.0
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
@@ -104,9 +105,11 @@ def optimizer_step(optimizer, scaler, weight):
 class LossLog:
     """Keeps every step's losses on the device and reads them every LOG_EVERY steps, so that no step waits."""
 
-    def __init__(self, bar):
-        self.bar, self.waiting, self.sums = bar, [], {}
-        self.images, self.waited, self.start = 0, 0.0, time.perf_counter()
+    def __init__(self, bar, progress=None):
+        self.bar, self.waiting, self.waited = bar, [], 0.0
+        progress = progress if progress and is_first() else dict(sums={}, images=0)
+        self.sums, self.images = dict(progress["sums"]), progress["images"]
+        self.before, self.start = self.images, time.perf_counter()
 
     def watch(self, batches):
         """Yield the batches, adding up the seconds in which none was ready."""
@@ -149,15 +152,20 @@ class LossLog:
 
     def rate(self):
         """Images per second so far, of all processes."""
-        return self.images * place()[1] / self.seconds()
+        return (self.images - self.before) * place()[1] / self.seconds()
 
-    def means(self):
-        """Mean over the images of all processes of the loss and its terms: loss, loss_ce, loss_dice, ..."""
+    def totals(self):
+        """Return dict(sums={name: sum over the images of all processes}, images), names loss, loss_ce, ..."""
         self.read()
         parts = gather((self.sums, self.images))
-        images = max(1, sum(images for _, images in parts))
         keys = max((sums for sums, _ in parts), key=len)  # a process without an image has none
-        return {key: sum(sums.get(key, 0.0) for sums, _ in parts) / images for key in keys}
+        return dict(sums={key: sum(sums.get(key, 0.0) for sums, _ in parts) for key in keys},
+                    images=sum(images for _, images in parts))
+
+    def means(self):
+        """Return the mean over the images of all processes of the loss and its terms."""
+        totals = self.totals()
+        return {key: value / max(1, totals["images"]) for key, value in totals["sums"].items()}
 
 
 class Objective(nn.Module):
@@ -175,19 +183,29 @@ class Objective(nn.Module):
         return score(self.criterion, self.model.logits(images), masks)
 
 
-def train_one_epoch(objective, batches, optimizer, precision, schedule, step, accumulate=1):
+def train_one_epoch(objective, batches, optimizer, precision, schedule, step, accumulate=1, progress=None,
+                    after_step=None):
     """Train once over `batches` (a tqdm bar over a loader) from optimizer step `step` on.
 
-    objective: an Objective, or DDP around one. Returns a dict: loss and its terms (means over images),
-    accuracy and miou on the training images as the network saw them, images_per_s, data_wait (share of the
-    time in which the next batch was not ready), step (the next optimizer step). Raises FloatingPointError for
-    a loss that is not finite.
+    objective: an Objective, or DDP around one. after_step(step, so_far) is called after every optimizer step;
+    so_far() returns the `progress` with which a later call goes on from there, over batches without those
+    that are done: dict(batches, images, sums, counts). In every process, so_far() must be called or in none.
+
+    Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the
+    network saw them, images_per_s, data_wait (share of the time in which the next batch was not ready), step
+    (the next optimizer step). Raises FloatingPointError for a loss that is not finite.
     """
     device = next(objective.parameters()).device
     matrix = ConfusionMatrix(getattr(objective, "module", objective).num_classes, device)
-    log, weights = LossLog(batches), 0.0
+    if progress and is_first():
+        matrix.counts += progress["counts"].to(device)
+    log, weights, done = LossLog(batches, progress), 0.0, progress["batches"] if progress else 0
+
+    def so_far():
+        return dict(log.totals(), batches=done, counts=sum_over_processes(matrix.counts).cpu())
+
     objective.train()
-    for index, (images, masks, names) in enumerate(log.watch(batches)):
+    for images, masks, names in log.watch(batches):
         images = images.to(device, non_blocking=True)  # (B, 3, H, W) uint8
         masks = masks.to(device, non_blocking=True).long()  # (B, H, W) int64, 255 = ignore
         for group in optimizer.param_groups:
@@ -199,10 +217,13 @@ def train_one_epoch(objective, batches, optimizer, precision, schedule, step, ac
         weights = weights + weight
         log.add(loss, terms, names, step, optimizer.param_groups[0]["lr"])
         matrix.update(preds, masks)
-        if (index + 1) % accumulate == 0 or index + 1 == len(batches):
+        done += 1
+        if done % accumulate == 0 or done == len(batches):
             weights = sum_over_processes(weights) / place()[1]  # DDP averages the gradients
             optimizer_step(optimizer, precision.scaler, torch.clamp(weights, min=1e-6))
             step, weights = step + 1, 0.0
+            if after_step:
+                after_step(step, so_far)
     share_buffers(objective)
     matrix.counts = sum_over_processes(matrix.counts)
     return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), images_per_s=log.rate(),
@@ -416,12 +437,12 @@ class Predictor:
 
 
 @torch.inference_mode()
-def evaluate(model, batches, criterion, precision):
+def evaluate(model, batches, criterion, precision, after_batch=None):
     """Score a model (or a HeadOnly) on `batches` of a validation loader, each mask at its own size.
 
     Of several processes, each brings its own part of the batches and all get the scores of the whole. Returns
     (dict of loss and its terms, accuracy, miou, dice; the ConfusionMatrix). The loss is taken at the
-    network's size, as in training. Leaves the model in eval mode.
+    network's size, as in training. after_batch() is called after every batch. Leaves the model in eval mode.
     """
     device = next(model.parameters()).device
     matrix, log = ConfusionMatrix(model.num_classes, device), LossLog(batches)
@@ -434,6 +455,8 @@ def evaluate(model, batches, criterion, precision):
         log.add(loss, terms, names, 0, 0.0)
         for pred, mask in zip(class_maps([logits], [mask.shape for mask in masks]), masks, strict=True):
             matrix.update(pred, mask.to(device))
+        if after_batch:
+            after_batch()
     matrix.counts = sum_over_processes(matrix.counts)
     scores = dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice())
     return scores, matrix

@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 import argparse
-import signal
 import time
 from pathlib import Path
 
@@ -21,29 +20,6 @@ import engine
 import utils
 from config import InputError, positive_int
 from video import VideoReader, VideoWriter, segment_frames
-
-
-class StopOnSignal:
-    """`with StopOnSignal() as stop`: stop.asked turns True at the first Ctrl-C or SIGTERM, so that the frame
-    at hand is finished; a second Ctrl-C interrupts as usual.
-    """
-
-    def __init__(self):
-        self.asked, self.before = False, {}
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, *_):
-        """Handle a signal."""
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def output_path(reader, out_dir):
@@ -88,7 +64,7 @@ def main():
     path = output_path(reader, out_dir)
     start = time.perf_counter()
     sound = None if reader.live else reader.source
-    with StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps, sound) as writer:
+    with utils.StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps, sound) as writer:
         try:
             size = args.batch_size or (
                 1 if reader.drops or args.show else 8 if predictor.device.type == "cuda" else 2

@@ -20,6 +20,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -34,12 +35,14 @@ from tqdm import tqdm
 import engine
 import streets
 import utils
+from backbones import FasterAttention, origins
 from cache import cache_features
 from config import DINOV2_ONLY, InputError, parse_train_args, resolve
 from datasets import SegmentationDataset, load_data
-from loading import make_loader
+from loading import make_loader, naming_files
 from losses import build_loss, class_weights
 from model import HeadOnly, build_model, pack_checkpoint, read_checkpoint
+from processes import first_alone, is_first, place, start_processes, sum_over_processes
 from readers import read_image
 from stratify import count_pixels
 from video import VideoWriter
@@ -47,6 +50,7 @@ from weights import load_strictly
 
 PROTOCOL = "whole image resized to {}x{}, scored at the size of each mask, 255 ignored"
 SHOWN = 4  # validation images drawn after every epoch
+SAVE_MINUTES = 10  # the most that is lost where the power fails
 
 
 def print_settings(config):
@@ -72,7 +76,7 @@ def print_plan(config, data, model, device, precision):
         print("warning: the backbone is random and frozen, only the head learns: add --unfreeze all")
     if config.cache_features and config.cache_views == 1 and config.augment:
         print("augmentation is off: one view of every image is cached, as it is (--cache-views K keeps more)")
-    processes = utils.place()[1]
+    processes = place()[1]
     print(f"device: {device}, {precision}, {processes} process{'es' * (processes > 1)}", flush=True)
     if processes > 1 and device.type == "cpu":
         print("warning: BatchNorm takes its statistics in each process alone on the CPU")
@@ -98,16 +102,6 @@ def restore_random_state(state):
     elif torch.backends.mps.is_available() and len(devices) == 1:
         torch.mps.set_rng_state(devices[0])
     np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
-
-
-def open_run(out_dir, facts, resumed):
-    """Move an earlier run aside and write config.json.
-
-    Called when the first epoch is done, so that a run that fails before leaves everything as it was.
-    """
-    if not resumed and (moved := utils.set_aside(out_dir)):
-        print(f"the earlier run in {out_dir} was moved to {moved}")
-    utils.write_atomically(out_dir / "config.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
 
 
 @torch.inference_mode()
@@ -169,10 +163,10 @@ def print_result(history, classes, out_dir, picture, clip):
 def build_training(config, data, device):
     """Return the model and the optimizer that a TrainConfig describes."""
     weights = "none" if config.resume else config.weights  # last.pth brings its own
-    with utils.first_alone():  # it may download
+    with first_alone():  # it may download
         model = build_model(config.backbone, config.head, len(data.classes), config.layers, weights,
                             config.unfreeze, config.arch, config.normalize).to(device)
-    if utils.place()[1] > 1 and device.type == "cuda":
+    if place()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, config.backbone_lr_scale)
     return model, engine.build_optimizer(config.optimizer, groups)
@@ -188,7 +182,7 @@ def build_batches(config, data, model, precision):
     if config.cache_features:
         sets = [cache_features(model, part, config.cache_features, precision, views, config.workers)
                 for part, views in zip(sets, (config.cache_views, 1), strict=True)]
-    return [make_loader(part, config.batch_size, config.workers, device.type == "cuda", *utils.place())
+    return [make_loader(part, config.batch_size, config.workers, device.type == "cuda", *place())
             for part in sets]
 
 
@@ -202,7 +196,7 @@ def build_objective(config, model, criterion):
         model.compile_parts()
     trained = HeadOnly(model, config.imgsz) if config.cache_features else model
     objective = engine.Objective(trained, criterion)
-    if utils.place()[1] > 1:
+    if place()[1] > 1:
         objective = DistributedDataParallel(objective, find_unused_parameters=model.trains_backbone())
     return trained, objective
 
@@ -211,13 +205,140 @@ def build_criterion(config, data, device):
     """Return the loss that a TrainConfig describes; prints the class weights where there are any."""
     if config.class_weights == "none":
         return build_loss(config.loss)
-    with utils.first_alone():
+    with first_alone():
         pixels = count_pixels(data.splits["train"], data.table, len(data.classes),
                               Path(config.out_dir) / "cache")
     weights = class_weights(pixels, config.class_weights)
     print("class weights: " + ", ".join(f"{name} {weight:.3g}" for (name, _), weight in
                                         zip(data.classes, weights.tolist(), strict=True)))
     return build_loss(config.loss, weights.to(device))
+
+
+class Run:
+    """A run as it stands: what it trains, how far it has come, how that is saved and gone on with."""
+
+    def __init__(self, config, data, model, optimizer, precision):
+        self.config, self.classes, self.out_dir = config, data.classes, Path(config.out_dir)
+        self.model, self.optimizer, self.precision = model, optimizer, precision
+        self.facts = dict(data.fingerprints(), processes=place()[1])
+        self.origins = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
+        self.history, self.step, self.resumed = [], 0, False
+        self.so_far, self.progress = None, None  # of the epoch that trains: as of train_one_epoch
+        self.opened, self.saved_at, self.stop = False, time.monotonic(), None
+
+    def restore(self, saved):
+        """Take up a saved run. Raises InputError where it is complete or the data or processes are others."""
+        missing = {"epoch", "optimizer", "scaler", "step", "history", "random", *self.facts} - saved.keys()
+        if missing:
+            raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
+        if saved["epoch"] >= self.config.epochs:
+            raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
+        processes = saved["processes"]
+        if processes != self.facts["processes"]:
+            raise InputError(f"the run was trained by {processes} processes, which together make a batch, "
+                             f"now it is {self.facts['processes']}: torchrun --nproc-per-node {processes}")
+        if any(saved[name] != value for name, value in self.facts.items()):
+            raise InputError("the data set is not the one the run was trained on (files were added, removed "
+                             "or changed): restore it, or start a new run without --resume")
+        load_strictly(self.model, saved["model"], "last.pth")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"] and self.precision.scaler.is_enabled():  # empty where the run had no fp16
+            self.precision.scaler.load_state_dict(saved["scaler"])
+        restore_random_state(saved["random"])
+        FasterAttention.chunks_win.update({torch.Size(shape): wins for shape, wins in saved["attention"]})
+        self.history, self.step, self.resumed = saved["history"], saved["step"], True
+        self.progress = saved["progress"]
+        for name, now in self.circumstances().items():
+            if now != saved.get(name, now):
+                print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ a little")
+        if self.config.epochs != saved["config"]["epochs"] and self.config.scheduler != "none":
+            print(f"note: the learning rate follows {self.config.epochs} epochs from here on")
+        within = f", {self.progress['batches']} batches into the next" if self.progress else ""
+        print(f"going on after epoch {saved['epoch']}{within}")
+
+    def circumstances(self):
+        """Return what may change when a run goes on, but moves its last digits."""
+        return dict(device=str(self.model.mean.device), precision=str(self.precision),
+                    torch=str(torch.__version__), hub_code=self.origins.get("hub_code"))
+
+    def open(self):
+        """Move an earlier run aside and write config.json, once.
+
+        Not before there is something to save, so that a run that fails before leaves everything as it was.
+        """
+        if self.opened:
+            return
+        if not self.resumed and (moved := utils.set_aside(self.out_dir)):
+            print(f"the earlier run in {self.out_dir} was moved to {moved}")
+        config = self.config
+        facts = dict(
+            utils.finite(dataclasses.asdict(config)), **self.facts, **self.origins,
+            protocol=PROTOCOL.format(*config.imgsz), class_names=[name for name, _ in self.classes],
+            parameters=self.model.parameter_counts(), **utils.run_facts(self.model.mean.device))
+        text = json.dumps(facts, indent=1)
+        utils.write_atomically(self.out_dir / "config.json", lambda path: path.write_text(text))
+        self.opened = True
+
+    def pack(self, **more):
+        """Return the model as a checkpoint, with the settings and the latest scores."""
+        scores = self.history[-1] if self.history else {}
+        return pack_checkpoint(
+            self.model, self.classes, self.config.imgsz, epoch=len(self.history),
+            config=utils.finite(dataclasses.asdict(self.config)),
+            metrics={name.removeprefix("val_"): scores[name] for name in scores if name.startswith("val_")},
+            **more)
+
+    def save(self):
+        """Write last.pth, from which --resume goes on, within an epoch too."""
+        progress = self.so_far() if self.so_far else None
+        self.saved_at = time.monotonic()
+        if not is_first():
+            return
+        self.open()
+        attention = [[list(shape), wins] for shape, wins in FasterAttention.chunks_win.items()]
+        state = self.pack(
+            optimizer=self.optimizer.state_dict(), scaler=self.precision.scaler.state_dict(), step=self.step,
+            history=self.history, random=random_state(), attention=attention, progress=progress,
+            **self.circumstances(), **self.facts)
+        utils.save_checkpoint(state, self.out_dir / "last.pth")
+
+    def end_epoch(self, row):
+        """Note an epoch and save it; return whether it is the best so far."""
+        self.history.append(row)
+        self.so_far = self.progress = None
+        better = utils.best_row(self.history) is row
+        if is_first():
+            self.open()
+            if better:
+                utils.save_checkpoint(self.pack(), self.out_dir / "best_model_iou.pth")
+        self.save()
+        return better
+
+    def after_step(self, step, so_far):
+        """Keep what train_one_epoch says after a step; save it, and stop, where it is time."""
+        self.step, self.so_far = step, so_far
+        if place()[1] == 1 or step % engine.LOG_EVERY == 0:
+            self.save_if_due()
+
+    def after_batch(self):
+        """Between the batches of validation: stop where a signal asked for it. Processes stop together."""
+        if place()[1] == 1 and self.stop.asked:
+            self.save_if_due()
+
+    def save_if_due(self):
+        """Save where a signal or SAVE_MINUTES ask for it. Raises Stopped."""
+        due = time.monotonic() - self.saved_at > 60 * SAVE_MINUTES
+        if place()[1] > 1:  # one process's wish is all processes'
+            wishes = torch.tensor([self.stop.asked, due], device=self.model.mean.device)
+            asked, due = sum_over_processes(wishes).tolist()
+        else:
+            asked = self.stop.asked
+        if asked or due:
+            self.save()
+        if asked:
+            raise utils.Stopped(self.stop.asked or signal.SIGTERM,
+                                f"stopped in epoch {len(self.history) + 1} after {self.step} steps in all; "
+                                "--resume goes on there")
 
 
 def main():
@@ -228,97 +349,80 @@ def main():
     config = resolve(given, saved and saved.get("config", {}))
     if not {"dataset", "recipe", "resume"} & given.keys():
         print("no --dataset given: training on streets, which our code draws")
-    device = utils.start_processes(utils.pick_device(config.device))
+    device = start_processes(utils.pick_device(config.device))
     print_settings(config)
     precision = utils.Precision(config.amp, device)
-    with utils.first_alone():
+    with first_alone():
         data = load_data(config.dataset, config.data_root, config.resplit, config.ignore_background,
                          config.val_fraction, config.classes, out_dir / "cache")
     if not data.splits["train"]:
         raise InputError(f"{config.dataset} under {config.data_root} has no training image of its own: "
                          "complete the data set, or correct its lists")
-    fingerprints = data.fingerprints()
     utils.seed_everything(config.seed)
     model, optimizer = build_training(config, data, device)
-    history, first_epoch, step = [], 1, 0
+    run = Run(config, data, model, optimizer, precision)
     if saved:
-        first_epoch, step, history = resume(saved, config, fingerprints, model, optimizer, precision)
+        run.restore(saved)
     print_plan(config, data, model, device, precision)
-    utils.make_folder(out_dir)
-    settings = utils.finite(dataclasses.asdict(config))
+    lock = utils.reserve_folder(out_dir) if is_first() else None  # noqa: F841 - held until the end
     criterion = build_criterion(config, data, device)
-    train_batches, val_batches = build_batches(config, data, model, precision)
-    scored, objective = build_objective(config, model, criterion)
+    loaders = build_batches(config, data, model, precision)
+    with naming_files(*loaders), utils.StopOnSignal() as run.stop:
+        train_epochs(run, *loaders, criterion)
+    if is_first():
+        print_result(run.history, data.classes, out_dir, *example_inputs(config, data))
+
+
+def train_epochs(run, train_batches, val_batches, criterion):
+    """Train and validate the epochs that a Run has left. Raises Stopped where a signal asks for it."""
+    config = run.config
+    scored, objective = build_objective(config, run.model, criterion)
     epoch_steps = math.ceil(len(train_batches) / config.accumulate)
     schedule = partial(engine.lr_factor, total_steps=config.epochs * epoch_steps, scheduler=config.scheduler,
                        steps_per_epoch=epoch_steps)
-    hidden = None if utils.is_first() else True  # None: hidden where the output is no terminal
-    train_batches.start(first_epoch - 1)
-    for epoch in range(first_epoch, config.epochs + 1):
+    hidden = None if is_first() else True  # None: hidden where the output is no terminal
+    done = run.progress["batches"] if run.progress else 0
+    train_batches.start(len(run.history), done)
+    for epoch in range(len(run.history) + 1, config.epochs + 1):
         start = time.perf_counter()
         val_batches.start()  # its first batches are read while the epoch trains
         title = f"epoch {epoch}/{config.epochs}"
-        bar = tqdm(train_batches, title, leave=False, disable=hidden)
-        trained = engine.train_one_epoch(objective, bar, optimizer, precision, schedule, step,
-                                         config.accumulate)
-        step = trained.pop("step")
+        bar = tqdm(train_batches, title, initial=done, leave=False, disable=hidden)
+        try:
+            trained = engine.train_one_epoch(objective, bar, run.optimizer, run.precision, schedule, run.step,
+                                             config.accumulate, run.progress, run.after_step)
+        except InputError:  # a file is gone or damaged: nothing that was learnt is lost
+            if run.so_far and config.accumulate == 1 and place()[1] == 1:
+                run.save()
+                print(f"saved in epoch {epoch} after {run.step} steps: --resume goes on there", flush=True)
+            raise
+        done = 0
         if epoch < config.epochs:
             train_batches.start(epoch)
         bar = tqdm(val_batches, f"{title} validation", leave=False, disable=hidden)
-        scores, matrix = engine.evaluate(scored, bar, criterion, precision)
-        row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start,
+        scores, matrix = engine.evaluate(scored, bar, criterion, run.precision, run.after_batch)
+        trained.pop("step")
+        row = dict(epoch=epoch, lr=run.optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start,
                    **{f"train_{key}": value for key, value in trained.items()},
                    **{f"val_{key}": value for key, value in scores.items()},
                    per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
-        history.append(row)
-        if not utils.is_first():
-            continue
-        if epoch == first_epoch:
-            facts = dict(settings, **fingerprints, protocol=PROTOCOL.format(*config.imgsz),
-                         class_names=[name for name, _ in data.classes],
-                         parameters=model.parameter_counts(), **utils.run_facts(device))
-            open_run(out_dir, facts, resumed=bool(saved))
-        packed = pack_checkpoint(model, data.classes, config.imgsz, config=settings, epoch=epoch,
-                                 metrics=scores)
-        if better := utils.best_row(history) is row:
-            utils.save_checkpoint(packed, out_dir / "best_model_iou.pth")
-        state = dict(optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(), step=step,
-                     history=history, random=random_state(), **fingerprints)
-        utils.save_checkpoint({**packed, **state}, out_dir / "last.pth")
-        draw_validation(scored, val_batches.dataset, data.classes, precision,
-                        out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
-        draw_epoch(history, matrix, data.classes, out_dir)
-        if math.isnan(scores["miou"]):
-            print("warning: no validation pixel counts, the masks hold nothing but ignored ones")
-        print(f"{title}: loss {trained['loss']:.4f}, validation loss {scores['loss']:.4f}, accuracy "
-              f"{scores['accuracy']:.4f}, mIoU {scores['miou']:.4f}{' (best so far)' if better else ''}, "
-              f"{trained['images_per_s']:.1f} images/s, {trained['data_wait']:.0%} of it waiting for data, "
-              f"{row['seconds']:.1f} s", flush=True)
-    if utils.is_first():
-        print_result(history, data.classes, out_dir, *example_inputs(config, data))
+        better = run.end_epoch(row)
+        if is_first():
+            draw_validation(scored, val_batches.dataset, run.classes, run.precision,
+                            run.out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
+            draw_epoch(run.history, matrix, run.classes, run.out_dir)
+            print_epoch(title, row, better)
 
 
-def resume(saved, config, fingerprints, model, optimizer, precision):
-    """Load the state of a saved run into model, optimizer and scaler; return (next epoch, step, history).
-
-    Raises InputError where the run is complete or the data are not those it was trained on.
-    """
-    missing = {"epoch", "optimizer", "scaler", "step", "history", "random", *fingerprints} - saved.keys()
-    if missing:
-        raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
-    if saved["epoch"] >= config.epochs:
-        raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
-    if any(saved[name] != value for name, value in fingerprints.items()):
-        raise InputError("the data set is not the one the run was trained on (files were added, removed or "
-                         "changed): restore it, or start a new run without --resume")
-    load_strictly(model, saved["model"], "last.pth")
-    optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"] and precision.scaler.is_enabled():  # empty where the run had no fp16
-        precision.scaler.load_state_dict(saved["scaler"])
-    restore_random_state(saved["random"])
-    print(f"going on after epoch {saved['epoch']}")
-    return saved["epoch"] + 1, saved["step"], saved["history"]
+def print_epoch(title, row, better):
+    """Print one line about an epoch, the row of the history."""
+    if math.isnan(row["val_miou"]):
+        print("warning: no validation pixel counts, the masks hold nothing but ignored ones")
+    print(f"{title}: loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, accuracy "
+          f"{row['val_accuracy']:.4f}, mIoU {row['val_miou']:.4f}{' (best so far)' if better else ''}, "
+          f"{row['train_images_per_s']:.1f} images/s, {row['train_data_wait']:.0%} of it waiting for data, "
+          f"{row['seconds']:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
-    utils.run_main(main, stopped="stopped; --resume goes on after the last whole epoch")
+    utils.run_main(main, stopped="stopped; --resume goes on from what was saved last")

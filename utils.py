@@ -8,31 +8,67 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from config import IGNORE, InputError, fraction, positive_int
+from processes import place
 
 IGNORE_COLOUR = (224, 224, 192)  # as in Pascal VOC
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 RUN_FILES = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
              "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds")
 
 
-# --- errors -----------------------------------------------------------------------------------------------
+# --- errors and stops -------------------------------------------------------------------------------------
+class Stopped(Exception):
+    """A script ends because a signal asked for it: Stopped(number of the signal, line for the user)."""
+
+
+class StopOnSignal:
+    """`with StopOnSignal() as stop`: stop.asked is the number of the first Ctrl-C or SIGTERM (0 = none), so
+    that the work at hand is finished; a second signal interrupts as usual.
+    """
+
+    def __init__(self):
+        self.asked, self.before = 0, {}
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, _):
+        """Handle a signal."""
+        self.asked = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_main(main, stopped="stopped"):
-    """Run a script's main() and exit: 0 or what it returns, 2 with one line for bad input, 130 for Ctrl-C."""
+    """Run a script's main() and exit: 0 or what it returns, 2 with one line for bad input, 130 for Ctrl-C,
+    143 for SIGTERM.
+    """
     try:
         sys.exit(main() or 0)
+    except Stopped as stop:
+        print(f"\n{stop.args[1]}", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
     except InputError as error:
         # raised in a loader process, the message comes wrapped in that process's traceback
         process = f"[process {place()[0]}] " if place()[1] > 1 else ""
@@ -60,87 +96,6 @@ def run_main(main, stopped="stopped"):
 def is_out_of_memory(error):
     """Return whether an exception says so; torch has a class of its own for CUDA alone."""
     return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
-
-
-# --- several processes (torchrun) -------------------------------------------------------------------------
-def start_processes(device):
-    """Join the other processes where torchrun started several, one a GPU; return this one's device.
-
-    Only the first of them prints. Without torchrun nothing happens. Raises InputError.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device.type == "mps":
-        raise InputError("torchrun needs CUDA or --device cpu: MPS has one device only")
-    if device.type == "cuda":
-        if device.index is not None and local_share()[1] > 1:
-            raise InputError(
-                f"--device {device} is one GPU, and torchrun started {local_share()[1]} processes: "
-                "give --device cuda"
-            )
-        device = pick_device(f"cuda:{local_share()[0]}") if device.index is None else device
-        torch.cuda.set_device(device)
-    # one process may download or count pixels for long while the others wait
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    return device
-
-
-def place():
-    """Return (rank, number of processes) of this process, (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def local_share():
-    """Return (rank, number of processes) of this process on its own machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def is_first():
-    """Return whether this process is the one that prints and writes."""
-    return place()[0] == 0
-
-
-def barrier():
-    """Wait for the other processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextmanager
-def first_alone():
-    """Context in which the first process of a machine goes before the others: it draws, downloads, caches."""
-    if local_share()[0] > 0:
-        barrier()
-    yield
-    if local_share()[0] == 0:
-        barrier()
-
-
-def sum_over_processes(tensor):
-    """Return the sum of a tensor over all processes; leaves the tensor as it was."""
-    if not dist.is_initialized():
-        return tensor
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total
-
-
-def gather(value):
-    """Return the list of every process's value, plain Python."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def share_buffers(module):
-    """Give every process the first one's buffers (running statistics of BatchNorm)."""
-    if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
 
 
 # --- device, precision, seed ------------------------------------------------------------------------------
@@ -254,8 +209,14 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(checkpoint, path):
-    """Write a dict of tensors and plain values as a .pth file, whole or not at all."""
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    """Write a dict of tensors and plain values as a .pth file, whole or not at all and on the disk."""
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_atomically(path, write)
 
 
 def save_image(pixels, path, **options):
@@ -296,21 +257,54 @@ def make_folder(path):
     return path
 
 
+def lock_file(path, wait):
+    """Return the file `path`, opened and locked for as long as it is open and this process lives.
+
+    Returns None where another process has it, unless `wait`. Processes that this one starts do not keep the
+    lock. On Windows and on file systems without locks, nothing is locked.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError:
+        pass
+    return file
+
+
+def reserve_folder(out_dir):
+    """Create the folder of a run, lock it against other runs and clear what a killed one half wrote.
+
+    Returns the lock, a file to keep open. Raises InputError.
+    """
+    out_dir = Path(make_folder(out_dir))
+    lock = lock_file(out_dir / ".lock", wait=False)
+    if lock is None:
+        raise InputError(f"another run is writing to {out_dir}: wait for it, or choose another --out-dir")
+    for path in [*out_dir.glob(".[0-9]*.*"), *(out_dir / "valid_preds").glob(".[0-9]*.*")]:
+        if path.name.split(".", 2)[2] in RUN_FILES or path.parent.name == "valid_preds":
+            path.unlink(missing_ok=True)
+    return lock
+
+
 def set_aside(out_dir):
     """Move the files of an earlier run in `out_dir` to out_dir/previous/<time>/; return it or None."""
     old = [Path(out_dir) / name for name in RUN_FILES if (Path(out_dir) / name).exists()]
     if not old:
         return None
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(max(path.stat().st_mtime for path in old)))
-    place = Path(out_dir) / "previous" / stamp
+    folder = Path(out_dir) / "previous" / stamp
     count = 1
-    while place.exists():
+    while folder.exists():
         count += 1
-        place = place.with_name(f"{stamp}_{count}")
-    place.mkdir(parents=True)
+        folder = folder.with_name(f"{stamp}_{count}")
+    folder.mkdir(parents=True)
     for path in old:
-        path.rename(place / path.name)
-    return place
+        path.rename(folder / path.name)
+    return folder
 
 
 def run_facts(device):
@@ -394,12 +388,12 @@ def side_by_side(rows, classes, height=240):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         masks = [cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in masks]
         top = head + row * (height + gap)
-        for place, panel in enumerate([image, *[overlay(image, mask, table, 0.65, keep) for mask in masks]]):
-            canvas[top:top + height, place * column:place * column + width] = panel
+        for left, panel in enumerate([image, *[overlay(image, mask, table, 0.65, keep) for mask in masks]]):
+            canvas[top:top + height, left * column:left * column + width] = panel
     picture = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
-    for place, title in enumerate(("image", "truth", "prediction")):
-        draw.text((place * column + 6, head // 2), title, fill="black", font=font, anchor="lm")
+    for left, title in enumerate(("image", "truth", "prediction")):
+        draw.text((left * column + 6, head // 2), title, fill="black", font=font, anchor="lm")
     return np.array(picture)
 
 

@@ -13,12 +13,17 @@ from config import InputError
 INSTEAD = ", or name a file with --weights FILE, or start from random weights with --weights none"
 
 
+def cached_file(url):
+    """Return the file in which torch.hub keeps the weights behind a URL."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+
+
 def published_weights(url, instead=INSTEAD):
     """Return the state dict behind a public URL: from torch.hub's cache, else downloaded into it.
 
     Raises InputError that says which file to put where, and what one may do `instead`.
     """
-    place = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    place = cached_file(url)
     if place.is_file():
         return read_weights(place)
     try:

@@ -95,7 +95,7 @@ def history_of(out):
 # --- training ---------------------------------------------------------------------------------------------
 def test_a_run_leaves_the_files_it_promises(trained):
     _, out = trained
-    assert {path.name for path in out.iterdir()} == RUN_FILES
+    assert {path.name for path in out.iterdir()} == RUN_FILES | {".lock"}
     assert sorted(path.name for path in (out / "valid_preds").iterdir()) == ["epoch_001.png", "epoch_002.png"]
     rows = history_of(out)
     assert [row["epoch"] for row in rows] == [1, 2]
