@@ -118,12 +118,13 @@ def draw_validation(model, dataset, classes, precision, path):
     utils.save_image(utils.side_by_side(rows, classes), path)
 
 
-def draw_epoch(history, matrix, classes, out_dir):
-    """Redraw the curves, the per-class IoU and the confusion matrix of the latest epoch."""
+def draw_epoch(history, counts, classes, out_dir):
+    """Redraw the curves, the per-class IoU and the confusion counts (K, K) of the latest epoch."""
     utils.save_json_lines(history, out_dir / "history.jsonl")
     utils.plot_history(history, out_dir)
-    utils.plot_per_class_iou(matrix.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
-    utils.plot_confusion(matrix.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
+    ious = [math.nan if iou is None else iou for iou in history[-1]["per_class_iou"]]
+    utils.plot_per_class_iou(ious, classes, out_dir / "per_class_iou.png")
+    utils.plot_confusion(counts.numpy(), classes, out_dir / "confusion_matrix.png")
 
 
 def example_inputs(config, data):
@@ -222,17 +223,15 @@ class Run:
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.facts = dict(data.fingerprints(), processes=place()[1])
         self.origins = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
-        self.history, self.step, self.resumed = [], 0, False
+        self.history, self.counts, self.step, self.resumed = [], None, 0, False
         self.so_far, self.progress = None, None  # of the epoch that trains: as of train_one_epoch
         self.opened, self.saved_at, self.stop = False, time.monotonic(), None
 
     def restore(self, saved):
-        """Take up a saved run. Raises InputError where it is complete or the data or processes are others."""
-        missing = {"epoch", "optimizer", "scaler", "step", "history", "random", *self.facts} - saved.keys()
-        if missing:
+        """Take up a saved run. Raises InputError where the data or the processes are others."""
+        missing = {"epoch", "optimizer", "scaler", "step", "history", "counts", "random", *self.facts}
+        if missing := missing - saved.keys():
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
-        if saved["epoch"] >= self.config.epochs:
-            raise InputError(f"the run has its {saved['epoch']} epochs: give a larger --epochs to go on")
         processes = saved["processes"]
         if processes != self.facts["processes"]:
             raise InputError(f"the run was trained by {processes} processes, which together make a batch, "
@@ -246,8 +245,8 @@ class Run:
             self.precision.scaler.load_state_dict(saved["scaler"])
         restore_random_state(saved["random"])
         FasterAttention.chunks_win.update({torch.Size(shape): wins for shape, wins in saved["attention"]})
-        self.history, self.step, self.resumed = saved["history"], saved["step"], True
-        self.progress = saved["progress"]
+        self.history, self.counts, self.step = saved["history"], saved["counts"], saved["step"]
+        self.progress, self.resumed = saved["progress"], True
         for name, now in self.circumstances().items():
             if now != saved.get(name, now):
                 print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ a little")
@@ -298,13 +297,16 @@ class Run:
         attention = [[list(shape), wins] for shape, wins in FasterAttention.chunks_win.items()]
         state = self.pack(
             optimizer=self.optimizer.state_dict(), scaler=self.precision.scaler.state_dict(), step=self.step,
-            history=self.history, random=random_state(), attention=attention, progress=progress,
+            history=self.history, counts=self.counts, random=random_state(), attention=attention, progress=progress,
             **self.circumstances(), **self.facts)
         utils.save_checkpoint(state, self.out_dir / "last.pth")
 
-    def end_epoch(self, row):
-        """Note an epoch and save it; return whether it is the best so far."""
+    def end_epoch(self, row, counts):
+        """Note an epoch, its row of the history and confusion counts, and save it; return whether it is the
+        best so far.
+        """
         self.history.append(row)
+        self.counts = counts
         self.so_far = self.progress = None
         better = utils.best_row(self.history) is row
         if is_first():
@@ -365,10 +367,15 @@ def main():
         run.restore(saved)
     print_plan(config, data, model, device, precision)
     lock = utils.reserve_folder(out_dir) if is_first() else None  # noqa: F841 - held until the end
-    criterion = build_criterion(config, data, device)
-    loaders = build_batches(config, data, model, precision)
-    with naming_files(*loaders), utils.StopOnSignal() as run.stop:
-        train_epochs(run, *loaders, criterion)
+    if run.history and is_first():  # a run may have been killed before it drew
+        draw_epoch(run.history, run.counts, run.classes, out_dir)
+    if len(run.history) < config.epochs:
+        criterion = build_criterion(config, data, device)
+        loaders = build_batches(config, data, model, precision)
+        with naming_files(*loaders), utils.StopOnSignal() as run.stop:
+            train_epochs(run, *loaders, criterion)
+    else:
+        print(f"the run has its {len(run.history)} epochs: give a larger --epochs to go on")
     if is_first():
         print_result(run.history, data.classes, out_dir, *example_inputs(config, data))
 
@@ -406,11 +413,11 @@ def train_epochs(run, train_batches, val_batches, criterion):
                    **{f"train_{key}": value for key, value in trained.items()},
                    **{f"val_{key}": value for key, value in scores.items()},
                    per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
-        better = run.end_epoch(row)
+        better = run.end_epoch(row, matrix.counts.cpu())
         if is_first():
             draw_validation(scored, val_batches.dataset, run.classes, run.precision,
                             run.out_dir / "valid_preds" / f"epoch_{epoch:03d}.png")
-            draw_epoch(run.history, matrix, run.classes, run.out_dir)
+            draw_epoch(run.history, run.counts, run.classes, run.out_dir)
             print_epoch(title, row, better)
 
 
