@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import InputError
-from loading import Batches
+from loading import Batches, naming_files
 from processes import barrier, local_share
 from utils import is_out_of_memory, lock_file, write_atomically
 
@@ -262,7 +262,8 @@ def fill(model, dataset, files, missing, precision, workers):
     loader = Batches(dataset, size, missing, workers, pin_memory=device.type == "cuda")
     numbers = iter(missing)
     model.eval()
-    with tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None) as bar:
+    bar = tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None)
+    with bar, naming_files(loader):
         for images, masks, _ in loader:
             maps, size = features_that_fit(model, images, precision, size)
             for index in range(len(images)):

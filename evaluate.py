@@ -29,7 +29,7 @@ import engine
 import utils
 from config import DATASETS, IGNORE, InputError, positive_int
 from datasets import SegmentationDataset, load_data
-from loading import make_loader
+from loading import make_loader, naming_files
 from metrics import (BOUNDARY_TOLERANCE, ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts,
                      paired_bootstrap)
 from readers import read_image
@@ -367,7 +367,8 @@ def main():
         print(f"  {note}")
     print(protocol_line(described), flush=True)
     loader = batches_of(samples, data.table, protocol, args.batch_size)
-    total, records = score(model, loader, protocol, precision, args.batch_size)
+    with naming_files(loader):
+        total, records = score(model, loader, protocol, precision, args.batch_size)
     scores = summarise(total, records, data.classes)
     print_scores(scores)
     result = dict(protocol=described, **scores, confusion=total.counts.tolist(), records=records)

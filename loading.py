@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from config import InputError
 
+GRACE = 10  # seconds that a worker process lives on after SIGTERM
 BUFFERS = 64  # stacked tensors of one worker that can be alive at a time; more take fresh memory
 
 
@@ -119,18 +120,26 @@ class Buffers:
 
 
 # --- worker processes -------------------------------------------------------------------------------------
-def start_worker(number):
-    """Set up a process that loads data: a request to stop is meant for the main process."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
-
-
 class Noted(Dataset):
     """A dataset that notes, for every worker process, which item it reads; should one die, it is known."""
 
     def __init__(self, dataset, workers):
         self.dataset = dataset
         self.reading = torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()  # process id, item
+        self.closed = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    def start_worker(self, _):
+        """Set up a worker process: where all processes are asked to stop, the main one ends the work, and
+        this one goes on loading for a while.
+        """
+        def stop(*_):
+            if self.closed:
+                os._exit(0)
+            signal.alarm(GRACE)
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "alarm"):
+            signal.signal(signal.SIGTERM, stop)
 
     def __len__(self):
         return len(self.dataset)
@@ -150,7 +159,7 @@ class Batches:
         # a generator of its own, so that starting an epoch early moves no random numbers of the training
         self.loader = DataLoader(self.noted, batch_size, sampler=sampler, num_workers=workers,
                                  collate_fn=self.buffers.collate, pin_memory=pin_memory,
-                                 persistent_workers=workers > 0, worker_init_fn=start_worker,
+                                 persistent_workers=workers > 0, worker_init_fn=self.noted.start_worker,
                                  generator=torch.Generator())
 
     def start(self, epoch=0, skip=0):
@@ -170,6 +179,13 @@ class Batches:
             yield images, masks, names
             del images, masks
             self.buffers.take_back()
+
+    def close(self):
+        """End the worker processes."""
+        self.noted.closed[0] = True
+        for process in getattr(self.loader._iterator, "_workers", []):
+            process.terminate()
+        self.started = self.loader._iterator = None
 
     def file_read_by(self, process):
         """Return the image that a worker process (its id) read last, or None where it is none of these."""
@@ -191,7 +207,9 @@ def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, processe
 
 @contextmanager
 def naming_files(*loaders):
-    """Context in which the death of a worker process of these Batches is an InputError with its file."""
+    """Context in which the death of a worker process of these Batches is an InputError with its file; ends
+    the worker processes.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -207,3 +225,6 @@ def naming_files(*loaders):
                              "--shm-size 8g), or lower --workers or --batch-size") from None
         raise InputError(f"a process that loads data died ({died[2]}) while it read {named}: repair or "
                          "remove the file; where memory ran out, lower --workers") from None
+    finally:
+        for batches in loaders:
+            batches.close()

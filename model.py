@@ -180,14 +180,33 @@ def read_checkpoint(path):
     missing = {"spec", "classes", "imgsz", "model"} - checkpoint.keys()
     if missing:
         raise InputError(f"{path} is an incomplete checkpoint (no {', '.join(sorted(missing))})")
-    spec = checkpoint["spec"]
-    spec.setdefault("arch", "dinov2")  # the first checkpoints had no other
-    if (checkpoint.get("version") != VERSION or spec.keys() != SPEC_KEYS or spec["arch"] not in ARCHITECTURES
-            or spec["head"] not in HEADS and spec["arch"] == "dinov2"):
-        raise InputError(f"{path} was written by another version of this code: use that version")
+    try:
+        spec = {"arch": "dinov2", **checkpoint["spec"]}  # the first checkpoints had no other
+        known = (checkpoint.get("version") == VERSION and spec.keys() == SPEC_KEYS
+                 and spec["arch"] in ARCHITECTURES and (spec["arch"] != "dinov2" or spec["head"] in HEADS))
+        if not known:
+            raise InputError(f"{path} was written by another version of this code: use that version")
+        checkpoint["spec"] = spec
+        check_content(checkpoint)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(f"{path} is no checkpoint of train.py, it was made by hand ({error})") from None
     if len(checkpoint["classes"]) != spec["num_classes"]:
         raise InputError(f"{path} names {len(checkpoint['classes'])} classes, but has {spec['num_classes']}")
     return checkpoint
+
+
+def check_content(checkpoint):
+    """Raise ValueError, or what Python raises, for a checkpoint whose entries are not of their types."""
+    spec, size = checkpoint["spec"], checkpoint["imgsz"]
+    for name, (red, green, blue) in checkpoint["classes"]:
+        if not isinstance(name, str) or not all(0 <= int(part) <= 255 for part in (red, green, blue)):
+            raise ValueError(f"class {name}")
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side < 1 << 16 for side in size):
+        raise ValueError(f"imgsz {size}")
+    if not all(isinstance(layer, int) for layer in spec["layers"]) or not isinstance(spec["backbone"], str):
+        raise ValueError(f"backbone {spec['backbone']}, layers {spec['layers']}")
+    if not all(isinstance(value, torch.Tensor) for value in checkpoint["model"].values()):
+        raise ValueError("no tensors")
 
 
 def load_model(path):

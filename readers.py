@@ -85,6 +85,7 @@ def to_rgb(image):
     """
     if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip at 255
         wide = np.asarray(image).astype(np.float64)
+        wide[~np.isfinite(wide)] = 0
         fits = [65535] if ";16" in image.mode else [top for top in (1, 255, 65535) if wide.max() <= top]
         top = fits[0] if fits else wide.max()
         image = Image.fromarray((wide.clip(0, top) * (255 / top)).astype(np.uint8))

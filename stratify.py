@@ -5,6 +5,7 @@
 """
 import hashlib
 import os
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def count_pixels(samples, table, num_classes, cache_dir):
     kept = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"
     try:
         pixels = np.load(kept, allow_pickle=False)
-        if pixels.shape == (len(samples), num_classes):
+        if isinstance(pixels, np.ndarray) and pixels.shape == (len(samples), num_classes):
             return pixels
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile):
         pass  # not there, or damaged: count
 
     def count(sample):

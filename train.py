@@ -240,13 +240,11 @@ class Run:
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
                              "or changed): restore it, or start a new run without --resume")
         load_strictly(self.model, saved["model"], "last.pth")
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"] and self.precision.scaler.is_enabled():  # empty where the run had no fp16
-            self.precision.scaler.load_state_dict(saved["scaler"])
-        restore_random_state(saved["random"])
-        FasterAttention.chunks_win.update({torch.Size(shape): wins for shape, wins in saved["attention"]})
-        self.history, self.counts, self.step = saved["history"], saved["counts"], saved["step"]
-        self.progress, self.resumed = saved["progress"], True
+        try:
+            self.restore_state(saved)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"last.pth does not fit the run ({error}): start a new one without --resume"
+                             ) from None
         for name, now in self.circumstances().items():
             if now != saved.get(name, now):
                 print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ a little")
@@ -254,6 +252,16 @@ class Run:
             print(f"note: the learning rate follows {self.config.epochs} epochs from here on")
         within = f", {self.progress['batches']} batches into the next" if self.progress else ""
         print(f"going on after epoch {saved['epoch']}{within}")
+
+    def restore_state(self, saved):
+        """Take over all of a saved run but the weights."""
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"] and self.precision.scaler.is_enabled():  # empty where the run had no fp16
+            self.precision.scaler.load_state_dict(saved["scaler"])
+        restore_random_state(saved["random"])
+        FasterAttention.chunks_win.update({torch.Size(shape): wins for shape, wins in saved["attention"]})
+        self.history, self.counts, self.step = saved["history"], saved["counts"], saved["step"]
+        self.progress, self.resumed = saved["progress"], True
 
     def circumstances(self):
         """Return what may change when a run goes on, but moves its last digits."""
@@ -297,8 +305,8 @@ class Run:
         attention = [[list(shape), wins] for shape, wins in FasterAttention.chunks_win.items()]
         state = self.pack(
             optimizer=self.optimizer.state_dict(), scaler=self.precision.scaler.state_dict(), step=self.step,
-            history=self.history, counts=self.counts, random=random_state(), attention=attention, progress=progress,
-            **self.circumstances(), **self.facts)
+            history=self.history, counts=self.counts, progress=progress, random=random_state(),
+            attention=attention, **self.circumstances(), **self.facts)
         utils.save_checkpoint(state, self.out_dir / "last.pth")
 
     def end_epoch(self, row, counts):

@@ -212,7 +212,10 @@ def save_checkpoint(checkpoint, path):
     """Write a dict of tensors and plain values as a .pth file, whole or not at all and on the disk."""
     def write(temporary):
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's, on top of the system's
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             file.flush()
             os.fsync(file.fileno())
 

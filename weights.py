@@ -4,6 +4,8 @@
     load_strictly(net, state, "dinov2_vits14_pretrain.pth")
 """
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -78,16 +80,37 @@ def read_weights(path):
     return state
 
 
+def check_archive(path, largest=1.0):
+    """Raise InputError for a zip archive with damaged bytes, which torch does not notice, or with more in it
+    than `largest` times its own size, which torch.save never writes.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > largest * Path(path).stat().st_size:
+            raise InputError(f"{path} unpacks to more than it holds, as no checkpoint does: it is not loaded")
+        try:
+            damaged = archive.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+            damaged = error
+    if damaged is not None:
+        raise InputError(f"{path} is damaged (checksum of {damaged}): restore it from a copy, or train or "
+                         "download it again")
+
+
 def torch_load(path):
     """torch.load to the CPU without unpickling code. Raises InputError for what is no whole file."""
     try:
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
         raise InputError(f"{path} is no checkpoint of tensors and plain values; it is not loaded, because it "
                          "could run code") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged pickle: IndexError, TypeError, struct.error, anything
         reason = (str(error).split("\n")[0] or "nothing in it")[:120]
         raise InputError(f"{path} is not a whole checkpoint (truncated or damaged: {reason})") from None
 

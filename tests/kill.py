@@ -2,9 +2,9 @@
 
     python tests/kill.py --kills 100
 
-Every run saves after every step, so that many kills (SIGKILL) fall into the writing of a checkpoint. After each
-kill the checkpoints must load, the history must be whole, and no epoch or step that was reported as saved may be
-missing; a run that came to its end must equal one that was never interrupted, bit for bit.
+Every run saves after every step, so that many kills (SIGKILL) fall into the writing of a checkpoint. After
+each kill the checkpoints must load, the history must be whole, and no epoch or step that was reported as
+saved may be missing; a run that came to its end must equal one that was never interrupted, bit for bit.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch
-from conftest import write_folder
+import torch  # noqa: E402
+from conftest import write_folder  # noqa: E402
 
-import train
-import utils
-from model import read_checkpoint
+import train  # noqa: E402
+import utils  # noqa: E402
+from model import read_checkpoint  # noqa: E402
 
 TIMES = ("seconds", "train_images_per_s", "train_data_wait")  # of a history row: no two runs share them
 
@@ -111,7 +111,9 @@ def same_run(a, b):
 
 def main():
     """Kill, resume, compare; print what happened."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

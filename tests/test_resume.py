@@ -1,0 +1,240 @@
+"""A run that is stopped, starved or robbed of its files goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, write_folder
+from kill import same_run
+
+import loading
+import readers
+import train
+import utils
+from config import InputError
+from test_scripts import train_flags
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder data set of 12 images."""
+    return write_folder(tmp_path_factory.mktemp("data"), count=12)
+
+
+def flags_of(data, out, *more):
+    """Return flags of a run of two epochs of three steps with all augmentations."""
+    if more == ("segformer",):
+        flags = ("--dataset", "folder", "--data-root", data, "--arch", "segformer_b0", "--weights", "none")
+        return (*flags, "--imgsz", 32, 32, "--batch-size", 4, "--epochs", 2, "--workers", 0, "--out-dir", out)
+    return train_flags(data, out, "--epochs", 2, "--augment", "crop", "flip", "color", *more)
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The folder of a run that was never interrupted, by the flags that it adds."""
+    runs = {}
+
+    def get(*more):
+        if more not in runs:
+            out = tmp_path_factory.mktemp("straight")
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+                patch.setattr("sys.argv", ["train.py", *map(str, flags_of(data, out, *more))])
+                utils.run_main(train.main)
+            assert stop.value.code == 0
+            runs[more] = out
+        return runs[more]
+
+    return get
+
+
+def at_step(number, action):
+    """Return a Run.after_step that does something after optimizer step `number` of the run, once."""
+    original, done = train.Run.after_step, []
+
+    def after_step(run, step, so_far):
+        if step == number and not done:
+            done.append(action())
+        original(run, step, so_far)
+
+    return after_step
+
+
+def send(number):
+    """Return a function that sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    "step, number, more",
+    [
+        (1, signal.SIGTERM, ()),
+        (4, signal.SIGINT, ("--workers", 2)),
+        (3, signal.SIGINT, ("--accumulate", 2, "--batch-size", 2)),
+        (2, signal.SIGTERM, ("segformer",)),  # drops paths at random
+    ],
+    ids=str,
+)
+def test_a_stop_within_an_epoch_costs_nothing(data, straight, tmp_path, run, monkeypatch, step, number, more):
+    whole = straight(*more)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "after_step", at_step(step, send(number)))
+        code, _, err = run(train, *flags_of(data, tmp_path, *more))
+    assert code == 128 + number and f"after {step} steps in all; --resume goes on there" in err
+    assert torch.load(tmp_path / "last.pth")["step"] == step
+    code, out, err = run(train, "--resume", "--out-dir", tmp_path)
+    assert code == 0 and "going on after epoch" in out
+    same_run(whole, tmp_path)
+
+
+def test_a_stop_in_validation_does_not_train_the_epoch_again(data, straight, tmp_path, run, monkeypatch):
+    original, calls = train.Run.after_batch, []
+
+    def after_batch(self):
+        calls.append(len(calls) or send(signal.SIGTERM)())
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "after_batch", after_batch)
+        assert run(train, *flags_of(data, tmp_path))[0] == 143
+    state = torch.load(tmp_path / "last.pth")
+    assert state["epoch"] == 0 and state["progress"]["batches"] == 3 and not state["history"]
+    steps, original = [], train.Run.after_step
+    monkeypatch.setattr(
+        train.Run,
+        "after_step",
+        lambda self, step, so_far: steps.append(step) or original(self, step, so_far),
+    )
+    assert run(train, "--resume", "--out-dir", tmp_path)[0] == 0
+    assert steps == [4, 5, 6]
+    same_run(straight(), tmp_path)
+
+
+def test_more_epochs_on_resume_equal_a_longer_run(data, straight, tmp_path, run):
+    assert run(train, *flags_of(data, tmp_path), "--epochs", 1)[0] == 0
+    assert run(train, "--resume", "--epochs", 2, "--out-dir", tmp_path)[0] == 0
+    same_run(straight(), tmp_path)
+
+
+def test_a_lost_image_costs_nothing_that_was_learnt(data, straight, tmp_path, run, monkeypatch):
+    copy = shutil.copytree(data, tmp_path / "data")
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    with monkeypatch.context() as patch:
+        lose = at_step(4, lambda: [os.rename(path, hidden / path.name) for path in copy.glob("images/*")])
+        patch.setattr(train.Run, "after_step", lose)
+        code, out, err = run(train, *flags_of(copy, tmp_path / "out"))
+    assert code == 2 and "does not exist" in err and "Traceback" not in err
+    assert "saved in epoch 2 after 4 steps" in out
+    for path in hidden.iterdir():
+        os.rename(path, copy / "images" / path.name)
+    assert run(train, "--resume", "--out-dir", tmp_path / "out")[0] == 0
+    same_run(straight(), tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_files(data, straight, tmp_path, run):
+    resource = pytest.importorskip("resource")
+    shutil.copytree(straight(), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # no file may be larger than this
+        code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "nothing that was written before is lost" in err and "Traceback" not in err
+    for name in ("last.pth", "best_model_iou.pth", "history.jsonl", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == before[name] or name == "config.json"
+    assert not [path for path in (tmp_path / "out").glob(".*") if path.name != ".lock"]
+    assert run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")[0] == 0
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_leftovers_go(data, tmp_path, run):
+    pytest.importorskip("fcntl")
+    code = f"import utils; lock = utils.reserve_folder({str(tmp_path)!r}); print('here', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "here\n"
+    for name in (".123.last.pth", ".123.photo.png"):
+        (tmp_path / name).write_text("half")
+    code, _, err = run(train, *flags_of(data, tmp_path))
+    assert code == 2 and "another run is writing to" in err and not (tmp_path / "last.pth").exists()
+    assert (tmp_path / ".123.last.pth").exists()
+    other.kill()
+    other.wait()
+    assert run(train, *flags_of(data, tmp_path), "--epochs", 1)[0] == 0
+    assert not (tmp_path / ".123.last.pth").exists() and (tmp_path / ".123.photo.png").exists()
+
+
+def test_what_may_not_change_on_resume_is_refused_and_what_may_is_named(data, straight, tmp_path, run):
+    shutil.copytree(straight(), tmp_path / "out")
+    path = tmp_path / "out/last.pth"
+    state = torch.load(path)
+    utils.save_checkpoint(dict(state, processes=4), path)
+    code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
+    assert code == 2 and "trained by 4 processes" in err
+    utils.save_checkpoint(dict(state, optimizer={"state": {}, "param_groups": []}), path)
+    code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
+    assert code == 2 and "last.pth does not fit the run" in err
+    utils.save_checkpoint(dict(state, torch="1.0"), path)
+    code, out, _ = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
+    assert code == 0 and "note: torch is" in out and "it was 1.0" in out
+
+
+def test_a_complete_run_is_drawn_again_and_left_as_it_is(straight, tmp_path, run):
+    shutil.copytree(straight(), tmp_path / "out")
+    for name in ("history.jsonl", "miou.png", "confusion_matrix.png"):
+        (tmp_path / "out" / name).unlink()
+    code, out, _ = run(train, "--resume", "--out-dir", tmp_path / "out")
+    assert code == 0 and "larger --epochs" in out and "best epoch" in out
+    rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and (tmp_path / "out/confusion_matrix.png").exists()
+    same_run(straight(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_a_worker_that_dies_is_reported_with_its_file(data, straight, tmp_path, run, monkeypatch, script):
+    original = readers.read_mask
+
+    def read_mask(path, table):
+        if path.name == "05.png" and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, table)
+
+    monkeypatch.setattr(readers, "read_mask", read_mask)
+    if script == "train":
+        flags = flags_of(data, tmp_path / "out", "--workers", 2)
+    else:
+        flags = ["--model", straight() / "best_model_iou.pth", "--split", "all", "--out-dir", tmp_path]
+    code, _, err = run(__import__(script), *flags)
+    assert code == 2 and "05.png" in err and "process that loads data died" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "died (exited unexpectedly)"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", "the shared memory is full"),
+    ],
+    ids=["gone", "shared memory"],
+)
+def test_the_ends_of_workers_are_told_apart(text, reason):
+    with pytest.raises(InputError, match="no file") as error, loading.naming_files():
+        raise RuntimeError(text)
+    assert reason in str(error.value)
+    with pytest.raises(RuntimeError, match="other"), loading.naming_files():
+        raise RuntimeError("other")
+
+
+def test_random_moments_of_death():
+    """A few of the kills of tests/kill.py, whose long form is in the README."""
+    done = subprocess.run(
+        [sys.executable, "tests/kill.py", "--kills", "5"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "0 bytes lost" in done.stdout, done.stdout + done.stderr
