@@ -255,18 +255,18 @@ def hub_folder():
 def load_hub_net(name):
     """Return a DINOv2 with random weights from torch.hub: from its cache, else downloaded.
 
-    torch.hub asks the user before it runs code of any repository but the official one. Raises InputError that
+    Code of any repository but the official one runs only where DINOSEG_TRUST names it. Raises InputError that
     says which folder to put where.
     """
     warnings.filterwarnings("ignore", message=XFORMERS_WARNING)
     repo, ref = hub_reference()
+    if repo not in (HUB_REPO, os.environ.get("DINOSEG_TRUST")):
+        raise InputError(f"DINOSEG_HUB names {repo}, which is not {HUB_REPO}: where you trust its code, say so "
+                         f"with DINOSEG_TRUST={repo}")
     pinned = bool(re.fullmatch("[0-9a-f]{40}", ref))  # torch.hub finds branches and tags alone
     try:
         return torch.hub.load(f"{repo}:{ref}", name, pretrained=False, verbose=False, skip_validation=pinned,
-                              trust_repo=True if repo == HUB_REPO else "check")
-    except EOFError:  # nobody there to answer
-        raise InputError(f"DINOSEG_HUB names {repo}, which is not {HUB_REPO}: its code runs only when you "
-                         "say so on a terminal, once") from None
+                              trust_repo=True)
     except Exception as error:  # whatever the code of another version or repository raises
         reason = str(error).split("\n")[0][:200]
         raise InputError(f"the DINOv2 code could not be loaded through torch.hub ({reason}): unpack "

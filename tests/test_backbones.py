@@ -1,5 +1,9 @@
 """Position embeddings at any grid, timm backbones, torch.hub offline."""
 
+import hashlib
+import shutil
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -8,7 +12,7 @@ from conftest import random_images, tiny
 from timm.layers import resample_abs_pos_embed
 
 import backbones
-from backbones import HubBackbone, PositionEmbedding, TimmBackbone, chunked_attention
+from backbones import HubBackbone, PositionEmbedding, TimmBackbone, chunked_attention, origins
 from config import InputError
 from heads import BNHead
 from model import Segmenter, load_model, pack_checkpoint, pad_to_multiple
@@ -138,6 +142,37 @@ def test_hub_without_code_or_weights_says_what_goes_where(hub_cache, monkeypatch
     (hub_cache / "hub/facebookresearch_dinov2_main").rename(hub_cache / "hub/gone")
     with pytest.raises(InputError, match="as .*facebookresearch_dinov2_main, or .*--backbone timm/"):
         tiny(backbone="dinov2_vits14", weights="none")
+
+
+def test_the_hub_reference_can_be_pinned_and_is_recorded(hub_cache, monkeypatch):
+    code = hub_cache / "hub/facebookresearch_dinov2_main"
+    before = origins("dinov2_vits14", "auto")
+    assert before["hub"] == "facebookresearch/dinov2:main" and before["weights_file"].endswith("pretrain.pth")
+    assert before["weights_sha256"] == hashlib.sha256(Path(before["weights_file"]).read_bytes()).hexdigest()
+    commit = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("DINOSEG_HUB", f"facebookresearch/dinov2:{commit}")
+    shutil.copytree(code, code.with_name(f"facebookresearch_dinov2_{commit}"))
+    tiny(backbone="dinov2_vits14", weights="auto")
+    assert origins("dinov2_vits14", "auto") == {**before, "hub": f"facebookresearch/dinov2:{commit}"}
+    (code.with_name(f"facebookresearch_dinov2_{commit}") / "more.py").write_text("x = 1")
+    assert origins("dinov2_vits14", "none")["hub_code"] != before["hub_code"]
+    assert origins("vit_tiny", "none") == dict.fromkeys(before)
+
+
+def test_code_of_another_repository_needs_the_users_word(hub_cache, monkeypatch):
+    code = hub_cache / "hub/facebookresearch_dinov2_main"
+    code.rename(code.with_name("someone_dinov2_main"))
+    monkeypatch.setenv("DINOSEG_HUB", "someone/dinov2:main")
+    for trusted in ("", "another/dinov2"):
+        monkeypatch.setenv("DINOSEG_TRUST", trusted)
+        with pytest.raises(InputError, match="someone/dinov2, which is not facebookresearch/dinov2"):
+            tiny(backbone="dinov2_vits14")
+    monkeypatch.setenv("DINOSEG_TRUST", "someone/dinov2")
+    tiny(backbone="dinov2_vits14")
+    for wrong in ("someone", "../../x:main", "a/b:../c", "a/b"):
+        monkeypatch.setenv("DINOSEG_HUB", wrong)
+        with pytest.raises(InputError, match="DINOSEG_HUB is"):
+            tiny(backbone="dinov2_vits14")
 
 
 def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():

@@ -87,7 +87,7 @@ def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=Non
         Objective(net, criterion or build_loss("ce")),
         batches,
         optimizer,
-        Precision(precision, CPU),
+        Precision(precision, CPU) if isinstance(precision, str) else precision,
         lambda step: 1.0,
         0,
         accumulate,
@@ -178,6 +178,31 @@ def test_a_batch_without_valid_pixels_changes_nothing():
     before = [p.clone() for p in net.parameters()]
     run_epoch(net, batches_of(images, torch.full_like(masks, 255), 2))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_gradients_beyond_fp16_are_skipped_and_the_scale_falls():
+    images, masks = random_batch(2)
+    net, precision = Pixelwise(), Precision("fp16", torch.device("cpu"))
+    before, scale = [p.clone() for p in net.parameters()], precision.scaler.get_scale()
+    result = run_epoch(
+        net,
+        batches_of(images, masks, 2),
+        precision=precision,
+        criterion=lambda logits, labels: (1e36 * logits.float().mean(), {}),
+    )
+    assert math.isfinite(result["loss"]) and precision.scaler.get_scale() < scale
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("loss", ["ce", "focal", "dice", "lovasz", "ce+dice", "focal+lovasz"])
+def test_batches_of_one_of_one_class_and_without_labels_keep_the_loss_finite(loss):
+    images, masks = random_batch(5)
+    masks[0], masks[2:4], masks[4, 0, 0] = 1, 255, 2
+    net = Pixelwise()
+    for size in (1, 2, 5):
+        result = run_epoch(net, batches_of(images, masks, size), criterion=build_loss(loss), lr=0.1)
+        assert math.isfinite(result["loss"])
+        assert all(p.isfinite().all() for p in net.parameters())
 
 
 def test_schedules_are_pure_functions_of_the_step():
