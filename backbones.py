@@ -261,7 +261,7 @@ def load_hub_net(name):
     warnings.filterwarnings("ignore", message=XFORMERS_WARNING)
     repo, ref = hub_reference()
     if repo not in (HUB_REPO, os.environ.get("DINOSEG_TRUST")):
-        raise InputError(f"DINOSEG_HUB names {repo}, which is not {HUB_REPO}: where you trust its code, say so "
+        raise InputError(f"DINOSEG_HUB names {repo}, which is not {HUB_REPO}: if you trust its code, say so "
                          f"with DINOSEG_TRUST={repo}")
     pinned = bool(re.fullmatch("[0-9a-f]{40}", ref))  # torch.hub finds branches and tags alone
     try:
