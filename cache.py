@@ -210,7 +210,7 @@ def alone_in(folder):
     """Context in which no other run makes files in a cache folder, which is created. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / ".lock", wait=True)
+        lock = lock_file(folder / ".cache.lock", wait=True)
     except OSError as error:
         if folder.is_dir() and not os.access(folder, os.W_OK):  # all may be there already
             yield

@@ -4,9 +4,11 @@
     batches.start(epoch=0)                              # the workers begin
     for images, masks, names in batches:                # (B, 3, h, w) uint8, (B, h, w) uint8, file names
 """
+import atexit
 import os
 import re
 import signal
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from config import InputError
 
-GRACE = 10  # seconds that a worker process lives on after SIGTERM
-BUFFERS = 64  # stacked tensors of one worker that can be alive at a time; more take fresh memory
+BUFFERS = 16  # stacked tensors of one worker that can be alive at a time; more take fresh memory
 
 
 # --- order ------------------------------------------------------------------------------------------------
@@ -101,10 +102,14 @@ class Buffers:
         for number, memory in enumerate(self.memory):
             if free[number] and size <= len(memory) <= 2 * size:
                 return number
-        if len(self.memory) == BUFFERS:
-            return None
-        self.memory.append(torch.empty(size, dtype=torch.uint8).share_memory_())
-        return len(self.memory) - 1
+        memory = torch.empty(size, dtype=torch.uint8).share_memory_()
+        if len(self.memory) < BUFFERS:
+            self.memory.append(memory)
+            return len(self.memory) - 1
+        number = next((number for number, unused in enumerate(free) if unused), None)
+        if number is not None:
+            self.memory[number] = memory
+        return number
 
     def lend(self, tensors, used):
         """Note, in the main process, which buffers (None = none) the tensors of a batch lie in."""
@@ -118,6 +123,13 @@ class Buffers:
             del self.lent[key]
             self.free[key] = True
 
+    def forget(self):
+        """Free the buffers of batches that were loaded and will never be asked for."""
+        self.take_back()
+        for key in torch.nonzero(~self.free).tolist():
+            if tuple(key) not in self.lent:
+                self.free[tuple(key)] = True
+
 
 # --- worker processes -------------------------------------------------------------------------------------
 class Noted(Dataset):
@@ -129,17 +141,15 @@ class Noted(Dataset):
         self.closed = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def start_worker(self, _):
-        """Set up a worker process: where all processes are asked to stop, the main one ends the work, and
-        this one goes on loading for a while.
+        """Set up a worker process: where all processes are asked to stop, it is the main one that ends the
+        work, and this one loads until it does. (torch ends it where the main process has died.)
         """
         def stop(*_):
             if self.closed:
                 os._exit(0)
-            signal.alarm(GRACE)
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, "alarm"):
-            signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, stop)
 
     def __len__(self):
         return len(self.dataset)
@@ -156,6 +166,7 @@ class Batches:
     def __init__(self, dataset, batch_size, sampler, workers, pin_memory):
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
         self.noted, self.buffers, self.started = Noted(dataset, workers), Buffers(workers), None
+        atexit.register(close_if_alive, weakref.ref(self))
         # a generator of its own, so that starting an epoch early moves no random numbers of the training
         self.loader = DataLoader(self.noted, batch_size, sampler=sampler, num_workers=workers,
                                  collate_fn=self.buffers.collate, pin_memory=pin_memory,
@@ -166,14 +177,19 @@ class Batches:
         """Let the workers begin with an epoch (0-based), without its first `skip` batches."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch, skip * self.batch_size)
-        self.started = iter(self.loader)
+        self.started = self.iterate()
+
+    def iterate(self):
+        """Return an iterator of the DataLoader; what an earlier one had loaded in advance is dropped."""
+        self.buffers.forget()
+        return iter(self.loader)
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
         """Yield (images, masks, names). Raises InputError naming the file where a worker process died."""
-        started, self.started = self.started or iter(self.loader), None
+        started, self.started = self.started or self.iterate(), None
         for (images, masks, names), used in started:
             self.buffers.lend([images, masks][:len(used)], used)
             yield images, masks, names
@@ -181,16 +197,23 @@ class Batches:
             self.buffers.take_back()
 
     def close(self):
-        """End the worker processes."""
+        """End the worker processes, for good."""
         self.noted.closed[0] = True
-        for process in getattr(self.loader._iterator, "_workers", []):
-            process.terminate()
-        self.started = self.loader._iterator = None
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if hasattr(iterator, "_shutdown_workers"):  # else it would wait until nobody refers to the iterator
+            iterator._shutdown_workers()
+        self.started = None
 
     def file_read_by(self, process):
         """Return the image that a worker process (its id) read last, or None where it is none of these."""
         items = [item for number, item in self.noted.reading.tolist() if number == process]
         return self.dataset.samples[items[0] % len(self.dataset)].image if items else None
+
+
+def close_if_alive(reference):
+    """Close the Batches of a weak reference at the end of the program, which would wait for the workers."""
+    if batches := reference():
+        batches.close()
 
 
 def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, processes=1):

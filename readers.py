@@ -99,7 +99,7 @@ def read_image(path, at_least=None):
     """Read an image file upright (EXIF) as (3, H, W) uint8 RGB. Raises InputError.
 
     at_least: (h, w) that are enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that is no
-    smaller, which takes a fraction of the time.
+    smaller, which takes a fraction of the time, else by the faster decoder.
     """
     return read_upright(path, at_least)[0]
 
@@ -112,7 +112,8 @@ def read_upright(path, at_least=None):
             if at_least:
                 image.draft(None, (max(at_least),) * 2)
             pixels = None
-            if (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size[::-1], 1):
+            plain = (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size[::-1], 1)
+            if at_least and plain:
                 pixels = decode_jpeg(path)
             if pixels is None:
                 upright = ImageOps.exif_transpose(image) if orientation != 1 else image
@@ -124,9 +125,10 @@ def read_upright(path, at_least=None):
 
 
 def decode_jpeg(path):
-    """Return the pixels of an RGB JPEG file that is whole, (H, W, 3) uint8, in three quarters of PIL's time.
+    """Return the pixels of an RGB JPEG file, (H, W, 3) uint8, in three quarters of PIL's time.
 
-    None where its end is missing, which OpenCV would pass over. Both decode with libjpeg-turbo.
+    Both decode with libjpeg-turbo. None where the end is missing; other damage OpenCV passes over a little
+    more often than PIL does.
     """
     data = np.fromfile(path, np.uint8)
     whole = len(data) > 1 and data[-2:].tobytes() == b"\xff\xd9"

@@ -22,6 +22,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -240,12 +241,13 @@ class Run:
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
                              "or changed): restore it, or start a new run without --resume")
         load_strictly(self.model, saved["model"], "last.pth")
+        circumstances = self.circumstances()
         try:
             self.restore_state(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"last.pth does not fit the run ({error}): start a new one without --resume"
                              ) from None
-        for name, now in self.circumstances().items():
+        for name, now in circumstances.items():
             if now != saved.get(name, now):
                 print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ a little")
         if self.config.epochs != saved["config"]["epochs"] and self.config.scheduler != "none":
@@ -259,6 +261,7 @@ class Run:
         if saved["scaler"] and self.precision.scaler.is_enabled():  # empty where the run had no fp16
             self.precision.scaler.load_state_dict(saved["scaler"])
         restore_random_state(saved["random"])
+        self.origins = saved["origins"]
         FasterAttention.chunks_win.update({torch.Size(shape): wins for shape, wins in saved["attention"]})
         self.history, self.counts, self.step = saved["history"], saved["counts"], saved["step"]
         self.progress, self.resumed = saved["progress"], True
@@ -306,7 +309,7 @@ class Run:
         state = self.pack(
             optimizer=self.optimizer.state_dict(), scaler=self.precision.scaler.state_dict(), step=self.step,
             history=self.history, counts=self.counts, progress=progress, random=random_state(),
-            attention=attention, **self.circumstances(), **self.facts)
+            attention=attention, origins=self.origins, **self.circumstances(), **self.facts)
         utils.save_checkpoint(state, self.out_dir / "last.pth")
 
     def end_epoch(self, row, counts):
@@ -327,13 +330,29 @@ class Run:
     def after_step(self, step, so_far):
         """Keep what train_one_epoch says after a step; save it, and stop, where it is time."""
         self.step, self.so_far = step, so_far
-        if place()[1] == 1 or step % engine.LOG_EVERY == 0:
+        waits = self.model.mean.device.type == "cpu"  # a GPU must not wait for the others at every step
+        if place()[1] == 1 or waits or step % engine.LOG_EVERY == 0:
             self.save_if_due()
 
     def after_batch(self):
         """Between the batches of validation: stop where a signal asked for it. Processes stop together."""
         if place()[1] == 1 and self.stop.asked:
             self.save_if_due()
+
+    @contextmanager
+    def saving_what_was_learnt(self, validating=False):
+        """Context in which a file that is gone or damaged ends the run after it was saved.
+
+        Not within an accumulated step, nor where other processes would have to know; those lose SAVE_MINUTES.
+        """
+        try:
+            yield
+        except InputError:
+            if self.so_far and (validating or self.config.accumulate == 1) and place()[1] == 1:
+                self.save()
+                epoch = len(self.history) + 1
+                print(f"saved in epoch {epoch} after {self.step} steps: --resume goes on there", flush=True)
+            raise
 
     def save_if_due(self):
         """Save where a signal or SAVE_MINUTES ask for it. Raises Stopped."""
@@ -403,19 +422,17 @@ def train_epochs(run, train_batches, val_batches, criterion):
         val_batches.start()  # its first batches are read while the epoch trains
         title = f"epoch {epoch}/{config.epochs}"
         bar = tqdm(train_batches, title, initial=done, leave=False, disable=hidden)
-        try:
+        with run.saving_what_was_learnt():
             trained = engine.train_one_epoch(objective, bar, run.optimizer, run.precision, schedule, run.step,
                                              config.accumulate, run.progress, run.after_step)
-        except InputError:  # a file is gone or damaged: nothing that was learnt is lost
-            if run.so_far and config.accumulate == 1 and place()[1] == 1:
-                run.save()
-                print(f"saved in epoch {epoch} after {run.step} steps: --resume goes on there", flush=True)
-            raise
         done = 0
         if epoch < config.epochs:
             train_batches.start(epoch)
+        if place()[1] > 1:  # validation is not interrupted then
+            run.save()
         bar = tqdm(val_batches, f"{title} validation", leave=False, disable=hidden)
-        scores, matrix = engine.evaluate(scored, bar, criterion, run.precision, run.after_batch)
+        with run.saving_what_was_learnt(validating=True):
+            scores, matrix = engine.evaluate(scored, bar, criterion, run.precision, run.after_batch)
         trained.pop("step")
         row = dict(epoch=epoch, lr=run.optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start,
                    **{f"train_{key}": value for key, value in trained.items()},

@@ -216,8 +216,9 @@ def save_checkpoint(checkpoint, path):
         with open(temporary, "wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's, on top of the system's
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+            except RuntimeError as error:  # torch's, on top of the system's or of Ctrl-C
+                known = isinstance(error.__context__, (OSError, KeyboardInterrupt))
+                raise (error.__context__ if known else error) from None
             file.flush()
             os.fsync(file.fileno())
 

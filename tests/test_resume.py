@@ -17,6 +17,8 @@ import readers
 import train
 import utils
 from config import InputError
+from datasets import SegmentationDataset
+from folder import folder
 from test_scripts import train_flags
 
 
@@ -236,6 +238,78 @@ def test_the_ends_of_workers_are_told_apart(text, reason):
 def test_random_moments_of_death():
     """A few of the kills of tests/kill.py, whose long form is in the README."""
     done = subprocess.run(
-        [sys.executable, "tests/kill.py", "--kills", "5"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tests/kill.py", "--kills", "3"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "0 bytes lost" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_damaged_validation_image_costs_no_epoch(data, straight, tmp_path, run, monkeypatch):
+    copy = shutil.copytree(data, tmp_path / "data")
+    original = train.engine.evaluate
+
+    def evaluate(model, batches, *args):
+        if not (tmp_path / "whole").exists():
+            victim = batches.iterable.dataset.samples[1].image
+            shutil.copy(victim, tmp_path / "whole")
+            victim.write_bytes((tmp_path / "whole").read_bytes()[:60])
+            run.victim = victim
+        return original(model, batches, *args)
+
+    monkeypatch.setattr(train.engine, "evaluate", evaluate)
+    code, out, err = run(train, *flags_of(copy, tmp_path / "out"))
+    assert code == 2 and run.victim.name in err and "saved in epoch 1 after 3 steps" in out
+    shutil.copy(tmp_path / "whole", run.victim)
+    assert run(train, "--resume", "--out-dir", tmp_path / "out")[0] == 0
+    same_run(straight(), tmp_path / "out")
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path, monkeypatch):
+    utils.save_checkpoint({"a": torch.zeros(9)}, tmp_path / "last.pth")
+
+    def interrupted(checkpoint, file):
+        with torch.serialization._open_zipfile_writer(file) as archive:
+            archive.write_record("x", b"1" * 99, 99)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        utils.save_checkpoint({}, tmp_path / "last.pth")
+    assert torch.load(tmp_path / "last.pth")["a"].numel() == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+def loader_of(data, workers=2):
+    """Return Batches of two images and the dataset."""
+    source = folder(data)
+    dataset = SegmentationDataset(source.splits["train"], source.table, (40, 50), ("flip",))
+    return loading.make_loader(dataset, 2, workers), dataset
+
+
+def test_batches_that_are_kept_are_never_written_over(data):
+    batches, dataset = loader_of(data)
+    kept = [[], [], []]
+    for epoch in range(3):
+        batches.start(epoch)
+        for images, masks, names in batches:
+            kept[epoch].append((images[:1], masks.numpy(), names))  # views keep the memory, too
+    for epoch, part in enumerate(kept):
+        batches.sampler.set_epoch(epoch)
+        tickets = iter(list(batches.sampler))
+        for images, masks, names in part:
+            items = [dataset[next(tickets)] for _ in names]
+            assert torch.equal(images[0], items[0][0]) and names == [item[2] for item in items]
+            assert all((mask == item[1].numpy()).all() for mask, item in zip(masks, items, strict=True))
+    batches.close()
+
+
+def test_memory_is_used_again_and_broken_epochs_leave_none_behind(data):
+    batches, _ = loader_of(data, workers=1)
+    for epoch in range(30):
+        batches.start(epoch)
+        next(iter(batches))
+    batches.start(30)
+    places = {images.data_ptr() for images, *_ in batches}
+    batches.buffers.forget()
+    assert batches.buffers.free.all() and len(places) <= 6
+    batches.close()
