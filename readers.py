@@ -22,7 +22,7 @@ from config import IGNORE, InputError
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 EXIF_ORIENTATION = 0x0112
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
 # What a mask's name may add to its image's name, and what an image's name may add to the common stem.
 MASK_SUFFIXES = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", "_P", "_L", "_annotation", "_trimap",
                  "_gtFine_labelIds")

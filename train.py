@@ -265,6 +265,8 @@ class Run:
         FasterAttention.chunks_win.update({torch.Size(shape): wins for shape, wins in saved["attention"]})
         self.history, self.counts, self.step = saved["history"], saved["counts"], saved["step"]
         self.progress, self.resumed = saved["progress"], True
+        if self.progress:  # until the next step, this is how far it has come
+            self.so_far = lambda: self.progress
 
     def circumstances(self):
         """Return what may change when a run goes on, but moves its last digits."""

@@ -105,12 +105,16 @@ def test_a_stop_in_validation_does_not_train_the_epoch_again(data, straight, tmp
         assert run(train, *flags_of(data, tmp_path))[0] == 143
     state = torch.load(tmp_path / "last.pth")
     assert state["epoch"] == 0 and state["progress"]["batches"] == 3 and not state["history"]
-    steps, original = [], train.Run.after_step
+    steps, original_step = [], train.Run.after_step
     monkeypatch.setattr(
         train.Run,
         "after_step",
-        lambda self, step, so_far: steps.append(step) or original(self, step, so_far),
+        lambda self, step, so_far: steps.append(step) or original_step(self, step, so_far),
     )
+    calls.clear()
+    with monkeypatch.context() as patch:  # stopped there again: still no step is taken
+        patch.setattr(train.Run, "after_batch", after_batch)
+        assert run(train, "--resume", "--out-dir", tmp_path)[0] == 143
     assert run(train, "--resume", "--out-dir", tmp_path)[0] == 0
     assert steps == [4, 5, 6]
     same_run(straight(), tmp_path)
