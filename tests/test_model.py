@@ -139,6 +139,7 @@ class Evil:
         ("truncated", "truncated or damaged"),
         ("text", "could run code|truncated or damaged"),
         ("empty", "truncated"),
+        ("flipped", "damaged .checksum of"),
         ("evil", "could run code"),
         ("foreign", "is not a checkpoint of train.py"),
         ("missing", "does not exist"),
@@ -166,8 +167,10 @@ def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, cont
     elif content != "missing":
         torch.save(packed, path)
         whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 64]) + whole[middle + 1 :]
         path.write_bytes(
-            {"truncated": whole[: len(whole) // 2], "text": b"hello\nworld", "empty": b""}[content]
+            {"truncated": whole[:middle], "text": b"hello\nworld", "empty": b"", "flipped": flipped}[content]
         )
     with pytest.raises(InputError, match=reason) as error:
         load_model(path)

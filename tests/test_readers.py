@@ -51,6 +51,16 @@ def test_grey_rgba_palette_and_16_bit_images(tmp_path):
     )
 
 
+def test_pixels_that_are_no_numbers_are_black_and_leave_the_others_alone(tmp_path):
+    values = np.linspace(0, 1, 35, dtype=np.float32).reshape(5, 7)
+    Image.fromarray(values).save(tmp_path / "whole.tif")
+    values[1, 2], values[3, 4], values[4, 4] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "holes.tif")
+    whole, holes = (read_image(tmp_path / name) for name in ("whole.tif", "holes.tif"))
+    bad = torch.from_numpy(~np.isfinite(values))
+    assert (holes[:, bad] == 0).all() and torch.equal(holes[:, ~bad], whole[:, ~bad])
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotated_images_come_out_upright_and_masks_follow(tmp_path, orientation):
     upright = gradient()
