@@ -279,7 +279,7 @@ class TrainConfig:
     amp: str = setting("auto", "run", "autocast: auto = what the device is good at", choices=PRECISIONS)
     seed: int = setting(0, "run", "seed of weights, order and augmentation", type=whole_number)
     device: str = setting("auto", "run", "auto = cuda, else mps, else cpu; or a torch device such as cuda:1")
-    resume: bool = setting(False, "run", "go on where OUT_DIR/last.pth stands, with its settings (--epochs may grow)",
+    resume: bool = setting(False, "run", "go on where OUT_DIR/last.pth stands (--epochs may grow)",
                            action="store_true")
     out_dir: str = setting("outputs", "run", "where the run writes; an earlier run moves to previous/",
                            metavar="DIR")
