@@ -33,7 +33,7 @@ from weights import read_weights
 
 EXAMPLES = int(os.environ.get("FUZZ", 0))
 fuzz = settings(
-    max_examples=EXAMPLES or 25,
+    max_examples=EXAMPLES or 15,
     derandomize=not EXAMPLES,
     deadline=None,
     database=None,
