@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from config import InputError
-from weights import cached_file, load_strictly, published_weights, read_weights
+from weights import cached_file, hash_files, load_strictly, published_weights, read_weights
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB, as DINOv2 was trained
 HUB_REPO = "facebookresearch/dinov2"
@@ -291,7 +291,7 @@ def origins(name, weights):
         hub=":".join(hub_reference()) if hub else None,
         hub_code=code.hexdigest()[:16] if hub else None,
         weights_file=str(file) if found else None,
-        weights_sha256=hashlib.sha256(file.read_bytes()).hexdigest() if found else None,
+        weights_sha256=hash_files(file) if found else None,
     )
 
 

@@ -34,6 +34,7 @@ from metrics import (BOUNDARY_TOLERANCE, ConfusionMatrix, bootstrap_interval, bo
                      paired_bootstrap)
 from readers import read_image
 from report import existing_figures, report_page
+from weights import hash_files
 
 KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
 WORST, PAIRS = 20, 8  # images and pairs of classes that a report shows
@@ -173,16 +174,12 @@ def summarise(total, records, classes):
 
 def file_hash(model, path):
     """Return the first 16 digits of the SHA-256 of a model's file, or of the weights of an official head."""
-    digest = hashlib.sha256()
     if Path(path).is_file():
         weights = Path(path).with_suffix(".bin")  # OpenVINO keeps them beside the .xml
-        for part in [path, weights] if Path(path).suffix == ".xml" else [path]:
-            with open(part, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    else:
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return hash_files(*([path, weights] if Path(path).suffix == ".xml" else [path]))[:16]
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -102,13 +102,14 @@ class Buffers:
         for number, memory in enumerate(self.memory):
             if free[number] and size <= len(memory) <= 2 * size:
                 return number
-        memory = torch.empty(size, dtype=torch.uint8).share_memory_()
         if len(self.memory) < BUFFERS:
-            self.memory.append(memory)
-            return len(self.memory) - 1
-        number = next((number for number, unused in enumerate(free) if unused), None)
-        if number is not None:
-            self.memory[number] = memory
+            number = len(self.memory)
+            self.memory.append(None)
+        elif True in free:
+            number = free.index(True)
+        else:
+            return None
+        self.memory[number] = torch.empty(size, dtype=torch.uint8).share_memory_()
         return number
 
     def lend(self, tensors, used):

@@ -205,7 +205,8 @@ def write_atomically(path, write):
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        reason = error.strerror or str(error)  # PIL's errors have a text alone
+        raise OSError(error.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

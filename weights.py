@@ -3,6 +3,7 @@
     state = read_weights("dinov2_vits14_pretrain.pth")     # or .safetensors
     load_strictly(net, state, "dinov2_vits14_pretrain.pth")
 """
+import hashlib
 import pickle
 import zipfile
 import zlib
@@ -80,14 +81,24 @@ def read_weights(path):
     return state
 
 
-def check_archive(path, largest=1.0):
+def hash_files(*paths):
+    """Return the SHA-256, 64 hex digits, of what the files hold one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_archive(path):
     """Raise InputError for a zip archive with damaged bytes, which torch does not notice, or with more in it
-    than `largest` times its own size, which torch.save never writes.
+    than its own size, which torch.save never writes.
     """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > largest * Path(path).stat().st_size:
+        if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
             raise InputError(f"{path} unpacks to more than it holds, as no checkpoint does: it is not loaded")
         damaged = [entry.filename for entry in archive.infolist() if not is_whole(archive, entry)]
         checked = len(damaged) < len(archive.infolist())  # else written without checksums, which torch can

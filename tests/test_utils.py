@@ -213,3 +213,12 @@ def test_a_fault_of_ours_keeps_its_traceback(fault):
 
     with pytest.raises(fault):
         utils.run_main(main)
+
+
+def test_a_picture_that_cannot_be_written_says_why(tmp_path):
+    def write(path):
+        raise OSError("encoder error -2 when writing image file")  # as PIL does, without a number
+
+    with pytest.raises(OSError, match="encoder error -2") as error:
+        utils.write_atomically(tmp_path / "a.png", write)
+    assert error.value.filename == str(tmp_path / "a.png") and not list(tmp_path.iterdir())
