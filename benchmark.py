@@ -8,13 +8,41 @@
     python benchmark.py model                # the network alone, and its share of the arithmetic limit
 
 Absolute times depend on the machine and on what else it does; the ratios are what the README quotes. Prints
-a table and writes OUT_DIR/benchmark_<mode>.json. The plain loops are in plain.py.
+a table and writes OUT_DIR/benchmark_<mode>.json.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-import argparse
+from config import add_run_flags, backbone_name, names, positive_int, registered, script_parser
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = script_parser(__doc__)
+    parser.add_argument("mode", choices=registered("benchmark.py", "MODES"), help="what to measure")
+    parser.add_argument("--dataset", choices=names("dataset"), default="streets",
+                        help="train, data, memory: on what")
+    parser.add_argument("--data-root", metavar="DIR", help="its folder (data; evaluate: as in training)")
+    parser.add_argument("--images", type=positive_int, default=100,
+                        help="training images of it; infer: frames of the clip (100)")
+    parser.add_argument("--input", metavar="FILE", help="infer: a clip")
+    parser.add_argument("--imgsz", nargs=2, type=positive_int, default=(640, 640), metavar=("H", "W"),
+                        help="size that images are brought to (640 640)")
+    parser.add_argument("--backbone", type=backbone_name, default="dinov2_vits14", metavar="NAME",
+                        help="train, memory: as in train.py (dinov2_vits14)")
+    parser.add_argument("--weights", default="auto", help="train, memory: as in train.py (auto)")
+    parser.add_argument("--epochs", type=positive_int, default=20, help="train: epochs of every variant (20)")
+    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="evaluate, infer: of train.py")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images per forward pass (8)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="data, evaluate: times each runs (3)")
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong flags are answered before torch is imported
+
 import copy
 import json
 import multiprocessing
@@ -26,24 +54,31 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 from tqdm import tqdm
 
 import engine
 import utils
-from backbones import shortest_time
-from cache import cache_features
-from config import DATASETS, InputError, backbone_name, positive_int
+import visualize
+from checkpoint import data_options, load_model
+from config import IGNORE, DataOptions, InputError
+from dataio.dataloader import make_loader
+from dataio.feature_cache import cache_features
+from dataio.readers import read_mask
 from datasets import SegmentationDataset, load_data
-from loading import make_loader
-from losses import build_loss
-from metrics import ConfusionMatrix
-from model import HeadOnly, build_model, load_model
-from engine import Predictor
-from plain import PlainDataset, PlainModel, plain_epoch, plain_evaluation, plain_loader, plain_video
-from runtimes import is_installed
-from video import VideoReader, VideoWriter, segment_frames
+from inference.backends import BACKENDS, is_installed
+from inference.predictor import Predictor, Protocol, views_of
+from inference.video import Pipeline, VideoReader, VideoWriter
+from losses import Criterion
+from model import HeadOnly, ModelSpec, build_model
+from utils import shortest_time
 
 CLASSES = 21  # outputs of the heads that are trained here, whatever the data set
 WORKERS = 2
@@ -66,7 +101,8 @@ def take_turns(variants, rounds):
 
 def some_data(args):
     """Return (training samples, validation samples, table): the first ones of the data set of the flags."""
-    data = load_data(args.dataset, args.data_root or "data", cache_dir=Path(args.out_dir) / "cache")
+    data = load_data(DataOptions(dataset=args.dataset, data_root=args.data_root or "data"),
+                     Path(args.out_dir) / "cache")
     validation = data.splits["val"][:max(1, args.images // 5)]
     return data.splits["train"][:args.images], validation, data.table
 
@@ -75,6 +111,112 @@ def facts_of(args, device, **more):
     """Return what a table of numbers has to say about itself."""
     return dict(dataset=args.dataset, imgsz=list(args.imgsz), batch_size=args.batch_size, device=str(device),
                 threads=torch.get_num_threads(), torch=torch.__version__, **more)
+
+
+# --- what is compared with ---------------------------------------------------------------------------------
+# The loops of most segmentation scripts, as plainly as they are written: float32, PIL and torchvision's first
+# transforms, full-size logits, `.item()` at every step, argmax over classes, one image at a time when scored.
+class PlainDataset(Dataset):
+    """(image (3, h, w) float32, normalized, mask (h, w) int64) of Samples at one size."""
+
+    def __init__(self, samples, table, size, mean, std, flip=False):
+        self.samples, self.table, self.flip = samples, table, flip
+        self.image_transform = transforms.Compose([transforms.Resize(size), transforms.ToTensor(),
+                                                   transforms.Normalize(mean, std)])
+        self.mask_transform = transforms.Resize(size, interpolation=transforms.InterpolationMode.NEAREST)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        image = Image.open(sample.image).convert("RGB")
+        mask = Image.fromarray(read_mask(sample.mask, self.table))
+        if self.flip and torch.rand(1) < 0.5:
+            image, mask = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (image, mask))
+        return self.image_transform(image), torch.from_numpy(np.array(self.mask_transform(mask))).long()
+
+
+def plain_loader(dataset, batch_size, workers=2, sampler=None):
+    """Return a DataLoader as most scripts have it."""
+    return DataLoader(dataset, batch_size, shuffle=sampler is None, sampler=sampler, num_workers=workers)
+
+
+class PlainModel(nn.Module):
+    """A frozen backbone and a head: (B, 3, H, W) float32, normalized -> (B, K, H, W) logits."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images):
+        divisor, (height, width) = self.backbone.size_divisor, images.shape[-2:]
+        images = F.pad(images, (0, -width % divisor, 0, -height % divisor))
+        with torch.no_grad():
+            maps = self.backbone.features(images)
+        logits = self.head(maps, images.shape[-2:])
+        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear")[..., :height, :width]
+
+
+def plain_epoch(model, loader, optimizer, device):
+    """Train for one epoch; return (mean loss, pixel accuracy)."""
+    model.train()
+    losses, right, counted = [], 0, 0
+    for images, masks in loader:
+        images, masks = images.to(device), masks.to(device)
+        logits = model(images)
+        loss = F.cross_entropy(logits, masks, ignore_index=IGNORE)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        preds = logits.argmax(1)
+        right += ((preds == masks) & (masks != IGNORE)).sum().item()
+        counted += (masks != IGNORE).sum().item()
+    return sum(losses) / len(losses), right / max(1, counted)
+
+
+@torch.inference_mode()
+def plain_evaluation(model, samples, table, imgsz, device):
+    """Return a Segmenter's mIoU: one image at a time, resize, forward, upsample, argmax, torchmetrics."""
+    from torchmetrics.classification import MulticlassJaccardIndex
+    jaccard = MulticlassJaccardIndex(model.num_classes, ignore_index=IGNORE, average="macro").to(device)
+    for sample in samples:
+        image = Image.open(sample.image).convert("RGB").resize(imgsz[::-1], Image.Resampling.BILINEAR)
+        mask = torch.from_numpy(read_mask(sample.mask, table)).long().to(device)
+        logits = model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device))
+        logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
+        jaccard.update(logits.argmax(1)[0], mask)
+    return jaccard.compute().item()
+
+
+@torch.inference_mode()
+def plain_video(model, source, target, imgsz, colors, device, max_frames):
+    """Segment a clip frame by frame: read, resize, forward, upsample, argmax, a color at a time, write.
+
+    Returns the class ids of the frames, a list of (H, W) uint8.
+    """
+    capture, preds, writer = cv2.VideoCapture(str(source)), [], None
+    while len(preds) < max_frames:
+        good, frame = capture.read()
+        if not good:
+            break
+        rgb = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), imgsz[::-1])
+        logits = model(torch.from_numpy(rgb).permute(2, 0, 1)[None].to(device))
+        logits = F.interpolate(logits, size=frame.shape[:2], mode="bilinear")
+        pred = logits.argmax(1)[0].cpu().numpy()
+        painted = np.zeros_like(frame)
+        for id, color in enumerate(colors):
+            painted[pred == id] = color[::-1]
+        drawn = cv2.addWeighted(frame, 0.5, painted, 0.5, 0)
+        cv2.putText(drawn, f"frame {len(preds)}", (10, 30), cv2.FONT_HERSHEY_SIMPLEX, 1, (255, 255, 255), 2)
+        if writer is None:
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(target), code, capture.get(cv2.CAP_PROP_FPS), frame.shape[1::-1])
+        writer.write(drawn)
+        preds.append(pred.astype(np.uint8))
+    writer.release()
+    return preds
 
 
 # --- train ------------------------------------------------------------------------------------------------
@@ -87,7 +229,7 @@ class PlainRun:
         dataset = PlainDataset(train, table, args.imgsz, mean, std)
         self.order = SegmentationDataset(train, table, args.imgsz, ())
         self.sampler = make_loader(self.order, args.batch_size, 0).sampler  # the same order for all
-        self.loader = plain_loader(dataset, args.batch_size, WORKERS, TicketsAsIndices(self.sampler))
+        self.loader = plain_loader(dataset, args.batch_size, WORKERS, ItemsAsIndices(self.sampler))
         self.net, self.device, self.epoch = PlainModel(model.backbone, model.head), device, 0
         trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LR)
@@ -98,7 +240,7 @@ class PlainRun:
         self.epoch += 1
 
 
-class TicketsAsIndices:
+class ItemsAsIndices:
     """The order of an EpochSampler for a dataset that takes plain indices."""
 
     def __init__(self, sampler):
@@ -108,7 +250,7 @@ class TicketsAsIndices:
         return len(self.sampler)
 
     def __iter__(self):
-        return (ticket % self.sampler.length for ticket in self.sampler)
+        return (item % self.sampler.length for item in self.sampler)
 
 
 class OurRun:
@@ -116,20 +258,20 @@ class OurRun:
 
     def __init__(self, model, samples, args, device, cache=None):
         table, train, _ = samples
-        self.precision, self.epoch, self.step = utils.Precision("auto", device), 0, 0
+        precision, self.epoch, self.step = utils.Precision("auto", device), 0, 0
         dataset = SegmentationDataset(train, table, args.imgsz, ())
         if cache:
-            dataset = cache_features(model, dataset, cache, self.precision, workers=WORKERS)
+            dataset = cache_features(model, dataset, cache, precision, workers=WORKERS)
         self.batches = make_loader(dataset, args.batch_size, WORKERS, device.type == "cuda")
         self.batches.start(0)
         trained = HeadOnly(model, args.imgsz) if cache else model
-        self.objective = engine.Objective(trained, build_loss("ce"))
-        self.optimizer = engine.build_optimizer("adamw", engine.parameter_groups(model, LR, 0.01, 1.0))
+        self.objective = engine.Objective(trained, Criterion("ce"))
+        optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(model, LR, 0.01))
+        self.optimization = engine.Optimization(optimizer, precision)
 
     def __call__(self):
         bar = tqdm(self.batches, disable=True)
-        done = engine.train_one_epoch(self.objective, bar, self.optimizer, self.precision, lambda step: 1.0,
-                                      self.step)
+        done = engine.train_one_epoch(self.objective, bar, self.optimization, self.step)
         self.step, self.epoch = done["step"], self.epoch + 1
         self.batches.start(self.epoch)
 
@@ -144,7 +286,7 @@ def benchmark_train(args):
     train, val, table = some_data(args)
     samples = table, train, val
     utils.seed_everything(0)
-    first = build_model(args.backbone, "bn", CLASSES, (), args.weights, 0)
+    first = build_model(ModelSpec(backbone=args.backbone, num_classes=CLASSES), args.weights)
     models = {name: copy.deepcopy(first).to(device)
               for name in ("plain loop", "ours", "ours, cache made", "ours, cache there")}
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
@@ -160,7 +302,7 @@ def benchmark_train(args):
             epoch = statistics.median(seconds[name])
             rows.append(dict(name=name, start_s=started[name], epoch_s=epoch,
                              seconds=started[name] + args.epochs * epoch,
-                             miou=score(model.eval(), val, table, args.imgsz, device)))
+                             miou=validation_miou(model.eval(), val, table, args.imgsz, device)))
     for row in rows:
         row["ratio"] = rows[0]["seconds"] / row["seconds"]
         row["epoch_ratio"] = rows[0]["epoch_s"] / row["epoch_s"]
@@ -178,11 +320,11 @@ def logged(name, run):
     return call
 
 
-def score(model, samples, table, imgsz, device):
+def validation_miou(model, samples, table, imgsz, device):
     """Return the mIoU of a Segmenter on a few samples, in float32."""
     loader = make_loader(SegmentationDataset(samples, table, imgsz), 4, WORKERS)
     precision = utils.Precision("off", device)
-    scores, _ = engine.evaluate(model, tqdm(loader, disable=True), build_loss("ce"), precision)
+    scores, _ = engine.evaluate(model, tqdm(loader, disable=True), precision)
     return scores["miou"]
 
 
@@ -215,7 +357,7 @@ def peak_memory(args, name, images):
     args.images = images
     train, val, table = some_data(args)
     utils.seed_everything(0)
-    model = build_model(args.backbone, "bn", CLASSES, (), args.weights, 0).to(device)
+    model = build_model(ModelSpec(backbone=args.backbone, num_classes=CLASSES), args.weights).to(device)
     peaks = [0.0]
     threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
@@ -261,20 +403,14 @@ def benchmark_memory(args):
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------
-@torch.inference_mode()
 def our_evaluation(model, samples, table, protocol, precision, batch_size):
     """Score as evaluate.py does, without its boundary F1: batches from worker processes, autocast, one
     matrix.
     """
-    device = next(model.parameters()).device
     loader = make_loader(SegmentationDataset(samples, table, protocol.window), batch_size, WORKERS)
-    total = ConfusionMatrix(model.num_classes, device)
-    for images, masks, _ in loader:
-        views = engine.views_of(model, images, protocol, precision)
-        preds = engine.class_maps(views, [mask.shape for mask in masks])
-        for pred, mask in zip(preds, masks, strict=True):
-            total.update(pred, mask.to(device))
-    return total.miou()
+    views = partial(views_of, model, protocol=protocol, precision=precision)
+    scores, _ = engine.evaluate(model, tqdm(loader, disable=True), precision, views=views)
+    return scores["miou"]
 
 
 def benchmark_evaluate(args):
@@ -282,15 +418,9 @@ def benchmark_evaluate(args):
     device = utils.pick_device(args.device)
     model, checkpoint = load_model(args.model)
     model = model.to(device)
-    settings = checkpoint.get("config", {})
-    if "resplit" not in settings:
-        raise InputError(
-            f"{args.model} does not say what it was trained on: give a model that train.py wrote"
-        )
-    data = load_data(settings["dataset"], args.data_root or settings["data_root"], settings["resplit"],
-                     settings["ignore_background"], settings["val_fraction"], settings["classes"])
+    data = load_data(data_options(checkpoint, data_root=args.data_root))
     samples = data.splits["val"]
-    protocol, precision = engine.Protocol(tuple(checkpoint["imgsz"])), utils.Precision("auto", device)
+    protocol, precision = Protocol(tuple(checkpoint["imgsz"])), utils.Precision("auto", device)
     mious = {}
 
     def plain():
@@ -334,7 +464,7 @@ def model_rate(predictor, size, batch_size, calls=5):
 
 
 def benchmark_infer(args):
-    """Segment a clip by a plain loop and by infer_video.py's pipeline, in every engine that is installed.
+    """Segment a clip by a plain loop and by infer_video.py's pipeline, in every backend that is installed.
 
     model_share: end-to-end rate / rate of the network alone, measured just before and after; equal: share of
     the pixels that are the plain loop's, which runs in float32.
@@ -342,11 +472,11 @@ def benchmark_infer(args):
     if not args.input:
         raise InputError("--input is missing: give the clip to segment")
     VideoReader(args.input)  # says what is wrong with it before anything takes time
-    engines = ["torch", *[name for name in ("openvino", "onnxruntime") if is_installed(name)]]
-    predictors = {name: Predictor(args.model, args.device, runtime=name) for name in engines
+    backends = ["torch", *[name for name in BACKENDS if is_installed(name)]]
+    predictors = {name: Predictor(*load_model(args.model), args.device, backend=name) for name in backends
                   if name == "torch" or utils.pick_device(args.device).type == "cpu"}
     first = predictors["torch"]
-    table = [colour for _, colour in first.classes]
+    table = [color for _, color in first.classes]
     kept, alone = {}, {name: [] for name in predictors}
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
         def plain():
@@ -356,9 +486,13 @@ def benchmark_infer(args):
         def pipeline(name):
             predictor = kept[name] = Kept(predictors[name])
             reader = VideoReader(args.input)
-            overlay = utils.Overlay(first.classes)
+            colors = visualize.color_table(first.classes)
+
+            def overlay(frame, pred):
+                return visualize.overlay(frame, pred, colors, out=frame)
+
             with VideoWriter(Path(folder) / f"{name}.mp4", reader.size, reader.fps, args.input) as writer:
-                segment_frames(reader, writer, predictor, overlay, predictor, args.batch_size, args.images)
+                Pipeline(reader, predictor, overlay, writer, args.batch_size, args.images).run(predictor)
 
         def network(name):
             alone[name].append(model_rate(predictors[name], first.protocol.window, args.batch_size))
@@ -404,7 +538,8 @@ def benchmark_model(args):
     from torch.utils.flop_counter import FlopCounterMode
     device = utils.pick_device(args.device)
     precision = utils.Precision("auto", device)
-    model = build_model(args.backbone, "bn", CLASSES, (), args.weights, 0).to(device).eval()
+    model = build_model(ModelSpec(backbone=args.backbone, num_classes=CLASSES), args.weights)
+    model = model.to(device).eval()
     limit = arithmetic_limit(device, precision.dtype or torch.float32)
     rows = []
     for size in ((224, 224), (448, 448), tuple(args.imgsz)):
@@ -430,30 +565,6 @@ def benchmark_model(args):
 
 MODES = {"train": benchmark_train, "data": benchmark_data, "memory": benchmark_memory,
          "evaluate": benchmark_evaluate, "infer": benchmark_infer, "model": benchmark_model}
-
-
-def parse_args(argv=None):
-    """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=list(MODES), help="what to measure")
-    parser.add_argument("--dataset", choices=DATASETS, default="streets", help="train, data, memory: on what")
-    parser.add_argument("--data-root", metavar="DIR", help="its folder (data; evaluate: as in training)")
-    parser.add_argument("--images", type=positive_int, default=100,
-                        help="training images of it; infer: frames of the clip (100)")
-    parser.add_argument("--input", metavar="FILE", help="infer: a clip")
-    parser.add_argument("--imgsz", nargs=2, type=positive_int, default=(640, 640), metavar=("H", "W"),
-                        help="size that images are brought to (640 640)")
-    parser.add_argument("--backbone", type=backbone_name, default="dinov2_vits14", metavar="NAME",
-                        help="train, memory: as in train.py (dinov2_vits14)")
-    parser.add_argument("--weights", default="auto", help="train, memory: as in train.py (auto)")
-    parser.add_argument("--epochs", type=positive_int, default=20, help="train: epochs of every variant (20)")
-    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="evaluate, infer: of train.py")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="images a forward pass (8)")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="data, evaluate: times each runs (3)")
-    parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
-    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
-    return parser.parse_args(argv)
 
 
 def main():

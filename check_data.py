@@ -11,7 +11,23 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-import argparse
+from config import names, script_parser
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--dataset", choices=names("dataset"), default="folder",
+                        help="data set (default: folder)")
+    parser.add_argument("--data-root", default="data", metavar="DIR",
+                        help="folder that holds it (default: data)")
+    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where check.png goes (outputs)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong flags are answered before torch is imported
+
 import dataclasses
 import time
 from pathlib import Path
@@ -21,12 +37,13 @@ import cv2
 import numpy as np
 
 import utils
-from config import DATASETS, IGNORE, InputError
-from datasets import DATASETS as SOURCES
-from folder import MOST_CLASSES, class_pixels, decode_masks, find_layout, stored
-from readers import OUTSIDE, match_files, outside_message, ranges, read_pair
-from scan import fits, in_parallel, scan_image, scan_mask
-from stratify import share_table, split_samples
+import visualize
+from config import IGNORE, DataOptions, InputError
+from dataio.folder import MOST_CLASSES, check_root, class_pixels, decode_masks, find_layout, stored
+from dataio.readers import OUTSIDE, match_files, outside_message, ranges, read_pair
+from dataio.scan import fits, in_parallel, scan_image, scan_mask
+from dataio.stratify import share_table, split_samples
+from datasets import DATASETS
 
 ALIKE = 10  # bits of 256 in which the difference hashes of near duplicates may differ
 STRAY = 1e-3  # share of the pixels below which a mask value looks like an accident
@@ -79,11 +96,11 @@ def find_samples(name, root, report):
     """Return ({split: [Sample]}, DataSource or None for a folder). Raises InputError without any data."""
     source = None
     if name == "folder":
-        if not root.is_dir():
-            raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
+        check_root(root)
         splits = find_folder_samples(root, report)
     else:
-        source = SOURCES[name](root)
+        find, _ = DATASETS[name]
+        source = find(root, DataOptions(dataset=name, data_root=str(root)), download=True)
         splits = source.splits
     if not any(splits.values()):
         raise InputError(f"{root} holds no image with a mask of the same name")
@@ -109,7 +126,7 @@ def check_images(samples, images, masks, report):
         modes.setdefault(images[sample].mode, []).append(sample.image)
     report.facts.append("images: " + ", ".join(f"{len(paths)} {mode}" for mode, paths in modes.items()))
     odd = [path for mode, paths in modes.items() if mode != "RGB" for path in paths]
-    report.warn("images are not RGB (greyscale, transparent or 16 bit): read as RGB", odd)
+    report.warn("images are not RGB (grayscale, transparent or 16 bit): read as RGB", odd)
     turned = [sample for sample in samples if images[sample].orientation != 1]
     follows = [sample for sample in turned if images[sample].orientation >= 5
                and images[sample].size != images[sample].size[::-1]]
@@ -147,7 +164,7 @@ def suggest_classes(root, samples, masks, report):
     painted = any(masks[sample].values is None for sample in samples)
     for sample in samples:
         mask = masks[sample]
-        codes = mask.colours if painted and mask.colours is not None else mask.values
+        codes = mask.colors if painted and mask.colors is not None else mask.values
         for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
             pixels[code] = pixels.get(code, 0) + count
             files.setdefault(code, []).append(sample.mask)
@@ -156,7 +173,7 @@ def suggest_classes(root, samples, masks, report):
         return
     if len(pixels) > MOST_CLASSES:
         report.hints.append(
-            f"the masks hold {len(pixels)} different {'colours' if painted else 'values'}: "
+            f"the masks hold {len(pixels)} different {'colors' if painted else 'values'}: "
             "they are not class masks, or were blurred by a lossy format; export them again as PNG"
         )
         return
@@ -167,7 +184,7 @@ def suggest_classes(root, samples, masks, report):
     stray = [code for code in sorted(pixels)
              if pixels[code] < STRAY * total and len(files[code]) <= few and len(pixels) > 2]
     for code in stray:
-        report.warn(f"masks hold the {'colour' if painted else 'value'} {shown[code]}, {pixels[code]} "
+        report.warn(f"masks hold the {'color' if painted else 'value'} {shown[code]}, {pixels[code]} "
                     "pixels in all: an accident?", files[code])
     kept = [code for code in sorted(pixels) if code not in stray]
     void = IGNORE if not painted and len(kept) > 2 else None
@@ -200,7 +217,7 @@ def decode(name, root, source, samples, masks, report):
         return source.classes, source.table
     sample, mask = wrong[0]
     if mask.values is None:
-        text = f"{sample.mask} is painted in colours, {name} has index masks"
+        text = f"{sample.mask} is painted in colors, {name} has index masks"
     else:
         outside = source.table[mask.values] == OUTSIDE
         text = outside_message(sample.mask, mask.values[outside], mask.counts[outside], source.table)
@@ -243,7 +260,7 @@ def check_duplicates(splits, images, report):
         copy = images[sample].digest == images[train[closest]].digest
         if distance[closest] <= ALIKE and not copy and images[sample].look.any():
             near.append(f"{sample.image} ~ {train[closest].image}")
-    report.warn("validation images look like training images (neighbouring frames?)", near)
+    report.warn("validation images look like training images (neighboring frames?)", near)
 
 
 # --- output -----------------------------------------------------------------------------------------------
@@ -253,27 +270,27 @@ def draw(samples, classes, table, pixels, path):
     columns = SHOWN // 2
     figure = Figure(figsize=(4 * columns, 6 + 1 + 0.28 * len(classes)), layout="constrained")
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, 1 + 0.28 * len(classes)])
-    colours = utils.colour_table(classes)
+    colors = visualize.color_table(classes)
     chosen = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int)
     for place, index in enumerate(chosen.tolist()):
         image, mask = (part.numpy() for part in read_pair(samples[index], table))
         image = image.transpose(1, 2, 0)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[place // columns, place % columns])
-        axes.imshow(utils.overlay(image, mask, colours, 0.6, utils.background_id(classes)))
+        axes.imshow(visualize.overlay(image, mask, colors, 0.6, visualize.background_id(classes)))
         axes.set_title(samples[index].image.name, fontsize=9)
         axes.axis("off")
     total = np.stack(list(pixels.values())).sum(0)
     shares = 100 * total / max(1, total.sum())
     axes = figure.add_subplot(grid[2, :])
     axes.barh(
-        range(len(classes)), shares, color=[np.array(colour) / 255 for _, colour in classes], edgecolor="grey"
+        range(len(classes)), shares, color=[np.array(color) / 255 for _, color in classes], edgecolor="gray"
     )
     for row, share in enumerate(shares):
         axes.text(share, row, f" {share:.2f} %", va="center")
     axes.set_yticks(range(len(classes)), [name for name, _ in classes])
     axes.set(xlabel="share of all counted pixels, %", ylim=(len(classes) - 0.5, -0.5))
-    utils.save_figure(figure, path)
+    visualize.save_figure(figure, path)
 
 
 def print_report(report, command):
@@ -286,18 +303,6 @@ def print_report(report, command):
         print(f"verdict: not ready, {len(report.problems)} problem(s) to solve first")
     else:
         print(f"verdict: ready, with {len(report.warnings)} warning(s). Train with:\n  {command}")
-
-
-def parse_args(argv=None):
-    """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, default="folder", help="data set (default: folder)")
-    parser.add_argument(
-        "--data-root", default="data", metavar="DIR", help="folder that holds it (default: data)"
-    )
-    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where check.png goes (outputs)")
-    return parser.parse_args(argv)
 
 
 def main():

@@ -10,7 +10,20 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-import argparse
+from config import add_run_flags, script_parser
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = script_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="--out-dir of a finished run")
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong flags are answered before torch is imported
+
 import json
 import math
 import statistics
@@ -22,8 +35,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
+import visualize
+from checkpoint import load_model
 from config import InputError
-from model import load_model
+from metrics import best_row
 
 MUST_AGREE = {"data_fingerprint": "the data files", "split_fingerprint": "the training / validation split",
               "class_names": "the classes", "protocol": "the protocol"}
@@ -44,7 +59,7 @@ class Run:
     @property
     def best(self):
         """The row of the epoch with the best validation mIoU."""
-        return utils.best_row(self.history)
+        return best_row(self.history)
 
     @property
     def model(self):
@@ -62,7 +77,7 @@ def read_run(folder):
         history = [json.loads(line, object_hook=nan_for_null) for line in lines]
     except OSError as error:
         name = Path(error.filename).name
-        raise InputError(f"{folder} is no run of train.py ({name}: {error.strerror})") from None
+        raise InputError(f"{folder} is not a run of train.py ({name}: {error.strerror})") from None
     except ValueError as error:
         raise InputError(f"{folder}: config.json or history.jsonl is damaged ({error})") from None
     for name, part, needed in (("config.json", config, OF_CONFIG), *(("history.jsonl", row, OF_ROW)
@@ -155,15 +170,15 @@ def markdown(runs, rows):
 def draw(runs, path):
     """Draw validation mIoU over epochs, all runs on one axis, beside the IoU of every class."""
     names = runs[0].config["class_names"]
-    figure, (curves, bars) = utils.new_figure(13, max(5, 1.5 + 0.28 * len(names)), columns=2)
+    figure, (curves, bars) = visualize.new_figure(13, max(5, 1.5 + 0.28 * len(names)), columns=2)
     for number, run in enumerate(runs):
-        colour = f"C{number % 10}"
+        color = f"C{number % 10}"
         epochs, mious = zip(*((row["epoch"], row["val_miou"]) for row in run.history), strict=True)
-        curves.plot(epochs, mious, "o-", ms=3, color=colour, label=f"{run.name}: {run.best['val_miou']:.4f}")
-        curves.plot(run.best["epoch"], run.best["val_miou"], "*", ms=13, color=colour)
+        curves.plot(epochs, mious, "o-", ms=3, color=color, label=f"{run.name}: {run.best['val_miou']:.4f}")
+        curves.plot(run.best["epoch"], run.best["val_miou"], "*", ms=13, color=color)
         ious = [math.nan if iou is None else iou for iou in run.best["per_class_iou"]]
-        places = [id + 0.7 * ((number + 0.5) / len(runs) - 0.5) for id in range(len(names))]
-        bars.barh(places, ious, height=0.7 / len(runs), color=colour, label=run.name)
+        positions = [id + 0.7 * ((number + 0.5) / len(runs) - 0.5) for id in range(len(names))]
+        bars.barh(positions, ious, height=0.7 / len(runs), color=color, label=run.name)
     curves.set(xlabel="epoch", ylabel="validation mIoU", ylim=(0, 1))
     curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.3)
@@ -171,17 +186,7 @@ def draw(runs, path):
     bars.set_yticks(range(len(names)), names)
     bars.set(xlabel="IoU at the best epoch", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     bars.grid(alpha=0.3, axis="x")
-    utils.save_figure(figure, path)
-
-
-def parse_args(argv=None):
-    """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="--out-dir of a finished run")
-    parser.add_argument("--device", default="auto", help="where latency is measured: auto, cuda, mps or cpu")
-    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where the results go (outputs)")
-    return parser.parse_args(argv)
+    visualize.save_figure(figure, path)
 
 
 def main():

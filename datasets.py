@@ -1,106 +1,28 @@
-"""Data sets: one function each finds the files, one Dataset class reads them, transforms keep both aligned.
+"""Data sets: one function each finds the files, one Dataset class reads them.
 
     python train.py --dataset voc --data-root data          # finds data/VOCdevkit/VOC2012, else downloads it
     python train.py --dataset camvid --data-root CamVid
 
-A new data set is one function that returns a DataSource, entered in DATASETS (and its name in config.py).
+A new data set is one function that returns a DataSource, entered in DATASETS with its classes.
 """
 import dataclasses
-import math
-from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
-import streets as drawn
-from config import (ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, IGNORE, PET, STREETS, VOC,
-                    InputError)
-from folder import folder
-from loading import mixed_seed
-from readers import (DataSource, Sample, existing, index_table, list_images, pair_files, read_list,
-                     read_mask, read_orientation, read_pair, rotate_like, value_table)
-from stratify import count_pixels, share_table, split_samples
+from config import IGNORE, InputError
+from dataio import streets as drawn
+from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
+from dataio.dataloader import mixed_seed
+from dataio.folder import folder
+from dataio.readers import (OUTSIDE, DataSource, Sample, existing, index_table, list_images, pair_files,
+                            read_list, read_mask, read_orientation, read_pair, rotate_like, value_table)
+from dataio.stratify import count_pixels, share_table, split_samples
+from dataio.transforms import augment, resize_image, wanted_size
 
-PADDING_COLOUR = (124, 116, 104)  # the ImageNet mean, so that padding is close to zero after normalisation
-TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # of RGB (NTSC)
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
-
-
-# --- joint transforms: (image, mask) -> (image, mask) -----------------------------------------------------
-def resize_image(image, size):
-    """Resize (..., 3, H, W) uint8 to (..., 3, h, w), bilinear, antialiased; every script resizes by it."""
-    return F.resize(image, list(size), antialias=True)
-
-
-def resize_mask(mask, size):
-    """Resize class ids (H, W) uint8 to (h, w) by nearest neighbour, pixel centres aligned.
-
-    Equal to torchvision's NEAREST_EXACT in a seventh of the time: whole rows are copied, twice.
-    """
-    rows, columns = (nearest(old, new) for old, new in zip(mask.shape, size, strict=True))
-    return torch.from_numpy(cv2.transpose(cv2.transpose(mask.numpy())[columns])[rows])
-
-
-@lru_cache(64)
-def nearest(old, new):
-    """Return for each of `new` pixels of a line which of `old` pixels its centre lies in, (new,) int64."""
-    places = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * (np.float32(old) / np.float32(new))
-    return np.minimum(places.astype(np.int64), old - 1)
-
-
-def random_scale_crop(image, mask, size, scale=(0.5, 2.0)):
-    """Fit the image into `size`, scale by a random factor, crop `size` at random; mask padding is 255."""
-    height, width = image.shape[-2:]
-    factor = min(size[0] / height, size[1] / width) * torch.empty(1).uniform_(*scale).item()
-    scaled = max(1, round(height * factor)), max(1, round(width * factor))
-    image = tv_tensors.Image(resize_image(image, scaled))
-    mask = tv_tensors.Mask(resize_mask(mask, scaled))
-    fill = {tv_tensors.Image: PADDING_COLOUR, tv_tensors.Mask: IGNORE}
-    return v2.RandomCrop(size, pad_if_needed=True, fill=fill)(image, mask)
-
-
-def augment(image, mask, size, names):
-    """Bring a training pair to `size` = (h, w) with the augmentations in `names` (crop, flip, color).
-
-    image (3, H, W) uint8, mask (H, W) uint8 of any size -> both at `size`. Random numbers come from torch's
-    global generator.
-    """
-    if "crop" in names:
-        image, mask = random_scale_crop(image, mask, size)
-    else:
-        image, mask = tv_tensors.Image(resize_image(image, size)), tv_tensors.Mask(resize_mask(mask, size))
-    image, mask = image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
-    if "flip" in names and torch.rand(1).item() < 0.5:
-        image, mask = image.flip(-1), mask.flip(-1)
-    if "color" in names:
-        image = jitter_colours(image)
-    return image, mask
-
-
-def jitter_colours(image, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05):
-    """Change brightness, contrast, saturation (factors 1 +- the argument) and hue (+- a share of the circle)
-    of (3, H, W) uint8 at random.
-
-    All four are linear in RGB, the hue as a rotation of the chroma plane of YIQ, so that one matrix does them
-    at once: twenty times as fast as torchvision's ColorJitter, which goes through HSV.
-    """
-    spans = torch.tensor([brightness, contrast, saturation, hue])
-    drawn = (torch.rand(4) * 2 - 1) * spans
-    bright, contrasted, saturated = (1 + drawn[:3]).tolist()
-    angle = 2 * math.pi * drawn[3].item()
-    cosine, sine = math.cos(angle) * saturated, math.sin(angle) * saturated
-    turn = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])  # of (Y, I, Q)
-    colours = bright * contrasted * (np.linalg.inv(TO_YIQ) @ turn @ TO_YIQ)  # (3, 3)
-    pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
-    grey = bright * float(TO_YIQ[0] @ np.array(cv2.mean(pixels)[:3]))
-    matrix = np.hstack([colours, np.full((3, 1), (1 - contrasted) * grey)])
-    return torch.from_numpy(cv2.transform(pixels, matrix)).permute(2, 0, 1)
 
 
 # --- the Dataset -----------------------------------------------------------------------------------------
@@ -125,16 +47,15 @@ class SegmentationDataset(Dataset):
         return torch.from_numpy(rotate_like(read_mask(sample.mask, self.table),
                                             *read_orientation(sample.image)))
 
-    def __getitem__(self, ticket):
-        # A ticket is epoch * len + index. Augmentation depends on seed, epoch and image alone, not on the
+    def __getitem__(self, item):
+        # An item is epoch * len + index. Augmentation depends on seed, epoch and image alone, not on the
         # worker or on what was read before: a resumed run sees what an uninterrupted one would.
-        epoch, index = divmod(ticket, len(self))
+        epoch, index = divmod(item, len(self))
         sample = self.samples[index]
         if self.augments is None:
             image, mask = read_pair(sample, self.table)
             return resize_image(image, self.size) if self.size else image, mask, str(sample.image)
-        largest = [side * (2 if "crop" in self.augments else 1) for side in self.size]
-        image, mask = read_pair(sample, self.table, at_least=largest)
+        image, mask = read_pair(sample, self.table, at_least=wanted_size(self.size, self.augments))
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
@@ -144,10 +65,11 @@ class SegmentationDataset(Dataset):
         return image, mask, str(sample.image)
 
 
-# --- one function a data set ------------------------------------------------------------------------------
+# --- one function per data set ----------------------------------------------------------------------------
+# f(root, options, download) -> DataSource: options are config.DataOptions, download says whether it may.
 def first_with(folders, inside):
     """Return the first of `folders` that holds `inside`, else None."""
-    return next((place for place in folders if (place / inside).exists()), None)
+    return next((folder for folder in folders if (folder / inside).exists()), None)
 
 
 def listed(base, names, image, mask):
@@ -155,10 +77,10 @@ def listed(base, names, image, mask):
     return existing([Sample(base / image.format(name), base / mask.format(name)) for name in names])
 
 
-def voc(root, download=True):
+def voc(root, options, download):
     """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads 2 GB by torchvision."""
-    places = [root / "VOCdevkit/VOC2012", root / "VOC2012", root, root / "voc/VOCdevkit/VOC2012"]
-    base = first_with(places, "ImageSets/Segmentation/train.txt") or download_voc(root, download)
+    folders = [root / "VOCdevkit/VOC2012", root / "VOC2012", root, root / "voc/VOCdevkit/VOC2012"]
+    base = first_with(folders, "ImageSets/Segmentation/train.txt") or download_voc(root, download)
     splits = {}
     for split in ("train", "val"):
         names = read_list(base / f"ImageSets/Segmentation/{split}.txt")
@@ -180,8 +102,8 @@ def download_voc(root, allowed):
     return root / "VOCdevkit/VOC2012"
 
 
-def camvid(root):
-    """CamVid, SegNet split (train, trainannot, val, valannot): 11 classes, 11 = unlabelled = ignore."""
+def camvid(root, options, download):
+    """CamVid, SegNet split (train, trainannot, val, valannot): 11 classes, 11 = unlabeled = ignore."""
     base = first_with([root, root / "CamVid", root / "camvid"], "trainannot")
     if base is None:
         raise InputError(f"no CamVid under {root}: put the folders train, trainannot, val, valannot of the "
@@ -191,7 +113,7 @@ def camvid(root):
     return DataSource("camvid", CAMVID, splits, index_table(11, ignored=(11, IGNORE)))
 
 
-def streets(root):
+def streets(root, options, download):
     """Street scenes drawn into `root`/streets: 480 train, 96 val, 7 classes. Drawn once, about 15 s."""
     base = root / "streets"
     if not drawn.is_current(base, train=480, val=96, size=(256, 320), seed=0):
@@ -201,10 +123,11 @@ def streets(root):
         drawn.write_streets(base, STREETS, train=480, val=96, size=(256, 320), seed=0)
     splits = {split: pair_files(base / split / "images", base / split / "masks")
               for split in ("train", "val")}
-    return DataSource("streets", STREETS, splits, index_table(len(STREETS)))
+    return DataSource("streets", STREETS, splits, index_table(len(STREETS)),
+                      examples=drawn.write_examples(base))
 
 
-def aeroscapes(root):
+def aeroscapes(root, options, download):
     """AeroScapes (Nigam et al., WACV 2018): 2,621 train, 648 val frames of drones, 12 classes."""
     base = first_with([root, root / "aeroscapes", root / "AeroScapes"], "ImageSets/trn.txt")
     if base is None:
@@ -218,10 +141,10 @@ def aeroscapes(root):
     return DataSource("aeroscapes", AEROSCAPES, splits, index_table(len(AEROSCAPES)))
 
 
-def pet(root, download=True):
+def pet(root, options, download):
     """Oxford-IIIT Pet: 3,680 train, 3,669 val (its test list); trimaps: 1 pet, 2 background, 3 border."""
-    places = [root, root / "oxford-iiit-pet"]
-    base = first_with(places, "annotations/trainval.txt") or download_pet(root, download)
+    folders = [root, root / "oxford-iiit-pet"]
+    base = first_with(folders, "annotations/trainval.txt") or download_pet(root, download)
     splits = {}
     for split, list_name in (("train", "trainval"), ("val", "test")):
         path = base / f"annotations/{list_name}.txt"
@@ -249,7 +172,7 @@ def download_pet(root, allowed):
     return root / "oxford-iiit-pet"
 
 
-def cityscapes(root):
+def cityscapes(root, options, download):
     """Cityscapes, fine annotations: 2,975 train, 500 val, 19 of its classes; the others are ignored.
 
     Masks are *_labelTrainIds.png where every image has one, else *_labelIds.png mapped by table.
@@ -280,7 +203,7 @@ def cityscapes(root):
     return DataSource("cityscapes", CITYSCAPES, raw, value_table(entries))
 
 
-def ade20k(root):
+def ade20k(root, options, download):
     """ADE20K, SceneParsing benchmark: 20,210 train, 2,000 val, 150 classes; mask value 0 is ignored."""
     base = first_with([root, root / "ADEChallengeData2016", root / "ade20k"], "annotations/validation")
     if base is None:
@@ -295,20 +218,30 @@ def ade20k(root):
     return DataSource("ade20k", ADE20K, splits, value_table(entries))
 
 
-DATASETS = {"streets": streets, "voc": voc, "camvid": camvid, "aeroscapes": aeroscapes, "pet": pet,
-            "cityscapes": cityscapes, "ade20k": ade20k, "folder": folder}
+# A new data set is one function above and one line here: the function and its classes, None where the files
+# say which there are.
+DATASETS = {
+    "streets": (streets, STREETS),
+    "voc": (voc, VOC),
+    "camvid": (camvid, CAMVID),
+    "aeroscapes": (aeroscapes, AEROSCAPES),
+    "pet": (pet, PET),
+    "cityscapes": (cityscapes, CITYSCAPES),
+    "ade20k": (ade20k, ADE20K),
+    "folder": (folder, None),
+}
 
 
 # --- what every data set can be asked for -----------------------------------------------------------------
 def quick_check(source, count=8):
     """Read a few masks of every part, evenly spread. Raises InputError where no training could come of them.
 
-    Reads on where those few hold no class, as a part of a sparsely labelled set may; check_data.py says more.
+    Reads on where those few hold no class, as a part of a sparsely labeled set may; check_data.py says more.
     """
     for split, samples in source.splits.items():
         spread = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int).tolist()
-        labelled = [(read_mask(samples[index].mask, source.table) != IGNORE).any() for index in spread]
-        if samples and not any(labelled) and not any(
+        labeled = [(read_mask(samples[index].mask, source.table) != IGNORE).any() for index in spread]
+        if samples and not any(labeled) and not any(
                 (read_mask(sample.mask, source.table) != IGNORE).any() for sample in samples):
             raise InputError(
                 f"the masks of {split}, such as {samples[0].mask}, hold nothing but ignored pixels: "
@@ -350,24 +283,28 @@ def without_background(source):
     return dataclasses.replace(source, classes=classes, table=ids[source.table], notes=notes)
 
 
-def load_data(name, root, resplit=False, ignore_background=False, val_fraction=0.2, class_names=(),
-              cache_dir="outputs/cache", download=True):
-    """Find the files of data set `name` under folder `root` and return its DataSource.
+def check_table(source):
+    """Raise InputError where a DataSource decodes masks to an id that is not a class."""
+    ids = np.unique(source.table)
+    wrong = ids[(ids >= len(source.classes)) & (ids != IGNORE) & (ids != OUTSIDE)]
+    if len(wrong):
+        raise InputError(f"--dataset {source.name} decodes masks to class {wrong[0]}, and it has "
+                         f"{len(source.classes)} classes, 0..{len(source.classes) - 1}: correct its table")
 
-    resplit: pool all images and split them anew; ignore_background: leave that class out; class_names: of the
-    data set `folder` alone; cache_dir: where pixel counts are kept; download: whether voc and pet may. Raises
-    InputError where the root or a file of the data set is missing or does not fit.
+
+def load_data(options, cache_dir="outputs/cache", download=True):
+    """Find the files of the data set that config.DataOptions describe and return its DataSource.
+
+    cache_dir: where pixel counts are kept; download: whether voc and pet may. Raises InputError where the
+    root or a file of the data set is missing or does not fit.
     """
-    root = Path(root)
-    if name == "folder" and not root.is_dir():
-        raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
-    options = dict(val_fraction=val_fraction, class_names=class_names) if name == "folder" else {}
-    if name in ("voc", "pet"):
-        options["download"] = download
-    source = without_leaks(DATASETS[name](root, **options))
-    if resplit:
-        source = split_anew(source, val_fraction, cache_dir)
-    if ignore_background:
+    root = Path(options.data_root)
+    find, _ = DATASETS[options.dataset]
+    source = without_leaks(find(root, options, download))
+    check_table(source)
+    if options.resplit:
+        source = split_anew(source, options.val_fraction, cache_dir)
+    if options.ignore_background:
         source = without_background(source)
     quick_check(source)
     return source

@@ -13,11 +13,37 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-import argparse
+from config import add_imgsz_flag, add_model_flag, add_protocol_flags, add_run_flags, names, positive_int
+from config import script_parser
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = script_parser(__doc__)
+    add_model_flag(parser)
+    parser.add_argument("--dataset", choices=names("dataset"),
+                        help="data set (default: the one the model was trained on)")
+    parser.add_argument("--data-root", metavar="DIR", help="folder that holds it (default: as in training)")
+    parser.add_argument("--split", choices=["train", "val", "test", "all"], default="val",
+                        help="part of it (default: val)")
+    add_imgsz_flag(parser)
+    add_protocol_flags(parser)
+    parser.add_argument("--batch-size", type=positive_int, default=8,
+                        help="images or windows per forward pass (8)")
+    parser.add_argument("--report", action="store_true", help="write report.html too")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
+                        help="is B better than A? paired bootstrap over images; scores no model")
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong flags are answered before torch is imported
+
 import csv
-import hashlib
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -27,67 +53,36 @@ from tqdm import tqdm
 
 import engine
 import utils
-from config import DATASETS, IGNORE, InputError, positive_int
+import visualize
+from checkpoint import data_options, load_model
+from config import IGNORE, InputError
+from dataio.dataloader import make_loader, naming_files
+from dataio.readers import read_image
 from datasets import SegmentationDataset, load_data
-from loading import make_loader, naming_files
+from inference.predictor import Predictor, views_of
+from inference.report import existing_figures, report_page
 from metrics import (BOUNDARY_TOLERANCE, ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts,
                      paired_bootstrap)
-from readers import read_image
-from report import existing_figures, report_page
-from weights import hash_files
+from models.weights import hash_files, hash_state
 
 KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
 WORST, PAIRS = 20, 8  # images and pairs of classes that a report shows
 CURVES = {"loss.png": "loss", "accuracy.png": "pixel accuracy", "miou.png": "mIoU"}  # of the run
 FIGURES = {"per_class_iou.png": "IoU of every class", "confusion_matrix.png": "confusion matrix"}
-DATA_OPTIONS = {"val_fraction": "val_fraction", "classes": "class_names", "resplit": "resplit",
-                "ignore_background": "ignore_background"}  # settings of a run: arguments of load_data
-
-
-def parse_args(argv=None):
-    """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    utils.add_model_flag(parser)
-    parser.add_argument(
-        "--dataset", choices=DATASETS, help="data set (default: the one the model was trained on)"
-    )
-    parser.add_argument("--data-root", metavar="DIR", help="folder that holds it (default: as in training)")
-    parser.add_argument("--split", choices=["train", "val", "test", "all"], default="val",
-                        help="part of it (default: val)")
-    parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
-                        help="size the network runs at, with slide the window (default: as trained)")
-    utils.add_protocol_flags(parser)
-    parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=8, help="images or windows a forward pass (8)"
-    )
-    parser.add_argument("--report", action="store_true", help="write report.html too")
-    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
-                        help="is B better than A? paired bootstrap over images; scores no model")
-    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
-    return parser.parse_args(argv)
 
 
 # --- scoring ----------------------------------------------------------------------------------------------
 def open_data(args, checkpoint):
     """Return the DataSource to score on, split as it was in training. Raises InputError."""
-    trained = checkpoint.get("config", {})
-    dataset = args.dataset or trained.get("dataset")
-    if not dataset:
-        raise InputError("--dataset is missing: this model does not say what it was trained on")
-    same = dataset == trained.get("dataset")
-    options = {name: trained[key] for key, name in DATA_OPTIONS.items() if same and key in trained}
-    root = args.data_root or (trained["data_root"] if same else "data")
-    data = load_data(dataset, root, cache_dir=Path(args.out_dir) / "cache", **options)
-    ours, theirs = [name for name, _ in checkpoint["classes"]], [name for name, _ in data.classes]
-    if ours != theirs:
-        first = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), None)
-        detail = (
-            f"class {first[0]} against {first[1]}" if first else f"{len(ours)} classes against {len(theirs)}"
-        )
-        raise InputError(f"the model's classes are not those of --dataset {dataset} ({detail}): evaluate it "
-                         "on a data set with its classes")
+    options = data_options(checkpoint, args.dataset, args.data_root)
+    data = load_data(options, Path(args.out_dir) / "cache")
+    own, found = [name for name, _ in checkpoint["classes"]], [name for name, _ in data.classes]
+    if own != found:
+        first = next((pair for pair in zip(own, found, strict=False) if pair[0] != pair[1]), None)
+        detail = f"class {first[0]} against {first[1]}" if first else (f"{len(own)} classes against "
+                                                                      f"{len(found)}")
+        raise InputError(f"the model's classes are not those of --dataset {options.dataset} ({detail}): "
+                         "evaluate it on a data set with its classes")
     return data
 
 
@@ -109,29 +104,25 @@ def batches_of(samples, table, protocol, batch_size):
     return make_loader(dataset, batch_size if whole else 1, workers=min(2, os.cpu_count() or 1))
 
 
-def score(model, loader, protocol, precision, batch_size):
-    """Return (ConfusionMatrix of all images, one record an image).
+def score(predictor, loader, batch_size):
+    """Return (ConfusionMatrix of all images, one record per image) of a Predictor's model and protocol.
 
     A record is dict(name, cells, boundary): cells = [[truth, prediction, pixels], ...] of the image's own
     confusion matrix, without zeros; boundary = [boundary F1 of each class, NaN where it has none].
     """
-    device, classes = next(model.parameters()).device, model.num_classes
-    total, records = ConfusionMatrix(classes, device), []
-    bar = tqdm(total=len(loader.dataset), desc="evaluating", unit="image", leave=False, disable=None)
-    for images, masks, names in loader:
-        views = engine.views_of(model, images, protocol, precision, batch_size)
-        with torch.inference_mode():
-            preds = engine.class_maps(views, [mask.shape for mask in masks])
-        for pred, mask, name in zip(preds, masks, names, strict=True):
-            matrix = ConfusionMatrix(classes, device)
-            matrix.update(pred, mask.to(device))
-            total.merge(matrix)
-            cells = torch.nonzero(matrix.counts)  # (n, 2)
-            counts = matrix.counts[cells[:, 0], cells[:, 1]]
-            records.append(dict(name=name, cells=torch.column_stack([cells, counts]).tolist(),
-                                boundary=boundary_f1(pred.cpu().numpy(), mask.numpy(), classes).tolist()))
-        bar.update(len(names))
-    bar.close()
+    model, precision, records = predictor.model, predictor.precision, []
+
+    def record(name, pred, mask):
+        matrix = ConfusionMatrix(model.num_classes)
+        matrix.update(pred.cpu(), mask)
+        cells = torch.nonzero(matrix.counts)  # (n, 2)
+        counts = matrix.counts[cells[:, 0], cells[:, 1]]
+        boundary = boundary_f1(pred.cpu().numpy(), mask.numpy(), model.num_classes).tolist()
+        records.append(dict(name=name, cells=torch.column_stack([cells, counts]).tolist(), boundary=boundary))
+
+    views = partial(views_of, model, protocol=predictor.protocol, precision=precision, batch_size=batch_size)
+    bar = tqdm(loader, "evaluating", unit="batch", leave=False, disable=None)
+    _, total = engine.evaluate(model, bar, precision, views=views, on_image=record)
     return total, records
 
 
@@ -146,9 +137,8 @@ def counts_of(records, num_classes):
     return counts
 
 
-def summarise(total, records, classes):
-    """Return the scores as a dict: the means, their interval, one dict a class, the classes that are absent.
-    """
+def summarize(total, records, classes):
+    """Return the scores as a dict: the means, their interval, one dict per class, the absent classes."""
     counts = counts_of(records, len(classes))
     boundaries = np.array([record["boundary"] for record in records])  # (N, K)
     seen = ~np.isnan(boundaries)
@@ -161,10 +151,10 @@ def summarise(total, records, classes):
         boundary_f1=torch.from_numpy(boundary),
     )
     pixels = total.counts.cpu()
-    per_class = [dict(name=name, colour=list(colour), pixels=int(pixels[id].sum()),
+    per_class = [dict(name=name, color=list(color), pixels=int(pixels[id].sum()),
                       predicted=int(pixels[:, id].sum()), images=int((counts[:, 1, id] > 0).sum()),
                       **{key: values[id].item() for key, values in columns.items()})
-                 for id, (name, colour) in enumerate(classes)]
+                 for id, (name, color) in enumerate(classes)]
     return dict(miou=total.miou(), miou_interval=bootstrap_interval(counts), mean_dice=total.mean_dice(),
                 pixel_accuracy=total.pixel_accuracy(), mean_class_accuracy=total.mean_class_accuracy(),
                 frequency_weighted_iou=total.frequency_weighted_iou(),
@@ -177,10 +167,7 @@ def file_hash(model, path):
     if Path(path).is_file():
         weights = Path(path).with_suffix(".bin")  # OpenVINO keeps them beside the .xml
         return hash_files(*([path, weights] if Path(path).suffix == ".xml" else [path]))[:16]
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return hash_state(model.state_dict())[:16]
 
 
 def describe(args, data, samples, protocol, precision, model):
@@ -222,7 +209,7 @@ def protocol_line(protocol):
 
 
 def print_scores(scores):
-    """Print the means, then one line a class."""
+    """Print the means, then one line per class."""
     low, high = scores["miou_interval"]
     print(f"mIoU {scores['miou']:.4f} (95 % interval over images {low:.4f} to {high:.4f})")
     print(", ".join(f"{key.replace('_', ' ')} {scores[key]:.4f}" for key in KEYS[1:]))
@@ -242,22 +229,22 @@ def write_results(out_dir, result, total, classes):
     text = json.dumps(utils.finite(result))
     utils.write_atomically(out_dir / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
     table = io.StringIO()
-    columns = [key for key in result["per_class"][0] if key != "colour"]
+    columns = [key for key in result["per_class"][0] if key != "color"]
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(utils.finite(result["per_class"]))
     utils.write_atomically(out_dir / "per_class.csv",
                            lambda path: path.write_text(table.getvalue(), encoding="utf-8", newline=""))
-    utils.plot_per_class_iou(total.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
-    utils.plot_confusion(total.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
+    visualize.plot_per_class_iou(total.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
+    visualize.plot_confusion(total.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
 
 
 def error_map(image, truth, pred):
-    """Return a picture (H, W, 3) uint8: grey where right, red where wrong, white where not counted."""
-    grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2) * 0.6 + 40
-    grey[truth != pred] = 0.25 * grey[truth != pred] + 0.75 * np.array([255, 0, 0])
-    grey[truth == IGNORE] = 255
-    return grey.astype(np.uint8)
+    """Return a picture (H, W, 3) uint8: gray where right, red where wrong, white where not counted."""
+    gray = np.repeat(image.mean(2, keepdims=True), 3, axis=2) * 0.6 + 40
+    gray[truth != pred] = 0.25 * gray[truth != pred] + 0.75 * np.array([255, 0, 0])
+    gray[truth == IGNORE] = 255
+    return gray.astype(np.uint8)
 
 
 def panels_of(index, dataset, predictor):
@@ -268,9 +255,9 @@ def panels_of(index, dataset, predictor):
     if pred.shape != truth.shape:  # masks of another size than their image
         pred = cv2.resize(pred, truth.shape[::-1], interpolation=cv2.INTER_NEAREST)
     pixels = cv2.resize(image.permute(1, 2, 0).numpy(), truth.shape[::-1], interpolation=cv2.INTER_AREA)
-    table = utils.colour_table(predictor.classes)
-    return [("image", pixels), ("truth", utils.overlay(pixels, truth, table, 0.65)),
-            ("prediction", utils.overlay(pixels, pred, table, 0.65)),
+    table = visualize.color_table(predictor.classes)
+    return [("image", pixels), ("truth", visualize.overlay(pixels, truth, table, 0.65)),
+            ("prediction", visualize.overlay(pixels, pred, table, 0.65)),
             ("errors", error_map(pixels, truth, pred))]
 
 
@@ -312,9 +299,9 @@ def read_metrics(path):
     except OSError as error:
         raise InputError(f"--compare {path}: {error.strerror}") from None
     except (ValueError, AttributeError) as error:
-        raise InputError(f"--compare {path} is no metrics.json of evaluate.py ({error})") from None
+        raise InputError(f"--compare {path} is not a metrics.json of evaluate.py ({error})") from None
     if missing:
-        raise InputError(f"--compare {path} is no metrics.json of evaluate.py (no "
+        raise InputError(f"--compare {path} is not a metrics.json of evaluate.py (no "
                          f"{', '.join(sorted(missing))})")
     return result
 
@@ -352,8 +339,7 @@ def main():
     args = parse_args()
     if args.compare:
         return compare(*args.compare)
-    device = utils.pick_device(args.device)
-    predictor = engine.Predictor(args.model, device, args.imgsz, args.protocol, args.tta)
+    predictor = Predictor(*load_model(args.model), args.device, args.imgsz, args.protocol, args.tta)
     model, protocol, precision = predictor.model, predictor.protocol, predictor.precision
     data = open_data(args, predictor.checkpoint)
     samples = samples_of(data, args.split)
@@ -365,8 +351,8 @@ def main():
     print(protocol_line(described), flush=True)
     loader = batches_of(samples, data.table, protocol, args.batch_size)
     with naming_files(loader):
-        total, records = score(model, loader, protocol, precision, args.batch_size)
-    scores = summarise(total, records, data.classes)
+        total, records = score(predictor, loader, args.batch_size)
+    scores = summarize(total, records, data.classes)
     print_scores(scores)
     result = dict(protocol=described, **scores, confusion=total.counts.tolist(), records=records)
     write_results(out_dir, result, total, data.classes)

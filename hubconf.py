@@ -2,23 +2,62 @@
 
     import torch
     segmenter = torch.hub.load("OWNER/dinoseg", "segmenter", "best_model_iou.pth")
-    class_map = segmenter.predict("photo.jpg")         # (H, W) uint8; segmenter.classes names them
+    label_map = segmenter.predict("photo.jpg")         # (H, W) uint8; segmenter.classes names them
 
-With source="local" the first argument is the folder of this code.
+With source="local" the first argument is the folder of this code. Other modules called datasets, utils,
+config, evaluate or models that the program has imported stay as they are.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from engine import Predictor
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+# imported before this folder stands on sys.path, so that none of them takes a module here for another package
+import cv2  # noqa: F401
+import numpy  # noqa: F401
+import PIL.Image  # noqa: F401
+import timm  # noqa: F401
+import torchvision  # noqa: F401
+import tqdm  # noqa: F401
 
 dependencies = ["torch", "torchvision", "timm", "cv2", "numpy", "PIL", "tqdm"]
+HERE = Path(__file__).resolve().parent
+
+
+@contextmanager
+def own_modules():
+    """Context in which `import utils` and the like mean the files of this folder; afterwards sys.modules and
+    sys.path are as they were.
+    """
+    names = {path.stem for path in HERE.glob("*.py")} - {"hubconf"}
+    names |= {path.parent.name for path in HERE.glob("*/__init__.py")}
+
+    def taken():
+        return {name: module for name, module in sys.modules.items() if name.split(".")[0] in names}
+
+    before, path = taken(), list(sys.path)
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, str(HERE))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in taken():
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None, protocol="", tta=""):
-    """Return an engine.Predictor: predict(image) takes a path or a numpy image (H, W, 3) uint8 RGB.
+    """Return an inference.predictor.Predictor: predict(image) takes a path or a numpy image (H, W, 3) uint8.
 
     checkpoint: of train.py, a file of export.py, or an official head's name; device, imgsz, protocol
-    (whole, slide) and tta (flip, ms, "ms,flip") as the flags of infer_image.py. Raises InputError.
+    (whole, slide) and tta (flip, ms, "ms,flip") as the flags of infer_image.py. Raises config.InputError.
     """
-    return Predictor(checkpoint, device, imgsz, protocol, tta)
+    with own_modules():
+        from checkpoint import load_model
+        from inference.predictor import Predictor
+        return Predictor(*load_model(checkpoint), device, imgsz, protocol, tta)

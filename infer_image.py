@@ -1,16 +1,35 @@
-"""Segment images with a trained model: colour overlay, index mask and legend.
+"""Segment images with a trained model: color overlay, index mask and legend.
 
     python infer_image.py --input photo.jpg
     python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
 
 Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
-class id) and legend.png. A file that cannot be read is reported and passed over; the exit code is then 1.
+class id) and legend.png. A file that cannot be read is reported and skipped; the exit code is then 1.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-import argparse
+from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
+                    add_run_flags, script_parser)
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
+    add_model_flag(parser)
+    add_imgsz_flag(parser)
+    add_protocol_flags(parser)
+    add_backend_flag(parser)
+    add_overlay_flags(parser)
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong flags are answered before torch is imported
+
 import glob
 import itertools
 import sys
@@ -19,11 +38,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import engine
 import utils
+import visualize
+from checkpoint import load_model
 from config import InputError
-from readers import IMAGE_ENDINGS, read_image
-from video import ReadAhead, WriteBehind
+from dataio.readers import IMAGE_ENDINGS, read_image
+from inference.predictor import Predictor
+from inference.video import ReadAhead, WriteBehind
 
 
 def find_inputs(inputs):
@@ -41,14 +62,14 @@ def find_inputs(inputs):
             files = sorted(Path(item) for item in glob.glob(text, recursive=True) if Path(item).is_file())
         if not files:
             reason = f"is a folder without images (endings {' '.join(IMAGE_ENDINGS)})" if path.is_dir() else \
-                "is no file, folder or pattern that matches one"
+                "is not a file, a folder or a pattern that matches one"
             raise InputError(f"--input {text} {reason}")
         found += files
     return list(dict.fromkeys(found))
 
 
 def output_names(paths):
-    """Return one distinct output name a path: its stem, after the folder's name where stems repeat."""
+    """Return one distinct output name per path: its stem, after the folder's name where stems repeat."""
     names = {}  # keeps its order, and finds a taken name at once
     for path in paths:
         plain = path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"
@@ -73,36 +94,24 @@ def describe(pred, classes):
                      if counts[id] >= 0.0005 * pred.size)
 
 
-def parse_args(argv=None):
-    """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
-    utils.add_model_flag(parser)
-    utils.add_protocol_flags(parser)
-    utils.add_engine_flag(parser)
-    utils.add_inference_flags(parser)
-    return parser.parse_args(argv)
-
-
 def main():
-    """Segment every input; return 1 where a file had to be passed over, 2 where all had."""
+    """Segment every input; return 1 where a file had to be skipped, 2 where all had."""
     args = parse_args()
     paths = find_inputs(args.input)
     if args.show:
-        utils.require_display()
-    predictor = engine.Predictor(args.model, args.device, args.imgsz, args.protocol, args.tta, args.engine,
-                                 len(paths))
+        visualize.require_display()
+    predictor = Predictor(*load_model(args.model), args.device, args.imgsz, args.protocol, args.tta,
+                          args.backend, len(paths))
     classes = predictor.classes
-    table, keep = utils.colour_table(classes), utils.background_id(classes)
+    table, keep = visualize.color_table(classes), visualize.background_id(classes)
     out_dir = Path(args.out_dir) / "inference_results_image"
     utils.make_folder(out_dir)
     failed = 0
 
     def save(image, pred, name):
-        drawn = utils.overlay(image, pred, table, args.alpha, keep)
+        drawn = visualize.overlay(image, pred, table, args.alpha, keep)
         utils.save_image(drawn, out_dir / f"{name}_overlay.jpg", quality=92)
-        utils.save_mask(pred, classes, out_dir / f"{name}_mask.png")
+        visualize.save_mask(pred, classes, out_dir / f"{name}_mask.png")
 
     # the next files are read and the last ones written while the model looks at one
     with (ReadAhead(map(read_or_error, paths)) as images, WriteBehind(save) as writer,
@@ -111,16 +120,16 @@ def main():
             bar.update()
             if isinstance(image, InputError):
                 failed += 1
-                tqdm.write(f"passed over: {image}", file=sys.stderr)
+                tqdm.write(f"skipped: {image}", file=sys.stderr)
                 continue
             pred = predictor(image[None])[0]  # (3, H, W) -> (H, W)
             pixels = image.permute(1, 2, 0).numpy()
             writer.put(pixels, pred, name)
             tqdm.write(f"{path}: {describe(pred, classes)}")
             if args.show:
-                utils.show_window(utils.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
+                visualize.show_window(visualize.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
     if failed < len(paths):
-        utils.save_image(utils.legend(classes), out_dir / "legend.png")
+        utils.save_image(visualize.legend(classes), out_dir / "legend.png")
     print(f"{len(paths) - failed} of {len(paths)} images segmented ({predictor}); overlays, masks and "
           f"legend.png are in {out_dir}")
     return 0 if not failed else 1 if failed < len(paths) else 2

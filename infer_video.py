@@ -12,14 +12,37 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-import argparse
+from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_run_flags,
+                    positive_int, script_parser)
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
+    add_model_flag(parser)
+    add_imgsz_flag(parser)
+    parser.add_argument("--batch-size", type=positive_int, help="frames per forward pass (default: 1 for "
+                        "cameras and streams, else 2, on a GPU 8)")
+    add_backend_flag(parser)
+    parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
+    add_overlay_flags(parser)
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong flags are answered before torch is imported
+
 import time
 from pathlib import Path
 
-import engine
 import utils
-from config import InputError, positive_int
-from video import VideoReader, VideoWriter, segment_frames
+import visualize
+from checkpoint import load_model
+from config import InputError
+from inference.predictor import Predictor
+from inference.video import Pipeline, VideoReader, VideoWriter
 
 
 def output_path(reader, out_dir):
@@ -32,32 +55,28 @@ def output_path(reader, out_dir):
     return out_dir / f"{kind}_{time.strftime('%Y-%m-%d_%H-%M-%S')}.mp4"
 
 
-def parse_args(argv=None):
-    """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
-    utils.add_model_flag(parser)
-    parser.add_argument("--batch-size", type=positive_int,
-                        help="frames a forward pass (default: 1 for cameras and streams, else 2, on a GPU 8)")
-    utils.add_engine_flag(parser)
-    parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
-    utils.add_inference_flags(parser)
-    return parser.parse_args(argv)
+def default_batch(predictor, live):
+    """Return how many frames go through the model at a time: one where each is awaited."""
+    return 1 if live else 8 if predictor.device.type == "cuda" else 2
 
 
 def main():
     """Segment the video; return 130 where a file was interrupted. Raises InputError where it ends early."""
     args = parse_args()
     if args.show:
-        utils.require_display()
+        visualize.require_display()
     reader = VideoReader(args.input)
     expected = min(filter(None, (reader.count, args.max_frames)), default=None)
-    predictor = engine.Predictor(args.model, args.device, args.imgsz, runtime=args.engine, expected=expected)
-    overlay = utils.Overlay(predictor.classes, args.alpha)
+    predictor = Predictor(*load_model(args.model), args.device, args.imgsz, backend=args.backend,
+                          expected=expected)
+    classes = predictor.classes
+    table, keep = visualize.color_table(classes), visualize.background_id(classes)
+
+    def overlay(frame, pred):
+        return visualize.overlay(frame, pred, table, args.alpha, keep, out=frame)
 
     def show(frame):
-        return utils.show_window(frame, "dinoseg (q ends)", 1) == "q"
+        return visualize.show_window(frame, "dinoseg (q ends)", 1) == "q"
 
     out_dir = Path(args.out_dir) / "inference_results_video"
     utils.make_folder(out_dir)
@@ -65,14 +84,13 @@ def main():
     start = time.perf_counter()
     sound = None if reader.live else reader.source
     with utils.StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps, sound) as writer:
+        batch_size = args.batch_size or default_batch(predictor, reader.drops or args.show)
+        pipeline = Pipeline(reader, predictor, overlay, writer, batch_size,
+                            args.max_frames, show if args.show else None)
         try:
-            size = args.batch_size or (
-                1 if reader.drops or args.show else 8 if predictor.device.type == "cuda" else 2
-            )
-            stages, dropped = segment_frames(reader, writer, predictor, overlay, stop, size,
-                                             args.max_frames, show if args.show else None)
+            stages, dropped = pipeline.run(stop)
         except OSError as error:
-            raise InputError(f"{path} cannot be written on after {writer.frames} frames ({error.strerror}); "
+            raise InputError(f"{path} cannot be written after {writer.frames} frames ({error.strerror}); "
                              "what was written before is playable") from None
     seconds, count = time.perf_counter() - start, writer.frames
     if count == 0:
@@ -80,7 +98,7 @@ def main():
         return 130
     spent = ", ".join(f"{stage} {1000 * busy / count:.1f} ms" for stage, busy in stages.items())
     print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end ({predictor}); "
-          f"side by side, a frame takes {spent}")
+          f"in parallel, per frame {spent}")
     print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
           f"{'with its sound' if writer.sound and writer.sound.seconds else 'without sound'}")
     if dropped:

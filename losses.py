@@ -1,17 +1,15 @@
 """Losses by name. Every loss takes logits (B, K, H, W) and masks (B, H, W), leaves out 255, works in float32.
 
-    criterion = build_loss("focal+dice")
+    criterion = Criterion("focal+dice")
     loss, terms = criterion(logits, masks)               # a scalar, {"focal": ..., "dice": ...}
-    loss, terms, preds = score(criterion, logits, masks)  # the same of Logits, without full-size copies
 
-A batch in which no pixel counts gives 0 with a gradient of 0. A new loss is one function
-f(logits, masks, class_weights), entered in FUNCTIONS (and its name in config.py).
+A batch in which no pixel counts gives 0 with a gradient of 0. models/logits.py takes the same losses of
+logits that are still coarse.
 """
 import torch
 import torch.nn.functional as F
 
-from config import IGNORE
-from upsample import class_ids
+from config import IGNORE, InputError
 
 FOCAL_GAMMA = 2.0
 
@@ -21,6 +19,13 @@ def at_least_float32(logits):
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def per_pixel(loss):
+    """Mark a loss as a mean over pixels: it is taken a block at a time, and takes class weights."""
+    loss.per_pixel = True
+    return loss
+
+
+@per_pixel
 def cross_entropy(logits, masks, class_weights=None):
     """Mean cross entropy over the pixels that count.
 
@@ -33,6 +38,7 @@ def cross_entropy(logits, masks, class_weights=None):
     return total / (masks != IGNORE).sum().clamp(min=1)
 
 
+@per_pixel
 def focal(logits, masks, class_weights=None):
     """Mean focal loss -(1 - p)^2 log p over the pixels that count, p = softmax probability of the true class.
 
@@ -89,92 +95,74 @@ def lovasz_gradient(truth):
     return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
 
 
-def score(criterion, logits, masks):
-    """Return (loss, {name: term}, preds (B, H, W) uint8) of a criterion on Logits (upsample.py).
+# A new loss is one function f(logits, masks, class_weights) above and one line here.
+LOSSES = {
+    "ce": cross_entropy,
+    "lovasz": lovasz,
+    "focal": focal,
+    "dice": dice,
+}
 
-    masks (B, H, W) int64. A loss that is a mean over pixels is taken a block of rows at a time together with
-    its gradient, so that no full-size logits, probabilities or gradients exist; others see them whole.
+
+class Criterion:
+    """criterion(logits (B, K, H, W), masks (B, H, W)) -> (loss, {name: term}), the sum of its terms.
+
+    name: of LOSSES, or several joined by `+`. names: of the terms; per_pixel: whether all of them are means
+    over the pixels that count. Raises InputError for class weights that none of them uses.
     """
-    if not getattr(criterion, "per_pixel", False):
-        pixels = logits.pixels()
-        loss, terms = criterion(pixels, masks)
-        return loss, terms, class_ids(pixels.detach())
-    loss, terms, preds = BlockLoss.apply(logits.values, logits, masks, criterion)
-    return loss, dict(zip(criterion.names, terms, strict=True)), preds
 
+    def __init__(self, name, class_weights=None):
+        self.names, self.class_weights = name.split("+"), class_weights
+        self.per_pixel = all(is_per_pixel(LOSSES[part]) for part in self.names)
 
-class BlockLoss(torch.autograd.Function):
-    """The mean over pixels of a criterion, with its gradient to the coarse logits computed on the way."""
-
-    @staticmethod
-    def forward(ctx, values, logits, masks, criterion):
-        """values = logits.values (B, K, h, w) -> loss, terms (T,), preds (B, H, W) uint8."""
-        counted = (masks != IGNORE).sum().clamp(min=1)
-        loss, terms = values.new_zeros(()), values.new_zeros(len(criterion.names))
-        gradient = torch.zeros_like(values) if ctx.needs_input_grad[0] else None
-        preds = torch.empty(masks.shape, dtype=torch.uint8, device=masks.device)
-        for images, rows in logits.slices():
-            truth = masks[images, rows]
-            share = (truth != IGNORE).sum() / counted
-            part = logits[images]
-            with torch.inference_mode(False), torch.set_grad_enabled(gradient is not None):
-                part.values = part.values.detach().requires_grad_(gradient is not None)
-                pixels = part.pixels(rows)  # (b, K, r, W)
-                total, named = criterion(pixels, truth)
-                total = total * share
-                if gradient is not None:
-                    gradient[images] += torch.autograd.grad(total, part.values)[0]
-            loss += total.detach()
-            terms += torch.stack([named[name].detach() for name in criterion.names]) * share
-            preds[images, rows] = class_ids(pixels.detach())
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(terms, preds)
-        return loss, terms, preds
-
-    @staticmethod
-    def backward(ctx, of_loss, of_terms, of_preds):
-        """Chain rule: the gradient to the loss, a scalar, times the saved one."""
-        return ctx.saved_tensors[0] * of_loss, None, None, None
-
-
-FUNCTIONS = {"ce": cross_entropy, "lovasz": lovasz, "focal": focal, "dice": dice}
-
-
-PER_PIXEL = {"ce", "focal"}  # means over the pixels that count
-
-
-def build_loss(name, class_weights=None):
-    """Return criterion(logits, masks) -> (loss, {name: term}). A name may be a sum: "a+b" adds both terms.
-
-    criterion.names: of the terms; criterion.per_pixel: whether all of them are means over pixels.
-    """
-    def criterion(logits, masks):
-        terms = {part: FUNCTIONS[part](logits, masks, class_weights) for part in criterion.names}
+    def __call__(self, logits, masks):
+        terms = {name: LOSSES[name](logits, masks, self.class_weights) for name in self.names}
         return sum(terms.values()), terms
 
-    criterion.names = name.split("+")
-    criterion.per_pixel = PER_PIXEL.issuperset(criterion.names)
-    return criterion
+
+def is_per_pixel(loss):
+    """Return whether a loss is marked as a mean over pixels, which takes class weights."""
+    return getattr(loss, "per_pixel", False)
+
+
+def check_class_weights(loss, name):
+    """Raise InputError where class weights `name` would have no effect on the loss called `loss`."""
+    weighted = [key for key, function in LOSSES.items() if is_per_pixel(function)]
+    if name != "none" and not set(weighted) & set(loss.split("+")):
+        raise InputError(f"--class-weights acts on {' and '.join(weighted)}, and --loss {loss} has none of "
+                         f"them: leave it out, or add one (such as --loss {weighted[0]}+dice)")
+
+
+# --- class weights ----------------------------------------------------------------------------------------
+def enet_weights(pixels):
+    """1 / ln(1.02 + share of the pixels) (Paszke et al., ENet, 2016): pixels (N, K) -> (K,)."""
+    totals = pixels.sum(0)
+    return 1 / torch.log(1.02 + totals / totals.sum().clamp(min=1))
+
+
+def median_weights(pixels):
+    """1 / frequency, the share of a class in the pixels of the images that show it: pixels (N, K) -> (K,).
+
+    Median frequency balancing, Eigen & Fergus, ICCV 2015; the median itself cancels out in class_weights.
+    """
+    where_seen = ((pixels > 0) * pixels.sum(1, keepdim=True)).sum(0)  # pixels of the images that show it
+    return where_seen / pixels.sum(0).clamp(min=1)
+
+
+CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
 
 
 def class_weights(pixels, name):
     """Return the weights (K,) float32 of the classes, or None for `none`; their mean over all pixels is 1.
 
-    pixels: (N, K) pixel counts of every class in every training image. enet: 1 / ln(1.02 + share of the
-    pixels) (Paszke et al., ENet, 2016). median: 1 / frequency, the share of a class in the pixels of the
-    images that show it (median frequency balancing, Eigen & Fergus, ICCV 2015; the median itself cancels out
-    here). A class without a pixel gets the weight 1.
+    pixels: (N, K) pixel counts of every class in every training image; name: of CLASS_WEIGHTS. A class
+    without a pixel gets the weight 1.
     """
-    if name == "none":
+    if CLASS_WEIGHTS[name] is None:
         return None
     pixels = torch.as_tensor(pixels, dtype=torch.float64)
     totals = pixels.sum(0)  # (K,)
-    seen = totals > 0
     shares = totals / totals.sum().clamp(min=1)
-    if name == "enet":
-        weights = 1 / torch.log(1.02 + shares)
-    else:
-        where_seen = ((pixels > 0) * pixels.sum(1, keepdim=True)).sum(0)  # pixels of the images that show it
-        weights = where_seen / totals.clamp(min=1)
+    weights = CLASS_WEIGHTS[name](pixels)
     weights = weights / (weights * shares).sum().clamp(min=1e-12)
-    return torch.where(seen, weights, 1.0).float()
+    return torch.where(totals > 0, weights, 1.0).float()

@@ -97,12 +97,17 @@ class ConfusionMatrix:
         return torch.nonzero(self._overlap_and_total()[1] == 0).flatten().tolist()
 
 
+def best_row(history):
+    """Return the row of a history with the best val_miou, the first of equals; NaN counts as worst."""
+    return max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1.0)
+
+
 # --- boundaries -------------------------------------------------------------------------------------------
 def boundary_f1(pred, truth, num_classes):
     """Return the boundary F1 of one image, (K,) float64; NaN for a class in neither pred nor truth.
 
     pred, truth: (H, W) uint8 class ids, truth with 255 = ignore. A class that is in one of them only scores
-    0. A boundary pixel of a class touches (4 neighbours) a pixel of another class that is not ignored.
+    0. A boundary pixel of a class touches (4 neighbors) a pixel of another class that is not ignored.
     Precision is the share of predicted boundary pixels within BOUNDARY_TOLERANCE of a true one, recall the
     reverse. Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013.
     """
@@ -119,7 +124,7 @@ def boundary_f1(pred, truth, num_classes):
 
 
 def boundary_pixels(labels):
-    """Return (H, W) bool: pixels that touch (4 neighbours) another class, ignored pixels left out."""
+    """Return (H, W) bool: pixels that touch (4 neighbors) another class, ignored pixels left out."""
     edge = np.zeros(labels.shape, bool)
     for a, b in (((slice(1, None), slice(None)), (slice(None, -1), slice(None))),
                  ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):

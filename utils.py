@@ -1,7 +1,7 @@
-"""What scripts share: device, precision, errors, the run folder, history, plots, colour overlays.
+"""What scripts share: errors and signals, device and precision, files, the folder of a run.
 
     device = pick_device("auto")
-    out = overlay(image, pred, colour_table(classes), alpha=0.5, keep=background_id(classes))
+    write_atomically("outputs/metrics.json", lambda path: path.write_text(text))
 """
 import json
 import math
@@ -12,24 +12,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from config import IGNORE, InputError, fraction, positive_int
-from processes import place
+from config import InputError
+from distributed import is_main_process, rank, world_size
 
-IGNORE_COLOUR = (224, 224, 192)  # as in Pascal VOC
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-RUN_FILES = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
-             "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds")
+# What runs wrote before they noted it in .run.json.
+UNNOTED = {"config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
+           "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds"}
 
 
 # --- errors and stops -------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def run_main(main, stopped="stopped"):
         sys.exit(128 + stop.args[0])
     except InputError as error:
         # raised in a loader process, the message comes wrapped in that process's traceback
-        process = f"[process {place()[0]}] " if place()[1] > 1 else ""
+        process = f"[process {rank()}] " if world_size() > 1 else ""
         print(f"error: {process}{str(error).strip().split('InputError: ')[-1]}", file=sys.stderr, flush=True)
         sys.exit(2)
     except FloatingPointError as error:
@@ -123,12 +123,20 @@ def best_dtype(device):
     return None
 
 
+# What --amp means: the autocast type on a device, None = float32.
+PRECISIONS = {
+    "auto": best_dtype,
+    "bf16": lambda device: torch.bfloat16,
+    "fp16": lambda device: torch.float16,
+    "off": lambda device: None,
+}
+
+
 class Precision:
     """Autocast and gradient scaler of a run; both do nothing where they are not needed."""
 
     def __init__(self, name, device):
-        choices = {"auto": best_dtype(device), "bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-        self.dtype, self.device_type = choices[name], device.type
+        self.dtype, self.device_type = PRECISIONS[name](device), device.type
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def autocast(self):
@@ -139,60 +147,21 @@ class Precision:
         return f"{str(self.dtype).removeprefix('torch.')} autocast" if self.dtype else "float32"
 
 
+def shortest_time(function, *args, rounds=3):
+    """Return the seconds of the fastest of a few calls."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function(*args)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def seed_everything(seed):
     """Seed python, numpy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def add_model_flag(parser):
-    """Add --model, the same in every script that takes a trained model."""
-    parser.add_argument("--model", default="outputs/best_model_iou.pth", metavar="FILE|NAME",
-                        help="checkpoint of train.py, or an official DINOv2 head such as "
-                        "dinov2_vits14_voc2012_linear (outputs/best_model_iou.pth)")
-
-
-def add_engine_flag(parser):
-    """Add --engine."""
-    parser.add_argument("--engine", choices=["auto", "torch", "openvino", "onnxruntime"], default="auto",
-                        help="what runs a .pth: auto = torch, or on a CPU OpenVINO where it is installed, "
-                        "faster and worth its start; exported files run on their own")
-
-
-def add_protocol_flags(parser):
-    """Add --protocol and --tta."""
-    parser.add_argument("--protocol", choices=["whole", "slide"], default="",
-                        help="whole = the image resized to --imgsz, slide = windows of that size over "
-                        "the image (default: whole; for official heads the official one)")
-    parser.add_argument("--tta", choices=["flip", "ms", "ms,flip"], default="",
-                        help="average over the mirrored image, over scales 0.5-1.75, or both")
-
-
-def add_inference_flags(parser):
-    """Add the flags that infer_image.py and infer_video.py share to an argparse parser."""
-    parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
-                        help="size the network runs at (default: as trained)")
-    parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colours (default: 0.5)")
-    parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
-    parser.add_argument("--show", action="store_true", help="open a window")
-    parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
-
-
-def require_display():
-    """Raise InputError where no window can open: Qt would abort the whole process."""
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise InputError("--show needs a display, and this machine has none: leave it out")
-
-
-def show_window(pixels, title, milliseconds):
-    """Show (H, W, 3) uint8 RGB; return the key pressed within `milliseconds` (0 = wait for one), or ""."""
-    try:
-        cv2.imshow(title, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-        key = cv2.waitKey(milliseconds)
-    except cv2.error:
-        raise InputError("--show needs opencv-python, not opencv-python-headless: leave it out") from None
-    return chr(key & 0xFF) if key >= 0 else ""
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -231,15 +200,8 @@ def save_image(pixels, path, **options):
     write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, **options))
 
 
-def save_mask(pred, classes, path):
-    """Write class ids (H, W) uint8 as a palette PNG: pixel values are ids, colours the classes'."""
-    picture = Image.fromarray(pred)
-    picture.putpalette(colour_table(classes).flatten().tolist())
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
 def save_json_lines(rows, path):
-    """Write one JSON object a line, whole or not at all; NaN becomes null."""
+    """Write one JSON object per line, whole or not at all; NaN becomes null."""
     text = "".join(json.dumps(finite(row)) + "\n" for row in rows)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -282,36 +244,93 @@ def lock_file(path, wait):
     return file
 
 
-def reserve_folder(out_dir):
-    """Create the folder of a run, lock it against other runs and clear what a killed one half wrote.
+class RunFolder:
+    """The --out-dir of a run, locked against other runs while the `with` block lasts.
 
-    Returns the lock, a file to keep open. Raises InputError.
+    Entering moves an earlier run to previous/<time>/, all that it wrote and nothing else; where the block
+    ends by an error before save() was called, it is moved back. What a run wrote is what appeared in the
+    folder while it had the lock, noted in .run.json; hidden files, cache/ and folders that are runs of their
+    own do not count. In processes other than the main one nothing happens. Raises InputError.
     """
-    out_dir = Path(make_folder(out_dir))
-    lock = lock_file(out_dir / ".lock", wait=False)
-    if lock is None:
-        raise InputError(f"another run is writing to {out_dir}: wait for it, or choose another --out-dir")
-    for path in [*out_dir.glob(".[0-9]*.*"), *(out_dir / "valid_preds").glob(".[0-9]*.*")]:
-        if path.name.split(".", 2)[2] in RUN_FILES or path.parent.name == "valid_preds":
-            path.unlink(missing_ok=True)
-    return lock
+
+    def __init__(self, path, resume=False):
+        self.path, self.resume, self.saved = Path(path), resume, False
+        self.lock = self.moved = None
+        self.foreign = set()  # what was there before and is not of an earlier run
+
+    def __enter__(self):
+        if not is_main_process():
+            return self
+        make_folder(self.path)
+        self.lock = lock_file(self.path / ".lock", wait=False)
+        if self.lock is None:
+            raise InputError(f"another run is writing to {self.path}: wait for it, or choose another "
+                             "--out-dir")
+        earlier = self.written_before()
+        self.clear_leftovers(earlier)
+        self.foreign = self.names() - earlier
+        if earlier and not self.resume:
+            self.moved = self.free_name(earlier)
+            move(earlier, self.path, self.moved)
+            print(f"the earlier run in {self.path} was moved to {self.moved}")
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.lock is None:
+            return
+        if kind is not None and not self.saved and self.moved:
+            move({path.name for path in self.moved.iterdir()} - self.names(), self.moved, self.path)
+            print(f"nothing was saved, the earlier run was moved back to {self.path}")
+            with suppress(OSError):  # not empty, or other runs lie there
+                self.moved.rmdir()
+                self.moved.parent.rmdir()
+        elif self.saved:
+            self.save()
+        self.lock.close()
+
+    def save(self):
+        """Note what the run has written so far; from now on an error leaves it there."""
+        self.saved = True
+        facts = dict(files=sorted(self.names() - self.foreign), foreign=sorted(self.foreign))
+        write_atomically(self.path / ".run.json", lambda path: path.write_text(json.dumps(facts)))
+
+    def names(self):
+        """Return the names in the folder that could be of a run."""
+        return {path.name for path in self.path.iterdir()
+                if not path.name.startswith(".") and path.name not in ("previous", "cache")
+                and not (path / ".run.json").exists()}
+
+    def written_before(self):
+        """Return the names that an earlier run wrote, as it noted them."""
+        try:
+            return self.names() & set(json.loads((self.path / ".run.json").read_text())["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.names() & UNNOTED
+
+    def clear_leftovers(self, earlier):
+        """Remove what write_atomically left of the files of a killed run."""
+        for path in self.path.rglob(".[0-9]*.*"):
+            part = path.relative_to(self.path).parts
+            name = path.name.split(".", 2)[2] if len(part) == 1 else part[0]
+            if name in earlier | UNNOTED:
+                path.unlink(missing_ok=True)
+
+    def free_name(self, earlier):
+        """Return a folder below previous/ that does not exist yet, named by the time of the earlier run."""
+        newest = max((self.path / name).stat().st_mtime for name in earlier)
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
+        folder, count = self.path / "previous" / stamp, 1
+        while folder.exists():
+            count += 1
+            folder = folder.with_name(f"{stamp}_{count}")
+        return folder
 
 
-def set_aside(out_dir):
-    """Move the files of an earlier run in `out_dir` to out_dir/previous/<time>/; return it or None."""
-    old = [Path(out_dir) / name for name in RUN_FILES if (Path(out_dir) / name).exists()]
-    if not old:
-        return None
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(max(path.stat().st_mtime for path in old)))
-    folder = Path(out_dir) / "previous" / stamp
-    count = 1
-    while folder.exists():
-        count += 1
-        folder = folder.with_name(f"{stamp}_{count}")
-    folder.mkdir(parents=True)
-    for path in old:
-        path.rename(folder / path.name)
-    return folder
+def move(names, source, target):
+    """Move the files and folders called `names` from folder `source` to folder `target`, which is created."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in sorted(names):
+        (source / name).rename(target / name)
 
 
 def run_facts(device):
@@ -323,154 +342,3 @@ def run_facts(device):
     return dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
                 timm=timm.__version__, device=str(device), git_commit=commit.stdout.strip() or None,
                 started=time.strftime("%Y-%m-%d %H:%M:%S"))
-
-
-# --- colour -----------------------------------------------------------------------------------------------
-def colour_table(classes):
-    """Return (256, 3) uint8 RGB: the colour of every class id, IGNORE_COLOUR for 255, black elsewhere."""
-    table = np.zeros((256, 3), np.uint8)
-    table[:len(classes)] = [colour for _, colour in classes]
-    table[IGNORE] = IGNORE_COLOUR
-    return table
-
-
-def background_id(classes):
-    """Return the id of the class called `background`, whose pixels an overlay leaves as they are, or None."""
-    return next((id for id, (name, _) in enumerate(classes) if name.lower() == "background"), None)
-
-
-def overlay(image, pred, table, alpha=0.5, keep=None):
-    """Blend class colours over an image: (H, W, 3) uint8 RGB and (H, W) uint8 -> (H, W, 3) uint8.
-
-    alpha: weight of the colours, 0..1; pixels of class `keep` stay as they are; table as from colour_table.
-    """
-    blended = cv2.addWeighted(image, 1 - alpha, table[pred], alpha, 0)
-    if keep is not None:
-        cv2.copyTo(image, (pred == keep).astype(np.uint8), blended)
-    return blended
-
-
-class Overlay:
-    """overlay(frame, pred) blends class colours into frames (H, W, 3) uint8, in place, with one buffer."""
-
-    def __init__(self, classes, alpha=0.5):
-        self.table = np.ascontiguousarray(colour_table(classes)[:, None])  # (256, 1, 3)
-        self.alpha, self.keep, self.colours = alpha, background_id(classes), None
-
-    def __call__(self, frame, pred):
-        """frame (H, W, 3) uint8 RGB, pred (H, W) uint8 class ids -> frame."""
-        self.colours = cv2.applyColorMap(pred, self.table, self.colours)  # (H, W, 3), from the table
-        if self.keep is not None:
-            cv2.copyTo(frame, cv2.inRange(pred, self.keep, self.keep), self.colours)
-        return cv2.addWeighted(frame, 1 - self.alpha, self.colours, self.alpha, 0, dst=frame)
-
-
-def legend(classes):
-    """Return a picture (H, W, 3) uint8 RGB with the colour and the name of every class."""
-    rows = min(len(classes), 25)
-    columns = math.ceil(len(classes) / rows)
-    font = ImageFont.load_default(size=18)
-    width = 60 + max(int(font.getlength(name)) for name, _ in classes)
-    picture = Image.new("RGB", (columns * width, rows * 28 + 12), "white")
-    draw = ImageDraw.Draw(picture)
-    for id, (name, colour) in enumerate(classes):
-        left, top = id // rows * width + 12, id % rows * 28 + 10
-        draw.rectangle((left, top, left + 28, top + 20), fill=tuple(colour), outline=(90, 90, 90))
-        draw.text((left + 38, top + 10), name, fill="black", font=font, anchor="lm")
-    return np.array(picture)
-
-
-def side_by_side(rows, classes, height=240):
-    """Return one picture (H, W, 3) uint8: a row per (image, truth, prediction), the classes on the right.
-
-    image (H, W, 3) uint8 RGB; truth and prediction (H, W) uint8 class ids of any size, laid over the image.
-    """
-    table, keep, names = colour_table(classes), background_id(classes), legend(classes)
-    widths = [min(4 * height, max(1, round(image.shape[1] * height / image.shape[0]))) for image, *_ in rows]
-    column, gap, head = max(widths) + 4, 4, 26
-    tall = max(len(rows) * (height + gap) + head, names.shape[0])
-    canvas = np.full((tall, 3 * column + names.shape[1], 3), 255, np.uint8)
-    canvas[:names.shape[0], 3 * column:] = names
-    for row, ((image, *masks), width) in enumerate(zip(rows, widths, strict=True)):
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        masks = [cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in masks]
-        top = head + row * (height + gap)
-        for left, panel in enumerate([image, *[overlay(image, mask, table, 0.65, keep) for mask in masks]]):
-            canvas[top:top + height, left * column:left * column + width] = panel
-    picture = Image.fromarray(canvas)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
-    for left, title in enumerate(("image", "truth", "prediction")):
-        draw.text((left * column + 6, head // 2), title, fill="black", font=font, anchor="lm")
-    return np.array(picture)
-
-
-# --- plots ------------------------------------------------------------------------------------------------
-def new_figure(width, height, columns=1):
-    """Return a matplotlib (figure, axes; several where columns > 1), in inches, without global state."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def save_figure(figure, path):
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-
-
-def best_row(history):
-    """Return the row of a history with the best val_miou, the first of equals; NaN counts as worst."""
-    return max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1.0)
-
-
-def plot_history(history, out_dir):
-    """Draw loss.png, accuracy.png and miou.png: training and validation over epochs, the best epoch marked.
-
-    history: list of dicts with epoch, train_loss, val_loss, train_accuracy, ... as in history.jsonl.
-    """
-    epochs = [row["epoch"] for row in history]
-    best = best_row(history)
-    for name, label in (("loss", "loss"), ("accuracy", "pixel accuracy"), ("miou", "mean IoU")):
-        figure, axes = new_figure(7, 4.5)
-        for part, colour in (("train", "tab:blue"), ("val", "tab:orange")):
-            axes.plot(epochs, [row[f"{part}_{name}"] for row in history], "o-", ms=3, color=colour,
-                      label={"train": "training", "val": "validation"}[part])
-        value = best[f"val_{name}"]
-        axes.plot(best["epoch"], value, "*", ms=14, color="tab:red",
-                  label=f"best mIoU: epoch {best['epoch']}, {label} {value:.4f}")
-        axes.set(xlabel="epoch", ylabel=label)
-        if name != "loss":
-            axes.set_ylim(0, 1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        save_figure(figure, Path(out_dir) / f"{name}.png")
-
-
-def plot_per_class_iou(ious, classes, path):
-    """Draw one bar a class. ious: (K,) floats, NaN = absent from truth and prediction (said in the label)."""
-    figure, axes = new_figure(7, 1 + 0.3 * len(classes))
-    values = [value if math.isfinite(value) else 0.0 for value in ious]
-    axes.barh(range(len(classes)), values, color=[np.array(colour) / 255 for _, colour in classes],
-              edgecolor="grey", linewidth=0.8)
-    for row, value in enumerate(ious):
-        axes.text(values[row] + 0.01, row, f"{value:.3f}" if math.isfinite(value) else "absent", va="center")
-    axes.set_yticks(range(len(classes)), [name for name, _ in classes])
-    axes.set(xlim=(0, 1.1), xlabel="IoU", ylim=(len(classes) - 0.5, -0.5))
-    save_figure(figure, path)
-
-
-def plot_confusion(counts, classes, path):
-    """Draw a confusion matrix: counts (K, K) int64, truth in rows; colour and number = row share."""
-    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
-    side = max(5, 2 + 0.45 * len(classes))
-    figure, axes = new_figure(side + 1, side)
-    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.005:
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if share > 0.5 else "black")
-    names = [name for name, _ in classes]
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="prediction", ylabel="truth (row = 100 %)")
-    save_figure(figure, path)

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 import utils
-from model import build_model
+from config import DataOptions
+from datasets import load_data
+from model import ModelSpec, build_model
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"  # real samples; tests that need them are skipped where they are missing
@@ -90,10 +92,20 @@ def write_tree(dataset, root, counts=(4, 2), size=(45, 61)):
     return values
 
 
+def build(weights="none", unfreeze=0, **options):
+    """Return the Segmenter of a ModelSpec with three classes and these options, seeded."""
+    torch.manual_seed(0)
+    return build_model(ModelSpec(**{"num_classes": 3, **options}), weights, unfreeze)
+
+
 def tiny(**options):
     """Return a vit_tiny Segmenter with three classes."""
-    torch.manual_seed(0)
-    return build_model(**{"backbone": "vit_tiny", "head": "bn", "num_classes": 3, **options})
+    return build(**{"backbone": "vit_tiny", **options})
+
+
+def load(dataset, root, cache_dir="outputs/cache", **options):
+    """Return the DataSource of a data set under a folder; options: of config.DataOptions."""
+    return load_data(DataOptions(dataset=dataset, data_root=str(root), **options), cache_dir)
 
 
 def random_images(*size, seed=0):

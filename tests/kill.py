@@ -22,12 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-from conftest import write_folder  # noqa: E402
+import torch
+from conftest import write_folder
 
-import train  # noqa: E402
-import utils  # noqa: E402
-from model import read_checkpoint  # noqa: E402
+import checkpoint
+import train
+import utils
+from checkpoint import read_checkpoint
+from metrics import best_row
 
 TIMES = ("seconds", "train_images_per_s", "train_data_wait")  # of a history row: no two runs share them
 
@@ -41,7 +43,7 @@ def start(data, out, resume, workers):
     with open(out.with_suffix(".log"), "a", buffering=1) as log:
         for number in (1, 2):
             os.dup2(log.fileno(), number)
-    train.SAVE_MINUTES = 0  # after every step
+    checkpoint.SAVE_MINUTES = 0  # after every step
     flags = ["--out-dir", out, "--workers", workers]
     if resume:
         flags += ["--resume"]
@@ -81,7 +83,7 @@ def check(out):
     assert last["epoch"] == len(last["history"]) >= reported, f"epoch {reported} was reported and is lost"
     if last["epoch"]:
         best = read_checkpoint(out / "best_model_iou.pth")
-        assert best["epoch"] >= utils.best_row(last["history"])["epoch"], "the best epoch is lost"
+        assert best["epoch"] >= best_row(last["history"])["epoch"], "the best epoch is lost"
     if (out / "history.jsonl").exists():
         rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
         assert len(rows) >= reported and [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
@@ -135,7 +137,7 @@ def main():
                 counts["kills"] += 1
             elif code != 0:
                 sys.exit(f"exit code {code}:\n" + out.with_suffix(".log").read_text()[-3000:])
-            counts["inside a write"] += any(path.name.startswith(".") and path.name != ".lock"
+            counts["inside a write"] += any(path.name.startswith(".") and path.name not in (".lock", ".run.json")
                                             for path in out.glob("**/.*")) if code is None else 0
             before, steps = steps, check(out)[1]
             assert steps >= before, f"{before} steps were saved, {steps} are left"

@@ -1,8 +1,10 @@
 """Position embeddings at any grid, timm backbones, torch.hub offline."""
 
+import copy
 import hashlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,33 +13,62 @@ import torch.nn.functional as F
 from conftest import random_images, tiny
 from timm.layers import resample_abs_pos_embed
 
-import backbones
-from backbones import HubBackbone, PositionEmbedding, TimmBackbone, chunked_attention, origins
+from models import backbones
+from models.backbones import HubBackbone, PositionEmbedding, TimmBackbone, origins
 from config import InputError
-from heads import BNHead
-from model import Segmenter, load_model, pack_checkpoint, pad_to_multiple
+from models.heads import BNHead
+from checkpoint import load_model, pack_checkpoint
+from model import ModelSpec, Segmenter
+from models.logits import geometry_of, pad
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
 
 
 # --- position embeddings ----------------------------------------------------------------------------------
+def position_net(tokens=17, trains=False):
+    """Return a stand-in for a ViT: something with a pos_embed."""
+    return SimpleNamespace(pos_embed=torch.nn.Parameter(torch.randn(1, tokens, 6), requires_grad=trains))
+
+
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7), (2, 9)])
-def test_position_embedding_equals_timm_and_is_computed_once(grid, monkeypatch):
-    parameter = torch.nn.Parameter(torch.randn(1, 17, 6), requires_grad=False)
-    positions = PositionEmbedding(parameter, 1, (4, 4))
-    want = resample_abs_pos_embed(parameter, list(grid), [4, 4], num_prefix_tokens=1)
-    first = positions(grid, torch.zeros(1))
-    assert torch.allclose(first, want, atol=1e-6)
-    assert positions(grid, torch.zeros(1)) is first
-    monkeypatch.setattr(positions, "interpolate", None)  # a second computation would fail
-    positions(grid, torch.zeros(1))
+def test_position_embedding_equals_timm(grid):
+    net = position_net()
+    positions = PositionEmbedding(net, 1, (4, 4))
+    want = resample_abs_pos_embed(net.pos_embed, list(grid), [4, 4], num_prefix_tokens=1)
+    assert torch.allclose(positions(grid, torch.zeros(1)), want, atol=1e-6)
 
 
-def test_position_embeddings_of_two_grids_do_not_mix():
-    positions = PositionEmbedding(torch.nn.Parameter(torch.randn(1, 17, 6), requires_grad=False), 1, (4, 4))
-    wide, tall = positions((2, 6), torch.zeros(1)), positions((6, 2), torch.zeros(1))
-    assert wide.shape == tall.shape and not torch.equal(wide, tall)
-    assert torch.equal(wide, positions((2, 6), torch.zeros(1)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.pos_embed.data.mul_(3),  # as averages of weights often do
+        lambda net: net.load_state_dict({"pos_embed": net.pos_embed * -9}, strict=False),
+        lambda net: net.load_state_dict({"pos_embed": net.pos_embed * -9}, strict=False, assign=True),
+        lambda net: setattr(net, "pos_embed", torch.nn.Parameter(net.pos_embed * -9)),
+    ],
+    ids=["data", "load", "assign", "replace"],
+)
+@pytest.mark.parametrize("unfreeze", [0, "all"])
+def test_position_embedding_follows_its_parameter_however_that_is_changed(change, unfreeze):
+    net, images = tiny(unfreeze=unfreeze).eval(), torch.randn(1, 3, 28, 42)
+    with torch.no_grad():
+        before = net.backbone.features(images)
+        change(net.backbone.net)
+        after, fresh = net.backbone.features(images), tiny(unfreeze=unfreeze).eval()
+        fresh.load_state_dict(net.state_dict())
+        want = fresh.backbone.features(images)
+    for old, new, wanted in zip(before, after, want, strict=True):
+        assert torch.equal(new, wanted) and not torch.allclose(new, old, atol=1e-3)
+
+
+def test_a_copy_of_a_model_reads_its_own_position_embedding():
+    net, images = tiny().eval(), torch.randn(1, 3, 28, 42)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        want = torch.cat(net.backbone.features(images))
+        twin.backbone.net.pos_embed.data.zero_()
+        assert torch.equal(torch.cat(net.backbone.features(images)), want)
+        assert not torch.allclose(torch.cat(twin.backbone.features(images)), want, atol=1e-3)
 
 
 def official_interpolation(pos_embed, rows, columns):
@@ -51,27 +82,20 @@ def official_interpolation(pos_embed, rows, columns):
 
 
 def test_position_embedding_of_the_official_code_keeps_its_offset():
-    parameter = torch.nn.Parameter(torch.randn(1, 26, 6), requires_grad=False)
-    positions = PositionEmbedding(parameter, 1, (5, 5), offset=0.1, antialias=False)
+    net = position_net(26)
+    positions = PositionEmbedding(net, 1, (5, 5), offset=0.1, antialias=False)
     assert torch.allclose(
-        positions((7, 3), torch.zeros(1)), official_interpolation(parameter, 7, 3), atol=1e-6
+        positions((7, 3), torch.zeros(1)), official_interpolation(net.pos_embed, 7, 3), atol=1e-6
     )
     half = positions((7, 3), torch.zeros(1, dtype=torch.bfloat16))
     assert half.dtype == torch.bfloat16  # rounded after the interpolation, not before
     assert torch.equal(half, positions((7, 3), torch.zeros(1)).bfloat16())
 
 
-def test_position_embedding_that_trains_is_not_kept_and_gets_gradients():
+def test_position_embedding_that_trains_gets_gradients():
     net = tiny(unfreeze="all").train()
     net(random_images(2, 3, 30, 45)).sum().backward()
-    assert net.backbone.net.pos_embed.grad.abs().sum() > 0 and not net.backbone.positions.cache
-
-
-def test_one_cache_serves_inference_and_later_training():
-    net = tiny(unfreeze=1)
-    with torch.inference_mode():
-        net.eval()(random_images(1, 3, 30, 45))
-    net.train()(random_images(2, 3, 30, 45)).sum().backward()  # an inference tensor would raise here
+    assert net.backbone.net.pos_embed.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "vit_small_patch16_dinov3"])
@@ -88,7 +112,7 @@ def test_a_network_for_one_size_only_says_so():
         net(random_images(1, 3, 64, 96))
 
 
-def test_images_are_normalised_as_the_backbone_was_trained():
+def test_images_are_normalized_as_the_backbone_was_trained():
     half = tiny(backbone="timm/vit_tiny_patch16_224")
     assert half.mean.flatten().tolist() == [127.5] * 3 and half.std.flatten().tolist() == [127.5] * 3
     assert tiny().mean.flatten().tolist() == pytest.approx([255 * x for x in (0.485, 0.456, 0.406)])
@@ -115,10 +139,10 @@ def test_hub_backbone_loads_from_the_cache_without_network(hub_cache, monkeypatc
     net = tiny(backbone="dinov2_vits14", weights="auto").eval()
     weights = torch.load(hub_cache / "hub/checkpoints/dinov2_vits14_pretrain.pth")
     assert all(torch.equal(value, weights[name]) for name, value in net.backbone.net.state_dict().items())
-    assert type(net.backbone).__name__ == "HubBackbone" and net.spec["layers"] == [1, 2, 3, 4]
+    assert type(net.backbone).__name__ == "HubBackbone" and net.spec.layers == (1, 2, 3, 4)
     images = random_images(1, 3, 50, 71)
     assert net(images).shape == (1, 3, 50, 71)
-    padded = pad_to_multiple((images.float() - net.mean) / net.std, 14)
+    padded = pad((images.float() - net.mean) / net.std, geometry_of(images.shape[-2:], 14))
     with torch.no_grad():
         want = net.backbone.net.get_intermediate_layers(padded, n=4, reshape=True, norm=True)
         assert torch.allclose(torch.cat(net.backbone.features(padded), 1), torch.cat(want, 1))
@@ -219,7 +243,7 @@ def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(nam
         state["backbone.net.register_tokens"] = state.pop("backbone.net.reg_token")
         state["backbone.net.pos_embed"] = F.pad(state["backbone.net.pos_embed"], (0, 0, 1, 0))
     state["backbone.net.mask_token"] = torch.zeros(1, 384)
-    spec = dict(arch="dinov2", backbone=name, head="bn", num_classes=3, layers=[10, 11])
+    spec = ModelSpec(backbone=name, num_classes=3, layers=(10, 11))
     head = BNHead([384, 384], 3)
     state.update({f"head.{key}": value for key, value in head.state_dict().items()})
     net = Segmenter(TimmBackbone(twin, [10, 11]), head, spec)
@@ -235,40 +259,3 @@ def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(nam
     with torch.no_grad():
         assert torch.allclose(loaded(images), net.eval()(images), atol=1e-5)
     assert loaded.backbone.positions.offset == (0.0 if "reg" in name else 0.1)
-
-
-# --- attention --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tokens", [5, 256, 300, 517])
-def test_chunked_attention_equals_the_kernel(tokens):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, tokens, 16, generator=generator) for _ in range(3))
-    want = F.scaled_dot_product_attention(q, k, v)
-    assert torch.allclose(chunked_attention(q, k, v), want, atol=1e-5)
-    half = chunked_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), want, atol=2e-2)
-
-
-@pytest.mark.parametrize("backbone", ["vit_tiny", "dinov2_vits14"])
-@pytest.mark.parametrize("win", [True, False])
-def test_the_faster_attention_is_used_in_bf16_and_only_rounds(backbone, win, hub_cache, monkeypatch):
-    calls = []
-
-    def counted(*args):
-        calls.append(args[0].dtype)
-        return chunked_attention(*args, chunk=7)
-
-    net, images = tiny(backbone=backbone).eval(), random_images(2, 3, 70, 84)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        want = torch.cat(net.backbone.features(pad_to_multiple((images - net.mean) / net.std, 14)), 1)
-        monkeypatch.setattr(backbones, "chunked_attention", counted)
-        monkeypatch.setattr(backbones, "shortest_time", lambda f, *_: (f is counted) != win)
-        monkeypatch.setattr(backbones.FasterAttention, "chunks_win", {})
-        got = torch.cat(net.features(images), 1)
-    assert calls == [torch.bfloat16] * len(net.backbone.blocks) * win
-    assert (got.float() - want.float()).abs().mean() < 0.02 * want.float().std()
-    calls.clear()
-    net.features(images)  # float32
-    net.backbone.unfreeze(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        net.features(images)  # has to be differentiated
-    assert not calls

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, random_images
+from conftest import build as build_segmenter
 from torchvision.models import resnet50, segmentation
 
-from baselines import SEGFORMER, TORCHVISION, build_baseline
-from config import ARCHITECTURES, InputError
-from model import build_model, load_model, pack_checkpoint
+from models.baselines import SEGFORMER, build_baseline
+from config import InputError
+from checkpoint import load_model, pack_checkpoint
 
 ARCHS = ["fcn_resnet50", "deeplabv3_resnet101", "segformer_b0"]
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
@@ -21,12 +22,7 @@ CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))
 
 def build(arch, **options):
     """Return the Segmenter of a baseline with three classes."""
-    torch.manual_seed(0)
-    return build_model("", "", 3, arch=arch, **{"unfreeze": "all", **options})
-
-
-def test_names_on_the_command_line_are_those_that_can_be_built():
-    assert ["dinov2", *TORCHVISION, *SEGFORMER] == ARCHITECTURES
+    return build_segmenter(arch=arch, **{"unfreeze": "all", **options})
 
 
 @pytest.mark.parametrize("arch", ["fcn_resnet50", "deeplabv3_resnet101"])
@@ -84,7 +80,7 @@ def test_checkpoints_need_no_other_file(arch, tmp_path):
     images = random_images(1, 3, 40, 37)
     with torch.no_grad():
         assert torch.equal(loaded(images), net(images))
-    assert checkpoint["spec"]["arch"] == arch and loaded.std.flatten().tolist() == [255.0] * 3
+    assert checkpoint["spec"].arch == arch and loaded.std.flatten().tolist() == [255.0] * 3
 
 
 def test_all_of_it_trains_or_the_decoder_alone_with_its_dropout():
@@ -145,16 +141,16 @@ FROM_CACHE = """
 import sys, torch
 from safetensors.torch import load_file
 from config import InputError
-from model import build_model
+from model import ModelSpec, build_model
 file = load_file(sys.argv[1] + "/model.safetensors")
 want = file["segformer.encoder.block.0.0.attention.self.query.weight"]
 for weights in ("auto", sys.argv[1] + "/model.safetensors"):
-    state = build_model("", "", 3, arch="segformer_b0", weights=weights).backbone.net.state_dict()
+    state = build_model(ModelSpec(arch="segformer_b0", num_classes=3), weights).backbone.net.state_dict()
     assert any(value.shape == want.shape and torch.equal(value, want) for value in state.values()), weights
     assert sum(value.numel() for value in state.values()) + 2 * 257 == sum(v.numel() for v in file.values())
 for arch, weights in (("segformer_b1", "auto"), ("segformer_b1", sys.argv[1] + "/model.safetensors")):
     try:
-        build_model("", "", 3, arch=arch, weights=weights)
+        build_model(ModelSpec(arch=arch, num_classes=3), weights)
     except InputError as error:
         print(error)
 """
@@ -189,8 +185,8 @@ if sys.argv[3] == "first":
     import datasets, evaluate
 import torch
 from transformers import SegformerForSemanticSegmentation, SegformerConfig, Trainer
-from model import build_model
-net = build_model("", "", 3, arch="segformer_b0", unfreeze="all").train()
+from model import ModelSpec, build_model
+net = build_model(ModelSpec(arch="segformer_b0", num_classes=3), unfreeze="all").train()
 net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).sum().backward()
 import datasets, evaluate
 assert datasets.__file__.startswith(sys.argv[2]) and datasets.DATASETS and evaluate.__file__

@@ -8,7 +8,7 @@ from conftest import tiny, write_folder
 
 import benchmark
 import train
-from model import pack_checkpoint
+from checkpoint import pack_checkpoint
 from test_video import write_clip
 
 

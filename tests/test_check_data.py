@@ -6,14 +6,15 @@ import time
 
 import numpy as np
 import pytest
-from conftest import blocks, real_data, write_folder, write_pair, write_tree
+from conftest import blocks, load, real_data, write_folder, write_pair, write_tree
 from PIL import Image
 from test_scan import painted, photo
 
 import check_data
+from config import DataOptions
 import datasets
-from datasets import load_data
-from readers import read_mask
+
+from dataio.readers import read_mask
 
 
 def check(run, root, out, *flags):
@@ -97,7 +98,7 @@ def test_stray_values_in_binary_masks_are_found_and_the_advice_repairs_them(tmp_
     write_advice(root, text)
     code, text = check(run, root, tmp_path)
     assert code == 0, text
-    source = load_data("folder", root)
+    source = load("folder", root)
     assert [name for name, _ in source.classes] == ["class 0", "class 1"]
     assert source.table[[0, 255, 3, 4]].tolist() == [0, 1, 255, 255]
 
@@ -115,7 +116,7 @@ def test_values_with_gaps_get_a_classes_txt_that_works(tmp_path, run, values):
     assert code == 1 and "which are not 0..K-1" in text
     write_advice(root, text)
     assert check(run, root, tmp_path)[0] == 0
-    assert len(load_data("folder", root).classes) == len(set(values) - {255})
+    assert len(load("folder", root).classes) == len(set(values) - {255})
 
 
 def test_painted_masks_get_a_classes_txt_that_works(tmp_path, run):
@@ -123,10 +124,10 @@ def test_painted_masks_get_a_classes_txt_that_works(tmp_path, run):
     for path in (root / "masks").iterdir():
         Image.fromarray(painted(np.array(Image.open(path)))).save(path)
     code, text = check(run, root, tmp_path)
-    assert code == 1 and "is painted in colours" in text and "class 0 0 255 0" in text
+    assert code == 1 and "is painted in colors" in text and "class 0 0 255 0" in text
     write_advice(root, text)
     assert check(run, root, tmp_path)[0] == 0
-    source = load_data("folder", root)
+    source = load("folder", root)
     assert source.table[255 << 8] == 0 and source.table[255 << 16] == 1
 
 
@@ -151,26 +152,26 @@ def test_index_masks_saved_as_jpeg_are_a_problem(tmp_path, run):
     assert code == 1 and "8 masks are JPEG files, which blur class borders" in text
 
 
-def test_blue_is_a_colour_like_others(tmp_path, run):
+def test_blue_is_a_color_like_others(tmp_path, run):
     root = write_photos(tmp_path / "data", values=(0, 1, 2))
     for path in (root / "masks").iterdir():
         Image.fromarray(np.eye(3, dtype=np.uint8)[np.array(Image.open(path))] * 255).save(path)
     code, text = check(run, root, tmp_path)
     write_advice(root, text)
     assert code == 1 and check(run, root, tmp_path)[0] == 0
-    assert len(load_data("folder", root).classes) == 3
+    assert len(load("folder", root).classes) == 3
 
 
-def test_a_black_mask_saved_as_grey_among_painted_ones(tmp_path, run):
+def test_a_black_mask_saved_as_gray_among_painted_ones(tmp_path, run):
     root = write_photos(tmp_path / "data", values=(0, 1))
     for path in (root / "masks").iterdir():
-        colours = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)
-        Image.fromarray(colours[np.array(Image.open(path))]).save(path)
+        colors = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)
+        Image.fromarray(colors[np.array(Image.open(path))]).save(path)
     Image.new("L", (80, 60), 0).save(root / "masks/03.png")
     text = check(run, root, tmp_path)[1]
     write_advice(root, text)
     assert check(run, root, tmp_path)[0] == 0
-    source = load_data("folder", root)
+    source = load("folder", root)
     assert (read_mask(root / "masks/03.png", source.table) == source.table[0]).all()
 
 
@@ -190,7 +191,7 @@ def test_a_rare_class_that_is_in_every_file_is_no_accident(tmp_path, run):
     code, text = check(run, root, tmp_path)
     assert code == 1 and "an accident" not in text
     write_advice(root, text)
-    assert len(load_data("folder", root).classes) == 3
+    assert len(load("folder", root).classes) == 3
 
 
 def test_masks_with_one_value_and_with_nothing_counted(tmp_path, run):
@@ -218,9 +219,9 @@ def test_sparse_labels_can_train_and_the_check_is_spread(tmp_path, monkeypatch):
     for number, path in enumerate(sorted((root / "masks").iterdir())):
         if number != 17:
             Image.fromarray(np.full((45, 61), 255, np.uint8)).save(path)
-    source = datasets.folder(root)
+    source = datasets.folder(root, DataOptions())
     source.splits = {"train": [sample for part in source.splits.values() for sample in part]}
-    datasets.quick_check(source)  # one labelled mask is enough
+    datasets.quick_check(source)  # one labeled mask is enough
     seen = []
     monkeypatch.setattr(datasets, "read_mask", lambda path, table: seen.append(path) or np.zeros((2, 2)))
     datasets.quick_check(source)
@@ -281,7 +282,7 @@ def test_training_refuses_nonsense_at_once(tmp_path):
     for path in (root / "masks").iterdir():
         Image.fromarray(np.full((45, 61), 255, np.uint8)).save(path)
     with pytest.raises(check_data.InputError, match="hold nothing but ignored pixels.*check_data.py"):
-        load_data("folder", root)
+        load("folder", root)
 
 
 def test_real_data_sets(tmp_path, run):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import compare
 import train
-from model import load_model
+from checkpoint import load_model
 
 
 def flags_of(data, out, *more):

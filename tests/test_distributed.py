@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, tiny, write_folder
 from torch import nn
 
-from loading import EpochSampler, make_loader
-from test_cache import training_set
-from readers import Sample
+from dataio.dataloader import EpochSampler, make_loader
+from test_feature_cache import training_set
+from dataio.readers import Sample
 
 
 def torchrun(processes, *flags, timeout=120):
@@ -88,8 +88,8 @@ def test_every_validation_image_belongs_to_one_process(tmp_path, processes):
     assert sorted(names) == [str(sample.image) for sample in samples]
 
 
-def test_synchronised_batch_norm_keeps_the_names_of_the_weights():
+def test_synchronized_batch_norm_keeps_the_names_of_the_weights():
     net = tiny()
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(tiny())
-    assert isinstance(synchronised.head.bn, nn.SyncBatchNorm)
-    assert synchronised.state_dict().keys() == net.state_dict().keys()
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(tiny())
+    assert isinstance(synchronized.head.bn, nn.SyncBatchNorm)
+    assert synchronized.state_dict().keys() == net.state_dict().keys()

@@ -11,32 +11,38 @@ from torch import nn
 from tqdm import tqdm
 
 import engine
-import upsample
-from datasets import resize_image
+from models import logits as logits_module
+from dataio.transforms import resize_image
 from engine import (
+    OPTIMIZERS,
+    SCHEDULERS,
     Objective,
-    Protocol,
-    build_optimizer,
-    class_map,
-    lr_factor,
-    make_protocol,
+    Optimization,
+    backbone_scale,
+    lr_lambda,
     parameter_groups,
+    train_one_epoch,
+)
+from inference.predictor import (
+    Protocol,
+    label_map,
+    make_protocol,
     predict,
     slide_logits,
-    train_one_epoch,
     views_of,
     window_starts,
 )
-from config import OPTIMIZERS, SCHEDULERS
-from losses import build_loss
-from model import build_model
-from upsample import Logits
+from losses import Criterion
+from conftest import build, tiny
+from model import SegmentationModel
+from models.heads import Head
+from models.logits import Logits, geometry_of
 from utils import Precision
 
 CPU = torch.device("cpu")
 
 
-class Pixelwise(nn.Module):
+class Pixelwise(SegmentationModel):
     """A network without BatchNorm that looks at one pixel at a time: (B, 3, H, W) -> (B, 3, H, W) logits."""
 
     num_classes = 3
@@ -44,6 +50,7 @@ class Pixelwise(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
+        self.head = Head()
         self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 3, 1))
         with torch.no_grad():  # starts as "the brightest channel", so that predictions differ
             self.layers[0].weight[:3] = 2 * torch.eye(3)[..., None, None]
@@ -53,8 +60,8 @@ class Pixelwise(nn.Module):
     def forward(self, images):
         return self.layers(images.float() / 255)
 
-    def logits(self, images):
-        return Logits(self(images).float())
+    def output(self, images):
+        return self(images), geometry_of(images.shape[-2:], 1)
 
 
 def batches_of(images, masks, size):
@@ -81,17 +88,11 @@ def random_batch(count, height=11, width=13, seed=0):
 
 def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=None, optimizer=None):
     """Train one epoch, with plain SGD unless told otherwise; return what train_one_epoch returns."""
-    groups = parameter_groups(net, lr, 0.0, 1.0)
-    optimizer = build_optimizer(optimizer, groups) if optimizer else torch.optim.SGD(groups, lr=lr)
-    return train_one_epoch(
-        Objective(net, criterion or build_loss("ce")),
-        batches,
-        optimizer,
-        Precision(precision, CPU) if isinstance(precision, str) else precision,
-        lambda step: 1.0,
-        0,
-        accumulate,
-    )
+    groups = parameter_groups(net, lr, 0.0)
+    optimizer = OPTIMIZERS[optimizer](groups) if optimizer else torch.optim.SGD(groups, lr=lr)
+    precision = Precision(precision, CPU) if isinstance(precision, str) else precision
+    optimization = Optimization(optimizer, precision, accumulate=accumulate)
+    return train_one_epoch(Objective(net, criterion or Criterion("ce")), batches, optimization, 0)
 
 
 @pytest.mark.parametrize(("count", "size", "accumulate"), [(8, 2, 4), (7, 2, 2), (5, 2, 3)])
@@ -99,7 +100,7 @@ def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=Non
 def test_accumulated_steps_equal_the_large_batch(count, size, accumulate, optimizer, loss):
     images, masks = random_batch(count)
     small, large = Pixelwise(), Pixelwise()
-    options = dict(criterion=build_loss(loss, torch.tensor([0.3, 1.0, 2.5])), optimizer=optimizer)
+    options = dict(criterion=Criterion(loss, torch.tensor([0.3, 1.0, 2.5])), optimizer=optimizer)
     taken = run_epoch(small, batches_of(images, masks, size), accumulate=accumulate, **options)["step"]
     assert taken == run_epoch(large, batches_of(images, masks, size * accumulate), **options)["step"]
     for a, b in zip(small.parameters(), large.parameters(), strict=True):
@@ -200,20 +201,20 @@ def test_batches_of_one_of_one_class_and_without_labels_keep_the_loss_finite(los
     masks[0], masks[2:4], masks[4, 0, 0] = 1, 255, 2
     net = Pixelwise()
     for size in (1, 2, 5):
-        result = run_epoch(net, batches_of(images, masks, size), criterion=build_loss(loss), lr=0.1)
+        result = run_epoch(net, batches_of(images, masks, size), criterion=Criterion(loss), lr=0.1)
         assert math.isfinite(result["loss"])
         assert all(p.isfinite().all() for p in net.parameters())
 
 
 def test_schedules_are_pure_functions_of_the_step():
-    assert {lr_factor(step, 100, "none") for step in range(100)} == {1.0}
+    assert {lr_lambda("none", 100, 1)(step) for step in range(100)} == {1.0}
     for scheduler in ("cosine", "poly"):
-        factors = [lr_factor(step, 100, scheduler) for step in range(101)]
+        factors = [lr_lambda(scheduler, 100, 1)(step) for step in range(101)]
         assert factors[0] == pytest.approx(0.2) and max(factors) == 1.0 and factors[100] == pytest.approx(0.0)
         assert factors[5:] == sorted(factors[5:], reverse=True)
-        assert lr_factor(1, 1, scheduler) >= 0  # one step in all
-    assert lr_factor(5 + 95 // 2, 100, "cosine") == pytest.approx(0.5, abs=0.02)
-    assert lr_factor(24, 100, "poly") == pytest.approx((1 - 19 / 95) ** 0.9)
+        assert lr_lambda(scheduler, 1, 1)(1) >= 0  # one step in all
+    assert lr_lambda("cosine", 100, 1)(5 + 95 // 2) == pytest.approx(0.5, abs=0.02)
+    assert lr_lambda("poly", 100, 1)(24) == pytest.approx((1 - 19 / 95) ** 0.9)
 
 
 @pytest.mark.parametrize(("total", "per_epoch"), [(100, 7), (11, 3), (2000, 100)])
@@ -235,20 +236,20 @@ def test_schedules_equal_torchs(total, per_epoch):
         ("exponential", per_epoch, lambda o: schedulers.ExponentialLR(o, 0.98)),
         ("onecycle", 1, lambda o: schedulers.OneCycleLR(o, max_lr=3.0, total_steps=total)),
     ):
-        got = [3.0 * lr_factor(step, total, name, per_epoch) for step in range(total)]
+        got = [3.0 * lr_lambda(name, total, per_epoch)(step) for step in range(total)]
         assert got == pytest.approx(rates(make, every), rel=1e-9), name
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_short_runs_have_a_rate(scheduler):
     for total in (1, 2, 3, 4):
-        assert all(0 < lr_factor(step, total, scheduler, 1) <= 1 for step in range(total))
+        assert all(0 < lr_lambda(scheduler, total, 1)(step) <= 1 for step in range(total))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_take_the_step_of_their_formula(name):
-    net = build_model("vit_tiny", "bn", 3, unfreeze=1)
-    optimizer = build_optimizer(name, parameter_groups(net, 1e-2, 0.1, 0.5))
+    net = tiny(unfreeze=1)
+    optimizer = OPTIMIZERS[name](parameter_groups(net, 1e-2, 0.1, backbone_scale(0.5)))
     before = {id(p): p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
     for p in net.parameters():
         if p.requires_grad:
@@ -268,8 +269,8 @@ def test_optimizers_take_the_step_of_their_formula(name):
 
 
 def test_norms_and_biases_are_not_decayed_and_groups_are_three_at_one_rate():
-    net = build_model("", "", 3, arch="segformer_b0", unfreeze="all")
-    groups = parameter_groups(net, 1e-3, 0.1, 1.0)
+    net = build(arch="segformer_b0", unfreeze="all")
+    groups = parameter_groups(net, 1e-3, 0.1)
     assert [group["weight_decay"] for group in groups].count(0.1) == 1 and len(groups) == 3
     norms = [m for m in net.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))]
     kept = {id(p) for m in norms for p in m.parameters()}
@@ -281,8 +282,8 @@ def test_norms_and_biases_are_not_decayed_and_groups_are_three_at_one_rate():
 
 
 def test_parameter_groups_cover_what_trains_once():
-    net = build_model("vit_tiny", "bn", 3, unfreeze=2)
-    groups = parameter_groups(net, lr=1e-3, weight_decay=0.1, backbone_lr_scale=0.5)
+    net = tiny(unfreeze=2)
+    groups = parameter_groups(net, lr=1e-3, weight_decay=0.1, lr_scale=backbone_scale(0.5))
     ids = [id(p) for group in groups for p in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in net.parameters() if p.requires_grad}
     head = {id(p) for p in net.head.parameters()}
@@ -307,12 +308,12 @@ def sure(logits):
 
 @pytest.mark.parametrize("block", [1, 1000, 1 << 25])
 @pytest.mark.parametrize("size", [(31, 22), (5, 40), (1, 1), (9, 7), (200, 3)])
-def test_class_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time(size, block, monkeypatch):
-    monkeypatch.setitem(upsample.BLOCK, "cpu", block)
+def test_label_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time(size, block, monkeypatch):
+    monkeypatch.setitem(logits_module.BLOCK, "cpu", block)
     torch.manual_seed(0)
     logits = torch.randn(4, 9, 7)
     whole = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
-    pred = class_map([Logits(logits[None])], size)
+    pred = label_map([Logits(logits[None])], size)
     assert pred.shape == size and pred.dtype == torch.uint8
     assert torch.equal(pred[sure(whole)].long(), whole.argmax(0)[sure(whole)])
 
@@ -321,14 +322,14 @@ def test_views_are_averaged_as_probabilities():
     torch.manual_seed(0)
     views = [5 * torch.randn(4, *size) for size in ((9, 7), (4, 4), (13, 20))]
     total = sum(F.interpolate(v[None], size=(30, 21), mode="bilinear")[0].softmax(0) for v in views)
-    got = class_map([Logits(v[None]) for v in views], (30, 21))
+    got = label_map([Logits(v[None]) for v in views], (30, 21))
     assert torch.equal(got[sure(total)].long(), total.argmax(0)[sure(total)])
 
 
 def test_predict_gives_the_images_own_size_in_order():
     net = Pixelwise().eval()
     images, _ = random_batch(3, 4, 6)
-    images = F.interpolate(images, size=(20, 31))  # patches, so that a smaller image is not plain grey
+    images = F.interpolate(images, size=(20, 31))  # patches, so that a smaller image is not plain gray
     preds = predict(net, images, Protocol((20, 31)), FLOAT32)
     assert torch.equal(preds.long(), net(images).argmax(1)) and len(preds.unique()) == 3
     small = predict(net, images, Protocol((10, 15)), FLOAT32)
@@ -339,7 +340,7 @@ def test_predict_gives_the_images_own_size_in_order():
 
 
 # --- protocols --------------------------------------------------------------------------------------------
-class Neighbours(Pixelwise):
+class Neighbors(Pixelwise):
     """A network that sees 5x5 pixels and the mean of its window, so that windows and their edges matter."""
 
     def __init__(self):
@@ -362,7 +363,7 @@ def test_windows_cover_everything_and_the_last_is_shifted_in():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_slide_equals_a_loop_over_windows(batch_size):
-    net = Neighbours().eval()
+    net = Neighbors().eval()
     images = torch.randint(0, 256, (2, 3, 23, 31), dtype=torch.uint8)
     total, count = torch.zeros(2, 3, 23, 31), torch.zeros(23, 31)
     with torch.no_grad():
@@ -377,7 +378,7 @@ def test_slide_equals_a_loop_over_windows(batch_size):
 
 @pytest.mark.parametrize("window", [(23, 31), (40, 50)])
 def test_slide_with_a_window_as_large_as_the_image_equals_whole(window):
-    net = Neighbours().eval()
+    net = Neighbors().eval()
     images = torch.randint(0, 256, (2, 3, 23, 31), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(slide_logits(net, images, window, (5, 5), 8), net(images))
@@ -388,7 +389,7 @@ def test_slide_with_a_window_as_large_as_the_image_equals_whole(window):
 
 def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
     images = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
-    symmetric, other = Pixelwise().eval(), Neighbours().eval()
+    symmetric, other = Pixelwise().eval(), Neighbors().eval()
     plain, flip = Protocol((20, 30)), Protocol((20, 30), flip=True)
     assert torch.equal(predict(symmetric, images, plain, FLOAT32), predict(symmetric, images, flip, FLOAT32))
     a, b = views_of(other, images, flip, FLOAT32)
@@ -411,7 +412,7 @@ def test_sizes_of_the_protocols():
 
 
 def test_multi_scale_equals_its_views_written_out():
-    net = Neighbours().eval()
+    net = Neighbors().eval()
     images = torch.randint(0, 256, (1, 3, 26, 34), dtype=torch.uint8)
     total = 0
     with torch.no_grad():
@@ -434,7 +435,7 @@ def test_evaluate_scores_every_mask_at_its_own_size():
     masks[1][:4] = 255
     names = list("abcde")
     bar = tqdm([(images[:3], masks[:3], names[:3]), (images[3:], masks[3:], names[3:])], disable=True)
-    scores, matrix = engine.evaluate(net, bar, build_loss("ce"), Precision("off", CPU))
+    scores, matrix = engine.evaluate(net, bar, Precision("off", CPU), Criterion("ce"))
     preds = [
         F.interpolate(net(one[None]), size=mask.shape, mode="bilinear").argmax(1)[0]
         for one, mask in zip(images, masks, strict=True)

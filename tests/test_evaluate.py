@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, blocks, random_images, write_folder, write_pair, write_tree
+from conftest import ROOT, blocks, load, random_images, write_folder, write_pair, write_tree
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-import engine
 import evaluate
 import infer_image
 import train
 import utils
-from config import CLASSES
-from datasets import load_data, resize_image
+from dataio.classes import ADE20K, VOC
+from inference.predictor import Predictor, label_map, make_protocol, views_of
+from dataio.transforms import resize_image
 from metrics import miou_of_counts
-from model import load_model, load_official
-from readers import read_image, read_mask
+from checkpoint import load_model, load_official
+from dataio.readers import read_image, read_mask
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def score(run, out, *flags):
 def plain_scores(data, model_file, split="val"):
     """Return (mIoU by torchmetrics, the confusion matrix by a loop over images) of a plain evaluation."""
     model, checkpoint = load_model(model_file)
-    source = load_data("folder", data)
+    source = load("folder", data)
     jaccard = MulticlassJaccardIndex(3, ignore_index=255, average="macro")
     confusion = np.zeros((3, 3), np.int64)
     for sample in source.splits[split]:
@@ -84,7 +84,7 @@ def plain_scores(data, model_file, split="val"):
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Score in float32, so that plain computations agree to the pixel."""
-    monkeypatch.setattr(utils, "best_dtype", lambda device: None)
+    monkeypatch.setitem(utils.PRECISIONS, "auto", lambda device: None)
 
 
 def test_scores_equal_a_plain_loop_with_torchmetrics(trained, tmp_path, run):
@@ -135,15 +135,15 @@ def test_other_protocols_score_what_predict_predicts(trained, tmp_path, run, fla
     more = ["--protocol", kind] + (["--tta", tta] if tta else [])
     _, result = score(run, tmp_path, "--model", out / "best_model_iou.pth", *more, "--batch-size", 3)
     model, checkpoint = load_model(out / "best_model_iou.pth")
-    source = load_data("folder", data)
-    protocol = engine.make_protocol(kind, tta, checkpoint["imgsz"])
+    source = load("folder", data)
+    protocol = make_protocol(kind, tta, checkpoint["imgsz"])
     confusion = np.zeros((3, 3), np.int64)
     for sample in source.splits["val"]:
         truth = read_mask(sample.mask, source.table)
-        views = engine.views_of(
+        views = views_of(
             model, read_image(sample.image)[None], protocol, utils.Precision("off", utils.pick_device("cpu"))
         )
-        pred = engine.class_map(views, truth.shape).numpy()
+        pred = label_map(views, truth.shape).numpy()
         np.add.at(confusion, (truth[truth != 255], pred[truth != 255]), 1)
     assert np.abs(np.array(result["confusion"]) - confusion).sum() <= 4
 
@@ -253,7 +253,7 @@ def test_compare_is_the_paired_bootstrap_over_the_same_images(trained, tmp_path,
     for broken in ([], dict(a, miou=None), dict(a, protocol={}), dict(a, records=[])):
         paths[1].write_text(json.dumps(broken))
         code, _, err = run(evaluate, "--compare", *paths)
-        assert code == 2 and "is no metrics.json" in err and err.count("\n") == 1
+        assert code == 2 and "is not a metrics.json" in err and err.count("\n") == 1
 
 
 def test_a_clearly_better_model_is_called_better(tmp_path, run):
@@ -314,8 +314,8 @@ def test_official_heads_equal_batchnorm_1x1_convolution_and_resize(official, dat
         logits = logits + state["conv_seg.bias"].view(1, -1, 1, 1)
         want = F.interpolate(logits, size=(50, 64), mode="bilinear", align_corners=False)  # as mmsegmentation
         assert torch.allclose(model(images), want, atol=1e-3)
-    classes = CLASSES["voc" if dataset == "voc2012" else dataset]
-    assert checkpoint["classes"] == [[class_name, list(colour)] for class_name, colour in classes]
+    classes = VOC if dataset == "voc2012" else ADE20K
+    assert checkpoint["classes"] == [[class_name, list(color)] for class_name, color in classes]
 
 
 def test_official_heads_are_scored_by_their_own_protocol_unless_told_otherwise(official, tmp_path, run):
@@ -335,7 +335,7 @@ def test_official_heads_are_scored_by_their_own_protocol_unless_told_otherwise(o
         (dict(kind="slide"), "window 640x640, stride 320x320, scales 1 1.32 1.73 2.28 3, flip"),
         (dict(kind="whole"), "whole image at 640x640, scales 1 1.32 1.73 2.28 3, flip"),
     ):
-        assert str(engine.Predictor("dinov2_vits14_voc2012_ms", "cpu", **given).protocol) == views
+        assert str(Predictor(*load_model("dinov2_vits14_voc2012_ms"), "cpu", **given).protocol) == views
     code, _, err = run(evaluate, "--model", "dinov2_vits14_voc2012_linear", "--out-dir", tmp_path)
     assert code == 2 and "--dataset is missing" in err
 
@@ -361,8 +361,9 @@ def test_official_heads_segment_images_and_say_where_their_file_goes(official, t
 # --- memory -----------------------------------------------------------------------------------------------
 LARGE = """
 import resource, sys, torch
-import engine, utils
-from upsample import Logits
+import utils
+from inference.predictor import Protocol, predict
+from models.logits import Logits
 class Net(torch.nn.Module):
     num_classes = 150
     def __init__(self):
@@ -379,8 +380,8 @@ image = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
 precision = utils.Precision("off", torch.device("cpu"))
 scales = {"whole": (1.0,), "flip": (1.0,), "slide": (1.0, 1.5)}[sys.argv[1]]
 slide = sys.argv[1] == "slide"
-protocol = engine.Protocol((384, 384), slide, (256, 256), scales, flip=sys.argv[1] == "flip")
-pred = engine.predict(net, image, protocol, precision, batch_size=2)
+protocol = Protocol((384, 384), slide, (256, 256), scales, flip=sys.argv[1] == "flip")
+pred = predict(net, image, protocol, precision, batch_size=2)
 assert pred.shape == (1, side, side)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """

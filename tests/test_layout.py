@@ -10,55 +10,86 @@ from conftest import ROOT
 
 import config
 
-PARTS = {  # files split off a leaf, and what they may import beside config
-    "datasets": {"folder", "loading", "readers", "streets", "stratify"},
-    "folder": {"readers", "scan", "stratify"},
-    "scan": {"readers"},
-    "stratify": {"readers"},
-    "cache": {"loading", "processes", "utils"},
-    "losses": {"upsample"},
-    "utils": {"processes"},
-    "plain": {"readers"},
-    "runtimes": {"model", "upsample"},
-    "model": {"backbones", "baselines", "heads", "upsample", "weights"},
-    "backbones": {"weights"},
-    "baselines": {"backbones", "heads", "weights"},
-}
-LEAVES = {"config", "losses", "metrics", "report", "utils", "video", *PARTS}.union(*PARTS.values())
-FILES = sorted(ROOT.glob("*.py"))
-SCRIPTS = [path for path in FILES if path.stem not in LEAVES | {"engine"}]
+FILES = sorted(path for path in ROOT.glob("**/*.py") if path.parts[len(ROOT.parts)][0] != "."
+               and path.relative_to(ROOT).parts[0] not in ("tests", "outputs", "data"))
+MIDDLE = {"model": 1, "datasets": 1, "engine": 2, "checkpoint": 2}  # between the leaves and the scripts
+SCRIPT = 3
+
+
+def module_name(path):
+    """Return the name under which a file is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_script(path):
+    """Return whether a file is a command: it stands at the top level and does something when it is run."""
+    text = path.read_text(encoding="utf-8")
+    return path.parent == ROOT and ("utils.run_main(" in text or "dependencies = [" in text)
+
+
+def level(path):
+    """Return 0 for leaves and what lies in folders, 1 and 2 for the core above them, 3 for scripts."""
+    name = module_name(path)
+    return MIDDLE.get(name) or (SCRIPT if is_script(path) else 0)
+
+
+LEVELS = {module_name(path): level(path) for path in FILES}
 
 
 def imports(path):
-    """Return the names of the modules that a file imports anywhere."""
+    """Return the names of this code's modules that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
-    return found
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found & LEVELS.keys() if name != module_name(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_import_direction(path):
-    ours = imports(path) & {file.stem for file in FILES}
-    if path.stem == "config":
-        allowed = set()
-    elif path.stem in LEAVES:
-        allowed = {"config"} | PARTS.get(path.stem, set())
-    else:
-        allowed = LEAVES if path.stem == "engine" else LEAVES | {"engine"}
-    assert ours <= allowed, f"{path.name} imports {sorted(ours - allowed)}"
+def test_commands_of_the_contract_are_scripts_and_the_core_is_none():
+    scripts = {name for name, value in LEVELS.items() if value == SCRIPT}
+    commands = {"train", "evaluate", "infer_image", "infer_video", "export", "check_data", "compare", "benchmark"}
+    assert {*commands, "hubconf"} <= scripts and not scripts & {"config", "losses", "metrics", "utils"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way(path):
+    """Folders and leaves <- model, datasets <- engine, checkpoint <- scripts; no script imports a script."""
+    own = level(path)
+    wrong = {name for name in imports(path)
+             if LEVELS[name] > own or (LEVELS[name] == own == SCRIPT)}
+    main_only = {"datasets"} if module_name(path) == "model" else set()
+    assert not wrong - main_only, f"{path.name} imports {sorted(wrong)}"
+
+
+def test_no_import_leads_back():
+    edges = {module_name(path): imports(path) for path in FILES}
+
+    def reaches(name, trail):
+        assert name not in trail, f"{' -> '.join([*trail, name])} leads back"
+        for other in edges[name]:
+            reaches(other, [*trail, name])
+
+    for name in edges:
+        reaches(name, [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_every_file_says_its_purpose_and_works_at_no_import(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             assert "environ" in ast.unparse(node), f"{path.name} line {node.lineno} works when it is imported"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if level(path) < SCRIPT], ids=module_name)
+def test_below_the_scripts_nothing_takes_the_settings_object(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and module_name(path) != "config":
+            names = {argument.arg for argument in node.args.args}
+            assert not names & {"config", "args", "namespace"} or node.name == "__torch_function__", node.name
 
 
 WATCH = """
@@ -74,7 +105,7 @@ import {name}
 """
 
 
-@pytest.mark.parametrize("name", [path.stem for path in SCRIPTS] + ["model"])
+@pytest.mark.parametrize("name", [name for name, value in LEVELS.items() if value == SCRIPT] + ["model"])
 @pytest.mark.parametrize("setting", [None, "0"])
 def test_mps_fallback_is_set_before_torch_unless_the_user_did(name, setting, monkeypatch):
     monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK", raising=False)
@@ -86,25 +117,35 @@ def test_mps_fallback_is_set_before_torch_unless_the_user_did(name, setting, mon
     assert done.stdout.strip() == (setting or "1"), done.stderr
 
 
-def test_readme_names_only_flags_and_files_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = {path.name: path.read_text(encoding="utf-8") for path in FILES}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_pages_name_only_flags_and_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in FILES if path.parent == ROOT}
     train_flags = {"--" + name.replace("_", "-") for name in config.TrainConfig.__dataclass_fields__} | {
         "--recipe"
     }
     for command in re.findall(r"python (\w+\.py)([^\n`|]*)", text):
         name, rest = command
         assert name in scripts, name
-        source = scripts[name] + scripts["utils.py"]  # which holds the flags that scripts share
+        source = scripts[name] + scripts["config.py"]  # which holds the flags that scripts share
         known = train_flags if name in ("train.py", "model.py") else set(re.findall(r'"(--[a-z-]+)"', source))
         assert set(re.findall(r"--[a-z][a-z-]*", rest)) <= known | {"--help"}, command
         recipe = re.search(r"--recipe (\S+)", rest)
         assert recipe is None or recipe[1] in config.RECIPES
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
-        assert (ROOT / picture).stat().st_size < 300_000
+        assert (page.parent / picture).stat().st_size < 300_000
+    for link in re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
 
 
 def test_ci_runs_the_two_commands_of_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python3 -m venv .*$", text, re.MULTILINE)
     assert len(commands) == 2 and "train.py --recipe demo" in commands[0] and "pytest" in commands[1]
+
+
+def test_the_readme_is_for_a_first_reading():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import ROOT, random_images, tiny
 
 from config import InputError
-from model import load_model, pack_checkpoint, pad_to_multiple, padding
+from checkpoint import load_model, pack_checkpoint
+from models.logits import pad, geometry_of
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
 
@@ -43,9 +44,10 @@ def test_forward_equals_the_steps_written_out():
         assert torch.allclose(net(images), logits[:, :, 6:36, 5:50], atol=1e-5)
 
 
-def test_padding_is_centred_and_only_where_needed():
+def test_padding_is_centerd_and_only_where_needed():
     images = torch.ones(1, 1, 28, 30)
-    padded, ((tall, wide), top, left) = pad_to_multiple(images, 14), padding((28, 30), 14)
+    geometry = geometry_of((28, 30), 14)
+    padded, (_, (tall, wide), top, left) = pad(images, geometry), geometry
     assert padded.shape == (1, 1, tall, wide) == (1, 1, 28, 42) and (top, left) == (0, 6)
     assert torch.equal(padded[..., top : top + 28, left : left + 30], images) and padded.sum() == images.sum()
 
@@ -83,8 +85,8 @@ def test_unfreeze_trains_what_it_says_and_nothing_else(unfreeze):
 
 
 def test_default_layers_are_the_last_four_and_the_last_one_for_linear():
-    assert tiny().spec["layers"] == [2, 3, 4, 5] and tiny(head="linear").spec["layers"] == [5]
-    assert tiny(head="linear", layers=(0, 3)).spec["layers"] == [0, 3]
+    assert tiny().spec.layers == (2, 3, 4, 5) and tiny(head="linear").spec.layers == (5,)
+    assert tiny(head="linear", layers=(0, 3)).spec.layers == (0, 3)
 
 
 def test_frozen_blocks_run_in_eval_mode_without_autograd():

@@ -8,7 +8,7 @@ from conftest import blocks, real_data, write_pair
 from PIL import Image
 
 from config import InputError
-from readers import (
+from dataio.readers import (
     Sample,
     index_table,
     list_images,
@@ -19,7 +19,7 @@ from readers import (
     read_mask,
     read_orientation,
     read_pair,
-    read_mask_values,
+    decode_mask,
     rotate_like,
 )
 
@@ -30,17 +30,17 @@ def gradient(height=31, width=47):
     return np.stack([rows * 8, columns * 5, 255 - rows * 4], 2).clip(0, 255).astype(np.uint8)
 
 
-def test_grey_rgba_palette_and_16_bit_images(tmp_path):
+def test_gray_rgba_palette_and_16_bit_images(tmp_path):
     pixels = gradient()
-    grey = pixels[..., 0]
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert (read_image(tmp_path / "grey.png").numpy() == grey).all()
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    assert (read_image(tmp_path / "deep.png").numpy() == grey).all()
-    for name, deep in (("float", (grey / 255).astype(np.float32)), ("wide", grey.astype(np.int32))):
+    gray = pixels[..., 0]
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    assert (read_image(tmp_path / "gray.png").numpy() == gray).all()
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert (read_image(tmp_path / "deep.png").numpy() == gray).all()
+    for name, deep in (("float", (gray / 255).astype(np.float32)), ("wide", gray.astype(np.int32))):
         Image.fromarray(deep).save(tmp_path / f"{name}.tif")
-        assert np.abs(read_image(tmp_path / f"{name}.tif")[0].numpy().astype(int) - grey).max() <= 1
-    alpha = np.full(grey.shape, 255, np.uint8)
+        assert np.abs(read_image(tmp_path / f"{name}.tif")[0].numpy().astype(int) - gray).max() <= 1
+    alpha = np.full(gray.shape, 255, np.uint8)
     alpha[:5] = 0
     Image.fromarray(np.dstack([pixels, alpha])).save(tmp_path / "rgba.png")
     clear = read_image(tmp_path / "rgba.png").permute(1, 2, 0).numpy()
@@ -116,7 +116,7 @@ def test_index_palette_bilevel_and_16_bit_masks_give_their_values(tmp_path):
         ("i16", mask.astype(np.int32) * 1000),
         ("one", mask > 0),
     ):
-        assert (read_mask_values(tmp_path / f"{name}.png") == want.astype(np.int32)).all(), name
+        assert (decode_mask(tmp_path / f"{name}.png").values == want.astype(np.int32)).all(), name
 
 
 def test_a_mask_value_outside_the_classes_is_named(tmp_path):
@@ -132,11 +132,11 @@ def test_a_mask_value_outside_the_classes_is_named(tmp_path):
     ).all()
 
 
-def test_colour_masks_need_colours(tmp_path):
+def test_color_masks_need_colors(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "paint.png")
-    with pytest.raises(InputError, match="paint.png is painted in colours"):
-        read_mask_values(tmp_path / "paint.png")
-    assert read_mask_values(tmp_path / "paint.png", colours=True)[1, 2] == (8 << 16 | 10 << 8 | 251)
+    with pytest.raises(InputError, match="paint.png is painted in colors"):
+        read_mask(tmp_path / "paint.png", index_table(5))
+    assert decode_mask(tmp_path / "paint.png").colors[1, 2] == (8 << 16 | 10 << 8 | 251)
 
 
 def test_pairs_by_stem_with_suffixes_and_inner_dots(tmp_path):

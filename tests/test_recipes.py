@@ -9,9 +9,10 @@ from test_config import RECIPE_TABLE
 from torchvision.models import resnet101
 
 import infer_image
-import streets
+from dataio import streets
 import train
-from config import CLASSES, RECIPES
+from config import RECIPES
+from datasets import DATASETS
 
 FILES = {"loss.png", "miou.png", "config.json", "best_model_iou.pth", "last.pth", "valid_preds"}
 
@@ -40,6 +41,7 @@ def few_streets(monkeypatch):
 
     monkeypatch.setattr(streets, "write_streets", write)
     monkeypatch.setattr(streets, "is_current", lambda *args, **kwargs: False)
+    monkeypatch.setattr(streets, "write_examples", lambda root: (root / "picture.png", root / "clip.mp4"))
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -60,7 +62,7 @@ def test_a_recipe_runs_from_its_name_alone(name, data_root, tmp_path, hub_cache,
     for key, value in resolved.items():
         assert settings[key] == (list(value) if isinstance(value, tuple) else value) or key == "weights"
         assert f"{key}=" in text  # the settings are printed as resolved
-    classes = CLASSES.get(dataset) or [("background",), ("person",)]
+    classes = DATASETS[dataset][1] or [("background",), ("person",)]
     assert settings["class_names"] == [entry[0] for entry in classes]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= FILES
     (row,) = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]

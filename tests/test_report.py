@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 import train
-from report import class_table, number, report_page
+from inference.report import class_table, number, report_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -120,7 +120,7 @@ def test_a_browser_shows_it_without_errors(evaluated, tmp_path, width, dark):
 def row(name, iou):
     """Return one row of per_class."""
     scores = dict.fromkeys(("dice", "precision", "recall", "boundary_f1"), 0.5)
-    return dict(name=name, colour=[1, 2, 255], iou=iou, pixels=5, predicted=6, images=2, **scores)
+    return dict(name=name, color=[1, 2, 255], iou=iou, pixels=5, predicted=6, images=2, **scores)
 
 
 def test_absent_classes_and_markup_in_names():

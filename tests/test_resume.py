@@ -12,13 +12,13 @@ import torch
 from conftest import ROOT, write_folder
 from kill import same_run
 
-import loading
-import readers
+from dataio import dataloader as loading
+from dataio import readers
+import checkpoint
 import train
 import utils
 from config import InputError
-from datasets import SegmentationDataset
-from folder import folder
+
 from test_scripts import train_flags
 
 
@@ -56,7 +56,7 @@ def straight(data, tmp_path_factory):
 
 def at_step(number, action):
     """Return a Run.after_step that does something after optimizer step `number` of the run, once."""
-    original, done = train.Run.after_step, []
+    original, done = checkpoint.Run.after_step, []
 
     def after_step(run, step, so_far):
         if step == number and not done:
@@ -84,36 +84,36 @@ def send(number):
 def test_a_stop_within_an_epoch_costs_nothing(data, straight, tmp_path, run, monkeypatch, step, number, more):
     whole = straight(*more)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "after_step", at_step(step, send(number)))
+        patch.setattr(checkpoint.Run, "after_step", at_step(step, send(number)))
         code, _, err = run(train, *flags_of(data, tmp_path, *more))
-    assert code == 128 + number and f"after {step} steps in all; --resume goes on there" in err
+    assert code == 128 + number and f"after {step} steps in all; --resume continues there" in err
     assert torch.load(tmp_path / "last.pth")["step"] == step
     code, out, err = run(train, "--resume", "--out-dir", tmp_path)
-    assert code == 0 and "going on after epoch" in out
+    assert code == 0 and "resumed after epoch" in out
     same_run(whole, tmp_path)
 
 
 def test_a_stop_in_validation_does_not_train_the_epoch_again(data, straight, tmp_path, run, monkeypatch):
-    original, calls = train.Run.after_batch, []
+    original, calls = checkpoint.Run.after_batch, []
 
     def after_batch(self):
         calls.append(len(calls) or send(signal.SIGTERM)())
         original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "after_batch", after_batch)
+        patch.setattr(checkpoint.Run, "after_batch", after_batch)
         assert run(train, *flags_of(data, tmp_path))[0] == 143
     state = torch.load(tmp_path / "last.pth")
     assert state["epoch"] == 0 and state["progress"]["batches"] == 3 and not state["history"]
-    steps, original_step = [], train.Run.after_step
+    steps, original_step = [], checkpoint.Run.after_step
     monkeypatch.setattr(
-        train.Run,
+        checkpoint.Run,
         "after_step",
         lambda self, step, so_far: steps.append(step) or original_step(self, step, so_far),
     )
     calls.clear()
     with monkeypatch.context() as patch:  # stopped there again: still no step is taken
-        patch.setattr(train.Run, "after_batch", after_batch)
+        patch.setattr(checkpoint.Run, "after_batch", after_batch)
         assert run(train, "--resume", "--out-dir", tmp_path)[0] == 143
     assert run(train, "--resume", "--out-dir", tmp_path)[0] == 0
     assert steps == [4, 5, 6]
@@ -126,13 +126,13 @@ def test_more_epochs_on_resume_equal_a_longer_run(data, straight, tmp_path, run)
     same_run(straight(), tmp_path)
 
 
-def test_a_lost_image_costs_nothing_that_was_learnt(data, straight, tmp_path, run, monkeypatch):
+def test_a_lost_image_costs_nothing_that_was_learned(data, straight, tmp_path, run, monkeypatch):
     copy = shutil.copytree(data, tmp_path / "data")
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     with monkeypatch.context() as patch:
         lose = at_step(4, lambda: [os.rename(path, hidden / path.name) for path in copy.glob("images/*")])
-        patch.setattr(train.Run, "after_step", lose)
+        patch.setattr(checkpoint.Run, "after_step", lose)
         code, out, err = run(train, *flags_of(copy, tmp_path / "out"))
     assert code == 2 and "does not exist" in err and "Traceback" not in err
     assert "saved in epoch 2 after 4 steps" in out
@@ -156,13 +156,13 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(data, straight, tmp_path
     assert "Traceback" not in err
     for name in ("last.pth", "best_model_iou.pth", "history.jsonl", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == before[name] or name == "config.json"
-    assert not [path for path in (tmp_path / "out").glob(".*") if path.name != ".lock"]
+    assert not [path for path in (tmp_path / "out").glob(".*") if path.name not in (".lock", ".run.json")]
     assert run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")[0] == 0
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_leftovers_go(data, tmp_path, run):
     pytest.importorskip("fcntl")
-    code = f"import utils; lock = utils.reserve_folder({str(tmp_path)!r}); print('here', flush=True); input()"
+    code = f"import utils; lock = utils.RunFolder({str(tmp_path)!r}).__enter__(); print('here', flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -251,13 +251,13 @@ def test_a_damaged_validation_image_costs_no_epoch(data, straight, tmp_path, run
     copy = shutil.copytree(data, tmp_path / "data")
     original = train.engine.evaluate
 
-    def evaluate(model, batches, *args):
+    def evaluate(model, batches, *args, **options):
         if not (tmp_path / "whole").exists():
             victim = batches.iterable.dataset.samples[1].image
             shutil.copy(victim, tmp_path / "whole")
             victim.write_bytes((tmp_path / "whole").read_bytes()[:60])
             run.victim = victim
-        return original(model, batches, *args)
+        return original(model, batches, *args, **options)
 
     monkeypatch.setattr(train.engine, "evaluate", evaluate)
     code, out, err = run(train, *flags_of(copy, tmp_path / "out"))
@@ -280,40 +280,3 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path, monkeypatch):
         utils.save_checkpoint({}, tmp_path / "last.pth")
     assert torch.load(tmp_path / "last.pth")["a"].numel() == 9
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-
-
-# --- batches ----------------------------------------------------------------------------------------------
-def loader_of(data, workers=2):
-    """Return Batches of two images and the dataset."""
-    source = folder(data)
-    dataset = SegmentationDataset(source.splits["train"], source.table, (40, 50), ("flip",))
-    return loading.make_loader(dataset, 2, workers), dataset
-
-
-def test_batches_that_are_kept_are_never_written_over(data):
-    batches, dataset = loader_of(data)
-    kept = [[], [], []]
-    for epoch in range(3):
-        batches.start(epoch)
-        for images, masks, names in batches:
-            kept[epoch].append((images[:1], masks.numpy(), names))  # views keep the memory, too
-    for epoch, part in enumerate(kept):
-        batches.sampler.set_epoch(epoch)
-        tickets = iter(list(batches.sampler))
-        for images, masks, names in part:
-            items = [dataset[next(tickets)] for _ in names]
-            assert torch.equal(images[0], items[0][0]) and names == [item[2] for item in items]
-            assert all((mask == item[1].numpy()).all() for mask, item in zip(masks, items, strict=True))
-    batches.close()
-
-
-def test_memory_is_used_again_and_broken_epochs_leave_none_behind(data):
-    batches, _ = loader_of(data, workers=1)
-    for epoch in range(30):
-        batches.start(epoch)
-        next(iter(batches))
-    batches.start(30)
-    places = {images.data_ptr() for images, *_ in batches}
-    batches.buffers.forget()
-    assert batches.buffers.free.all() and len(places) <= 6
-    batches.close()

@@ -6,7 +6,7 @@ from conftest import blocks
 from PIL import Image
 
 from config import InputError
-from scan import distinct, fits, in_parallel, scan_image, scan_mask
+from dataio.scan import distinct, fits, in_parallel, scan_image, scan_mask
 
 RED, GREEN = 255 << 16, 255 << 8
 
@@ -33,17 +33,17 @@ def test_masks_of_every_kind(tmp_path):
         "index.png": (Image.fromarray(mask), [0, 1], [0, 0x010101]),
         "palette.png": (palette, [0, 1], [RED, GREEN]),
         "painted.png": (Image.fromarray(painted(mask)), None, [GREEN, RED]),
-        "grey.png": (Image.fromarray(np.repeat(mask[..., None], 3, 2)), [0, 1], [0, 0x010101]),
+        "gray.png": (Image.fromarray(np.repeat(mask[..., None], 3, 2)), [0, 1], [0, 0x010101]),
         "deep.png": (Image.fromarray(mask.astype(np.uint16) * 65535), [0, 65535], None),
         "bits.png": (Image.fromarray(mask.astype(bool)), [0, 1], [0, 0x010101]),
     }
-    for name, (picture, values, colours) in cases.items():
+    for name, (picture, values, colors) in cases.items():
         picture.save(tmp_path / name)
         facts = scan_mask(tmp_path / name)
         assert facts.size == (23, 31) and facts.kind == "PNG", name
-        assert (facts.values is None) == (values is None) and (facts.colours is None) == (colours is None)
+        assert (facts.values is None) == (values is None) and (facts.colors is None) == (colors is None)
         assert values is None or facts.values.tolist() == values, name
-        assert colours is None or facts.colours.tolist() == colours, name
+        assert colors is None or facts.colors.tolist() == colors, name
         assert facts.counts.tolist() == (counts if name != "painted.png" else counts[::-1])
 
 
@@ -51,7 +51,7 @@ def test_damaged_and_unfit_masks_are_named(tmp_path):
     Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(blocks(90, 90, (0, 1, 2))).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:90])
-    for name, reason in (("float.tif", "whole numbers"), ("cut.png", "damaged"), ("gone.png", "not exist")):
+    for name, reason in (("float.tif", "integers"), ("cut.png", "damaged"), ("gone.png", "not exist")):
         with pytest.raises(InputError, match=f"{name}.*{reason}"):
             scan_mask(tmp_path / name)
 
@@ -83,7 +83,7 @@ def test_masks_fit_as_stored_or_turned_as_exif_says():
 def test_photos_are_no_class_masks(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    with pytest.raises(InputError, match="noise.png holds [0-9]+ different values: it is no class mask"):
+    with pytest.raises(InputError, match="noise.png holds [0-9]+ different values: it is not a class mask"):
         scan_mask(tmp_path / "noise.png")
 
 

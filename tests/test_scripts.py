@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,19 +13,24 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, blocks, real_data, write_folder
+from conftest import ROOT, blocks, load, real_data, write_folder
 from PIL import Image
 from test_video import write_clip
 
+import checkpoint
 import engine
 import infer_image
 import infer_video
 import train
 import utils
-import video
-from model import load_model
-from readers import DataSource, read_image
-from video import VideoReader
+import visualize
+from conftest import load
+from inference import video
+from checkpoint import load_model
+from inference.predictor import Protocol, predict
+from losses import Criterion
+from dataio.readers import DataSource, read_image
+from inference.video import VideoReader
 
 RUN_FILES = {
     "config.json",
@@ -95,7 +101,7 @@ def history_of(out):
 # --- training ---------------------------------------------------------------------------------------------
 def test_a_run_leaves_the_files_it_promises(trained):
     _, out = trained
-    assert {path.name for path in out.iterdir()} == RUN_FILES | {".lock"}
+    assert {path.name for path in out.iterdir()} == RUN_FILES | {".lock", ".run.json"}
     assert sorted(path.name for path in (out / "valid_preds").iterdir()) == ["epoch_001.png", "epoch_002.png"]
     rows = history_of(out)
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -119,12 +125,10 @@ def test_best_checkpoint_is_the_best_epoch_and_scores_what_it_says(trained):
     model, checkpoint = load_model(out / "best_model_iou.pth")
     best = max(rows, key=lambda row: row["val_miou"])
     assert checkpoint["epoch"] == best["epoch"] and checkpoint["metrics"]["miou"] == best["val_miou"]
-    source = train.load_data("folder", data)
+    source = load("folder", data)
     dataset = train.SegmentationDataset(source.splits["val"], source.table, (42, 56))
     bar = train.tqdm(train.make_loader(dataset, 3, 0), disable=True)
-    scores, _ = engine.evaluate(
-        model, bar, train.build_loss("ce"), utils.Precision("auto", torch.device("cpu"))
-    )
+    scores, _ = engine.evaluate(model, bar, utils.Precision("auto", torch.device("cpu")), Criterion("ce"))
     assert scores["miou"] == pytest.approx(best["val_miou"], abs=2e-3)  # bf16 rounds by batch
 
 
@@ -132,7 +136,7 @@ def test_resume_equals_an_uninterrupted_run(trained, tmp_path, run):
     data, out = trained
     shutil.copytree(out, tmp_path / "resumed")
     code, text, _ = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "resumed")
-    assert code == 0 and "going on after epoch 2" in text
+    assert code == 0 and "resumed after epoch 2" in text
     assert run(train, *train_flags(data, tmp_path / "straight", "--epochs", 3))[0] == 0
     rows, straight = history_of(tmp_path / "resumed"), history_of(tmp_path / "straight")
     assert [row["epoch"] for row in rows] == [1, 2, 3] and not (tmp_path / "resumed/previous").exists()
@@ -151,7 +155,7 @@ def test_accumulate_scheduler_and_amp_reach_the_run(trained, tmp_path, run):
     assert last["step"] == 4 * 2  # 8 images, 4 batches, 2 optimizer steps an epoch
     rates = [row["lr"] for row in history_of(tmp_path / "out")]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(5e-4 * engine.lr_factor(7, 8, "cosine"))
+    assert rates[-1] == pytest.approx(5e-4 * engine.lr_lambda("cosine", 8, 2)(7))
 
 
 def test_optimizer_losses_and_class_weights_reach_the_run(trained, tmp_path, run):
@@ -165,7 +169,7 @@ def test_optimizer_losses_and_class_weights_reach_the_run(trained, tmp_path, run
         for part in ("train", "val"):
             total = row[f"{part}_loss_focal"] + row[f"{part}_loss_dice"]
             assert row[f"{part}_loss"] == pytest.approx(total, rel=1e-5)
-    assert rows[-1]["lr"] == pytest.approx(5e-4 * engine.lr_factor(3, 4, "onecycle"))
+    assert rows[-1]["lr"] == pytest.approx(5e-4 * engine.lr_lambda("onecycle", 4, 2)(3))
     last = torch.load(tmp_path / "out/last.pth", weights_only=True)
     assert last["optimizer"]["param_groups"][0]["nesterov"]
     assert len(list((tmp_path / "out/cache").iterdir())) == 2  # pixels of all images, of those that train
@@ -207,11 +211,11 @@ def test_the_mean_without_background_is_reported_beside_the_mean(trained, tmp_pa
 
 
 def test_random_state_is_saved_and_restored():
-    torch.rand(3), np.random.rand(3), train.random.random()
-    state = train.random_state()
-    drawn = torch.rand(4).tolist(), np.random.rand(4).tolist(), train.random.random()
-    train.restore_random_state(state)
-    assert drawn == (torch.rand(4).tolist(), np.random.rand(4).tolist(), train.random.random())
+    torch.rand(3), np.random.rand(3), random.random()
+    state = checkpoint.random_state()
+    drawn = torch.rand(4).tolist(), np.random.rand(4).tolist(), random.random()
+    checkpoint.restore_random_state(state)
+    assert drawn == (torch.rand(4).tolist(), np.random.rand(4).tolist(), random.random())
 
 
 def test_data_are_fingerprinted_once_so_that_a_file_lost_midway_costs_no_epoch(
@@ -278,8 +282,8 @@ def test_hub_backbone_trains_saves_and_infers_offline(head, hub_cache, tmp_path,
 
 
 def test_without_dataset_it_says_streets(run, monkeypatch):
-    def stop(name, *args, **options):
-        raise train.InputError(f"asked for {name}")
+    def stop(options, *args):
+        raise train.InputError(f"asked for {options.dataset}")
 
     monkeypatch.setattr(train, "load_data", stop)
     code, out, err = run(train)
@@ -385,7 +389,7 @@ def test_images_of_every_kind_come_out_right(model_file, tmp_path, run):
     photos = tmp_path / "photos"
     photos.mkdir()
     Image.fromarray(pixels).save(photos / "rgb.png")
-    Image.fromarray(pixels[..., 0]).save(photos / "grey.jpg")
+    Image.fromarray(pixels[..., 0]).save(photos / "gray.jpg")
     Image.fromarray(np.dstack([pixels, pixels[..., :1]])).save(photos / "rgba.png")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(photos / "deep.png")
     Image.fromarray(pixels).save(photos / "phone.jpg", exif=exif)
@@ -397,8 +401,8 @@ def test_images_of_every_kind_come_out_right(model_file, tmp_path, run):
         upright = read_image(path)
         assert upright.shape[1:] == ((71, 50) if path.stem == "phone" else (50, 71))
         mask = Image.open(out / f"{path.stem}_mask.png")
-        want = engine.predict(
-            model, upright[None], engine.Protocol((42, 56)), utils.Precision("auto", torch.device("cpu"))
+        want = predict(
+            model, upright[None], Protocol((42, 56)), utils.Precision("auto", torch.device("cpu"))
         )[0]
         assert mask.mode == "P" and (np.array(mask) == want.numpy()).all()
         assert Image.open(out / f"{path.stem}_overlay.jpg").size == mask.size
@@ -417,11 +421,11 @@ def test_overlay_is_the_prediction_over_the_image(model_file, tmp_path, run, fla
     assert code == 0 and f"at {imgsz[0]}x{imgsz[1]} on" in text
     model, checkpoint = load_model(model_file)
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-    pred = engine.predict(model, batch, engine.Protocol(imgsz), utils.Precision("auto", torch.device("cpu")))[
+    pred = predict(model, batch, Protocol(imgsz), utils.Precision("auto", torch.device("cpu")))[
         0
     ].numpy()
-    colours = np.array([colour for _, colour in checkpoint["classes"]])[pred]
-    want = (1 - alpha) * image + alpha * colours  # no class is called background
+    colors = np.array([color for _, color in checkpoint["classes"]])[pred]
+    want = (1 - alpha) * image + alpha * colors  # no class is called background
     got = np.array(Image.open(tmp_path / "inference_results_image/a_overlay.jpg"))
     assert np.abs(got - want).mean() < 6  # JPEG
 
@@ -451,7 +455,7 @@ def test_a_corrupt_image_is_passed_over(model_file, tmp_path, run):
         Image.fromarray(blocks(40, 40, (0, 100, 200))).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
     code, text, err = run(infer_image, "--input", tmp_path, "--model", model_file, "--out-dir", tmp_path)
-    assert code == 1 and "2 of 3 images" in text and "passed over" in err and "1.png" in err
+    assert code == 1 and "2 of 3 images" in text and "skipped" in err and "1.png" in err
     assert (tmp_path / "inference_results_image/2_mask.png").exists()
     assert (
         run(infer_image, "--input", tmp_path / "1.png", "--model", model_file, "--out-dir", tmp_path)[0] == 2
@@ -461,7 +465,7 @@ def test_a_corrupt_image_is_passed_over(model_file, tmp_path, run):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--input", "nothing/*.png"], "nothing/*.png is no file"),
+        (["--input", "nothing/*.png"], "nothing/*.png is not a file"),
         (["--input", "{tmp}"], "folder without images"),
         (["--input", "x.png", "--model", "none.pth"], "none.pth does not exist"),
         (["--imgsz", "0", "4"], "at least 1"),
@@ -514,13 +518,13 @@ def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run
     )
     assert run(infer_video, *flags)[0] == 0
     model, checkpoint = load_model(model_file)
-    table, precision = utils.colour_table(checkpoint["classes"]), utils.Precision("auto", torch.device("cpu"))
+    table, precision = visualize.color_table(checkpoint["classes"]), utils.Precision("auto", torch.device("cpu"))
     drawn = list(VideoReader(tmp_path / "inference_results_video/clip.mp4"))
     for frame, got in zip(VideoReader(clip), drawn, strict=True):
-        pred = engine.predict(
-            model, torch.from_numpy(frame).permute(2, 0, 1)[None], engine.Protocol((42, 56)), precision
+        pred = predict(
+            model, torch.from_numpy(frame).permute(2, 0, 1)[None], Protocol((42, 56)), precision
         )[0].numpy()
-        want = utils.overlay(frame, pred, table, 0.25)[24:]  # the counter stands above
+        want = visualize.overlay(frame, pred, table, 0.25)[24:]  # the counter stands above
         assert np.abs(got[24:].astype(int) - want).mean() < 12
 
 
@@ -568,8 +572,8 @@ def test_show_without_a_display_leaves_earlier_outputs(model_file, tmp_path, run
 def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
     shown = []
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(utils.cv2, "imshow", lambda title, frame: shown.append(frame.shape))
-    monkeypatch.setattr(utils.cv2, "waitKey", lambda delay: ord("q") if len(shown) == 3 else -1)
+    monkeypatch.setattr(visualize.cv2, "imshow", lambda title, frame: shown.append(frame.shape))
+    monkeypatch.setattr(visualize.cv2, "waitKey", lambda delay: ord("q") if len(shown) == 3 else -1)
     clip = write_clip(tmp_path / "clip.mp4", 8)
     flags = ("--input", clip, "--model", model_file, "--out-dir", tmp_path)
     assert run(infer_video, *flags)[0] == 0 and not shown

@@ -7,10 +7,10 @@ import pytest
 from conftest import blocks, write_folder, write_pair
 from PIL import Image
 
-import stratify
+from dataio import stratify
 from config import InputError
-from readers import Sample, index_table
-from stratify import count_pixels, share_table, split_samples, stratified_split
+from dataio.readers import Sample, index_table
+from dataio.stratify import count_pixels, share_table, split_samples, stratified_split
 
 
 def test_split_is_deterministic_disjoint_and_fair():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import streets
+from dataio import streets
 
 CLASSES = [("sky", (70, 130, 180)), ("road", (128, 64, 128)), ("grass", (152, 251, 152)),
            ("building", (70, 70, 70)), ("tree", (107, 142, 35)), ("car", (0, 0, 142)),
@@ -68,7 +68,7 @@ def test_outlines_in_the_image_are_those_of_the_mask(scenes):
     assert there > 1.8 * max(moved), (there, moved)
 
 
-def test_colours_tell_sky_road_and_grass_apart(scenes):
+def test_colors_tell_sky_road_and_grass_apart(scenes):
     images, masks = scenes
     sky, road, grass = (images[masks == kind].mean(0) for kind in (streets.SKY, streets.ROAD, streets.GRASS))
     assert sky.mean() > road.mean() + 20 and sky[2] > sky[0] + 10

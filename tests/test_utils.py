@@ -1,19 +1,14 @@
-"""Device choice with fakes, atomic files, runs set aside, colours and plots."""
+"""Device choice with fakes, atomic files, the folder of a run, errors as one line."""
 
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from conftest import blocks
-from PIL import Image
 
 import utils
 from config import InputError
-from utils import Precision, overlay, pick_device
-
-CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("a dog with a long name", (0, 200, 100))]
+from utils import Precision, RunFolder, pick_device
 
 
 @pytest.mark.parametrize(("cuda", "mps", "want"), [(2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")])
@@ -80,74 +75,69 @@ def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["history.jsonl"]
 
 
-def test_an_earlier_run_is_moved_and_other_folders_stay(tmp_path):
-    assert utils.set_aside(tmp_path) is None
+def a_run(path, *names, resume=False):
+    """Do as a run does that writes these files or folders."""
+    with RunFolder(path, resume) as folder:
+        for name in names:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(str(names))
+        folder.save()
+    return folder
+
+
+def test_whatever_an_earlier_run_wrote_is_moved_and_nothing_else(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "photo.jpg").write_text("mine")
     for number in range(3):
-        (tmp_path / "last.pth").write_text(str(number))
-        (tmp_path / "valid_preds").mkdir()
-        (tmp_path / "inference_results_image").mkdir(exist_ok=True)
-        place = utils.set_aside(tmp_path)
-        assert (place / "last.pth").read_text() == str(number) and (place / "valid_preds").is_dir()
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["inference_results_image", "previous"]
-    assert len(list((tmp_path / "previous").iterdir())) == 3
+        folder = a_run(tmp_path, "last.pth", f"new_kind_{number}/events", "valid_preds/epoch_001.png")
+        (tmp_path / "inference_results_image").mkdir(exist_ok=True)  # of another script, after the run
+        a_run(tmp_path / "other", "last.pth")  # a run of its own below it
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        if number:
+            moved = {path.name for path in folder.moved.iterdir()}
+            assert moved == {"last.pth", f"new_kind_{number - 1}", "valid_preds"}
+    kept = {"notes", "photo.jpg", "inference_results_image", "other", "cache", "previous"}
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} - kept == {
+        "last.pth", "new_kind_2", "valid_preds"}
+    assert len(list((tmp_path / "previous").iterdir())) == 2 and (tmp_path / "other/last.pth").exists()
+
+
+def test_a_run_that_fails_before_it_saves_gives_the_earlier_one_back(tmp_path, capsys):
+    a_run(tmp_path, "last.pth", "events/1")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError), RunFolder(tmp_path):
+        assert not (tmp_path / "last.pth").exists()
+        raise InputError("a bad image")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert "moved back" in capsys.readouterr().out and not (tmp_path / "previous").exists()
+    with pytest.raises(InputError), RunFolder(tmp_path) as folder:  # once it has saved, it is a run
+        (tmp_path / "last.pth").write_text("new")
+        folder.save()
+        raise InputError("a bad image")
+    assert (tmp_path / "last.pth").read_text() == "new" and (folder.moved / "events/1").exists()
+
+
+def test_a_resumed_run_stays_where_it_is_and_owns_what_it_adds(tmp_path):
+    a_run(tmp_path, "last.pth")
+    (tmp_path / "mine.txt").write_text("")
+    a_run(tmp_path, "events/1", resume=True)
+    assert (tmp_path / "last.pth").exists() and not (tmp_path / "previous").exists()
+    folder = a_run(tmp_path, "last.pth")
+    assert {path.name for path in folder.moved.iterdir()} == {"last.pth", "events"}
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_runs_of_earlier_versions_are_known_by_their_files(tmp_path):
+    for name in ("last.pth", "miou.png", "mine.txt"):
+        (tmp_path / name).write_text("")
+    folder = a_run(tmp_path, "last.pth")
+    assert {path.name for path in folder.moved.iterdir()} == {"last.pth", "miou.png"}
 
 
 def test_an_out_dir_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--out-dir"):
         utils.make_folder(tmp_path / "file/below")
-
-
-@pytest.mark.parametrize("keep", [None, 0])
-def test_overlay_equals_a_loop(keep):
-    generator = np.random.default_rng(0)
-    image = generator.integers(0, 256, (9, 13, 3), dtype=np.uint8)
-    pred = generator.integers(0, 3, (9, 13), dtype=np.uint8)
-    out = overlay(image, pred, utils.colour_table(CLASSES), 0.4, keep)
-    for row, column in np.ndindex(9, 13):
-        id = pred[row, column]
-        want = image[row, column] if id == keep else 0.6 * image[row, column] + 0.4 * np.array(CLASSES[id][1])
-        assert np.abs(out[row, column] - want).max() <= 0.51
-
-
-def test_mask_png_holds_class_ids_and_the_palette(tmp_path):
-    pred = blocks(17, 23, (0, 1, 2))
-    utils.save_mask(pred, CLASSES, tmp_path / "mask.png")
-    mask = Image.open(tmp_path / "mask.png")
-    assert mask.mode == "P" and (np.array(mask) == pred).all()
-    assert (np.array(mask.convert("RGB")) == utils.colour_table(CLASSES)[pred]).all()
-
-
-@pytest.mark.parametrize("count", [1, 2, 150])
-def test_legend_shows_every_colour(count):
-    classes = [(f"class {id}", (id, 255 - id, 7)) for id in range(count)]
-    picture = utils.legend(classes)
-    for _, colour in classes:
-        assert (picture == colour).all(2).any()
-
-
-def test_side_by_side_takes_images_of_any_size():
-    rows = [
-        (np.zeros((*size, 3), np.uint8), blocks(*size, (0, 1)), blocks(*size, (0, 2)))
-        for size in ((40, 90), (333, 71), (1, 1), (3, 9000))
-    ]
-    picture = utils.side_by_side(rows, CLASSES)
-    assert picture.ndim == 3 and picture.dtype == np.uint8
-    assert (picture == (255, 0, 0)).all(2).any() and (picture == (0, 200, 100)).all(2).any()
-
-
-def test_plots_are_drawn_with_absent_classes_and_a_first_epoch(tmp_path):
-    row = {f"{part}_{name}": 0.5 for part in ("train", "val") for name in ("loss", "accuracy", "miou")}
-    history = [dict(row, epoch=1), dict(row, epoch=2, val_miou=math.nan, val_loss=math.nan)]
-    for rows in (history[:1], history, history[1:]):
-        utils.plot_history(rows, tmp_path)
-    utils.plot_per_class_iou([0.5, math.nan, 0.0], CLASSES, tmp_path / "per_class_iou.png")
-    utils.plot_confusion(
-        np.array([[5, 1, 0], [0, 0, 0], [2, 2, 2]]), CLASSES, tmp_path / "confusion_matrix.png"
-    )
-    for path in tmp_path.iterdir():
-        assert Image.open(path).size[0] > 300
-    assert len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.parametrize(
@@ -194,16 +184,6 @@ def test_out_of_memory_is_one_line(capsys, error):
     with pytest.raises(SystemExit) as stop:
         utils.run_main(main)
     assert stop.value.code == 2 and "--batch-size" in capsys.readouterr().err
-
-
-def test_a_window_without_a_display_is_one_line(monkeypatch):
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    with pytest.raises(InputError, match="--show needs a display"):
-        utils.require_display()
-    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
-    utils.require_display()
 
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError])

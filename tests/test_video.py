@@ -1,4 +1,4 @@
-"""Frame rates, sizes and colours survive; broken sources are one line; the fallback without PyAV works."""
+"""Frame rates, sizes and colors survive; broken sources are one line; the fallback without PyAV works."""
 
 import functools
 import http.server
@@ -18,10 +18,10 @@ import torch
 from conftest import real_data, tiny
 
 import infer_video
-import video
+from inference import video
 from config import InputError
-from model import pack_checkpoint
-from video import ReadAhead, VideoReader, VideoWriter, WriteBehind, exact_rate
+from checkpoint import pack_checkpoint
+from inference.video import ReadAhead, VideoReader, VideoWriter, WriteBehind, exact_rate
 
 
 def frames(count, height=48, width=64):
@@ -63,7 +63,7 @@ def test_frame_rates_as_fractions(text, want):
 
 @pytest.mark.parametrize("with_av", [True, False])
 @pytest.mark.parametrize("fps", [Fraction(30000, 1001), Fraction(25, 2)])
-def test_a_clip_keeps_size_rate_count_and_colours(tmp_path, monkeypatch, with_av, fps):
+def test_a_clip_keeps_size_rate_count_and_colors(tmp_path, monkeypatch, with_av, fps):
     if with_av and video.av is None:
         pytest.skip("PyAV is not installed")
     if not with_av:
@@ -282,7 +282,7 @@ def test_joined_recordings_and_damaged_sound_do_not_end_the_run(tmp_path):
             for frame, seconds in reader.timed():
                 writer.write(frame, seconds)
         assert len(list(VideoReader(tmp_path / "b.mp4"))) == writer.frames >= least
-        assert writer.place < 25 * 6  # no gap of the hours that a damaged time stamp may claim
+        assert writer.position < 25 * 6  # no gap of the hours that a damaged time stamp may claim
 
 
 @needs_av
@@ -357,7 +357,7 @@ def test_a_stream_over_http_is_segmented_to_its_end(tmp_path, served, run):
     torch.save(
         pack_checkpoint(tiny(), [("a", (0, 0, 0)), ("b", (9, 9, 9)), ("c", (1, 2, 3))], (28, 42)), model
     )
-    flags = ["--model", model, "--out-dir", tmp_path, "--engine", "torch"]
+    flags = ["--model", model, "--out-dir", tmp_path, "--backend", "torch"]
     code, text, err = run(infer_video, "--input", f"{served}/camera.ts", *flags)
     assert code == 0 and "the stream ended after" in text, err
     (made,) = (tmp_path / "inference_results_video").glob("stream_*.mp4")

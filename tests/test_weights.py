@@ -6,7 +6,7 @@ import torch
 from conftest import tiny
 
 from config import InputError
-from weights import read_weights
+from models.weights import read_weights
 
 
 def test_weights_of_another_model_are_refused_by_name(hub_cache, tmp_path):

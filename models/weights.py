@@ -26,16 +26,16 @@ def published_weights(url, instead=INSTEAD):
 
     Raises InputError that says which file to put where, and what one may do `instead`.
     """
-    place = cached_file(url)
-    if place.is_file():
-        return read_weights(place)
+    path = cached_file(url)
+    if path.is_file():
+        return read_weights(path)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(place))
-        return read_weights(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+        return read_weights(path)
     except OSError as error:
         raise InputError(f"the pretrained weights could not be downloaded ({error}): put {url} into "
-                         f"{place.parent}{instead}") from None
+                         f"{path.parent}{instead}") from None
 
 
 def hugging_face_weights(repo):
@@ -91,6 +91,15 @@ def hash_files(*paths):
     return digest.hexdigest()
 
 
+def hash_state(state):
+    """Return the SHA-256, 64 hex digits, of every name and tensor of a state dict."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_archive(path):
     """Raise InputError for a zip archive with damaged bytes, which torch does not notice, or with more in it
     than its own size, which torch.save never writes.
@@ -119,15 +128,15 @@ def is_whole(archive, entry):
 
 
 def torch_load(path):
-    """torch.load to the CPU without unpickling code. Raises InputError for what is no whole file."""
+    """torch.load to the CPU without unpickling code. Raises InputError for what is not a whole file."""
     try:
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path} is no checkpoint of tensors and plain values; it is not loaded, because it "
-                         "could run code") from None
+        raise InputError(f"{path} is not a checkpoint of tensors and plain values; it is not loaded, because "
+                         "it could run code") from None
     except InputError:
         raise
     except Exception as error:  # of a damaged pickle: IndexError, TypeError, struct.error, anything

@@ -15,8 +15,10 @@ import shutil
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -281,7 +283,7 @@ class VideoWriter:
         self.path, self.size, self.fps, self.frames = Path(path), tuple(size), Fraction(fps), 0
         self.temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.codec, self.sound, self.place = "H.264" if has_h264() else "mp4v", None, -1
+        self.codec, self.sound, self.position = "H.264" if has_h264() else "mp4v", None, -1
         if self.codec == "H.264":
             options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded whole
             self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
@@ -313,16 +315,16 @@ class VideoWriter:
             raise ValueError(f"frame of {frame.shape[:2]} in a clip of {self.size}")
         if shutil.disk_usage(self.path.parent).free < RESERVE:  # once it is full, no index can be written
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self.frames, before = self.frames + 1, self.place
-        self.place = max(before + 1, round((seconds or 0.0) * self.fps))  # in units of 1 / fps
+        self.frames, before = self.frames + 1, self.position
+        self.position = max(before + 1, round((seconds or 0.0) * self.fps))  # in units of 1 / fps
         if self.codec == "H.264":
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = self.place, 1 / self.fps
+            picture.pts, picture.time_base = self.position, 1 / self.fps
             if self.sound:
-                self.sound.until((self.place + 1) / self.fps)
+                self.sound.until((self.position + 1) / self.fps)
             self.container.mux(self.stream.encode(picture))
         else:
-            for _ in range(self.place - before):  # this way of writing knows no times
+            for _ in range(self.position - before):  # this way of writing knows no times
                 self.writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def close(self):
@@ -375,40 +377,55 @@ def batches_of(frames, size):
         yield batch
 
 
-def segment_frames(reader, writer, predictor, overlay, stop, batch_size=1, max_frames=None, show=None):
-    """Read, predict, draw and write until the frames, max_frames or stop.asked end it.
+@dataclass
+class Pipeline:
+    """Reads, predicts, draws and writes the frames of a clip, camera or stream.
 
-    Decoding, the model (here), drawing and encoding each have a thread, with short queues between them, so
-    that the slowest alone decides. predictor: (n, 3, H, W) uint8 -> (n, H, W) class ids; overlay: (frame,
-    pred) -> frame; show: frame -> whether to stop, called here. Returns ({stage: busy seconds}, number of
-    frames that a live source had to drop).
+    predictor: (n, 3, H, W) uint8 -> label maps (n, H, W); overlay: (frame, label map) -> frame; show: frame
+    -> whether to stop. Decoding, the model, drawing and encoding each have a thread, with short queues
+    between them, so that the slowest alone decides.
     """
-    rate, model_seconds = Rate(), 0.0
-    total = min(filter(None, (reader.count, max_frames)), default=None)
-    # what a live source drops does not count
-    source = reader.timed() if reader.drops else itertools.islice(reader.timed(), max_frames)
 
-    def finish(frame, pred, seconds):
-        drawn = overlay(frame, pred)
-        draw_rate(drawn, rate.tick())
-        encode.put(drawn, seconds)
-        return drawn
+    reader: VideoReader
+    predictor: Callable
+    overlay: Callable
+    writer: VideoWriter
+    batch_size: int = 1
+    max_frames: int = None
+    show: Callable = None
 
-    with (ReadAhead(source, newest=reader.drops, stop=stop) as frames, WriteBehind(writer.write) as encode,
-          WriteBehind(finish) as draw, tqdm(total=total, unit="frame", leave=False, disable=None) as bar):
-        for batch in batches_of(itertools.islice(frames, max_frames), batch_size):
-            start = time.perf_counter()
-            images = torch.from_numpy(np.stack([frame for frame, _ in batch])).permute(0, 3, 1, 2)
-            preds = predictor(images)  # (n, 3, H, W) -> (n, H, W)
-            model_seconds += time.perf_counter() - start
-            for (frame, seconds), pred in zip(batch, preds, strict=True):
-                if show is None:
-                    draw.put(frame, pred, seconds)
-                elif show(finish(frame, pred, seconds)):
-                    stop.asked = True
+    def run(self, stop):
+        """Work until the frames, max_frames or stop.asked end it; the model and show() run in this thread.
+
+        Returns ({stage: busy seconds}, number of frames that a live source had to drop).
+        """
+        reader, rate, model_seconds = self.reader, Rate(), 0.0
+        total = min(filter(None, (reader.count, self.max_frames)), default=None)
+        # what a live source drops does not count
+        source = reader.timed() if reader.drops else itertools.islice(reader.timed(), self.max_frames)
+
+        def finish(frame, pred, seconds):
+            drawn = self.overlay(frame, pred)
+            draw_rate(drawn, rate.tick())
+            encode.put(drawn, seconds)
+            return drawn
+
+        with (ReadAhead(source, newest=reader.drops, stop=stop) as frames,
+              WriteBehind(self.writer.write) as encode, WriteBehind(finish) as draw,
+              tqdm(total=total, unit="frame", leave=False, disable=None) as bar):
+            for batch in batches_of(itertools.islice(frames, self.max_frames), self.batch_size):
+                start = time.perf_counter()
+                images = torch.from_numpy(np.stack([frame for frame, _ in batch])).permute(0, 3, 1, 2)
+                preds = self.predictor(images)  # (n, 3, H, W) -> (n, H, W)
+                model_seconds += time.perf_counter() - start
+                for (frame, seconds), pred in zip(batch, preds, strict=True):
+                    if self.show is None:
+                        draw.put(frame, pred, seconds)
+                    elif self.show(finish(frame, pred, seconds)):
+                        stop.asked = True
+                        break
+                bar.update(len(batch))
+                if stop.asked:
                     break
-            bar.update(len(batch))
-            if stop.asked:
-                break
-    stages = dict(decode=frames.seconds, model=model_seconds, draw=draw.seconds, encode=encode.seconds)
-    return stages, frames.dropped
+        stages = dict(decode=frames.seconds, model=model_seconds, draw=draw.seconds, encode=encode.seconds)
+        return stages, frames.dropped

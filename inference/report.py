@@ -2,7 +2,7 @@
 
     page = report_page(result, figures, worst, confused)      # str; result as in metrics.json
 
-Tables sort by a click on a heading; colours follow the reader's light or dark setting.
+Tables sort by a click on a heading; colors follow the reader's light or dark setting.
 """
 import base64
 import io
@@ -104,10 +104,10 @@ def class_table(rows):
                     for name in ("class", *COLUMNS.values()))
     body = []
     for row in rows:
-        colour = "#{:02x}{:02x}{:02x}".format(*row["colour"])
+        color = "#{:02x}{:02x}{:02x}".format(*row["color"])
         name = escape(row["name"])
         cells = [
-            f'<td data-value="{name}"><span class="swatch" style="background:{colour}"></span>{name}</td>'
+            f'<td data-value="{name}"><span class="swatch" style="background:{color}"></span>{name}</td>'
         ]
         for key in COLUMNS:
             shown = number(row[key])

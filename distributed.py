@@ -1,7 +1,7 @@
-"""Several processes that train one model, as torchrun starts them; without torchrun all of this does nothing.
+"""Distributed training, as torchrun starts it; without torchrun all of this does nothing.
 
-    device = start_processes(device)
-    total = sum_over_processes(tensor)
+    device = init_distributed(device)
+    total = all_reduce(tensor)
 """
 import os
 import sys
@@ -14,46 +14,54 @@ import torch.distributed as dist
 from config import InputError
 
 
-def start_processes(device):
-    """Join the other processes where torchrun started several, one a GPU; return this one's device.
+def init_distributed(device):
+    """Join the other processes where torchrun started several, one per GPU; return this one's device.
 
-    Only the first of them prints. Without torchrun nothing happens. Raises InputError.
+    Only the main process prints. Without torchrun nothing happens. Raises InputError.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "mps":
         raise InputError("torchrun needs CUDA or --device cpu: MPS has one device only")
     if device.type == "cuda":
-        if device.index is not None and local_share()[1] > 1:
-            raise InputError(
-                f"--device {device} is one GPU, and torchrun started {local_share()[1]} processes: "
-                "give --device cuda"
-            )
-        if local_share()[1] > torch.cuda.device_count():
-            raise InputError(f"torchrun started {local_share()[1]} processes, and there are only "
+        if device.index is not None and local_world_size() > 1:
+            raise InputError(f"--device {device} is one GPU, and torchrun started {local_world_size()} "
+                             "processes: give --device cuda")
+        if local_world_size() > torch.cuda.device_count():
+            raise InputError(f"torchrun started {local_world_size()} processes, and there are only "
                              f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node")
-        device = torch.device("cuda", local_share()[0]) if device.index is None else device
+        device = torch.device("cuda", local_rank()) if device.index is None else device
         torch.cuda.set_device(device)
     # one process may download or count pixels for long while the others wait
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    if not is_first():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     return device
 
 
-def place():
-    """Return (rank, number of processes) of this process, (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank():
+    """Return the number of this process, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def local_share():
-    """Return (rank, number of processes) of this process on its own machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def world_size():
+    """Return the number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first():
+def local_rank():
+    """Return the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size():
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_main_process():
     """Return whether this process is the one that prints and writes."""
-    return place()[0] == 0
+    return rank() == 0
 
 
 def barrier():
@@ -63,16 +71,16 @@ def barrier():
 
 
 @contextmanager
-def first_alone():
+def main_process_first():
     """Context in which the first process of a machine goes before the others: it draws, downloads, caches."""
-    if local_share()[0] > 0:
+    if local_rank() > 0:
         barrier()
     yield
-    if local_share()[0] == 0:
+    if local_rank() == 0:
         barrier()
 
 
-def sum_over_processes(tensor):
+def all_reduce(tensor):
     """Return the sum of a tensor over all processes; leaves the tensor as it was."""
     if not dist.is_initialized():
         return tensor
@@ -81,7 +89,7 @@ def sum_over_processes(tensor):
     return total
 
 
-def gather(value):
+def all_gather(value):
     """Return the list of every process's value, plain Python."""
     values = [value]
     if dist.is_initialized():
@@ -90,8 +98,8 @@ def gather(value):
     return values
 
 
-def share_buffers(module):
-    """Give every process the first one's buffers (running statistics of BatchNorm)."""
+def broadcast_buffers(module):
+    """Give every process the main one's buffers (running statistics of BatchNorm)."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)

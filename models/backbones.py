@@ -1,14 +1,15 @@
 """Backbones: DINOv2 through torch.hub, any timm model, and the position embedding of both at any size.
 
     backbone = build_backbone("dinov2_vits14", weights="auto")       # the last four blocks
-    maps = backbone.features(images)                   # normalised, (B, 3, H, W) -> 4 x (B, D, H/14, W/14)
+    maps = backbone.features(images)                   # normalized, (B, 3, H, W) -> 4 x (B, D, H/14, W/14)
 """
 import hashlib
 import math
 import os
 import re
-import time
 import warnings
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -16,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from config import InputError
-from weights import cached_file, hash_files, load_strictly, published_weights, read_weights
+from models.weights import cached_file, hash_files, load_strictly, published_weights, read_weights
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB, as DINOv2 was trained
 HUB_REPO = "facebookresearch/dinov2"
@@ -30,22 +30,23 @@ XFORMERS_WARNING = r"xFormers is (not )?(available|disabled)"
 
 # --- position embeddings ----------------------------------------------------------------------------------
 class PositionEmbedding:
-    """The position embedding of a ViT for any patch grid, computed in fp32 on the CPU and kept per grid.
+    """The position embedding of a ViT for any patch grid, from net.pos_embed as it is now, in float32.
 
     Bicubic, as in the official code: DINOv2 scales by (grid + 0.1) / old grid, its _reg forms and timm by
-    sizes with antialiasing. On the CPU, because MPS has no bicubic kernel and half precision would round it.
+    sizes with antialiasing. On MPS, which has no such kernel, the CPU computes it. Nothing is kept from one
+    call to the next: a copy would go stale when an average of weights or an adapter changes the parameter.
     """
 
-    def __init__(self, parameter, prefix, old_grid, offset=0.0, antialias=True):
-        self.parameter, self.prefix, self.old_grid = parameter, prefix, old_grid
-        self.offset, self.antialias = offset, antialias
-        self.cache = {}
+    def __init__(self, net, prefix, old_grid, offset=0.0, antialias=True):
+        self.net, self.prefix, self.old_grid = net, prefix, tuple(old_grid)
+        self.offset, self.antialias, self.constant = offset, antialias, None
 
     def interpolate(self, grid):
-        """Return (1, prefix + h * w, D) float32 on the CPU for `grid` = (h, w); differentiable."""
-        positions = self.parameter.float().cpu()
-        if tuple(grid) == tuple(self.old_grid):
+        """Return (1, prefix + h * w, D) float32 for `grid` = (h, w); differentiable."""
+        positions = self.net.pos_embed.float()
+        if tuple(grid) == self.old_grid:
             return positions
+        positions = positions.cpu() if positions.device.type == "mps" else positions
         special, patches = positions[:, :self.prefix], positions[:, self.prefix:]
         patches = patches.unflatten(1, self.old_grid).permute(0, 3, 1, 2)  # (1, D, old h, old w)
         if self.offset:
@@ -57,80 +58,79 @@ class PositionEmbedding:
 
     def __call__(self, grid, like):
         """Return the embedding for `grid` = (h, w) with the device and dtype of the tensor `like`."""
-        if self.parameter.requires_grad:  # it changes at every step
-            return self.interpolate(grid).to(like.device, like.dtype)
-        key = (*grid, like.device, like.dtype)
-        if key not in self.cache:
-            with torch.inference_mode(False):  # an inference tensor could not take part in training later
-                self.cache[key] = self.interpolate(grid).detach().to(like.device, like.dtype)
-        return self.cache[key]
+        positions = self.interpolate(grid) if self.constant is None else self.constant
+        return positions.to(like.device, like.dtype)
 
-
-# --- attention --------------------------------------------------------------------------------------------
-class FasterAttention(TorchFunctionMode):
-    """Within it, bfloat16 attention on a CPU runs over chunks of queries where that is measured to be faster.
-
-    torch's CPU kernel gains nothing from bfloat16 on some processors, three times the speed on others. Both
-    are tried once for every shape. For frozen blocks: the chunks are not meant to be differentiated.
-    """
-
-    chunks_win = {}  # shape of the queries -> bool
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and self.applies(*args, **kwargs):
-            return chunked_attention(*args[:3])
-        return function(*args, **kwargs)
-
-    def applies(self, *args, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
-        """Return whether these arguments of scaled_dot_product_attention are better served in chunks."""
-        plain = len(args) == 3 and attn_mask is None and not (dropout_p or is_causal or more)
-        if not plain or args[0].device.type != "cpu" or args[0].dtype is not torch.bfloat16:
-            return False
-        if args[0].shape not in self.chunks_win:
-            both = F.scaled_dot_product_attention, chunked_attention
-            kernel, chunks = (shortest_time(function, *args) for function in both)
-            self.chunks_win[args[0].shape] = chunks < kernel
-        return self.chunks_win[args[0].shape]
-
-
-def chunked_attention(queries, keys, values, chunk=256):
-    """Softmax attention over chunks of queries: (B, heads, N, D) three times -> (B, heads, N, D)."""
-    keys = keys.transpose(-2, -1) * queries.shape[-1] ** -0.5
-    parts = [(part @ keys).softmax(-1) @ values for part in queries.split(chunk, dim=-2)]
-    return torch.cat(parts, dim=-2)
-
-
-def shortest_time(function, *args, rounds=3):
-    """Return the seconds of the fastest of a few calls."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function(*args)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    @contextmanager
+    def constant_at(self, grid):
+        """Context in which the embedding is a constant, for export: runtimes resize bicubically in their own
+        ways, and a traced resize would drift.
+        """
+        with torch.no_grad():
+            self.constant = self.interpolate(grid)
+        try:
+            yield
+        finally:
+            self.constant = None
 
 
 # --- backbones --------------------------------------------------------------------------------------------
-class Backbone(nn.Module):
-    """What a Segmenter needs of a backbone: `net`, `patch`, `layers`, `channels` of each map, features(), and
-    the `normalisation` (mean, std) of RGB in 0..1 that its weights were trained with.
+class Features(list):
+    """The maps n x (B, D, h, w) that a head reads, deepest last, and what else it may have asked for.
 
-    patch: what image sizes are padded to a multiple of, in pixels. stride: image pixels to a pixel of the
-    maps (default: patch).
+    tokens: {block: (B, prefix + h * w, D)}, un-normed, as they enter that block, class and register tokens
+    first; images: (B, 3, H, W), normalized and padded.
     """
 
-    normalisation = IMAGENET
+    def __init__(self, maps, tokens=None, images=None):
+        super().__init__(maps)
+        self.tokens, self.images = tokens or {}, images
 
-    def __init__(self, net, patch, layers, channels, stride=None):
+
+class Backbone(nn.Module):
+    """What a Segmenter needs of a backbone: `net`, `size_divisor`, `layers`, `channels` of each map,
+    features(), and the `normalization` (mean, std) of RGB in 0..1 that its weights were trained with.
+
+    size_divisor: what image sizes are padded to a multiple of, in pixels. stride: image pixels per pixel of
+    the maps (default: size_divisor). positions: the PositionEmbedding, or None. pretrained: whether the
+    weights were trained before, which build_backbone says.
+    """
+
+    normalization = IMAGENET
+    positions, pretrained = None, False
+    prefix_tokens = 0  # class and register tokens in front of the patch tokens
+
+    def __init__(self, net, size_divisor, layers, channels, stride=None):
         super().__init__()
-        self.net, self.patch, self.stride = net, patch, stride or patch
+        self.net, self.size_divisor, self.stride = net, size_divisor, stride or size_divisor
         self.layers, self.channels = list(layers), list(channels)
 
     @property
     def blocks(self):
         """The transformer blocks in order; an empty list where the network has none."""
         return list(getattr(self.net, "blocks", []))
+
+    def maps(self, images):
+        """(B, 3, H, W) normalized, H and W multiples of size_divisor -> list of maps (B, D, h, w)."""
+        raise NotImplementedError
+
+    def features(self, images, token_blocks=()):
+        """(B, 3, H, W) normalized, H and W multiples of size_divisor -> Features.
+
+        token_blocks: the blocks whose entering tokens are wanted too.
+        """
+        tokens = {}
+        hooks = [self.blocks[block].register_forward_pre_hook(partial(keep_tokens, tokens, block))
+                 for block in token_blocks]
+        try:
+            return Features(self.maps(images), tokens, images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def trains(self):
+        """Return whether any parameter trains, an adapter's too."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def unfreeze(self, count):
         """Let the last `count` blocks and the final norm train ("all" = everything); freeze the rest.
@@ -164,18 +164,21 @@ class HubBackbone(Backbone):
         patch = patches.patch_size if isinstance(patches.patch_size, int) else patches.patch_size[0]
         layers = check_layers(layers, len(net.blocks))
         super().__init__(net, patch, layers, [positions.shape[2]] * len(layers))
+        self.prefix_tokens = 1 + (getattr(net, "num_register_tokens", 0) or 0)
         if hasattr(net, "interpolate_pos_encoding"):
             side = math.isqrt(positions.shape[1] - 1)
-            self.positions = PositionEmbedding(positions, 1, (side, side), net.interpolate_offset or 0.0,
+            self.positions = PositionEmbedding(net, 1, (side, side), net.interpolate_offset or 0.0,
                                                net.interpolate_antialias)
+            # set on the instance, as in TimmBackbone: torch.hub and timm choose the class, so a subclass
+            # would have to copy their construction, and neither offers a hook for the position embedding
             net.interpolate_pos_encoding = self.official_positions
 
     def official_positions(self, tokens, height, width):
         """Stand in for net.interpolate_pos_encoding(tokens (B, 1 + N, D), height, width in pixels)."""
-        return self.positions((height // self.patch, width // self.patch), tokens)
+        return self.positions((height // self.size_divisor, width // self.size_divisor), tokens)
 
-    def features(self, images):
-        """(B, 3, H, W) normalised, H and W multiples of `patch` -> list of maps (B, D, H/patch, W/patch)."""
+    def maps(self, images):
+        """(B, 3, H, W) normalized, H, W multiples of the patch -> list of maps (B, D, H/patch, W/patch)."""
         return list(self.net.get_intermediate_layers(images, n=self.layers, reshape=True, norm=True))
 
 
@@ -185,14 +188,15 @@ class TimmBackbone(Backbone):
     def __init__(self, net, layers):
         info = net.feature_info.info if hasattr(net.feature_info, "info") else net.feature_info
         layers = check_layers(layers, len(info))
-        patch = max(item["reduction"] for item in info)
-        super().__init__(net, patch, layers, [info[layer]["num_chs"] for layer in layers],
+        divisor = max(item["reduction"] for item in info)
+        super().__init__(net, divisor, layers, [info[layer]["num_chs"] for layer in layers],
                          stride=min(info[layer]["reduction"] for layer in layers))
         if getattr(net, "pretrained_cfg", None):
-            self.normalisation = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
+            self.normalization = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
+        self.prefix_tokens = getattr(net, "num_prefix_tokens", 0)
         if isinstance(net, VisionTransformer) and net.pos_embed is not None:
             prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-            self.positions = PositionEmbedding(net.pos_embed, prefix, net.patch_embed.grid_size)
+            self.positions = PositionEmbedding(net, prefix, net.patch_embed.grid_size)
             net._pos_embed = self.add_positions
 
     def add_positions(self, tokens):
@@ -209,8 +213,8 @@ class TimmBackbone(Backbone):
             tokens = torch.cat([*special, tokens], dim=1) + positions
         return net.pos_drop(tokens)
 
-    def features(self, images):
-        """(B, 3, H, W) normalised, H and W multiples of `patch` -> maps (B, D, h, w) of one size."""
+    def maps(self, images):
+        """(B, 3, H, W) normalized, H and W multiples of size_divisor -> maps (B, D, h, w) of one size."""
         norm = {"norm": True} if self.blocks else {}
         try:
             maps = self.net.forward_intermediates(images, indices=self.layers, intermediates_only=True,
@@ -223,12 +227,17 @@ class TimmBackbone(Backbone):
         return [m if m.shape[-2:] == finest else F.interpolate(m, size=finest, mode="bilinear") for m in maps]
 
 
-def check_layers(layers, depth):
-    """Return the block indices to read: `layers`, or the last four where empty; negative counts from the end.
+def keep_tokens(tokens, block, module, inputs):
+    """Forward pre-hook of a block: note the tokens (B, N, D) that enter it."""
+    tokens[block] = inputs[0]
 
-    Raises InputError for an index outside 0..depth-1 or one given twice.
+
+def check_layers(layers, depth):
+    """Return the block indices to read: of `layers`, in which negative ones count from the end, or the last
+    `layers` blocks where it is a number. Raises InputError for an index outside 0..depth-1 or given twice.
     """
-    layers = [layer if layer >= 0 else depth + layer for layer in layers or range(-min(4, depth), 0)]
+    layers = range(-min(layers, depth), 0) if isinstance(layers, int) else layers
+    layers = [layer if layer >= 0 else depth + layer for layer in layers]
     if sorted(set(layers)) != layers or layers[-1] >= depth or layers[0] < 0:
         raise InputError(f"--layers {' '.join(map(str, layers))}: give rising block indices, 0..{depth - 1}")
     return layers
@@ -279,7 +288,7 @@ def origins(name, weights):
     """Return where a backbone came from, for a run to record: the torch.hub reference and a hash of its code,
     the weights file and its SHA-256; None for what there is not.
     """
-    hub = not name.startswith(("timm/", "vit_tiny"))
+    hub = BACKBONES.get(name) is build_hub
     file = None if weights in ("auto", "none") else Path(weights)
     if hub and weights == "auto":
         file = cached_file(dinov2_url(name))
@@ -340,18 +349,51 @@ def load_timm_net(name, weights):
     return net
 
 
-def build_backbone(name, weights="none", layers=()):
-    """Return the Backbone called `name`. weights: auto, none or a file. Raises InputError."""
-    if name == "vit_tiny":  # DINOv2's shape (patch 14) at a size that learns from scratch on a CPU
-        net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3,
-                                num_classes=0, global_pool="", dynamic_img_size=True)
-        if weights not in ("auto", "none"):
-            load_strictly(net, read_weights(weights), weights)
-        return TimmBackbone(net, layers)
-    if name.startswith("timm/"):
-        return TimmBackbone(load_timm_net(name.removeprefix("timm/"), weights), layers)
+def build_vit_tiny(name, weights, layers):
+    """A ViT of DINOv2's shape (patch 14) at a size that learns from scratch on a CPU."""
+    net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3,
+                            num_classes=0, global_pool="", dynamic_img_size=True)
+    if weights != "none":
+        load_strictly(net, read_weights(weights), weights)
+    return TimmBackbone(net, layers)
+
+
+def build_timm(name, weights, layers):
+    """Any timm model with forward_intermediates."""
+    return TimmBackbone(load_timm_net(name.removeprefix("timm/"), weights), layers)
+
+
+def build_hub(name, weights, layers):
+    """A DINOv2 from torch.hub."""
     net = load_hub_net(name)
     if weights != "none":
         state = published_weights(dinov2_url(name)) if weights == "auto" else read_weights(weights)
         load_strictly(net, state, f"--weights {weights}")
     return HubBackbone(net, layers)
+
+
+# A new backbone is one function above, f(name, weights, layers) -> Backbone, and one line here.
+BACKBONES = {
+    "dinov2_vits14": build_hub,
+    "dinov2_vits14_reg": build_hub,
+    "dinov2_vitb14": build_hub,
+    "dinov2_vitb14_reg": build_hub,
+    "dinov2_vitl14": build_hub,
+    "dinov2_vitl14_reg": build_hub,
+    "dinov2_vitg14": build_hub,
+    "dinov2_vitg14_reg": build_hub,
+    "vit_tiny": build_vit_tiny,
+}
+
+
+def build_backbone(name, weights="none", layers=4):
+    """Return the Backbone called `name`. weights: auto, none or a file; layers: as check_layers takes them.
+
+    Raises InputError.
+    """
+    if name == "vit_tiny" and weights == "auto":  # nobody has published any
+        weights = "none"
+    build = build_timm if name.startswith("timm/") else BACKBONES[name]
+    backbone = build(name, weights, layers)
+    backbone.pretrained = weights != "none"
+    return backbone

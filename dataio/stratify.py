@@ -4,7 +4,6 @@
     train, val = stratified_split(pixels, val_fraction=0.2)                      # indices
 """
 import hashlib
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import IGNORE, InputError
-from readers import read_mask
+from dataio.readers import read_mask
+from utils import write_atomically
 
 
 def count_pixels(samples, table, num_classes, cache_dir):
@@ -40,11 +40,7 @@ def count_pixels(samples, table, num_classes, cache_dir):
     with ThreadPoolExecutor() as pool:
         bar = tqdm(pool.map(count, samples), "counting pixels", len(samples), leave=False, disable=None)
         rows = list(bar)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_name(f".{os.getpid()}.{kept.name}")
-    with open(temporary, "wb") as file:
-        np.save(file, np.stack(rows))
-    os.replace(temporary, kept)
+    write_atomically(kept, lambda temporary: np.save(temporary, np.stack(rows)))
     return np.stack(rows)
 
 
@@ -92,7 +88,7 @@ def split_samples(samples, pixels, val_fraction):
 def share_table(pixels, parts, classes):
     """Return lines of a table: images with each class and its share of the pixels, in every part.
 
-    pixels: {sample: (K,) counts}; parts: {name: [sample]}; classes: [(name, colour)].
+    pixels: {sample: (K,) counts}; parts: {name: [sample]}; classes: [(name, color)].
     """
     width = max(len(name) for name, _ in classes)
     counts = {part: np.stack([pixels[sample] for sample in samples]) for part, samples in parts.items()}

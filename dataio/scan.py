@@ -1,6 +1,6 @@
-"""What is in one image or mask file, read once: values, colours, sizes, fingerprints to find duplicates by.
+"""What is in one image or mask file, read once: values, colors, sizes, fingerprints to find duplicates by.
 
-    facts = scan_mask("mask.png")        # facts.values, facts.colours, facts.counts
+    facts = scan_mask("mask.png")        # facts.values, facts.colors, facts.counts
     facts = scan_image("photo.jpg")      # facts.digest, facts.look
 """
 import hashlib
@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import InputError
-from readers import DECODE_ERRORS, EXIF_ORIENTATION, open_image, pack_colour
+from dataio.readers import DECODE_ERRORS, EXIF_ORIENTATION, decode_mask
 
 LOOK = 16  # side of the difference hash: 16 x 16 bits
 MOST_VALUES = 4096  # distinct values in a mask; more is a photo or was blurred
@@ -23,8 +23,8 @@ MOST_VALUES = 4096  # distinct values in a mask; more is a photo or was blurred
 class MaskFacts(NamedTuple):
     """What a mask file holds. size: (H, W); mode, kind: as PIL names the pixels and the file.
 
-    values: (n,) int64, the distinct stored values, None where it is painted in colours; colours: (n,) int64,
-    the same as 24-bit codes, grey for 8-bit masks without colours, None for deeper ones; counts: (n,) int64,
+    values: (n,) int64, the distinct stored values, None where it is painted in colors; colors: (n,) int64,
+    the same as 24-bit codes, gray for 8-bit masks without colors, None for deeper ones; counts: (n,) int64,
     pixels of each.
     """
 
@@ -32,7 +32,7 @@ class MaskFacts(NamedTuple):
     mode: str
     kind: str
     values: np.ndarray
-    colours: np.ndarray
+    colors: np.ndarray
     counts: np.ndarray
 
 
@@ -57,7 +57,7 @@ def fits(mask_size, image_size, orientation):
 
 
 def distinct(codes):
-    """Return (distinct values, counts) of an integer array; fast where neighbours are mostly equal."""
+    """Return (distinct values, counts) of an integer array; fast where neighbors are mostly equal."""
     flat = codes.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     lengths = np.diff(starts, append=flat.size)
@@ -66,38 +66,23 @@ def distinct(codes):
 
 
 def scan_mask(path):
-    """Return the MaskFacts of a file. Raises InputError where it is damaged or no class mask at all."""
+    """Return the MaskFacts of a file. Raises InputError where it is damaged or not a class mask at all."""
     facts = read_mask_facts(path)
     if len(facts.counts) > MOST_VALUES:
-        raise InputError(f"{path} holds {len(facts.counts)} different values: it is no class mask, or a "
+        raise InputError(f"{path} holds {len(facts.counts)} different values: it is not a class mask, or a "
                          "lossy format blurred it; export it again as PNG")
     return facts
 
 
 def read_mask_facts(path):
     """Return the MaskFacts of a file, whatever it holds. Raises InputError where it is damaged."""
-    with open_image(path) as mask:
-        mode, kind = mask.mode, mask.format
-        try:
-            if mode in ("RGBA", "CMYK", "YCbCr", "LA", "PA"):
-                mask = mask.convert("L" if mode == "LA" else "RGB")
-            pixels = np.array(mask)
-            palette = np.array(mask.convert("P").getpalette("RGB")).reshape(-1, 3) if mode == "P" else None
-        except DECODE_ERRORS as error:
-            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
-    if pixels.ndim == 3:
-        colours, counts = distinct(pack_colour(*np.moveaxis(pixels.astype(np.int32), 2, 0)))
-        red, green, blue = colours >> 16, colours >> 8 & 255, colours & 255
-        grey = (red == green).all() and (green == blue).all()
-        return MaskFacts(pixels.shape[:2], mode, kind, blue if grey else None, colours, counts)
-    if pixels.dtype.kind not in "biu" or pixels.min() < 0 or pixels.max() > 65535:
-        raise InputError(f"{path} does not hold whole numbers 0..65535: save masks as 8- or 16-bit PNG")
-    values, counts = distinct(pixels.astype(np.int32))
-    colours = values * 0x010101 if values.max() < 256 else None
-    if palette is not None:
-        padded = np.vstack([palette, np.zeros((256, 3), np.int64)]).astype(np.int64)
-        colours = pack_colour(*padded[values].T)
-    return MaskFacts(pixels.shape, mode, kind, values, colours, counts)
+    mask = decode_mask(path)
+    shape, values = mask.pixels.shape[:2], mask.values
+    if values is None:
+        return MaskFacts(shape, mask.mode, mask.kind, None, *distinct(mask.colors))
+    values, counts = distinct(values.astype(np.int32))
+    colors = mask.color_of(values) if mask.pixels.ndim == 2 else values * 0x010101
+    return MaskFacts(shape, mask.mode, mask.kind, values, colors, counts)
 
 
 def scan_image(path):
@@ -113,7 +98,7 @@ def scan_image(path):
             image.draft("L", (4 * LOOK, 4 * LOOK))
             small = np.asarray(image.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
     except DECODE_ERRORS as error:
-        raise InputError(f"{path} is damaged or no image ({error}): repair or remove the file") from None
+        raise InputError(f"{path} is damaged or not an image ({error}): repair or remove the file") from None
     bits = small[:, 1:] > small[:, :-1]  # (LOOK, LOOK)
     look = np.packbits(bits).view(np.uint64)
     return ImageFacts(size, mode, orientation, hashlib.blake2b(content, digest_size=16).digest(), look)

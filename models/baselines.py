@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, segmentation
 
-from backbones import Backbone
+from models.backbones import Backbone
 from config import InputError
-from heads import BatchNorm2d
-from weights import hugging_face_weights, load_strictly, published_weights, read_weights
+from models.heads import BatchNorm2d, Head
+from models.weights import hugging_face_weights, load_strictly, published_weights, read_weights
 
 TORCHVISION = {"fcn_resnet50": (segmentation.fcn_resnet50, ResNet50_Weights.IMAGENET1K_V1),
                "deeplabv3_resnet101": (segmentation.deeplabv3_resnet101, ResNet101_Weights.IMAGENET1K_V1)}
@@ -29,11 +29,11 @@ class ResNetBackbone(Backbone):
     """The dilated ResNet of a torchvision segmentation network: one map of 2048 channels, stride 8."""
 
     def __init__(self, net):
-        super().__init__(net.to(memory_format=torch.channels_last), patch=1, layers=[], channels=[2048],
-                         stride=8)
+        super().__init__(net.to(memory_format=torch.channels_last), size_divisor=1, layers=[],
+                         channels=[2048], stride=8)
 
-    def features(self, images):
-        """(B, 3, H, W) normalised -> [(B, 2048, H/8, W/8)], rounded up."""
+    def maps(self, images):
+        """(B, 3, H, W) normalized -> [(B, 2048, H/8, W/8)], rounded up."""
         # channels last: three times as fast on the CPU in bf16, and what tensor cores want
         return [self.net(images.contiguous(memory_format=torch.channels_last))["out"]]
 
@@ -45,14 +45,14 @@ class SegformerBackbone(Backbone):
     """
 
     def __init__(self, net):
-        super().__init__(net, patch=32, layers=[], channels=net.config.hidden_sizes, stride=4)
+        super().__init__(net, size_divisor=32, layers=[], channels=net.config.hidden_sizes, stride=4)
 
-    def features(self, images):
-        """(B, 3, H, W) normalised -> 4 x (B, D, H/s, W/s), s = 4, 8, 16, 32."""
+    def maps(self, images):
+        """(B, 3, H, W) normalized -> 4 x (B, D, H/s, W/s), s = 4, 8, 16, 32."""
         return list(self.net(images, output_hidden_states=True).hidden_states)
 
 
-class WholeHead(nn.Module):
+class WholeHead(Head):
     """The decoder of a published network: `net` takes the list of maps, or the only one."""
 
     def __init__(self, net, takes_list):
@@ -70,12 +70,21 @@ def build_baseline(arch, num_classes, weights="none"):
     weights: auto = the encoder as published for ImageNet, none, or a file of the encoder or of the whole
     network, of which the encoder is read. Raises InputError.
     """
-    build = build_torchvision if arch in TORCHVISION else build_segformer
-    backbone, head = build(arch, num_classes, weights)
-    for module in (*backbone.modules(), *head.modules()):
-        if type(module) is nn.BatchNorm2d:  # same weights, same names; only a batch of one differs
-            module.__class__ = BatchNorm2d
-    return backbone, head
+    backbone, head = BASELINES[arch](arch, num_classes, weights)
+    backbone.pretrained = weights != "none"
+    return replace_batch_norms(backbone), replace_batch_norms(head)
+
+
+def replace_batch_norms(module):
+    """Return a module in which every nn.BatchNorm2d has become ours, with its weights and its name."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            ours = BatchNorm2d(child.num_features, child.eps, child.momentum)
+            ours.load_state_dict(child.state_dict())
+            setattr(module, name, ours)
+        else:
+            replace_batch_norms(child)
+    return module
 
 
 def build_torchvision(arch, num_classes, weights):
@@ -122,3 +131,16 @@ def build_segformer(arch, num_classes, weights):
             raise InputError(f"--weights {weights} does not fit {arch} ({len(wrong)} weights missing or of "
                              f"another shape, such as {wrong[0]}): it belongs to another model")
     return SegformerBackbone(net), WholeHead(SegformerDecodeHead(config), takes_list=True)
+
+
+# A new network is one function above, f(arch, num_classes, weights) -> (Backbone, Head), and one line here.
+BASELINES = {
+    "fcn_resnet50": build_torchvision,
+    "deeplabv3_resnet101": build_torchvision,
+    "segformer_b0": build_segformer,
+    "segformer_b1": build_segformer,
+    "segformer_b2": build_segformer,
+    "segformer_b3": build_segformer,
+    "segformer_b4": build_segformer,
+    "segformer_b5": build_segformer,
+}

@@ -5,8 +5,8 @@
     python train.py --cache-features --cache-views 4    # four augmented views of every image
 
 A cache is one memory-mapped file of bfloat16 for every block that the head reads, one of masks for training,
-and beside each a file of checksums, one an entry, written after the entry: an interrupted cache is gone on
-with, a damaged entry computed again. The file's name is a hash of all that its content depends on.
+and beside each a file of checksums, one per entry, written after the entry: an interrupted cache is
+completed, a damaged entry computed again. The file's name is a hash of all that its content depends on.
 """
 import hashlib
 import json
@@ -21,12 +21,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import InputError
-from loading import Batches, naming_files
-from processes import barrier, local_share
+from dataio.dataloader import Batches, naming_files
+from dataio.transforms import fingerprint
+from distributed import barrier, local_rank, local_world_size
+from models.weights import hash_state
 from utils import is_out_of_memory, lock_file, write_atomically
 
 VERSION = 1  # of the format
-BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images a pass of the backbone; halved while they do not fit
+BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images per pass of the backbone; halved while they do not fit
 SPARE = 1 << 28  # bytes of disk that stay free
 
 
@@ -119,11 +121,11 @@ class CachedDataset(Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, ticket):
-        epoch, index = divmod(ticket, len(self))
-        place = epoch % self.views * len(self) + index
-        maps = [file.open()[0][place] for file in self.features]  # n x (h, w, D)
-        mask = self.masks.open()[0][place] if self.masks else self.dataset.mask(index)
+    def __getitem__(self, item):
+        epoch, index = divmod(item, len(self))
+        number = epoch % self.views * len(self) + index
+        maps = [file.open()[0][number] for file in self.features]  # n x (h, w, D)
+        mask = self.masks.open()[0][number] if self.masks else self.dataset.mask(index)
         return torch.cat(maps, dim=-1) if len(maps) > 1 else maps[0], mask, str(self.samples[index].image)
 
 
@@ -131,17 +133,18 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     """Return the CachedDataset of a SegmentationDataset, computing what `folder` does not hold yet.
 
     model: a Segmenter with a frozen backbone, on its device. Epochs 0..views-1 of a training dataset are the
-    views. Peak memory does not grow with the number of images. Raises InputError where the disk has no room.
+    views. Peak memory does not grow with the number of images. Raises InputError where the disk has no room,
+    and for a model that needs more than the maps of a frozen backbone.
     """
+    check_cacheable(model)
     folder = Path(folder)
     model.eval()  # BatchNorm of a frozen backbone must not learn from the images it is asked about
     files, facts = plan_files(model, dataset, folder, precision, views)
-    if local_share()[0] == 0:
+    if local_rank() == 0:
         with alone_in(folder):
             reserve(files, facts, folder)
     barrier()
-    rank, share = local_share()
-    missing = [number for number in range(rank, len(dataset) * views, share)
+    missing = [number for number in range(local_rank(), len(dataset) * views, local_world_size())
                if not all(file.has(number) for file in files)]
     if missing and not all(file.is_writable() for file in files):
         raise InputError(
@@ -155,6 +158,20 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     return CachedDataset(dataset, files, masks, views)
 
 
+def check_cacheable(model):
+    """Raise InputError for a Segmenter of which the maps of a frozen backbone are not enough to train on."""
+    trained = sum(parameter.numel() for parameter in model.backbone.parameters() if parameter.requires_grad)
+    if trained:
+        raise InputError(f"--cache-features keeps what a frozen backbone computes, and {trained:,} of its "
+                         "parameters train: leave out --cache-features, or give --unfreeze 0")
+    if not model.backbone.layers:
+        raise InputError(f"--cache-features keeps the maps of a backbone's blocks, and {model.spec.arch} has "
+                         "none: leave it out, or give --arch dinov2")
+    if model.head.token_blocks or model.head.sees_image:
+        raise InputError(f"--cache-features keeps feature maps, and --head {model.spec.head} reads tokens or "
+                         "images too: leave it out")
+
+
 def plan_files(model, dataset, folder, precision, views):
     """Return ([EntryFile of every block, and of masks for training], [the facts each depends on])."""
     count = len(dataset) * views
@@ -163,11 +180,11 @@ def plan_files(model, dataset, folder, precision, views):
     shapes = [(*features.shape[2:], features.shape[1]) for features in first]
     shared = dict(version=VERSION, split="val" if dataset.augments is None else "train", views=views,
                   imgsz=list(dataset.size), **file_facts(dataset.samples))
-    if views > 1:
-        shared.update(augment=list(dataset.augments), seed=dataset.seed)
+    if dataset.augments:  # the views are as the augmentations make them
+        shared.update(augment=fingerprint(dataset.augments), seed=dataset.seed)
     of_model = dict(
-        backbone=model.spec["backbone"],
-        weights=weights_hash(model),
+        backbone=model.spec.backbone,
+        weights=hash_state(model.backbone.state_dict()),
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         precision=str(precision),
@@ -184,15 +201,6 @@ def plan_files(model, dataset, folder, precision, views):
     files = [EntryFile(path, count, shape, kind)
              for path, shape, kind in zip(paths, shapes, types, strict=True)]
     return files, kinds
-
-
-def weights_hash(model):
-    """Return a hash of every weight and buffer of the backbone."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def file_facts(samples):
@@ -256,7 +264,7 @@ def remove_outdated(facts, folder):
 
 
 def fill(model, dataset, files, missing, precision, workers):
-    """Compute the entries `missing` (tickets of the dataset) of every file."""
+    """Compute the entries `missing` (items of the dataset) of every file."""
     device = model.mean.device
     size = BATCH.get(device.type, 8)
     loader = Batches(dataset, size, missing, workers, pin_memory=device.type == "cuda")

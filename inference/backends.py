@@ -1,16 +1,17 @@
 """Models outside torch: files of export.py, and a Segmenter converted in memory; used like a Segmenter.
 
-    model, checkpoint = open_model("best_model_iou.onnx", device)      # also .xml (OpenVINO), .torchscript
+    model, facts = open_exported("best_model_iou.onnx")                # also .xml (OpenVINO), .torchscript
     model = convert(segmenter, (640, 640), "openvino")                 # or "onnxruntime"
     model.logits(images)                                               # Logits, as of a Segmenter
 
-A file of export.py is one graph: uint8 images in, logits at their size out, with normalisation, padding and
+An exported file is one graph: uint8 images in, logits at their size out, with normalization, padding and
 cropping inside, and the checkpoint's plain values as JSON in its metadata. The packages are imported when
-asked for. Nothing here unpickles.
+asked for. Nothing here unpickles. A new backend or format is one class, entered in BACKENDS or FORMATS.
 """
 import json
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,9 @@ import torch
 from torch import nn
 
 from config import InputError
-from model import load_model, pad_to_multiple
-from upsample import Logits
+from models.logits import Logits, geometry_of
 
-ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".torchscript": "torchscript"}
-PROTOCOL_KEYS = {"window", "slide", "stride", "scales", "flip"}  # of engine.Protocol
+PROTOCOL_KEYS = {"window", "slide", "stride", "scales", "flip"}  # of predictor.Protocol
 STREAMS = 2  # images that OpenVINO computes side by side, where several are given
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
 INSTALL = "{} is not installed: pip install {}"
@@ -31,36 +30,47 @@ INSTALL = "{} is not installed: pip install {}"
 class Graph(nn.Module):
     """What is exported of a Segmenter, for images of one size: (B, 3, H, W) uint8 -> logits.
 
-    coarse: the logits as the head computes them, which are cheaper to bring to another size; else (B, K, H,
-    W).
+    coarse: the values of its Logits, cheaper to bring to another size; else the pixels (B, K, H, W).
     """
 
     def __init__(self, model, size, coarse=False):
         super().__init__()
         self.model, self.size, self.coarse = model, tuple(size), coarse
+        self.geometry = geometry_of(size, model.backbone.size_divisor)
 
     def forward(self, images):
-        images = (images.float() - self.model.mean) / self.model.std
-        maps = self.model.backbone.features(pad_to_multiple(images, self.model.backbone.patch))
-        return (
-            self.model.coarse(maps, self.size) if self.coarse else self.model.decode(maps, self.size).pixels()
-        )
+        logits = self.model.head.logits(*self.model.output(images, self.geometry))
+        return logits.values.float() if self.coarse else logits.pixels()
 
-    def trace_inputs(self, batch=1):
-        """Return example images; runs them once, so that everything that depends on the size is baked in."""
+    def example(self, batch=1):
+        """Return images to trace with; runs them once, so that what depends on the size is there already."""
         images = torch.zeros(batch, 3, *self.size, dtype=torch.uint8, device=self.model.mean.device)
         with torch.no_grad():
             self(images)
         return images
 
+    def constants(self):
+        """Context to trace in: the position embedding of this size is a constant."""
+        backbone = self.model.backbone
+        if backbone.positions is None:
+            return nullcontext()
+        grid = [side // backbone.size_divisor for side in self.geometry.padded]
+        return backbone.positions.constant_at(grid)
 
-class Runtime(nn.Module):
-    """Base of the models that run outside torch: (B, 3, H, W) uint8 of one size -> Logits."""
 
-    def __init__(self, size, batch=0, place=None):
+class ExportedModel(nn.Module):
+    """Base of the models that run outside torch: (B, 3, H, W) uint8 of one size -> Logits.
+
+    ending: of its files. open(path) gives (metadata text, function
+    of (size, batch, precise) that returns the model); write(graph, batch, text, path) exports a Graph.
+    """
+
+    ending = ""
+
+    def __init__(self, size, batch=0, template=None):
         super().__init__()
         self.size, self.batch = tuple(size), batch  # batch 0 = any
-        self.place = place or Logits  # what makes Logits of the values that come out
+        self.template = template  # the Logits of one image, where the values that come out are coarse
         self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # says that it is on the CPU
 
     def run(self, images):
@@ -72,17 +82,16 @@ class Runtime(nn.Module):
         if tuple(images.shape[-2:]) != self.size:
             (height, width), (tall, wide) = self.size, images.shape[-2:]
             raise InputError(f"this model was exported for {height}x{width} pixels and is asked for "
-                             f"{tall}x{wide}: leave out --imgsz and --tta ms, or export it anew with --imgsz")
+                             f"{tall}x{wide}: leave out --imgsz and --tta ms, or re-export it with --imgsz")
         parts = list(images.cpu().split(self.batch or len(images)))
         if missing := self.batch and self.batch - len(parts[-1]):
             parts[-1] = torch.cat([parts[-1], parts[-1][:1].expand(missing, -1, -1, -1)])
         try:
             values = self.run_all([part.contiguous().numpy() for part in parts])
         except Exception as error:  # each package has error classes of its own
-            raise InputError(
-                f"the exported model does not run ({first_line(error)}): export it anew"
-            ) from None
-        return self.place(torch.cat([torch.from_numpy(part) for part in values])[:len(images)].float())
+            raise InputError(f"the exported model does not run ({first_line(error)}): re-export it") from None
+        values = torch.cat([torch.from_numpy(part) for part in values])[:len(images)].float()
+        return self.template.with_values(values) if self.template else Logits(values)
 
     def run_all(self, parts):
         """run() of several batches."""
@@ -93,23 +102,45 @@ class Runtime(nn.Module):
         return self.logits(images).pixels()
 
 
-class OnnxRuntime(Runtime):
-    """A model in ONNX Runtime, on CUDA, CoreML or the CPU."""
+class OnnxRuntime(ExportedModel):
+    """ONNX Runtime, on CUDA, CoreML or the CPU."""
 
-    def __init__(self, source, size, batch=0, place=None):
-        super().__init__(size, batch, place)
-        self.session = open_onnx(source)
+    ending = ".onnx"
+
+    def __init__(self, source, size, batch=0, template=None):
+        super().__init__(size, batch, template)
+        self.session = onnx_session(source)
         self.name = f"ONNX Runtime {self.session.get_providers()[0].removesuffix('ExecutionProvider')}"
+
+    @classmethod
+    def open(cls, path):
+        """Return (metadata text, function that opens the model) of an .onnx file."""
+        text = onnx_session(str(path)).get_modelmeta().custom_metadata_map.get(METADATA)
+        return text, lambda size, batch, precise: cls(str(path), size, batch)
+
+    @classmethod
+    def write(cls, graph, batch, text, path):
+        """Export a Graph; batch 0 = any number of images."""
+        program = onnx_program(graph, batch)
+        program.model.metadata_props[METADATA] = text
+        program.save(str(path))
+
+    @classmethod
+    def of(cls, graph, template):
+        """Return the model of a Graph, in memory."""
+        return cls(onnx_program(graph).model_proto.SerializeToString(), graph.size, 1, template)
 
     def run(self, images):
         return self.session.run(None, {"images": images})[0]
 
 
-class OpenVino(Runtime):
-    """A model in OpenVINO on the CPU; `precise` keeps it in float32, else bfloat16 where the CPU has it."""
+class OpenVino(ExportedModel):
+    """OpenVINO on the CPU; `precise` keeps it in float32, else bfloat16 where the CPU has it."""
 
-    def __init__(self, model, size, batch=0, place=None, precise=False):
-        super().__init__(size, batch, place)
+    ending = ".xml"
+
+    def __init__(self, model, size, batch=0, template=None, precise=False):
+        super().__init__(size, batch, template)
         ov = import_openvino()
         core = ov.Core()
         half = not precise and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -119,6 +150,34 @@ class OpenVino(Runtime):
         self.compiled, self.queue = core.compile_model(model, "CPU", hints), None
         self.open_queue = partial(open_queue, ov, core, model, hints)
         self.name = f"OpenVINO {'bfloat16' if half else 'float32'}"
+
+    @classmethod
+    def open(cls, path):
+        """Return (metadata text, function that opens the model) of an .xml file with its .bin."""
+        if not path.with_suffix(".bin").is_file():
+            raise InputError(f"{path.with_suffix('.bin')} is missing: OpenVINO's .xml needs it beside it")
+        model = import_openvino().Core().read_model(str(path))
+        text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
+        return text, lambda size, batch, precise: cls(model, size, batch, precise=precise)
+
+    @classmethod
+    def write(cls, graph, batch, text, path):
+        """Export a Graph; batch 0 = any number of images."""
+        ov, between = import_openvino(), path.with_suffix(".onnx")
+        onnx_program(graph, batch).save(str(between))
+        model = ov.convert_model(str(between))
+        model.set_rt_info(text, [METADATA])
+        ov.save_model(model, str(path), compress_to_fp16=False)
+        between.unlink()
+
+    @classmethod
+    def of(cls, graph, template):
+        """Return the model of a Graph, in memory."""
+        ov, example = import_openvino(), graph.example()
+        with warnings.catch_warnings(), graph.constants():
+            warnings.simplefilter("ignore")
+            model = ov.convert_model(graph, example_input=example, input=[list(example.shape)])
+        return cls(model, graph.size, 1, template)
 
     def run(self, images):
         return self.compiled([images])[0]
@@ -140,55 +199,90 @@ def open_queue(ov, core, model, hints):
     hints = dict(hints, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=str(STREAMS))
     queue = ov.AsyncInferQueue(core.compile_model(model, "CPU", hints), STREAMS)
 
-    def keep(request, place):
-        results, index = place
+    def keep(request, target):
+        results, index = target
         results[index] = request.get_output_tensor(0).data.copy()
 
     queue.set_callback(keep)
     return queue
 
 
-class TorchScript(Runtime):
+class TorchScript(ExportedModel):
     """A model traced by torch.jit, on the CPU."""
+
+    ending = ".torchscript"
 
     def __init__(self, module, size, batch=0):
         super().__init__(size, batch)
         self.module, self.name = module, "TorchScript"
+
+    @classmethod
+    def open(cls, path):
+        """Return (metadata text, function that opens the model) of a .torchscript file."""
+        more = {METADATA: ""}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = torch.jit.load(str(path), map_location="cpu", _extra_files=more)
+        text = more[METADATA].decode() if isinstance(more[METADATA], bytes) else more[METADATA]
+        return text, lambda size, batch, precise: cls(module.eval(), size, batch)
+
+    @classmethod
+    def write(cls, graph, batch, text, path):
+        """Export a Graph. Raises InputError for any number of images, which a trace cannot take."""
+        if batch == 0:
+            raise InputError("--batch-size 0: TorchScript is traced for one batch size; give it, or another "
+                             "--format")
+        with warnings.catch_warnings(), graph.constants():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(graph, graph.example(batch), check_trace=False)
+            torch.jit.save(torch.jit.freeze(traced.eval()), str(path), _extra_files={METADATA: text})
 
     @torch.no_grad()
     def run(self, images):
         return self.module(torch.from_numpy(images)).float().numpy()
 
 
-# --- files ------------------------------------------------------------------------------------------------
-def open_model(path, precise=False):
-    """Return (model, checkpoint without weights) of any model file or official head. Raises InputError.
+# What export.py writes, and what runs a .pth beside torch. A new one is one class above and one line here.
+FORMATS = {
+    "onnx": OnnxRuntime,
+    "openvino": OpenVino,
+    "torchscript": TorchScript,
+}
+BACKENDS = {
+    "openvino": OpenVino,
+    "onnxruntime": OnnxRuntime,
+}
 
-    A .pth gives a Segmenter, an exported file a Runtime; precise: in float32 whatever the processor can do.
+
+# --- files ------------------------------------------------------------------------------------------------
+def is_exported(path):
+    """Return whether a file's ending is that of an exported model."""
+    return Path(path).suffix.lower() in {backend.ending for backend in FORMATS.values()}
+
+
+def open_exported(path, precise=False):
+    """Return (ExportedModel in eval mode, its facts: a checkpoint without weights). Raises InputError.
+
+    precise: in float32 whatever the processor can do.
     """
     path = Path(path)
-    kind = ENDINGS.get(path.suffix.lower())
-    if kind is None:
-        return load_model(path)
+    backend = next(one for one in FORMATS.values() if one.ending == path.suffix.lower())
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a file of export.py, or a checkpoint of train.py")
     try:
-        text, build = {"onnx": read_onnx, "openvino": read_openvino, "torchscript": read_torchscript}[kind](
-            path
-        )
+        text, build = backend.open(path)
     except InputError:
         raise
     except Exception as error:  # each package has error classes of its own
-        raise InputError(f"{path} is not a readable {path.suffix} file ({first_line(error)}): export it anew"
+        raise InputError(f"{path} is not a readable {path.suffix} file ({first_line(error)}): re-export it"
                          ) from None
     facts = check_facts(text, path)
-    size, batch = facts["imgsz"], facts["batch"]
     try:
-        model = build(size, batch, precise)
+        model = build(facts["imgsz"], facts["batch"], precise)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path} does not run here ({first_line(error)}): export it anew") from None
+        raise InputError(f"{path} does not run here ({first_line(error)}): re-export it") from None
     model.num_classes = len(facts["classes"])
     return model.eval(), facts
 
@@ -204,37 +298,13 @@ def check_facts(text, path):
         classes = facts["classes"]
         good = (facts["format"] == "dinoseg" and are_numbers(facts["imgsz"], 2, 1 << 16)
                 and are_numbers([facts["batch"]], 1, 1 << 16) and 0 < len(classes) < 255
-                and all(isinstance(name, str) and are_numbers(colour, 3, 255) for name, colour in classes)
+                and all(isinstance(name, str) and are_numbers(color, 3, 255) for name, color in classes)
                 and facts.get("protocol", {}).keys() <= PROTOCOL_KEYS)
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
         good = False
     if not good:
         raise InputError(f"{path} was not written by export.py: its metadata lack classes and size")
     return facts
-
-
-def read_onnx(path):
-    """Return (metadata text, function that opens the model) of an .onnx file."""
-    session = open_onnx(str(path))
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA)
-    return text, lambda size, batch, precise: OnnxRuntime(str(path), size, batch)
-
-
-def read_openvino(path):
-    """Return (metadata text, function that opens the model) of an .xml file, whose .bin lies beside it."""
-    if not path.with_suffix(".bin").is_file():
-        raise InputError(f"{path.with_suffix('.bin')} is missing: OpenVINO's .xml needs the .bin beside it")
-    model = import_openvino().Core().read_model(str(path))
-    text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
-    return text, lambda size, batch, precise: OpenVino(model, size, batch, precise=precise)
-
-
-def read_torchscript(path):
-    """Return (metadata text, function that opens the model) of a .torchscript file."""
-    more = {METADATA: ""}
-    module = torch.jit.load(str(path), map_location="cpu", _extra_files=more)
-    text = more[METADATA].decode() if isinstance(more[METADATA], bytes) else more[METADATA]
-    return text, lambda size, batch, precise: TorchScript(module.eval(), size, batch)
 
 
 def first_line(error):
@@ -253,7 +323,7 @@ def import_openvino():
     return openvino
 
 
-def open_onnx(source):
+def onnx_session(source):
     """Return an ONNX Runtime session of a path or of bytes on the best provider there is. Raises InputError.
     """
     try:
@@ -274,31 +344,22 @@ def onnx_program(graph, batch=1):
     except ImportError:
         raise InputError(INSTALL.format("ONNX export", "onnx onnxscript")) from None
     shapes = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch == 0 else None
-    example = graph.trace_inputs(batch or 2)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad(), graph.constants():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(graph, (example,), dynamo=True, input_names=["images"], verbose=False,
-                                 output_names=["logits"], dynamic_shapes=shapes)
+        return torch.onnx.export(graph, (graph.example(batch or 2),), dynamo=True, input_names=["images"],
+                                 verbose=False, output_names=["logits"], dynamic_shapes=shapes)
 
 
-def convert(model, size, engine):
-    """Return a Runtime of a Segmenter on the CPU, in memory: engine openvino or onnxruntime.
+@torch.no_grad()
+def convert(model, size, backend):
+    """Return an ExportedModel of a Segmenter on the CPU, in memory; backend: of BACKENDS.
 
     Raises InputError where the package is missing.
     """
     graph = Graph(model, size, coarse=True).eval()
-    options = dict(size=size, batch=1, place=lambda values: model.place(values, size))
-    if engine == "openvino":
-        ov = import_openvino()
-        example = graph.trace_inputs()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            converted = ov.convert_model(graph, example_input=example, input=[list(example.shape)])
-        runtime = OpenVino(converted, **options)
-    else:
-        runtime = OnnxRuntime(onnx_program(graph).model_proto.SerializeToString(), **options)
-    runtime.num_classes = model.num_classes
-    return runtime.eval()
+    other = BACKENDS[backend].of(graph, model.logits(graph.example()))
+    other.num_classes = model.num_classes
+    return other.eval()
 
 
 def is_installed(package):

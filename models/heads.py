@@ -1,11 +1,10 @@
 """Heads: they turn the feature maps of a backbone into class logits.
 
     head = HEADS["unet"](channels=[768], num_classes=21)
-    logits = head(maps, size)       # n x (B, D, h, w), (H, W) -> (B, K, any size up to H, W)
+    output = head(features, size)              # n x (B, D, h, w), (H, W) -> (B, K, any size up to H, W)
+    logits = head.logits(output, geometry)     # Logits of the images
 
-`maps` of a head class is how many of the last blocks it reads where --layers does not say (1 or 4); `size`
-is the size of the padded image in pixels. What a head returns at a smaller size the Segmenter upsamples
-(bilinear). A new head is one class, entered in HEADS (and its name in config.py).
+A new head is one class here, entered in HEADS.
 """
 from itertools import pairwise
 
@@ -14,14 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import InputError
+from models.logits import Logits, pixel_loss
 
 UP_WIDTHS = (512, 256, 128, 64)  # channels after each of the four up-blocks of the U-Net
 DECONV_WIDTHS = (256, 128, 64, 32)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that uses its running statistics where a training batch has one value a channel, which has no
-    variance: a last batch of one image must not end the run.
+    """BatchNorm that uses its running statistics where a training batch has one value per channel, which has
+    no variance: a last batch of one image must not end the run.
     """
 
     def forward(self, features):
@@ -32,10 +32,51 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(features)
 
 
-class BNHead(nn.Module):
-    """Concatenate the maps, BatchNorm, 1x1 convolution: the BNHead of the official DINOv2 evaluation."""
+class Head(nn.Module):
+    """What a Segmenter asks of a head. The defaults serve a head that returns one map of logits.
 
-    maps = 4
+    reads: how many of the last blocks it reads where --layers does not say. token_blocks: the blocks whose
+    entering tokens it wants in features.tokens. sees_image: whether it reads features.images. crops: whether
+    the logits of the padded image are cropped back, or resized onto the image, as mmsegmentation did when
+    the official heads were trained.
+    """
+
+    reads = 4
+    token_blocks = ()
+    sees_image = False
+    crops = True
+
+    @classmethod
+    def build(cls, backbone, spec):
+        """Return the head for a Backbone and a ModelSpec. Raises InputError where they do not fit.
+
+        A head that needs more than channels and classes (blocks to copy, options) has a build of its own.
+        """
+        return cls(backbone.channels, spec.num_classes)
+
+    def forward(self, features, size):
+        """Features of padded images of `size` = (H, W) -> whatever logits() and loss() take, such as
+        (B, K, h, w).
+        """
+        raise NotImplementedError
+
+    def logits(self, output, geometry):
+        """What forward returned -> Logits of images of `geometry`."""
+        logits = Logits(output)
+        if not self.crops:
+            return logits.at(geometry.size)
+        return logits.at(geometry.padded).crop(geometry.top, geometry.left, *geometry.size)
+
+    def loss(self, output, masks, geometry, criterion):
+        """What forward returned, masks (B, H, W) int64 -> loss, {name: term}, preds (B, H, W) uint8.
+
+        criterion: the losses of --loss; a head with a loss of its own leaves it aside.
+        """
+        return pixel_loss(criterion, self.logits(output, geometry), masks)
+
+
+class BNHead(Head):
+    """BatchNorm and 1x1 convolution on the maps side by side, as in DINOv2's evaluation."""
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -49,10 +90,10 @@ class BNHead(nn.Module):
         return self.conv_seg(self.bn(torch.cat(maps, dim=1)))
 
 
-class LinearHead(nn.Module):
-    """A linear classifier of every patch (1x1 convolution), without normalisation."""
+class LinearHead(Head):
+    """1x1 convolution on the last map, without normalization."""
 
-    maps = 1
+    reads = 1
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -72,14 +113,14 @@ def double_conv(inputs, outputs):
     return nn.Sequential(*layers)
 
 
-class UNetHead(nn.Module):
-    """The decoder of a U-Net (Ronneberger et al., 2015) on the maps side by side, without skip connections.
+class UNetHead(Head):
+    """U-Net decoder on the last map: four up-blocks, without skip connections.
 
-    Four times: upsample (bilinear, x2; the last one straight to the image's size) and two convolutions;
-    then a 1x1 convolution. With patches of 14 and an image of 518: 37 > 74 > 148 > 296 > 518.
+    Ronneberger et al., U-Net, MICCAI 2015. Four times: upsample (bilinear, x2; the last one straight to the
+    image's size) and two convolutions; then a 1x1 convolution. With patches of 14 and an image of 518: 37 > 74 > 148 > 296 > 518.
     """
 
-    maps = 1
+    reads = 1
 
     def __init__(self, channels, num_classes, skips=()):
         super().__init__()
@@ -111,12 +152,12 @@ class UNetHead(nn.Module):
 
 
 class UNetSkipHead(UNetHead):
-    """UNetHead with skip connections: up to three earlier blocks join the first up-blocks, latest first.
+    """U-Net decoder with earlier blocks joined in as skip connections.
 
-    The maps of a ViT all have one resolution, so each is upsampled to the block it joins.
+    Up to three earlier blocks join the first up-blocks, latest first. The maps of a ViT all have one resolution, so each is upsampled to the block it joins.
     """
 
-    maps = 4
+    reads = 4
 
     def __init__(self, channels, num_classes):
         if not 2 <= len(channels) <= 4:
@@ -129,14 +170,13 @@ class UNetSkipHead(UNetHead):
         return self.decode(maps[-1], maps[-2::-1], size)
 
 
-class DeconvHead(nn.Module):
-    """Four transposed convolutions, each doubling the size, then a centre crop to the image's size.
+class DeconvResizeHead(Head):
+    """Four transposed convolutions and a resize, which keeps every pixel in its place.
 
-    With patches of 14 and an image of 518: 37 > 74 > 148 > 296 > 592, cropped to 518. The crop shifts what
-    lies off the centre (14 pixels of image become 16 of output); DeconvResizeHead keeps every pixel in place.
+    With patches of 14 and an image of 518: 37 > 74 > 148 > 296 > 592, resized to 518.
     """
 
-    maps = 1
+    reads = 1
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -152,19 +192,37 @@ class DeconvHead(nn.Module):
         return self.fit(self.conv_seg(self.up(torch.cat(maps, dim=1))), size)  # (B, K, 16h, 16w)
 
     def fit(self, logits, size):
-        """Crop (B, K, 16h, 16w) around its centre to `size`, which is not larger."""
+        """Resize (B, K, 16h, 16w) to `size` (bilinear)."""
+        return F.interpolate(logits, size=size, mode="bilinear")
+
+
+class DeconvHead(DeconvResizeHead):
+    """Four transposed convolutions and a center crop (patches of 14 to 16 pixels).
+
+    592 is cropped to 518, which shifts what lies off the center: 14 pixels of image become 16 of output.
+    """
+
+    @classmethod
+    def build(cls, backbone, spec):
+        """As Head.build. Raises InputError for patches that the crop does not fit."""
+        if not 14 <= backbone.stride <= 16:
+            raise InputError(f"--head deconv makes 16 pixels of a patch and crops, and the patches of this "
+                             f"backbone are {backbone.stride} pixels wide: use --head deconv-resize or unet")
+        return super().build(backbone, spec)
+
+    def fit(self, logits, size):
+        """Crop (B, K, 16h, 16w) around its center to `size`, which is not larger."""
         (tall, wide), (height, width) = logits.shape[-2:], size
         top, left = (tall - height) // 2, (wide - width) // 2
         return logits[..., top:top + height, left:left + width]
 
 
-class DeconvResizeHead(DeconvHead):
-    """DeconvHead with a bilinear resize in place of the crop; for patches of any size."""
-
-    def fit(self, logits, size):
-        """Resize (B, K, 16h, 16w) to `size`."""
-        return F.interpolate(logits, size=size, mode="bilinear")
-
-
-HEADS = {"bn": BNHead, "linear": LinearHead, "unet": UNetHead, "unet-skip": UNetSkipHead,
-         "deconv": DeconvHead, "deconv-resize": DeconvResizeHead}
+# A new head is one class above and one line here.
+HEADS = {
+    "bn": BNHead,
+    "linear": LinearHead,
+    "unet": UNetHead,
+    "unet-skip": UNetSkipHead,
+    "deconv": DeconvHead,
+    "deconv-resize": DeconvResizeHead,
+}

@@ -1,4 +1,4 @@
-"""From a dataset to batches: the order of an epoch, worker processes, the memory that they share.
+"""From a dataset to batches: the order of an epoch, and worker processes.
 
     batches = make_loader(dataset, batch_size=8, workers=2)
     batches.start(epoch=0)                              # the workers begin
@@ -13,38 +13,35 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from config import InputError
 
-BUFFERS = 16  # stacked tensors of one worker that can be alive at a time; more take fresh memory
-
 
 # --- order ------------------------------------------------------------------------------------------------
 def mixed_seed(*numbers):
-    """Return one 63-bit seed that depends on all the whole numbers given, the same in every process."""
+    """Return one 63-bit seed that depends on all the integers given, the same in every process."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class EpochSampler(Sampler):
-    """Yields tickets epoch * n + index in an order that depends on (seed, epoch) alone.
+    """Yields items epoch * n + index in an order that depends on (seed, epoch) alone.
 
-    Of several processes, each takes every n-th ticket, so that their batches together are those of one
+    Of several processes, each takes every n-th item, so that their batches together are those of one
     process with larger batches; the order's start is repeated until all have equally many.
     """
 
-    def __init__(self, length, seed, rank=0, processes=1):
+    def __init__(self, length, seed, rank=0, world_size=1):
         self.length, self.seed, self.epoch, self.skip = length, seed, 0, 0
-        self.rank, self.processes = rank, processes
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self):
-        return -(-self.length // self.processes)
+        return -(-self.length // self.world_size)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
-        order = order.repeat(self.processes)[:len(self) * self.processes][self.rank::self.processes]
+        order = order.repeat(self.world_size)[:len(self) * self.world_size][self.rank::self.world_size]
         return iter((self.epoch * self.length + order[self.skip:]).tolist())
 
     def set_epoch(self, epoch, skip=0):
@@ -53,83 +50,17 @@ class EpochSampler(Sampler):
 
 
 # --- stacking ---------------------------------------------------------------------------------------------
-def collate(items, stack=default_collate):
+def collate(items):
     """Stack images to (B, 3, h, w) or feature maps to (B, h, w, D), and masks to (B, h, w) where all have one
     size; else a list of masks.
     """
     images, masks, names = zip(*items, strict=True)
-    if images[0].dtype == torch.uint8:  # the colours of a pixel lie side by side: stacked as they lie
-        images = stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    if images[0].dtype == torch.uint8:  # the colors of a pixel lie side by side: stacked as they lie
+        images = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     else:
-        images = stack(images)
+        images = default_collate(images)
     same = all(mask.shape == masks[0].shape for mask in masks)
-    return images, stack(masks) if same else list(masks), list(names)
-
-
-class Buffers:
-    """Shared memory in which worker processes stack batches, used again when a batch is gone.
-
-    Fresh shared memory takes longer than what is written into it, because the system clears every page. A
-    buffer is free again when nothing refers to its memory any more, so that batches may be kept at will.
-    """
-
-    def __init__(self, workers):
-        self.free = torch.ones(max(1, workers), BUFFERS, dtype=torch.bool).share_memory_()
-        self.memory = []  # of this worker, uint8
-        self.lent = {}  # of the main process: (worker, number) -> StorageWeakRef
-
-    def collate(self, items):
-        """Return (collate(items), the buffers it lies in as (worker, number)); in a worker process."""
-        used = []
-        return collate(items, lambda tensors: self.stack(tensors, used)), used
-
-    def stack(self, tensors, used):
-        """Stack tensors of one shape in a free buffer, which is added to `used` (None: no buffer)."""
-        worker = get_worker_info()
-        size = len(tensors) * tensors[0].numel() * tensors[0].element_size()
-        number = None if worker is None else self.find(worker.id, size)
-        if number is None:
-            used.append(None)
-            return default_collate(tensors)
-        self.free[worker.id, number] = False
-        used.append((worker.id, number))
-        out = self.memory[number][:size].view(tensors[0].dtype).view(len(tensors), *tensors[0].shape)
-        return torch.stack(tensors, out=out)
-
-    def find(self, worker, size):
-        """Return the number of a free buffer of about `size` bytes, made where there is none; or None."""
-        free = self.free[worker].tolist()
-        for number, memory in enumerate(self.memory):
-            if free[number] and size <= len(memory) <= 2 * size:
-                return number
-        if len(self.memory) < BUFFERS:
-            number = len(self.memory)
-            self.memory.append(None)
-        elif True in free:
-            number = free.index(True)
-        else:
-            return None
-        self.memory[number] = torch.empty(size, dtype=torch.uint8).share_memory_()
-        return number
-
-    def lend(self, tensors, used):
-        """Note, in the main process, which buffers (None = none) the tensors of a batch lie in."""
-        for tensor, key in zip(tensors, used, strict=True):
-            if key:
-                self.lent[key] = StorageWeakRef(tensor.untyped_storage())
-
-    def take_back(self):
-        """Free the buffers of batches that nothing refers to any more."""
-        for key in [key for key, memory in self.lent.items() if memory.expired()]:
-            del self.lent[key]
-            self.free[key] = True
-
-    def forget(self):
-        """Free the buffers of batches that were loaded and will never be asked for."""
-        self.take_back()
-        for key in torch.nonzero(~self.free).tolist():
-            if tuple(key) not in self.lent:
-                self.free[tuple(key)] = True
+    return images, default_collate(masks) if same else list(masks), list(names)
 
 
 # --- worker processes -------------------------------------------------------------------------------------
@@ -155,10 +86,10 @@ class Noted(Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, ticket):
+    def __getitem__(self, item):
         if worker := get_worker_info():
-            self.reading[worker.id, 0], self.reading[worker.id, 1] = os.getpid(), ticket
-        return self.dataset[ticket]
+            self.reading[worker.id, 0], self.reading[worker.id, 1] = os.getpid(), item
+        return self.dataset[item]
 
 
 class Batches:
@@ -166,44 +97,31 @@ class Batches:
 
     def __init__(self, dataset, batch_size, sampler, workers, pin_memory):
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
-        self.noted, self.buffers, self.started = Noted(dataset, workers), Buffers(workers), None
+        self.noted, self.started = Noted(dataset, workers), None
         atexit.register(close_if_alive, weakref.ref(self))
         # a generator of its own, so that starting an epoch early moves no random numbers of the training
         self.loader = DataLoader(self.noted, batch_size, sampler=sampler, num_workers=workers,
-                                 collate_fn=self.buffers.collate, pin_memory=pin_memory,
-                                 persistent_workers=workers > 0, worker_init_fn=self.noted.start_worker,
-                                 generator=torch.Generator())
+                                 collate_fn=collate, pin_memory=pin_memory, persistent_workers=workers > 0,
+                                 worker_init_fn=self.noted.start_worker, generator=torch.Generator())
 
     def start(self, epoch=0, skip=0):
         """Let the workers begin with an epoch (0-based), without its first `skip` batches."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch, skip * self.batch_size)
-        self.started = self.iterate()
-
-    def iterate(self):
-        """Return an iterator of the DataLoader; what an earlier one had loaded in advance is dropped."""
-        self.buffers.forget()
-        return iter(self.loader)
+        self.started = iter(self.loader)
 
     def __len__(self):
-        return len(self.loader)
+        return -(-len(self.sampler) // self.batch_size)
 
     def __iter__(self):
-        """Yield (images, masks, names). Raises InputError naming the file where a worker process died."""
-        started, self.started = self.started or self.iterate(), None
-        for (images, masks, names), used in started:
-            self.buffers.lend([images, masks][:len(used)], used)
-            yield images, masks, names
-            del images, masks
-            self.buffers.take_back()
+        """Return an iterator of (images, masks, names)."""
+        started, self.started = self.started or iter(self.loader), None
+        return started
 
     def close(self):
         """End the worker processes, for good."""
         self.noted.closed[0] = True
-        iterator, self.loader._iterator = self.loader._iterator, None
-        if hasattr(iterator, "_shutdown_workers"):  # else it would wait until nobody refers to the iterator
-            iterator._shutdown_workers()
-        self.started = None
+        self.started = self.loader = None  # its workers end with it
 
     def file_read_by(self, process):
         """Return the image that a worker process (its id) read last, or None where it is none of these."""
@@ -217,15 +135,15 @@ def close_if_alive(reference):
         batches.close()
 
 
-def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, processes=1):
+def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, world_size=1):
     """Return the Batches of a SegmentationDataset, shuffled by EpochSampler where it is for training.
 
     Of several processes, each gets its part: in training of equal length, in validation every image once.
     """
     if dataset.augments is None:
-        sampler = range(rank, len(dataset), processes)
+        sampler = range(rank, len(dataset), world_size)
     else:
-        sampler = EpochSampler(len(dataset), dataset.seed, rank, processes)
+        sampler = EpochSampler(len(dataset), dataset.seed, rank, world_size)
     return Batches(dataset, batch_size, sampler, workers, pin_memory)
 
 

@@ -11,14 +11,18 @@ import torch
 from conftest import tiny, write_folder
 from PIL import Image
 
-import cache
+from dataio import feature_cache as cache
 import engine
 import train
-from cache import cache_features
+from dataio.dataloader import make_loader
+from losses import Criterion
+from dataio.feature_cache import cache_features
+from dataio.transforms import AUGMENTS, ScaleCrop
 from config import InputError
 from datasets import SegmentationDataset
 from model import HeadOnly
-from readers import Sample, index_table
+from models.weights import hash_state
+from dataio.readers import Sample, index_table
 from utils import Precision
 
 FLOAT32 = Precision("off", torch.device("cpu"))
@@ -138,7 +142,7 @@ def other_weights(samples):
         lambda samples: (tiny(), training_set(samples[1:]), FLOAT32),
         lambda samples: (tiny(), training_set(samples), Precision("bf16", torch.device("cpu"))),
     ],
-    ids=["weights", "normalisation", "size", "files", "precision"],
+    ids=["weights", "normalization", "size", "files", "precision"],
 )
 def test_whatever_the_features_depend_on_makes_another_cache(samples, tmp_path, passes, other):
     cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
@@ -213,16 +217,16 @@ def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_pa
 
 def test_a_frozen_batch_norm_learns_nothing(samples, tmp_path):
     net = tiny(backbone="timm/resnet18", head="linear").train()
-    before = cache.weights_hash(net)
+    before = hash_state(net.backbone.state_dict())
     first = cache_features(net, training_set(samples), tmp_path, FLOAT32)
     second = cache_features(net.train(), training_set(samples), tmp_path, FLOAT32)
-    assert cache.weights_hash(net) == before and first.features[0].path == second.features[0].path
+    assert hash_state(net.backbone.state_dict()) == before and first.features[0].path == second.features[0].path
 
 
 def test_the_same_weights_in_another_network_are_another_cache(samples, tmp_path):
     net = tiny()
     files, _ = cache.plan_files(net, training_set(samples), tmp_path, FLOAT32, 1)
-    net.spec["backbone"] = "timm/the_same_with_another_activation"
+    net.spec.backbone = "timm/the_same_with_another_activation"
     others, _ = cache.plan_files(net, training_set(samples), tmp_path, FLOAT32, 1)
     assert not {file.path for file in files[:-1]} & {file.path for file in others[:-1]}
 
@@ -299,25 +303,54 @@ def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--cache-features", "--unfreeze", 1], "and here it trains"),
-        (["--cache-features", "--arch", "fcn_resnet50"], "and here it trains"),
+        (["--cache-features", "--unfreeze", 1, "--backbone", "vit_tiny"], "of its parameters train"),
+        (["--cache-features", "--arch", "segformer_b0", "--weights", "none"], "of its parameters train"),
+        (["--cache-features", "--arch", "segformer_b0", "--weights", "none", "--unfreeze", 0], "has none"),
         (["--cache-views", 2], "without --cache-features"),
         (["--cache-features", "--augment", "flip"], "--cache-views K"),
     ],
 )
 def test_flags_that_contradict_the_cache(tmp_path, run, more, message):
-    code, _, err = run(train, "--dataset", "folder", "--data-root", tmp_path, *more)
-    assert code == 2 and message in err and err.count("\n") == 1
+    write_folder(tmp_path / "data")
+    flags = ["--dataset", "folder", "--data-root", tmp_path / "data", "--out-dir", tmp_path / "out"]
+    code, _, err = run(train, *flags, *more)
+    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_adapters_that_train_and_heads_that_read_more_are_refused(samples, tmp_path):
+    net = tiny()
+    net.backbone.net.blocks[2].attn.adapter = torch.nn.Linear(2, 2)  # trains, whatever --unfreeze says
+    with pytest.raises(InputError, match="and 6 of its parameters train"):
+        cache_features(net, training_set(samples), tmp_path, FLOAT32)
+    net = tiny()
+    net.head.token_blocks = (3,)
+    with pytest.raises(InputError, match="--head bn reads tokens or images too"):
+        cache_features(net, training_set(samples), tmp_path, FLOAT32)
+    assert not list(tmp_path.glob("features_*"))
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_an_augmentation_with_other_parameters_is_another_cache(samples, tmp_path, passes, views, monkeypatch):
+    def fill(names=("crop", "flip"), seed=0):
+        passes.clear()
+        cache_features(tiny(), training_set(samples, names, seed=seed), tmp_path, FLOAT32, views)
+        return sum(passes)
+
+    count = 7 * views
+    assert fill() == count and fill() == 0
+    monkeypatch.setitem(AUGMENTS, "crop", ScaleCrop(scale=(0.9, 1.1)))
+    assert fill() == count and fill() == 0
+    assert fill(("crop",)) == count and fill(seed=1) == count
 
 
 def test_an_epoch_on_features_leaves_the_backbone_alone(samples, tmp_path):
     net = tiny()
     before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
     cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
-    batches = train.make_loader(cached, 3, 0)
-    objective = engine.Objective(HeadOnly(net, (30, 43)), train.build_loss("ce"))
-    optimizer = engine.build_optimizer("adamw", engine.parameter_groups(net, 1e-2, 0.0, 1.0))
+    batches = make_loader(cached, 3, 0)
+    objective = engine.Objective(HeadOnly(net, (30, 43)), Criterion("ce"))
+    optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-2, 0.0))
     bar = train.tqdm(batches, disable=True)
-    done = engine.train_one_epoch(objective, bar, optimizer, FLOAT32, lambda step: 1.0, 0)
+    done = engine.train_one_epoch(objective, bar, engine.Optimization(optimizer, FLOAT32), 0)
     assert done["step"] == 3 and 0 <= done["data_wait"] <= 1
     assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())

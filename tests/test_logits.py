@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import upsample
+from models import logits as logits_module
 from conftest import random_images, tiny
-from config import LOSSES
-from losses import build_loss, score
-from upsample import Logits, class_ids
+from losses import LOSSES, Criterion
+from models.logits import pixel_loss
+from models.logits import Logits, class_ids
 
 
 def values(*size, seed=0):
@@ -35,7 +35,7 @@ def test_two_resizes_and_a_crop_equal_interpolate(old, first, second):
 
 @pytest.mark.parametrize("block", [1, 500, 4000, 1 << 20])
 def test_blocks_cover_every_pixel_once(block, monkeypatch):
-    monkeypatch.setitem(upsample.BLOCK, "cpu", block)
+    monkeypatch.setitem(logits_module.BLOCK, "cpu", block)
     logits = Logits(values(5, 3, 4, 6)).at((13, 22))
     whole = logits.pixels()
     seen, got = torch.zeros(5, 13, dtype=int), torch.full_like(whole, float("nan"))
@@ -84,15 +84,15 @@ class Coarse(nn.Module):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("block", [1, 700, 1 << 20])
 def test_loss_in_blocks_equals_the_loss_of_all_pixels(name, weighted, block, monkeypatch):
-    monkeypatch.setitem(upsample.BLOCK, "cpu", block)
+    monkeypatch.setitem(logits_module.BLOCK, "cpu", block)
     net, features = Coarse((29, 41)), values(3, 4, 7, 9)
     masks = torch.randint(0, 5, (3, 29, 41), generator=torch.Generator().manual_seed(1))
     masks[0, :20], masks[1] = 255, 255
-    criterion = build_loss(name, torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0]) if weighted else None)
+    criterion = Criterion(name, torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0]) if weighted else None)
     pixels = F.interpolate(net.conv(features), size=(29, 41), mode="bilinear")
     want, want_terms = criterion(pixels, masks)
     expected = torch.autograd.grad(3 * want, list(net.parameters()))
-    loss, terms, preds = score(criterion, net.logits(features), masks)
+    loss, terms, preds = pixel_loss(criterion, net.logits(features), masks)
     got = torch.autograd.grad(3 * loss, list(net.parameters()))
     assert loss.item() == pytest.approx(want.item(), rel=1e-5) and terms.keys() == want_terms.keys()
     for term in terms:
@@ -101,12 +101,12 @@ def test_loss_in_blocks_equals_the_loss_of_all_pixels(name, weighted, block, mon
         assert torch.allclose(a, b, atol=1e-5)
     assert (preds.long() == pixels.argmax(1)).float().mean() > 0.999
     with torch.inference_mode():
-        assert score(criterion, net.logits(features), masks)[0].item() == pytest.approx(want.item(), rel=1e-5)
+        assert pixel_loss(criterion, net.logits(features), masks)[0].item() == pytest.approx(want.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ce", "ce+focal"])
 def test_a_batch_in_which_no_pixel_counts_has_no_gradient(name):
     net = Coarse((20, 30))
-    loss, _, _ = score(build_loss(name), net.logits(values(2, 4, 5, 5)), torch.full((2, 20, 30), 255))
+    loss, _, _ = pixel_loss(Criterion(name), net.logits(values(2, 4, 5, 5)), torch.full((2, 20, 30), 255))
     loss.backward()
     assert loss.item() == 0 and all(p.grad.eq(0).all() for p in net.parameters())

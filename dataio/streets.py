@@ -1,10 +1,10 @@
 """Street scenes drawn by code: a segmentation data set with exact masks and nothing to download.
 
-    python -c "import cv2, streets; cv2.imwrite('scene.png', streets.draw_scene(3)[0][..., ::-1])"
-    python -c "import streets; print(sum(1 for frame in streets.draw_clip(3, (360, 640), frames=50, fps=25)))"
+    image, mask = draw_scene(3)                        # (256, 320, 3) and (256, 320) uint8
+    for frame in draw_clip(3, (360, 640), frames=50, fps=25): ...
 
-World frame: metres, x to the right, y up, z ahead; the camera stays at z = 0, the street slides towards it.
-The buffer has four channels, red, green, blue and class: every shape writes its colour and its class in one
+World frame: meters, x to the right, y up, z ahead; the camera stays at z = 0, the street slides towards it.
+The buffer has four channels, red, green, blue and class: every shape writes its color and its class in one
 call, so image and mask cannot disagree. `describe` makes all random choices; the rest of the file draws.
 """
 import json
@@ -25,8 +25,8 @@ from tqdm import tqdm
 VERSION = 1  # raise it whenever the pictures change: data sets on disk are then drawn again
 SKY, ROAD, GRASS, BUILDING, TREE, CAR, PERSON = range(7)
 SUPER = 2    # the buffer has SUPER x SUPER samples a pixel, for smooth edges
-NEAR, HAZE = 0.4, 170.0       # metres; what is nearer than NEAR is cut off, colours fade over HAZE
-BEHIND, PERIOD = 14.0, 104.0  # metres; the street repeats, what is BEHIND behind comes back PERIOD ahead
+NEAR, HAZE = 0.4, 170.0       # meters; what is nearer than NEAR is cut off, colors fade over HAZE
+BEHIND, PERIOD = 14.0, 104.0  # meters; the street repeats, what is BEHIND behind comes back PERIOD ahead
 MOODS = (   # zenith, horizon, tint of the light, light in the shade, darkness of cast shadows, how often
     ((58, 126, 214), (178, 214, 242), (1.04, 1.02, 0.97), 0.66, 0.42, 0.42),   # noon
     ((92, 152, 222), (236, 226, 206), (1.08, 1.01, 0.90), 0.62, 0.40, 0.24),   # morning
@@ -40,7 +40,7 @@ SKINS, HAIRS = "f4ceae e2b28c ba805c 82543c 603e2e", "2c1e18 5c381e cea458 1a181
 GREENS, LAWNS = "3a7a2c 4a8628 2c6834 608a2e 568c3a", "60a63e 70ac3a 54963c 8ca846"
 BARK, GLASS, RUBBER, CHROME = (104, 74, 52), (58, 86, 114), (28, 28, 32), (190, 194, 200)
 WHITE, LAMP, RED, SHOE = (236, 236, 226), (255, 248, 214), (230, 30, 36), (52, 40, 40)
-CARS = (  # saloon, hatchback, van: body and cabin from the side, (along, up) in metres, the nose at +along
+CARS = (  # saloon, hatchback, van: body and cabin from the side, (along, up) in meters, the nose at +along
     (((-2.2, 0.3), (-2.25, 0.8), (-2.1, 0.98), (1.1, 0.96), (2.1, 0.78), (2.25, 0.3)),
      ((-1.75, 0.96), (-1.1, 1.46), (0.35, 1.46), (1.1, 0.95))),
     (((-1.9, 0.3), (-1.95, 0.8), (-1.9, 1.0), (1.0, 0.98), (1.85, 0.8), (1.95, 0.3)),
@@ -83,7 +83,7 @@ def describe(seed):
 
 
 def pick(rng, table):
-    """A colour [red, green, blue] of a table of hexadecimal ones, varied a little."""
+    """A color [red, green, blue] of a table of hexadecimal ones, varied a little."""
     rgb = np.array(list(bytes.fromhex(table)), float).reshape(-1, 3)
     return np.clip(rng.choice(rgb) * rng.uniform(0.9, 1.1) + rng.uniform(-8, 8, 3), 0, 255).tolist()
 
@@ -180,17 +180,17 @@ class Canvas:
         self.haze, self.ambient, self.sun = scene.haze, scene.ambient, scene.sun
 
     def ahead(self, z):
-        """Where something at z metres along the street is by now; the street repeats every PERIOD metres."""
+        """Where something at z meters along the street is by now; the street repeats every PERIOD meters."""
         return (z - self.slide + BEHIND) % PERIOD - BEHIND
 
     def tone(self, rgb, kind, depth, gain=1.0):
-        """The four values to write: colour times gain, paler with distance, and the class."""
+        """The four values to write: color times gain, paler with distance, and the class."""
         near = math.exp(-depth / HAZE)
         pairs = zip(rgb, self.haze, strict=True)
         return *(min(c * gain, 255) * near + h * (1 - near) for c, h in pairs), kind
 
     def see(self, point):
-        """World point -> x, y in 1/16 sample, 1/16 samples per metre there, depth; None if it is too near."""
+        """World point -> x, y in 1/16 sample, 1/16 samples per meter there, depth; None if it is too near."""
         x, y, z = point[0] - self.eye[0], point[1] - self.eye[1], point[2]
         depth = z * self.cos + x * self.sin
         if depth < NEAR:
@@ -200,7 +200,7 @@ class Canvas:
         return x, 16 * self.horizon - y * scale, scale, depth
 
     def outline(self, corners):
-        """World points -> points for cv2 (1/16 sample) and a depth in metres.
+        """World points -> points for cv2 (1/16 sample) and a depth in meters.
 
         One polygon (N, 3) is clipped at NEAR; of several, (M, N, 3), those that reach it are left out.
         """
@@ -217,7 +217,7 @@ class Canvas:
         return screen.astype(np.int32), seen[..., 2].mean() if seen.size else NEAR
 
     def fill(self, corners, rgb, kind, gain=1.0):
-        """Fills a polygon (N, 3) or several (M, N, 3) that do not overlap, metres; False if out of view."""
+        """Fills a polygon (N, 3) or several (M, N, 3) that do not overlap, meters; False if out of view."""
         points, depth = self.outline(corners)
         across = points[..., 0]
         if not points.size or across.max() < 0 or across.min() > 16 * self.width:
@@ -243,15 +243,15 @@ class Canvas:
         light = self.ambient + (1.12 - self.ambient) * light + 0.06 * ny / length
         return self.fill(corners, rgb, kind, light)
 
-    def ball(self, centre, radius, rgb, kind):
-        """A disc of `radius` metres around a world point."""
-        if seen := self.see(centre):
+    def ball(self, center, radius, rgb, kind):
+        """A disc of `radius` meters around a world point."""
+        if seen := self.see(center):
             x, y, scale, depth = seen
             tone = self.tone(rgb, kind, depth)
             cv2.circle(self.pixels, (int(x), int(y)), int(radius * scale), tone, -1, shift=4)
 
     def limb(self, start, end, radius, rgb, kind):
-        """A round-ended limb between two world points, darker away from the sun; radius in metres."""
+        """A round-ended limb between two world points, darker away from the sun; radius in meters."""
         a, b = self.see(start), self.see(end)
         for gain, size, move in ((0.80, 2.0, 0.0), (1.04, 1.28, 0.3)) if a and b else ():
             thick, shift = radius * a[2], math.copysign(move * radius * a[2], self.sun[0])
@@ -292,7 +292,7 @@ def draw_sky(canvas, scene):
 
 
 def draw_ground(canvas, scene):
-    """Grass, pavements, kerbs, roads, parking lines, lane marks and a zebra crossing, in flat colours."""
+    """Grass, pavements, kerbs, roads, parking lines, lane marks and a zebra crossing, in flat colors."""
     canvas.pixels[canvas.top:] = (*scene.grass, GRASS)
 
     def strip(x0, x1, z0, z1, rgb):
@@ -342,7 +342,7 @@ def shade_ground(canvas, scene, shadows):
     canvas.pixels[top:, :, :3] = np.minimum(ground, 255, out=ground)
 
 
-# ---- the things: `at` metres aside and z ahead is their place now, `grown` their growth, 0..1 ----
+# ---- the things: `at` meters aside and z ahead is their place now, `grown` their growth, 0..1 ----
 
 def draw_building(canvas, item, at, z, grown):
     """Walls with windows, a door or a shop front, and a flat roof with a cornice or a gabled one."""
@@ -374,7 +374,7 @@ def draw_wall(canvas, item, start, end, grown, inside):
     """One wall between two points on the ground, with all that is on it."""
     width, top, rise = math.dist(start, end), item.floors * item.storey, np.array([0, grown, 0])
 
-    def draw(rgb, a0, a1, y0, y1):   # rectangles a0..a1 along the wall and y0..y1 up, metres
+    def draw(rgb, a0, a1, y0, y1):   # rectangles a0..a1 along the wall and y0..y1 up, meters
         a0, a1, y0, y1 = (v.ravel() for v in np.broadcast_arrays(a0, a1, y0, y1))
         along, up = np.stack([a0, a1, a1, a0], 1)[..., None], np.stack([y0, y0, y1, y1], 1)[..., None]
         return canvas.face(start + along * ((end - start) / width) + up * rise, rgb, BUILDING, inside)
@@ -419,9 +419,9 @@ def draw_tree(canvas, item, at, z, grown):
         return
     size, (red, green, blue, kind) = radius * seen[2], canvas.tone(item.green, TREE, seen[3])
     for aside, up, r, shade in item.blobs[:66 if size > 250 else 16].tolist():
-        centre = int(seen[0] + aside * size), int(seen[1] - up * size)
+        center = int(seen[0] + aside * size), int(seen[1] - up * size)
         tone = red * shade, green * shade, blue * shade, kind
-        cv2.circle(canvas.pixels, centre, int(r * size), tone, -1, shift=4)
+        cv2.circle(canvas.pixels, center, int(r * size), tone, -1, shift=4)
 
 
 def draw_car(canvas, item, at, z, grown):
@@ -472,7 +472,7 @@ def draw_person(canvas, item, at, z, grown):
     angle = 5.6 * item.pace * canvas.time + item.phase
     swing, lift = (0.28 * math.sin(angle), 0.1 * math.cos(angle)) if item.pace else (0.0, 0.0)
 
-    def point(along, up, aside=0.0):   # metres ahead of the person, up, and to the right hand
+    def point(along, up, aside=0.0):   # meters ahead of the person, up, and to the right hand
         return at + size * (c * aside + s * along), size * up, z + size * (c * along - s * aside)
 
     def limb(radius, rgb, *joints):
@@ -509,7 +509,7 @@ def draw_person(canvas, item, at, z, grown):
 
 # ---- pictures and clips ----
 
-def place(canvas, scene):
+def things_in_reach(canvas, scene):
     """(thing, x, z) of everything in reach at the canvas's time, in the order in which it is to be drawn."""
     def order(entry):
         # Seen from the street, a building never hides what is in it; a car hides from its near end on.
@@ -533,7 +533,7 @@ def cast_shadow(scene, item, x, z):
 def render(scene, size, time):
     """One picture of a described scene: image (H, W, 3) and mask (H, W), both uint8."""
     canvas = Canvas(scene, size, time)
-    placed = place(canvas, scene)
+    placed = things_in_reach(canvas, scene)
     draw_sky(canvas, scene)
     draw_ground(canvas, scene)
     shade_ground(canvas, scene, [cast_shadow(scene, *entry) for entry in placed])
@@ -638,3 +638,22 @@ def write_streets(root, classes, train=480, val=96, size=(256, 320), seed=0):
         part.rename(root)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_examples(root):
+    """Returns (root/picture.png, root/clip.mp4), drawn where missing; nothing trains on them."""
+    from utils import save_image, write_atomically   # not above: the processes that draw need no torch
+    picture, clip = Path(root) / "picture.png", Path(root) / "clip.mp4"
+    if not picture.exists():
+        save_image(draw_scene(10_001, size=(480, 640))[0], picture)
+    if not clip.exists():
+        write_atomically(clip, write_clip)
+    return picture, clip
+
+
+def write_clip(path):
+    """Draws six seconds of a street into a video file (mp4v, which every OpenCV writes)."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 15, (640, 360))
+    for frame in draw_clip(323, (360, 640), frames=90, fps=15):
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()

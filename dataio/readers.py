@@ -42,7 +42,8 @@ class DataSource:
 
     classes: [(name, (R, G, B)), ...] by class id. splits: {"train": [Sample], "val": [Sample]}.
     table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24
-    for masks painted in colours (entry R * 65536 + G * 256 + B). notes: lines the user should read.
+    for masks painted in colors (entry R * 65536 + G * 256 + B). notes: lines the user should read.
+    examples: (picture, clip) to try the model on, files that nothing trains on.
     """
 
     name: str
@@ -50,6 +51,7 @@ class DataSource:
     splits: dict
     table: np.ndarray
     notes: list = field(default_factory=list)
+    examples: tuple = ()
 
     def fingerprints(self):
         """Return two short hashes that equal data share: data_fingerprint over names and sizes of all
@@ -68,18 +70,18 @@ class DataSource:
 
 # --- images -----------------------------------------------------------------------------------------------
 def open_image(path):
-    """Open an image file with PIL, header only. Raises InputError where it is missing or no image."""
+    """Open an image file with PIL, header only. Raises InputError where it is missing or not an image."""
     try:
         return Image.open(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except DECODE_ERRORS as error:
-        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
 
 
 def to_rgb(image):
-    """Return a PIL image of any mode as RGB: deep grey scaled to 8 bit, transparency laid over white.
+    """Return a PIL image of any mode as RGB: deep gray scaled to 8 bit, transparency laid over white.
 
     16-bit files count to 65535; float and 32-bit files to 1, 255 or 65535, whichever holds their values.
     """
@@ -148,38 +150,70 @@ def value_table(entries, size=65536):
     return table
 
 
-def pack_colour(red, green, blue):
-    """Return the 24-bit code of a colour, of whole numbers or of int32 arrays."""
+def pack_color(red, green, blue):
+    """Return the 24-bit code of a color, of integers or of int32 arrays."""
     return red << 16 | green << 8 | blue
 
 
-def read_mask_values(path, colours=False):
-    """Read a mask as stored: (H, W) uint8 or int32 of values 0..65535, of 24-bit colours with `colours`.
+class StoredMask(NamedTuple):
+    """A mask file as it is stored. mode, kind: as PIL names the pixels and the file.
 
-    Palette masks give their indices; RGB masks with three equal channels give that channel.
-    Raises InputError for damaged files and for RGB masks where no colours are known.
+    pixels: (H, W) of values 0..65535 or (H, W, 3) uint8; palette: (n, 3) of the colors behind the values, or
+    None.
     """
+
+    mode: str
+    kind: str
+    pixels: np.ndarray
+    palette: np.ndarray
+
+    @property
+    def values(self):
+        """(H, W) uint8 or int32; of RGB masks the one channel where all three are equal, else None."""
+        if self.pixels.ndim == 2:
+            return self.pixels
+        return self.pixels[..., 0] if (self.pixels == self.pixels[..., :1]).all() else None
+
+    @property
+    def colors(self):
+        """(H, W) int32 of 24-bit codes, or None as in color_of."""
+        if self.pixels.ndim == 3:
+            return pack_color(*np.moveaxis(self.pixels.astype(np.int32), 2, 0))
+        return self.color_of(self.pixels)
+
+    def color_of(self, values):
+        """Values of a one-channel mask -> their 24-bit codes: of the palette, else gray; None beyond 255."""
+        if self.palette is not None:
+            padded = np.vstack([self.palette, np.zeros((256, 3), np.int32)]).astype(np.int32)
+            return pack_color(*padded.T)[values]
+        return values * np.int32(0x010101) if values.max() < 256 else None
+
+
+def decode_mask(path):
+    """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
     with open_image(path) as mask:
+        mode, kind, palette = mask.mode, mask.format, None
         try:
-            if colours:
-                return pack_colour(*np.moveaxis(np.array(mask.convert("RGB")).astype(np.int32), 2, 0))
-            values = np.array(mask.convert("RGB") if mask.mode in ("RGBA", "CMYK", "YCbCr") else mask)
+            if mode in ("RGBA", "CMYK", "YCbCr", "LA"):  # transparency says nothing about classes
+                mask = mask.convert("L" if mode == "LA" else "RGB")
+            pixels = np.array(mask)
+            if mode in ("P", "PA"):
+                palette = np.array(mask.getpalette("RGB")).reshape(-1, 3)
         except DECODE_ERRORS as error:
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
-    if values.ndim == 3 and (values.shape[2] == 2 or (values == values[..., :1]).all()):
-        values = values[..., 0]
-    if values.ndim == 3:
-        raise InputError(f"{path} is painted in colours: list them in classes.txt, `name R G B` a line")
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind not in "biu" or values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{path} does not hold whole numbers 0..65535: save masks as 8- or 16-bit PNG")
-    return values.astype(np.int32)
+    pixels = pixels[..., 0] if mode == "PA" else pixels
+    if pixels.dtype.kind not in "biu" or pixels.min() < 0 or pixels.max() > 65535:
+        raise InputError(f"{path} does not hold integers 0..65535: save masks as 8- or 16-bit PNG")
+    return StoredMask(mode, kind, pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32), palette)
 
 
 def read_mask(path, table):
     """Read a mask as class ids (H, W) uint8, 255 = ignore. Raises InputError for a value OUTSIDE `table`."""
-    values = read_mask_values(path, colours=len(table) > 65536)
+    painted, stored = len(table) > 65536, decode_mask(path)
+    values = stored.colors if painted else stored.values
+    if values is None:
+        raise InputError(f"{path} holds values above 255, and other masks are painted in colors" if painted
+                         else f"{path} is painted in colors: list them in classes.txt, `name R G B` per line")
     mask = cv2.LUT(values, table[:256]) if values.dtype == np.uint8 else table[values]
     if (mask == OUTSIDE).any():
         wrong = np.unique(values[mask == OUTSIDE], return_counts=True)
@@ -195,15 +229,15 @@ def outside_message(path, values, counts, table, classes=()):
     first, pixels = int(values[0]), int(counts[0])
     more = f" and {len(values) - 1} more such values" if len(values) > 1 else ""
     if len(table) > 65536:
-        colour = np.array([first >> 16, first >> 8 & 255, first & 255])
+        color = np.array([first >> 16, first >> 8 & 255, first & 255])
         codes = np.flatnonzero(table != OUTSIDE)
         known = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)  # (n, 3)
-        nearest = np.abs(known - colour).sum(1).argmin()
+        nearest = np.abs(known - color).sum(1).argmin()
         id = table[codes[nearest]]
         name = "ignore" if id == IGNORE else classes[id][0] if classes else f"class {id}"
-        return (f"{path} has the colour {tuple(colour.tolist())} ({pixels} pixels){more}, which classes.txt "
+        return (f"{path} has the color {tuple(color.tolist())} ({pixels} pixels){more}, which classes.txt "
                 f"does not list; the nearest is {name} {tuple(known[nearest].tolist())}: repair it or list "
-                "the colour")
+                "the color")
     allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
     ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
     lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
@@ -212,7 +246,7 @@ def outside_message(path, values, counts, table, classes=()):
 
 
 def ranges(values):
-    """Return sorted whole numbers as text: [0, 1, 2, 255] -> '0..2, 255'."""
+    """Return sorted integers as text: [0, 1, 2, 255] -> '0..2, 255'."""
     parts, values = [], list(map(int, values))
     while values:
         run = 1

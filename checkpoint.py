@@ -1,0 +1,361 @@
+"""Checkpoints: packed, read and checked, loaded as models, and a run that is saved and resumed.
+
+    model, checkpoint = load_model("outputs/best_model_iou.pth")    # or an exported file, an official head
+    run = Run(settings, data, model, optimization, folder)          # in train.py
+    run.save()                                                      # last.pth, from which --resume continues
+"""
+import dataclasses
+import json
+import random
+import re
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+import utils
+from config import DataOptions, InputError
+from dataio.classes import ADE20K, VOC
+from distributed import all_reduce, is_main_process, world_size
+from engine import LOG_EVERY
+from inference.backends import is_exported, open_exported
+from metrics import best_row
+from model import ModelSpec, Segmenter, build_model
+from models.backbones import TimmBackbone, create_timm
+from models.baselines import BASELINES
+from models.heads import HEADS
+from models.weights import load_strictly, published_weights, torch_load
+
+VERSION = 1  # of the checkpoint format
+PROTOCOL = "whole image resized to {}x{}, scored at the size of each mask, 255 ignored"  # of validation
+SAVE_MINUTES = 10  # the most that is lost where the power fails
+OFFICIAL_NAME = re.compile(r"(dinov2_vit[sblg]14)_(voc2012|ade20k)_(linear|ms)")
+OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2/{backbone}/{name}_head.pth"
+OFFICIAL_CLASSES = {"voc2012": VOC, "ade20k": ADE20K}
+OFFICIAL_PROTOCOLS = {  # of the configurations published beside the heads
+    "linear": dict(window=(512, 512), slide=True, stride=(341, 341)),
+    "ms": dict(window=(640, 640), slide=True, stride=(320, 320), scales=(1.0, 1.32, 1.73, 2.28, 3.0),
+               flip=True),
+}
+# The same architectures in timm: a trained checkpoint runs where the hub code is not at hand.
+TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_patch14",
+              "dinov2_vitl14": "vit_large_patch14", "dinov2_vitg14": "vit_giant_patch14"}
+
+
+# --- files ------------------------------------------------------------------------------------------------
+def pack_checkpoint(model, classes, imgsz, **more):
+    """Return a self-contained checkpoint: tensors and plain JSON types only."""
+    classes = [[name, list(color)] for name, color in classes]
+    spec = dict(dataclasses.asdict(model.spec), layers=list(model.spec.layers))
+    return dict(format="dinoseg", version=VERSION, spec=spec, classes=classes, imgsz=list(imgsz),
+                model=model.state_dict(), **more)
+
+
+def read_checkpoint(path):
+    """Read a file that pack_checkpoint made; its `spec` comes as a ModelSpec.
+
+    Raises InputError where it is missing, damaged or not a checkpoint of this code.
+    """
+    checkpoint = torch_load(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "dinoseg":
+        raise InputError(f"{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)")
+    missing = {"spec", "classes", "imgsz", "model"} - checkpoint.keys()
+    if missing:
+        raise InputError(f"{path} is an incomplete checkpoint (no {', '.join(sorted(missing))})")
+    if checkpoint.get("version") != VERSION:
+        raise InputError(f"{path} was written by another version of this code: use that version")
+    try:
+        checkpoint["spec"] = read_spec(checkpoint["spec"], path)
+        check_content(checkpoint)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(f"{path} is not a checkpoint of train.py, it was made by hand ({error})") from None
+    if len(checkpoint["classes"]) != checkpoint["spec"].num_classes:
+        raise InputError(f"{path} names {len(checkpoint['classes'])} classes, but has "
+                         f"{checkpoint['spec'].num_classes}")
+    return checkpoint
+
+
+def read_spec(stored, path):
+    """Return the ModelSpec of a checkpoint's dict; what an earlier version did not store has its default.
+
+    Raises InputError for options, architectures and heads that this version does not have, TypeError or
+    ValueError for values of other types.
+    """
+    known = {field.name: field.type for field in dataclasses.fields(ModelSpec)}
+    stored = {name: tuple(value) if known.get(name) is tuple else value for name, value in stored.items()}
+    unknown = stored.keys() - known.keys()
+    arch, head = stored.get("arch", "dinov2"), stored.get("head")
+    if unknown or (arch not in BASELINES if arch != "dinov2" else head not in HEADS):
+        raise InputError(f"{path} was written by another version of this code: use that version")
+    for name, value in stored.items():
+        if not isinstance(value, known[name]):
+            raise TypeError(f"{name} {value!r}")
+    spec = ModelSpec(**stored)
+    if not all(isinstance(layer, int) for layer in spec.layers) or spec.num_classes < 1:
+        raise ValueError(f"layers {spec.layers}, {spec.num_classes} classes")
+    return spec
+
+
+def check_content(checkpoint):
+    """Raise ValueError, or what Python raises, for a checkpoint whose entries are not of their types."""
+    size = checkpoint["imgsz"]
+    for name, (red, green, blue) in checkpoint["classes"]:
+        if not isinstance(name, str) or not all(0 <= int(part) <= 255 for part in (red, green, blue)):
+            raise ValueError(f"class {name}")
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side < 1 << 16 for side in size):
+        raise ValueError(f"imgsz {size}")
+    if not all(isinstance(value, torch.Tensor) for value in checkpoint["model"].values()):
+        raise ValueError("no tensors")
+
+
+def load_model(path, precise=False):
+    """Return (model in eval mode, checkpoint dict) from a file alone; nothing in it trains.
+
+    path: a checkpoint gives a Segmenter, the name of an official DINOv2 head too; an exported file gives an
+    ExportedModel (`precise`: in float32 whatever the processor can do). Where a DINOv2 was trained and
+    torch.hub's code is not at hand, the same network from timm takes its place. Raises InputError.
+    """
+    if OFFICIAL_NAME.fullmatch(str(path)) and not Path(path).exists():
+        return load_official(str(path))
+    if is_exported(path):
+        return open_exported(path, precise)
+    checkpoint = read_checkpoint(path)
+    spec, state = checkpoint["spec"], checkpoint["model"]
+    try:
+        model = build_model(spec)
+    except InputError:
+        if spec.arch != "dinov2" or spec.backbone.removesuffix("_reg") not in TIMM_TWINS:
+            raise
+        model, state = timm_twin(spec, state)
+    load_strictly(model, state, path)
+    return model.requires_grad_(False).eval(), checkpoint
+
+
+def data_options(checkpoint, dataset=None, data_root=None):
+    """Return the DataOptions of the data set a model was trained on, or of another one.
+
+    dataset, data_root: as the flags, None = as in training. Raises InputError where that is not known.
+    """
+    trained = checkpoint.get("config", {})
+    dataset = dataset or trained.get("dataset")
+    if not dataset:
+        raise InputError("--dataset is missing: this model does not say what it was trained on")
+    if dataset != trained.get("dataset"):
+        return DataOptions(dataset=dataset, data_root=data_root or "data")
+    names = {field.name for field in dataclasses.fields(DataOptions)}
+    options = DataOptions(**{name: value for name, value in trained.items() if name in names})
+    return dataclasses.replace(options, data_root=data_root or options.data_root)
+
+
+# --- official heads ---------------------------------------------------------------------------------------
+def load_official(name):
+    """Return (Segmenter in eval mode, checkpoint dict) of a head published with DINOv2 (Oquab et al., 2023).
+
+    name: dinov2_vit{s,b,l,g}14_{voc2012,ade20k}_{linear,ms}. The backbone comes through torch.hub; the head
+    file from torch.hub's cache, else downloaded. Its keys are those of mmsegmentation: decode_head.bn.*,
+    decode_head.conv_seg.*. The checkpoint's `protocol` is the official test protocol. Raises InputError.
+    """
+    backbone, dataset, kind = OFFICIAL_NAME.fullmatch(name).groups()
+    classes = OFFICIAL_CLASSES[dataset]
+    state = published_weights(OFFICIAL_URL.format(backbone=backbone, name=name), instead="")
+    prefix = "decode_head."
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    layers = (-1,) if kind == "linear" else ()  # the last block, or the last four
+    model = build_model(ModelSpec(backbone=backbone, layers=layers, num_classes=len(classes)), weights="auto")
+    load_strictly(model.head, state, f"{name}_head.pth")
+    model.head.crops = False
+    window = (512, 512) if kind == "linear" else (640, 640)
+    checkpoint = pack_checkpoint(model, classes, window, protocol=OFFICIAL_PROTOCOLS[kind])
+    return model.requires_grad_(False).eval(), checkpoint
+
+
+def timm_twin(spec, state):
+    """Return the Segmenter of a DINOv2 spec built with timm, and `state` renamed to fit it; same outputs."""
+    registers = spec.backbone.endswith("_reg")
+    name = TIMM_TWINS[spec.backbone.removesuffix("_reg")] + ("_reg4_dinov2" if registers else "_dinov2")
+    backbone = TimmBackbone(create_timm(name), spec.layers)
+    if not registers:  # the official code interpolates these two kinds of models differently
+        backbone.positions.offset, backbone.positions.antialias = 0.1, False
+    prefix = "backbone.net."
+    inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    outer = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    inner = {prefix + key: value for key, value in checkpoint_filter_fn(inner, backbone.net).items()}
+    return Segmenter(backbone, HEADS[spec.head].build(backbone, spec), spec), {**outer, **inner}
+
+
+# --- random numbers ---------------------------------------------------------------------------------------
+def random_state():
+    """Return the state of every random generator of this process, as tensors and plain values."""
+    numpy_state = np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else \
+        [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+    return dict(python=json.dumps(random.getstate()), torch=torch.get_rng_state(), devices=devices,
+                numpy=[numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]])
+
+
+def restore_random_state(state):
+    """Set every random generator of this process to what random_state returned."""
+    version, numbers, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["torch"])
+    devices = state.get("devices", [])
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)
+    elif torch.backends.mps.is_available() and len(devices) == 1:
+        torch.mps.set_rng_state(devices[0])
+    np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+class Run:
+    """A run as it stands: what it trains, how far it has come, how that is saved and resumed.
+
+    settings: those of train.py as a dict of plain values; origins: where the weights came from, to be
+    recorded; folder: the utils.RunFolder it writes to.
+    """
+
+    def __init__(self, settings, data, model, optimization, folder, origins=None):
+        self.settings, self.classes, self.folder = utils.finite(settings), data.classes, folder
+        self.model, self.optimization, self.origins = model, optimization, origins or {}
+        self.facts = dict(data.fingerprints(), processes=world_size())
+        self.history, self.counts, self.step = [], None, 0
+        self.so_far, self.progress = None, None  # of the epoch that trains: as of train_one_epoch
+        self.described, self.saved_at, self.stop = False, time.monotonic(), None
+
+    def restore(self, saved):
+        """Continue a saved run. Raises InputError where the data or the number of processes are others."""
+        missing = {"epoch", "optimizer", "scaler", "step", "history", "counts", "random", *self.facts}
+        if missing := missing - saved.keys():
+            raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
+        processes = saved["processes"]
+        if processes != self.facts["processes"]:
+            raise InputError(f"the run was trained by {processes} processes, which together make a batch, and now "
+                             f"it is {self.facts['processes']}: torchrun --nproc-per-node {processes}")
+        if any(saved[name] != value for name, value in self.facts.items()):
+            raise InputError("the data set is not the one the run was trained on (files were added, removed "
+                             "or changed): restore it, or start a new run without --resume")
+        load_strictly(self.model, saved["model"], "last.pth")
+        circumstances = self.circumstances()
+        try:
+            self.restore_state(saved)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"last.pth does not fit the run ({error}): start a new one without --resume"
+                             ) from None
+        for name, now in circumstances.items():
+            if now != saved.get(name, now):
+                print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ a little")
+        if self.settings["epochs"] != saved["config"]["epochs"] and self.settings["scheduler"] != "none":
+            print(f"note: the learning rate follows {self.settings['epochs']} epochs from here on")
+        within = f", {self.progress['batches']} batches into the next" if self.progress else ""
+        print(f"resumed after epoch {saved['epoch']}{within}")
+
+    def restore_state(self, saved):
+        """Take over all of a saved run but the weights."""
+        self.optimization.optimizer.load_state_dict(saved["optimizer"])
+        scaler = self.optimization.precision.scaler
+        if saved["scaler"] and scaler.is_enabled():  # empty where the run had no fp16
+            scaler.load_state_dict(saved["scaler"])
+        restore_random_state(saved["random"])
+        self.origins = saved["origins"]
+        self.history, self.counts, self.step = saved["history"], saved["counts"], saved["step"]
+        self.progress = saved["progress"]
+        if self.progress:  # until the next step, this is how far it has come
+            self.so_far = lambda: self.progress
+
+    def circumstances(self):
+        """Return what may change when a run is resumed, but moves its last digits."""
+        return dict(device=str(self.model.mean.device), precision=str(self.optimization.precision),
+                    torch=str(torch.__version__), hub_code=self.origins.get("hub_code"))
+
+    def write_config(self):
+        """Write config.json: all settings, what the run depends on, where it runs."""
+        facts = dict(self.settings, **self.facts, **self.origins,
+                     protocol=PROTOCOL.format(*self.settings["imgsz"]),
+                     class_names=[name for name, _ in self.classes], parameters=self.model.parameter_counts(),
+                     **utils.run_facts(self.model.mean.device))
+        text = json.dumps(facts, indent=1)
+        utils.write_atomically(self.folder.path / "config.json", lambda path: path.write_text(text))
+        self.described = True
+
+    def pack(self, **more):
+        """Return the model as a checkpoint, with the settings and the latest scores."""
+        scores = self.history[-1] if self.history else {}
+        return pack_checkpoint(
+            self.model, self.classes, self.settings["imgsz"], epoch=len(self.history), config=self.settings,
+            metrics={name.removeprefix("val_"): scores[name] for name in scores if name.startswith("val_")},
+            **more)
+
+    def save(self):
+        """Write last.pth, from which --resume continues, within an epoch too."""
+        progress = self.so_far() if self.so_far else None
+        self.saved_at = time.monotonic()
+        if not is_main_process():
+            return
+        if not self.described:
+            self.write_config()
+        optimization = self.optimization
+        state = self.pack(
+            optimizer=optimization.optimizer.state_dict(), scaler=optimization.precision.scaler.state_dict(),
+            step=self.step, history=self.history, counts=self.counts, progress=progress,
+            random=random_state(), origins=self.origins, **self.circumstances(), **self.facts)
+        utils.save_checkpoint(state, self.folder.path / "last.pth")
+        self.folder.save()
+
+    def end_epoch(self, row, counts):
+        """Note an epoch, its row of the history and confusion counts, and save it; return whether it is the
+        best so far.
+        """
+        self.history.append(row)
+        self.counts = counts
+        self.so_far = self.progress = None
+        better = best_row(self.history) is row
+        if better and is_main_process():
+            utils.save_checkpoint(self.pack(), self.folder.path / "best_model_iou.pth")
+        self.save()
+        return better
+
+    def after_step(self, step, so_far):
+        """Keep what train_one_epoch says after a step; save it, and stop, where it is time."""
+        self.step, self.so_far = step, so_far
+        waits = self.model.mean.device.type == "cpu"  # a GPU must not wait for the others at every step
+        if world_size() == 1 or waits or step % LOG_EVERY == 0:
+            self.save_if_due()
+
+    def after_batch(self):
+        """Between the batches of validation: stop where a signal asked for it. Processes stop together."""
+        if world_size() == 1 and self.stop.asked:
+            self.save_if_due()
+
+    @contextmanager
+    def saving_before_the_end(self, validating=False):
+        """Context in which a file that is gone or damaged ends the run after it was saved.
+
+        Not within an accumulated step, nor where other processes would have to know; those lose SAVE_MINUTES.
+        """
+        try:
+            yield
+        except InputError:
+            if self.so_far and (validating or self.optimization.accumulate == 1) and world_size() == 1:
+                self.save()
+                epoch = len(self.history) + 1
+                print(f"saved in epoch {epoch} after {self.step} steps: --resume continues there", flush=True)
+            raise
+
+    def save_if_due(self):
+        """Save where a signal or SAVE_MINUTES ask for it. Raises Stopped."""
+        due = time.monotonic() - self.saved_at > 60 * SAVE_MINUTES
+        if world_size() > 1:  # one process's wish is all processes'
+            wishes = torch.tensor([self.stop.asked, due], device=self.model.mean.device)
+            asked, due = all_reduce(wishes).tolist()
+        else:
+            asked = self.stop.asked
+        if asked or due:
+            self.save()
+        if asked:
+            raise utils.Stopped(self.stop.asked or signal.SIGTERM,
+                                f"stopped in epoch {len(self.history) + 1} after {self.step} steps in all; "
+                                "--resume continues there")

@@ -1,0 +1,1 @@
+"""Trained models at work: predictor and protocols, backends outside torch, video, report."""

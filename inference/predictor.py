@@ -1,0 +1,228 @@
+"""Prediction at an image's own size: protocols (whole, windows, views), label maps, and the Predictor.
+
+    predictor = Predictor(*load_model("outputs/best_model_iou.pth"))     # checkpoint.load_model
+    label_map = predictor.predict("photo.jpg")                           # (H, W) uint8 class ids
+
+evaluate.py scores through the same functions, so a score is of what the inference scripts write.
+"""
+import itertools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import InputError
+from dataio.readers import read_image
+from dataio.transforms import resize_image
+from inference.backends import ExportedModel, convert, is_installed
+from models.logits import Logits, class_ids
+from utils import Precision, pick_device, shortest_time
+
+MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
+LARGE = 1 << 28  # probabilities that are summed at full size, 1 GB
+WORTH_CONVERTING = 200  # images that pay for the seconds OpenVINO takes to start
+
+
+class Protocol(NamedTuple):
+    """How images are brought to a network and its outputs back to their own size.
+
+    window: (h, w) pixels the network sees. Without slide, the whole image is resized to it; with slide, the
+    image is resized, its proportions kept, until it just covers the window, which then moves over it by
+    `stride` (h, w). scales: factors on that size; flip: also the mirrored image. Views are averaged as
+    softmax probabilities, overlapping windows as logits, as mmsegmentation does.
+    """
+
+    window: tuple
+    slide: bool = False
+    stride: tuple = ()
+    scales: tuple = (1.0,)
+    flip: bool = False
+
+    def sizes(self, height, width):
+        """Return the sizes (h, w) that an image of height x width is resized to, one per scale."""
+        if self.slide:
+            fit = max(self.window[0] / height, self.window[1] / width)
+            whole = height * fit, width * fit
+        else:
+            whole = self.window
+        return [(max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))) for scale in self.scales]
+
+    def __str__(self):
+        text = f"whole image at {self.window[0]}x{self.window[1]}"
+        if self.slide:
+            text = f"window {self.window[0]}x{self.window[1]}, stride {self.stride[0]}x{self.stride[1]}"
+        if self.scales != (1.0,):
+            text += f", scales {' '.join(f'{scale:g}' for scale in self.scales)}"
+        return text + (", flip" if self.flip else "")
+
+
+def make_protocol(kind, tta, imgsz):
+    """Return the Protocol of the flags --protocol (whole, slide), --tta and an image size (h, w)."""
+    scales = MS_SCALES if "ms" in tta else (1.0,)
+    stride = tuple(max(1, round(side * 2 / 3)) for side in imgsz)
+    return Protocol(tuple(imgsz), kind == "slide", stride if kind == "slide" else (), scales, "flip" in tta)
+
+
+def window_starts(length, window, stride):
+    """Return where windows start along one side; the last one is shifted in so that it ends at the edge."""
+    return [*range(0, length - window, stride), max(0, length - window)]
+
+
+def slide_logits(model, images, window, stride, batch_size):
+    """Average the logits of overlapping windows: images (B, 3, H, W) uint8 -> (B, K, H, W) float32."""
+    height, width = images.shape[-2:]
+    high, wide = min(window[0], height), min(window[1], width)
+    corners = [(top, left) for top in window_starts(height, high, stride[0])
+               for left in window_starts(width, wide, stride[1])]
+    total = count = None
+    step = max(1, batch_size // len(images))
+    for start in range(0, len(corners), step):
+        part = corners[start:start + step]
+        crops = torch.stack([images[..., top:top + high, left:left + wide] for top, left in part])
+        logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, H, W)
+        if total is None:
+            total = logits.new_zeros(len(images), logits.shape[2], height, width)
+            count = logits.new_zeros(height, width)
+        for (top, left), one in zip(part, logits, strict=True):
+            total[..., top:top + high, left:left + wide] += one
+            count[top:top + high, left:left + wide] += 1
+    return total.div_(count)
+
+
+@torch.inference_mode()
+def views_of(model, images, protocol, precision, batch_size=8):
+    """Yield the Logits of every view of `images` (B, 3, H, W) uint8, B x K x h x w, none mirrored.
+
+    model in eval mode; batch_size: windows per forward pass. One view is alive at a time, unless
+    the caller keeps them.
+    """
+    images = images.to(next(model.parameters()).device, non_blocking=True)
+    for size in protocol.sizes(*images.shape[-2:]):
+        resized = resize_image(images, size)
+        for mirrored in (False, True)[:1 + protocol.flip]:
+            seen = resized.flip(-1) if mirrored else resized
+            with precision.autocast():
+                if protocol.slide:
+                    logits = Logits(slide_logits(model, seen, protocol.window, protocol.stride, batch_size))
+                else:
+                    logits = model.logits(seen)
+            yield logits.flip() if mirrored else logits
+
+
+def label_map(views, size):
+    """Return class ids (H, W) uint8 from the views of one image, an iterable of Logits with B = 1.
+
+    Logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K. Several
+    views are summed as probabilities at H x W where that stays below LARGE, else all of them are kept.
+    """
+    views = (view.at(size) for view in views)
+    first, second = next(views), next(views, None)
+    pred = torch.empty(tuple(size), dtype=torch.uint8, device=first.values.device)
+    views = [first] if second is None else itertools.chain([first, second], views)
+    if second is None or math.prod(first.shape) > LARGE:
+        views = list(views)
+        for _, rows in first.slices():
+            parts = [view.pixels(rows) for view in views]  # (1, K, r, W)
+            pred[rows] = class_ids(parts[0] if len(parts) == 1 else sum(part.softmax(1) for part in parts))[0]
+        return pred
+    total = torch.zeros(first.shape, device=first.values.device)
+    del first, second
+    for view in views:
+        for _, rows, pixels in view.blocks():
+            total[..., rows, :] += pixels.softmax(1)
+    return class_ids(total)[0]
+
+
+def label_maps(views, sizes):
+    """Return the class ids of a batch, a list of (H, W) uint8, from an iterable of views (Logits)."""
+    if len(sizes) == 1:  # the views of a single image need not be kept
+        return [label_map(views, sizes[0])]
+    views = list(views)
+    return [label_map((view[index:index + 1] for view in views), size) for index, size in enumerate(sizes)]
+
+
+@torch.inference_mode()
+def predict(model, images, protocol, precision, batch_size=8):
+    """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the model's device."""
+    views = views_of(model, images, protocol, precision, batch_size)
+    return torch.stack(label_maps(views, [images.shape[-2:]] * len(images)))
+
+
+def override(own, asked, imgsz, kind, tta):
+    """Return the Protocol `own` with those parts of `asked` that the flags imgsz, kind and tta name."""
+    if imgsz:
+        own = own._replace(window=asked.window, stride=make_protocol("slide", "", asked.window).stride)
+    if kind == "whole":
+        own = own._replace(slide=False, stride=())
+    if tta:
+        own = own._replace(scales=asked.scales, flip=asked.flip)
+    return own
+
+
+class Predictor:
+    """A model ready to use: predictor(images (B, 3, H, W) uint8) -> label maps (B, H, W) uint8 numpy.
+
+    model, checkpoint: as checkpoint.load_model returns them. classes = [[name, [R, G, B]], ...]; str() says
+    protocol and device. imgsz, kind (whole, slide) and tta (flip, ms, "ms,flip") as the flags --imgsz,
+    --protocol and --tta; backend: as --backend; expected: about how many images will come, None = very many.
+    Raises InputError for a device or backend that does not work.
+    """
+
+    def __init__(self, model, checkpoint, device="auto", imgsz=None, kind="", tta="", backend="torch",
+                 expected=0):
+        self.device = pick_device(device)
+        self.precision = Precision("auto", self.device)
+        exported = isinstance(model, ExportedModel)
+        if exported and backend not in ("auto", "torch"):
+            raise InputError(f"--backend {backend} chooses what runs a .pth, and an exported file has its "
+                             "own: leave it out")
+        if exported:
+            self.device = torch.device("cpu")
+        self.model, self.checkpoint = model.to(self.device), checkpoint
+        self.classes = checkpoint["classes"]
+        self.protocol = make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
+        if "protocol" in checkpoint:  # an official head has its own; what was given replaces its part
+            self.protocol = override(Protocol(**checkpoint["protocol"]), self.protocol, imgsz, kind, tta)
+        if not exported and backend != "torch":
+            self.model = self.choose_backend(backend, expected)
+
+    def choose_backend(self, backend, expected):
+        """Return the model that --backend means: auto tries OpenVINO on a CPU where its start may pay."""
+        one_size = self.protocol.scales == (1.0,)
+        if backend == "auto":
+            worth = expected is None or expected >= WORTH_CONVERTING
+            if self.device.type != "cpu" or not (worth and one_size and is_installed("openvino")):
+                return self.model
+            other = convert(self.model, self.protocol.window, "openvino")
+            images = torch.zeros(1, 3, *self.protocol.window, dtype=torch.uint8)
+            seconds = [shortest_time(self.run_once, model, images) for model in (self.model, other)]
+            return other if seconds[1] < seconds[0] else self.model
+        if self.device.type != "cpu" or not one_size:
+            raise InputError(f"--backend {backend} runs on the CPU and at one size: add --device cpu, and "
+                             "leave out --tta ms; a GPU runs exported .onnx files (export.py)")
+        return convert(self.model, self.protocol.window, backend)
+
+    @torch.inference_mode()
+    def run_once(self, model, images):
+        """Run a model on images (B, 3, H, W), for timing."""
+        with self.precision.autocast():
+            model.logits(images)
+
+    def predict(self, image):
+        """Return the label map (H, W) uint8 of an image: a path, or a numpy array (H, W, 3) uint8 RGB."""
+        if isinstance(image, (str, Path)):
+            return self(read_image(image)[None])[0]
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise InputError(f"an image is an array (H, W, 3) of uint8 RGB, not {image.shape} of "
+                             f"{image.dtype}")
+        return self(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])[0]
+
+    def __call__(self, images):
+        return predict(self.model, images, self.protocol, self.precision).cpu().numpy()
+
+    def __str__(self):
+        own = isinstance(self.model, ExportedModel)
+        return f"{self.protocol} on " + (self.model.name if own else f"{self.device}, torch {self.precision}")

@@ -1,0 +1,129 @@
+"""Image and mask stay aligned through every transform that is registered."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import blocks
+
+from dataio import transforms
+from dataio.transforms import AUGMENTS, augment, fingerprint, resize_image, resize_mask
+
+
+def shaded_pair(height=120, width=170, seed=3):
+    """Return an image whose red channel is 40 times its mask: any misalignment shows."""
+    mask = torch.from_numpy(blocks(height, width, (1, 2, 3, 4, 5), seed=seed))
+    return (mask * 40).expand(3, -1, -1).clone(), mask
+
+
+# --- every registered augmentation, alone and all together ------------------------------------------------
+COMBINATIONS = [(name,) for name in AUGMENTS] + [(), tuple(AUGMENTS)]
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (97, 211), (301, 75)], ids=str)
+def test_masks_keep_their_ids_their_place_and_255(names, size):
+    """Class ids far apart, so that mixing two gives a third, and never 0, so that a wrong fill shows."""
+    ids = (3, 60, 117, 174, 231)
+    mask = torch.from_numpy(np.array(ids, np.uint8)[blocks(120, 170, (0, 1, 2, 3, 4), seed=3)])
+    image = mask.expand(3, -1, -1).clone()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        out, labels = augment(image, mask, size, names)
+        assert out.shape == (3, *size) and labels.shape == size
+        assert out.dtype == labels.dtype == torch.uint8
+        assert set(labels.unique().tolist()) <= {*ids, 255}
+        counted = labels != 255
+        shades = torch.stack([out.float().mean(0)[labels == id].median() for id in ids if (labels == id).any()])
+        assert (shades.diff() > 15).all(), "the classes' shades are no longer in their order"
+        nearest = (out.float().mean(0)[..., None] - shades).abs().argmin(-1)
+        wanted = torch.searchsorted(labels[counted].unique(), labels[counted])
+        wrong = (nearest[counted] != wanted).float().mean()
+        assert wrong < 0.12, f"{wrong:.3f} of the pixels are not where their mask is"
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_augmentations_depend_on_torchs_generator_alone_and_do_something(name):
+    generator = np.random.default_rng(0)
+    mask = torch.from_numpy(blocks(60, 80, (1, 2, 3), seed=1))
+    image = torch.from_numpy(generator.integers(0, 256, (3, 60, 80), dtype=np.uint8))
+    image, mask = resize_image(image, (48, 56)), resize_mask(mask, (48, 56))
+    kept, results = image.clone(), []
+    for seed in (*range(20), *range(20)):
+        torch.manual_seed(seed)
+        np.random.seed(len(results))
+        results.append(torch.cat([part.flatten() for part in augment(image, mask, (48, 56), (name,))]))
+    for first, second in zip(results[:20], results[20:], strict=True):
+        assert torch.equal(first, second)
+    assert any(not torch.equal(results[0], other) for other in results[1:20])
+    assert torch.equal(image, kept)  # what came in is left as it was
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_a_fingerprint_holds_every_parameter_of_an_augmentation(name, monkeypatch):
+    before, step = fingerprint((name,)), AUGMENTS[name]
+    assert before != fingerprint(()) and before == fingerprint((name,))
+    seen = {before}
+    for field in dataclasses.fields(step):
+        value = getattr(step, field.name)
+        other = tuple(2 * part for part in value) if isinstance(value, tuple) else value * 0.5
+        monkeypatch.setitem(AUGMENTS, name, dataclasses.replace(step, **{field.name: other}))
+        seen.add(fingerprint((name,)))
+    assert len(seen) == 1 + len(dataclasses.fields(step))
+
+
+# --- each of them -----------------------------------------------------------------------------------------
+def test_crops_pad_beyond_the_image_and_nothing_else_does():
+    image, mask = shaded_pair()
+    for names in ((), ("flip",), ("crop",), ("crop", "flip")):
+        padded = 0
+        for seed in range(8):
+            torch.manual_seed(seed)
+            out, labels = augment(image, mask, (97, 211), names)
+            assert (out[0][labels == 255] == transforms.PADDING_COLOR[0]).all()
+            padded += (labels == 255).any().item()
+        assert bool(padded) == ("crop" in names)
+
+
+def test_color_jitter_changes_the_image_and_leaves_the_mask():
+    image, mask = shaded_pair()
+    torch.manual_seed(0)
+    out, labels = augment(image, mask, image.shape[1:], ("color",))
+    assert torch.equal(labels, mask) and not torch.equal(out, image)
+
+
+def test_mask_resize_has_no_half_pixel_shift():
+    # A centerd disc must keep its center; torch's plain `nearest` would move it by two pixels of the source.
+    rows, columns = np.mgrid[:500, :500] - 249.5
+    disc = torch.from_numpy(((rows**2 + columns**2) < 150**2).astype(np.uint8))
+    small = resize_mask(disc, (100, 100)).float()
+    center = (small.sum(1) @ torch.arange(100.0) / small.sum()).item()
+    assert abs(center - 49.5) < 0.05
+    soft = resize_image((disc * 255).expand(3, -1, -1), (100, 100))[0]
+    assert ((soft > 127) != (small > 0)).float().mean() < 0.01
+
+
+def test_images_are_averaged_when_they_shrink():
+    board = torch.zeros(3, 80, 80, dtype=torch.uint8)
+    board[:, ::2, ::2] = board[:, 1::2, 1::2] = 200  # plain bilinear would see only some of the squares
+    assert (resize_image(board, (11, 13)).float() - 100).abs().max() < 12
+
+
+def test_crops_come_in_many_scales():
+    image, mask = torch.zeros(3, 100, 100, dtype=torch.uint8), torch.zeros(100, 100, dtype=torch.uint8)
+    shares = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        shares.append((augment(image, mask, (80, 80), ("crop",))[1] == 0).float().mean().item())
+    # scale uniform in 0.5-2: a third of the crops is padded, down to a quarter of the area
+    assert min(shares) < 0.4 and 25 < sum(share == 1 for share in shares) < 55 and len(set(shares)) > 10
+
+
+def test_flip_and_crop_really_happen():
+    image, mask = shaded_pair()
+    plain = resize_mask(mask, (64, 64))
+    flipped = sum(torch.equal(augment(image, mask, (64, 64), ("flip",))[1], plain.flip(1)) for _ in range(40))
+    assert 8 <= flipped <= 32
+    cropped = [augment(image, mask, (64, 64), ("crop",))[1] for _ in range(5)]
+    assert len({crop.numpy().tobytes() for crop in cropped}) == 5
