@@ -59,7 +59,7 @@ from config import IGNORE, InputError
 from dataio.dataloader import make_loader, naming_files
 from dataio.readers import read_image
 from datasets import SegmentationDataset, load_data
-from inference.predictor import Predictor, views_of
+from inference.predictor import Predictor, choose_protocol, views_of
 from inference.report import existing_figures, report_page
 from metrics import (BOUNDARY_TOLERANCE, ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts,
                      paired_bootstrap)
@@ -170,8 +170,9 @@ def file_hash(model, path):
     return hash_state(model.state_dict())[:16]
 
 
-def describe(args, data, samples, protocol, precision, model):
+def describe(args, data, samples, predictor):
     """Return the protocol as a dict of plain values: all that a score depends on."""
+    model, protocol = predictor.model, predictor.protocol
     return dict(
         dataset=data.name,
         split=args.split,
@@ -184,7 +185,7 @@ def describe(args, data, samples, protocol, precision, model):
         stride=list(protocol.stride),
         scales=list(protocol.scales),
         flip=protocol.flip,
-        precision=getattr(model, "name", str(precision)),  # exported files have a name
+        precision=getattr(model, "name", str(predictor.precision)),  # exported files have a name
         scored="each mask at its own size, one confusion matrix",
         boundary_tolerance=f"{100 * BOUNDARY_TOLERANCE:g} % of the diagonal",
         model=str(args.model),
@@ -339,13 +340,14 @@ def main():
     args = parse_args()
     if args.compare:
         return compare(*args.compare)
-    predictor = Predictor(*load_model(args.model), args.device, args.imgsz, args.protocol, args.tta)
-    model, protocol, precision = predictor.model, predictor.protocol, predictor.precision
-    data = open_data(args, predictor.checkpoint)
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
+    predictor = Predictor(model, checkpoint, args.device, protocol)
+    data = open_data(args, checkpoint)
     samples = samples_of(data, args.split)
     out_dir = Path(args.out_dir) / "evaluation"
     utils.make_folder(out_dir)
-    described = describe(args, data, samples, protocol, precision, model)
+    described = describe(args, data, samples, predictor)
     for note in data.notes:
         print(f"  {note}")
     print(protocol_line(described), flush=True)

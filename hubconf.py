@@ -59,5 +59,6 @@ def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None
     """
     with own_modules():
         from checkpoint import load_model
-        from inference.predictor import Predictor
-        return Predictor(*load_model(checkpoint), device, imgsz, protocol, tta)
+        from inference.predictor import Predictor, choose_protocol
+        model, facts = load_model(checkpoint)
+        return Predictor(model, facts, device, choose_protocol(facts, imgsz, protocol, tta))

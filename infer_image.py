@@ -43,7 +43,7 @@ import visualize
 from checkpoint import load_model
 from config import InputError
 from dataio.readers import IMAGE_ENDINGS, read_image
-from inference.predictor import Predictor
+from inference.predictor import Predictor, choose_protocol
 from inference.video import ReadAhead, WriteBehind
 
 
@@ -100,8 +100,9 @@ def main():
     paths = find_inputs(args.input)
     if args.show:
         visualize.require_display()
-    predictor = Predictor(*load_model(args.model), args.device, args.imgsz, args.protocol, args.tta,
-                          args.backend, len(paths))
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
+    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
     classes = predictor.classes
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
     out_dir = Path(args.out_dir) / "inference_results_image"

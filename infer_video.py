@@ -41,7 +41,7 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError
-from inference.predictor import Predictor
+from inference.predictor import Predictor, choose_protocol
 from inference.video import Pipeline, VideoReader, VideoWriter
 
 
@@ -67,8 +67,9 @@ def main():
         visualize.require_display()
     reader = VideoReader(args.input)
     expected = min(filter(None, (reader.count, args.max_frames)), default=None)
-    predictor = Predictor(*load_model(args.model), args.device, args.imgsz, backend=args.backend,
-                          expected=expected)
+    model, checkpoint = load_model(args.model)
+    predictor = Predictor(model, checkpoint, args.device, choose_protocol(checkpoint, args.imgsz), args.backend,
+                          expected)
     classes = predictor.classes
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
 

@@ -150,8 +150,16 @@ def predict(model, images, protocol, precision, batch_size=8):
     return torch.stack(label_maps(views, [images.shape[-2:]] * len(images)))
 
 
-def override(own, asked, imgsz, kind, tta):
-    """Return the Protocol `own` with those parts of `asked` that the flags imgsz, kind and tta name."""
+def choose_protocol(checkpoint, imgsz=None, kind="", tta=""):
+    """Return the Protocol of a checkpoint, with those parts replaced that were given.
+
+    imgsz: (h, w); kind: whole or slide; tta: flip, ms or "ms,flip". A model runs at the size it was trained
+    at, on the whole image; an official head has a protocol of its own.
+    """
+    asked = make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
+    if "protocol" not in checkpoint:
+        return asked
+    own = Protocol(**checkpoint["protocol"])
     if imgsz:
         own = own._replace(window=asked.window, stride=make_protocol("slide", "", asked.window).stride)
     if kind == "whole":
@@ -165,13 +173,12 @@ class Predictor:
     """A model ready to use: predictor(images (B, 3, H, W) uint8) -> label maps (B, H, W) uint8 numpy.
 
     model, checkpoint: as checkpoint.load_model returns them. classes = [[name, [R, G, B]], ...]; str() says
-    protocol and device. imgsz, kind (whole, slide) and tta (flip, ms, "ms,flip") as the flags --imgsz,
-    --protocol and --tta; backend: as --backend; expected: about how many images will come, None = very many.
-    Raises InputError for a device or backend that does not work.
+    protocol and device. protocol: as choose_protocol returns it (default: the checkpoint's); backend: as
+    --backend; expected: about how many images will come, None = very many. Raises InputError for a device or
+    backend that does not work.
     """
 
-    def __init__(self, model, checkpoint, device="auto", imgsz=None, kind="", tta="", backend="torch",
-                 expected=0):
+    def __init__(self, model, checkpoint, device="auto", protocol=None, backend="torch", expected=0):
         self.device = pick_device(device)
         self.precision = Precision("auto", self.device)
         exported = isinstance(model, ExportedModel)
@@ -182,9 +189,7 @@ class Predictor:
             self.device = torch.device("cpu")
         self.model, self.checkpoint = model.to(self.device), checkpoint
         self.classes = checkpoint["classes"]
-        self.protocol = make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
-        if "protocol" in checkpoint:  # an official head has its own; what was given replaces its part
-            self.protocol = override(Protocol(**checkpoint["protocol"]), self.protocol, imgsz, kind, tta)
+        self.protocol = protocol or choose_protocol(checkpoint)
         if not exported and backend != "torch":
             self.model = self.choose_backend(backend, expected)
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import utils
+import visualize
 from config import DataOptions
 from datasets import load_data
 from model import ModelSpec, build_model
@@ -125,6 +126,13 @@ def run(monkeypatch, capsys):
         return stop.value.code, out, err
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def plots(request, monkeypatch):
+    """Leave out the plots of training runs, half a second per epoch; the runs of fixtures are drawn."""
+    if not request.node.get_closest_marker("plots"):
+        monkeypatch.setattr(visualize, "plot_run", lambda *args: None)
 
 
 HUBCONF = """

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import train
 from conftest import ROOT, tiny, write_folder
 from torch import nn
 
@@ -33,13 +34,12 @@ def flags(data, out, batch_size, *more):
     return [*base, "--epochs", 2, "--lr", 0.01, "--batch-size", batch_size, "--out-dir", out, *more]
 
 
-def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path):
+def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path, run):
     data = write_folder(tmp_path / "data", count=15)  # 12 train, 3 validate: an odd number for two
     two = torchrun(2, *flags(data, tmp_path / "two", 2))
     assert two.returncode == 0, two.stderr
-    one = subprocess.run([sys.executable, "train.py", *map(str, flags(data, tmp_path / "one", 4))], cwd=ROOT,
-                         capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr
+    code, _, err = run(train, *flags(data, tmp_path / "one", 4))
+    assert code == 0, err
     assert two.stdout.count("epoch 1/2:") == 1 and "2 processes" in two.stdout  # one of them prints
     rows = [[json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
             for name in ("one", "two")]

@@ -1,14 +1,13 @@
 """The Segmenter at odd sizes, frozen and unfrozen parts, checkpoints that are not ours."""
 
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_images, tiny
+from conftest import random_images, tiny
 
+import model
 from config import InputError
 from checkpoint import load_model, pack_checkpoint
 from models.logits import pad, geometry_of
@@ -180,12 +179,15 @@ def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, cont
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_python_model_py_prints_the_model():
-    done = subprocess.run(
-        [sys.executable, "model.py", "--backbone", "vit_tiny", "--imgsz", "30", "45", "--unfreeze", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "BNHead" in done.stdout, done.stderr
-    assert "-> logits (1, 7, 30, 45) float32" in done.stdout and "trained" in done.stdout
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--unfreeze", 1], "-> logits (1, 7, 30, 45) float32"),
+        (["--dataset", "camvid"], "-> logits (1, 11, 30, 45) float32"),
+        (["--dataset", "folder", "--classes", "a", "b", "c"], "3 classes: --classes names those of a folder"),
+        (["--dataset", "aeroscapes", "--ignore-background"], "-> logits (1, 11, 30, 45) float32"),
+    ],
+)
+def test_python_model_py_prints_the_model_of_the_data_set(flags, wanted, run):
+    code, text, err = run(model, "--backbone", "vit_tiny", "--imgsz", 30, 45, *flags)
+    assert code == 0 and "BNHead" in text and "trained" in text and wanted in text, err

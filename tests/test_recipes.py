@@ -44,13 +44,20 @@ def few_streets(monkeypatch):
     monkeypatch.setattr(streets, "write_examples", lambda root: (root / "picture.png", root / "clip.mp4"))
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
-def test_a_recipe_runs_from_its_name_alone(name, data_root, tmp_path, hub_cache, run, monkeypatch):
+LARGE = {"drone-deeplab", "voc-unet"}  # the others run at their own size in the quick part, too
+CASES = [(name, (70, 98) if name in LARGE else ()) for name in RECIPES]
+CASES += [pytest.param(name, (), marks=pytest.mark.long) for name in LARGE]
+
+
+@pytest.mark.plots
+@pytest.mark.parametrize(("name", "imgsz"), CASES)
+def test_a_recipe_runs_from_its_name_alone(name, imgsz, data_root, tmp_path, hub_cache, run, monkeypatch):
     few_streets(monkeypatch)
     place = hub_cache / "hub/checkpoints/resnet101-63fe2227.pth"
     dataset = RECIPE_TABLE[name].split()[0]
     flags = ["--recipe", name, "--data-root", data_root(dataset), "--out-dir", tmp_path / "out"]
     flags += ["--epochs", 1, "--workers", 0, "--batch-size", 2, "--accumulate", 2]
+    flags += ["--imgsz", *imgsz] if imgsz else []
     if name == "drone-deeplab":
         torch.save(resnet101().state_dict(), place)
     elif RECIPES[name][1].get("backbone") == "dinov2_vitb14":
@@ -59,6 +66,7 @@ def test_a_recipe_runs_from_its_name_alone(name, data_root, tmp_path, hub_cache,
     assert code == 0, err
     settings = json.loads((tmp_path / "out/config.json").read_text())
     resolved = dict(RECIPES[name][1], epochs=1, workers=0, batch_size=2, accumulate=2)
+    resolved |= dict(imgsz=imgsz) if imgsz else {}
     for key, value in resolved.items():
         assert settings[key] == (list(value) if isinstance(value, tuple) else value) or key == "weights"
         assert f"{key}=" in text  # the settings are printed as resolved

@@ -529,10 +529,10 @@ def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run
 
 
 def test_an_early_end_is_told_and_what_was_read_is_kept(model_file, tmp_path, run):
-    clip = write_clip(tmp_path / "cut.mp4", 200)
+    clip = write_clip(tmp_path / "cut.mp4", 120)
     clip.write_bytes(clip.read_bytes()[: int(clip.stat().st_size * 0.6)])
     code, _, err = run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path)
-    assert code == 2 and "of 200 frames" in err and "Traceback" not in err
+    assert code == 2 and "of 120 frames" in err and "Traceback" not in err
     assert len(list(VideoReader(tmp_path / "inference_results_video/cut.mp4"))) > 10
 
 
@@ -583,7 +583,7 @@ def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
-    clip = write_clip(tmp_path / "clip.mp4", 3000)
+    clip = write_clip(tmp_path / "clip.mp4", 1000)
     process = subprocess.Popen(
         [
             sys.executable,
@@ -597,6 +597,8 @@ def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
             "--imgsz",
             "224",
             "224",
+            "--backend",
+            "torch",
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -612,7 +614,7 @@ def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped after" in out and "Traceback" not in err, err
     (made,) = (tmp_path / "inference_results_video").iterdir()
-    assert 0 < len(list(VideoReader(made))) < 3000
+    assert 0 < len(list(VideoReader(made))) < 1000
 
 
 def test_real_clip_and_photos(model_file, tmp_path, run):

@@ -1,0 +1,191 @@
+"""Checkpoints of every version, whole messages, and scores that survive the way through a file."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import build, random_images, tiny, write_folder
+
+import config
+import evaluate
+import export
+import train
+import utils
+from checkpoint import data_options, load_model, pack_checkpoint, read_checkpoint
+from config import InputError
+from model import ModelSpec
+from models.baselines import BASELINES
+from models.heads import HEADS, BNHead
+
+CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
+QUICK = {*HEADS, "segformer_b0"}
+
+
+# --- what a run reports is what its file scores ------------------------------------------------------------
+MODELS = {name: ["--backbone", "vit_tiny", "--head", name] for name in HEADS}
+MODELS |= {name: ["--arch", name] for name in BASELINES}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in MODELS]
+)
+def test_the_best_miou_of_the_history_is_evaluates_on_the_best_file(name, tmp_path, run, monkeypatch):
+    """Whatever is wrong between training and file (a cache, a buffer, an option) shows as another number."""
+    monkeypatch.setitem(utils.PRECISIONS, "auto", lambda device: None)
+    data = write_folder(tmp_path / "data", count=6)
+    flags = ["--dataset", "folder", "--data-root", data, "--weights", "none", "--unfreeze", "all", "--lr", 0.003]
+    flags += ["--imgsz", 30, 44, "--epochs", 2, "--batch-size", 4, "--workers", 0, "--val-fraction", 0.5]
+    code, _, err = run(train, *flags, *MODELS[name], "--normalize", "none", "--out-dir", tmp_path)
+    assert code == 0, err
+    code, _, err = run(evaluate, "--model", tmp_path / "best_model_iou.pth", "--batch-size", 4, "--out-dir", tmp_path)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: row["val_miou"])
+    scored = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert scored["miou"] == pytest.approx(best["val_miou"], abs=1e-6)
+    assert [row["iou"] for row in scored["per_class"]] == pytest.approx(best["per_class_iou"], abs=1e-6)
+
+
+# --- heads that want more ----------------------------------------------------------------------------------
+class DemandingHead(BNHead):
+    """Reads tokens and images, returns two maps, brings its own loss, and copies a block of the backbone."""
+
+    token_blocks = (4,)
+    sees_image = True
+
+    @classmethod
+    def build(cls, backbone, spec):
+        head = cls(backbone.channels, spec.num_classes)
+        head.block, head.prefix = backbone.blocks[-1], backbone.prefix_tokens
+        width = head.block.norm1.weight.shape[0]
+        head.special = torch.nn.Linear(head.prefix * width, spec.num_classes)
+        head.stem = torch.nn.Conv2d(3, spec.num_classes, 7, stride=7, padding=3)
+        return head
+
+    def forward(self, features, size):
+        tokens = features.tokens[4]  # (B, 1 + h * w, D), un-normed
+        assert features.images.shape[-2:] == size
+        special = self.special(self.block(tokens)[:, :self.prefix].flatten(1))  # (B, K)
+        return super().forward(features, size) + special[..., None, None], self.stem(features.images)
+
+    def logits(self, output, geometry):
+        coarse, fine = output
+        coarse = torch.nn.functional.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
+        return super().logits(coarse + fine, geometry)
+
+    def loss(self, output, masks, geometry, criterion):
+        loss, terms, preds = super().loss(output, masks, geometry, criterion)
+        extra = output[1].float().square().mean()
+        return loss + extra, {**terms, "extra": extra}, preds
+
+
+def test_a_head_that_sees_the_backbone_and_the_image_trains_scores_and_exports(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(HEADS, "demanding", DemandingHead)
+    registered = config.registered
+    monkeypatch.setattr(config, "registered", lambda file, registry: (
+        dict.fromkeys(HEADS, "") if registry == "HEADS" else registered(file, registry)))
+    monkeypatch.setitem(utils.PRECISIONS, "auto", lambda device: None)
+    data = write_folder(tmp_path / "data", count=6)
+    flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--head", "demanding"]
+    flags += ["--imgsz", 30, 44, "--epochs", 2, "--batch-size", 3, "--workers", 0, "--out-dir", tmp_path]
+    code, _, err = run(train, *flags)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["val_loss"] == pytest.approx(row["val_loss_ce"] + row["val_loss_extra"], rel=1e-5)
+    assert run(evaluate, "--model", tmp_path / "best_model_iou.pth", "--out-dir", tmp_path)[0] == 0
+    scored = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert scored["miou"] == pytest.approx(max(row["val_miou"] for row in rows), abs=1e-6)
+    code, text, err = run(export, "--model", tmp_path / "best_model_iou.pth", "--format", "torchscript")
+    assert code == 0 and "it agrees with PyTorch in 100.000 %" in text, err
+    model, _ = load_model(tmp_path / "best_model_iou.pth")
+    assert model(random_images(1, 3, 17, 50)).shape == (1, 3, 17, 50)
+    code, _, err = run(train, *flags, "--cache-features", tmp_path / "cache")
+    assert code == 2 and "--head demanding reads tokens or images too" in err
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny", "dinov2_vits14", "timm/vit_small_patch16_dinov3"])
+def test_tokens_are_those_that_enter_the_block(backbone, hub_cache):
+    net = build(backbone=backbone).eval()
+    images = torch.randn(2, 3, 2 * net.backbone.size_divisor, 3 * net.backbone.size_divisor)
+    seen = []
+    net.backbone.blocks[2].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        features = net.backbone.features(images, token_blocks=(3,))
+    assert torch.equal(features.tokens[3], seen[0]) and features.images is images
+    assert features.tokens[3].shape[1] == net.backbone.prefix_tokens + 6 and net.backbone.prefix_tokens >= 1
+    with torch.no_grad():
+        assert net.backbone.features(images).tokens == {}  # the hook is gone
+
+
+# --- versions ----------------------------------------------------------------------------------------------
+def packed(**changes):
+    """Return a checkpoint of a small model with some entries changed."""
+    return {**pack_checkpoint(tiny(), CLASSES, (28, 28)), **changes}
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path):
+    state = packed()
+    for spec in (
+        dict(arch="dinov2", backbone="vit_tiny", head="bn", num_classes=3, layers=[2, 3, 4, 5]),
+        dict(backbone="vit_tiny", head="bn", num_classes=3, layers=[2, 3, 4, 5]),  # the first ones
+    ):
+        torch.save(dict(state, spec=spec), tmp_path / "old.pth")
+        model, checkpoint = load_model(tmp_path / "old.pth")
+        assert checkpoint["spec"] == model.spec == tiny().spec
+        assert torch.equal(model(random_images(1, 3, 20, 30)), tiny().eval()(random_images(1, 3, 20, 30)))
+    old = dict(arch="segformer_b0", backbone="", head="", num_classes=3, layers=[])
+    net = build(arch="segformer_b0").eval()
+    torch.save(dict(pack_checkpoint(net, CLASSES, (28, 28)), spec=old), tmp_path / "old.pth")
+    assert load_model(tmp_path / "old.pth")[0].spec == net.spec
+
+
+OTHER_VERSION = "{path} was written by another version of this code: use that version"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(version=2), OTHER_VERSION),
+        (dict(spec=dict(dataclasses.asdict(tiny().spec), lora=4)), OTHER_VERSION),
+        (dict(spec=dict(dataclasses.asdict(tiny().spec), head="mask")), OTHER_VERSION),
+        (dict(spec=dict(dataclasses.asdict(tiny().spec), arch="unet")), OTHER_VERSION),
+        (dict(spec=[1]), "{path} is not a checkpoint of train.py, it was made by hand ('list' object has no attribute 'items')"),
+        (dict(spec=dict(dataclasses.asdict(tiny().spec), num_classes="3")), "{path} is not a checkpoint of train.py, it was made by hand (num_classes '3')"),
+        (dict(spec=dict(dataclasses.asdict(tiny().spec), layers=["1"])), "{path} is not a checkpoint of train.py, it was made by hand (layers ('1',), 3 classes)"),
+        (dict(imgsz=[0, 4]), "{path} is not a checkpoint of train.py, it was made by hand (imgsz [0, 4])"),
+        (dict(classes=[["a", [0, 0, 0]]]), "{path} names 1 classes, but has 3"),
+        (dict(format="x"), "{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)  # fmt: skip
+def test_whole_messages_of_checkpoints_that_do_not_load(changes, message, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(packed(**changes), path)
+    with pytest.raises(InputError) as error:
+        read_checkpoint(path)
+    assert str(error.value) == message.format(path=path)
+
+
+def test_an_input_error_is_never_taken_for_a_value_error():
+    assert not issubclass(InputError, (ValueError, OSError, RuntimeError, TypeError, KeyError))
+
+
+def test_every_option_of_a_model_is_stored_and_comes_back(tmp_path):
+    net = tiny(head="unet-skip", layers=(1, 4), normalize="none")
+    torch.save(pack_checkpoint(net, CLASSES, (28, 28)), tmp_path / "model.pth")
+    spec = read_checkpoint(tmp_path / "model.pth")["spec"]
+    assert isinstance(spec, ModelSpec) and spec == net.spec
+    assert (spec.head, spec.layers, spec.normalize, spec.num_classes) == ("unet-skip", (1, 4), "none", 3)
+
+
+def test_the_data_of_a_checkpoint_are_those_of_its_run():
+    checkpoint = {"config": dict(dataset="folder", data_root="a", val_fraction=0.4, classes=["x", "y"], lr=3.0)}
+    options = data_options(checkpoint)
+    assert (options.dataset, options.data_root, options.val_fraction) == ("folder", "a", 0.4)
+    assert data_options(checkpoint, data_root="b").data_root == "b"
+    other = data_options(checkpoint, "voc")
+    assert (other.dataset, other.data_root, other.classes) == ("voc", "data", ())
+    with pytest.raises(InputError, match="does not say what it was trained on"):
+        data_options({})
