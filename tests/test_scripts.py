@@ -581,7 +581,7 @@ def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
     assert code == 0 and len(shown) == 3 and "stopped after 3 frames" in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
     clip = write_clip(tmp_path / "clip.mp4", 1000)
     process = subprocess.Popen(
