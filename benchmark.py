@@ -1,6 +1,6 @@
-"""Measure speed as ratios: a plain loop and ours, side by side in one run on this machine.
+"""Measure speed as ratios: a plain loop and this code, side by side in one run on this machine.
 
-    python benchmark.py train                # a head on a frozen backbone: plain, ours, with a feature cache
+    python benchmark.py train                # a head on a frozen backbone: plain, this code, feature cache
     python benchmark.py data --dataset voc   # loading and augmenting alone
     python benchmark.py memory               # peak memory of the same training loops
     python benchmark.py evaluate --model outputs/best_model_iou.pth
@@ -221,7 +221,7 @@ def plain_video(model, source, target, imgsz, colors, device, max_frames):
 
 # --- train ------------------------------------------------------------------------------------------------
 class PlainRun:
-    """Training of a head as in plain.py, an epoch a call."""
+    """Training of a head as in plain_epoch, one epoch per call."""
 
     def __init__(self, model, samples, args, device):
         table, train, _ = samples
@@ -253,8 +253,8 @@ class ItemsAsIndices:
         return (item % self.sampler.length for item in self.sampler)
 
 
-class OurRun:
-    """Training of a head as in train.py, an epoch a call; `cache`: folder of a feature cache, or None."""
+class OwnRun:
+    """Training of a head as in train.py, one epoch per call; `cache`: folder of a feature cache, or None."""
 
     def __init__(self, model, samples, args, device, cache=None):
         table, train, _ = samples
@@ -277,7 +277,7 @@ class OurRun:
 
 
 def benchmark_train(args):
-    """Train the same head on the same frozen backbone by a plain loop and by ours, the epochs in turn.
+    """Train the same head on the same frozen backbone by a plain loop and by this code, the epochs in turn.
 
     seconds = of the start, which makes (first cached run) or checks (second) the cache, and of so many median
     epochs: whatever else the machine does for a while counts for none.
@@ -288,12 +288,12 @@ def benchmark_train(args):
     utils.seed_everything(0)
     first = build_model(ModelSpec(backbone=args.backbone, num_classes=CLASSES), args.weights)
     models = {name: copy.deepcopy(first).to(device)
-              for name in ("plain loop", "ours", "ours, cache made", "ours, cache there")}
+              for name in ("plain loop", "this code", "this code, cache made", "this code, cache there")}
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
         runs, started = {}, {}
         for name, model in models.items():
             start = time.perf_counter()
-            build = PlainRun if name == "plain loop" else OurRun
+            build = PlainRun if name == "plain loop" else OwnRun
             runs[name] = build(model, samples, args, device, *([folder] if "cache" in name else []))
             started[name] = time.perf_counter() - start
         seconds = take_turns({name: logged(name, run) for name, run in runs.items()}, args.epochs)
@@ -330,12 +330,13 @@ def validation_miou(model, samples, table, imgsz, device):
 
 # --- data -------------------------------------------------------------------------------------------------
 def benchmark_data(args):
-    """Load an epoch of training images by PIL and torchvision's first transforms, and by ours."""
+    """Load an epoch of training images by PIL and torchvision's first transforms, and by this code."""
     train, _, table = some_data(args)
     dataset = PlainDataset(train, table, args.imgsz, (0.5,) * 3, (0.25,) * 3, flip=True)
     plain = DataLoader(dataset, args.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True)
     variants = {"plain loader": lambda: [None for _ in plain]}
-    for name, augments in (("ours", ("flip",)), ("ours, crop flip color", ("crop", "flip", "color"))):
+    for augments in (("flip",), ("crop", "flip", "color")):
+        name = f"this code, {' '.join(augments)}"
         dataset = SegmentationDataset(train, table, args.imgsz, augments)
         batches = make_loader(dataset, args.batch_size, WORKERS)
         variants[name] = lambda batches=batches: [None for _ in batches]
@@ -364,7 +365,7 @@ def peak_memory(args, name, images):
         if name == "plain loop":
             run = PlainRun(model, (table, train, val), args, device)
         else:
-            run = OurRun(model, (table, train, val), args, device, folder if "cache" in name else None)
+            run = OwnRun(model, (table, train, val), args, device, folder if "cache" in name else None)
         run()
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peaks[0]
 
@@ -392,8 +393,8 @@ def in_own_process(function, *args):
 def benchmark_memory(args):
     """Measure the peak memory of the training loops, each in a process of its own."""
     device = utils.pick_device(args.device)
-    cases = [("plain loop", args.images), ("ours", args.images), ("ours, cache made", args.images),
-             ("ours, cache made", 4 * args.images)]
+    cases = [("plain loop", args.images), ("this code", args.images), ("this code, cache made", args.images),
+             ("this code, cache made", 4 * args.images)]
     rows = []
     for name, images in cases:
         rows.append(dict(name=name, images=images, peak_gb=in_own_process(peak_memory, args, name, images)))
@@ -403,7 +404,7 @@ def benchmark_memory(args):
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------
-def our_evaluation(model, samples, table, protocol, precision, batch_size):
+def own_evaluation(model, samples, table, protocol, precision, batch_size):
     """Score as evaluate.py does, without its boundary F1: batches from worker processes, autocast, one
     matrix.
     """
@@ -414,7 +415,7 @@ def our_evaluation(model, samples, table, protocol, precision, batch_size):
 
 
 def benchmark_evaluate(args):
-    """Compare a plain evaluation loop with ours on the validation images a model was trained beside."""
+    """Compare a plain evaluation loop with this code on the validation images a model was trained beside."""
     device = utils.pick_device(args.device)
     model, checkpoint = load_model(args.model)
     model = model.to(device)
@@ -426,10 +427,10 @@ def benchmark_evaluate(args):
     def plain():
         mious["plain loop"] = plain_evaluation(model, samples, data.table, protocol.window, device)
 
-    def ours():
-        mious["ours"] = our_evaluation(model, samples, data.table, protocol, precision, args.batch_size)
+    def own():
+        mious["this code"] = own_evaluation(model, samples, data.table, protocol, precision, args.batch_size)
 
-    seconds = take_turns({"plain loop": plain, "ours": ours}, args.rounds)
+    seconds = take_turns({"plain loop": plain, "this code": own}, args.rounds)
     seconds = {name: statistics.median(spent) for name, spent in seconds.items()}
     rows = [dict(name=name, images_per_s=len(samples) / spent, ratio=seconds["plain loop"] / spent,
                  miou=mious[name]) for name, spent in seconds.items()]

@@ -233,8 +233,8 @@ class Run:
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
         processes = saved["processes"]
         if processes != self.facts["processes"]:
-            raise InputError(f"the run was trained by {processes} processes, which together make a batch, and now "
-                             f"it is {self.facts['processes']}: torchrun --nproc-per-node {processes}")
+            raise InputError(f"the run was trained by {processes} processes, which make a batch together, "
+                             f"and now by {self.facts['processes']}: torchrun --nproc-per-node {processes}")
         if any(saved[name] != value for name, value in self.facts.items()):
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
                              "or changed): restore it, or start a new run without --resume")

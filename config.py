@@ -140,7 +140,7 @@ def setting(default, group, help, **options):
 class DataOptions:
     """What load_data needs to find a data set."""
 
-    dataset: str = setting("streets", "data", "data set; streets is drawn by our code, nothing to download",
+    dataset: str = setting("streets", "data", "data set; streets is drawn by code, nothing to download",
                            kind="dataset")
     data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR", may_change=True)
     val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
@@ -239,7 +239,7 @@ SMALL_BASELINE = dict(weights="none", normalize="none", imgsz=(64, 64), lr=1e-3,
 
 # A recipe is a set of defaults under a name: (one line for --help, settings).
 RECIPES = {
-    "demo": ("streets drawn by our code, small ViT from scratch, minutes on a laptop CPU",
+    "demo": ("drawn streets, small ViT from scratch, minutes on a laptop CPU",
              dict(dataset="streets", backbone="vit_tiny", weights="none", head="bn", unfreeze="all",
                   imgsz=(224, 224), lr=5e-4, backbone_lr_scale=1.0, weight_decay=0.05, scheduler="cosine",
                   batch_size=16, epochs=10)),

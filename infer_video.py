@@ -68,8 +68,8 @@ def main():
     reader = VideoReader(args.input)
     expected = min(filter(None, (reader.count, args.max_frames)), default=None)
     model, checkpoint = load_model(args.model)
-    predictor = Predictor(model, checkpoint, args.device, choose_protocol(checkpoint, args.imgsz), args.backend,
-                          expected)
+    protocol = choose_protocol(checkpoint, args.imgsz)
+    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
     classes = predictor.classes
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
 

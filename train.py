@@ -175,7 +175,7 @@ def main():
     config = resolve(given, saved and saved.get("config", {}))
     check_class_weights(config.loss, config.class_weights)
     if not {"dataset", "recipe", "resume"} & given.keys():
-        print("no --dataset given: training on streets, which our code draws")
+        print("no --dataset given: training on streets, which are drawn")
     device = init_distributed(utils.pick_device(config.device))
     print_settings(config)
     with main_process_first():

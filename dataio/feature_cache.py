@@ -285,7 +285,7 @@ def fill(model, dataset, files, missing, precision, workers):
 
 @torch.inference_mode()
 def features_that_fit(model, images, precision, size):
-    """Return (maps n x (B, D, h, w) on the CPU, size): `size` images a pass, halved while they do not fit."""
+    """Return (maps n x (B, D, h, w) on the CPU, size): `size` images per pass, halved until they fit."""
     while True:
         try:
             parts = []

@@ -2,7 +2,7 @@
 
     python train.py --dataset folder --data-root my_photos      # images/ + masks/, or any layout below
 
-classes.txt in the folder names the classes, one a line: `name` (the line number is the mask value), `name R
+classes.txt in the folder names the classes, one per line: `name` (the line number is the mask value), `name R
 G B` (masks painted in colors) or `name = VALUE ...`. Lines of the same name are one class; the name
 `ignore` is not counted. Without classes.txt, --classes or the masks decide; the run says so.
 """
@@ -158,7 +158,7 @@ def read_classes(path):
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B`, a class a line") from None
+        raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B` per line") from None
     entries = []
     for number, words in enumerate((line.replace("=", " = ").split() for line in lines), 1):
         if not words or words[0].startswith("#"):
@@ -191,7 +191,7 @@ def check_entries(path, entries):
         raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none")
     count = len({entry.name for entry in entries} - {"ignore"})
     if not 2 <= count <= MOST_CLASSES:
-        raise InputError(f"{path} names {count} classes; it needs two to {MOST_CLASSES}, one a line")
+        raise InputError(f"{path} names {count} classes; it needs two to {MOST_CLASSES}, one per line")
 
 
 def is_painted(mask, listed):

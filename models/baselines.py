@@ -1,4 +1,4 @@
-"""The networks to compare with, as a backbone (encoder) and a head (decoder), like our own models.
+"""The networks to compare with, as a backbone (encoder) and a head (decoder), like every other model here.
 
     backbone, head = build_baseline("fcn_resnet50", num_classes=21, weights="auto")
 
@@ -76,12 +76,12 @@ def build_baseline(arch, num_classes, weights="none"):
 
 
 def replace_batch_norms(module):
-    """Return a module in which every nn.BatchNorm2d has become ours, with its weights and its name."""
+    """Return a module in which every nn.BatchNorm2d has become a BatchNorm2d of heads.py."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
-            ours = BatchNorm2d(child.num_features, child.eps, child.momentum)
-            ours.load_state_dict(child.state_dict())
-            setattr(module, name, ours)
+            norm = BatchNorm2d(child.num_features, child.eps, child.momentum)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, norm)
         else:
             replace_batch_norms(child)
     return module

@@ -117,7 +117,8 @@ class UNetHead(Head):
     """U-Net decoder on the last map: four up-blocks, without skip connections.
 
     Ronneberger et al., U-Net, MICCAI 2015. Four times: upsample (bilinear, x2; the last one straight to the
-    image's size) and two convolutions; then a 1x1 convolution. With patches of 14 and an image of 518: 37 > 74 > 148 > 296 > 518.
+    image's size) and two convolutions; then a 1x1 convolution. With patches of 14 and an image of 518:
+    37 > 74 > 148 > 296 > 518.
     """
 
     reads = 1
@@ -154,7 +155,8 @@ class UNetHead(Head):
 class UNetSkipHead(UNetHead):
     """U-Net decoder with earlier blocks joined in as skip connections.
 
-    Up to three earlier blocks join the first up-blocks, latest first. The maps of a ViT all have one resolution, so each is upsampled to the block it joins.
+    Up to three earlier blocks join the first up-blocks, latest first. The maps of a ViT all have one
+    resolution, so each is upsampled to the block it joins.
     """
 
     reads = 4

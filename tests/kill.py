@@ -139,7 +139,8 @@ def main():
                 counts["kills"] += 1
             elif code != 0:
                 sys.exit(f"exit code {code}:\n" + out.with_suffix(".log").read_text()[-3000:])
-            counts["inside a write"] += any(path.name.startswith(".") and path.name not in (".lock", ".run.json")
+            kept = (".lock", ".run.json")
+            counts["inside a write"] += any(path.name.startswith(".") and path.name not in kept
                                             for path in out.glob("**/.*")) if code is None else 0
             before, steps = steps, check(out)[1]
             assert steps >= before, f"{before} steps were saved, {steps} are left"

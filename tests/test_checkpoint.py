@@ -34,11 +34,13 @@ def test_the_best_miou_of_the_history_is_evaluates_on_the_best_file(name, tmp_pa
     """Whatever is wrong between training and file (a cache, a buffer, an option) shows as another number."""
     monkeypatch.setitem(utils.PRECISIONS, "auto", lambda device: None)
     data = write_folder(tmp_path / "data", count=6)
-    flags = ["--dataset", "folder", "--data-root", data, "--weights", "none", "--unfreeze", "all", "--lr", 0.003]
-    flags += ["--imgsz", 30, 44, "--epochs", 2, "--batch-size", 4, "--workers", 0, "--val-fraction", 0.5]
+    flags = ["--dataset", "folder", "--data-root", data, "--weights", "none", "--unfreeze", "all"]
+    flags += ["--lr", 0.003, "--imgsz", 30, 44, "--epochs", 2, "--batch-size", 4, "--workers", 0]
+    flags += ["--val-fraction", 0.5]
     code, _, err = run(train, *flags, *MODELS[name], "--normalize", "none", "--out-dir", tmp_path)
     assert code == 0, err
-    code, _, err = run(evaluate, "--model", tmp_path / "best_model_iou.pth", "--batch-size", 4, "--out-dir", tmp_path)
+    best = tmp_path / "best_model_iou.pth"
+    code, _, err = run(evaluate, "--model", best, "--batch-size", 4, "--out-dir", tmp_path)
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: row["val_miou"])
@@ -144,22 +146,30 @@ def test_checkpoints_of_earlier_versions_load(tmp_path):
 OTHER_VERSION = "{path} was written by another version of this code: use that version"
 
 
+BY_HAND = "{path} is not a checkpoint of train.py, it was made by hand "
+
+
+def spec(**changes):
+    """Return the stored spec of a small model with some entries changed."""
+    return dict(dataclasses.asdict(tiny().spec), **changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(version=2), OTHER_VERSION),
-        (dict(spec=dict(dataclasses.asdict(tiny().spec), lora=4)), OTHER_VERSION),
-        (dict(spec=dict(dataclasses.asdict(tiny().spec), head="mask")), OTHER_VERSION),
-        (dict(spec=dict(dataclasses.asdict(tiny().spec), arch="unet")), OTHER_VERSION),
-        (dict(spec=[1]), "{path} is not a checkpoint of train.py, it was made by hand ('list' object has no attribute 'items')"),
-        (dict(spec=dict(dataclasses.asdict(tiny().spec), num_classes="3")), "{path} is not a checkpoint of train.py, it was made by hand (num_classes '3')"),
-        (dict(spec=dict(dataclasses.asdict(tiny().spec), layers=["1"])), "{path} is not a checkpoint of train.py, it was made by hand (layers ('1',), 3 classes)"),
-        (dict(imgsz=[0, 4]), "{path} is not a checkpoint of train.py, it was made by hand (imgsz [0, 4])"),
+        (dict(spec=spec(lora=4)), OTHER_VERSION),
+        (dict(spec=spec(head="mask")), OTHER_VERSION),
+        (dict(spec=spec(arch="unet")), OTHER_VERSION),
+        (dict(spec=[1]), BY_HAND + "('list' object has no attribute 'items')"),
+        (dict(spec=spec(num_classes="3")), BY_HAND + "(num_classes '3')"),
+        (dict(spec=spec(layers=["1"])), BY_HAND + "(layers ('1',), 3 classes)"),
+        (dict(imgsz=[0, 4]), BY_HAND + "(imgsz [0, 4])"),
         (dict(classes=[["a", [0, 0, 0]]]), "{path} names 1 classes, but has 3"),
         (dict(format="x"), "{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
-)  # fmt: skip
+)
 def test_whole_messages_of_checkpoints_that_do_not_load(changes, message, tmp_path):
     path = tmp_path / "model.pth"
     torch.save(packed(**changes), path)
@@ -181,7 +191,8 @@ def test_every_option_of_a_model_is_stored_and_comes_back(tmp_path):
 
 
 def test_the_data_of_a_checkpoint_are_those_of_its_run():
-    checkpoint = {"config": dict(dataset="folder", data_root="a", val_fraction=0.4, classes=["x", "y"], lr=3.0)}
+    config = dict(dataset="folder", data_root="a", val_fraction=0.4, classes=["x", "y"], lr=3.0)
+    checkpoint = {"config": config}
     options = data_options(checkpoint)
     assert (options.dataset, options.data_root, options.val_fraction) == ("folder", "a", 0.4)
     assert data_options(checkpoint, data_root="b").data_root == "b"

@@ -50,7 +50,7 @@ def test_every_recipe_is_made_of_known_settings_and_json(name):
         (["--weight-decay", "-0.1"], "at least 0"),
         (["--amp", "fp8"], "bf16"),
         (["--arch", "unet"], "segformer_b5"),
-        (["--loss", "ce+ce"], "'ce+ce' is not a loss: give ce, lovasz, focal, dice, or a sum of different ones"),
+        (["--loss", "ce+ce"], "or a sum of different ones such as focal+dice"),
         (["--loss", "hinge"], "'hinge' is not a loss"),
         (["--optimizer", "lion"], "sgd"),
     ],
@@ -144,7 +144,7 @@ def test_names_on_the_command_line_are_those_of_the_registry(kind):
 
 @pytest.mark.parametrize(
     "script",
-    ["train", "evaluate", "infer_image", "infer_video", "export", "check_data", "compare", "benchmark", "model"],
+    [path.stem for path in sorted(ROOT.glob("*.py")) if "utils.run_main(" in path.read_text()],
 )
 @pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
 def test_help_and_wrong_flags_need_no_torch(script, flag):

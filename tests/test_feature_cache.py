@@ -220,7 +220,8 @@ def test_a_frozen_batch_norm_learns_nothing(samples, tmp_path):
     before = hash_state(net.backbone.state_dict())
     first = cache_features(net, training_set(samples), tmp_path, FLOAT32)
     second = cache_features(net.train(), training_set(samples), tmp_path, FLOAT32)
-    assert hash_state(net.backbone.state_dict()) == before and first.features[0].path == second.features[0].path
+    assert hash_state(net.backbone.state_dict()) == before
+    assert first.features[0].path == second.features[0].path
 
 
 def test_the_same_weights_in_another_network_are_another_cache(samples, tmp_path):
@@ -330,7 +331,7 @@ def test_adapters_that_train_and_heads_that_read_more_are_refused(samples, tmp_p
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_an_augmentation_with_other_parameters_is_another_cache(samples, tmp_path, passes, views, monkeypatch):
+def test_other_parameters_of_an_augmentation_are_another_cache(samples, tmp_path, passes, views, monkeypatch):
     def fill(names=("crop", "flip"), seed=0):
         passes.clear()
         cache_features(tiny(), training_set(samples, names, seed=seed), tmp_path, FLOAT32, views)

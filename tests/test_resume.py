@@ -163,7 +163,8 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(data, straight, tmp_path
 
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_leftovers_go(data, tmp_path, run):
     pytest.importorskip("fcntl")
-    code = f"import utils; lock = utils.RunFolder({str(tmp_path)!r}).__enter__(); print('here', flush=True); input()"
+    code = f"import utils; folder = utils.RunFolder({str(tmp_path)!r}); folder.__enter__(); "
+    code += "print('here', flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -24,7 +24,6 @@ import infer_video
 import train
 import utils
 import visualize
-from conftest import load
 from inference import video
 from checkpoint import load_model
 from inference.predictor import Protocol, predict
@@ -518,7 +517,8 @@ def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run
     )
     assert run(infer_video, *flags)[0] == 0
     model, checkpoint = load_model(model_file)
-    table, precision = visualize.color_table(checkpoint["classes"]), utils.Precision("auto", torch.device("cpu"))
+    table = visualize.color_table(checkpoint["classes"])
+    precision = utils.Precision("auto", torch.device("cpu"))
     drawn = list(VideoReader(tmp_path / "inference_results_video/clip.mp4"))
     for frame, got in zip(VideoReader(clip), drawn, strict=True):
         pred = predict(
