@@ -11,6 +11,7 @@ from conftest import blocks, load, real_data, write_folder, write_pair, write_tr
 from PIL import Image
 
 import datasets
+import model
 from config import InputError
 from dataio.classes import ADE20K
 from datasets import SegmentationDataset
@@ -371,3 +372,32 @@ def test_real_camvid_and_voc():
     dataset = SegmentationDataset(voc.splits["val"], voc.table, (56, 56))
     image, mask, _ = dataset[0]
     assert mask.shape == (375, 500) and set(mask.unique().tolist()) <= {*range(21), 255}
+
+
+# --- every registered data set ----------------------------------------------------------------------------
+@pytest.mark.parametrize("name", datasets.DATASETS)
+def test_registered_classes_are_names_with_colors(name):
+    _, classes = datasets.DATASETS[name]
+    if classes is not None:
+        assert 2 <= len(classes) < datasets.OUTSIDE and len({name for name, _ in classes}) == len(classes)
+        assert all(len(color) == 3 and all(0 <= part <= 255 for part in color) for _, color in classes)
+
+
+@pytest.mark.parametrize("name", [name for name in datasets.DATASETS if name != "streets"])
+def test_a_data_set_that_is_not_there_is_one_line_with_the_flag(name, tmp_path, monkeypatch):
+    import torchvision.datasets.utils as downloads
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", no_network)
+    for root in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError) as error:
+            load(name, root)
+        assert "\n" not in str(error.value) and str(root) in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, classes) in datasets.DATASETS.items() if classes])
+def test_model_py_knows_the_classes_of_every_data_set(name, run):
+    code, text, err = run(model, "--backbone", "vit_tiny", "--imgsz", 28, 28, "--dataset", name)
+    assert code == 0 and f"-> logits (1, {len(datasets.DATASETS[name][1])}, 28, 28) float32" in text, err

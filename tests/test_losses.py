@@ -147,7 +147,7 @@ def test_terms_are_named_and_summed():
 def test_class_weights_need_a_loss_that_uses_them():
     check_class_weights("lovasz+ce", "enet")
     check_class_weights("dice", "none")
-    with pytest.raises(InputError, match="--class-weights acts on ce and focal, and --loss dice has none of"):
+    with pytest.raises(InputError, match="acts on ce and focal.*, and --loss dice has none of"):
         check_class_weights("dice", "median")
 
 

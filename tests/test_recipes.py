@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from conftest import write_folder, write_tree
-from test_config import RECIPE_TABLE
 from torchvision.models import resnet101
 
 import infer_image
 from dataio import streets
 import train
-from config import RECIPES
+from config import RECIPES, resolve
 from datasets import DATASETS
 
 FILES = {"loss.png", "miou.png", "config.json", "best_model_iou.pth", "last.pth", "valid_preds"}
@@ -54,7 +53,7 @@ CASES += [pytest.param(name, (), marks=pytest.mark.long) for name in sorted(LARG
 def test_a_recipe_runs_from_its_name_alone(name, imgsz, data_root, tmp_path, hub_cache, run, monkeypatch):
     few_streets(monkeypatch)
     place = hub_cache / "hub/checkpoints/resnet101-63fe2227.pth"
-    dataset = RECIPE_TABLE[name].split()[0]
+    dataset = resolve({"recipe": name}).dataset
     flags = ["--recipe", name, "--data-root", data_root(dataset), "--out-dir", tmp_path / "out"]
     flags += ["--epochs", 1, "--workers", 0, "--batch-size", 2, "--accumulate", 2]
     flags += ["--imgsz", *imgsz] if imgsz else []
