@@ -43,7 +43,7 @@ from dataio.folder import MOST_CLASSES, check_root, class_pixels, decode_masks, 
 from dataio.readers import OUTSIDE, match_files, outside_message, ranges, read_pair
 from dataio.scan import fits, in_parallel, scan_image, scan_mask
 from dataio.stratify import share_table, split_samples
-from datasets import DATASETS
+from datasets import find_data
 
 ALIKE = 10  # bits of 256 in which the difference hashes of near duplicates may differ
 STRAY = 1e-3  # share of the pixels below which a mask value looks like an accident
@@ -99,8 +99,7 @@ def find_samples(name, root, report):
         check_root(root)
         splits = find_folder_samples(root, report)
     else:
-        find, _ = DATASETS[name]
-        source = find(root, DataOptions(dataset=name, data_root=str(root)), download=True)
+        source = find_data(DataOptions(dataset=name, data_root=str(root)))
         splits = source.splits
     if not any(splits.values()):
         raise InputError(f"{root} holds no image with a mask of the same name")
@@ -272,11 +271,11 @@ def draw(samples, classes, table, pixels, path):
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, 1 + 0.28 * len(classes)])
     colors = visualize.color_table(classes)
     chosen = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int)
-    for place, index in enumerate(chosen.tolist()):
+    for position, index in enumerate(chosen.tolist()):
         image, mask = (part.numpy() for part in read_pair(samples[index], table))
         image = image.transpose(1, 2, 0)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
-        axes = figure.add_subplot(grid[place // columns, place % columns])
+        axes = figure.add_subplot(grid[position // columns, position % columns])
         axes.imshow(visualize.overlay(image, mask, colors, 0.6, visualize.background_id(classes)))
         axes.set_title(samples[index].image.name, fontsize=9)
         axes.axis("off")

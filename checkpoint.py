@@ -24,7 +24,7 @@ from distributed import all_reduce, is_main_process, world_size
 from engine import LOG_EVERY
 from inference.backends import is_exported, open_exported
 from metrics import best_row
-from model import ModelSpec, Segmenter, build_model
+from model import ModelSpec, build_model
 from models.backbones import TimmBackbone, create_timm
 from models.baselines import BASELINES
 from models.heads import HEADS
@@ -184,7 +184,7 @@ def timm_twin(spec, state):
     inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     outer = {key: value for key, value in state.items() if not key.startswith(prefix)}
     inner = {prefix + key: value for key, value in checkpoint_filter_fn(inner, backbone.net).items()}
-    return Segmenter(backbone, HEADS[spec.head].build(backbone, spec), spec), {**outer, **inner}
+    return build_model(spec, backbone=backbone), {**outer, **inner}
 
 
 # --- random numbers ---------------------------------------------------------------------------------------

@@ -419,8 +419,6 @@ def check_settings(config, given):
     if config.cache_features and config.cache_views == 1 and given.get("augment"):
         raise InputError("--augment has no effect on the one view that is cached: give --cache-views K to "
                          "keep K augmented ones, or leave out --augment")
-    if "backbone_lr_scale" in given and config.unfreeze == 0:
-        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
 
 
 def parse_train_args(argv=None, description="Train a segmentation model."):

@@ -283,13 +283,28 @@ def without_background(source):
     return dataclasses.replace(source, classes=classes, table=ids[source.table], notes=notes)
 
 
-def check_table(source):
-    """Raise InputError where a DataSource decodes masks to an id that is not a class."""
+def check_source(source, classes):
+    """Raise InputError where a DataSource decodes masks to an id that is not a class, or has other classes
+    than DATASETS says (None: whatever it has).
+    """
+    if classes is not None and [name for name, _ in classes] != [name for name, _ in source.classes]:
+        raise InputError(f"--dataset {source.name} has other classes than DATASETS says: correct its entry")
     ids = np.unique(source.table)
     wrong = ids[(ids >= len(source.classes)) & (ids != IGNORE) & (ids != OUTSIDE)]
     if len(wrong):
         raise InputError(f"--dataset {source.name} decodes masks to class {wrong[0]}, and it has "
                          f"{len(source.classes)} classes, 0..{len(source.classes) - 1}: correct its table")
+
+
+def find_data(options, download=True):
+    """Return the DataSource of config.DataOptions as its files are: checked, but not split anew.
+
+    Raises InputError where the root or a file of the data set is missing.
+    """
+    find, classes = DATASETS[options.dataset]
+    source = find(Path(options.data_root), options, download)
+    check_source(source, classes)
+    return source
 
 
 def load_data(options, cache_dir="outputs/cache", download=True):
@@ -298,10 +313,7 @@ def load_data(options, cache_dir="outputs/cache", download=True):
     cache_dir: where pixel counts are kept; download: whether voc and pet may. Raises InputError where the
     root or a file of the data set is missing or does not fit.
     """
-    root = Path(options.data_root)
-    find, _ = DATASETS[options.dataset]
-    source = without_leaks(find(root, options, download))
-    check_table(source)
+    source = without_leaks(find_data(options, download))
     if options.resplit:
         source = split_anew(source, options.val_fraction, cache_dir)
     if options.ignore_background:

@@ -127,15 +127,16 @@ class HeadOnly(SegmentationModel):
         return self.model.decode(Features(maps), self.geometry), self.geometry
 
 
-def build_model(spec, weights="none", unfreeze=0):
+def build_model(spec, weights="none", unfreeze=0, backbone=None):
     """Return the Segmenter of a ModelSpec, on the CPU. Raises InputError.
 
-    weights: auto, none or a file, of the backbone; unfreeze: number of last blocks that train, or "all". An
-    arch other than dinov2 is a whole network: it has no use for backbone, head and layers.
+    weights: auto, none or a file, of the backbone; unfreeze: number of last blocks that train, or "all";
+    backbone: a Backbone to use in place of the one that the spec names. An arch other than dinov2 is a whole
+    network: it has no use for backbone, head and layers.
     """
     if spec.arch == "dinov2":
         head = HEADS[spec.head]
-        backbone = build_backbone(spec.backbone, weights, spec.layers or head.reads)
+        backbone = backbone or build_backbone(spec.backbone, weights, spec.layers or head.reads)
         spec = dataclasses.replace(spec, layers=tuple(backbone.layers))
         decoder = head.build(backbone, spec)
     else:

@@ -105,6 +105,17 @@ def build_objective(config, model, criterion):
     return trained, objective
 
 
+def check_effects(given, model, cached):
+    """Raise InputError for flags in `given` that this model would make no use of, or that do not fit it."""
+    if cached:
+        check_cacheable(model)
+    if model.head.own_loss and {"loss", "class_weights"} & given.keys():
+        raise InputError(f"--head {model.spec.head} has a loss of its own: leave out --loss and "
+                         "--class-weights")
+    if "backbone_lr_scale" in given and not model.backbone.trains():
+        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
+
+
 # --- what is printed --------------------------------------------------------------------------------------
 def print_settings(config):
     """Print every setting that has a part in the run."""
@@ -185,8 +196,7 @@ def main():
                          "complete the data set, or correct its lists")
     utils.seed_everything(config.seed)
     model, optimization = build_training(config, len(data.classes), device)
-    if config.cache_features:
-        check_cacheable(model)
+    check_effects(given, model, config.cache_features)
     folder = utils.RunFolder(out_dir, config.resume)
     origin = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
     run = Run(dataclasses.asdict(config), data, model, optimization, folder, origin)

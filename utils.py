@@ -279,14 +279,21 @@ class RunFolder:
         if self.lock is None:
             return
         if kind is not None and not self.saved and self.moved:
-            move({path.name for path in self.moved.iterdir()} - self.names(), self.moved, self.path)
-            print(f"nothing was saved, the earlier run was moved back to {self.path}")
-            with suppress(OSError):  # not empty, or other runs lie there
-                self.moved.rmdir()
-                self.moved.parent.rmdir()
+            self.give_back()
         elif self.saved:
             self.save()
         self.lock.close()
+
+    def give_back(self):
+        """Move the earlier run back; files that have taken names of its files go to previous/ instead."""
+        earlier = {path.name for path in self.moved.iterdir()}
+        if taken := earlier & self.names():
+            move(taken, self.path, self.moved.with_name(f"{self.moved.name}_failed"))
+        move(earlier, self.moved, self.path)
+        print(f"nothing was saved, the earlier run was moved back to {self.path}")
+        with suppress(OSError):  # other runs lie there
+            self.moved.rmdir()
+            self.moved.parent.rmdir()
 
     def save(self):
         """Note what the run has written so far; from now on an error leaves it there."""

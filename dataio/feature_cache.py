@@ -163,7 +163,7 @@ def check_cacheable(model):
     trained = sum(parameter.numel() for parameter in model.backbone.parameters() if parameter.requires_grad)
     if trained:
         raise InputError(f"--cache-features keeps what a frozen backbone computes, and {trained:,} of its "
-                         "parameters train: leave out --cache-features, or give --unfreeze 0")
+                         "parameters train: leave it out, or train the head alone (--unfreeze 0)")
     if not model.backbone.layers:
         raise InputError(f"--cache-features keeps the maps of a backbone's blocks, and {model.spec.arch} has "
                          "none: leave it out, or give --arch dinov2")
@@ -258,7 +258,7 @@ def remove_outdated(facts, folder):
 
     candidates = [*folder.glob("features_*.json"), *folder.glob("masks_*.json")]
     for path in filter(same_but_contents, candidates):
-        print(f"the data set has changed: {path.with_suffix('.bin')} is removed and made anew")
+        print(f"the data set has changed: {path.with_suffix('.bin')} is removed and computed again")
         for ending in (".json", ".bin", ".sums"):
             path.with_suffix(ending).unlink(missing_ok=True)
 

@@ -241,7 +241,7 @@ def outside_message(path, values, counts, table, classes=()):
     allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
     ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
     lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    return (f"{path} has the value {first} ({pixels} pixels){more}, which is no class: classes are "
+    return (f"{path} has the value {first} ({pixels} pixels){more}, which is not a class: classes are "
             f"{allowed}, ignored: {ignored}{lossy}; repair the mask or describe the values in classes.txt")
 
 

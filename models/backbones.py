@@ -295,7 +295,7 @@ def origins(name, weights):
     code = hashlib.sha256()
     for path in sorted(hub_folder().rglob("*.py")) if hub else []:
         code.update(path.relative_to(hub_folder()).as_posix().encode() + path.read_bytes())
-    found = file is not None and file.is_file()  # not needed any more where a run goes on
+    found = file is not None and file.is_file()  # not needed where a run is resumed
     return dict(
         hub=":".join(hub_reference()) if hub else None,
         hub_code=code.hexdigest()[:16] if hub else None,

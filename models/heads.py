@@ -35,16 +35,18 @@ class BatchNorm2d(nn.BatchNorm2d):
 class Head(nn.Module):
     """What a Segmenter asks of a head. The defaults serve a head that returns one map of logits.
 
-    reads: how many of the last blocks it reads where --layers does not say. token_blocks: the blocks whose
-    entering tokens it wants in features.tokens. sees_image: whether it reads features.images. crops: whether
-    the logits of the padded image are cropped back, or resized onto the image, as mmsegmentation did when
-    the official heads were trained.
+    reads: how many of the last blocks it reads where --layers does not say. token_blocks: the blocks (-1 =
+    the last) whose entering tokens it wants in features.tokens. sees_image: whether it reads features.images.
+    crops: whether the logits of the padded image are cropped back, or resized onto the image, as
+    mmsegmentation did when the official heads were trained. own_loss: whether loss() leaves the losses of
+    --loss aside.
     """
 
     reads = 4
     token_blocks = ()
     sees_image = False
     crops = True
+    own_loss = False
 
     @classmethod
     def build(cls, backbone, spec):
@@ -70,7 +72,8 @@ class Head(nn.Module):
     def loss(self, output, masks, geometry, criterion):
         """What forward returned, masks (B, H, W) int64 -> loss, {name: term}, preds (B, H, W) uint8.
 
-        criterion: the losses of --loss; a head with a loss of its own leaves it aside.
+        criterion: the losses of --loss; a head with `own_loss` leaves it aside. Pixels of 255 do not count;
+        a batch in which none counts gives 0.
         """
         return pixel_loss(criterion, self.logits(output, geometry), masks)
 

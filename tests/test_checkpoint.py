@@ -8,6 +8,7 @@ import torch
 from conftest import build, random_images, tiny, write_folder
 
 import config
+import engine
 import evaluate
 import export
 import train
@@ -30,8 +31,19 @@ MODELS |= {name: ["--arch", name] for name in BASELINES}
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in MODELS]
 )
-def test_the_best_miou_of_the_history_is_evaluates_on_the_best_file(name, tmp_path, run, monkeypatch):
-    """Whatever is wrong between training and file (a cache, a buffer, an option) shows as another number."""
+def test_the_best_file_is_the_model_that_was_validated(name, tmp_path, run, monkeypatch):
+    """Whatever is wrong between training and file (a cache, a buffer, an average) shows as other logits; the
+    best mIoU of history.jsonl is evaluate.py's on best_model_iou.pth.
+    """
+    original, images, validated = engine.evaluate, random_images(2, 3, 30, 44), []
+
+    def validate(model, *args, **options):
+        result = original(model, *args, **options)
+        with torch.no_grad():
+            validated.append(model.logits(images).pixels())
+        return result
+
+    monkeypatch.setattr(engine, "evaluate", validate)
     monkeypatch.setitem(utils.PRECISIONS, "auto", lambda device: None)
     data = write_folder(tmp_path / "data", count=6)
     flags = ["--dataset", "folder", "--data-root", data, "--weights", "none", "--unfreeze", "all"]
@@ -44,9 +56,12 @@ def test_the_best_miou_of_the_history_is_evaluates_on_the_best_file(name, tmp_pa
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: row["val_miou"])
+    with torch.no_grad():
+        logits = load_model(tmp_path / "best_model_iou.pth")[0](images)
+    assert torch.allclose(logits, validated[best["epoch"] - 1], atol=1e-4)
     scored = json.loads((tmp_path / "evaluation/metrics.json").read_text())
-    assert scored["miou"] == pytest.approx(best["val_miou"], abs=1e-6)
-    assert [row["iou"] for row in scored["per_class"]] == pytest.approx(best["per_class_iou"], abs=1e-6)
+    assert scored["miou"] == pytest.approx(best["val_miou"], abs=3e-3)  # a tie or two may fall otherwise
+    assert [row["iou"] for row in scored["per_class"]] == pytest.approx(best["per_class_iou"], abs=6e-3)
 
 
 # --- heads that want more ----------------------------------------------------------------------------------
@@ -98,7 +113,7 @@ def test_a_head_that_sees_the_backbone_and_the_image_trains_scores_and_exports(t
         assert row["val_loss"] == pytest.approx(row["val_loss_ce"] + row["val_loss_extra"], rel=1e-5)
     assert run(evaluate, "--model", tmp_path / "best_model_iou.pth", "--out-dir", tmp_path)[0] == 0
     scored = json.loads((tmp_path / "evaluation/metrics.json").read_text())
-    assert scored["miou"] == pytest.approx(max(row["val_miou"] for row in rows), abs=1e-6)
+    assert scored["miou"] == pytest.approx(max(row["val_miou"] for row in rows), abs=3e-3)
     code, text, err = run(export, "--model", tmp_path / "best_model_iou.pth", "--format", "torchscript")
     assert code == 0 and "it agrees with PyTorch in 100.000 %" in text, err
     model, _ = load_model(tmp_path / "best_model_iou.pth")
@@ -158,9 +173,9 @@ def spec(**changes):
     ("changes", "message"),
     [
         (dict(version=2), OTHER_VERSION),
-        (dict(spec=spec(lora=4)), OTHER_VERSION),
-        (dict(spec=spec(head="mask")), OTHER_VERSION),
-        (dict(spec=spec(arch="unet")), OTHER_VERSION),
+        (dict(spec=spec(no_such_option=4)), OTHER_VERSION),
+        (dict(spec=spec(head="no-such-head")), OTHER_VERSION),
+        (dict(spec=spec(arch="no_such_arch")), OTHER_VERSION),
         (dict(spec=[1]), BY_HAND + "('list' object has no attribute 'items')"),
         (dict(spec=spec(num_classes="3")), BY_HAND + "(num_classes '3')"),
         (dict(spec=spec(layers=["1"])), BY_HAND + "(layers ('1',), 3 classes)"),

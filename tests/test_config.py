@@ -126,7 +126,6 @@ def test_another_recipe_is_refused_on_resume():
     [
         (["--dataset", "voc", "--classes", "a", "b"], "--classes names the classes of a folder"),
         (["--dataset", "voc", "--val-fraction", "0.3"], "--val-fraction has no effect.*add --resplit"),
-        (["--backbone-lr-scale", "0.5"], "--backbone-lr-scale has no effect on a frozen backbone"),
         (["--augment", "none", "flip"], "--augment none stands alone"),
     ],
 )

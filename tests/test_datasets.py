@@ -63,9 +63,9 @@ def test_starting_an_epoch_early_moves_no_random_numbers(tmp_path, workers):
 def test_sampler_sees_every_image_once_an_epoch():
     sampler = EpochSampler(50, seed=3)
     sampler.set_epoch(4)
-    tickets = list(sampler)
-    assert sorted(ticket % 50 for ticket in tickets) == list(range(50))
-    assert {ticket // 50 for ticket in tickets} == {4} and tickets != sorted(tickets)
+    items = list(sampler)
+    assert sorted(item % 50 for item in items) == list(range(50))
+    assert {item // 50 for item in items} == {4} and items != sorted(items)
 
 
 def test_dataset_can_be_sent_to_spawned_workers(tmp_path):
@@ -209,7 +209,7 @@ def test_wrong_values_of_every_data_set_are_named(tmp_path):
         write_tree(name, root)
         source = load(name, root)
         Image.new("L", (8, 8), wrong).save(source.splits["train"][0].mask)
-        with pytest.raises(InputError, match=f"has the value {wrong} .64 pixels., which is no class"):
+        with pytest.raises(InputError, match=f"has the value {wrong} .64 pixels., which is not a class"):
             read_mask(source.splits["train"][0].mask, source.table)
 
 
@@ -275,6 +275,13 @@ def test_validation_images_in_the_train_list_do_not_train(tmp_path):
 def test_ade20k_ignores_255_too(tmp_path):
     write_tree("ade20k", tmp_path)
     assert load("ade20k", tmp_path).table[[0, 255, 1, 150]].tolist() == [255, 255, 0, 149]
+
+
+def test_an_entry_with_the_classes_of_another_data_set_is_refused(tmp_path, monkeypatch):
+    write_tree("pet", tmp_path)
+    monkeypatch.setitem(datasets.DATASETS, "pet", (datasets.pet, datasets.VOC))
+    with pytest.raises(InputError, match="--dataset pet has other classes than DATASETS says"):
+        load("pet", tmp_path)
 
 
 def test_list_files_that_are_not_utf8_or_hold_comments_alone(tmp_path):

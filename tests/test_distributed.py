@@ -73,7 +73,7 @@ def test_samplers_of_all_processes_make_up_the_epoch(length, processes):
         sampler.set_epoch(3)
     lists = [list(part) for part in parts]
     assert len({len(part) for part in lists}) == 1 and all(len(part) == len(lists[0]) for part in parts)
-    together = [ticket for group in zip(*lists, strict=True) for ticket in group]
+    together = [item for group in zip(*lists, strict=True) for item in group]
     assert together[:length] == list(whole) and set(together) == set(whole)
 
 

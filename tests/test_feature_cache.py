@@ -308,6 +308,7 @@ def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
         (["--cache-features", "--arch", "segformer_b0", "--weights", "none"], "of its parameters train"),
         (["--cache-features", "--arch", "segformer_b0", "--weights", "none", "--unfreeze", 0], "has none"),
         (["--cache-views", 2], "without --cache-features"),
+        (["--backbone-lr-scale", 0.5, "--backbone", "vit_tiny"], "has no effect on a frozen backbone"),
         (["--cache-features", "--augment", "flip"], "--cache-views K"),
     ],
 )

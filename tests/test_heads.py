@@ -7,6 +7,7 @@ from conftest import random_images, tiny
 from torch import nn
 
 from config import InputError
+from losses import Criterion
 from models.heads import HEADS, BatchNorm2d, BNHead, DeconvHead, UNetHead, UNetSkipHead
 
 
@@ -34,6 +35,18 @@ def test_every_head_gives_logits_of_any_image_and_gradients_to_all_it_holds(head
     F.cross_entropy(logits, torch.randint(0, 3, (2, *size))).backward()
     without = [name for name, p in net.head.named_parameters() if p.grad is None]
     assert not without and all(p.grad.isfinite().all() for p in net.head.parameters())
+
+
+@pytest.mark.parametrize("head", list(HEADS))
+def test_pixels_that_do_not_count_give_no_loss_and_no_gradient(head):
+    net = tiny(head=head).train()
+    images, masks = random_images(2, 3, 30, 45), torch.full((2, 30, 45), 255)
+    loss, terms, preds = net.loss(images, masks, Criterion("ce+dice"))
+    loss.backward()
+    assert loss.item() == 0 and preds.shape == masks.shape and all(term == 0 for term in terms.values())
+    assert all(p.grad is None or p.grad.eq(0).all() for p in net.parameters())
+    masks[0, :9] = 1  # of what counts, the loss is as usual
+    assert net.loss(images, masks, Criterion("ce+dice"))[0].item() > 0
 
 
 @pytest.mark.parametrize("head", list(HEADS))

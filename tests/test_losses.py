@@ -115,6 +115,17 @@ def test_ignored_pixels_change_nothing_and_get_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_ignored_pixels_are_as_if_they_were_not_there(name):
+    """Not as truth either: what is ignored may not count as class 0."""
+    logits, masks = random_case(height=12, width=20)
+    masks[..., 13:] = 255
+    for weights in (None, torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])):
+        criterion = Criterion(name, weights)
+        whole, part = criterion(logits, masks)[0], criterion(logits[..., :13], masks[..., :13])[0]
+        assert whole.item() == pytest.approx(part.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_losses_are_finite_where_the_network_is_sure_and_wrong_or_right(name):
     for guess in (0, 1):
         logits = torch.zeros(1, 2, 6, 6)

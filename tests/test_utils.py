@@ -110,6 +110,13 @@ def test_a_run_that_fails_before_it_saves_gives_the_earlier_one_back(tmp_path, c
         raise InputError("a bad image")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert "moved back" in capsys.readouterr().out and not (tmp_path / "previous").exists()
+    with pytest.raises(InputError), RunFolder(tmp_path):  # it has begun a file of the same name
+        (tmp_path / "events").mkdir()
+        (tmp_path / "events/1").write_text("of the run that failed")
+        raise InputError("a bad image")
+    assert {path: path.read_bytes() for path in before} == before
+    (failed,) = (tmp_path / "previous").iterdir()
+    assert failed.name.endswith("_failed") and (failed / "events/1").read_text() == "of the run that failed"
     with pytest.raises(InputError), RunFolder(tmp_path) as folder:  # once it has saved, it is a run
         (tmp_path / "last.pth").write_text("new")
         folder.save()
