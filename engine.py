@@ -297,7 +297,8 @@ def evaluate(model, batches, precision, criterion=None, views=None, on_image=Non
 
     The batches have the network's size, and with a criterion the loss is taken there, as in training; or
     views(images) -> iterable of Logits brings images of any size to the network, as views_of does.
-    on_image(name, pred, mask), both (H, W), is called for every image, after_batch() after every batch.
+    on_image(name, pred, mask, matrix), pred and mask (H, W), matrix its own ConfusionMatrix, is called for
+    every image, after_batch() after every batch.
 
     Of several processes, each brings its own part of the batches and all get the scores of the whole. Returns
     (dict of loss and its terms, accuracy, miou, dice; the ConfusionMatrix). Leaves the model in eval mode.
@@ -318,9 +319,11 @@ def evaluate(model, batches, precision, criterion=None, views=None, on_image=Non
                     log.add(loss, terms, names, 0, 0.0)
         preds = label_maps(logits, [mask.shape for mask in masks])
         for pred, mask, name in zip(preds, masks, names, strict=True):
-            matrix.update(pred, mask.to(device))
+            single = ConfusionMatrix(model.num_classes, device)
+            single.update(pred, mask.to(device))
+            matrix.merge(single)
             if on_image:
-                on_image(name, pred, mask)
+                on_image(name, pred, mask, single)
         if after_batch:
             after_batch()
     matrix.counts = all_reduce(matrix.counts)

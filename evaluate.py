@@ -61,8 +61,7 @@ from dataio.readers import read_image
 from datasets import SegmentationDataset, load_data
 from inference.predictor import Predictor, choose_protocol, views_of
 from inference.report import existing_figures, report_page
-from metrics import (BOUNDARY_TOLERANCE, ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts,
-                     paired_bootstrap)
+from metrics import (BOUNDARY_TOLERANCE, bootstrap_interval, boundary_f1, miou_of_counts, paired_bootstrap)
 from models.weights import hash_files, hash_state
 
 KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
@@ -112,9 +111,7 @@ def score(predictor, loader, batch_size):
     """
     model, precision, records = predictor.model, predictor.precision, []
 
-    def record(name, pred, mask):
-        matrix = ConfusionMatrix(model.num_classes)
-        matrix.update(pred.cpu(), mask)
+    def record(name, pred, mask, matrix):
         cells = torch.nonzero(matrix.counts)  # (n, 2)
         counts = matrix.counts[cells[:, 0], cells[:, 1]]
         boundary = boundary_f1(pred.cpu().numpy(), mask.numpy(), model.num_classes).tolist()

@@ -641,13 +641,19 @@ def write_streets(root, classes, train=480, val=96, size=(256, 320), seed=0):
 
 
 def write_examples(root):
-    """Returns (root/picture.png, root/clip.mp4), drawn where missing; nothing trains on them."""
+    """Returns (root/picture.png, root/clip.mp4), drawn where missing; nothing trains on them.
+
+    Returns () where they are missing and cannot be written, as on a medium that is read-only.
+    """
     from utils import save_image, write_atomically   # not above: the processes that draw need no torch
     picture, clip = Path(root) / "picture.png", Path(root) / "clip.mp4"
-    if not picture.exists():
-        save_image(draw_scene(10_001, size=(480, 640))[0], picture)
-    if not clip.exists():
-        write_atomically(clip, write_clip)
+    try:
+        if not picture.exists():
+            save_image(draw_scene(10_001, size=(480, 640))[0], picture)
+        if not clip.exists():
+            write_atomically(clip, write_clip)
+    except OSError:
+        return ()
     return picture, clip
 
 

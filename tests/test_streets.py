@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import utils
 from dataio import streets
 
 CLASSES = [("sky", (70, 130, 180)), ("road", (128, 64, 128)), ("grass", (152, 251, 152)),
@@ -169,3 +170,18 @@ def test_refuses_a_folder_of_something_else(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="7 classes"):
         streets.write_streets(tmp_path / "new", CLASSES[:3], **SMALL)
+
+
+def test_examples_are_drawn_once_and_not_needed_where_nothing_can_be_written(tmp_path, monkeypatch):
+    picture, clip = streets.write_examples(tmp_path)
+    before = picture.stat().st_mtime_ns, clip.stat().st_mtime_ns
+    assert streets.write_examples(tmp_path) == (picture, clip)
+    assert (picture.stat().st_mtime_ns, clip.stat().st_mtime_ns) == before and clip.stat().st_size > 10_000
+
+    def read_only(path, write):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(utils, "write_atomically", read_only)
+    assert streets.write_examples(tmp_path) == (picture, clip)  # all there
+    clip.unlink()
+    assert streets.write_examples(tmp_path) == ()
