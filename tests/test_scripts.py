@@ -546,9 +546,27 @@ def test_a_clip_is_never_written_over_its_input(model_file, tmp_path, run):
 
 def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
     clip = write_clip(tmp_path / "clip.mp4", 20)
+
     open_capture = video.cv2.VideoCapture
+
+    class Camera:
+        """Plays the clip again and again: a camera never ends, however many frames are dropped."""
+
+        def __init__(self):
+            self.clip = open_capture(str(clip))
+
+        def __getattr__(self, name):
+            return getattr(self.clip, name)
+
+        def read(self):
+            good, frame = self.clip.read()
+            if not good:
+                self.clip = open_capture(str(clip))
+                good, frame = self.clip.read()
+            return good, frame
+
     monkeypatch.setattr(
-        video.cv2, "VideoCapture", lambda source: open_capture(str(clip) if source == 0 else source)
+        video.cv2, "VideoCapture", lambda source: Camera() if source == 0 else open_capture(source)
     )
     code, text, _ = run(
         infer_video, "--input", 0, "--max-frames", 5, "--model", model_file, "--out-dir", tmp_path
