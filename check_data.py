@@ -2,6 +2,7 @@
 
     python check_data.py --data-root my_photos                 # a folder of your own
     python check_data.py --dataset voc --data-root data
+    python check_data.py --data-root my_photos --fix clean_photos
 
 Reads every file once and writes OUT_DIR/check.png (overlays and the classes' shares). The exit code is 0
 where training can start, 1 where something must be repaired first, 2 where the data are not found or their
@@ -21,6 +22,8 @@ def parse_args(argv=None):
                         help="data set (default: folder)")
     parser.add_argument("--data-root", default="data", metavar="DIR",
                         help="folder that holds it (default: data)")
+    parser.add_argument("--fix", metavar="OUT",
+                        help="write a clean copy: images, PNG masks of class ids, classes.txt, split lists")
     parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where check.png goes (outputs)")
     return parser.parse_args(argv)
 
@@ -29,6 +32,7 @@ if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from shlex import quote
@@ -38,15 +42,19 @@ import numpy as np
 
 import utils
 import visualize
-from config import IGNORE, DataOptions, InputError
-from dataio.folder import MOST_CLASSES, check_root, class_pixels, decode_masks, find_layout, stored
-from dataio.readers import OUTSIDE, match_files, outside_message, ranges, read_pair
+from config import IGNORE, DataOptions, InputError, count_of
+from dataio.advice import Advice, advise, kind_of_255, value_facts
+from dataio.folder import MUCH_IGNORED, check_root, ignored_share
+from dataio.labels import class_file, class_pixels, decode_masks, read_classes, says, stored
+from dataio.layout import find_pairs
+from dataio.readers import OUTSIDE, outside_message, ranges, read_pair
+from dataio.repair import check_target, fix
 from dataio.scan import fits, in_parallel, scan_image, scan_mask
-from dataio.stratify import share_table, split_samples
+from dataio.stratify import ALIKE, share_table, split_samples
 from datasets import find_data
 
-ALIKE = 10  # bits of 256 in which the difference hashes of near duplicates may differ
-STRAY = 1e-3  # share of the pixels below which a mask value looks like an accident
+COPY = 10  # bits of 256 in which the looks of two versions of one image may differ
+MUCH_ALIKE = 0.2  # share of validation images with a near neighbor in training, above which to warn
 SHOWN = 8  # overlays in check.png, problems of one kind that are listed
 
 
@@ -71,41 +79,43 @@ class Report:
 
 
 def listed(text, paths):
-    """Return [text] where paths is None, else [their number, text and the first few], [] without any."""
+    """Return [text] where paths is None, else [their number, text and the first few], [] without any.
+
+    {one|several} in the text stands for the words that go with their number.
+    """
     if paths is None:
         return [text]
     if not paths:
         return []
+    text = re.sub(r"\{(.*?)\|(.*?)\}", lambda words: words[1 if len(paths) == 1 else 2], text)
     named = "".join(f"\n      {path}" for path in paths[:SHOWN])
     more = f"\n      and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     return [f"{len(paths)} {text}{named}{more}"]
 
 
 # --- finding the files ------------------------------------------------------------------------------------
-def find_folder_samples(root, report):
-    """Return {split: [Sample]} of a folder in any layout; what is unpaired goes into the report."""
-    splits = {}
-    for split, (images, masks) in find_layout(root).items():
-        splits[split], no_mask, no_image = match_files(images, masks)
-        report.problem(f"{split} images have no mask: add masks or move them", no_mask)
-        report.problem(f"{split} masks have no image: add images or move them", no_image)
-    return splits
-
-
 def find_samples(name, root, report):
-    """Return ({split: [Sample]}, DataSource or None for a folder). Raises InputError without any data."""
+    """Return ({split: [Sample]}, DataSource or None for a folder). Raises InputError without any data.
+
+    What is unpaired in a folder goes into the report.
+    """
     source = None
     if name == "folder":
         check_root(root)
-        splits = find_folder_samples(root, report)
+        found = find_pairs(root)
+        splits = found.splits
+        report.facts += found.notes
+        for lonely, text in ((found.no_mask, "{image has|images have} no mask: add masks or move them"),
+                             (found.no_image, "{mask has|masks have} no image: add images or move them")):
+            for split, paths in lonely.items():
+                report.problem(f"{split} {text}", paths)
     else:
         source = find_data(DataOptions(dataset=name, data_root=str(root)))
         splits = source.splits
-    if not any(splits.values()):
-        raise InputError(f"{root} holds no image with a mask of the same name")
     train, val = set(splits.get("train", [])), splits.get("val", [])
     leaks = [sample.image for sample in val if sample in train]
-    report.problem("validation images are in the training list too: scores would be too good", leaks)
+    report.problem("validation {image is|images are} in the training list too: scores would be too good",
+                   leaks)
     return splits, source
 
 
@@ -113,7 +123,7 @@ def find_samples(name, root, report):
 def readable(splits, images, masks, report):
     """Return {split: [Sample]} without the samples that cannot be read; those go into the report."""
     broken = [error for facts in (images, masks) for error in facts.values() if isinstance(error, InputError)]
-    report.problem("files cannot be read", broken)
+    report.problem("{file|files} cannot be read", broken)
     return {split: [sample for sample in samples if not isinstance(images[sample], InputError)
                     and not isinstance(masks[sample], InputError)] for split, samples in splits.items()}
 
@@ -125,17 +135,23 @@ def check_images(samples, images, masks, report):
         modes.setdefault(images[sample].mode, []).append(sample.image)
     report.facts.append("images: " + ", ".join(f"{len(paths)} {mode}" for mode, paths in modes.items()))
     odd = [path for mode, paths in modes.items() if mode != "RGB" for path in paths]
-    report.warn("images are not RGB (grayscale, transparent or 16 bit): read as RGB", odd)
+    report.warn("{image is|images are} not RGB (grayscale, transparent or 16 bit): read as RGB", odd)
+    depths = sorted({images[sample].depth for sample in samples} - {8})
+    if depths:
+        deep = sum(images[sample].depth > 8 for sample in samples)
+        report.facts.append(f"{count_of(deep, 'image')} deeper than 8 bit: scaled to 8 by the depth of the "
+                            f"values, {' or '.join(map(str, depths))} bit")
     turned = [sample for sample in samples if images[sample].orientation != 1]
     follows = [sample for sample in turned if images[sample].orientation >= 5
                and images[sample].size != images[sample].size[::-1]]
-    report.warn("images are turned upright by EXIF, and masks of the size as stored with them",
+    report.warn("{image is|images are} turned upright by EXIF, and masks of the size as stored with them",
                 [sample.image for sample in follows])
-    report.warn("images are turned upright by EXIF, but their masks stay as stored: look at check.png",
+    report.warn("{image is|images are} turned upright by EXIF, but their masks stay as stored: look at "
+                "check.png",
                 [sample.image for sample in turned if sample not in follows])
     differs = [sample.mask for sample in samples
                if not fits(masks[sample].size, images[sample].size, images[sample].orientation)]
-    report.warn("masks differ in size from their image: resized (nearest)", differs)
+    report.warn("{mask differs|masks differ} in size from {its|their} image: resized (nearest)", differs)
     shapes = {images[sample].size for sample in samples}
     smallest, largest = min(shapes, key=np.prod), max(shapes, key=np.prod)
     report.facts.append(f"sizes: {len(shapes)} different ones, {smallest[0]}x{smallest[1]} to "
@@ -154,74 +170,97 @@ def describe_masks(samples, masks, report):
         text = ranges(sorted(values))
         report.facts.append(f"mask values: {text if len(text) < 200 else text[:200] + ' ...'}")
     lossy = [path for kind, paths in kinds.items() if kind.endswith("JPEG") for path in paths]
-    report.problem("masks are JPEG files, which blur class borders into other classes: export PNG", lossy)
+    report.warn("{mask is a JPEG file, and JPEG blurs|masks are JPEG files, which blur} class borders: "
+                "export PNG, or see --fix", lossy)
 
 
 def suggest_classes(root, samples, masks, report):
-    """Add to the report a classes.txt that the masks at hand would fit, where one can be made up."""
-    pixels, files = {}, {}
-    painted = any(masks[sample].values is None for sample in samples)
-    for sample in samples:
-        mask = masks[sample]
-        codes = mask.colors if painted and mask.colors is not None else mask.values
-        for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
-            pixels[code] = pixels.get(code, 0) + count
-            files.setdefault(code, []).append(sample.mask)
-    if len(pixels) < 2:
-        report.hints.append("all masks hold one single value: there is nothing to learn, export them again")
-        return
-    if len(pixels) > MOST_CLASSES:
-        report.hints.append(
-            f"the masks hold {len(pixels)} different {'colors' if painted else 'values'}: "
-            "they are not class masks, or were blurred by a lossy format; export them again as PNG"
-        )
-        return
-    total, few = sum(pixels.values()), max(1, len(samples) // 20)
-    shown = {
-        code: f"({code >> 16}, {code >> 8 & 255}, {code & 255})" if painted else str(code) for code in pixels
-    }
-    stray = [code for code in sorted(pixels)
-             if pixels[code] < STRAY * total and len(files[code]) <= few and len(pixels) > 2]
-    for code in stray:
-        report.warn(f"masks hold the {'color' if painted else 'value'} {shown[code]}, {pixels[code]} "
-                    "pixels in all: an accident?", files[code])
-    kept = [code for code in sorted(pixels) if code not in stray]
-    void = IGNORE if not painted and len(kept) > 2 else None
-    lines, number = [], 0
-    for code in [*kept, *stray]:
-        name = "ignore" if code in stray or code == void else f"class {number}"
-        number += name != "ignore"
-        lines.append(f"{name} {code >> 16} {code >> 8 & 255} {code & 255}" if painted else f"{name} = {code}")
-    report.hints.append(
-        f"write this to {root / 'classes.txt'}, with names of your own (equal names are one class):\n"
-        + "\n".join(f"      {line}" for line in lines)
-    )
+    """Add to the report what the masks at hand could mean; return the Advice."""
+    advice = advise(samples, [masks[sample] for sample in samples])
+    for what, paths in advice.accidents.items():
+        report.warn(f"{{mask holds|masks hold}} {what}: an accident?", paths)
+    report.hints += advice.notes
+    if advice.blurred:
+        report.hints.append("the values between these come from resizing or a lossy format; write clean "
+                            f"masks: python check_data.py --data-root {quote(str(root))} --fix OUT\n"
+                            + indented(*advice.files.values()))
+    else:
+        show_files(root, advice, report)
+    return advice
+
+
+def indented(text):
+    """Return lines of text as they are shown below a hint."""
+    return "\n".join(f"      {line}" for line in text.splitlines())
+
+
+def show_files(root, advice, report):
+    """Add the classes.txt of an Advice to the hints of the report."""
+    if len(advice.files) > 1:
+        report.hints.append("choose between these, the masks do not tell:")
+    for title, text in advice.files.items():
+        report.hints.append(f"{f'if {title}, ' if title else ''}write this to {root / 'classes.txt'}, with "
+                            f"names of your own (equal names are one class):\n{indented(text)}")
 
 
 def decode(name, root, source, samples, masks, report):
-    """Return (classes, value table), or (None, None) where the masks do not fit; the report says why."""
+    """Return (classes, value table, Advice or None), the first two None where the masks do not fit; the
+    report says why.
+    """
     facts = [masks[sample] for sample in samples]
     if source is None:
         try:
             classes, table, notes = decode_masks(root, samples, facts)
         except InputError as error:
-            report.problem(str(error))
-            suggest_classes(root, samples, masks, report)
-            return None, None
+            report.problem(str(error).removesuffix(says(root)))
+            return None, None, suggest_classes(root, samples, masks, report)
         report.facts += notes
-        return classes, table
+        return classes, table, None
     wrong = [(sample, mask) for sample, mask in zip(samples, facts, strict=True)
              if mask.values is None or (source.table[mask.values] == OUTSIDE).any()]
     if not wrong:
-        return source.classes, source.table
+        return source.classes, source.table, None
     sample, mask = wrong[0]
     if mask.values is None:
-        text = f"{sample.mask} is painted in colors, {name} has index masks"
+        text = (f"{sample.mask} is painted in colors, {name} has masks of class numbers; for masks in colors "
+                "of your own, give --dataset folder")
     else:
         outside = source.table[mask.values] == OUTSIDE
         text = outside_message(sample.mask, mask.values[outside], mask.counts[outside], source.table)
-    report.problem(f"masks hold values that are no class: {text}", [sample.mask for sample, _ in wrong])
-    return None, None
+    report.problem(f"{{mask holds|masks hold}} values that are no class: {text}",
+                   [sample.mask for sample, _ in wrong])
+    return None, None, None
+
+
+def check_ignored(root, source, samples, masks, table, classes, pixels, report):
+    """Report the share of ignored pixels; of a folder, warn where it is large or 255 looks like a class.
+
+    Returns the Advice where 255 may be a class, or only one has pixels, else None. pixels: {sample: (K,)}.
+    """
+    share = ignored_share([(stored(masks[sample], table), masks[sample].counts) for sample in samples], table)
+    report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
+    if source is not None:
+        return None
+    if share > MUCH_IGNORED:
+        report.warn(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a class?")
+    if (sum(pixels.values()) > 0).sum() == 1:
+        return suggest_classes(root, samples, masks, report)
+    path, white = class_file(root), [sample for sample in samples if masks[sample].values is not None
+                                     and IGNORE in masks[sample].values]
+    said = path and any(entry.name == "ignore" or entry.value is not None or entry.color
+                        for entry in read_classes(path))
+    if len(table) > 65536 or table[IGNORE] != IGNORE or not white or said:
+        return None
+    facts = value_facts(white, painted=False)
+    if kind_of_255(facts[IGNORE], len(samples)) == "void":
+        return None
+    named = [name for name, _ in classes]
+    advice = Advice({title: "\n".join([*(f"{name} = {id}" for id, name in enumerate(named)), last]) + "\n"
+                     for title, last in (("255 is a class", f"class {len(named)} = 255"),
+                                         ("255 is not labeled", "ignore = 255"))})
+    report.warn("255 is read as not labeled, and does not lie between other values as a border does")
+    show_files(root, advice, report)
+    return advice
 
 
 def check_classes(splits, pixels, classes, report):
@@ -233,13 +272,16 @@ def check_classes(splits, pixels, classes, report):
         missing = [name for id, (name, _) in enumerate(classes) if not counts[:, id].any()]
         if len(missing) == len(classes):
             report.problem(f"the masks of {split} hold nothing but ignored pixels: there is nothing to learn")
+        elif len(missing) == len(classes) - 1 and split == "train":
+            name = next(name for name, _ in classes if name not in missing)
+            report.problem(f"only one class, {name}, has pixels in {split}: there is nothing to learn")
         elif missing:
             more = f" and {len(missing) - SHOWN} more classes" if len(missing) > SHOWN else ""
             report.warn(f"no pixel of {', '.join(missing[:SHOWN])}{more} in {split}")
         nothing = [sample.mask for sample, row in zip(samples, counts, strict=True) if not row.any()]
-        report.warn(f"masks of {split} hold nothing but ignored pixels", nothing)
+        report.warn(f"{{mask|masks}} of {split} {{holds|hold}} nothing but ignored pixels", nothing)
         single = [sample.mask for sample, row in zip(samples, counts, strict=True) if (row > 0).sum() == 1]
-        report.warn(f"masks of {split} hold a single class (empty?)", single)
+        report.warn(f"{{mask|masks}} of {split} {{holds|hold}} a single class (empty?)", single)
 
 
 def check_duplicates(splits, images, report):
@@ -248,18 +290,24 @@ def check_duplicates(splits, images, report):
     digests = {images[sample].digest: sample.image for sample in train}
     same = [f"{sample.image} = {digests[images[sample].digest]}" for sample in val
             if digests.get(images[sample].digest, sample.image) != sample.image]
-    report.problem("validation images are copies of training images: remove one of each", same)
+    report.problem("validation {image is a copy of a training image|images are copies of training images}: "
+                   "remove one of each", same)
     if not train or not val:
         return
     looks = np.stack([images[sample].look for sample in train])  # (N, 4)
-    near = []
+    near, neighbors = [], 0
     for sample in val:
         distance = np.bitwise_count(looks ^ images[sample].look).sum(1)
         closest = int(distance.argmin())
         copy = images[sample].digest == images[train[closest]].digest
-        if distance[closest] <= ALIKE and not copy and images[sample].look.any():
+        if distance[closest] <= COPY and not copy and images[sample].look.any():
             near.append(f"{sample.image} ~ {train[closest].image}")
-    report.warn("validation images look like training images (neighboring frames?)", near)
+        neighbors += int(distance[closest]) <= ALIKE
+    report.warn("validation {image looks|images look} like training images (neighboring frames?)", near)
+    if neighbors > MUCH_ALIKE * len(val):
+        share = f"{neighbors} of {count_of(len(val), 'validation image')} ({neighbors / len(val):.0%})"
+        report.warn(f"{share} have a near neighbor in training, as frames of one clip do: their score says "
+                    "little about other scenes; validate on other clips (val/ or val.txt)")
 
 
 # --- output -----------------------------------------------------------------------------------------------
@@ -267,8 +315,9 @@ def draw(samples, classes, table, pixels, path):
     """Write check.png: overlays of a few masks, the legend, and every class's share of the pixels."""
     from matplotlib.figure import Figure
     columns = SHOWN // 2
-    figure = Figure(figsize=(4 * columns, 6 + 1 + 0.28 * len(classes)), layout="constrained")
-    grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, 1 + 0.28 * len(classes)])
+    bars = 1 + min(0.28 * len(classes), visualize.LARGEST_PLOT)  # inches
+    figure = Figure(figsize=(4 * columns, 6 + bars), layout="constrained")
+    grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
     chosen = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int)
     for position, index in enumerate(chosen.tolist()):
@@ -277,7 +326,7 @@ def draw(samples, classes, table, pixels, path):
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[position // columns, position % columns])
         axes.imshow(visualize.overlay(image, mask, colors, 0.6, visualize.background_id(classes)))
-        axes.set_title(samples[index].image.name, fontsize=9)
+        axes.set_title(visualize.short(samples[index].image.name), fontsize=9)
         axes.axis("off")
     total = np.stack(list(pixels.values())).sum(0)
     shares = 100 * total / max(1, total.sum())
@@ -287,7 +336,7 @@ def draw(samples, classes, table, pixels, path):
     )
     for row, share in enumerate(shares):
         axes.text(share, row, f" {share:.2f} %", va="center")
-    axes.set_yticks(range(len(classes)), [name for name, _ in classes])
+    visualize.name_ticks(axes.yaxis, classes, min(10, 60 * bars / len(classes)))
     axes.set(xlabel="share of all counted pixels, %", ylim=(len(classes) - 0.5, -0.5))
     visualize.save_figure(figure, path)
 
@@ -299,15 +348,17 @@ def print_report(report, command):
         for item in items:
             print(f"{title}: {item}")
     if report.problems:
-        print(f"verdict: not ready, {len(report.problems)} problem(s) to solve first")
+        print(f"verdict: not ready, {count_of(len(report.problems), 'problem')} to solve first")
     else:
-        print(f"verdict: ready, with {len(report.warnings)} warning(s). Train with:\n  {command}")
+        print(f"verdict: ready, with {count_of(len(report.warnings), 'warning')}. Train with:\n  {command}")
 
 
 def main():
-    """Scan, report, draw; return 1 where something must be repaired."""
+    """Scan, report, draw, maybe write a clean copy; return 1 where something must be repaired."""
     args = parse_args()
     root, report, start = Path(args.data_root), Report(), time.perf_counter()
+    if args.fix:
+        check_target(Path(args.fix), root)
     splits, source = find_samples(args.dataset, root, report)
     samples = list(dict.fromkeys(sample for part in splits.values() for sample in part))
     images = dict(
@@ -319,27 +370,35 @@ def main():
     count = len(samples)
     splits = readable(splits, images, masks, report)
     samples = [sample for sample in samples if any(sample in part for part in map(set, splits.values()))]
-    report.facts.append(f"{args.dataset} under {root}: {count} pairs ("
+    report.facts.insert(0, f"{args.dataset} under {root}: {count_of(count, 'pair')} ("
                         + ", ".join(f"{len(part)} {split}" for split, part in splits.items())
                         + f") read in {time.perf_counter() - start:.1f} s")
     if not splits.get("train"):
         report.problem("there is no training image that can be read: this part is only good to evaluate on")
+    classes = table = advice = None
     if samples:
         check_images(samples, images, masks, report)
         describe_masks(samples, masks, report)
-        classes, table = decode(args.dataset, root, source, samples, masks, report)
+        classes, table, advice = decode(args.dataset, root, source, samples, masks, report)
         if classes:
             scans = [(stored(masks[sample], table), masks[sample].counts) for sample in samples]
             pixels = dict(zip(samples, class_pixels(scans, table, len(classes)), strict=True))
+            advice = check_ignored(root, source, samples, masks, table, classes, pixels, report)
             if "val" not in splits and len(splits["train"]) > 1:
                 train = splits["train"]
-                splits.update(split_samples(train, np.stack([pixels[sample] for sample in train]), 0.2))
+                parts, said = split_samples(train, np.stack([pixels[sample] for sample in train]), 0.2)
+                report.facts.append(f"no validation part: {len(parts['val'])} of {len(train)} images would "
+                                    f"validate, {said}")
+                splits.update(parts)
             check_classes(splits, pixels, classes, report)
             utils.make_folder(args.out_dir)
             draw(samples, classes, table, pixels, Path(args.out_dir) / "check.png")
             report.facts.append(f"picture: {Path(args.out_dir) / 'check.png'}")
         check_duplicates(splits, images, report)
     print_report(report, f"python train.py --dataset {args.dataset} --data-root {quote(str(root))}")
+    if args.fix:
+        fix(root, splits, masks, images, classes, table, advice, Path(args.fix))
+        return 0
     return 1 if report.problems else 0
 
 

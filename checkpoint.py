@@ -18,7 +18,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import utils
-from config import DataOptions, InputError
+from config import DataOptions, InputError, count_of
 from dataio.classes import ADE20K, VOC
 from distributed import all_reduce, is_main_process, world_size
 from engine import LOG_EVERY
@@ -233,8 +233,9 @@ class Run:
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
         processes = saved["processes"]
         if processes != self.facts["processes"]:
-            raise InputError(f"the run was trained by {processes} processes, which make a batch together, "
-                             f"and now by {self.facts['processes']}: torchrun --nproc-per-node {processes}")
+            raise InputError(f"the run made its steps from the batches of {processes} "
+                             f"process{'es' * (processes > 1)}, and would now of {self.facts['processes']}: "
+                             f"torchrun --nproc-per-node {processes}")
         if any(saved[name] != value for name, value in self.facts.items()):
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
                              "or changed): restore it, or start a new run without --resume")
@@ -249,8 +250,9 @@ class Run:
             if now != saved.get(name, now):
                 print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ a little")
         if self.settings["epochs"] != saved["config"]["epochs"] and self.settings["scheduler"] != "none":
-            print(f"note: the learning rate follows {self.settings['epochs']} epochs from here on")
-        within = f", {self.progress['batches']} batches into the next" if self.progress else ""
+            epochs = count_of(self.settings["epochs"], "epoch")
+            print(f"note: the learning rate follows {epochs} from here on")
+        within = f" and batch {self.progress['batches']} of the next" if self.progress else ""
         print(f"resumed after epoch {saved['epoch']}{within}")
 
     def restore_state(self, saved):
@@ -282,12 +284,13 @@ class Run:
         self.described = True
 
     def pack(self, **more):
-        """Return the model as a checkpoint, with the settings and the latest scores."""
+        """Return the model as a checkpoint, with the settings, the data it was trained on, the latest scores.
+        """
         scores = self.history[-1] if self.history else {}
         return pack_checkpoint(
             self.model, self.classes, self.settings["imgsz"], epoch=len(self.history), config=self.settings,
             metrics={name.removeprefix("val_"): scores[name] for name in scores if name.startswith("val_")},
-            **more)
+            **self.facts, **more)
 
     def save(self):
         """Write last.pth, from which --resume continues, within an epoch too."""
@@ -301,7 +304,7 @@ class Run:
         state = self.pack(
             optimizer=optimization.optimizer.state_dict(), scaler=optimization.precision.scaler.state_dict(),
             step=self.step, history=self.history, counts=self.counts, progress=progress,
-            random=random_state(), origins=self.origins, **self.circumstances(), **self.facts)
+            random=random_state(), origins=self.origins, **self.circumstances())
         utils.save_checkpoint(state, self.folder.path / "last.pth")
         self.folder.save()
 
@@ -342,7 +345,8 @@ class Run:
             if self.so_far and (validating or self.optimization.accumulate == 1) and world_size() == 1:
                 self.save()
                 epoch = len(self.history) + 1
-                print(f"saved in epoch {epoch} after {self.step} steps: --resume continues there", flush=True)
+                print(f"saved in epoch {epoch} after {count_of(self.step, 'step')}: --resume continues there",
+                      flush=True)
             raise
 
     def save_if_due(self):
@@ -357,5 +361,5 @@ class Run:
             self.save()
         if asked:
             raise utils.Stopped(self.stop.asked or signal.SIGTERM,
-                                f"stopped in epoch {len(self.history) + 1} after {self.step} steps in all; "
-                                "--resume continues there")
+                                f"stopped in epoch {len(self.history) + 1} after "
+                                f"{count_of(self.step, 'step')} in all; --resume continues there")

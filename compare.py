@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import utils
 import visualize
 from checkpoint import load_model
-from config import InputError
+from config import InputError, count_of
 from metrics import best_row
 
 MUST_AGREE = {"data_fingerprint": "the data files", "split_fingerprint": "the training / validation split",
@@ -86,7 +86,8 @@ def read_run(folder):
         if missing:
             raise InputError(f"{folder / name} has no {', '.join(sorted(missing))}: train with this version")
     if len(history) < config["epochs"]:
-        raise InputError(f"{folder} has {len(history)} of its {config['epochs']} epochs: finish it first "
+        epochs = count_of(config["epochs"], "epoch")
+        raise InputError(f"{folder} has {len(history)} of its {epochs}: finish it first "
                          f"(python train.py --resume --out-dir {folder})")
     return Run(folder.name, folder, config, history)
 
@@ -183,7 +184,7 @@ def draw(runs, path):
     curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.3)
     curves.legend(title="best mIoU")
-    bars.set_yticks(range(len(names)), names)
+    bars.set_yticks(range(len(names)), map(visualize.short, names))
     bars.set(xlabel="IoU at the best epoch", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     bars.grid(alpha=0.3, axis="x")
     visualize.save_figure(figure, path)

@@ -19,6 +19,11 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: what, which file or flag, what to do."""
 
 
+def count_of(number, noun):
+    """Return a count as text: '1 mask', '0 masks', '3 masks'."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 # --- names ------------------------------------------------------------------------------------------------
 @lru_cache
 def registered(file, registry):

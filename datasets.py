@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from config import IGNORE, InputError
+from config import IGNORE, InputError, count_of
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
 from dataio.dataloader import mixed_seed
 from dataio.folder import folder
-from dataio.readers import (OUTSIDE, DataSource, Sample, existing, index_table, list_images, pair_files,
-                            read_list, read_mask, read_orientation, read_pair, rotate_like, value_table)
+from dataio.pairs import existing, list_images, pair_files, read_list
+from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask,
+                            read_orientation, read_pair, rotate_like, value_table)
 from dataio.stratify import count_pixels, share_table, split_samples
 from dataio.transforms import augment, resize_image, wanted_size
 
@@ -240,23 +241,49 @@ def quick_check(source, count=8):
     """
     for split, samples in source.splits.items():
         spread = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int).tolist()
-        labeled = [(read_mask(samples[index].mask, source.table) != IGNORE).any() for index in spread]
-        if samples and not any(labeled) and not any(
-                (read_mask(sample.mask, source.table) != IGNORE).any() for sample in samples):
+        labeled = [classes_in(samples[index], source) for index in spread]
+        if samples and not any(labeled) and not any(classes_in(sample, source) for sample in samples):
             raise InputError(
                 f"the masks of {split}, such as {samples[0].mask}, hold nothing but ignored pixels: "
                 "there is nothing to learn; python check_data.py says more"
             )
 
 
+def classes_in(sample, source):
+    """Return the set of class ids in a sample's mask. Raises InputError where it does not fit."""
+    try:
+        found = np.bincount(read_mask(sample.mask, source.table).ravel(), minlength=256)
+    except PaintedMask as error:
+        if source.name == "folder":
+            raise
+        raise InputError(f"{error}; --dataset {source.name} needs those: for masks in colors of your own, "
+                         "list them in a classes.txt and give --dataset folder") from None
+    return set(np.flatnonzero(found[:IGNORE]).tolist())
+
+
+def check_trainable(source):
+    """Raise InputError where the training masks hold no two classes. Reads until it has found two."""
+    samples, found = source.splits["train"], set()
+    if not samples:
+        raise InputError(f"{source.name} has no training image of its own: complete the data set, or correct "
+                         "its lists")
+    for sample in samples:
+        found |= classes_in(sample, source)
+        if len(found) > 1:
+            return
+    names = ", ".join(source.classes[id][0] for id in found)
+    raise InputError(f"all pixels of the {count_of(len(samples), 'training mask')} that count are {names}: "
+                     "there is nothing to learn; python check_data.py says more")
+
+
 def without_leaks(source):
     """Return a DataSource that trains on no validation or test image, with a note where it did."""
-    val = {*source.splits["val"], *source.splits.get("test", [])}
+    val = {*source.splits.get("val", []), *source.splits.get("test", [])}
     kept = [sample for sample in source.splits["train"] if sample not in val]
     leaks = len(source.splits["train"]) - len(kept)
     if not leaks:
         return source
-    note = f"{leaks} training images are validation images too: left out of training"
+    note = f"{count_of(leaks, 'training image')} of validation or test: left out of training"
     return dataclasses.replace(source, splits={**source.splits, "train": kept}, notes=[*source.notes, note])
 
 
@@ -264,8 +291,8 @@ def split_anew(source, val_fraction, cache_dir):
     """Return a DataSource with training and validation images pooled and split anew, stratified."""
     samples = sorted({*source.splits["train"], *source.splits["val"]})
     pixels = count_pixels(samples, source.table, len(source.classes), cache_dir)
-    splits = split_samples(samples, pixels, val_fraction)
-    notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate (stratified)",
+    splits, said = split_samples(samples, pixels, val_fraction)
+    notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate, {said}",
              *share_table(dict(zip(samples, pixels, strict=True)), splits, source.classes)]
     return dataclasses.replace(source, splits={**source.splits, **splits}, notes=source.notes + notes)
 

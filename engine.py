@@ -246,14 +246,16 @@ def train_one_epoch(objective, batches, optimization, step, progress=None, after
     that are done: dict(batches, images, sums, counts). In every process, so_far() must be called or in none.
 
     Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the
-    network saw them, images_per_s, data_wait (share of the time in which the next batch was not ready), step
-    (the next optimizer step). Raises FloatingPointError for a loss that is not finite.
+    network saw them, images_per_s, data_wait (share of the time in which the next batch was not ready; both
+    None where `progress` left no batch), step (the next optimizer step). Raises FloatingPointError for a loss
+    that is not finite.
     """
     device, precision = next(objective.parameters()).device, optimization.precision
     matrix = ConfusionMatrix(getattr(objective, "module", objective).num_classes, device)
     if progress and is_main_process():
         matrix.counts += progress["counts"].to(device)
-    log, weights, done = LossLog(batches, progress), 0.0, progress["batches"] if progress else 0
+    log, weights, before = LossLog(batches, progress), 0.0, progress["batches"] if progress else 0
+    done = before
 
     def so_far():
         return dict(log.totals(), batches=done, counts=all_reduce(matrix.counts).cpu())
@@ -279,8 +281,10 @@ def train_one_epoch(objective, batches, optimization, step, progress=None, after
                 after_step(step, so_far)
     broadcast_buffers(objective)
     matrix.counts = all_reduce(matrix.counts)
-    return dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), images_per_s=log.rate(),
-                data_wait=log.waited / log.seconds(), step=step)
+    means, trained = log.means(), done > before  # the means read the last losses, which the rate counts
+    return dict(means, accuracy=matrix.pixel_accuracy(), miou=matrix.miou(),
+                images_per_s=log.rate() if trained else None,
+                data_wait=log.waited / log.seconds() if trained else None, step=step)
 
 
 def set_lr(optimizer, factor):

@@ -24,8 +24,8 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", choices=names("dataset"),
                         help="data set (default: the one the model was trained on)")
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds it (default: as in training)")
-    parser.add_argument("--split", choices=["train", "val", "test", "all"], default="val",
-                        help="part of it (default: val)")
+    parser.add_argument("--split", choices=["train", "val", "test", "all"],
+                        help="part of it (default: val; of another folder without one, all)")
     add_imgsz_flag(parser)
     add_protocol_flags(parser)
     parser.add_argument("--batch-size", type=positive_int, default=8,
@@ -41,6 +41,7 @@ if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
 import csv
+import dataclasses
 import io
 import json
 from functools import partial
@@ -57,6 +58,7 @@ import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, InputError
 from dataio.dataloader import make_loader, naming_files
+from dataio.labels import class_file
 from dataio.readers import read_image
 from datasets import SegmentationDataset, load_data
 from inference.predictor import Predictor, choose_protocol, views_of
@@ -72,17 +74,39 @@ FIGURES = {"per_class_iou.png": "IoU of every class", "confusion_matrix.png": "c
 
 # --- scoring ----------------------------------------------------------------------------------------------
 def open_data(args, checkpoint):
-    """Return the DataSource to score on, split as it was in training. Raises InputError."""
-    options = data_options(checkpoint, args.dataset, args.data_root)
-    data = load_data(options, Path(args.out_dir) / "cache")
-    own, found = [name for name, _ in checkpoint["classes"]], [name for name, _ in data.classes]
+    """Return (DataSource to score on, the split to score). Raises InputError.
+
+    The training's data come split as they were in training; another folder is not split by chance: where it
+    has no validation part, all of it is scored.
+    """
+    options, cache_dir = data_options(checkpoint, args.dataset, args.data_root), Path(args.out_dir) / "cache"
+    own, trained = [name for name, _ in checkpoint["classes"]], checkpoint.get("config", {})
+    other = trained.get("dataset"), Path(trained.get("data_root", "")).resolve()
+    if options.dataset == "folder" and not class_file(Path(options.data_root)):
+        options = dataclasses.replace(options, classes=tuple(own))
+    if options.dataset == "folder" and other != ("folder", Path(options.data_root).resolve()):
+        data = load_data(dataclasses.replace(options, val_fraction=0, resplit=False), cache_dir)
+        if other[0] == "folder" and same_data(data, checkpoint):  # the training's folder was moved
+            data = load_data(options, cache_dir)
+    else:
+        data = load_data(options, cache_dir)
+        if options.dataset == other[0] and not same_data(data, checkpoint):
+            print("warning: files were added, removed or changed since training: images that are scored here "
+                  "may have been trained on")
+    found = [name for name, _ in data.classes]
     if own != found:
         first = next((pair for pair in zip(own, found, strict=False) if pair[0] != pair[1]), None)
         detail = f"class {first[0]} against {first[1]}" if first else (f"{len(own)} classes against "
                                                                       f"{len(found)}")
         raise InputError(f"the model's classes are not those of --dataset {options.dataset} ({detail}): "
                          "evaluate it on a data set with its classes")
-    return data
+    return data, args.split or ("val" if "val" in data.splits else "all")
+
+
+def same_data(data, checkpoint):
+    """Return whether a DataSource has the files that a model was trained on; True where that is not known."""
+    now = data.fingerprints()["data_fingerprint"]
+    return checkpoint.get("data_fingerprint", now) == now
 
 
 def samples_of(data, split):
@@ -167,12 +191,12 @@ def file_hash(model, path):
     return hash_state(model.state_dict())[:16]
 
 
-def describe(args, data, samples, predictor):
+def describe(args, data, split, samples, predictor):
     """Return the protocol as a dict of plain values: all that a score depends on."""
     model, protocol = predictor.model, predictor.protocol
     return dict(
         dataset=data.name,
-        split=args.split,
+        split=split,
         images=len(samples),
         classes=len(data.classes),
         ignore=IGNORE,
@@ -340,11 +364,11 @@ def main():
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
     predictor = Predictor(model, checkpoint, args.device, protocol)
-    data = open_data(args, checkpoint)
-    samples = samples_of(data, args.split)
+    data, split = open_data(args, checkpoint)
+    samples = samples_of(data, split)
     out_dir = Path(args.out_dir) / "evaluation"
     utils.make_folder(out_dir)
-    described = describe(args, data, samples, predictor)
+    described = describe(args, data, split, samples, predictor)
     for note in data.notes:
         print(f"  {note}")
     print(protocol_line(described), flush=True)

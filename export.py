@@ -53,7 +53,7 @@ from inference.predictor import make_protocol
 
 AGREEMENT = 0.999  # of the pixels, between the exported file and PyTorch, both in float32
 CHECKED = 4  # real images, and as many random ones
-PLAIN_KEYS = ("format", "version", "classes", "config", "epoch", "metrics", "protocol")
+PLAIN_KEYS = ("format", "version", "classes", "config", "epoch", "metrics", "protocol", "data_fingerprint")
 
 
 def output_path(args):

@@ -41,8 +41,8 @@ from tqdm import tqdm
 import utils
 import visualize
 from checkpoint import load_model
-from config import InputError
-from dataio.readers import IMAGE_ENDINGS, read_image
+from config import InputError, count_of
+from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference.predictor import Predictor, choose_protocol
 from inference.video import ReadAhead, WriteBehind
 
@@ -79,9 +79,10 @@ def output_names(paths):
 
 
 def read_or_error(path):
-    """Return an image (3, H, W) uint8, or the InputError that says why there is none."""
+    """Return (image (3, H, W) uint8, its depth in bits), or the InputError that says why there is none."""
     try:
-        return read_image(path)
+        image, _, _, depth = read_upright(path)
+        return image, depth
     except InputError as error:
         return error
 
@@ -107,7 +108,7 @@ def main():
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
     out_dir = Path(args.out_dir) / "inference_results_image"
     utils.make_folder(out_dir)
-    failed = 0
+    failed, depths = 0, set()
 
     def save(image, pred, name):
         drawn = visualize.overlay(image, pred, table, args.alpha, keep)
@@ -117,12 +118,14 @@ def main():
     # the next files are read and the last ones written while the model looks at one
     with (ReadAhead(map(read_or_error, paths)) as images, WriteBehind(save) as writer,
           tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar):
-        for path, name, image in zip(paths, output_names(paths), images, strict=True):
+        for path, name, found in zip(paths, output_names(paths), images, strict=True):
             bar.update()
-            if isinstance(image, InputError):
+            if isinstance(found, InputError):
                 failed += 1
-                tqdm.write(f"skipped: {image}", file=sys.stderr)
+                tqdm.write(f"skipped: {found}", file=sys.stderr)
                 continue
+            image, depth = found
+            depths.add(depth)
             pred = predictor(image[None])[0]  # (3, H, W) -> (H, W)
             pixels = image.permute(1, 2, 0).numpy()
             writer.put(pixels, pred, name)
@@ -131,8 +134,12 @@ def main():
                 visualize.show_window(visualize.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
     if failed < len(paths):
         utils.save_image(visualize.legend(classes), out_dir / "legend.png")
-    print(f"{len(paths) - failed} of {len(paths)} images segmented ({predictor}); overlays, masks and "
-          f"legend.png are in {out_dir}")
+    if deep := sorted(depths - {8}):
+        bits = ", ".join(f"{depth} bit" for depth in deep)
+        print(f"images deeper than 8 bit were scaled by the depth of their values: {bits}")
+    count = count_of(len(paths), "image")
+    print(f"{len(paths) - failed} of {count} segmented ({predictor}); overlays, masks and legend.png are in "
+          f"{out_dir}")
     return 0 if not failed else 1 if failed < len(paths) else 2
 
 

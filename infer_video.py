@@ -40,7 +40,7 @@ from pathlib import Path
 import utils
 import visualize
 from checkpoint import load_model
-from config import InputError
+from config import InputError, count_of
 from inference.predictor import Predictor, choose_protocol
 from inference.video import Pipeline, VideoReader, VideoWriter
 
@@ -91,27 +91,29 @@ def main():
         try:
             stages, dropped = pipeline.run(stop)
         except OSError as error:
-            raise InputError(f"{path} cannot be written after {writer.frames} frames ({error.strerror}); "
+            frames = count_of(writer.frames, "frame")
+            raise InputError(f"{path} cannot be written after {frames} ({error.strerror}); "
                              "what was written before is playable") from None
     seconds, count = time.perf_counter() - start, writer.frames
     if count == 0:
         print("stopped before the first frame; nothing was written")
         return 130
     spent = ", ".join(f"{stage} {1000 * busy / count:.1f} ms" for stage, busy in stages.items())
-    print(f"{count} frames in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end ({predictor}); "
+    frames = count_of(count, "frame")
+    print(f"{frames} in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end ({predictor}); "
           f"in parallel, per frame {spent}")
     print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
           f"{'with its sound' if writer.sound and writer.sound.seconds else 'without sound'}")
     if dropped:
-        print(f"{dropped} frames came faster than they could be segmented and were dropped")
+        print(f"{count_of(dropped, 'frame')} came faster than the model could follow: dropped")
     if stop.asked:
-        print(f"stopped after {count} frames; the clip so far is whole")
+        print(f"stopped after {frames}; the clip so far is whole")
         return 0 if reader.live or args.show else 130
     if not args.max_frames and reader.ended_early(count):
         raise InputError(f"--input {args.input} ended after {count} of {reader.count} frames: the file is "
                          f"damaged or cut off; what could be read is in {path}")
     if reader.live and not args.max_frames:
-        print(f"the stream ended after {count} frames")
+        print(f"the stream ended after {frames}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from config import IGNORE
 
 BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal, as Csurka et al. use
+BOUNDARY_BAND = 0.02  # of the diagonal: ignored pixels up to this wide between two classes are their border
 
 
 class ConfusionMatrix:
@@ -104,12 +105,13 @@ def best_row(history):
 
 # --- boundaries -------------------------------------------------------------------------------------------
 def boundary_f1(pred, truth, num_classes):
-    """Return the boundary F1 of one image, (K,) float64; NaN for a class in neither pred nor truth.
+    """Return the boundary F1 of one image, (K,) float64; NaN for a class in neither pred nor truth, or
+    without a known border in both: as for a class that is absent, agreeing on nothing earns no score.
 
     pred, truth: (H, W) uint8 class ids, truth with 255 = ignore. A class that is in one of them only scores
-    0. A boundary pixel of a class touches (4 neighbors) a pixel of another class that is not ignored.
-    Precision is the share of predicted boundary pixels within BOUNDARY_TOLERANCE of a true one, recall the
-    reverse. Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013.
+    0. Boundaries as in boundary_pixels, pred ignored where truth is. Precision is the share of predicted
+    boundary pixels within BOUNDARY_TOLERANCE of a true one, recall the reverse. Csurka et al., What is a
+    good evaluation measure for semantic segmentation?, BMVC 2013.
     """
     pred = np.where(truth == IGNORE, IGNORE, pred).astype(np.uint8)
     edges = boundary_pixels(pred), boundary_pixels(truth)
@@ -124,23 +126,33 @@ def boundary_f1(pred, truth, num_classes):
 
 
 def boundary_pixels(labels):
-    """Return (H, W) bool: pixels that touch (4 neighbors) another class, ignored pixels left out."""
-    edge = np.zeros(labels.shape, bool)
-    for a, b in (((slice(1, None), slice(None)), (slice(None, -1), slice(None))),
-                 ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):
-        differs = (labels[a] != labels[b]) & (labels[a] != IGNORE) & (labels[b] != IGNORE)
-        edge[a] |= differs
-        edge[b] |= differs
-    return edge
+    """Return (H, W) bool: pixels that touch (4 neighbors) another class, or that touch an ignored pixel and
+    have another class within BOUNDARY_BAND: VOC and Pets draw an ignored line around every object.
+
+    labels: (H, W) uint8, 255 = ignore.
+    """
+    ignored = labels == IGNORE
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    side = 2 * max(1, int(BOUNDARY_BAND * math.hypot(*labels.shape))) + 1
+    lowered = np.where(ignored, 0, labels).astype(np.uint8)  # 255 is already neutral in a minimum
+
+    def others(kernel):
+        return (cv2.dilate(lowered, kernel) != labels) | (cv2.erode(labels, kernel) != labels)
+
+    edge = others(cross)
+    if ignored.any():
+        beside = cv2.dilate(ignored.astype(np.uint8), cross) > 0
+        edge |= beside & others(np.ones((side, side), np.uint8))
+    return edge & ~ignored
 
 
 def class_boundary_f1(found, wanted, radius):
     """Return the F1 of boundary pixels `found` against `wanted`, both (H, W) bool, within `radius` pixels.
 
-    1 where neither has any, 0 where only one has.
+    NaN where neither has any, 0 where only one has.
     """
     if not found.any() or not wanted.any():
-        return float(not found.any() and not wanted.any())
+        return 0.0 if found.any() or wanted.any() else math.nan
     rows, columns = np.nonzero(found | wanted)  # distances beyond the pixels at hand are of no interest
     box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
     found, wanted = np.ascontiguousarray(found[box]), np.ascontiguousarray(wanted[box])

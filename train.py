@@ -17,12 +17,14 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 
 import dataclasses
 import math
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from shlex import quote
 
-from config import FIELDS, InputError, parse_train_args, resolve
+from config import FIELDS, InputError, count_of, parse_train_args, resolve
 
 if __name__ == "__main__":
     parse_train_args(description=__doc__)  # --help and wrong flags are answered before torch is imported
@@ -38,7 +40,7 @@ from checkpoint import Run, read_checkpoint
 from dataio.dataloader import make_loader, naming_files
 from dataio.feature_cache import cache_features, check_cacheable
 from dataio.stratify import count_pixels
-from datasets import SegmentationDataset, load_data
+from datasets import SegmentationDataset, check_trainable, load_data
 from distributed import init_distributed, is_main_process, main_process_first, rank, world_size
 from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row
@@ -150,10 +152,26 @@ def print_epoch(title, row, better):
     """Print one line about an epoch, the row of the history."""
     if math.isnan(row["val_miou"]):
         print("warning: no validation pixel counts, the masks hold nothing but ignored ones")
+    rate, wait = row["train_images_per_s"], row["train_data_wait"]
+    pace = "trained before it was resumed" if rate is None else \
+        f"{rate:.1f} images/s, {wait:.0%} of it waiting for data"
     print(f"{title}: loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, accuracy "
           f"{row['val_accuracy']:.4f}, mIoU {row['val_miou']:.4f}{' (best so far)' if better else ''}, "
-          f"{row['train_images_per_s']:.1f} images/s, {row['train_data_wait']:.0%} of it waiting for data, "
-          f"{row['seconds']:.1f} s", flush=True)
+          f"{pace}, {row['seconds']:.1f} s", flush=True)
+
+
+def command():
+    """Return the command line of this run, as a shell takes it."""
+    launch = ["python"] if world_size() == 1 else ["torchrun", "--nproc-per-node", str(world_size())]
+    return shlex.join([*launch, *sys.argv])
+
+
+def how_to_go_on(folder, config):
+    """Return the line for a run that was interrupted: what is kept, and what continues it."""
+    if folder.saved or config.resume:
+        return "stopped; --resume continues from what was saved last"
+    kept = f"; the features in {config.cache_features} are kept" if config.cache_features else ""
+    return f"stopped before the run saved anything{kept}; go on with: {command()}"
 
 
 def print_result(history, data, out_dir):
@@ -178,11 +196,16 @@ def print_result(history, data, out_dir):
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
+@utils.stopping_at_once(lambda: f"stopped before the run began; start it again with: {command()}")
 def main():
     """Train as the flags say."""
     given = parse_train_args(description=__doc__)
     out_dir = Path(given.get("out_dir", "outputs"))
-    saved = read_checkpoint(out_dir / "last.pth") if given.get("resume") else None
+    last = out_dir / "last.pth"
+    if given.get("resume") and not last.exists():
+        raise InputError(f"--resume: there is no {last}, the run has saved nothing yet: start it by its "
+                         "command without --resume")
+    saved = read_checkpoint(last) if given.get("resume") else None
     config = resolve(given, saved and saved.get("config", {}))
     check_class_weights(config.loss, config.class_weights)
     if not {"dataset", "recipe", "resume"} & given.keys():
@@ -191,9 +214,7 @@ def main():
     print_settings(config)
     with main_process_first():
         data = load_data(config, out_dir / "cache")
-    if not data.splits["train"]:
-        raise InputError(f"{config.dataset} under {config.data_root} has no training image of its own: "
-                         "complete the data set, or correct its lists")
+    check_trainable(data)
     utils.seed_everything(config.seed)
     model, optimization = build_training(config, len(data.classes), device)
     check_effects(given, model, config.cache_features)
@@ -203,7 +224,7 @@ def main():
     if saved:
         run.restore(saved)
     print_plan(config, data, model, optimization.precision)
-    with folder:
+    with utils.stopping_at_once(lambda: how_to_go_on(folder, config)), folder:
         if run.history and is_main_process():  # a run may have been killed before it drew
             draw(run)
         if len(run.history) < config.epochs:
@@ -212,7 +233,8 @@ def main():
             with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:
                 train_epochs(run, config, criterion, train_batches, val_batches)
         else:
-            print(f"the run has its {len(run.history)} epochs: give a larger --epochs to continue")
+            epochs = count_of(len(run.history), "epoch")
+            print(f"the run has its {epochs}: give a larger --epochs to continue")
     if is_main_process():
         print_result(run.history, data, out_dir)
 
@@ -264,4 +286,4 @@ def draw(run):
 
 
 if __name__ == "__main__":
-    utils.run_main(main, stopped="stopped; --resume continues from what was saved last")
+    utils.run_main(main)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +56,28 @@ class StopOnSignal:
     def ask(self, number, _):
         """Handle a signal."""
         self.asked = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.__exit__()
 
 
-def run_main(main, stopped="stopped"):
+@contextmanager
+def stopping_at_once(line):
+    """Context in which Ctrl-C and SIGTERM end the work where it is, as an error would. Raises Stopped with
+    what line() returns then.
+    """
+    def interrupt(number, _):
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(stop.args[0] if stop.args else signal.SIGINT, line()) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_main(main):
     """Run a script's main() and exit: 0 or what it returns, 2 with one line for bad input, 130 for Ctrl-C,
     143 for SIGTERM.
     """
@@ -89,7 +106,7 @@ def run_main(main, stopped="stopped"):
         print(f"error: {name}{error.strerror}; nothing that was written before is lost", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -17,6 +17,8 @@ from metrics import best_row
 from utils import write_atomically
 
 IGNORE_COLOR = (224, 224, 192)  # as in Pascal VOC
+LONGEST_NAME = 32  # characters of a class name that pictures show
+LARGEST_PLOT = 25  # inches that the rows of a plot may take: with many classes they get smaller
 
 
 # --- color -----------------------------------------------------------------------------------------------
@@ -52,15 +54,26 @@ def save_mask(pred, classes, path):
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
+def short(name):
+    """Return a class name as pictures show it: one line, the middle of a long one left out (beginnings are
+    often alike).
+    """
+    name, head = " ".join(name.split()), LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:head]}…{name[head + 1 - LONGEST_NAME:]}"
+
+
 def legend(classes):
-    """Return a picture (H, W, 3) uint8 RGB with the color and the name of every class."""
-    rows = min(len(classes), 25)
+    """Return a picture (H, W, 3) uint8 RGB with the color and the short name of every class, in up to four
+    columns.
+    """
+    rows = min(len(classes), max(25, math.ceil(len(classes) / 4)))
     columns = math.ceil(len(classes) / rows)
     font = ImageFont.load_default(size=18)
-    width = 60 + max(int(font.getlength(name)) for name, _ in classes)
+    names = [short(name) for name, _ in classes]
+    width = 60 + max(math.ceil(font.getlength(name)) for name in names)
     picture = Image.new("RGB", (columns * width, rows * 28 + 12), "white")
     draw = ImageDraw.Draw(picture)
-    for id, (name, color) in enumerate(classes):
+    for id, (name, (_, color)) in enumerate(zip(names, classes, strict=True)):
         left, top = id // rows * width + 12, id % rows * 28 + 10
         draw.rectangle((left, top, left + 28, top + 20), fill=tuple(color), outline=(90, 90, 90))
         draw.text((left + 38, top + 10), name, fill="black", font=font, anchor="lm")
@@ -153,31 +166,49 @@ def plot_run(history, counts, classes, out_dir):
     plot_confusion(counts.numpy(), classes, Path(out_dir) / "confusion_matrix.png")
 
 
+def name_ticks(axis, classes, size, **style):
+    """Write the short class names along an axis of a matplotlib plot, `size` points high."""
+    axis.set_ticks(range(len(classes)), [short(name) for name, _ in classes], fontsize=size,
+                   parse_math=False, **style)
+
+
+def name_inches(classes, size):
+    """Return about how many inches wide the longest short name is, `size` points high."""
+    font = ImageFont.load_default(size=size)  # narrower than matplotlib's
+    return 1.15 * max(font.getlength(short(name)) for name, _ in classes) / 72
+
+
 def plot_per_class_iou(ious, classes, path):
     """Draw one bar per class. ious: (K,) floats, NaN = absent from truth and prediction."""
-    figure, axes = new_figure(7, 1 + 0.3 * len(classes))
+    row = min(0.3, LARGEST_PLOT / len(classes))
+    size = min(10, 60 * row)
+    figure, axes = new_figure(6 + name_inches(classes, size), 1 + row * len(classes))
     values = [value if math.isfinite(value) else 0.0 for value in ious]
     axes.barh(range(len(classes)), values, color=[np.array(color) / 255 for _, color in classes],
               edgecolor="gray", linewidth=0.8)
-    for row, value in enumerate(ious):
-        axes.text(values[row] + 0.01, row, f"{value:.3f}" if math.isfinite(value) else "absent", va="center")
-    axes.set_yticks(range(len(classes)), [name for name, _ in classes])
+    for id, value in enumerate(ious):
+        axes.text(values[id] + 0.01, id, f"{value:.3f}" if math.isfinite(value) else "absent", va="center",
+                  fontsize=size)
+    name_ticks(axes.yaxis, classes, size)
     axes.set(xlim=(0, 1.1), xlabel="IoU", ylim=(len(classes) - 0.5, -0.5))
     save_figure(figure, path)
 
 
 def plot_confusion(counts, classes, path):
-    """Draw a confusion matrix: counts (K, K) int64, truth in rows; color and number = row share."""
+    """Draw a confusion matrix: counts (K, K) int64, truth in rows; color and, up to 64 classes, number = row
+    share.
+    """
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
-    side = max(5, 2 + 0.45 * len(classes))
-    figure, axes = new_figure(side + 1, side)
+    cell = min(0.45, LARGEST_PLOT / len(classes))
+    size = min(10, 60 * cell)
+    side = 1.2 + max(3, cell * len(classes)) + name_inches(classes, size)
+    figure, axes = new_figure(side + 0.5, side)
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.005:
+        if share >= 0.005 and len(classes) <= 64:
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if share > 0.5 else "black")
-    names = [name for name, _ in classes]
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+                      color="white" if share > 0.5 else "black", in_layout=False)
+    name_ticks(axes.xaxis, classes, size, rotation=90)
+    name_ticks(axes.yaxis, classes, size)
     axes.set(xlabel="prediction", ylabel="truth (row = 100 %)")
     save_figure(figure, path)

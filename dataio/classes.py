@@ -1,7 +1,10 @@
 """Class tables of the data sets, as they were published: [(name, (R, G, B)), ...], position = class id.
 
-    from dataio.classes import VOC, spare_color
+    from dataio.classes import VOC, fill_colors
+    fill_colors([("background", None), ("person", None), ("car", (0, 0, 200))])    # made up where None
 """
+import math
+
 VOC = [
     ("background", (0, 0, 0)), ("aeroplane", (128, 0, 0)), ("bicycle", (0, 128, 0)), ("bird", (128, 128, 0)),
     ("boat", (0, 0, 128)), ("bottle", (128, 0, 128)), ("bus", (0, 128, 128)), ("car", (128, 128, 128)),
@@ -86,15 +89,65 @@ ADE20K = [
     ("bulletin board", (184, 255, 0)), ("shower", (0, 133, 255)), ("radiator", (255, 214, 0)),
     ("glass", (25, 194, 194)), ("clock", (102, 255, 0)), ("flag", (92, 0, 255)),
 ]
-# Colors for classes that came without one: background black, then far apart in hue, green first.
-SPARE_COLORS = [
-    (0, 0, 0), (0, 255, 0), (230, 25, 75), (0, 130, 200), (255, 225, 25), (145, 30, 180), (70, 240, 240),
-    (245, 130, 48), (240, 50, 230), (0, 128, 128), (210, 245, 60), (170, 110, 40), (128, 0, 0),
-    (170, 255, 195), (128, 128, 0), (0, 0, 128), (250, 190, 212), (220, 190, 255), (128, 128, 128),
-    (255, 215, 180),
-]
+PUBLISHED = (VOC, CAMVID, CITYSCAPES, ADE20K, AEROSCAPES, PET)
+BLACK = (0, 0, 0)
+BACKGROUNDS = {"background", "unlabeled", "unlabelled", "void"}
+# Colors for classes that came without one, RRGGBB: black for a background, 19 chosen by hand, then of a grid
+# with steps of 15 always the color farthest in OKLab (Ottosson, 2020) from those before, from white and
+# from IGNORE_COLOR (at least 0.12 off; black 0.3); last put in an order in which neighbors differ by 0.25.
+_SPARE = bytes.fromhex("""
+    00000000ff00e6194b0082c8ffe119911eb446f0f0f58230f032e6008080d2f53caa6e28800000aaffc3808000000080fabed4
+    dcbeff808080ffd7b4003c002d00ff00c3694b3c699669ff0069005ab4ffff78b44b003ca5b4964b00a5b45aa5694b00b4c300
+    a5005a004bb4d287ff781effa596c3005a5a00b4b4695aa51ef096b42d00b400ff4b2d1effb44bff00960096003c69ff780078
+    d269690000c3874b5ae19696c300a5b4962d0f2d5aff4b1e5ad2b48778c378a50096d2ff4b96693c006969694b1e96ffff96f0
+    5a3cc387e100c35ae1691e4b9696ffb44b69ff69ff873c8700d2f000699600d2005a96b4d24b00ffff87e15ab41e2d96ff5a78
+    a5e1785a000fb487691e3c3cd20f78b4b4d2874bd24b782dc378a55a4b4b96b45a004b78d2a5693c4b002d4be187ff787800d2
+    78a5873c0fd200b4004b3c96d296d2873c1e5a69d2d278005a5a78d200d2965a3c78b4c3a50087ffa587691ea578c32d966987
+    5a0069b478d200ffd2c30f4b0069c3d2c35a5a78a587003cc3a5ffa53ca53c2d4b0f9696d22dff3c6969e14b78692d2d87964b
+    961ee1ff7869a5002d2d00871ea5e1d2a500ff3cc300b487ffff00a587965a00f0ff96b487690f78d278e169e12da54be12db4
+    4b5a3c6978ff0ff05a874bffd2000fb43cd200694b5a4bffff1e69b478ff782d696987e1004b2db44bff00875a783cb4e1d200
+    3c5aa596b4ffb45a4b3c2d78ff69d2a5ff00965ab4f01e0078e1a55a78785a0fc3e16996693c87e178c32d5a7887a5e1b42d78
+    0087a5e187691e0f698796965a3c1ee1693c5ac387b469781e00a596c3c3e14b4b87009678875a5a1e87c3a596a53c4b005a1e
+    c33c96ff9600786978d2ff874b1e2d96785ae15aff3c4b3ce1a5c3964b78ffb4ff872d3cff4b9678c3f0002dd278ffff00872d
+    69002d96c3874b5a00a55ae15a8700b4e12d785a87ffc3005a8796b400c3a5a569693c5aa5a5004b1e5ae13c963c2db4785a1e
+    002d78b44b001e3c5a00c3d23c3c1ea5873c693ce1a5a5b4961e006996ff695a5a5ae1ff8769a55ae169c33c3c2d78e1c3693c
+""")
+SPARE_COLORS = [tuple(_SPARE[start:start + 3]) for start in range(0, len(_SPARE), 3)]
+NEAR = 60  # distance in RGB below which a made-up color is taken for a given one
 
 
-def spare_color(index):
-    """Return an (R, G, B) for class `index` (0-based), distinct for neighbors; repeats after 20."""
-    return SPARE_COLORS[index] if index < len(SPARE_COLORS) else SPARE_COLORS[1 + (index - 1) % 19]
+def plain(name):
+    """Return a class name as compared with published ones: lower case, letters and digits only."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def fill_colors(classes):
+    """Return [(name, (R, G, B)), ...] of [(name, (R, G, B) or None), ...], up to 254 classes.
+
+    Colors that are given stay. Of the rest, the first one called background, unlabeled or void is black, and
+    nothing else is; where three or more, and half of the others, bear names of one table of PUBLISHED, they
+    take its colors (an equal color only once). Class i of what is left takes SPARE_COLORS[i] or, where that
+    is too near to a color in use, the next one in the table that is free.
+    """
+    keys, colors = [plain(name) for name, _ in classes], [color for _, color in classes]
+    without = [id for id, color in enumerate(colors) if color is None]
+    background = next((id for id in without if keys[id] in BACKGROUNDS), None)
+    if background is not None and BLACK not in colors:
+        colors[background] = BLACK
+        without.remove(background)
+    tables = [{plain(name): color for name, color in table} for table in PUBLISHED]
+    table = max(tables, key=lambda table: sum(keys[id] in table for id in without))
+    matched = [id for id in without if keys[id] in table]
+    for id in matched if len(matched) >= max(3, len(without) / 2) else []:
+        color = table[keys[id]]
+        colors[id] = color if color not in (*colors, BLACK) else None
+    without = [id for id in without if colors[id] is None]
+    used = [BLACK, *filter(None, colors)]
+    gaps = {color: min(math.dist(color, other) for other in used) for color in SPARE_COLORS}
+    least = min(NEAR, sorted(gaps.values())[-len(without)])  # nearer ones where there are not enough
+    free = [color for color in SPARE_COLORS if gaps[color] >= least]
+    own = {id: SPARE_COLORS[id] for id in without if SPARE_COLORS[id] in free}
+    others = (color for color in free if color not in own.values())
+    for id in without:
+        colors[id] = own.get(id) or next(others)
+    return [(name, color) for (name, _), color in zip(classes, colors, strict=True)]

@@ -20,14 +20,14 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, count_of
 from dataio.dataloader import Batches, naming_files
 from dataio.transforms import fingerprint
 from distributed import barrier, local_rank, local_world_size
 from models.weights import hash_state
 from utils import is_out_of_memory, lock_file, write_atomically
 
-VERSION = 1  # of the format
+VERSION = 2  # of the format, and of how images are read
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images per pass of the backbone; halved while they do not fit
 SPARE = 1 << 28  # bytes of disk that stay free
 
@@ -148,8 +148,8 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
                if not all(file.has(number) for file in files)]
     if missing and not all(file.is_writable() for file in files):
         raise InputError(
-            f"--cache-features: {len(missing)} entries are missing or damaged and {folder} cannot "
-            "be written: name another folder"
+            f"--cache-features: the features of {count_of(len(missing), 'view')} are missing or damaged, and "
+            f"{folder} cannot be written: name another folder"
         )
     if missing:
         fill(model, dataset, files, missing, precision, workers)
@@ -236,7 +236,8 @@ def reserve(files, facts, folder):
         remove_outdated(fact, folder)
     needed, free = sum(file.bytes() for file, _ in missing), shutil.disk_usage(folder).free
     total = sum(file.bytes() for file in files)
-    print(f"feature cache of {files[0].count} {facts[0]['split']} views in {folder}: {total / 1e9:.2f} GB, "
+    views = count_of(files[0].count, f"{facts[0]['split']} view")
+    print(f"feature cache of {views} in {folder}: {total / 1e9:.2f} GB, "
           f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)
     if needed + SPARE > free:
         raise InputError(f"--cache-features needs {needed / 1e9:.2f} GB in {folder}, which has "

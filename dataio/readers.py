@@ -7,7 +7,10 @@ Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files 
 file is an InputError that names it.
 """
 import hashlib
+import io
 import os
+import struct
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,18 +18,21 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from config import IGNORE, InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 EXIF_ORIENTATION = 0x0112
+TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
-# What a mask's name may add to its image's name, and what an image's name may add to the common stem.
-MASK_SUFFIXES = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", "_P", "_L", "_annotation", "_trimap",
-                 "_gtFine_labelIds")
-IMAGE_SUFFIXES = ("_image", "_img", "_sat", "_leftImg8bit")
+
+
+class PaintedMask(InputError):
+    """A mask holds colors where class numbers were expected."""
 
 
 class Sample(NamedTuple):
@@ -69,32 +75,115 @@ class DataSource:
 
 
 # --- images -----------------------------------------------------------------------------------------------
-def open_image(path):
-    """Open an image file with PIL, header only. Raises InputError where it is missing or not an image."""
+def open_image(path, content=None):
+    """Open an image file with PIL, header only. Raises InputError where it is missing or not an image.
+
+    content: its bytes, where they are read already.
+    """
+    warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of broken files; an InputError says it
     try:
-        return Image.open(path)
+        image = Image.open(path if content is None else io.BytesIO(content))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except DECODE_ERRORS as error:
         reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TIFF_BITS, (8,))
+    if tags.get(TIFF_PLANAR) == 2 and len(bits) > 1 and max(bits) > 8:  # PIL would take bytes for pixels
+        raise InputError(f"{path} stores one {max(bits)}-bit channel after the other (planar), which is not "
+                         "read: save it with interleaved channels")
+    return image
+
+
+def open_photo(path, content=None):
+    """Open an image, no mask: as open_image does, where PIL keeps all of its bits.
+
+    Color deeper than 8 bit, which PIL cuts to 8 or does not know at all, comes scaled to 8 bit, as to_8_bit
+    does, its pixels decoded by OpenCV.
+    """
+    try:
+        image = open_image(path, content)
+    except InputError:
+        if deep := decode_deep(path, content, known=False):
+            return deep
+        raise
+    if image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in image.tile):
+        try:
+            image.load()  # OpenCV is less strict and writes to the terminal
+        except DECODE_ERRORS as error:
+            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+        if deep := decode_deep(path, content):
+            if image.format != "TIFF":  # OpenCV turns these alone
+                deep.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+            return deep
+    return image
+
+
+def decode_deep(path, content=None, known=True):
+    """Return a file of three or four deep channels as a PIL image, RGB(A), scaled to 8 bit, or None.
+
+    known: PIL knows it. Of others, TIFFs of three channels that are interleaved: OpenCV mixes up planar ones,
+    and a fourth channel may be anything.
+    """
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints come as one line
+    try:
+        content = Path(path).read_bytes() if content is None else content
+        if content.startswith(TIFF_STARTS):
+            file = io.BytesIO(content)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if b"+" in content[:4] else 8))
+            file.seek(tags.next)
+            tags.load(file)
+            if tags.get(TIFF_PLANAR) == 2:
+                return None
+        elif not known:
+            return None
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    except (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error):
+        return None
+    if pixels is None or pixels.ndim < 3 or pixels.itemsize < 2 or pixels.shape[2] > 3 + known:
+        return None
+    values, depth = to_8_bit(pixels[..., 2::-1])  # BGR -> RGB
+    if pixels.shape[2] == 4:
+        values = np.dstack([values, to_8_bit(pixels[..., 3])[0]])
+    image = Image.fromarray(values)
+    image.info[DEPTH] = depth
+    return image
+
+
+def to_8_bit(values):
+    """Return (numbers of any type as uint8, their depth in bits), scaled by their own depth.
+
+    Integers count to 255, 1023, 4095, 16383 or 65535, floats to 1, 255 or 65535: the smallest that holds all
+    of the image. The depth of floats is 8.
+    """
+    integers = values.dtype.kind != "f"
+    wide = values.astype(np.float64)
+    wide[~np.isfinite(wide)] = 0
+    tops, most = (255, 1023, 4095, 16383, 65535) if integers else (1, 255, 65535), wide.max()
+    top = next((top for top in tops if most <= top), most)
+    return (wide.clip(0, top) * (255 / top)).astype(np.uint8), int(top).bit_length() if integers else 8
 
 
 def to_rgb(image):
-    """Return a PIL image of any mode as RGB: deep gray scaled to 8 bit, transparency laid over white.
-
-    16-bit files count to 65535; float and 32-bit files to 1, 255 or 65535, whichever holds their values.
-    """
+    """Return a PIL image of any mode as RGB: deep gray scaled by to_8_bit, transparency laid over white."""
     if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip at 255
-        wide = np.asarray(image).astype(np.float64)
-        wide[~np.isfinite(wide)] = 0
-        fits = [65535] if ";16" in image.mode else [top for top in (1, 255, 65535) if wide.max() <= top]
-        top = fits[0] if fits else wide.max()
-        image = Image.fromarray((wide.clip(0, top) * (255 / top)).astype(np.uint8))
+        values, depth = to_8_bit(np.asarray(image))
+        image = Image.fromarray(values)
+        image.info[DEPTH] = depth
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        over = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        over.info[DEPTH] = image.info.get(DEPTH, 8)
+        return over.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def stored_size(image):
+    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that has not been decoded yet."""
+    orientation, size = image.getexif().get(EXIF_ORIENTATION, 1), image.size[::-1]
+    tags = getattr(image, "tag_v2", None)  # of TIFFs, PIL's own size is the turned one
+    return (tags[TIFF_HEIGHT], tags[TIFF_WIDTH]) if tags else size, orientation
 
 
 def read_image(path, at_least=None):
@@ -107,10 +196,12 @@ def read_image(path, at_least=None):
 
 
 def read_upright(path, at_least=None):
-    """Return (image as read_image gives it, its stored size (H, W), its EXIF orientation 1..8)."""
-    with open_image(path) as image:
+    """Return (image as read_image gives it, its stored size (H, W), its EXIF orientation 1..8, its depth in
+    bits, more than 8 where it was scaled to 8).
+    """
+    with open_photo(path) as image:
         try:
-            size, orientation = image.size[::-1], image.getexif().get(EXIF_ORIENTATION, 1)
+            (size, orientation), depth = stored_size(image), 8
             if at_least:
                 image.draft(None, (max(at_least),) * 2)
             pixels = None
@@ -118,12 +209,11 @@ def read_upright(path, at_least=None):
             if at_least and plain:
                 pixels = decode_jpeg(path)
             if pixels is None:
-                upright = ImageOps.exif_transpose(image) if orientation != 1 else image
-                pixels = np.array(upright if upright.mode == "RGB" and "transparency" not in upright.info
-                                  else to_rgb(upright))  # (H, W, 3)
+                rgb = to_rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
+                pixels, depth = np.array(rgb), rgb.info.get(DEPTH, 8)  # (H, W, 3)
         except DECODE_ERRORS as error:
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1), size, orientation
+    return torch.from_numpy(pixels).permute(2, 0, 1), size, orientation, depth
 
 
 def decode_jpeg(path):
@@ -212,12 +302,13 @@ def read_mask(path, table):
     painted, stored = len(table) > 65536, decode_mask(path)
     values = stored.colors if painted else stored.values
     if values is None:
-        raise InputError(f"{path} holds values above 255, and other masks are painted in colors" if painted
-                         else f"{path} is painted in colors: list them in classes.txt, `name R G B` per line")
+        if painted:
+            raise InputError(f"{path} holds values above 255, and other masks are painted in colors")
+        raise PaintedMask(f"{path} is painted in colors, and the other masks hold class numbers")
     mask = cv2.LUT(values, table[:256]) if values.dtype == np.uint8 else table[values]
     if (mask == OUTSIDE).any():
         wrong = np.unique(values[mask == OUTSIDE], return_counts=True)
-        raise InputError(outside_message(path, *wrong, table))
+        raise InputError(f"{outside_message(path, *wrong, table)}; python check_data.py says more")
     return mask
 
 
@@ -242,7 +333,7 @@ def outside_message(path, values, counts, table, classes=()):
     ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
     lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
     return (f"{path} has the value {first} ({pixels} pixels){more}, which is not a class: classes are "
-            f"{allowed}, ignored: {ignored}{lossy}; repair the mask or describe the values in classes.txt")
+            f"{allowed}, ignored: {ignored}{lossy}; repair the mask")
 
 
 def ranges(values):
@@ -259,9 +350,9 @@ def ranges(values):
 
 def read_orientation(path):
     """Return (size (H, W) as stored, EXIF orientation 1..8) of an image file. Raises InputError."""
-    with open_image(path) as image:
+    with open_photo(path) as image:
         try:
-            return image.size[::-1], image.getexif().get(EXIF_ORIENTATION, 1)
+            return stored_size(image)
         except DECODE_ERRORS as error:  # PNG keeps EXIF behind the pixels
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
 
@@ -271,7 +362,7 @@ def read_pair(sample, table, at_least=None):
 
     at_least: as in read_image; the mask keeps the size it is stored in. Raises InputError.
     """
-    image, size, orientation = read_upright(sample.image, at_least)
+    image, size, orientation, _ = read_upright(sample.image, at_least)
     return image, torch.from_numpy(rotate_like(read_mask(sample.mask, table), size, orientation))
 
 
@@ -282,79 +373,3 @@ def rotate_like(mask, size, orientation):
     turned = Image.fromarray(mask)
     turned.getexif()[EXIF_ORIENTATION] = orientation
     return np.array(ImageOps.exif_transpose(turned))
-
-
-# --- lists and pairs --------------------------------------------------------------------------------------
-def list_images(folder):
-    """Return the image files below `folder`, sorted, without hidden files and other endings."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
-                  and not path.name.startswith(".") and path.is_file())
-
-
-def read_list(path):
-    """Return the entries of a list file in order, without blank lines and repeats. Raises InputError."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: the data set is incomplete") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    entries = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not entries:
-        raise InputError(f"{path} lists no images")
-    return entries
-
-
-def existing(samples):
-    """Return `samples`. Raises InputError naming the first missing file and how many are missing."""
-    missing = [path for sample in samples for path in sample if not path.is_file()]
-    if missing:
-        more = f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""
-        raise InputError(f"{missing[0]} is listed but does not exist{more}: complete the data set")
-    return samples
-
-
-def by_key(paths, folder, suffixes):
-    """Return {(sub-folder, stem without one of `suffixes`): path}. Raises InputError where two collide."""
-    found = {}
-    for path in paths:
-        stem = path.stem  # inner dots stay part of it
-        end = next((end for end in suffixes if stem.lower().endswith(end.lower()) and stem != end), "")
-        stem = stem.removesuffix(stem[len(stem) - len(end):])
-        other = found.setdefault((path.parent.relative_to(folder).as_posix(), stem), path)
-        if other is not path:
-            raise InputError(f"{other} and {path} have the same name: which one is meant? remove one")
-    return found
-
-
-def match_files(image_folder, mask_folder):
-    """Pair images and masks by stem, else by stem without known suffixes.
-
-    Returns (sorted Samples, images without mask, masks without image). Raises InputError for an empty folder
-    and for two files of the same name.
-    """
-    image_paths, mask_paths = list_images(image_folder), list_images(mask_folder)
-    if not image_paths or not mask_paths:
-        empty = mask_folder if image_paths else image_folder
-        raise InputError(f"no images in {empty} (endings {' '.join(IMAGE_ENDINGS)})")
-    found = None
-    for image_suffixes, mask_suffixes in (((), ()), (IMAGE_SUFFIXES, MASK_SUFFIXES)):
-        images = by_key(image_paths, image_folder, image_suffixes)
-        masks = by_key(mask_paths, mask_folder, mask_suffixes)
-        common = images.keys() & masks.keys()
-        if found is None or len(common) > len(found[0]):
-            found = common, images, masks
-    common, images, masks = found
-    samples = [Sample(images[key], masks[key]) for key in sorted(common)]
-    return samples, *([paths[key] for key in sorted(paths.keys() - common)] for paths in (images, masks))
-
-
-def pair_files(image_folder, mask_folder):
-    """Return the Samples of match_files. Raises InputError for an image without mask, a mask without image.
-    """
-    samples, *lonely = match_files(image_folder, mask_folder)
-    for paths, other in zip(lonely, (f"mask in {mask_folder}", f"image in {image_folder}"), strict=True):
-        if paths:
-            more = f" ({len(paths) - 1} more like it)" if len(paths) > 1 else ""
-            raise InputError(f"{paths[0]} has no {other}{more}: add what is missing or move it")
-    return samples

@@ -4,7 +4,6 @@
     facts = scan_image("photo.jpg")      # facts.digest, facts.look
 """
 import hashlib
-import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import InputError
-from dataio.readers import DECODE_ERRORS, EXIF_ORIENTATION, decode_mask
+from dataio.readers import DECODE_ERRORS, DEPTH, decode_mask, open_photo, stored_size, to_rgb
 
 LOOK = 16  # side of the difference hash: 16 x 16 bits
 MOST_VALUES = 4096  # distinct values in a mask; more is a photo or was blurred
+MOST_BLURRED = 65536  # the same of a JPEG mask, which may be read nevertheless
 
 
 class MaskFacts(NamedTuple):
@@ -40,6 +40,7 @@ class ImageFacts(NamedTuple):
     """What an image file holds. size: (H, W) as stored; orientation: of EXIF, 1 = upright.
 
     digest: of its bytes; look: (4,) uint64, its difference hash, close for images that look alike.
+    depth: bits of its values; where there are more than 8, they are scaled to 8 by that when it is read.
     """
 
     size: tuple
@@ -47,6 +48,7 @@ class ImageFacts(NamedTuple):
     orientation: int
     digest: bytes
     look: np.ndarray
+    depth: int
 
 
 def fits(mask_size, image_size, orientation):
@@ -68,7 +70,7 @@ def distinct(codes):
 def scan_mask(path):
     """Return the MaskFacts of a file. Raises InputError where it is damaged or not a class mask at all."""
     facts = read_mask_facts(path)
-    if len(facts.counts) > MOST_VALUES:
+    if len(facts.counts) > (MOST_BLURRED if facts.kind == "JPEG" else MOST_VALUES):
         raise InputError(f"{path} holds {len(facts.counts)} different values: it is not a class mask, or a "
                          "lossy format blurred it; export it again as PNG")
     return facts
@@ -91,17 +93,18 @@ def scan_image(path):
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            size, mode = image.size[::-1], image.mode
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    with open_photo(path, content) as image:
+        try:
+            mode, (size, orientation) = image.mode, stored_size(image)
             image.draft("L", (4 * LOOK, 4 * LOOK))
-            small = np.asarray(image.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
-    except DECODE_ERRORS as error:
-        raise InputError(f"{path} is damaged or not an image ({error}): repair or remove the file") from None
+            rgb = to_rgb(image)  # as it is read, or else all 16-bit images would look alike
+            small = np.asarray(rgb.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
+        except DECODE_ERRORS as error:
+            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
     bits = small[:, 1:] > small[:, :-1]  # (LOOK, LOOK)
     look = np.packbits(bits).view(np.uint64)
-    return ImageFacts(size, mode, orientation, hashlib.blake2b(content, digest_size=16).digest(), look)
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    return ImageFacts(size, mode, orientation, digest, look, rgb.info.get(DEPTH, 8))
 
 
 def in_parallel(function, items, title):
@@ -116,4 +119,7 @@ def in_parallel(function, items, title):
             return error
 
     with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(careful, items), title, len(items), leave=False, disable=None))
+        try:
+            return list(tqdm(pool.map(careful, items), title, len(items), leave=False, disable=None))
+        finally:  # Ctrl-C would wait for all of them
+            pool.shutdown(cancel_futures=True)

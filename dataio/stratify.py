@@ -4,6 +4,7 @@
     train, val = stratified_split(pixels, val_fraction=0.2)                      # indices
 """
 import hashlib
+import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +12,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import IGNORE, InputError
+from config import IGNORE, InputError, count_of
 from dataio.readers import read_mask
+from dataio.scan import in_parallel, scan_image
 from utils import write_atomically
+
+SEQUENCE, PLACES = 8, 8  # images that make a sequence, and where two neighbors are compared
+ALIKE = 40  # bits of 256 in which the looks of neighboring frames may differ; of other images 75 to 140 do
 
 
 def count_pixels(samples, table, num_classes, cache_dir):
@@ -80,9 +85,55 @@ def stratified_split(pixels, val_fraction):
 
 
 def split_samples(samples, pixels, val_fraction):
-    """Return {"train": [...], "val": [...]} of `samples` by stratified_split on their `pixels` (N, K)."""
-    train, val = stratified_split(pixels, val_fraction)
-    return {"train": [samples[i] for i in train], "val": [samples[i] for i in val]}
+    """Return ({"train": [...], "val": [...]} of `samples` by stratified_split, how they were split as text).
+
+    Frames of a sequence, which look like their neighbors, are split in blocks of consecutive frames: a
+    validation frame between two training frames would be no test. pixels: (N, K).
+    """
+    blocks, sequences = blocks_of(samples, val_fraction)
+    counts = np.stack([pixels[block].sum(0) for block in blocks])
+    if len(blocks) < 2:
+        raise InputError("one image cannot be split into training and validation: add images")
+    parts = {split: sorted(index for number in numbers for index in blocks[number])
+             for split, numbers in zip(("train", "val"), stratified_split(counts, val_fraction), strict=True)}
+    text = "stratified" if not sequences else (
+        f"stratified by blocks of consecutive frames ({count_of(sequences, 'sequence')} of frames that look "
+        "alike)")
+    return {split: [samples[index] for index in indices] for split, indices in parts.items()}, text
+
+
+def blocks_of(samples, val_fraction):
+    """Return (lists of indices of `samples` that go into one part together, number of sequences).
+
+    A sequence: SEQUENCE or more images with consecutive numbers as the last part of their names, of which
+    neighbors look alike in most of a few places. It is cut into blocks of val_fraction of its length.
+    """
+    families = {}
+    for index, sample in enumerate(samples):
+        number = re.search(r"(\d+)(\D*)$", sample.image.stem)
+        if number:
+            key = sample.image.parent, sample.image.stem[:number.start()], number[2]
+            families.setdefault(key, []).append((int(number[1]), index))
+    blocks, single, sequences = [], set(range(len(samples))), 0
+    for family in families.values():
+        order = [index for _, index in sorted(family)]
+        if len(order) < SEQUENCE or not looks_like_sequence([samples[index].image for index in order]):
+            continue
+        size = max(1, min(round(len(order) * val_fraction), len(order) // 2))
+        blocks += [order[start:start + size] for start in range(0, len(order), size)]
+        single -= set(order)
+        sequences += 1
+    return [*blocks, *([index] for index in sorted(single))], sequences
+
+
+def looks_like_sequence(paths):
+    """Return whether image files in the order of their numbers look like the frames of a clip."""
+    starts = np.linspace(0, len(paths) - 2, PLACES).astype(int)
+    pairs = in_parallel(lambda start: [scan_image(path).look for path in paths[start:start + 2]], starts,
+                        "comparing neighbors")
+    near = [np.bitwise_count(pair[0] ^ pair[1]).sum() <= ALIKE for pair in pairs
+            if not isinstance(pair, InputError)]
+    return bool(near) and 2 * sum(near) > len(near)
 
 
 def share_table(pixels, parts, classes):

@@ -265,7 +265,7 @@ def test_validation_images_in_the_train_list_do_not_train(tmp_path):
     (lists / "trn.txt").write_text((lists / "trn.txt").read_text() + names)
     source = load("aeroscapes", tmp_path)
     assert len(source.splits["train"]) == 4 and not set(source.splits["train"]) & set(source.splits["val"])
-    assert source.notes == ["2 training images are validation images too: left out of training"]
+    assert source.notes == ["2 training images of validation or test: left out of training"]
     again = load("aeroscapes", tmp_path, resplit=True, cache_dir=tmp_path / "cache")
     assert sum(len(part) for part in again.splits.values()) == 6
     (lists / "trn.txt").write_text(names)

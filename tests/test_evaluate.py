@@ -197,7 +197,7 @@ def test_absent_classes_are_named_and_left_out(trained, tmp_path, run):
         for number in range(2):
             mask = blocks(45, 61, (0, 1) if split == "val" else (0, 1, 2), seed=number)
             write_pair(data / f"{split}/images/{number}.png", data / f"{split}/masks/{number}.png", mask)
-    (data / "classes.txt").write_text("class 0\nclass 1\nclass 2\n")
+    (data / "classes.txt").write_text("background\nclass 1\nclass 2\n")
     text, result = score(
         run, tmp_path, "--model", out / "best_model_iou.pth", "--dataset", "folder", "--data-root", data
     )

@@ -242,7 +242,7 @@ def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypat
     content = bytearray(again.features[0].path.read_bytes())
     content[100] ^= 1
     again.features[0].path.write_bytes(content)
-    with pytest.raises(InputError, match="1 entries are missing or damaged"):
+    with pytest.raises(InputError, match="features of 1 view are missing or damaged"):
         cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
 
 

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
-from conftest import blocks, load, real_data, write_folder, write_pair
+from conftest import blocks, load, real_data, write_folder, write_pair, write_tree
 from PIL import Image
+from test_scan import photo
 
 from config import InputError
-from dataio.folder import decide_classes
+from dataio.labels import decide_classes, find_modes, read_classes, snap
+from dataio.layout import place_of
 from dataio.readers import IMAGE_ENDINGS, read_mask
+from datasets import check_trainable
 
 LAYOUTS = [
     ("train_images", "train_labels", "valid_images", "valid_labels"),
@@ -32,7 +35,7 @@ def test_every_layout(tmp_path, layout):
     source = load("folder", tmp_path)
     assert [sample.image.stem for sample in source.splits["train"]] == ["0", "1", "2"]
     assert [sample.mask.stem for sample in source.splits["val"]] == ["3", "4"]
-    assert [name for name, _ in source.classes] == ["class 0", "class 1", "class 2"]
+    assert [name for name, _ in source.classes] == ["background", "class 1", "class 2"]
 
 
 def test_no_layout_is_one_line_that_lists_them(tmp_path):
@@ -83,14 +86,14 @@ def test_masks_painted_in_the_colors_of_classes_txt(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("one\n", "1 classes"),
+        ("one\n", "names 1 class;"),
         ("a 1 2 3\nb 300 0 0\n", "line 2"),
         ("", "0 classes"),
         ("a = 1\nb\n", "on some lines only"),
         ("a = 1\nb = 1\n", "value 1 twice"),
         ("a = 1\nb = x\n", "line 2: write `name = VALUE`"),
         ("a = 70000\nb = 1\n", "line 1: write `name = VALUE`"),
-        ("a\na\n", "names 1 classes"),
+        ("a\na\n", "names 1 class;"),
         ("a 1 2 3\nb 1 2 3\n", "color .1, 2, 3. twice"),
         (b"\xff\xfe\x00", "UTF-8"),
     ],
@@ -201,3 +204,229 @@ def test_real_person_photos(tmp_path):
     assert any("43 of 120 masks differ in size" in note for note in source.notes)
     assert source.classes[1] == ("person", (0, 255, 0)) and source.classes[0][1] == (0, 0, 0)
     assert {sample.image.suffix for sample in source.splits["train"]} <= set(IMAGE_ENDINGS)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("folders", "place"),
+    [
+        ("SegmentationClassPNG", ("masks", "", ())),
+        ("SegmentationObject", ("other", "", ())),
+        ("Training_Images", ("images", "train", ())),
+        ("val2017/drive_3/leftImg8bit", ("images", "val", ("2017", "drive", "3"))),
+        ("road segmentation/images/test", ("images", "test", ("road",))),
+        ("gt_image_2", ("masks", "", ("2",))),
+        ("RGBFrames/valid", ("images", "val", ())),
+        ("pictures/of/cats", ("images", "", ("cats",))),
+    ],
+)
+def test_what_the_names_of_folders_say(folders, place):
+    assert place_of(folders.split("/")) == place
+
+
+def test_overlays_and_instances_beside_the_masks_are_named_as_unused(tmp_path):
+    write_folder(tmp_path, count=6)
+    for name in ("masks_overlay", "instances"):
+        for number in range(6):
+            write_pair(
+                tmp_path / name / f"{number:02d}.png", tmp_path / "x.png", np.zeros((9, 9), np.uint8), number
+            )
+    (tmp_path / "x.png").unlink()
+    source = load("folder", tmp_path)
+    assert "images: images (6); masks: masks (6)" in source.notes
+    assert "not used: instances (6), masks_overlay (6)" in source.notes
+
+
+def test_two_folders_of_masks_for_the_same_images_are_not_guessed(tmp_path):
+    write_folder(tmp_path, count=4)
+    (tmp_path / "labels").mkdir()
+    Image.new("L", (61, 45)).save(tmp_path / "labels/00.png")
+    with pytest.raises(InputError, match="labels/00.png and .*masks/00.png have the same name: which one"):
+        load("folder", tmp_path)
+
+
+def test_folders_of_scenes_with_equal_file_names_pair_within_each(tmp_path):
+    for scene in ("north", "south"):
+        for number in range(3):
+            mask = blocks(20, 30, (0, 1, 2), seed=number + len(scene) * (scene == "south"))
+            write_pair(
+                tmp_path / scene / f"images/{number}.png", tmp_path / scene / f"masks/{number}.png", mask
+            )
+    pairs = [sample for part in load("folder", tmp_path).splits.values() for sample in part]
+    assert len(pairs) == 6 and all(pair.image.parent.parent == pair.mask.parent.parent for pair in pairs)
+
+
+@pytest.mark.parametrize("entry", ["{}", "{}.png", "images/{}.png", "./images/{}.png masks/{}.png"])
+def test_lists_of_names_and_paths_decide_the_split(tmp_path, entry):
+    write_folder(tmp_path, count=7)
+    for name, numbers in (("train", range(4)), ("val", (4, 5))):
+        lines = [entry.format(f"{number:02d}", f"{number:02d}") for number in numbers]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    source = load("folder", tmp_path)
+    assert [sample.image.stem for sample in source.splits["val"]] == ["04", "05"]
+    assert [sample.image.stem for sample in source.splits["train"]] == ["00", "01", "02", "03"]
+    assert "split as train.txt, val.txt say; 1 pair on none of them: not used" in source.notes
+
+
+def test_lists_that_do_not_fit_are_errors_and_lists_that_are_not_read_are_named(tmp_path):
+    write_folder(tmp_path / "a", count=4)
+    (tmp_path / "a/train.txt").write_text("00\nnothing\n")
+    with pytest.raises(InputError, match="train.txt lists nothing, and there is no image of that name"):
+        load("folder", tmp_path / "a")
+    (tmp_path / "a/train.txt").rename(tmp_path / "a/val.txt")
+    assert "not used: val.txt (there is no train.txt)" in load("folder", tmp_path / "a").notes
+
+
+def test_a_file_in_place_of_the_folder_is_named_as_such(tmp_path):
+    (tmp_path / "data.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match="data.zip is a file: give the folder"):
+        load("folder", tmp_path / "data.zip")
+
+
+def test_validation_folders_alone_can_be_scored_and_not_trained(tmp_path):
+    write_folder(tmp_path / "val", count=3)
+    write_folder(tmp_path / "test", count=3)
+    source = load("folder", tmp_path)
+    assert len(source.splits["val"]) == len(source.splits["test"]) == 3 and not source.splits["train"]
+    with pytest.raises(InputError, match="no training image of its own"):
+        check_trainable(source)
+
+
+# --- sequences --------------------------------------------------------------------------------------------
+def write_frames(root, count, step, name="frame_{:04d}"):
+    """Write frames of a window that moves `step` pixels per frame over a wide photo."""
+    wide, mask = photo(5, (60, 80 + step * count)), blocks(60, 80, (0, 1, 2), seed=1)
+    for number in range(count):
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        (root / "masks").mkdir(exist_ok=True)
+        window = np.ascontiguousarray(wide[:, number * step : number * step + 80])
+        Image.fromarray(window).save(root / "images" / f"{name.format(number)}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{name.format(number)}.png")
+    return root
+
+
+def test_frames_of_a_clip_are_split_in_blocks(tmp_path):
+    source = load("folder", write_frames(tmp_path, 40, 2))
+    numbers = [int(sample.image.stem[-4:]) for sample in source.splits["val"]]
+    assert len(numbers) == 8 and numbers == list(range(numbers[0], numbers[0] + 8))
+    assert any(
+        "8 of 40 images validate, stratified by blocks of consecutive" in note for note in source.notes
+    )
+
+
+def test_numbered_photos_that_do_not_look_alike_are_no_clip(tmp_path):
+    source = load("folder", write_frames(tmp_path, 12, 80))
+    assert any("stratified" in note and "blocks" not in note for note in source.notes)
+
+
+# --- classes of all kinds ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name,r,g,b\nground,0,0,0\nroof,200,30,30\n",
+        "ground;0;0;0\nroof;200;30;30\n",
+        "r,g,b,class\n0,0,0,ground\n200,30,30,roof\n",
+        "id\tname\tred\tgreen\tblue\n0\tground\t0\t0\t0\n1\troof\t200\t30\t30\n",
+        'Name, R, G, B\n"ground", 0, 0, 0\n# comment\n"roof", 200, 30, 30\n',
+        "ground 0 0 0\nroof 200 30 30\n",
+    ],
+)
+def test_tables_of_colors_with_and_without_header(tmp_path, text):
+    (tmp_path / "classes.txt").write_text(text)
+    entries = read_classes(tmp_path / "classes.txt")
+    assert [(entry.name, entry.color) for entry in entries] == [
+        ("ground", (0, 0, 0)),
+        ("roof", (200, 30, 30)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Pixel Value, Class\n0, ground\n7, roof\n",
+        "0: ground\n7: roof\n",
+        "0 ground\n7 roof\n",
+        "ground,0\nroof,7\n",
+        "ground = 0\nroof = 7\n",
+    ],
+)
+def test_tables_of_values(tmp_path, text):
+    (tmp_path / "classes.txt").write_text(text)
+    entries = read_classes(tmp_path / "classes.txt")
+    assert [(entry.name, entry.value) for entry in entries] == [("ground", 0), ("roof", 7)]
+
+
+def test_names_with_commas_and_digits_are_names(tmp_path):
+    (tmp_path / "classes.txt").write_text("wall, outer\nwall, inner\n3d print\n")
+    assert [entry[0] for entry in read_classes(tmp_path / "classes.txt")] == [
+        "wall, outer",
+        "wall, inner",
+        "3d print",
+    ]
+    (tmp_path / "classes.txt").write_text("name,r,g,b\nground,0,0,0\nroof,300,30,30\n")
+    with pytest.raises(InputError, match="roof needs a name, a color of 0..255"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_masks_with_one_class_do_not_train_and_the_line_says_where_to_look(tmp_path):
+    write_folder(tmp_path, values=(0, 255))
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
+    source = load("folder", tmp_path)
+    assert any(
+        "% of the pixels are ignored; python check_data.py --data-root" in note for note in source.notes
+    )
+    with pytest.raises(
+        InputError, match="all pixels of the 6 training masks that count are sky.*check_data.py"
+    ):
+        check_trainable(source)
+
+
+def test_painted_masks_of_a_registered_data_set_name_the_folder_data_set(tmp_path):
+    write_tree("aeroscapes", tmp_path)
+    for path in (tmp_path / "SegmentationClass").iterdir():
+        colors = np.array([(0, 0, 0), (200, 30, 30)], np.uint8)
+        Image.fromarray(colors[np.array(Image.open(path)) % 2]).save(path)
+    with pytest.raises(
+        InputError, match="painted in colors.*--dataset aeroscapes needs.*give --dataset folder"
+    ):
+        load("aeroscapes", tmp_path)
+
+
+# --- masks that a lossy format blurred --------------------------------------------------------------------
+def as_jpeg(root, values, quality=75):
+    """Store the masks of a folder as JPEG files of these values; return {stem: the class ids they had}."""
+    ids = {}
+    for path in list((root / "masks").iterdir()):
+        ids[path.stem] = np.array(Image.open(path))
+        Image.fromarray(np.array(values, np.uint8)[ids[path.stem]]).save(
+            path.with_suffix(".jpg"), quality=quality
+        )
+        path.unlink()
+    return ids
+
+
+@pytest.mark.parametrize("values", [(0, 255), (0, 85, 170)])
+def test_jpeg_masks_come_out_as_they_were_drawn(tmp_path, values):
+    write_folder(tmp_path, values=range(len(values)), size=(90, 122))
+    drawn = as_jpeg(tmp_path, values)
+    if len(values) > 2:
+        (tmp_path / "classes.txt").write_text("a = 0\nb = 85\nc = 170\n")
+    source = load("folder", tmp_path)
+    assert any("% of the pixels snapped to 0, " in note for note in source.notes)
+    for sample in [*source.splits["train"], *source.splits["val"]]:
+        mask, want = read_mask(sample.mask, source.table), drawn[sample.mask.stem]
+        assert ((mask == want) | (mask == 255)).all() and (mask == 255).mean() < (
+            0.03 if len(values) > 2 else 1e-9
+        )
+
+
+def test_a_rare_value_of_blurred_masks_is_a_mode_and_noise_is_none():
+    noise = {value: 30 for value in range(1, 25)} | {value: 30 for value in range(231, 255)}
+    pixels = {0: 900_000, 255: 99_000, 128: 900, **noise}
+    found = find_modes(np.array(list(pixels)), np.array(list(pixels.values())), False)
+    assert sorted(found) == [0, 128, 255]
+    table, notes = snap(pixels, False)
+    assert table[20] is None and table[5] == 0 and table[250] == 255 and table[128] == 128
+    assert "0.07 % of the pixels snapped to 0, 128, 255, 0.07 % lie between them" in notes[0]
+    assert snap({0: 900, 1: 900, 2: 900}, False) == ({}, [])  # too near to one another
+    assert snap(dict.fromkeys(range(256), 100), False) == ({}, [])  # a photo

@@ -26,9 +26,10 @@ from PIL import Image
 import check_data
 import infer_image
 from config import InputError
-from dataio.folder import read_classes
+from dataio.labels import read_classes
 from checkpoint import load_model, pack_checkpoint
-from dataio.readers import index_table, read_image, read_list, read_mask, read_pair
+from dataio.pairs import read_list
+from dataio.readers import index_table, read_image, read_mask, read_pair
 from dataio.stratify import count_pixels
 from inference.video import VideoReader
 from models.weights import read_weights

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import blocks
+from conftest import blocks, real_data
+from PIL import Image
 from sklearn.metrics import (
     balanced_accuracy_score,
     confusion_matrix,
@@ -17,7 +18,14 @@ from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJac
 from torchmetrics.functional.classification import multiclass_f1_score
 
 import metrics
-from metrics import ConfusionMatrix, bootstrap_interval, boundary_f1, miou_of_counts, paired_bootstrap
+from metrics import (
+    ConfusionMatrix,
+    bootstrap_interval,
+    boundary_f1,
+    boundary_pixels,
+    miou_of_counts,
+    paired_bootstrap,
+)
 
 
 def random_case(classes=6, absent=(), seed=0):
@@ -135,8 +143,9 @@ def test_known_wrong_definitions_differ_where_they_are_wrong():
 
 
 # --- boundaries -------------------------------------------------------------------------------------------
-def brute_force_boundary_f1(pred, truth, radius):
-    """Return the boundary F1 of every class by loops over pixels and pairs of boundary pixels."""
+def brute_force_boundary_f1(pred, truth, radius, band):
+    """Return {class: boundary F1} by loops over pixels and pairs of boundary pixels; both lengths in pixels.
+    """
     pred = np.where(truth == 255, 255, pred)
     height, width = truth.shape
 
@@ -145,7 +154,9 @@ def brute_force_boundary_f1(pred, truth, radius):
         for y, x in zip(*np.nonzero(labels == id), strict=True):
             around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
             near = [labels[v, u] for v, u in around if 0 <= v < height and 0 <= u < width]
-            if any(other not in (id, 255) for other in near):
+            window = labels[max(0, y - band) : y + band + 1, max(0, x - band) : x + band + 1].flatten()
+            looked_at = [*near, *window] if 255 in near else near
+            if any(other not in (id, 255) for other in looked_at):
                 found.append((y, x))
         return found
 
@@ -157,23 +168,37 @@ def brute_force_boundary_f1(pred, truth, radius):
             return np.mean([any(math.dist(a, b) <= radius for b in those) for a in these])
 
         if not found or not wanted:
-            both = id in pred and id in truth
-            scores[int(id)] = float(both and not found and not wanted)
+            nothing = id in pred and id in truth and not found and not wanted
+            scores[int(id)] = math.nan if nothing else 0.0
             continue
         precision, recall = share(found, wanted), share(wanted, found)
         scores[int(id)] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return scores
 
 
-@pytest.mark.parametrize("tolerance", [0.0075, 0.06, 0.15])
+def with_ignored_bands(mask, seed):
+    """Return a mask with up to three ignored bands and an ignored blob, a few pixels wide, drawn into it."""
+    generator, mask = np.random.default_rng(seed), mask.copy()
+    for _ in range(generator.integers(0, 4)):
+        at, wide = generator.integers(0, max(mask.shape)), generator.integers(1, 5)
+        view = mask if generator.random() < 0.5 else mask.T
+        view[at : at + wide] = 255
+    y, x = generator.integers(0, mask.shape)
+    mask[y : y + 3, x : x + 4] = 255
+    return mask
+
+
+@pytest.mark.parametrize("size", [(23, 31), (37, 19), (1, 41), (2, 2)])
+@pytest.mark.parametrize("tolerance, band", [(0.0075, 0.02), (0.06, 0.06), (0.15, 0.11)])
 @pytest.mark.parametrize("seed", range(4))
-def test_boundary_f1_equals_brute_force(seed, tolerance, monkeypatch):
+def test_boundary_f1_equals_brute_force(seed, tolerance, band, size, monkeypatch):
     monkeypatch.setattr(metrics, "BOUNDARY_TOLERANCE", tolerance)
-    truth, pred = blocks(23, 31, (0, 1, 2, 255), seed=seed), blocks(23, 31, (0, 1, 2), seed=seed + 10)
+    monkeypatch.setattr(metrics, "BOUNDARY_BAND", band)
+    truth = with_ignored_bands(blocks(*size, (1, 0, 2, 3), seed=seed), seed)
+    pred, diagonal = blocks(*size, (0, 1, 2, 3), seed=seed + 10), math.hypot(*size)
     got = boundary_f1(pred, truth, 5)
-    want = brute_force_boundary_f1(pred, truth, max(1.0, tolerance * math.hypot(23, 31)))
-    for id in range(5):
-        assert got[id] == pytest.approx(want[id]) if id in want else math.isnan(got[id])
+    want = brute_force_boundary_f1(pred, truth, max(1.0, tolerance * diagonal), max(1, int(band * diagonal)))
+    assert got.tolist() == pytest.approx([want.get(id, math.nan) for id in range(5)], nan_ok=True)
 
 
 def test_boundary_f1_of_equal_and_of_shifted_masks():
@@ -184,9 +209,63 @@ def test_boundary_f1_of_equal_and_of_shifted_masks():
     assert np.nanmean(boundary_f1(near, truth, 2)) == 1.0  # 0.75 % of the diagonal are 2.7 pixels
     assert np.nanmean(boundary_f1(far, truth, 2)) < 0.75
     zeros, ones = np.zeros_like(truth), np.ones_like(truth)
-    assert boundary_f1(zeros, ones, 2).tolist() == [0, 0] and boundary_f1(ones, ones, 2)[1] == 1
+    assert boundary_f1(zeros, ones, 2).tolist() == [0, 0]
+    assert np.isnan(boundary_f1(ones, ones, 2)).all()  # no border, none predicted: nothing to score
+    assert boundary_f1(truth, ones, 2).tolist() == [0, 0]
     nothing = np.full_like(truth, 255)
     assert np.isnan(boundary_f1(truth, nothing, 2)).all()
+
+
+def rectangle(grow=0, object=1, background=0):
+    """Return (200, 300) uint8: a background and an object of 100 x 140 pixels, grown by pixels per side."""
+    mask = np.full((200, 300), background, np.uint8)
+    mask[50 - grow : 150 + grow, 80 - grow : 220 + grow] = object
+    return mask
+
+
+def trimap(wide=5, **ids):
+    """Return rectangle() with an ignored band of `wide` pixels around the object, as in Pascal VOC."""
+    return np.where(rectangle() != rectangle(wide), 255, rectangle(**ids)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("ids", [dict(object=1, background=0), dict(object=0, background=3)])
+def test_boundary_f1_sees_objects_behind_an_ignored_band(ids):
+    truth, both = trimap(**ids), list(ids.values())
+
+    def scores(pred):
+        return boundary_f1(pred, truth, 4)[both]
+
+    for exact in (0, 2, 5):  # the object may end anywhere in the band
+        assert scores(rectangle(exact, **ids)).tolist() == [1, 1]
+    assert (scores(np.roll(rectangle(2, **ids), 2, axis=1)) > 0.95).all()
+    assert (scores(np.roll(rectangle(2, **ids), 30, axis=1)) < 0.7).all()
+    for grow in (12, -12):
+        assert (scores(rectangle(grow, **ids)) < 0.6).all()
+    assert scores(np.full_like(truth, ids["background"])).tolist() == [0, 0]
+
+
+def test_ignored_pixels_give_no_boundary_for_free():
+    blob = np.zeros((200, 300), np.uint8)
+    blob[90:100, 20:60] = 255  # inside one class
+    wide = trimap(30)  # where the border is, nobody knows
+    for mask in (blob, wide):
+        assert not boundary_pixels(mask).any() and np.isnan(boundary_f1(mask, mask, 2)).all()
+    with_object = rectangle()
+    expected = boundary_pixels(with_object)
+    with_object[10:20, 20:60] = 255
+    assert (boundary_pixels(with_object) == expected).all() and expected.sum() == 2 * 476 + 4
+    sides = boundary_pixels(trimap())
+    assert (sides & (rectangle() == 1)).sum() == 476 and not (sides & (trimap() == 255)).any()
+
+
+def test_boundary_f1_of_real_trimaps_falls_with_the_shift():
+    folder = real_data("voc_sample") / "VOCdevkit/VOC2012/SegmentationClass"
+    truth = np.array(Image.open(folder / "2007_000063.png"))  # dog and chair, ignored lines around both
+    shifted = [np.roll(truth, by, axis=1) for by in (0, 2, 5, 10, 40)]
+    scores = [np.nanmean(boundary_f1(np.where(pred == 255, 0, pred), truth, 21)) for pred in shifted]
+    assert scores[0] == 1.0 and scores[1] > 0.8 and (np.diff(scores) < 0.01).all() and scores[-1] < 0.4
+    dog = boundary_f1(np.where(truth == 12, 12, 0).astype(np.uint8), truth, 21)
+    assert dog[12] > 0.7 and dog[9] == 0  # the chair was missed
 
 
 # --- how sure a score is ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Files of every kind come out right, broken ones give one line that names them."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -8,17 +9,17 @@ from conftest import blocks, real_data, write_pair
 from PIL import Image
 
 from config import InputError
+from dataio.pairs import list_images, pair_files, read_list
 from dataio.readers import (
+    TIFF_PLANAR,
     Sample,
     index_table,
-    list_images,
-    pair_files,
     ranges,
     read_image,
-    read_list,
     read_mask,
     read_orientation,
     read_pair,
+    read_upright,
     decode_mask,
     rotate_like,
 )
@@ -49,6 +50,78 @@ def test_gray_rgba_palette_and_16_bit_images(tmp_path):
     assert (
         np.abs(read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy().astype(int) - pixels).mean() < 12
     )
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_deep_images_are_scaled_by_their_own_depth(tmp_path, bits, ending):
+    want, top = gradient(64, 64), 2**bits - 1
+    want[0, 0], want[0, 1] = 255, 0
+    deep = np.round(want / 255 * top).astype(np.uint16)
+    alpha = np.full((64, 64, 1), 65535, np.uint16)
+    alpha[:9] = 0
+    gray, color, clear = (tmp_path / f"{name}.{ending}" for name in ("gray", "color", "clear"))
+    cv2.imwrite(gray, deep[..., 0])
+    cv2.imwrite(color, deep[..., ::-1])
+    cv2.imwrite(clear, np.dstack([deep[..., ::-1], alpha]))
+    for path, pixels in ((gray, want[..., :1]), (color, want), (clear, np.where(alpha, want, 255))):
+        image, size, orientation, depth = read_upright(path)
+        assert (size, orientation, depth) == ((64, 64), 1, bits), path
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 1, path
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turn = dict(exif=exif) if ending == "png" else dict(tiffinfo={274: 6})
+    Image.fromarray(deep[..., 0]).save(gray, **turn)
+    turned, size, orientation, _ = read_upright(gray)
+    assert (orientation, read_orientation(gray)) == (6, ((64, 64), 6))
+    assert np.abs(turned[0].numpy().astype(int) - np.rot90(want[..., 0], -1)).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+def test_color_tiffs_that_only_opencv_reads_are_images_but_no_masks(tmp_path, capfd):
+    want, path = gradient(), tmp_path / "float.tif"
+    for kind in (np.float32, np.float64):
+        cv2.imwrite(path, (want[..., ::-1] / 255).astype(kind))
+        assert np.abs(read_image(path).permute(1, 2, 0).numpy().astype(int) - want).max() <= 1
+        assert read_orientation(path) == (want.shape[:2], 1)
+        with pytest.raises(InputError, match="float.tif is not a readable image"):
+            decode_mask(path)
+    whole = path.read_bytes()
+    for cut in (5, 60, len(whole) // 2, len(whole) - 9):
+        path.write_bytes(whole[:cut])
+        for read in (read_image, read_orientation, decode_mask):
+            with pytest.raises(InputError, match="float.tif") as error:
+                read(path)
+            assert "\n" not in str(error.value)
+    cv2.imwrite(path, np.dstack([want, want[..., 0]]).astype(np.float32))  # alpha or infrared?
+    with pytest.raises(InputError, match="float.tif is not a readable image"):
+        read_image(path)
+    assert not "".join(capfd.readouterr())
+
+
+def test_deep_planar_tiffs_are_refused_not_misread(tmp_path):
+    path = tmp_path / "planar.tif"
+    kinds = {np.uint16: "16-bit channel after the other", np.float32: "not a readable image"}
+    for kind, message in kinds.items():
+        cv2.imwrite(path, gradient().astype(kind), [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+        content = path.read_bytes()
+        tag = TIFF_PLANAR.to_bytes(2, "little") + b"\3\0\1\0\0\0"
+        assert content.count(tag + b"\1") == 1
+        path.write_bytes(content.replace(tag + b"\1", tag + b"\2"))
+        for read in (read_image, decode_mask):
+            with pytest.raises(InputError, match=f"planar.tif.*{message}"):
+                read(path)
+
+
+def test_a_turned_tiff_keeps_its_stored_size(tmp_path):
+    upright = gradient()
+    stored = np.ascontiguousarray(np.rot90(upright))
+    Image.fromarray(stored).save(tmp_path / "photo.tif", tiffinfo={274: 6})
+    image, size, orientation, depth = read_upright(tmp_path / "photo.tif")
+    assert (image.permute(1, 2, 0).numpy() == upright).all() and depth == 8
+    assert (size, orientation) == read_orientation(tmp_path / "photo.tif") == (stored.shape[:2], 6)
+    for mask in (stored[..., 0], upright[..., 0]):
+        assert (rotate_like(mask, size, orientation) == upright[..., 0]).all()
 
 
 def test_pixels_that_are_no_numbers_are_black_and_leave_the_others_alone(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from conftest import ROOT, write_folder
 from kill import same_run
 
 from dataio import dataloader as loading
+from dataio import feature_cache
 from dataio import readers
 import checkpoint
 import train
 import utils
-from config import InputError
+from config import InputError, count_of
 
 from test_scripts import train_flags
 
@@ -87,11 +89,96 @@ def test_a_stop_within_an_epoch_costs_nothing(data, straight, tmp_path, run, mon
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Run, "after_step", at_step(step, send(number)))
         code, _, err = run(train, *flags_of(data, tmp_path, *more))
-    assert code == 128 + number and f"after {step} steps in all; --resume continues there" in err
+    assert code == 128 + number and f"after {count_of(step, 'step')} in all; --resume continues there" in err
     assert torch.load(tmp_path / "last.pth")["step"] == step
     code, out, err = run(train, "--resume", "--out-dir", tmp_path)
     assert code == 0 and "resumed after epoch" in out
     same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("more", [(), ("--cache-features",)], ids=["class weights", "features"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_the_first_step_loses_nothing_and_names_its_command(
+    data, straight, tmp_path, run, monkeypatch, number, more
+):
+    out = shutil.copytree(straight(), tmp_path / "my run")
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--imgsz", 42, 56]
+    flags += ["--workers", 0, "--class-weights", "enet", "--out-dir", out]
+    flags += [*more, tmp_path / "cache"] if more else []
+    passes, forward = [], feature_cache.features_that_fit
+
+    def pass_of(*args):
+        passes.append(len(passes) != 1 or send(number)())
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(feature_cache.BATCH, "cpu", 2)
+        patch.setattr(feature_cache, "features_that_fit", pass_of)
+        if not more:
+            patch.setattr(train, "count_pixels", lambda *args: send(number)())
+        code, text, err = run(train, *flags)
+    assert code == 128 + number and "the earlier run was moved back" in text
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before and err.count("\n") == 2
+    assert err.startswith("\nstopped before the run saved anything") and "--resume" not in err
+    assert shlex.split(err.split("; go on with: ")[1]) == ["python", "train.py", *map(str, flags)]
+    assert ("cache are kept" in err) == bool(more)
+    if more:  # the second run computes what the first one has not
+        entries = sum(sums[sums != 0].numel() for sums in checksums(tmp_path / "cache", "features"))
+        assert entries == 4 * 2  # blocks, images of the first batch
+        assert checksums(tmp_path / "cache", "masks")[0].count_nonzero() == 2
+
+
+def checksums(folder, kind):
+    """Return the checksums of the entries of the files of a feature cache, 0 where there is none yet."""
+    return [torch.from_file(str(path), size=path.stat().st_size // 8, dtype=torch.int64)
+            for path in folder.glob(f"{kind}_*.sums")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_anything_is_in_place_is_one_line(data, tmp_path, run, monkeypatch, number):
+    monkeypatch.setattr(train, "load_data", lambda *args: send(number)())
+    code, _, err = run(train, *flags_of(data, tmp_path / "out"))
+    assert code == 128 + number and err.count("\n") == 2 and "--resume" not in err
+    assert err.startswith("\nstopped before the run began; start it again with: python train.py --dataset ")
+
+
+def test_a_second_signal_does_not_wait_for_the_step(data, straight, tmp_path, run, monkeypatch):
+    def twice():
+        send(signal.SIGTERM)()
+        send(signal.SIGTERM)()
+
+    for step, saved in ((1, False), (4, True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.Run, "after_step", at_step(step, twice))
+            code, _, err = run(train, *flags_of(data, tmp_path / str(saved)))
+        assert code == 143 and ("--resume continues from what was saved last" in err) == saved
+        assert ("stopped before the run saved anything; go on with" in err) != saved
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
+def test_a_real_run_stopped_while_its_cache_fills_goes_on_by_the_line_it_prints(tmp_path, number, workers):
+    data, out = write_folder(tmp_path / "data", count=150), tmp_path / "out"
+    flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--imgsz", 224, 224]
+    flags += ["--epochs", 1, "--workers", workers, "--device", "cpu", "--out-dir", out]
+    flags += ["--cache-features", tmp_path / "my cache"]
+    pipes = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "train.py", *map(str, flags)]
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    while not any(sums.any() for sums in checksums(tmp_path / "my cache", "masks")):
+        assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, number)  # as a terminal and most batch systems do
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err.count("\n") == 2, err
+    filled = checksums(tmp_path / "my cache", "masks")[0].count_nonzero().item()
+    assert 0 < filled < 120 and not (out / "last.pth").exists()
+    line = err.split("; go on with: python ")[1]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "my cache").glob("*.json")}
+    done = subprocess.run(f"{sys.executable} {line}", shell=True, timeout=300, **pipes)
+    assert done.returncode == 0 and "0.00 GB of it new" in done.stdout, done.stderr
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in before}.items()
+    assert (out / "last.pth").exists()
 
 
 def test_a_stop_in_validation_does_not_train_the_epoch_again(data, straight, tmp_path, run, monkeypatch):
@@ -116,7 +203,13 @@ def test_a_stop_in_validation_does_not_train_the_epoch_again(data, straight, tmp
     with monkeypatch.context() as patch:  # stopped there again: still no step is taken
         patch.setattr(checkpoint.Run, "after_batch", after_batch)
         assert run(train, "--resume", "--out-dir", tmp_path)[0] == 143
-    assert run(train, "--resume", "--out-dir", tmp_path)[0] == 0
+    code, text, _ = run(train, "--resume", "--out-dir", tmp_path)
+    first, second = (line for line in text.splitlines() if line.startswith("epoch "))
+    assert code == 0 and "trained before it was resumed" in first and "images/s" not in first
+    assert " images/s, " in second and " resumed" not in second
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert rows[0]["train_images_per_s"] is rows[0]["train_data_wait"] is None
+    assert rows[1]["train_images_per_s"] > 0
     assert steps == [4, 5, 6]
     same_run(straight(), tmp_path)
 
@@ -186,7 +279,7 @@ def test_what_may_not_change_on_resume_is_refused_and_what_may_is_named(data, st
     state = torch.load(path)
     utils.save_checkpoint(dict(state, processes=4), path)
     code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
-    assert code == 2 and "trained by 4 processes" in err
+    assert code == 2 and "batches of 4 processes, and would now of 1:" in err
     utils.save_checkpoint(dict(state, optimizer={"state": {}, "param_groups": []}), path)
     code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
     assert code == 2 and "last.pth does not fit the run" in err

@@ -1,5 +1,6 @@
 """What is in mask and image files of every kind, against numpy on the decoded pixels."""
 
+import cv2
 import numpy as np
 import pytest
 from conftest import blocks
@@ -73,6 +74,24 @@ def test_looks_are_close_for_the_same_picture_and_far_for_others(tmp_path):
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "t.jpg", exif=turned.getexif())
     assert scan_image(tmp_path / "t.jpg").orientation == 6
+
+
+def test_deep_images_look_as_they_are_read(tmp_path):
+    looks = {}
+    for seed in (0, 1):
+        pixels = photo(seed)
+        Image.fromarray(pixels[..., 0]).save(tmp_path / "plain.png")
+        looks[seed] = [scan_image(tmp_path / "plain.png").look]
+        for name, scale in (("16.png", 257), ("12.tif", 16)):
+            cv2.imwrite(tmp_path / name, pixels[..., 0].astype(np.uint16) * scale)
+            facts = scan_image(tmp_path / name)
+            assert facts.depth == int(name[:2]) and facts.mode == "I;16" and facts.size == (240, 320)
+            looks[seed].append(facts.look)
+        cv2.imwrite(tmp_path / "color.tif", (pixels / 255).astype(np.float32))
+        assert scan_image(tmp_path / "color.tif").depth == scan_image(tmp_path / "plain.png").depth == 8
+    for near in (0, 1):
+        assert all(np.bitwise_count(look ^ looks[near][0]).sum() <= 10 for look in looks[near])
+        assert all(np.bitwise_count(look ^ looks[1 - near][0]).sum() > 60 for look in looks[near])
 
 
 def test_masks_fit_as_stored_or_turned_as_exif_says():

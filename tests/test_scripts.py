@@ -352,7 +352,7 @@ def test_resume_refuses_what_it_cannot_go_on_from(trained, tmp_path, run, kind):
     flags, reason = (
         ["--epochs", 3],
         {
-            "nothing there": "last.pth does not exist",
+            "nothing there": "saved nothing yet: start it by its command without --resume",
             "truncated": "last.pth is not a whole",
             "other data": "not the one the run was trained",
             "other head": "--head is 'linear'",
@@ -406,6 +406,7 @@ def test_images_of_every_kind_come_out_right(model_file, tmp_path, run):
         assert mask.mode == "P" and (np.array(mask) == want.numpy()).all()
         assert Image.open(out / f"{path.stem}_overlay.jpg").size == mask.size
     assert Image.open(out / "legend.png").size[0] > 60
+    assert text.count("scaled by the depth of their values: 16 bit\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from dataio import stratify
 from config import InputError
 from dataio.readers import Sample, index_table
-from dataio.stratify import count_pixels, share_table, split_samples, stratified_split
+from dataio.stratify import count_pixels, share_table, stratified_split
 
 
 def test_split_is_deterministic_disjoint_and_fair():
@@ -107,4 +107,3 @@ def test_the_table_of_shares_is_that_of_the_parts():
     assert lines[0].split() == ["train", "images", "train", "pixels", "val", "images", "val", "pixels"]
     assert lines[1].split() == ["sky", "2", "92.86", "%", "0", "0.00", "%"]
     assert lines[2].split() == ["a", "tree", "1", "7.14", "%", "1", "100.00", "%"]
-    assert split_samples(samples, pixels, 0.3).keys() == {"train", "val"}

@@ -66,6 +66,58 @@ def test_plots_are_drawn_with_absent_classes_and_a_first_epoch(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def long_names(count, letters=200):
+    """Return classes with long names that share their beginning; the first two are hard to draw."""
+    names = [("surface marking, " * letters)[: letters - 4] + f" {id:03d}" for id in range(count)]
+    names[:2] = ["W" * letters, "$\\broken{$ math\nin two lines of " + "m" * letters]
+    return [(name, ((id * 37) % 256, 255 - id, 7)) for id, name in enumerate(names)]
+
+
+def test_short_names_keep_beginning_and_end_on_one_line():
+    assert [visualize.short(name) for name in ("cat", " a \n dog", "m" * 32)] == ["cat", "a dog", "m" * 32]
+    shown = visualize.short("surface marking, painted, white, dashed, number 17")
+    assert shown == "surface marking,…shed, number 17" and len(shown) == visualize.LONGEST_NAME
+    assert len({visualize.short(name) for name, _ in long_names(254)}) == 254
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [2, 32, 254])
+@pytest.mark.parametrize("letters", [60, 200])
+def test_plots_hold_long_names_and_many_classes(count, letters, tmp_path):
+    classes, generator = long_names(count, letters), np.random.default_rng(0)
+    ious = [math.nan if id == 1 else 0.5 for id in range(count)]
+    counts = np.diag(generator.integers(0, 1000, count)) + generator.integers(0, 2, (count, count))
+    visualize.plot_per_class_iou(ious, classes, tmp_path / "per_class_iou.png")
+    visualize.plot_confusion(counts, classes, tmp_path / "confusion_matrix.png")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("L"))
+        assert min(pixels.shape) > 150 and max(pixels.shape) <= 4000
+        assert (pixels[:, 0] == 255).all() and (pixels[-1] == 255).all()  # no name is cut off
+        frame = np.flatnonzero((pixels < 128).mean(0) > 0.4)  # left and right edge of the plot
+        assert frame[-1] - frame[0] > (600 if path.stem == "per_class_iou" else 200)  # names leave it room
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_are_drawn_without_a_warning(tmp_path):
+    row = {f"{part}_{name}": 0.5 for part in ("train", "val") for name in ("loss", "accuracy", "miou")}
+    for epochs in (1, 2, 300):
+        visualize.plot_history([dict(row, epoch=epoch) for epoch in range(1, epochs + 1)], tmp_path)
+    visualize.plot_history([dict(row, epoch=1, val_miou=math.nan, val_loss=math.nan)], tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 32, 150, 254])
+def test_legends_of_long_names_stay_narrow(count):
+    classes = long_names(count)
+    picture = visualize.legend(classes)
+    assert picture.shape[1] <= 2500 and picture.shape[0] <= 2000
+    for left in (0, picture.shape[1] - 1):
+        assert (picture[:, left] == 255).all()  # no name runs over the edge
+    ids = np.arange(48, dtype=np.uint8).reshape(6, 8) % count
+    drawn = visualize.side_by_side([(np.zeros((60, 80, 3), np.uint8), ids, ids)] * 4, classes)
+    assert drawn.shape[1] == picture.shape[1] + 3 * 324
+
+
 def test_a_window_without_a_display_is_one_line(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.delenv("DISPLAY", raising=False)

@@ -1,0 +1,330 @@
+"""Finds images, masks and split lists in a folder that nobody described.
+
+    found = find_pairs(Path("my_photos"))      # found.splits = {"train": [Sample, ...], ...}
+
+The names of folders say what lies in them (images, masks), for which split (train, val, test) and to which
+group of pairs it belongs (whatever else is in the name: `drive1/images` and `drive1/masks`). Where no name
+says where the masks are, the files do: few values, in long runs.
+"""
+import dataclasses
+import json
+import re
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import InputError, count_of
+from dataio.pairs import MASK_AFFIX, common_name, list_images, match, read_list, unlike
+from dataio.readers import decode_mask
+from dataio.scan import distinct
+
+SPLITS = {"train": "train training trn tr", "val": "val valid validation dev", "test": "test testing tst"}
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words.split()}
+IMAGE_FOLDERS = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "jpegimages",
+                 "rgb", "frames", "input", "inputs", "original", "originals", "leftimg8bit", "orig"}
+MASK_FOLDERS = {"mask", "masks", "label", "labels", "annotation", "annotations", "annot", "ann", "anns", "gt",
+                "ground", "groundtruth", "truth", "seg", "segmentation", "segmentations", "trimaps", "target",
+                "targets", "gtfine", "labelids"}
+OTHER_FOLDERS = {"object", "objects", "instance", "instances", "inst", "panoptic", "depth", "edges", "boxes",
+                 "bbox", "overlay", "overlays", "vis", "viz", "visualization", "preview", "previews"}
+ROLES = {"other": OTHER_FOLDERS, "masks": MASK_FOLDERS, "images": IMAGE_FOLDERS}  # the first of a name counts
+NOISE = {"dir", "folder", "set", "data", "png", "jpg", "class", "raw", "files", "of", "the", "and", "jpeg"}
+LISTS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
+LOOKED_AT = 4  # files of a folder that are opened to see what they are
+# A mask: changes of value per pixel along its rows, and how many of its values hold most of its pixels.
+FEW_CHANGES, FEW_VALUES, MOST = 0.2, 32, 0.9
+LISTED = 8  # folders that an error names
+
+
+@dataclasses.dataclass
+class Found:
+    """What find_pairs found. splits, no_mask, no_image: {split: [...]}, the last two of paths alone.
+
+    notes: lines on what was taken for what.
+    """
+
+    splits: dict
+    no_mask: dict
+    no_image: dict
+    notes: list
+
+
+class Place(NamedTuple):
+    """What the names of the folders above a file say. role: images, masks, other or "" (nothing)."""
+
+    role: str
+    split: str
+    group: tuple
+
+
+def words_of(name):
+    """Return the lower-case words of a folder's name: 'SegmentationClass_raw' -> segmentation class raw."""
+    if name.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
+        return [name.lower()]
+    parts = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)(?=[A-Z][a-z])", r"\1\3 \2", name)
+    return re.findall(r"[a-z]+|\d+", parts.lower())
+
+
+def place_of(parts):
+    """Return the Place of a file from the names of its folders, outermost first; the innermost role counts.
+    """
+    role, split, group = "", "", []
+    for name in reversed(parts):
+        words = words_of(name)
+        roles = [known for known, names in ROLES.items() if names & set(words)]
+        role = role or next(iter(roles), "")
+        split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
+        known = set().union(*ROLES.values(), SPLIT_OF, NOISE)
+        group += [word for word in reversed(words) if word not in known]
+    return Place(role, split, tuple(reversed(group)))
+
+
+def find_pairs(root):
+    """Return what was Found of images and masks under `root`. Raises InputError that says what lies there.
+    """
+    paths = list_images(root)
+    base = common_folder(root, paths)
+    places = {path: place_of(path.relative_to(base).parts[:-1]) for path in paths}
+    unpaired = ""
+    for assign in (by_folder_names, by_bare_folders, by_file_names, by_content):
+        images, masks = assign(places)
+        found = pair_up(images, masks) if images and masks else None
+        if found and any(found.splits.values()):
+            break
+        unpaired = unpaired or found and unlike(images, masks)
+    else:
+        raise InputError(f"no images with masks found under {root}: {seen(root, set(paths))}; "
+                         f"{unpaired or ADVICE}")
+    found.notes.append(f"images: {shown_folders(images, root)}; masks: {shown_folders(masks, root)}")
+    lonely = [path for part in (found.no_mask, found.no_image) for files in part.values() for path in files]
+    used = {path for part in found.splits.values() for sample in part for path in sample}
+    unused = set(paths) - used - set(lonely)
+    if unused:
+        found.notes.append(f"not used: {shown_folders(unused, root)}")
+    use_lists(found, root, base)
+    found.splits.setdefault("train", [])
+    return found
+
+
+def common_folder(root, paths):
+    """Return the folder below which all image files lie, so that folders around everything say nothing."""
+    base = Path(root)
+    while paths and all(path.parent != base for path in paths):
+        below = {path.relative_to(base).parts[0] for path in paths}
+        if len(below) > 1:
+            break
+        base = base / below.pop()
+    return base
+
+
+# --- which files are images, which are masks --------------------------------------------------------------
+# f({path: Place}) -> ({image path: Place}, {mask path: Place}), empty where it cannot tell.
+def with_role(places, role):
+    """Return the part of {path: Place} that has a role."""
+    return {path: place for path, place in places.items() if place.role == role}
+
+
+def by_folder_names(places):
+    """Images and masks lie in folders called so."""
+    return with_role(places, "images"), with_role(places, "masks")
+
+
+def by_bare_folders(places):
+    """Masks lie in folders called so, images in folders whose name says nothing: train and train_masks."""
+    return with_role(places, ""), with_role(places, "masks")
+
+
+def by_file_names(places):
+    """Images and masks lie in one folder: a.jpg beside a_mask.png."""
+    stems = {(path.parent, path.stem) for path in places}
+    masks = {path: place for path, place in places.items() if common_name(path, MASK_AFFIX) != path.stem
+             and (path.parent, common_name(path, MASK_AFFIX)) in stems}
+    return {path: place for path, place in places.items() if path not in masks}, masks
+
+
+def by_content(places):
+    """Masks lie in the folders whose files look like masks; a few of each are opened."""
+    folders = {}
+    for path in places:
+        folders.setdefault(path.parent, []).append(path)
+    flat = {folder: all(map(looks_like_mask, some(files))) for folder, files in folders.items()}
+    return [{path: place for path, place in places.items() if flat[path.parent] == side}
+            for side in (False, True)]
+
+
+def some(files):
+    """Return a few files, evenly spread."""
+    return [files[index] for index in np.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).astype(int)]
+
+
+def looks_like_mask(path):
+    """Return whether a file holds few values or colors, in long runs, as a mask does and a photo does not.
+
+    A JPEG mask holds many, but few of them often.
+    """
+    try:
+        mask = decode_mask(path)
+    except InputError:
+        return False
+    codes = mask.colors if mask.values is None else mask.values
+    _, counts = distinct(codes)
+    changes = np.count_nonzero(codes[:, 1:] != codes[:, :-1]) / codes.size
+    return changes <= FEW_CHANGES and np.sort(counts)[-FEW_VALUES:].sum() >= MOST * codes.size
+
+
+# --- pairs and splits -------------------------------------------------------------------------------------
+def pair_up(images, masks):
+    """Return what was Found of {path: Place} of images and masks: paired in each split and group.
+
+    Where only one side names splits, its files choose among all of the other.
+    """
+    found = Found({}, {}, {}, [])
+    image_splits = {place.split for place in images.values()} - {""}
+    mask_splits = {place.split for place in masks.values()} - {""}
+    for split in sorted(image_splits) or [""]:
+        name = split or "train"
+        sides = [{path: place.group for path, place in places.items() if not by_split or place.split == split}
+                 for places, by_split in ((images, image_splits), (masks, image_splits and mask_splits))]
+        found.splits[name], found.no_mask[name], found.no_image[name] = match(*sides)
+        if not found.splits[name]:  # what the names of the folders have besides may differ: roads/, roads_gt/
+            with suppress(InputError):
+                again = match(*[dict.fromkeys(side, ()) for side in sides])
+                found.splits[name], found.no_mask[name], found.no_image[name] = again
+    if image_splits and not mask_splits:
+        used = {sample.mask for part in found.splits.values() for sample in part}
+        found.no_image = {"train": sorted(set(masks) - used)}
+    return found
+
+
+def use_lists(found, root, base):
+    """Split the samples as train.txt, val.txt and test.txt say, where the folder has them.
+
+    Entries are names or paths of images, with or without ending, alone or followed by the mask's. Raises
+    InputError for an entry that is no image with a mask.
+    """
+    lists = {}
+    for folder in dict.fromkeys(top / name for top in (root, base) for name in LISTS):
+        for path in sorted(folder.glob("*.txt")):
+            splits = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
+            if len(splits) == 1:
+                lists.setdefault(splits.pop(), path)
+    if not lists:
+        return
+    shown = ", ".join(str(path.relative_to(root)) for path in lists.values())
+    if set(found.splits) != {"train"} or "train" not in lists:
+        why = "there is no train.txt" if "train" not in lists else "the folders name the parts"
+        found.notes.append(f"not used: {shown} ({why})")
+        return
+    samples = {}
+    for sample in found.splits["train"]:
+        path = sample.image.relative_to(base)
+        for name in (path, path.with_suffix(""), path.name, path.stem):
+            samples.setdefault(str(name), sample)
+    parts = {split: [listed_sample(entry, samples, path) for entry in read_list(path)]
+             for split, path in lists.items()}
+    left = set(found.splits["train"]) - {sample for part in parts.values() for sample in part}
+    found.splits, found.no_mask, found.no_image = parts, {}, {}  # what is on no list need not pair
+    found.notes.append(f"split as {shown} say" + (f"; {count_of(len(left), 'pair')} on none of them: not used"
+                                                  if left else ""))
+
+
+def listed_sample(entry, samples, path):
+    """Return the Sample that an entry of a list file means. Raises InputError."""
+    for text in (entry, re.split(r"[\s,;]+", entry)[0]):
+        name = Path(text)
+        for spelling in (str(name), str(name.with_suffix("")), name.name, name.stem):
+            if spelling in samples:
+                return samples[spelling]
+    raise InputError(f"{path} lists {entry}, and there is no image of that name with a mask: correct the "
+                     "list, or rename it if it is not the list of this part")
+
+
+# --- what lies there --------------------------------------------------------------------------------------
+ADVICE = ("it needs images/ and masks/, or train/images train/masks val/images val/masks, or images/train "
+          "masks/train images/val masks/val, or train_images train_labels valid_images valid_labels")
+
+
+def shown_folders(paths, root):
+    """Return the folders of files with the number of files as text: 'train/img (96), val/img (24)'."""
+    counts = Counter(path.parent.relative_to(root).as_posix() for path in paths)
+    return shortened([f"{name} ({count})" for name, count in sorted(counts.items())])
+
+
+def shortened(texts):
+    """Return texts joined by commas, of many the first few."""
+    more = f" and {len(texts) - LISTED} more folders" if len(texts) > LISTED else ""
+    return ", ".join(texts[:LISTED]) + more
+
+
+def seen(root, images):
+    """Return what lies below `root` as text: the folders, how many files they hold and what these look like.
+    """
+    folders = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
+            folders.setdefault(path.parent, []).append(path)
+    texts = []
+    for folder, files in folders.items():
+        pictures = [path for path in files if path in images]
+        others = [path for path in files if path not in images]
+        kinds = [f"{count_of(len(pictures), 'picture')} ({looks_of(pictures)})"] if pictures else []
+        kinds += [f"{count_of(len(others), 'file')} ({label_format(others)})"] if others else []
+        texts.append(f"{folder.relative_to(root).as_posix()}/ holds {' and '.join(kinds)}")
+    return shortened(texts) or "it is empty"
+
+
+def looks_of(pictures):
+    """Return whether picture files look like photos or like masks."""
+    flat = sum(map(looks_like_mask, some(pictures)))
+    return "masks, by their looks" if 2 * flat > len(some(pictures)) else "photos, by their looks"
+
+
+def label_format(files):
+    """Return what kind of files without pixels these are, such as the annotations of a tool."""
+    endings = Counter(path.suffix.lower() for path in files)
+    ending = endings.most_common(1)[0][0]
+    path = next(path for path in files if path.suffix.lower() == ending)
+    kind = {".json": json_format, ".txt": text_format, ".xml": xml_format}.get(ending)
+    known = {".npy": "NumPy arrays", ".npz": "NumPy arrays", ".mat": "MATLAB files", ".svg": "drawings",
+             ".tfrecord": "TFRecords", ".zip": "an archive: unpack it", ".tar": "an archive: unpack it",
+             ".gz": "an archive: unpack it", ".parquet": "a table", ".csv": "a table"}
+    try:
+        named = kind(path) if kind else known.get(ending)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        named = None
+    return f"{named}, not read: export masks as PNG" if named and "unpack" not in named else \
+        named or f"{ending or 'without ending'}, no images"
+
+
+def json_format(path):
+    """Return which tool's annotations a JSON file holds, or None."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    keys = set(content) if isinstance(content, dict) else set(content[0])
+    for wanted, name in (({"images", "annotations"}, "COCO annotations"), ({"shapes", "imagePath"}, "labelme "
+                         "polygons"), ({"objects", "size"}, "Supervisely annotations"),
+                         ({"_via_img_metadata"}, "VIA annotations"), ({"objects", "imgHeight"}, "Cityscapes "
+                         "polygons"), ({"data", "annotations"}, "Label Studio annotations")):
+        if wanted <= keys:
+            return name
+    return "JSON annotations" if keys else None
+
+
+def text_format(path):
+    """Return whether a text file holds YOLO polygons or boxes, or None."""
+    rows = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if rows and all(row[0].isdecimal() and all(0 <= float(cell) <= 1 for cell in row[1:]) for row in rows):
+        if all(len(row) >= 7 and len(row) % 2 for row in rows):
+            return "YOLO polygons"
+        if all(len(row) == 5 for row in rows):
+            return "YOLO boxes, which hold no shapes"
+    return None
+
+
+def xml_format(path):
+    """Return whether an XML file holds VOC boxes or annotations of CVAT, or None."""
+    start = path.read_text(encoding="utf-8-sig")[:2000]
+    return "VOC boxes, which hold no shapes" if "<annotation>" in start else \
+        "CVAT annotations" if "<annotations>" in start else None

@@ -1,0 +1,93 @@
+"""A clean copy of a data set: the images as they are, masks as PNG files of class ids, classes.txt, lists.
+
+    fix(root, splits, masks, images, classes, table, advice, Path("clean"))
+"""
+import shutil
+from pathlib import Path
+
+from config import IGNORE, InputError, count_of
+from dataio.labels import decode_masks, line_entries
+from dataio.readers import read_mask, read_orientation, rotate_like
+from dataio.scan import in_parallel
+from utils import make_folder, write_atomically
+from visualize import save_mask
+
+
+def check_target(out, root):
+    """Raise InputError where a clean copy of `root` must not be written to the folder `out`."""
+    if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
+        raise InputError(f"--fix {out} lies in the data set itself: choose a folder outside of it")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"--fix {out} is not empty: choose a new folder")
+
+
+def fix(root, splits, masks, images, classes, table, advice, out):
+    """Write the samples of {split: [Sample]} to the folder `out`; the original stays as it is.
+
+    masks, images: {sample: MaskFacts}, {sample: ImageFacts}; classes, table: None where `advice` says what
+    the masks mean. Training images that are copies of others are on no list. Raises InputError where there is
+    a choice to make first.
+    """
+    samples = list(dict.fromkeys(sample for part in splits.values() for sample in part))
+    files = advice.files if advice else {}
+    if len(files) > 1 or classes is None and not files:
+        raise InputError(f"--fix {out}: nothing is written. " + (
+            f"Choose one of the classes.txt above and write it to {root} first" if files else
+            "Solve the problems above first: nothing tells what the masks mean"))
+    if classes is None:
+        (text,) = files.values()
+        entries = [entry for line in text.splitlines() for entry in line_entries("advice", line)]
+        classes, table, notes = decode_masks(root, samples, [masks[sample] for sample in samples],
+                                             listed=entries, blurred=advice.blurred)
+        print("\n".join(notes))
+    make_folder(out)
+    names = clean_names(samples, root)
+    ignored = in_parallel(lambda sample: copy_pair(sample, names[sample], classes, table, out), samples,
+                          "copying")
+    broken = next((error for error in ignored if isinstance(error, InputError)), None)
+    if broken:
+        raise broken
+    write_text(out / "classes.txt", [f"{name.replace('=', '-')} {color[0]} {color[1]} {color[2]}"
+                                     for name, color in classes])
+    held_out = {images[sample].digest
+                for split, part in splits.items() if split != "train" for sample in part}
+    parts = {split: [sample for sample in part if split != "train" or images[sample].digest not in held_out]
+             for split, part in splits.items()}
+    for split, part in parts.items():
+        if part:
+            write_text(out / f"{split}.txt", [names[sample] for sample in part])
+    left = len(splits.get("train", [])) - len(parts.get("train", []))
+    print(f"clean copy: {out}, {count_of(len(samples), 'pair')}, " + ", ".join(
+        f"{len(part)} {split}" for split, part in parts.items())
+        + (f"; {count_of(left, 'training image')} also in another part: on no list" if left else "")
+        + f"; {100 * sum(ignored) / max(1, len(ignored)):.1f} % of the pixels are ignored")
+
+
+def copy_pair(sample, name, classes, table, out):
+    """Write one pair to the folder `out`; return the share of the mask's pixels that are ignored."""
+    mask = rotate_like(read_mask(sample.mask, table), *read_orientation(sample.image))
+    save_mask(mask, classes, out / "masks" / f"{name}.png")
+    target = out / "images" / f"{name}{sample.image.suffix}"
+    write_atomically(target, lambda temporary: shutil.copyfile(sample.image, temporary))
+    return float((mask == IGNORE).mean())
+
+
+def clean_names(samples, root):
+    """Return {sample: a name without ending, different for all}: the image's, else with its folders."""
+    names, taken = {}, set()
+    for sample in samples:
+        parts = sample.image.relative_to(root).with_suffix("").parts
+        options = ["_".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+        name = next((name for name in options if name.lower() not in taken), None)
+        number = 2
+        while name is None or name.lower() in taken:
+            name, number = f"{options[0]}_{number}", number + 1
+        taken.add(name.lower())
+        names[sample] = name
+    return names
+
+
+def write_text(path, lines):
+    """Write lines as a UTF-8 text file."""
+    text = "\n".join(lines) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
