@@ -63,7 +63,8 @@ from dataio.readers import read_image
 from datasets import SegmentationDataset, load_data
 from inference.predictor import Predictor, choose_protocol, views_of
 from inference.report import existing_figures, report_page
-from metrics import (BOUNDARY_TOLERANCE, bootstrap_interval, boundary_f1, miou_of_counts, paired_bootstrap)
+from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, bootstrap_interval, boundary_f1, miou_of_counts,
+                     paired_bootstrap)
 from models.weights import hash_files, hash_state
 
 KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
@@ -208,7 +209,8 @@ def describe(args, data, split, samples, predictor):
         flip=protocol.flip,
         precision=getattr(model, "name", str(predictor.precision)),  # exported files have a name
         scored="each mask at its own size, one confusion matrix",
-        boundary_tolerance=f"{100 * BOUNDARY_TOLERANCE:g} % of the diagonal",
+        boundary_tolerance=f"{100 * BOUNDARY_TOLERANCE:g} % of the diagonal, {100 * BOUNDARY_BAND:g} % of it "
+                           "across ignored pixels",
         model=str(args.model),
         weights_sha256=file_hash(model, args.model),
         **data.fingerprints(),

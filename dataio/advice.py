@@ -21,7 +21,7 @@ COMPACT = 0.5  # share of a class's pixels that touch two or more of their own k
 SPECK, SPECK_SHARE = 16, 2e-4  # pixels, and share of the mask, below which a value is a speck
 USUAL = 0.2  # share of the masks in which even specks are no accident
 BAND = 0.02  # of the mask's diagonal: the farthest that a border's pixel has both its neighbors
-VOID, NO_VOID = 0.7, 0.3  # share of 255 between other values: above it is void, below a class, else unknown
+VOID, NO_VOID = 0.5, 0.3  # share of 255 between other values: above it is void, below a class, else unknown
 RAMP = 0.9  # share of a value's pixels on ramps, from which interpolation made it
 GRAY_STEP = 20  # classes drawn in shades of gray are at least so far apart
 
@@ -173,8 +173,8 @@ def sort_values(facts, masks, painted, advice):
     last = max(set(kept) - {IGNORE})
     if not painted and not grays and last < MOST_CLASSES:
         advice.notes.append("if the values are the numbers of a known list of classes, of which these masks "
-                            f"hold some, write its names into classes.txt, all {last + 1} in their order, "
-                            "line 1 = value 0; that is the usual case")
+                            "hold some, write all of its names into classes.txt in their order (at least "
+                            f"{last + 1}), line 1 = value 0; that is the usual case")
     titles = {"class": "255 is a class", "void": "255 is not labeled"}
     for one in ("class", "void") if kind == "unknown" else (kind,):
         void = [IGNORE] if one == "void" else []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import blocks, load, real_data, write_folder, write_pair, write_tree
 from PIL import Image
+from test_folder import write_frames
 from test_scan import painted, photo
 
 import check_data
@@ -305,3 +306,71 @@ def test_pairs_in_sub_folders_and_write_pair(tmp_path, run):
             blocks(40, 50, (0, 1, 2), seed=ord(place)),
         )
     assert check(run, tmp_path / "data", tmp_path)[0] == 0
+
+
+def test_one_class_alone_is_a_problem_and_the_advice_starts_anew(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 255))
+    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "problem: only one class, sky, has pixels in train" in text
+    assert "background = 0\n      class 1 = 255\n" in text and re.search(r"ignored: \d+\.\d % of the", text)
+    assert re.search(r"warning: \d+\.\d % of the pixels are ignored: is one of", text)
+
+
+def test_a_class_in_few_masks_is_no_accident_and_scattered_pixels_are(tmp_path, run):
+    root = write_photos(tmp_path / "data", count=30, values=(0, 40))
+    generator = np.random.default_rng(0)
+    for path in sorted((root / "masks").iterdir()):
+        mask = np.array(Image.open(path))
+        if path.stem == "07":
+            mask[20:40, 20:40] = 90
+        mask[generator.random(mask.shape) < 0.02] = 133  # in every mask, 2 % of the pixels
+        Image.fromarray(mask).save(path)
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "the value 90" not in text
+    assert re.search(r"warning: 30 masks hold the value 133, \d+ pixels in all: an accident", text)
+    write_advice(root, text)
+    assert load("folder", root).table[[0, 40, 90, 133]].tolist() == [0, 1, 2, 255]
+
+
+def test_the_plain_list_of_all_names_comes_first(tmp_path, run):
+    text = check(run, write_photos(tmp_path / "data", values=(0, 11, 97, 181)), tmp_path)[1]
+    plain, guess = text.index("in their order (at least 182)"), text.index("write this to")
+    assert plain < guess
+    text = check(run, write_photos(tmp_path / "gray", values=(0, 85, 170)), tmp_path)[1]
+    assert "in their order" not in text
+
+
+def test_deep_gray_images_are_no_copies_of_one_another(tmp_path, run):
+    root = tmp_path / "data"
+    for split, seeds in (("train", range(4)), ("val", range(4, 7))):
+        write_photos(root / split, count=3)
+        for number, seed in enumerate(seeds):
+            deep = photo(seed, (60, 80))[..., 0].astype(np.uint16) * 16  # 12 bit
+            Image.fromarray(deep).save(root / f"{split}/images/{number:02d}.png")
+    shutil.copy(root / "train/masks/00.png", root / "train/masks/03.png")
+    code, text = check(run, root, tmp_path)
+    assert code == 0 and "look" not in text and "cop" not in text, text
+    assert "7 images deeper than 8 bit: scaled to 8 by the depth of the values, 12 bit" in text
+
+
+def test_frames_of_one_clip_in_both_parts_are_warned_of(tmp_path, run):
+    source = write_frames(tmp_path / "frames", 40, 3)
+    for path in sorted(source.rglob("*.png")):
+        split = "val" if int(path.stem[-4:]) % 4 == 0 else "train"
+        target = tmp_path / "data" / split / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    text = check(run, tmp_path / "data", tmp_path)[1]
+    assert "10 of 10 validation images (100%) have a near neighbor in training" in text
+    text = check(run, source, tmp_path)[1]  # split by this code: in blocks
+    assert "8 of 40 images would validate, stratified by blocks of consecutive frames" in text
+
+
+def test_painted_masks_of_a_registered_data_set(tmp_path, run):
+    write_tree("voc", tmp_path / "data")
+    for path in (tmp_path / "data/SegmentationClass").iterdir():
+        Image.fromarray(painted(np.array(Image.open(path)) % 2)).save(path)
+    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
+    assert code == 1 and "is painted in colors, voc has masks of class numbers" in text
+    assert "give --dataset folder" in text

@@ -415,3 +415,33 @@ def test_moved_data_and_a_copied_model_are_scored_alike(trained, tmp_path, run):
     counts = evaluate.counts_of(here["records"], 3)
     assert miou_of_counts(counts.sum(0)) == pytest.approx(here["miou"])
     assert re.fullmatch("[0-9a-f]{16}", here["protocol"]["weights_sha256"])
+
+
+def test_another_folder_is_scored_whole_the_training_folder_as_it_was_split(trained, tmp_path, run):
+    data, out = trained
+    flags = ("--model", out / "best_model_iou.pth", "--data-root")
+    text, result = score(run, tmp_path / "a", *flags, write_folder(tmp_path / "other", count=7))
+    protocol = result["protocol"]
+    assert (protocol["images"], protocol["split"], len(result["records"])) == (7, "all", 7)
+    assert "folder all, 7 images" in text and "validate" not in text
+    text, own = score(run, tmp_path / "b", *flags, data)
+    assert own["protocol"]["split"] == "val" and own["protocol"]["images"] == 2
+    shutil.copytree(data, tmp_path / "moved")  # the same files elsewhere: what was trained on is not scored
+    text, moved = score(run, tmp_path / "c", *flags, tmp_path / "moved")
+    assert [Path(one["name"]).name for one in moved["records"]] == [
+        Path(one["name"]).name for one in own["records"]
+    ]
+    assert moved["miou"] == own["miou"] and "warning" not in text
+
+
+def test_a_training_folder_with_new_files_is_warned_of(trained, tmp_path, run):
+    data, out = trained
+    name = data / "images/new.png"
+    shutil.copy(data / "images/00.png", name)
+    shutil.copy(data / "masks/00.png", data / "masks/new.png")
+    try:
+        text, _ = score(run, tmp_path, "--model", out / "best_model_iou.pth", "--data-root", data)
+    finally:
+        name.unlink()
+        (data / "masks/new.png").unlink()
+    assert "warning: files were added, removed or changed since training" in text

@@ -203,7 +203,7 @@ THREE = ["background", "class 1", "class 2"]
 # name: (tree, classes that a training on it must know, what its user does first)
 # "": nothing; "advice": write the classes.txt that is printed; "first", "second": of two; "list": write the
 # plain list of names; "fix": check_data.py --fix; "never": it is refused, with this text.
-TREES = {
+LAYOUTS = {
     "image/ label/": (layout("image/{}.jpg", "label/{}.png"), THREE, ""),
     "img/ label/": (layout("img/{}.jpg", "label/{}.png"), THREE, ""),
     "Training_Images/ Ground_Truth/": (layout("Training_Images/{}.jpg", "Ground_Truth/{}.png"), THREE, ""),
@@ -223,7 +223,7 @@ TREES = {
     ),
     "train/ train_masks/": (layout("train/{}.jpg", "train_masks/{}.png"), THREE, ""),
     "images/ images/masks/": (layout("images/{}.jpg", "images/masks/{}.png"), THREE, ""),
-    "scenes, each with masks/": (layout("{split}ing_1/{}.jpg", "{split}ing_1/masks/{}.png"), THREE, ""),
+    "scenes, each with masks/": (layout("{split}_1/{}.jpg", "{split}_1/masks/{}.png"), THREE, ""),
     "a wrapper called masks_of_2024/": (
         layout("masks_of_2024/images/{}.jpg", "masks_of_2024/masks/{}.png"),
         THREE,
@@ -247,6 +247,8 @@ TREES = {
     "COCO JSON": (coco, [], "never: COCO annotations, not read"),
     "YOLO TXT": (yolo, [], "never: YOLO polygons, not read"),
     "labelme JSON": (labelme, [], "never: labelme polygons, not read"),
+}
+ENCODINGS = {
     "0 255": (encoded(values(0, 255)), ["background", "foreground"], ""),
     "0 255, stray 3 and 4": (encoded(cracks), ["background", "class 1"], "advice"),
     "0 128 255": (encoded(values(0, 128, 255), 3), THREE, "advice"),
@@ -290,6 +292,7 @@ TREES = {
     "16-bit RGB TIFF images": (deep_tiff, ["background", "class 1"], ""),
     "40 frames of a clip": (frames, ["background", "class 1"], ""),
 }
+TREES = LAYOUTS | ENCODINGS
 
 
 def follow_advice(root, text, action):
