@@ -94,7 +94,7 @@ def between_others(values):
     void = values == IGNORE
     if not void.any() or values.max() > IGNORE:
         return np.zeros(values.shape, bool)
-    side = 2 * max(3, round(BAND * math.hypot(*values.shape))) + 1
+    side = 2 * max(5, round(BAND * math.hypot(*values.shape))) + 1
     window = np.ones((side, side), np.uint8)
     highest = cv2.dilate(np.where(void, 0, values).astype(np.uint8), window)
     lowest = cv2.erode(values.astype(np.uint8), window)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import IGNORE, InputError, count_of
 from dataio.labels import decode_masks, line_entries
-from dataio.readers import read_mask, read_orientation, rotate_like
+from dataio.readers import read_mask
 from dataio.scan import in_parallel
 from utils import make_folder, write_atomically
 from visualize import save_mask
@@ -65,7 +65,7 @@ def fix(root, splits, masks, images, classes, table, advice, out):
 
 def copy_pair(sample, name, classes, table, out):
     """Write one pair to the folder `out`; return the share of the mask's pixels that are ignored."""
-    mask = rotate_like(read_mask(sample.mask, table), *read_orientation(sample.image))
+    mask = read_mask(sample.mask, table)  # turned or not, as it was: it is read again with the same image
     save_mask(mask, classes, out / "masks" / f"{name}.png")
     target = out / "images" / f"{name}{sample.image.suffix}"
     write_atomically(target, lambda temporary: shutil.copyfile(sample.image, temporary))

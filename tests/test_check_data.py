@@ -10,6 +10,7 @@ from conftest import blocks, load, real_data, write_folder, write_pair, write_tr
 from PIL import Image
 from test_folder import write_frames
 from test_scan import painted, photo
+from trees import void_borders
 
 import check_data
 from config import DataOptions
@@ -374,3 +375,17 @@ def test_painted_masks_of_a_registered_data_set(tmp_path, run):
     code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
     assert code == 1 and "is painted in colors, voc has masks of class numbers" in text
     assert "give --dataset folder" in text
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2), (0, 7, 8)])
+def test_thin_lines_of_255_between_classes_are_void_without_a_question(tmp_path, run, values):
+    root = write_photos(tmp_path / "data", values=(0, 1, 2))
+    for path in (root / "masks").iterdir():
+        drawn = void_borders(np.array(Image.open(path)), 0)
+        Image.fromarray(np.array([*values, *[255] * 253], np.uint8)[drawn]).save(path)
+    code, text = check(run, root, tmp_path)
+    assert "255 is" not in text and (code == 0) == (values == (0, 1, 2)), text
+    if code:
+        write_advice(root, text)
+    source = load("folder", root)
+    assert len(source.classes) == 3 and source.table[255] == 255
