@@ -43,18 +43,19 @@ import numpy as np
 import utils
 import visualize
 from config import IGNORE, DataOptions, InputError, count_of
-from dataio.advice import Advice, advise, kind_of_255, value_facts
+from dataio.advice import advise, either_way, kind_of_255, value_facts
 from dataio.folder import MUCH_IGNORED, check_root, ignored_share
 from dataio.labels import class_file, class_pixels, decode_masks, read_classes, says, stored
-from dataio.layout import find_pairs
-from dataio.readers import OUTSIDE, outside_message, ranges, read_pair
+from dataio.layout import find_pairs, some
+from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_pair
 from dataio.repair import check_target, fix
-from dataio.scan import fits, in_parallel, scan_image, scan_mask
+from dataio.scan import ScannedData, fits, in_parallel, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table, split_samples
 from datasets import find_data
 
 COPY = 10  # bits of 256 in which the looks of two versions of one image may differ
 MUCH_ALIKE = 0.2  # share of validation images with a near neighbor in training, above which to warn
+SAME = 0.9  # share of the pixels of shapes that agree, above which masks are one picture
 SHOWN = 8  # overlays in check.png, problems of one kind that are listed
 
 
@@ -93,7 +94,7 @@ def listed(text, paths):
     return [f"{len(paths)} {text}{named}{more}"]
 
 
-# --- finding the files ------------------------------------------------------------------------------------
+# --- reading the files ------------------------------------------------------------------------------------
 def find_samples(name, root, report):
     """Return ({split: [Sample]}, DataSource or None for a folder). Raises InputError without any data.
 
@@ -105,6 +106,7 @@ def find_samples(name, root, report):
         found = find_pairs(root)
         splits = found.splits
         report.facts += found.notes
+        report.warnings += found.doubts
         for lonely, text in ((found.no_mask, "{image has|images have} no mask: add masks or move them"),
                              (found.no_image, "{mask has|masks have} no image: add images or move them")):
             for split, paths in lonely.items():
@@ -119,164 +121,198 @@ def find_samples(name, root, report):
     return splits, source
 
 
-# --- checks -----------------------------------------------------------------------------------------------
-def readable(splits, images, masks, report):
-    """Return {split: [Sample]} without the samples that cannot be read; those go into the report."""
-    broken = [error for facts in (images, masks) for error in facts.values() if isinstance(error, InputError)]
+def read_all(name, root, report):
+    """Return (ScannedData, DataSource or None for a folder); unreadable files go into the report."""
+    start = time.perf_counter()
+    splits, source = find_samples(name, root, report)
+    data = ScannedData(name, root, splits, {}, {})
+    samples = data.samples
+    for facts, scan, part in ((data.images, scan_image, "image"), (data.masks, scan_mask, "mask")):
+        found = in_parallel(lambda sample, scan=scan, part=part: scan(getattr(sample, part)), samples, part)
+        facts.update(zip(samples, found, strict=True))
+    broken = [error for facts in (data.images, data.masks) for error in facts.values()
+              if isinstance(error, InputError)]
     report.problem("{file|files} cannot be read", broken)
-    return {split: [sample for sample in samples if not isinstance(images[sample], InputError)
-                    and not isinstance(masks[sample], InputError)] for split, samples in splits.items()}
+    data.splits = {split: [sample for sample in part if not isinstance(data.images[sample], InputError)
+                           and not isinstance(data.masks[sample], InputError)]
+                   for split, part in splits.items()}
+    parts = ", ".join(f"{len(part)} {split}" for split, part in data.splits.items())
+    report.facts.insert(0, f"{name} under {root}: {count_of(len(samples), 'pair')} ({parts}) read in "
+                           f"{time.perf_counter() - start:.1f} s")
+    if not data.splits.get("train"):
+        report.problem("there is no training image that can be read: this part is only good to evaluate on")
+    return data, source
 
 
-def check_images(samples, images, masks, report):
+# --- checks -----------------------------------------------------------------------------------------------
+def check_images(data, report):
     """Report kinds of images, rotations, and masks of another size than their image."""
-    modes = {}
-    for sample in samples:
+    modes, images = {}, data.images
+    for sample in data.samples:
         modes.setdefault(images[sample].mode, []).append(sample.image)
     report.facts.append("images: " + ", ".join(f"{len(paths)} {mode}" for mode, paths in modes.items()))
     odd = [path for mode, paths in modes.items() if mode != "RGB" for path in paths]
     report.warn("{image is|images are} not RGB (grayscale, transparent or 16 bit): read as RGB", odd)
-    depths = sorted({images[sample].depth for sample in samples} - {8})
-    if depths:
-        deep = sum(images[sample].depth > 8 for sample in samples)
-        report.facts.append(f"{count_of(deep, 'image')} deeper than 8 bit: scaled to 8 by the depth of the "
-                            f"values, {' or '.join(map(str, depths))} bit")
-    turned = [sample for sample in samples if images[sample].orientation != 1]
+    deep = [images[sample].depth for sample in data.samples if images[sample].depth > 8]
+    if deep:
+        report.facts.append(f"{count_of(len(deep), 'image')} deeper than 8 bit: scaled to 8 by the depth of "
+                            f"the values, {' or '.join(map(str, sorted(set(deep))))} bit")
+    turned = [sample for sample in data.samples if images[sample].orientation != 1]
     follows = [sample for sample in turned if images[sample].orientation >= 5
                and images[sample].size != images[sample].size[::-1]]
     report.warn("{image is|images are} turned upright by EXIF, and masks of the size as stored with them",
                 [sample.image for sample in follows])
     report.warn("{image is|images are} turned upright by EXIF, but their masks stay as stored: look at "
-                "check.png",
-                [sample.image for sample in turned if sample not in follows])
-    differs = [sample.mask for sample in samples
-               if not fits(masks[sample].size, images[sample].size, images[sample].orientation)]
+                "check.png", [sample.image for sample in turned if sample not in follows])
+    differs = [sample.mask for sample in data.samples
+               if not fits(data.masks[sample].size, images[sample].size, images[sample].orientation)]
     report.warn("{mask differs|masks differ} in size from {its|their} image: resized (nearest)", differs)
-    shapes = {images[sample].size for sample in samples}
+    shapes = {images[sample].size for sample in data.samples}
     smallest, largest = min(shapes, key=np.prod), max(shapes, key=np.prod)
-    report.facts.append(f"sizes: {len(shapes)} different ones, {smallest[0]}x{smallest[1]} to "
+    report.facts.append(f"size: {smallest[0]}x{smallest[1]}" if len(shapes) == 1 else
+                        f"sizes: {len(shapes)} different ones, {smallest[0]}x{smallest[1]} to "
                         f"{largest[0]}x{largest[1]}")
 
 
-def describe_masks(samples, masks, report):
+def describe_masks(data, report):
     """Report how the masks are stored: mode, kind, values, lossy files."""
     kinds, values = {}, set()
-    for sample in samples:
-        mask = masks[sample]
-        kinds.setdefault(f"{mask.mode} {mask.kind}", []).append(sample.mask)
+    for sample in data.samples:
+        mask = data.masks[sample]
+        kinds.setdefault(f"{'1-bit' if mask.mode == '1' else mask.mode} {mask.kind}", []).append(sample.mask)
         values |= set(mask.values.tolist()) if mask.values is not None else set()
     report.facts.append("masks: " + ", ".join(f"{len(paths)} {kind}" for kind, paths in kinds.items()))
     if values:
         text = ranges(sorted(values))
         report.facts.append(f"mask values: {text if len(text) < 200 else text[:200] + ' ...'}")
+    if are_alike([sample.mask for sample in some(data.samples)]):
+        report.warn("the masks look all alike: are these the classes, or the camera's field of view?")
     lossy = [path for kind, paths in kinds.items() if kind.endswith("JPEG") for path in paths]
     report.warn("{mask is a JPEG file, and JPEG blurs|masks are JPEG files, which blur} class borders: "
                 "export PNG, or see --fix", lossy)
 
 
-def suggest_classes(root, samples, masks, report):
-    """Add to the report what the masks at hand could mean; return the Advice."""
-    advice = advise(samples, [masks[sample] for sample in samples])
+def are_alike(paths):
+    """Return whether mask files hold the same shapes: nine tenths of what is not the commonest value agree."""
+    masks = [decode_mask(path) for path in paths]
+    first, *others = [mask.colors if mask.values is None else mask.values for mask in masks]
+    values, counts = np.unique(first, return_counts=True)
+    common = values[counts.argmax()]
+    if len(values) < 2 or not others or any(mask.shape != first.shape for mask in others):
+        return False
+    shapes = [(first != common) | (mask != common) for mask in others]
+    return all((first == mask)[shape].mean() > SAME for mask, shape in zip(others, shapes, strict=True))
+
+
+def decode(data, source, report):
+    """Note in `data` the classes, the value table and the pixels of each class, or the advice where the masks
+    do not fit; the report says why.
+    """
+    if source is not None:
+        data.classes, data.table = source.classes, source.table
+        check_registered(data, report)
+    else:
+        try:
+            data.classes, data.table, notes = decode_masks(data.root, data.samples, data.mask_facts())
+            report.facts += notes
+        except InputError as error:
+            report.problem(str(error).removesuffix(says(data.root)))
+            suggest_classes(data, report)
+    if data.classes:
+        scans = [(stored(mask, data.table), mask.counts) for mask in data.mask_facts()]
+        pixels = class_pixels(scans, data.table, len(data.classes))
+        data.pixels = dict(zip(data.samples, pixels, strict=True))
+        share = ignored_share(scans, data.table)
+        report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
+        if source is None:
+            check_ignored(data, share, report)
+
+
+def check_registered(data, report):
+    """Report masks that are not as those of a registered data set; `data` has no classes then."""
+    wrong = [sample for sample in data.samples if data.masks[sample].values is None
+             or (data.table[data.masks[sample].values] == OUTSIDE).any()]
+    if not wrong:
+        return
+    path, mask = wrong[0].mask, data.masks[wrong[0]]
+    if mask.values is None:
+        text = (f"{path} is painted in colors, {data.name} has masks of class numbers; for masks in colors "
+                "of your own, give --dataset folder")
+    else:
+        outside = data.table[mask.values] == OUTSIDE
+        text = outside_message(path, mask.values[outside], mask.counts[outside], data.table)
+    report.problem(f"{{mask holds|masks hold}} values that are no class: {text}",
+                   [sample.mask for sample in wrong])
+    data.classes = data.table = None
+
+
+def check_ignored(data, share, report):
+    """Report what is doubtful about the ignored `share` of a folder's pixels, and a folder of one class."""
+    if share > MUCH_IGNORED:
+        report.warn(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a class?")
+    path = class_file(data.root)
+    explicit = path and any(entry.name == "ignore" or entry.value is not None or entry.color
+                            for entry in read_classes(path))
+    white = [sample for sample in data.samples if data.masks[sample].values is not None
+             and IGNORE in data.masks[sample].values]
+    if (sum(data.pixels.values()) > 0).sum() == 1:
+        suggest_classes(data, report)
+    elif white and not explicit and len(data.table) <= 65536 and data.table[IGNORE] == IGNORE:
+        facts = value_facts(white, painted=False)[IGNORE]
+        if kind_of_255(facts, len(data.samples)) != "void":
+            report.warn("255 is read as not labeled, and does not lie between other values as a border does")
+            data.advice = either_way([name for name, _ in data.classes])
+            show_files(data, report)
+
+
+def suggest_classes(data, report):
+    """Note in `data` the advice on what the masks could mean, and add it to the report."""
+    advice = data.advice = advise(data.samples, data.mask_facts())
     for what, paths in advice.accidents.items():
         report.warn(f"{{mask holds|masks hold}} {what}: an accident?", paths)
     report.hints += advice.notes
-    if advice.blurred:
-        report.hints.append("the values between these come from resizing or a lossy format; write clean "
-                            f"masks: python check_data.py --data-root {quote(str(root))} --fix OUT\n"
-                            + indented(*advice.files.values()))
-    else:
-        show_files(root, advice, report)
-    return advice
+    show_files(data, report)
 
 
-def indented(text):
-    """Return lines of text as they are shown below a hint."""
-    return "\n".join(f"      {line}" for line in text.splitlines())
-
-
-def show_files(root, advice, report):
-    """Add the classes.txt of an Advice to the hints of the report."""
-    if len(advice.files) > 1:
+def show_files(data, report):
+    """Add what to do with the classes.txt of an Advice to the hints of the report."""
+    files, path = data.advice.files, data.root / "classes.txt"
+    if len(files) > 1:
         report.hints.append("choose between these, the masks do not tell:")
-    for title, text in advice.files.items():
-        report.hints.append(f"{f'if {title}, ' if title else ''}write this to {root / 'classes.txt'}, with "
-                            f"names of your own (equal names are one class):\n{indented(text)}")
+    for title, text in files.items():
+        lines = "\n".join(f"      {line}" for line in text.splitlines())
+        if data.advice.blurred:
+            report.hints.append("the values between these come from resizing or a lossy format; write clean "
+                                f"masks: python check_data.py --data-root {quote(str(data.root))} --fix OUT\n"
+                                f"{lines}")
+        else:
+            report.hints.append(f"{f'if {title}, ' if title else ''}write this to {path}, with names of your "
+                                f"own (equal names are one class):\n{lines}")
 
 
-def decode(name, root, source, samples, masks, report):
-    """Return (classes, value table, Advice or None), the first two None where the masks do not fit; the
-    report says why.
+def check_classes(data, report):
+    """Report shares of the classes in every part, classes that are missing, masks with one class or none.
+
+    The validation part is drawn as a training would, where there is none.
     """
-    facts = [masks[sample] for sample in samples]
-    if source is None:
-        try:
-            classes, table, notes = decode_masks(root, samples, facts)
-        except InputError as error:
-            report.problem(str(error).removesuffix(says(root)))
-            return None, None, suggest_classes(root, samples, masks, report)
-        report.facts += notes
-        return classes, table, None
-    wrong = [(sample, mask) for sample, mask in zip(samples, facts, strict=True)
-             if mask.values is None or (source.table[mask.values] == OUTSIDE).any()]
-    if not wrong:
-        return source.classes, source.table, None
-    sample, mask = wrong[0]
-    if mask.values is None:
-        text = (f"{sample.mask} is painted in colors, {name} has masks of class numbers; for masks in colors "
-                "of your own, give --dataset folder")
-    else:
-        outside = source.table[mask.values] == OUTSIDE
-        text = outside_message(sample.mask, mask.values[outside], mask.counts[outside], source.table)
-    report.problem(f"{{mask holds|masks hold}} values that are no class: {text}",
-                   [sample.mask for sample, _ in wrong])
-    return None, None, None
-
-
-def check_ignored(root, source, samples, masks, table, classes, pixels, report):
-    """Report the share of ignored pixels; of a folder, warn where it is large or 255 looks like a class.
-
-    Returns the Advice where 255 may be a class, or only one has pixels, else None. pixels: {sample: (K,)}.
-    """
-    share = ignored_share([(stored(masks[sample], table), masks[sample].counts) for sample in samples], table)
-    report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
-    if source is not None:
-        return None
-    if share > MUCH_IGNORED:
-        report.warn(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a class?")
-    if (sum(pixels.values()) > 0).sum() == 1:
-        return suggest_classes(root, samples, masks, report)
-    path, white = class_file(root), [sample for sample in samples if masks[sample].values is not None
-                                     and IGNORE in masks[sample].values]
-    said = path and any(entry.name == "ignore" or entry.value is not None or entry.color
-                        for entry in read_classes(path))
-    if len(table) > 65536 or table[IGNORE] != IGNORE or not white or said:
-        return None
-    facts = value_facts(white, painted=False)
-    if kind_of_255(facts[IGNORE], len(samples)) == "void":
-        return None
-    named = [name for name, _ in classes]
-    advice = Advice({title: "\n".join([*(f"{name} = {id}" for id, name in enumerate(named)), last]) + "\n"
-                     for title, last in (("255 is a class", f"class {len(named)} = 255"),
-                                         ("255 is not labeled", "ignore = 255"))})
-    report.warn("255 is read as not labeled, and does not lie between other values as a border does")
-    show_files(root, advice, report)
-    return advice
-
-
-def check_classes(splits, pixels, classes, report):
-    """Report shares of the classes in every part, classes that are missing, masks with one class or none."""
-    parts = {split: samples for split, samples in splits.items() if samples}
-    report.facts += ["classes:", *share_table(pixels, parts, classes)]
+    if "val" not in data.splits and len(data.splits["train"]) > 1:
+        train, fraction = data.splits["train"], DataOptions().val_fraction
+        parts, said = split_samples(train, np.stack([data.pixels[sample] for sample in train]), fraction)
+        report.facts.append(f"no validation part: {len(parts['val'])} of {len(train)} images would validate, "
+                            f"{said}")
+        data.splits.update(parts)
+    parts = {split: samples for split, samples in data.splits.items() if samples}
+    report.facts += ["classes:", *share_table(data.pixels, parts, data.classes)]
     for split, samples in parts.items():
-        counts = np.stack([pixels[sample] for sample in samples])
-        missing = [name for id, (name, _) in enumerate(classes) if not counts[:, id].any()]
-        if len(missing) == len(classes):
+        counts = np.stack([data.pixels[sample] for sample in samples])
+        missing = [name for id, (name, _) in enumerate(data.classes) if not counts[:, id].any()]
+        if len(missing) == len(data.classes):
             report.problem(f"the masks of {split} hold nothing but ignored pixels: there is nothing to learn")
-        elif len(missing) == len(classes) - 1 and split == "train":
-            name = next(name for name, _ in classes if name not in missing)
+        elif len(missing) == len(data.classes) - 1 and split == "train":
+            name = next(name for name, _ in data.classes if name not in missing)
             report.problem(f"only one class, {name}, has pixels in {split}: there is nothing to learn")
         elif missing:
-            more = f" and {len(missing) - SHOWN} more classes" if len(missing) > SHOWN else ""
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
             report.warn(f"no pixel of {', '.join(missing[:SHOWN])}{more} in {split}")
         nothing = [sample.mask for sample, row in zip(samples, counts, strict=True) if not row.any()]
         report.warn(f"{{mask|masks}} of {split} {{holds|hold}} nothing but ignored pixels", nothing)
@@ -284,9 +320,9 @@ def check_classes(splits, pixels, classes, report):
         report.warn(f"{{mask|masks}} of {split} {{holds|hold}} a single class (empty?)", single)
 
 
-def check_duplicates(splits, images, report):
+def check_duplicates(data, report):
     """Report images of validation that are in training too, byte by byte or nearly (difference hash)."""
-    train, val = splits.get("train", []), splits.get("val", [])
+    train, val, images = data.splits.get("train", []), data.splits.get("val", []), data.images
     digests = {images[sample].digest: sample.image for sample in train}
     same = [f"{sample.image} = {digests[images[sample].digest]}" for sample in val
             if digests.get(images[sample].digest, sample.image) != sample.image]
@@ -311,24 +347,24 @@ def check_duplicates(splits, images, report):
 
 
 # --- output -----------------------------------------------------------------------------------------------
-def draw(samples, classes, table, pixels, path):
+def draw(data, path):
     """Write check.png: overlays of a few masks, the legend, and every class's share of the pixels."""
     from matplotlib.figure import Figure
-    columns = SHOWN // 2
+    columns, samples, classes = SHOWN // 2, data.samples, data.classes
     bars = 1 + min(0.28 * len(classes), visualize.LARGEST_PLOT)  # inches
     figure = Figure(figsize=(4 * columns, 6 + bars), layout="constrained")
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
     chosen = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int)
     for position, index in enumerate(chosen.tolist()):
-        image, mask = (part.numpy() for part in read_pair(samples[index], table))
+        image, mask = (part.numpy() for part in read_pair(samples[index], data.table))
         image = image.transpose(1, 2, 0)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[position // columns, position % columns])
         axes.imshow(visualize.overlay(image, mask, colors, 0.6, visualize.background_id(classes)))
         axes.set_title(visualize.short(samples[index].image.name), fontsize=9)
         axes.axis("off")
-    total = np.stack(list(pixels.values())).sum(0)
+    total = sum(data.pixels.values())
     shares = 100 * total / max(1, total.sum())
     axes = figure.add_subplot(grid[2, :])
     axes.barh(
@@ -354,50 +390,29 @@ def print_report(report, command):
 
 
 def main():
-    """Scan, report, draw, maybe write a clean copy; return 1 where something must be repaired."""
+    """Read, report, draw, maybe write a clean copy; return 1 where something must be repaired."""
     args = parse_args()
-    root, report, start = Path(args.data_root), Report(), time.perf_counter()
+    root, report = Path(args.data_root), Report()
     if args.fix:
         check_target(Path(args.fix), root)
-    splits, source = find_samples(args.dataset, root, report)
-    samples = list(dict.fromkeys(sample for part in splits.values() for sample in part))
-    images = dict(
-        zip(samples, in_parallel(lambda sample: scan_image(sample.image), samples, "images"), strict=True)
-    )
-    masks = dict(
-        zip(samples, in_parallel(lambda sample: scan_mask(sample.mask), samples, "masks"), strict=True)
-    )
-    count = len(samples)
-    splits = readable(splits, images, masks, report)
-    samples = [sample for sample in samples if any(sample in part for part in map(set, splits.values()))]
-    report.facts.insert(0, f"{args.dataset} under {root}: {count_of(count, 'pair')} ("
-                        + ", ".join(f"{len(part)} {split}" for split, part in splits.items())
-                        + f") read in {time.perf_counter() - start:.1f} s")
-    if not splits.get("train"):
-        report.problem("there is no training image that can be read: this part is only good to evaluate on")
-    classes = table = advice = None
-    if samples:
-        check_images(samples, images, masks, report)
-        describe_masks(samples, masks, report)
-        classes, table, advice = decode(args.dataset, root, source, samples, masks, report)
-        if classes:
-            scans = [(stored(masks[sample], table), masks[sample].counts) for sample in samples]
-            pixels = dict(zip(samples, class_pixels(scans, table, len(classes)), strict=True))
-            advice = check_ignored(root, source, samples, masks, table, classes, pixels, report)
-            if "val" not in splits and len(splits["train"]) > 1:
-                train = splits["train"]
-                parts, said = split_samples(train, np.stack([pixels[sample] for sample in train]), 0.2)
-                report.facts.append(f"no validation part: {len(parts['val'])} of {len(train)} images would "
-                                    f"validate, {said}")
-                splits.update(parts)
-            check_classes(splits, pixels, classes, report)
-            utils.make_folder(args.out_dir)
-            draw(samples, classes, table, pixels, Path(args.out_dir) / "check.png")
-            report.facts.append(f"picture: {Path(args.out_dir) / 'check.png'}")
-        check_duplicates(splits, images, report)
+    data, source = read_all(args.dataset, root, report)
+    if data.samples:
+        check_images(data, report)
+        describe_masks(data, report)
+        decode(data, source, report)
+        if data.classes:
+            check_classes(data, report)
+            picture = Path(utils.make_folder(args.out_dir)) / "check.png"
+            draw(data, picture)
+            report.facts.append(f"picture: {picture}")
+        check_duplicates(data, report)
+    fixable = data.classes or data.advice and len(data.advice.files) == 1 and not data.advice.blurred
+    if report.problems and fixable and not args.fix:
+        report.hints.append(f"or write a clean copy of what can be used: python check_data.py --dataset "
+                            f"{args.dataset} --data-root {quote(str(root))} --fix OUT")
     print_report(report, f"python train.py --dataset {args.dataset} --data-root {quote(str(root))}")
     if args.fix:
-        fix(root, splits, masks, images, classes, table, advice, Path(args.fix))
+        fix(data, Path(args.fix))
         return 0
     return 1 if report.problems else 0
 

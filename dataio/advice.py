@@ -23,6 +23,7 @@ USUAL = 0.2  # share of the masks in which even specks are no accident
 BAND = 0.02  # of the mask's diagonal: the farthest that a border's pixel has both its neighbors
 VOID, NO_VOID = 0.5, 0.3  # share of 255 between other values: above it is void, below a class, else unknown
 RAMP = 0.9  # share of a value's pixels on ramps, from which interpolation made it
+TITLES = {"class": "255 is a class", "void": "255 is not labeled"}
 GRAY_STEP = 20  # classes drawn in shades of gray are at least so far apart
 
 
@@ -175,12 +176,18 @@ def sort_values(facts, masks, painted, advice):
         advice.notes.append("if the values are the numbers of a known list of classes, of which these masks "
                             "hold some, write all of its names into classes.txt in their order (at least "
                             f"{last + 1}), line 1 = value 0; that is the usual case")
-    titles = {"class": "255 is a class", "void": "255 is not labeled"}
     for one in ("class", "void") if kind == "unknown" else (kind,):
         void = [IGNORE] if one == "void" else []
         classes = [code for code in kept if code not in void]
-        title = titles[one] if kind == "unknown" else ""
+        title = TITLES[one] if kind == "unknown" else ""
         advice.files[title] = class_lines(classes, void + accidents, painted)
+
+
+def either_way(names):
+    """Return the Advice for masks that hold the ids of all `names`, and 255."""
+    lines = [f"{name} = {id}" for id, name in enumerate(names)]
+    return Advice({title: "\n".join([*lines, last]) + "\n" for title, last in (
+        (TITLES["class"], f"class {len(names)} = 255"), (TITLES["void"], "ignore = 255"))})
 
 
 def shown(code, painted):

@@ -51,7 +51,8 @@ def folder(root, options, download=False):
         notes.append(f"no validation part: {len(parts['val'])} of {len(train)} images validate, {said}")
         notes += share_table(pixels, parts, classes)
         splits.update(parts)
-    return DataSource("folder", classes, splits, table, found.notes + notes)
+    notes = [*found.notes, *(f"warning: {doubt}" for doubt in found.doubts), *notes]
+    return DataSource("folder", classes, splits, table, notes)
 
 
 def ignored_share(scans, table):

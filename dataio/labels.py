@@ -22,7 +22,8 @@ CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "_classes.csv")
 MOST_CLASSES = 250
 NAME_COLUMNS = {"name", "names", "class", "classes", "label", "labels", "category", "class_name"}
 COLOR_COLUMNS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
-VALUE_COLUMNS = {"id", "value", "index", "pixel value", "class_id", "label_id", "pixel", "train_id"}
+VALUE_COLUMNS = {"id", "value", "index", "idx", "pixel value", "class_id", "label_id", "pixel", "train_id",
+                 "trainid"}
 GAP = 24  # steps of 255 by which the values that a lossy format blurred must be apart
 BLURRED = 0.15  # share of the pixels that may lie further than half of GAP from all of them
 MODE_SHARE, PEAK_SHARE, PEAK = 5e-3, 1e-4, 20  # see find_modes
@@ -38,8 +39,22 @@ class Entry(NamedTuple):
 
 # --- classes.txt ------------------------------------------------------------------------------------------
 def class_file(root):
-    """Return the first of CLASS_FILES in a folder, or None."""
-    return next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
+    """Return the file that names the classes of a folder, or None: the first of CLASS_FILES in it or in the
+    one folder that it holds, else a .csv file with `class` in its name, up to two folders deeper.
+
+    Raises InputError where there are several that differ.
+    """
+    inner = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for folder in (root, *(inner if len(inner) == 1 else ())):
+        for name in CLASS_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    found = sorted(path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}.csv")
+                   if "class" in path.stem.lower() and not path.name.startswith("."))
+    if len({path.read_bytes() for path in found}) > 1:
+        raise InputError(f"{found[0]} and {found[1]} may both name the classes: copy the right one to "
+                         f"{root / 'classes.txt'}")
+    return found[0] if found else None
 
 
 def read_classes(path):
@@ -52,7 +67,9 @@ def read_classes(path):
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B` per line") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1)
                 if line.strip() and not line.lstrip().startswith("#")]
-    entries = table_entries([line for _, line in numbered])
+    if path.suffix.lower() == ".csv" and numbered and numbered[0][1].strip().lower() in NAME_COLUMNS:
+        numbered = numbered[1:]  # the title of the one column
+    entries = table_entries(path, [line for _, line in numbered])
     if entries is None:
         parsed = [line_entries(f"{path} line {number}", line) for number, line in numbered]
         entries = [entry for line in parsed for entry in line]
@@ -63,7 +80,9 @@ def read_classes(path):
 
 
 def line_entries(where, line):
-    """Return the [Entry] of a line `name`, `name R G B` or `name = VALUE ...`. Raises InputError."""
+    """Return the [Entry] of a line `name`, `name R G B`, `R G B name`, `VALUE name R G B` or `name =
+    VALUE ...`. Raises InputError.
+    """
     words = line.replace("=", " = ").split()
     color, values = None, [None]
     if "=" in words:
@@ -71,22 +90,31 @@ def line_entries(where, line):
         values = [int(text) if text.isdecimal() else 65536 for text in texts]
         if not words or not values or max(values) > 65535:
             raise InputError(f"{where}: write `name = VALUE`, values are numbers 0..65535")
-    elif len(words) > 3 and all(word.isdecimal() for word in words[-3:]):
-        *words, red, green, blue = words
-        color = int(red), int(green), int(blue)
+    elif len(words) > 3 and (numbers(words[-3:]) or numbers(words[:3]) and not numbers(words[3:4])):
+        rgb, words = (words[-3:], words[:-3]) if numbers(words[-3:]) else (words[:3], words[3:])
+        if len(words) > 1 and numbers(words[:1]) and not numbers(words[1:2]):
+            values, words = [int(words[0])], words[1:]
+        color = tuple(map(int, rgb))
         if max(color) > 255:
             raise InputError(f"{where}: {color} is not a color: give three numbers 0..255")
     return [Entry(" ".join(words), color, value) for value in values]
 
 
-def table_entries(lines):
+def numbers(words):
+    """Return whether all words are whole numbers."""
+    return all(word.isdecimal() for word in words)
+
+
+def table_entries(path, lines):
     """Return the [Entry] of lines that are a table with columns of names, values or colors, else None.
 
     A header says which column is which; without one, three columns of numbers are a color, one is the value,
-    and of four the first is.
+    and of four the first is. Raises InputError for two columns of values.
     """
-    if lines and all(re.match(r"\s*\d+\s+[^\d\s=]", line) for line in lines):
-        lines = [re.sub(r"^\s*(\d+)\s+", r"\1\t", line) for line in lines]  # `3 road`
+    lines = [re.sub(r"\b(\d+)\.0+\b", r"\1", line) for line in lines if line.strip(" ,;:\t")]
+    if lines and all(re.match(r"\s*\d+[.)]?\s+[^\d\s=]", line) and not numbers(line.split()[-3:])
+                     for line in lines):
+        lines = [re.sub(r"^\s*(\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
     tables = ([[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
               for mark in ",;\t:")
     rows = next((rows for rows in tables if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1), None)
@@ -105,9 +133,15 @@ def table_entries(lines):
         return None
     color = [next((column for column in numeric if titles[column] in names), None) for names in COLOR_COLUMNS]
     if None in color:
-        color = numeric[-3:] if len(numeric) in (3, 4) else None
+        color = numeric[-3:] if len(numeric) in (3, 4) and not titled else None
     rest = [column for column in numeric if column not in (color or ())]
-    value = next((column for column in rest if titles[column] in VALUE_COLUMNS), rest[0] if rest else None)
+    if titled:
+        rest = [column for column in rest if titles[column] in VALUE_COLUMNS]
+    if len(rest) > 1:
+        shown = " and ".join(titles[column] or str(column + 1) for column in rest)
+        raise InputError(f"{path} has several columns of numbers ({shown}): leave the one that the masks "
+                         "hold")
+    value = rest[0] if rest else None
     return [Entry(row[name], tuple(min(int(row[column]), 256) for column in color) if color else None,
                   min(int(row[value]), 65536) if value is not None else None) for row in body]
 
@@ -116,8 +150,8 @@ def check_entries(path, entries):
     """Raise InputError where the lines of classes.txt contradict each other or cannot be."""
     for entry in entries:
         if not entry.name or max(entry.color or (0,)) > 255 or (entry.value or 0) > 65535:
-            raise InputError(f"{path}: {entry.name or 'a class without a name'} needs a name, a color of "
-                             "0..255 or a value of 0..65535")
+            named = entry.name or "a class without a name"
+            raise InputError(f"{path}: {named} needs a name, a color of 0..255 or a value of 0..65535")
     for kind, used in (("color", [entry.color for entry in entries if entry.color]),
                        ("value", [entry.value for entry in entries if entry.value is not None])):
         twice = [item for item in used if used.count(item) > 1]
@@ -170,6 +204,8 @@ def decode_masks(root, samples, masks, class_names=(), listed=None, blurred=Fals
             raise InputError(f"{samples[0].mask} and others are JPEG files, which blur classes into one "
                              f"another, too far to tell them apart here: export masks as PNG{says(root)}")
         found = {code: path for code, path in found.items() if snapped[code] == code}
+    if path and path != root / "classes.txt":
+        notes.append(f"the classes are those of {path}")
     entries = listed or [Entry(name) for name in class_names]
     try:
         classes, table, said = decide_classes(found, entries, colors)
@@ -193,14 +229,14 @@ def says(root):
 def is_painted(mask, listed):
     """Return whether a mask (its MaskFacts) is painted in the `listed` colors rather than an index mask.
 
-    RGB masks are, unless they are gray in values that are not listed. Palette masks are where their colors
-    are listed, but stand for other entries of the list than their indices do.
+    RGB masks are, unless they are gray in values that are not listed. Palette and gray masks are where their
+    colors are listed, but stand for other entries of the list than their indices do.
     """
-    if mask.mode not in ("RGB", "RGBA", "CMYK", "YCbCr", "P", "PA"):
+    if mask.colors is None:
         return False
     codes = [pack_color(*entry.color) for entry in listed]
     all_listed = bool(np.isin(mask.colors, codes).all())
-    if mask.mode == "P":
+    if mask.mode in ("P", "L", "1", "LA"):
         by_index = np.array([*codes, *[-1] * 65536])[mask.values]
         return all_listed and bool((by_index != mask.colors).any())
     return all_listed or mask.values is None

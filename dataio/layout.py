@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from config import InputError, count_of
-from dataio.pairs import MASK_AFFIX, common_name, list_images, match, read_list, unlike
+from dataio.pairs import (IMAGE_AFFIX, MASK_AFFIX, common_name, is_another_drawing, list_images, match,
+                          read_list, unlike)
 from dataio.readers import decode_mask
 from dataio.scan import distinct
 
-SPLITS = {"train": "train training trn tr", "val": "val valid validation dev", "test": "test testing tst"}
+SPLITS = {"train": "train training trn tr", "val": "val valid validation dev", "test": "test testing tst te"}
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words.split()}
 IMAGE_FOLDERS = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "jpegimages",
                  "rgb", "frames", "input", "inputs", "original", "originals", "leftimg8bit", "orig"}
@@ -43,13 +44,14 @@ LISTED = 8  # folders that an error names
 class Found:
     """What find_pairs found. splits, no_mask, no_image: {split: [...]}, the last two of paths alone.
 
-    notes: lines on what was taken for what.
+    notes: lines on what was taken for what; doubts: what may have been taken wrongly.
     """
 
     splits: dict
     no_mask: dict
     no_image: dict
     notes: list
+    doubts: list
 
 
 class Place(NamedTuple):
@@ -89,21 +91,28 @@ def find_pairs(root):
     base = common_folder(root, paths)
     places = {path: place_of(path.relative_to(base).parts[:-1]) for path in paths}
     unpaired = ""
-    for assign in (by_folder_names, by_bare_folders, by_file_names, by_content):
+    for assign in (by_folder_names, by_bare_folders, by_outer_names, by_file_names, by_content):
         images, masks = assign(places)
-        found = pair_up(images, masks) if images and masks else None
+        try:
+            found = pair_up(images, masks) if images and masks else None
+        except InputError as error:
+            if assign is not by_content:
+                raise
+            unpaired, found = str(error), None
         if found and any(found.splits.values()):
             break
         unpaired = unpaired or found and unlike(images, masks)
     else:
         raise InputError(f"no images with masks found under {root}: {seen(root, set(paths))}; "
                          f"{unpaired or ADVICE}")
-    found.notes.append(f"images: {shown_folders(images, root)}; masks: {shown_folders(masks, root)}")
+    samples = [sample for part in found.splits.values() for sample in part]
+    images, masks = [sample.image for sample in samples], [sample.mask for sample in samples]
+    found.notes.insert(0, f"images: {shown_folders(images, root)}; masks: {shown_folders(masks, root)}")
     lonely = [path for part in (found.no_mask, found.no_image) for files in part.values() for path in files]
-    used = {path for part in found.splits.values() for sample in part for path in sample}
-    unused = set(paths) - used - set(lonely)
+    unused = sorted(set(paths) - {*images, *masks, *lonely})
     if unused:
         found.notes.append(f"not used: {shown_folders(unused, root)}")
+        found.doubts += other_masks(unused, masks, root)
     use_lists(found, root, base)
     found.splits.setdefault("train", [])
     return found
@@ -137,21 +146,29 @@ def by_bare_folders(places):
     return with_role(places, ""), with_role(places, "masks")
 
 
+def by_outer_names(places):
+    """Masks lie anywhere below a folder called so: masks/images beside images/images."""
+    masks = {path: place for path, place in places.items()
+             if any(MASK_FOLDERS & set(words_of(name)) for name in path.parts[-3:-1])}
+    return {path: place for path, place in places.items() if path not in masks}, masks
+
+
 def by_file_names(places):
-    """Images and masks lie in one folder: a.jpg beside a_mask.png."""
-    stems = {(path.parent, path.stem) for path in places}
+    """Images and masks lie in one folder: a.jpg or a_sat.jpg beside a_mask.png."""
+    names = {(path.parent, name) for path in places for name in (path.stem, common_name(path, IMAGE_AFFIX))}
     masks = {path: place for path, place in places.items() if common_name(path, MASK_AFFIX) != path.stem
-             and (path.parent, common_name(path, MASK_AFFIX)) in stems}
+             and (path.parent, common_name(path, MASK_AFFIX)) in names}
     return {path: place for path, place in places.items() if path not in masks}, masks
 
 
 def by_content(places):
-    """Masks lie in the folders whose files look like masks; a few of each are opened."""
-    folders = {}
-    for path in places:
-        folders.setdefault(path.parent, []).append(path)
-    flat = {folder: all(map(looks_like_mask, some(files))) for folder, files in folders.items()}
-    return [{path: place for path, place in places.items() if flat[path.parent] == side}
+    """Masks are the files of one ending in one folder that look like masks; a few of each are opened."""
+    kinds = {}
+    for path, place in places.items():
+        if place.role != "other":
+            kinds.setdefault((path.parent, path.suffix), []).append(path)
+    flat = {kind: all(map(looks_like_mask, some(files))) for kind, files in kinds.items()}
+    return [{path: places[path] for kind, files in kinds.items() if flat[kind] == side for path in files}
             for side in (False, True)]
 
 
@@ -181,10 +198,11 @@ def pair_up(images, masks):
 
     Where only one side names splits, its files choose among all of the other.
     """
-    found = Found({}, {}, {}, [])
+    found = Found({}, {}, {}, [], [])
     image_splits = {place.split for place in images.values()} - {""}
     mask_splits = {place.split for place in masks.values()} - {""}
-    for split in sorted(image_splits) or [""]:
+    undivided = any(not place.split for place in images.values()) and "train" not in image_splits
+    for split in [*[""] * undivided, *sorted(image_splits)]:
         name = split or "train"
         sides = [{path: place.group for path, place in places.items() if not by_split or place.split == split}
                  for places, by_split in ((images, image_splits), (masks, image_splits and mask_splits))]
@@ -193,6 +211,15 @@ def pair_up(images, masks):
             with suppress(InputError):
                 again = match(*[dict.fromkeys(side, ()) for side in sides])
                 found.splits[name], found.no_mask[name], found.no_image[name] = again
+        if not found.splits[name] and not sides[1]:  # as the test images of a contest
+            found.notes.append(f"not used: {count_of(len(sides[0]), 'image')} of {name}, without any mask")
+            for part in (found.splits, found.no_mask, found.no_image):
+                part.pop(name)
+        else:
+            names = {common_name(sample.image, affix) for sample in found.splits[name]
+                     for affix in (None, IMAGE_AFFIX)}
+            found.no_image[name] = [path for path in found.no_image[name]
+                                    if not is_another_drawing(path, names)]
     if image_splits and not mask_splits:
         used = {sample.mask for part in found.splits.values() for sample in part}
         found.no_image = {"train": sorted(set(masks) - used)}
@@ -205,41 +232,75 @@ def use_lists(found, root, base):
     Entries are names or paths of images, with or without ending, alone or followed by the mask's. Raises
     InputError for an entry that is no image with a mask.
     """
+    paths = [path for folder in dict.fromkeys(top / name for top in (root, base) for name in LISTS)
+             for path in sorted(folder.glob("*.txt")) if set(words_of(path.stem)) & SPLIT_OF.keys()]
     lists = {}
-    for folder in dict.fromkeys(top / name for top in (root, base) for name in LISTS):
-        for path in sorted(folder.glob("*.txt")):
-            splits = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
-            if len(splits) == 1:
-                lists.setdefault(splits.pop(), path)
-    if not lists:
-        return
-    shown = ", ".join(str(path.relative_to(root)) for path in lists.values())
-    if set(found.splits) != {"train"} or "train" not in lists:
-        why = "there is no train.txt" if "train" not in lists else "the folders name the parts"
-        found.notes.append(f"not used: {shown} ({why})")
-        return
+    for path in sorted(paths, key=lambda path: path.stem.lower() not in SPLIT_OF):  # train.txt before others
+        splits = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
+        twin = lists.get(min(splits)) if path.stem.lower() not in SPLIT_OF else None
+        if twin and twin.stem.lower() not in SPLIT_OF:
+            raise InputError(f"{twin} and {path} both list {min(splits)} images: move one away")
+        lists.setdefault(min(splits), path)
     samples = {}
-    for sample in found.splits["train"]:
-        path = sample.image.relative_to(base)
-        for name in (path, path.with_suffix(""), path.name, path.stem):
-            samples.setdefault(str(name), sample)
-    parts = {split: [listed_sample(entry, samples, path) for entry in read_list(path)]
-             for split, path in lists.items()}
+    for sample in found.splits.get("train", []):
+        samples.setdefault(sample.image.stem, []).append(sample)
+    entries = {split: [(entry, listed_samples(entry, samples)) for entry in read_list(path)]
+               for split, path in lists.items()}
+    entries = {split: listed for split, listed in entries.items() if any(fits for _, fits in listed)}
+    if "train" not in entries or set(found.splits) != {"train"}:
+        if paths:
+            why = "the folders name the parts" if len(found.splits) > 1 else "none lists images to train on"
+            shown = ", ".join(str(path.relative_to(root)) for path in paths)
+            found.notes.append(f"not used: {shown} ({why})")
+        return
+    shown = ", ".join(str(lists[split].relative_to(root)) for split in entries)
+    for split, listed in entries.items():
+        for entry, fits in listed:
+            if len(fits) != 1:
+                why = "there is no image of that name with a mask" if not fits else \
+                    f"{fits[0].image} and {fits[1].image} have that name"
+                raise InputError(f"{lists[split]} lists {entry}, and {why}: correct the list, or rename it "
+                                 "if it is not the list of this part")
+    parts = {split: [fits[0] for _, fits in listed] for split, listed in entries.items()}
     left = set(found.splits["train"]) - {sample for part in parts.values() for sample in part}
     found.splits, found.no_mask, found.no_image = parts, {}, {}  # what is on no list need not pair
     found.notes.append(f"split as {shown} say" + (f"; {count_of(len(left), 'pair')} on none of them: not used"
                                                   if left else ""))
 
 
-def listed_sample(entry, samples, path):
-    """Return the Sample that an entry of a list file means. Raises InputError."""
+def listed_samples(entry, samples):
+    """Return the Samples of {stem: [Sample]} that an entry of a list file may mean: of its name, and of those
+    the ones that lie in most of the folders that it names, in their order.
+    """
     for text in (entry, re.split(r"[\s,;]+", entry)[0]):
         name = Path(text)
-        for spelling in (str(name), str(name.with_suffix("")), name.name, name.stem):
-            if spelling in samples:
-                return samples[spelling]
-    raise InputError(f"{path} lists {entry}, and there is no image of that name with a mask: correct the "
-                     "list, or rename it if it is not the list of this part")
+        fits = samples.get(name.name) or samples.get(name.stem) or []
+        if fits:
+            shared = [common_parts(name.parts[:-1], sample.image.parts[:-1]) for sample in fits]
+            return [sample for sample, number in zip(fits, shared, strict=True) if number == max(shared)]
+    return []
+
+
+def common_parts(wanted, parts):
+    """Return how many of the names in `wanted` are found in `parts`, in their order, from the last one on."""
+    number, parts = 0, list(parts)
+    for name in reversed(wanted):
+        if name in parts:
+            number, parts = number + 1, parts[:len(parts) - parts[::-1].index(name) - 1]
+    return number
+
+
+def other_masks(unused, masks, root):
+    """Return warnings of folders that are not used, look like masks too, and hold as many files."""
+    folders, warnings = {}, []
+    for path in unused:
+        folders.setdefault(path.parent, []).append(path)
+    for folder, files in folders.items():
+        if len(files) >= min(Counter(path.parent for path in masks).values()) and \
+                all(map(looks_like_mask, some(files))):
+            warnings.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks too: if "
+                            "it is what you want to learn, move the other folder of masks away")
+    return warnings
 
 
 # --- what lies there --------------------------------------------------------------------------------------
@@ -255,7 +316,7 @@ def shown_folders(paths, root):
 
 def shortened(texts):
     """Return texts joined by commas, of many the first few."""
-    more = f" and {len(texts) - LISTED} more folders" if len(texts) > LISTED else ""
+    more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
     return ", ".join(texts[:LISTED]) + more
 
 
@@ -290,10 +351,10 @@ def label_format(files):
     kind = {".json": json_format, ".txt": text_format, ".xml": xml_format}.get(ending)
     known = {".npy": "NumPy arrays", ".npz": "NumPy arrays", ".mat": "MATLAB files", ".svg": "drawings",
              ".tfrecord": "TFRecords", ".zip": "an archive: unpack it", ".tar": "an archive: unpack it",
-             ".gz": "an archive: unpack it", ".parquet": "a table", ".csv": "a table"}
+             ".gz": "an archive: unpack it"}
     try:
         named = kind(path) if kind else known.get(ending)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         named = None
     return f"{named}, not read: export masks as PNG" if named and "unpack" not in named else \
         named or f"{ending or 'without ending'}, no images"

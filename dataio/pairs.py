@@ -12,6 +12,7 @@ from dataio.readers import IMAGE_ENDINGS, Sample
 MASK_WORDS = ("masks?|labels?|gt|ground_?truth|seg|segmentation|annotations?|annot|ann|trimap|"
               "gtfine_labelids|gtfine_labeltrainids")
 IMAGE_WORDS = "images?|imgs?|photos?|pictures?|frames?|rgb|sat|orig|original|leftimg8bit"
+SEPARATORS = r"[ _.\-()]+"
 SHOWN_NAMES = 2  # of each side in a message about names that do not pair
 
 
@@ -82,7 +83,8 @@ def by_key(groups, affix):
 
 def match(images, masks):
     """Pair images with the masks of their group: by stem, else by what is left without MASK_WORDS, else
-    without IMAGE_WORDS too, whichever pairs most.
+    without IMAGE_WORDS too, whichever pairs most; else by what is left without the words that all names of a
+    side share, where all pair then.
 
     images, masks: {path: group}. Returns (Samples sorted by group and name, images without mask, masks
     without image). Raises InputError for two files that would be the same one of a pair.
@@ -96,12 +98,33 @@ def match(images, masks):
         if len(common) == max(len(images), len(masks)):
             break
     common, keyed = best
+    if not common and images and masks:
+        bare = [by_bare_name(images), by_bare_name(masks)]
+        if bare[0].keys() == bare[1].keys() and len(bare[0]) == len(images):
+            common, keyed = bare[0].keys(), [(found, []) for found in bare]
     for _, twins in keyed:
         for one, other in twins:
+            if one.parent != other.parent:
+                raise InputError(f"{one.parent} and {other.parent} both hold {one.stem}: move one of these "
+                                 "folders away, or give it the name of the images that it belongs to")
             raise InputError(f"{one} and {other} have the same name: which one is meant? remove one")
     sides = [found for found, _ in keyed]
     samples = [Sample(sides[0][key], sides[1][key]) for key in sorted(common)]
     return samples, *([found[key] for key in sorted(found.keys() - common)] for found in sides)
+
+
+def by_bare_name(groups):
+    """Return {(group, words of the name that not all names have): path} of {path: group}."""
+    words = {path: re.split(SEPARATORS, path.stem.lower()) for path in groups}
+    shared = set.intersection(*map(set, words.values()))
+    return {(groups[path], *(word for word in found if word not in shared)): path
+            for path, found in words.items()}
+
+
+def is_another_drawing(path, names):
+    """Return whether a file's name is one of `names` and more: x_color.png beside x.png."""
+    cuts = [cut.start() for cut in re.finditer(SEPARATORS, path.stem)]
+    return any(path.stem[:cut] in names for cut in cuts)
 
 
 def match_files(image_folder, mask_folder):

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from config import IGNORE, InputError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
@@ -88,12 +88,24 @@ def open_image(path, content=None):
     except DECODE_ERRORS as error:
         reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
+    if image.format == "TIFF" and is_stack(path if content is None else io.BytesIO(content), image.size):
+        raise InputError(f"{path} holds several pages: save each of them as a file of its own")
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TIFF_BITS, (8,))
     if tags.get(TIFF_PLANAR) == 2 and len(bits) > 1 and max(bits) > 8:  # PIL would take bytes for pixels
         raise InputError(f"{path} stores one {max(bits)}-bit channel after the other (planar), which is not "
                          "read: save it with interleaved channels")
     return image
+
+
+def is_stack(file, size):
+    """Return whether a TIFF has a second page of the size of the first; smaller ones are previews of it."""
+    try:
+        with Image.open(file) as image:
+            image.seek(1)
+            return image.size == size
+    except (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error):
+        return False
 
 
 def open_photo(path, content=None):
@@ -276,7 +288,8 @@ class StoredMask(NamedTuple):
         if self.palette is not None:
             padded = np.vstack([self.palette, np.zeros((256, 3), np.int32)]).astype(np.int32)
             return pack_color(*padded.T)[values]
-        return values * np.int32(0x010101) if values.max() < 256 else None
+        white = 0xFFFFFF if self.mode == "1" else 0x010101
+        return values * np.int32(white) if values.max() < 256 else None
 
 
 def decode_mask(path):

@@ -1,6 +1,6 @@
 """A clean copy of a data set: the images as they are, masks as PNG files of class ids, classes.txt, lists.
 
-    fix(root, splits, masks, images, classes, table, advice, Path("clean"))
+    fix(data, Path("clean"))      # of a dataio.scan.ScannedData
 """
 import shutil
 from pathlib import Path
@@ -21,27 +21,26 @@ def check_target(out, root):
         raise InputError(f"--fix {out} is not empty: choose a new folder")
 
 
-def fix(root, splits, masks, images, classes, table, advice, out):
-    """Write the samples of {split: [Sample]} to the folder `out`; the original stays as it is.
+def fix(data, out):
+    """Write a ScannedData to the folder `out`, decoded as its advice says where there is one.
 
-    masks, images: {sample: MaskFacts}, {sample: ImageFacts}; classes, table: None where `advice` says what
-    the masks mean. Training images that are copies of others are on no list. Raises InputError where there is
-    a choice to make first.
+    Training images that are copies of others are on no list. Raises InputError where there is a choice to
+    make first.
     """
-    samples = list(dict.fromkeys(sample for part in splits.values() for sample in part))
-    files = advice.files if advice else {}
+    samples, classes, table = data.samples, data.classes, data.table
+    files = data.advice.files if data.advice else {}
     if len(files) > 1 or classes is None and not files:
         raise InputError(f"--fix {out}: nothing is written. " + (
-            f"Choose one of the classes.txt above and write it to {root} first" if files else
+            f"Choose one of the classes.txt above and write it to {data.root} first" if files else
             "Solve the problems above first: nothing tells what the masks mean"))
-    if classes is None:
+    if files:
         (text,) = files.values()
         entries = [entry for line in text.splitlines() for entry in line_entries("advice", line)]
-        classes, table, notes = decode_masks(root, samples, [masks[sample] for sample in samples],
-                                             listed=entries, blurred=advice.blurred)
+        classes, table, notes = decode_masks(data.root, samples, data.mask_facts(), listed=entries,
+                                             blurred=data.advice.blurred)
         print("\n".join(notes))
     make_folder(out)
-    names = clean_names(samples, root)
+    names = clean_names(samples, data.root)
     ignored = in_parallel(lambda sample: copy_pair(sample, names[sample], classes, table, out), samples,
                           "copying")
     broken = next((error for error in ignored if isinstance(error, InputError)), None)
@@ -49,18 +48,24 @@ def fix(root, splits, masks, images, classes, table, advice, out):
         raise broken
     write_text(out / "classes.txt", [f"{name.replace('=', '-')} {color[0]} {color[1]} {color[2]}"
                                      for name, color in classes])
-    held_out = {images[sample].digest
-                for split, part in splits.items() if split != "train" for sample in part}
-    parts = {split: [sample for sample in part if split != "train" or images[sample].digest not in held_out]
-             for split, part in splits.items()}
+    parts = without_copies(data)
     for split, part in parts.items():
         if part:
             write_text(out / f"{split}.txt", [names[sample] for sample in part])
-    left = len(splits.get("train", [])) - len(parts.get("train", []))
+    left = sum(map(len, data.splits.values())) - sum(map(len, parts.values()))
     print(f"clean copy: {out}, {count_of(len(samples), 'pair')}, " + ", ".join(
         f"{len(part)} {split}" for split, part in parts.items())
         + (f"; {count_of(left, 'training image')} also in another part: on no list" if left else "")
         + f"; {100 * sum(ignored) / max(1, len(ignored)):.1f} % of the pixels are ignored")
+
+
+def without_copies(data):
+    """Return the splits of a ScannedData without training images that other parts have too."""
+    digests = {data.images[sample].digest
+               for split, part in data.splits.items() if split != "train" for sample in part}
+    return {split: [sample for sample in part
+                    if split != "train" or data.images[sample].digest not in digests]
+            for split, part in data.splits.items()}
 
 
 def copy_pair(sample, name, classes, table, out):

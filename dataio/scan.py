@@ -5,6 +5,7 @@
 """
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,35 @@ class ImageFacts(NamedTuple):
     digest: bytes
     look: np.ndarray
     depth: int
+
+
+@dataclass
+class ScannedData:
+    """A data set all of whose files were read once, without those that cannot be read.
+
+    splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}. What the masks mean:
+    classes, table, as in DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: a
+    dataio.advice.Advice where there is something to decide first.
+    """
+
+    name: str
+    root: Path
+    splits: dict
+    images: dict
+    masks: dict
+    classes: list = None
+    table: np.ndarray = None
+    pixels: dict = None
+    advice: object = None
+
+    @property
+    def samples(self):
+        """All samples, each once."""
+        return list(dict.fromkeys(sample for part in self.splits.values() for sample in part))
+
+    def mask_facts(self):
+        """Return the MaskFacts of all samples."""
+        return [self.masks[sample] for sample in self.samples]
 
 
 def fits(mask_size, image_size, orientation):

@@ -266,7 +266,7 @@ def test_leaks_and_wrong_values_of_a_listed_data_set(tmp_path, run):
 
 def test_a_data_set_to_evaluate_on_is_not_ready_to_train(tmp_path, run):
     code, text = check(run, real_data("ade20k_sample"), tmp_path, "--dataset", "ade20k")
-    assert code == 1 and "no training image" in text and "and 135 more classes in val" in text
+    assert code == 1 and "no training image" in text and "and 135 more in val" in text
 
 
 def test_missing_roots_exit_with_2(tmp_path, run):
@@ -389,3 +389,11 @@ def test_thin_lines_of_255_between_classes_are_void_without_a_question(tmp_path,
         write_advice(root, text)
     source = load("folder", root)
     assert len(source.classes) == 3 and source.table[255] == 255
+
+
+def test_masks_that_are_all_the_same_are_warned_of(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 1))
+    assert "look all alike" not in check(run, root, tmp_path)[1]
+    for path in (root / "masks").iterdir():
+        Image.fromarray(blocks(60, 80, (0, 1), seed=1)).save(path)
+    assert "warning: the masks look all alike" in check(run, root, tmp_path)[1]

@@ -241,7 +241,7 @@ def test_two_folders_of_masks_for_the_same_images_are_not_guessed(tmp_path):
     write_folder(tmp_path, count=4)
     (tmp_path / "labels").mkdir()
     Image.new("L", (61, 45)).save(tmp_path / "labels/00.png")
-    with pytest.raises(InputError, match="labels/00.png and .*masks/00.png have the same name: which one"):
+    with pytest.raises(InputError, match="/labels and .*/masks both hold 00: move one of these folders away"):
         load("folder", tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_lists_that_do_not_fit_are_errors_and_lists_that_are_not_read_are_named(
     with pytest.raises(InputError, match="train.txt lists nothing, and there is no image of that name"):
         load("folder", tmp_path / "a")
     (tmp_path / "a/train.txt").rename(tmp_path / "a/val.txt")
-    assert "not used: val.txt (there is no train.txt)" in load("folder", tmp_path / "a").notes
+    assert "not used: val.txt (none lists images to train on)" in load("folder", tmp_path / "a").notes
 
 
 def test_a_file_in_place_of_the_folder_is_named_as_such(tmp_path):
@@ -290,6 +290,100 @@ def test_validation_folders_alone_can_be_scored_and_not_trained(tmp_path):
     assert len(source.splits["val"]) == len(source.splits["test"]) == 3 and not source.splits["train"]
     with pytest.raises(InputError, match="no training image of its own"):
         check_trainable(source)
+
+
+def test_another_folder_that_looks_like_masks_is_warned_of(tmp_path):
+    write_folder(tmp_path, count=4)
+    (tmp_path / "masks").rename(tmp_path / "drawn")
+    for number in range(4):  # the camera's field of view, as in sets of retinas
+        (tmp_path / "mask").mkdir(exist_ok=True)
+        Image.fromarray(blocks(45, 61, (0, 1))).save(tmp_path / f"mask/{number:02d}.png")
+    assert any(
+        note.startswith("warning: drawn is not used and looks like masks too")
+        for note in load("folder", tmp_path).notes
+    )
+
+
+def test_lists_name_images_by_their_folders_where_names_alone_do_not_tell(tmp_path):
+    for scene in ("seq1", "seq2"):
+        for number in range(4):
+            paths = [tmp_path / scene / part / f"{number:03d}.png" for part in ("Images", "Labels")]
+            write_pair(*paths, blocks(20, 30, (0, 1, 2), seed=number))
+    (tmp_path / "train.txt").write_text("seq2/000\nseq1/Images/001.png\nseq2/002\n")
+    (tmp_path / "val.txt").write_text("/data/home/seq1/003\n")
+    splits = load("folder", tmp_path).splits
+    named = [f"{sample.image.parent.parent.name} {sample.image.stem}" for sample in splits["train"]]
+    assert named == ["seq2 000", "seq1 001", "seq2 002"] and "seq1" in str(splits["val"][0].image)
+    (tmp_path / "val.txt").write_text("003\n")
+    with pytest.raises(InputError, match="val.txt lists 003, and .*003.png and .*003.png have that name"):
+        load("folder", tmp_path)
+
+
+def test_several_lists_of_one_part_and_lists_of_something_else(tmp_path):
+    write_folder(tmp_path, count=6)
+    (tmp_path / "train_log.txt").write_text("epoch 1 loss 0.3\n")
+    assert any("not used: train_log.txt" in note for note in load("folder", tmp_path).notes)
+    (tmp_path / "train.txt").write_text("00\n01\n02\n03\n")
+    (tmp_path / "val.txt").write_text("04\n")
+    assert (
+        "split as train.txt, val.txt say; 1 pair on none of them: not used" in load("folder", tmp_path).notes
+    )
+    for name in ("train.txt", "train_log.txt"):
+        (tmp_path / name).unlink()
+    (tmp_path / "train_fold1.txt").write_text("00\n")
+    (tmp_path / "train_fold2.txt").write_text("01\n")
+    with pytest.raises(InputError, match="train_fold1.txt and .*train_fold2.txt both list train images"):
+        load("folder", tmp_path)
+
+
+def test_images_of_a_contest_without_masks_are_left_out_and_said(tmp_path):
+    write_folder(tmp_path / "train", count=5)
+    (tmp_path / "test/images").mkdir(parents=True)
+    Image.fromarray(photo(0)).save(tmp_path / "test/images/x.png")
+    source = load("folder", tmp_path)
+    assert "test" not in source.splits and "not used: 1 image of test, without any mask" in source.notes
+
+
+def test_pairs_beside_a_validation_folder_train(tmp_path):
+    write_folder(tmp_path, count=4)
+    write_folder(tmp_path / "val", count=2)
+    source = load("folder", tmp_path)
+    assert (len(source.splits["train"]), len(source.splits["val"])) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("train-org-img/{}.jpg", "train-label-img/{}_lab.png"),
+        ("camera/2018_camera_{}.png", "label_new/2018_label_{}.png"),
+        ("all/{}_sat.jpg", "all/{}_mask.png"),
+        ("all/{}.jpg", "all/{}.png"),
+        ("images/images/{}.jpg", "semantic_masks/images/{}.png"),
+        ("images/{}_training.png", "1st_manual/{}_manual1.gif"),
+    ],
+)
+def test_more_layouts_of_public_data_sets(tmp_path, image, mask):
+    for number in range(6):
+        write_pair(
+            tmp_path / image.format(number), tmp_path / "m.png", blocks(20, 30, (0, 1, 2), seed=number)
+        )
+        Image.fromarray(photo(number, (45, 61))).save(tmp_path / image.format(number))
+        (tmp_path / mask.format(number)).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(tmp_path / "m.png").save(tmp_path / mask.format(number))
+    (tmp_path / "m.png").unlink()
+    pairs = [pair for part in load("folder", tmp_path).splits.values() for pair in part]
+    assert len(pairs) == 6
+    for pair in pairs:
+        assert str(pair.image.relative_to(tmp_path)) == image.format(pair.mask.stem.split("_")[-1]) or (
+            pair.mask.stem[0] in pair.image.stem
+        )
+
+
+def test_another_drawing_of_the_same_masks_is_not_a_mask_without_image(tmp_path):
+    write_folder(tmp_path, count=4)
+    for number in range(4):
+        Image.new("RGB", (61, 45)).save(tmp_path / f"masks/{number:02d}_color.png")
+    assert "not used: masks (4)" in load("folder", tmp_path).notes
 
 
 # --- sequences --------------------------------------------------------------------------------------------
@@ -354,6 +448,63 @@ def test_tables_of_values(tmp_path, text):
     (tmp_path / "classes.txt").write_text(text)
     entries = read_classes(tmp_path / "classes.txt")
     assert [(entry.name, entry.value) for entry in entries] == [("ground", 0), ("roof", 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("class\nbackground\ncat\n", [("background", None, None), ("cat", None, None)]),
+        ("1.0,road\n2.0,car\n", [("road", None, 1), ("car", None, 2)]),
+        ("name,id,area\ncar,2,7\nroad,0,9\n", [("car", None, 2), ("road", None, 0)]),
+        (
+            "128 64 128\troad\n0 0 0\tvoid area\n",
+            [("road", (128, 64, 128), None), ("void area", (0, 0, 0), None)],
+        ),
+        ("0 void 0 0 0\n1 dirt 108 64 20\n", [("void", (0, 0, 0), 0), ("dirt", (108, 64, 20), 1)]),
+        ("1. sky\n2. road\n", [("sky", None, 1), ("road", None, 2)]),
+        ("name,r,g,b\nsky,1,2,3\nroad,4,5,6\n,,,\n", [("sky", (1, 2, 3), None), ("road", (4, 5, 6), None)]),
+    ],
+)
+def test_more_forms_of_class_lists(tmp_path, text, entries):
+    (tmp_path / "classes.csv").write_text(text)
+    assert [tuple(entry) for entry in read_classes(tmp_path / "classes.csv")] == entries
+
+
+def test_two_columns_of_values_are_not_guessed_and_a_table_deeper_down_is_found(tmp_path):
+    (tmp_path / "classes.csv").write_text("name,id,trainId\nroad,7,0\ncar,26,13\n")
+    with pytest.raises(InputError, match="several columns of numbers .id and trainid.: leave the one"):
+        read_classes(tmp_path / "classes.csv")
+    write_folder(tmp_path / "city", values=(0, 1))
+    (tmp_path / "classes.csv").rename(tmp_path / "city/label_class_dict.csv")
+    (tmp_path / "city/label_class_dict.csv").write_text("name,r,g,b\nroad,0,0,0\ncar,9,9,9\n")
+    source = load("folder", tmp_path)
+    assert [name for name, _ in source.classes] == ["road", "car"]
+    assert any("the classes are those of" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P"])
+def test_gray_masks_are_read_by_the_gray_colors_that_are_listed(tmp_path, mode):
+    write_folder(tmp_path, values=(0, 1))
+    drawn = {}
+    for path in (tmp_path / "masks").iterdir():
+        drawn[path.stem] = np.array(Image.open(path))
+        Image.fromarray(drawn[path.stem] * 255).convert(mode).save(path)
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nroad,255,255,255\nbackground,0,0,0\n")
+    source = load("folder", tmp_path)
+    assert [name for name, _ in source.classes] == ["road", "background"]
+    for pair in source.splits["train"]:
+        assert (read_mask(pair.mask, source.table) == 1 - drawn[pair.mask.stem]).all()
+
+
+def test_stacks_of_pages_are_refused_and_previews_are_not(tmp_path):
+    write_folder(tmp_path, count=3)
+    page = Image.fromarray(photo(0, (45, 61)))
+    (tmp_path / "images/00.png").unlink()
+    page.save(tmp_path / "images/00.tif", save_all=True, append_images=[page.resize((30, 22))])
+    load("folder", tmp_path)
+    page.save(tmp_path / "images/00.tif", save_all=True, append_images=[page])
+    with pytest.raises(InputError, match="00.tif holds several pages"):
+        load("folder", tmp_path)
 
 
 def test_names_with_commas_and_digits_are_names(tmp_path):

@@ -36,7 +36,7 @@ def test_masks_of_every_kind(tmp_path):
         "painted.png": (Image.fromarray(painted(mask)), None, [GREEN, RED]),
         "gray.png": (Image.fromarray(np.repeat(mask[..., None], 3, 2)), [0, 1], [0, 0x010101]),
         "deep.png": (Image.fromarray(mask.astype(np.uint16) * 65535), [0, 65535], None),
-        "bits.png": (Image.fromarray(mask.astype(bool)), [0, 1], [0, 0x010101]),
+        "bits.png": (Image.fromarray(mask.astype(bool)), [0, 1], [0, 0xFFFFFF]),
     }
     for name, (picture, values, colors) in cases.items():
         picture.save(tmp_path / name)

@@ -237,9 +237,9 @@ LAYOUTS = {
     "1.jpg 1_segmentation.png": (layout("images/{}.jpg", "masks/{}_segmentation.png"), THREE, ""),
     "image_1.jpg mask_1.png": (layout("images/image_{}.jpg", "masks/mask_{}.png"), THREE, ""),
     "names that do not pair": (
-        layout("images/{}.jpg", "masks/drawing {} final.png"),
+        layout("images/{}.jpg", "masks/drawing_{:08b}.png"),
         [],
-        "never: images are called 0.jpg, 1.jpg, masks drawing 0 final.png",
+        "never: images are called 0.jpg, 1.jpg, masks drawing_00000000.png",
     ),
     "train.txt val.txt": (with_lists("."), THREE, ""),
     "ImageSets/Segmentation/": (with_lists("ImageSets/Segmentation"), THREE, ""),
