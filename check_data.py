@@ -193,7 +193,7 @@ def describe_masks(data, report):
 
 
 def are_alike(paths):
-    """Return whether mask files hold the same shapes: nine tenths of what is not the commonest value agree."""
+    """Return whether mask files hold the same shapes: what is not the commonest value agrees."""
     masks = [decode_mask(path) for path in paths]
     first, *others = [mask.colors if mask.values is None else mask.values for mask in masks]
     values, counts = np.unique(first, return_counts=True)

@@ -55,11 +55,14 @@ class Found:
 
 
 class Place(NamedTuple):
-    """What the names of the folders above a file say. role: images, masks, other or "" (nothing)."""
+    """What the names of the folders above a file say. role: images, masks, other or "" (nothing), of the
+    innermost name that has one; below_masks: whether any of them means masks.
+    """
 
     role: str
     split: str
     group: tuple
+    below_masks: bool = False
 
 
 def words_of(name):
@@ -71,17 +74,17 @@ def words_of(name):
 
 
 def place_of(parts):
-    """Return the Place of a file from the names of its folders, outermost first; the innermost role counts.
-    """
-    role, split, group = "", "", []
+    """Return the Place of a file from the names of its folders, outermost first."""
+    role, split, group, below_masks = "", "", [], False
     for name in reversed(parts):
         words = words_of(name)
         roles = [known for known, names in ROLES.items() if names & set(words)]
         role = role or next(iter(roles), "")
+        below_masks |= roles[:1] == ["masks"]
         split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
         known = set().union(*ROLES.values(), SPLIT_OF, NOISE)
         group += [word for word in reversed(words) if word not in known]
-    return Place(role, split, tuple(reversed(group)))
+    return Place(role, split, tuple(reversed(group)), below_masks)
 
 
 def find_pairs(root):
@@ -148,8 +151,7 @@ def by_bare_folders(places):
 
 def by_outer_names(places):
     """Masks lie anywhere below a folder called so: masks/images beside images/images."""
-    masks = {path: place for path, place in places.items()
-             if any(MASK_FOLDERS & set(words_of(name)) for name in path.parts[-3:-1])}
+    masks = {path: place for path, place in places.items() if place.below_masks}
     return {path: place for path, place in places.items() if path not in masks}, masks
 
 

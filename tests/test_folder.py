@@ -221,7 +221,7 @@ def test_real_person_photos(tmp_path):
     ],
 )
 def test_what_the_names_of_folders_say(folders, place):
-    assert place_of(folders.split("/")) == place
+    assert place_of(folders.split("/"))[:3] == place
 
 
 def test_overlays_and_instances_beside_the_masks_are_named_as_unused(tmp_path):
