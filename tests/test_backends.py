@@ -259,7 +259,7 @@ one = segmenter.predict(sys.argv[3])
 two = segmenter.predict(np.zeros((20, 31, 3), np.uint8))
 assert (exported.predict(sys.argv[3]) == one).mean() > 0.9
 assert one.shape == (45, 61) and two.shape == (20, 31) and one.dtype == np.uint8, (one.shape, two.shape)
-assert [name for name, _ in segmenter.classes] == ["class 0", "class 1", "class 2"]
+assert [name for name, _ in segmenter.classes] == ["background", "class 1", "class 2"]
 try:
     segmenter.predict(np.zeros((20, 31), np.uint8))
 except Exception as error:

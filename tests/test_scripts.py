@@ -162,7 +162,7 @@ def test_optimizer_losses_and_class_weights_reach_the_run(trained, tmp_path, run
     more += ["--class-weights", "median", "--resplit"]
     flags = train_flags(trained[0], tmp_path / "out", *more)
     code, text, _ = run(train, *flags)
-    assert code == 0 and "class weights: class 0 " in text and "split anew: 2 of 10 images validate" in text
+    assert code == 0 and "class weights: background " in text and "split anew: 2 of 10 images validate" in text
     rows = history_of(tmp_path / "out")
     for row in rows:
         for part in ("train", "val"):
@@ -319,7 +319,7 @@ def bad_training(data, tmp_path, kind):
 
 BAD_TRAINING = {
     "no root": "nowhere does not exist",
-    "empty": "no images in",
+    "empty": "no images with masks found under",
     "no mask": "images/03.png has no mask",
     "no image": "masks/03.png has no image",
     "value": "masks/03.png has the value 9",
@@ -425,7 +425,7 @@ def test_overlay_is_the_prediction_over_the_image(model_file, tmp_path, run, fla
         0
     ].numpy()
     colors = np.array([color for _, color in checkpoint["classes"]])[pred]
-    want = (1 - alpha) * image + alpha * colors  # no class is called background
+    want = np.where((pred == 0)[..., None], image, (1 - alpha) * image + alpha * colors)  # 0 = background
     got = np.array(Image.open(tmp_path / "inference_results_image/a_overlay.jpg"))
     assert np.abs(got - want).mean() < 6  # JPEG
 

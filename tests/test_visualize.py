@@ -81,8 +81,9 @@ def test_short_names_keep_beginning_and_end_on_one_line():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("count", [2, 32, 254])
-@pytest.mark.parametrize("letters", [60, 200])
+@pytest.mark.parametrize(
+    ("count", "letters"), [(2, 200), (32, 60), (32, 200), pytest.param(254, 200, marks=pytest.mark.long)]
+)
 def test_plots_hold_long_names_and_many_classes(count, letters, tmp_path):
     classes, generator = long_names(count, letters), np.random.default_rng(0)
     ious = [math.nan if id == 1 else 0.5 for id in range(count)]
