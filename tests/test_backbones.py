@@ -230,7 +230,7 @@ def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
     assert torch.allclose(backbone.features(images)[0], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
+@pytest.mark.parametrize("name", ["dinov2_vits14_reg", pytest.param("dinov2_vits14", marks=pytest.mark.long)])
 def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(name, tmp_path, monkeypatch):
     """The keys of an official state dict, made from timm's, come back as the same network."""
     twin = timm.create_model(

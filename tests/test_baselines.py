@@ -72,7 +72,10 @@ def test_any_size_and_a_last_batch_of_one(arch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.head.parameters())
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=pytest.mark.long if arch == "deeplabv3_resnet101" else ()) for arch in ARCHS],
+)
 def test_checkpoints_need_no_other_file(arch, tmp_path):
     net = build(arch, normalize="none").eval()
     torch.save(pack_checkpoint(net, CLASSES, (32, 32)), tmp_path / "model.pth")
