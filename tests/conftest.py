@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import check_data
 import utils
 import visualize
 from config import DataOptions
@@ -130,9 +131,10 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def plots(request, monkeypatch):
-    """Leave out the plots of training runs, half a second per epoch; the runs of fixtures are drawn."""
+    """Leave out the plots of training runs and check.png, half a second each; fixtures' runs are drawn."""
     if not request.node.get_closest_marker("plots"):
         monkeypatch.setattr(visualize, "plot_run", lambda *args: None)
+        monkeypatch.setattr(check_data, "draw", lambda *args: None)
 
 
 HUBCONF = """

@@ -39,6 +39,7 @@ def write_photos(root, count=8, values=(0, 1, 2)):
     return root
 
 
+@pytest.mark.plots
 def test_a_good_folder_is_ready_and_says_how_to_train(tmp_path, run):
     root = write_photos(tmp_path / "data")
     code, text = check(run, root, tmp_path)

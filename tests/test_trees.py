@@ -24,13 +24,11 @@ trained = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) f
 
 
 @pytest.fixture
-def prepared(tmp_path, run, monkeypatch):
+def prepared(tmp_path, run):
     """Return a function that writes a tree and does what check_data.py says until it is ready.
 
     It returns the folder to train on, or None where the tree is refused, as it should be.
     """
-    monkeypatch.setattr(check_data, "draw", lambda *args: None)
-
     def prepare(name):
         write, _, action = TREES[name]
         data, clean = tmp_path / "data", tmp_path / "clean"
