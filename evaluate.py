@@ -83,10 +83,16 @@ def open_data(args, checkpoint):
     options, cache_dir = data_options(checkpoint, args.dataset, args.data_root), Path(args.out_dir) / "cache"
     own, trained = [name for name, _ in checkpoint["classes"]], checkpoint.get("config", {})
     other = trained.get("dataset"), Path(trained.get("data_root", "")).resolve()
-    if options.dataset == "folder" and not class_file(Path(options.data_root)):
-        options = dataclasses.replace(options, classes=tuple(own))
-    if options.dataset == "folder" and other != ("folder", Path(options.data_root).resolve()):
+    root = Path(options.data_root)
+    if options.dataset == "folder" and root.is_dir():
+        listed = class_file(root)
+        if listed or not options.classes and not options.ignore_background:
+            options = dataclasses.replace(options, classes=() if listed else tuple(own))
+    if options.dataset == "folder" and other != ("folder", root.resolve()):
         data = load_data(dataclasses.replace(options, val_fraction=0, resplit=False), cache_dir)
+        if options.classes:
+            shown = ", ".join([*options.classes[:3], *["..."] * (len(own) > 3)])
+            print(f"no class list in {root}: mask values 0, 1, ... are read as {shown}, the model's classes")
         if other[0] == "folder" and same_data(data, checkpoint):  # the training's folder was moved
             data = load_data(options, cache_dir)
     else:

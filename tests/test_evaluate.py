@@ -424,6 +424,7 @@ def test_another_folder_is_scored_whole_the_training_folder_as_it_was_split(trai
     protocol = result["protocol"]
     assert (protocol["images"], protocol["split"], len(result["records"])) == (7, "all", 7)
     assert "folder all, 7 images" in text and "validate" not in text
+    assert "mask values 0, 1, ... are read as background, class 1, class 2, the model's classes" in text
     text, own = score(run, tmp_path / "b", *flags, data)
     assert own["protocol"]["split"] == "val" and own["protocol"]["images"] == 2
     shutil.copytree(data, tmp_path / "moved")  # the same files elsewhere: what was trained on is not scored
@@ -445,3 +446,22 @@ def test_a_training_folder_with_new_files_is_warned_of(trained, tmp_path, run):
         name.unlink()
         (data / "masks/new.png").unlink()
     assert "warning: files were added, removed or changed since training" in text
+
+
+def test_folders_that_are_not_there_and_runs_without_background(trained, tmp_path, run):
+    data, out = trained
+    flags = ("--model", out / "best_model_iou.pth", "--out-dir", tmp_path, "--dataset", "folder")
+    for root, reason in ((tmp_path / "nowhere", "does not exist"), (data / "masks/00.png", "is a file")):
+        code, _, err = run(evaluate, *flags, "--data-root", root)
+        assert code == 2 and reason in err and err.count("\n") == 1
+    trains = ["--dataset", "folder", "--data-root", data, "--out-dir", tmp_path / "run"]
+    trains += ["--backbone", "vit_tiny", "--imgsz", 42, 56, "--epochs", 1, "--workers", 0]
+    trains += ["--unfreeze", "all", "--ignore-background"]
+    code, text, err = run(train, *trains)
+    assert code == 0, err
+    shutil.copytree(data, tmp_path / "copy")
+    flags = ("--model", tmp_path / "run/best_model_iou.pth", "--data-root", tmp_path / "copy")
+    _, result = score(run, tmp_path, *flags)
+    assert [row["name"] for row in result["per_class"]] == ["class 1", "class 2"]
+    best = json.loads((tmp_path / "run/history.jsonl").read_text().splitlines()[-1])
+    assert result["miou"] == pytest.approx(best["val_miou"], abs=1e-6)
