@@ -16,7 +16,7 @@ from config import IGNORE, InputError, count_of
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
 from dataio.dataloader import mixed_seed
-from dataio.folder import folder
+from dataio.folder import folder, refuse_file
 from dataio.pairs import existing, list_images, pair_files, read_list
 from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask,
                             read_orientation, read_pair, rotate_like, value_table)
@@ -326,10 +326,12 @@ def check_source(source, classes):
 def find_data(options, download=True):
     """Return the DataSource of config.DataOptions as its files are: checked, but not split anew.
 
-    Raises InputError where the root or a file of the data set is missing.
+    Raises InputError where the root is a file, or it or a file of the data set is missing.
     """
     find, classes = DATASETS[options.dataset]
-    source = find(Path(options.data_root), options, download)
+    root = Path(options.data_root)
+    refuse_file(root)
+    source = find(root, options, download)
     check_source(source, classes)
     return source
 

@@ -63,11 +63,16 @@ def ignored_share(scans, table):
     return ignored / max(1, sum(counts.sum() for _, counts in scans))
 
 
-def check_root(root):
-    """Raise InputError where --data-root is no folder."""
+def refuse_file(root):
+    """Raise InputError where --data-root is a file."""
     if root.is_file():
         raise InputError(f"--data-root {root} is a file: give the folder that holds the data set (unpack "
                          "archives)")
+
+
+def check_root(root):
+    """Raise InputError where --data-root is no folder."""
+    refuse_file(root)
     if not root.is_dir():
         raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
 

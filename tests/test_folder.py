@@ -277,10 +277,11 @@ def test_lists_that_do_not_fit_are_errors_and_lists_that_are_not_read_are_named(
     assert "not used: val.txt (none lists images to train on)" in load("folder", tmp_path / "a").notes
 
 
-def test_a_file_in_place_of_the_folder_is_named_as_such(tmp_path):
+@pytest.mark.parametrize("dataset", ["folder", "voc", "streets", "camvid"])
+def test_a_file_in_place_of_the_folder_is_named_as_such(tmp_path, dataset):
     (tmp_path / "data.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match="data.zip is a file: give the folder"):
-        load("folder", tmp_path / "data.zip")
+        load(dataset, tmp_path / "data.zip")
 
 
 def test_validation_folders_alone_can_be_scored_and_not_trained(tmp_path):
