@@ -4,9 +4,9 @@
     python check_data.py --dataset voc --data-root data
     python check_data.py --data-root my_photos --fix clean_photos
 
-Reads every file once and writes OUT_DIR/check.png (overlays and the classes' shares). The exit code is 0
-where training can start, 1 where something must be repaired first, 2 where the data are not found or their
-lists are incomplete.
+Reads every file and writes OUT_DIR/check.png (overlays and the classes' shares). The exit code is 0 where
+training can start, or where --fix wrote its copy; 1 where something must be repaired first; 2 where the data
+are not found, their lists are incomplete, or --fix has written nothing.
 """
 import os
 
@@ -194,8 +194,7 @@ def describe_masks(data, report):
 
 def are_alike(paths):
     """Return whether mask files hold the same shapes: what is not the commonest value agrees."""
-    masks = [decode_mask(path) for path in paths]
-    first, *others = [mask.colors if mask.values is None else mask.values for mask in masks]
+    first, *others = [decode_mask(path).codes for path in paths]
     values, counts = np.unique(first, return_counts=True)
     common = values[counts.argmax()]
     if len(values) < 2 or not others or any(mask.shape != first.shape for mask in others):

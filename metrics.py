@@ -125,6 +125,15 @@ def boundary_f1(pred, truth, num_classes):
     return scores
 
 
+def label_range(labels, window):
+    """Return the highest and the lowest label around each pixel, (H, W) uint8 each, within a `window`.
+
+    labels: (H, W) uint8, 255 = ignore, which does not count: where nothing else is, they are 0 and 255.
+    """
+    lowered = np.where(labels == IGNORE, 0, labels).astype(np.uint8)  # 255 is already neutral in a minimum
+    return cv2.dilate(lowered, window), cv2.erode(labels, window)
+
+
 def boundary_pixels(labels):
     """Return (H, W) bool: pixels that touch (4 neighbors) another class, or that touch an ignored pixel and
     have another class within BOUNDARY_BAND: VOC and Pets draw an ignored line around every object.
@@ -134,10 +143,10 @@ def boundary_pixels(labels):
     ignored = labels == IGNORE
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     side = 2 * max(1, int(BOUNDARY_BAND * math.hypot(*labels.shape))) + 1
-    lowered = np.where(ignored, 0, labels).astype(np.uint8)  # 255 is already neutral in a minimum
 
-    def others(kernel):
-        return (cv2.dilate(lowered, kernel) != labels) | (cv2.erode(labels, kernel) != labels)
+    def others(window):
+        highest, lowest = label_range(labels, window)
+        return (highest != labels) | (lowest != labels)
 
     edge = others(cross)
     if ignored.any():

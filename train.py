@@ -17,12 +17,11 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 
 import dataclasses
 import math
-import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 
 from config import FIELDS, InputError, count_of, parse_train_args, resolve
 
@@ -163,7 +162,7 @@ def print_epoch(title, row, better):
 def command():
     """Return the command line of this run, as a shell takes it."""
     launch = ["python"] if world_size() == 1 else ["torchrun", "--nproc-per-node", str(world_size())]
-    return shlex.join([*launch, *sys.argv])
+    return join([*launch, *sys.argv])
 
 
 def how_to_go_on(folder, config):

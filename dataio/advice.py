@@ -14,13 +14,13 @@ import numpy as np
 
 from config import IGNORE
 from dataio.labels import GAP, MOST_CLASSES, find_modes, snap
-from dataio.readers import decode_mask
+from dataio.readers import decode_mask, unpack_color
 from dataio.scan import distinct, in_parallel
+from metrics import BOUNDARY_BAND, label_range
 
 COMPACT = 0.5  # share of a class's pixels that touch two or more of their own kind
 SPECK, SPECK_SHARE = 16, 2e-4  # pixels, and share of the mask, below which a value is a speck
 USUAL = 0.2  # share of the masks in which even specks are no accident
-BAND = 0.02  # of the mask's diagonal: the farthest that a border's pixel has both its neighbors
 VOID, NO_VOID = 0.5, 0.3  # share of 255 between other values: above it is void, below a class, else unknown
 RAMP = 0.9  # share of a value's pixels on ramps, from which interpolation made it
 TITLES = {"class": "255 is a class", "void": "255 is not labeled"}
@@ -91,14 +91,12 @@ def on_ramp(values):
 
 
 def between_others(values):
-    """Return (H, W) bool: pixels of value 255 within BAND of two different other values."""
+    """Return (H, W) bool: pixels of value 255 within BOUNDARY_BAND of two other values."""
     void = values == IGNORE
     if not void.any() or values.max() > IGNORE:
         return np.zeros(values.shape, bool)
-    side = 2 * max(5, round(BAND * math.hypot(*values.shape))) + 1
-    window = np.ones((side, side), np.uint8)
-    highest = cv2.dilate(np.where(void, 0, values).astype(np.uint8), window)
-    lowest = cv2.erode(values.astype(np.uint8), window)
+    side = 2 * max(5, round(BOUNDARY_BAND * math.hypot(*values.shape))) + 1
+    highest, lowest = label_range(values.astype(np.uint8), np.ones((side, side), np.uint8))
     return void & (highest > lowest)
 
 
@@ -122,9 +120,12 @@ def advise(samples, masks):
     masks: the MaskFacts of the samples. Without files where nothing could be made up.
     """
     painted, advice = any(mask.values is None for mask in masks), Advice()
+    if painted:  # 16-bit masks among them have no colors, and cannot be meant
+        samples, masks = zip(*((sample, mask) for sample, mask in zip(samples, masks, strict=True)
+                               if mask.colors is not None), strict=True)
     pixels = {}
     for mask in masks:
-        codes = mask.colors if painted and mask.colors is not None else mask.values
+        codes = mask.colors if painted else mask.values
         for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
             pixels[code] = pixels.get(code, 0) + count
     blurred = len(pixels) > MOST_CLASSES or any(mask.kind == "JPEG" for mask in masks)
@@ -192,7 +193,7 @@ def either_way(names):
 
 def shown(code, painted):
     """Return a value as text, or a 24-bit color as (R, G, B)."""
-    return f"({code >> 16}, {code >> 8 & 255}, {code & 255})" if painted else str(code)
+    return str(unpack_color(code) if painted else code)
 
 
 def class_lines(classes, ignored, painted):
@@ -200,5 +201,5 @@ def class_lines(classes, ignored, painted):
     names = ["background" if code == 0 else f"class {number}" for number, code in enumerate(classes)]
     lines = []
     for name, code in zip([*names, *["ignore"] * len(ignored)], [*classes, *ignored], strict=True):
-        lines.append(f"{name} {code >> 16} {code >> 8 & 255} {code & 255}" if painted else f"{name} = {code}")
+        lines.append(f"{name} {' '.join(map(str, unpack_color(code)))}" if painted else f"{name} = {code}")
     return "\n".join(lines) + "\n"

@@ -25,8 +25,8 @@ def folder(root, options, download=False):
     """
     check_root(root)
     found = find_pairs(root)
-    for split in found.no_mask:
-        refuse_lonely(found.no_mask[split], found.no_image.get(split, []))
+    for split in {**found.no_mask, **found.no_image}:
+        refuse_lonely(found.no_mask.get(split, []), found.no_image.get(split, []))
     splits = found.splits
     samples = list(dict.fromkeys(sample for part in splits.values() for sample in part))
     facts = in_parallel(scan_pair, samples, "reading masks")

@@ -2,10 +2,10 @@
 
     classes, table, notes = decode_masks(root, samples, facts)      # of a folder; facts: MaskFacts
 
-classes.txt (or classes.csv, class_dict.csv, _classes.csv) names the classes, one per line: `name` (the line
-number is the mask value), `name R G B` (masks painted in colors), `name = VALUE ...`, or a table with columns
-of these, separated by commas, semicolons, colons or tabs, with or without a header. Lines of the same name
-are one class; the name `ignore` is not counted.
+classes.txt (or another of class_file) names the classes, one per line: `name` (the line number is the mask
+value), `name R G B` (masks painted in colors), `name = VALUE ...`, or a table with columns of these,
+separated by commas, semicolons, colons or tabs, with or without a header. Lines of the same name are one
+class; the name `ignore` is not counted.
 """
 import csv
 import re
@@ -16,7 +16,8 @@ import numpy as np
 
 from config import IGNORE, InputError
 from dataio.classes import fill_colors
-from dataio.readers import OUTSIDE, index_table, outside_message, pack_color, ranges, value_table
+from dataio.readers import (OUTSIDE, index_table, outside_message, pack_color, ranges, unpack_color,
+                            value_table)
 
 CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "_classes.csv")
 MOST_CLASSES = 250
@@ -50,7 +51,8 @@ def class_file(root):
             if (folder / name).is_file():
                 return folder / name
     found = sorted(path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}.csv")
-                   if "class" in path.stem.lower() and not path.name.startswith("."))
+                   if "class" in path.stem.lower() and not path.name.startswith(".")
+                   and path.name != "per_class.csv")  # what evaluate.py writes
     if len({path.read_bytes() for path in found}) > 1:
         raise InputError(f"{found[0]} and {found[1]} may both name the classes: copy the right one to "
                          f"{root / 'classes.txt'}")
@@ -117,8 +119,9 @@ def table_entries(path, lines):
         lines = [re.sub(r"^\s*(\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
     tables = ([[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
               for mark in ",;\t:")
-    rows = next((rows for rows in tables if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1), None)
-    if rows is None:
+    try:
+        rows = next(rows for rows in tables if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1)
+    except (StopIteration, csv.Error):
         return None
     header, *body = rows
     titles = [cell.lower() for cell in header]
@@ -297,7 +300,7 @@ def class_pixels(scans, table, num_classes):
 def rgb_of(codes, colors):
     """Return codes (n,), values or 24-bit colors, as (n, 3) or, of values, (n, 1) int64."""
     codes = np.asarray(codes, np.int64)
-    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], 1) if colors else codes[:, None]
+    return np.stack(unpack_color(codes), 1) if colors else codes[:, None]
 
 
 def find_modes(codes, pixels, colors):
@@ -311,7 +314,9 @@ def find_modes(codes, pixels, colors):
         distance = np.abs(points - points[index]).max(1)
         around = pixels[(distance > 0) & (distance < GAP)]
         share = pixels[index] / pixels.sum()
-        peak = share >= PEAK_SHARE and pixels[index] >= PEAK * around.sum() / max(1, len(around))
+        if share < PEAK_SHARE:
+            break  # so are all that follow
+        peak = pixels[index] >= PEAK * around.sum() / max(1, len(around))
         if (share >= MODE_SHARE or peak) and all(distance[mode] >= GAP for mode in modes):
             modes.append(index)
     return [int(codes[index]) for index in modes]

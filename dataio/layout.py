@@ -33,6 +33,7 @@ OTHER_FOLDERS = {"object", "objects", "instance", "instances", "inst", "panoptic
                  "bbox", "overlay", "overlays", "vis", "viz", "visualization", "preview", "previews"}
 ROLES = {"other": OTHER_FOLDERS, "masks": MASK_FOLDERS, "images": IMAGE_FOLDERS}  # the first of a name counts
 NOISE = {"dir", "folder", "set", "data", "png", "jpg", "class", "raw", "files", "of", "the", "and", "jpeg"}
+KNOWN_WORDS = set().union(*ROLES.values(), SPLIT_OF, NOISE)
 LISTS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
 LOOKED_AT = 4  # files of a folder that are opened to see what they are
 # A mask: changes of value per pixel along its rows, and how many of its values hold most of its pixels.
@@ -74,7 +75,7 @@ def words_of(name):
 
 
 def place_of(parts):
-    """Return the Place of a file from the names of its folders, outermost first."""
+    """Return the Place of the files of a folder from the names of it and those above, outermost first."""
     role, split, group, below_masks = "", "", [], False
     for name in reversed(parts):
         words = words_of(name)
@@ -82,8 +83,7 @@ def place_of(parts):
         role = role or next(iter(roles), "")
         below_masks |= roles[:1] == ["masks"]
         split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
-        known = set().union(*ROLES.values(), SPLIT_OF, NOISE)
-        group += [word for word in reversed(words) if word not in known]
+        group += [word for word in reversed(words) if word not in KNOWN_WORDS]
     return Place(role, split, tuple(reversed(group)), below_masks)
 
 
@@ -92,7 +92,8 @@ def find_pairs(root):
     """
     paths = list_images(root)
     base = common_folder(root, paths)
-    places = {path: place_of(path.relative_to(base).parts[:-1]) for path in paths}
+    folders = {folder: place_of(folder.relative_to(base).parts) for folder in {path.parent for path in paths}}
+    places = {path: folders[path.parent] for path in paths}
     unpaired = ""
     for assign in (by_folder_names, by_bare_folders, by_outer_names, by_file_names, by_content):
         images, masks = assign(places)
@@ -188,7 +189,7 @@ def looks_like_mask(path):
         mask = decode_mask(path)
     except InputError:
         return False
-    codes = mask.colors if mask.values is None else mask.values
+    codes = mask.codes
     _, counts = distinct(codes)
     changes = np.count_nonzero(codes[:, 1:] != codes[:, :-1]) / codes.size
     return changes <= FEW_CHANGES and np.sort(counts)[-FEW_VALUES:].sum() >= MOST * codes.size
@@ -237,12 +238,17 @@ def use_lists(found, root, base):
     paths = [path for folder in dict.fromkeys(top / name for top in (root, base) for name in LISTS)
              for path in sorted(folder.glob("*.txt")) if set(words_of(path.stem)) & SPLIT_OF.keys()]
     lists = {}
-    for path in sorted(paths, key=lambda path: path.stem.lower() not in SPLIT_OF):  # train.txt before others
-        splits = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
-        twin = lists.get(min(splits)) if path.stem.lower() not in SPLIT_OF else None
-        if twin and twin.stem.lower() not in SPLIT_OF:
-            raise InputError(f"{twin} and {path} both list {min(splits)} images: move one away")
-        lists.setdefault(min(splits), path)
+
+    def is_exact(path):
+        return path.stem.lower() in SPLIT_OF
+
+    for path in sorted(paths, key=is_exact, reverse=True):  # train.txt before train_fold1.txt
+        split, *more = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
+        if more:
+            continue  # train_val.txt
+        twin = lists.setdefault(split, path)
+        if twin != path and is_exact(twin) == is_exact(path):
+            raise InputError(f"{twin} and {path} both list {split} images: move one away")
     samples = {}
     for sample in found.splits.get("train", []):
         samples.setdefault(sample.image.stem, []).append(sample)
@@ -294,12 +300,11 @@ def common_parts(wanted, parts):
 
 def other_masks(unused, masks, root):
     """Return warnings of folders that are not used, look like masks too, and hold as many files."""
-    folders, warnings = {}, []
+    folders, warnings, fewest = {}, [], min(Counter(path.parent for path in masks).values())
     for path in unused:
         folders.setdefault(path.parent, []).append(path)
     for folder, files in folders.items():
-        if len(files) >= min(Counter(path.parent for path in masks).values()) and \
-                all(map(looks_like_mask, some(files))):
+        if len(files) >= fewest and all(map(looks_like_mask, some(files))):
             warnings.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks too: if "
                             "it is what you want to learn, move the other folder of masks away")
     return warnings
@@ -308,6 +313,18 @@ def other_masks(unused, masks, root):
 # --- what lies there --------------------------------------------------------------------------------------
 ADVICE = ("it needs images/ and masks/, or train/images train/masks val/images val/masks, or images/train "
           "masks/train images/val masks/val, or train_images train_labels valid_images valid_labels")
+
+
+FORMATS = {".npy": "NumPy arrays", ".npz": "NumPy arrays", ".mat": "MATLAB files", ".svg": "drawings",
+           ".tfrecord": "TFRecords"}
+JSON_FORMATS = {  # keys that a file of each has, the first that fits counts
+    "COCO annotations": {"images", "annotations"},
+    "labelme polygons": {"shapes", "imagePath"},
+    "Supervisely annotations": {"objects", "size"},
+    "VIA annotations": {"_via_img_metadata"},
+    "Cityscapes polygons": {"objects", "imgHeight"},
+    "Label Studio annotations": {"data", "annotations"},
+}
 
 
 def shown_folders(paths, root):
@@ -341,38 +358,31 @@ def seen(root, images):
 
 def looks_of(pictures):
     """Return whether picture files look like photos or like masks."""
-    flat = sum(map(looks_like_mask, some(pictures)))
-    return "masks, by their looks" if 2 * flat > len(some(pictures)) else "photos, by their looks"
+    flat = list(map(looks_like_mask, some(pictures)))
+    return "masks, by their looks" if 2 * sum(flat) > len(flat) else "photos, by their looks"
 
 
 def label_format(files):
     """Return what kind of files without pixels these are, such as the annotations of a tool."""
     endings = Counter(path.suffix.lower() for path in files)
     ending = endings.most_common(1)[0][0]
+    if ending in (".zip", ".tar", ".gz"):
+        return "an archive: unpack it"
     path = next(path for path in files if path.suffix.lower() == ending)
-    kind = {".json": json_format, ".txt": text_format, ".xml": xml_format}.get(ending)
-    known = {".npy": "NumPy arrays", ".npz": "NumPy arrays", ".mat": "MATLAB files", ".svg": "drawings",
-             ".tfrecord": "TFRecords", ".zip": "an archive: unpack it", ".tar": "an archive: unpack it",
-             ".gz": "an archive: unpack it"}
+    recognize = {".json": json_format, ".txt": text_format, ".xml": xml_format}.get(ending)
     try:
-        named = kind(path) if kind else known.get(ending)
+        named = recognize(path) if recognize else FORMATS.get(ending)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         named = None
-    return f"{named}, not read: export masks as PNG" if named and "unpack" not in named else \
-        named or f"{ending or 'without ending'}, no images"
+    return f"{named}, not read: export masks as PNG" if named else f"{ending or 'without ending'}, no images"
 
 
 def json_format(path):
     """Return which tool's annotations a JSON file holds, or None."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     keys = set(content) if isinstance(content, dict) else set(content[0])
-    for wanted, name in (({"images", "annotations"}, "COCO annotations"), ({"shapes", "imagePath"}, "labelme "
-                         "polygons"), ({"objects", "size"}, "Supervisely annotations"),
-                         ({"_via_img_metadata"}, "VIA annotations"), ({"objects", "imgHeight"}, "Cityscapes "
-                         "polygons"), ({"data", "annotations"}, "Label Studio annotations")):
-        if wanted <= keys:
-            return name
-    return "JSON annotations" if keys else None
+    return next((name for name, wanted in JSON_FORMATS.items() if wanted <= keys),
+                "JSON annotations" if keys else None)
 
 
 def text_format(path):

@@ -100,14 +100,13 @@ def match(images, masks):
     common, keyed = best
     if not common and images and masks:
         bare = [by_bare_name(images), by_bare_name(masks)]
-        if bare[0].keys() == bare[1].keys() and len(bare[0]) == len(images):
+        if bare[0].keys() == bare[1].keys() and len(bare[0]) == len(images) == len(masks):
             common, keyed = bare[0].keys(), [(found, []) for found in bare]
-    for _, twins in keyed:
-        for one, other in twins:
-            if one.parent != other.parent:
-                raise InputError(f"{one.parent} and {other.parent} both hold {one.stem}: move one of these "
-                                 "folders away, or give it the name of the images that it belongs to")
-            raise InputError(f"{one} and {other} have the same name: which one is meant? remove one")
+    for one, other in [*keyed[0][1], *keyed[1][1]][:1]:
+        if one.parent != other.parent:
+            raise InputError(f"{one.parent} and {other.parent} both hold {one.stem}: move one of these "
+                             "folders away, or give it the name of the images that it belongs to")
+        raise InputError(f"{one} and {other} have the same name: which one is meant? remove one")
     sides = [found for found, _ in keyed]
     samples = [Sample(sides[0][key], sides[1][key]) for key in sorted(common)]
     return samples, *([found[key] for key in sorted(found.keys() - common)] for found in sides)

@@ -257,6 +257,11 @@ def pack_color(red, green, blue):
     return red << 16 | green << 8 | blue
 
 
+def unpack_color(code):
+    """Return the (red, green, blue) of a 24-bit code, of an integer or of an array of integers."""
+    return code >> 16, code >> 8 & 255, code & 255
+
+
 class StoredMask(NamedTuple):
     """A mask file as it is stored. mode, kind: as PIL names the pixels and the file.
 
@@ -275,6 +280,11 @@ class StoredMask(NamedTuple):
         if self.pixels.ndim == 2:
             return self.pixels
         return self.pixels[..., 0] if (self.pixels == self.pixels[..., :1]).all() else None
+
+    @property
+    def codes(self):
+        """(H, W): the values or, of a mask painted in colors, those."""
+        return self.colors if self.values is None else self.values
 
     @property
     def colors(self):
@@ -333,9 +343,9 @@ def outside_message(path, values, counts, table, classes=()):
     first, pixels = int(values[0]), int(counts[0])
     more = f" and {len(values) - 1} more such values" if len(values) > 1 else ""
     if len(table) > 65536:
-        color = np.array([first >> 16, first >> 8 & 255, first & 255])
+        color = np.array(unpack_color(first))
         codes = np.flatnonzero(table != OUTSIDE)
-        known = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)  # (n, 3)
+        known = np.stack(unpack_color(codes), axis=1)  # (n, 3)
         nearest = np.abs(known - color).sum(1).argmin()
         id = table[codes[nearest]]
         name = "ignore" if id == IGNORE else classes[id][0] if classes else f"class {id}"

@@ -88,12 +88,11 @@ def split_samples(samples, pixels, val_fraction):
     """Return ({"train": [...], "val": [...]} of `samples` by stratified_split, how they were split as text).
 
     Frames of a sequence, which look like their neighbors, are split in blocks of consecutive frames: a
-    validation frame between two training frames would be no test. pixels: (N, K).
+    validation frame between two training frames would be no test. pixels: (N, K). Raises InputError as
+    stratified_split does.
     """
     blocks, sequences = blocks_of(samples, val_fraction)
     counts = np.stack([pixels[block].sum(0) for block in blocks])
-    if len(blocks) < 2:
-        raise InputError("one image cannot be split into training and validation: add images")
     parts = {split: sorted(index for number in numbers for index in blocks[number])
              for split, numbers in zip(("train", "val"), stratified_split(counts, val_fraction), strict=True)}
     text = "stratified" if not sequences else (

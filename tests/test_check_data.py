@@ -398,3 +398,15 @@ def test_masks_that_are_all_the_same_are_warned_of(tmp_path, run):
     for path in (root / "masks").iterdir():
         Image.fromarray(blocks(60, 80, (0, 1), seed=1)).save(path)
     assert "warning: the masks look all alike" in check(run, root, tmp_path)[1]
+
+
+def test_a_16_bit_mask_among_painted_ones_is_a_problem_and_no_traceback(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 1))
+    for path in (root / "masks").iterdir():
+        Image.fromarray(painted(np.array(Image.open(path)))).save(path)
+    Image.fromarray(np.full((60, 80), 300, np.uint16)).save(root / "masks/03.png")
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "is painted in colors" in text and "class 0 0 255 0" in text
+    write_advice(root, text)
+    code, text = check(run, root, tmp_path)
+    assert code == 1 and "03.png has no colors, and other masks are painted" in text

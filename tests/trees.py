@@ -169,25 +169,28 @@ def frames(root):
         save(root / f"masks/frame_{frame:04d}.png", np.ascontiguousarray(ids[window]))
 
 
-def coco(root):
+def images_only(root):
+    """Write the images of a tree without any mask."""
     plain(root, mask="other/{}.png")
     shutil.rmtree(root / "other")
+
+
+def coco(root):
+    images_only(root)
     (root / "annotations").mkdir()
     content = dict(images=[], annotations=[], categories=[])
     (root / "annotations/instances.json").write_text(json.dumps(content))
 
 
 def yolo(root):
-    plain(root, mask="other/{}.png")
-    shutil.rmtree(root / "other")
+    images_only(root)
     (root / "labels").mkdir()
     for number in range(PAIRS):
         (root / f"labels/{number}.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.6\n")
 
 
 def labelme(root):
-    plain(root, mask="other/{}.png")
-    shutil.rmtree(root / "other")
+    images_only(root)
     for number in range(PAIRS):
         text = json.dumps(dict(shapes=[], imagePath=f"{number}.jpg"))
         (root / f"images/{number}.json").write_text(text)
