@@ -108,6 +108,14 @@ def non_negative_float(text):
     return value
 
 
+def fold_of(text):
+    """argparse type of --fold: I/N, 1 <= I <= N, N at least 2 -> (I, N)."""
+    number, slash, folds = text.partition("/")
+    if not (number.isdecimal() and folds.isdecimal() and 1 <= int(number) <= int(folds) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/5")
+    return int(number), int(folds)
+
+
 def block_count(text):
     """argparse type of --unfreeze: a number of blocks, or `all`."""
     return text if text == "all" else non_negative_int(text)
@@ -150,6 +158,8 @@ class DataOptions:
     data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR", may_change=True)
     val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
                                   "validation part, and with --resplit (stratified by class)", type=fraction)
+    fold: tuple = setting((), "data", "split into N equal parts in place of --val-fraction, of which part I "
+                          "validates: N runs score every image once", type=fold_of, metavar="I/N")
     classes: tuple = setting((), "data", "class names of a folder that has no classes.txt, in the order of "
                              "the mask values", nargs="+", metavar="NAME")
     resplit: bool = setting(False, "data", "pool training and validation images and split them anew, "
@@ -173,6 +183,9 @@ class ModelOptions:
                             type=int, metavar="I", dinov2_only=True)
     head: str = setting("bn", "model", "what turns feature maps into classes (listed below)", kind="head",
                         dinov2_only=True)
+    aux_weight: float = setting(0.0, "model", "fcn_resnet50, deeplabv3_resnet101: weight of the auxiliary "
+                                "loss on the third stage; torchvision trains them with 0.5",
+                                type=non_negative_float)
     normalize: str = setting("auto", "model", "auto = the mean and std that the weights were trained with, "
                              "none = pixels / 255 only", choices=("auto", "none"))
 
@@ -212,6 +225,9 @@ class TrainConfig(ModelOptions, DataOptions):
                              kind="scheduler")
     epochs: int = setting(30, "training", "passes over the training images", type=positive_int,
                           may_change=True)
+    steps: int = setting(0, "training", "optimizer steps of the whole run, shared out among the --epochs, "
+                         "after each of which it validates; 0 = an epoch is a pass over the images",
+                         type=non_negative_int)
     batch_size: int = setting(8, "training", "images per forward pass", type=positive_int)
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
                               "ce and focal, whose terms are means over pixels", type=positive_int)
@@ -282,6 +298,7 @@ RECIPES = {
 # The settings of every --arch but dinov2, which trains as a whole; and all that a recipe says of its model,
 # which means nothing for an --arch of the other kind.
 BASELINE_DEFAULTS = dict(unfreeze="all", backbone_lr_scale=1.0)
+WITH_AUXILIARY = ("fcn_resnet50", "deeplabv3_resnet101")  # what --aux-weight means something for
 OF_A_MODEL = {*(field.name for field in dataclasses.fields(ModelOptions)), *BASELINE_DEFAULTS, "weights"}
 GROUPS = ("recipe", "data", "model", "training", "run")  # of flags, as --help lists them
 LISTED = {"heads": "head", "losses": "loss", "augmentations": "augment"}  # headings at the end of --help
@@ -378,6 +395,9 @@ def resolve(given, saved=None):
             name = changed[0]
             raise InputError(f"--{name.replace('_', '-')} is {given[name]!r}, but the run to resume has "
                              f"{defaults[name]!r}: leave the flag out, or start a new run without --resume")
+        if defaults.get("steps") and given.get("epochs", defaults["epochs"]) != defaults["epochs"]:
+            raise InputError(f"--epochs cannot change, the run to resume shares out {defaults['steps']} steps "
+                             f"among {defaults['epochs']}: leave it out, or start a new run without --resume")
     else:
         defaults = recipe_settings(given)
     unknown = defaults.keys() - FIELDS.keys()
@@ -398,6 +418,8 @@ def as_setting(value):
 def recipe_settings(given):
     """Return the settings of the recipe in `given`, fitted to the --arch in `given`."""
     settings = dict(RECIPES[given["recipe"]][1]) if given.get("recipe") else {}
+    if "epochs" in given:  # means passes over the images, unless --steps is given too
+        settings.pop("steps", None)
     own = settings.get("arch", "dinov2")
     arch = given.get("arch", own)
     if (arch == "dinov2") != (own == "dinov2"):  # the recipe's data and steps with a model of the other kind
@@ -416,9 +438,18 @@ def check_settings(config, given):
     if given.get("classes") and config.dataset != "folder":
         raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
                          "own: leave it out")
-    if "val_fraction" in given and config.dataset != "folder" and not config.resplit:
-        raise InputError(f"--val-fraction has no effect, {config.dataset} has a validation part: add "
-                         "--resplit to split all images anew")
+    splitting = [name for name in ("val_fraction", "fold") if name in given]
+    if splitting and config.dataset != "folder" and not config.resplit:
+        raise InputError(f"--{splitting[0].replace('_', '-')} has no effect, {config.dataset} has a "
+                         "validation part: add --resplit to split all images anew")
+    if len(splitting) == 2:
+        raise InputError("--fold I/N has a validation part of 1/N: leave out --val-fraction")
+    if config.aux_weight and config.arch not in WITH_AUXILIARY:
+        raise InputError(f"--aux-weight belongs to {' and '.join(WITH_AUXILIARY)}, and {config.arch} has no "
+                         "auxiliary classifier: leave it out")
+    if config.steps and config.steps < config.epochs:
+        raise InputError(f"--steps {config.steps} is less than one for each of the {config.epochs} epochs: "
+                         "raise it, or lower --epochs")
     if "cache_views" in given and not config.cache_features:
         raise InputError("--cache-views has no effect without --cache-features: add it")
     if config.cache_features and config.cache_views == 1 and given.get("augment"):

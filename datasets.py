@@ -287,11 +287,11 @@ def without_leaks(source):
     return dataclasses.replace(source, splits={**source.splits, "train": kept}, notes=[*source.notes, note])
 
 
-def split_anew(source, val_fraction, cache_dir):
+def split_anew(source, options, cache_dir):
     """Return a DataSource with training and validation images pooled and split anew, stratified."""
     samples = sorted({*source.splits["train"], *source.splits["val"]})
     pixels = count_pixels(samples, source.table, len(source.classes), cache_dir)
-    splits, said = split_samples(samples, pixels, val_fraction)
+    splits, said = split_samples(samples, pixels, options.val_fraction, options.fold)
     notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate, {said}",
              *share_table(dict(zip(samples, pixels, strict=True)), splits, source.classes)]
     return dataclasses.replace(source, splits={**source.splits, **splits}, notes=source.notes + notes)
@@ -344,7 +344,7 @@ def load_data(options, cache_dir="outputs/cache", download=True):
     """
     source = without_leaks(find_data(options, download))
     if options.resplit:
-        source = split_anew(source, options.val_fraction, cache_dir)
+        source = split_anew(source, options, cache_dir)
     if options.ignore_background:
         source = without_background(source)
     quick_check(source)

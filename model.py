@@ -140,7 +140,7 @@ def build_model(spec, weights="none", unfreeze=0, backbone=None):
         spec = dataclasses.replace(spec, layers=tuple(backbone.layers))
         decoder = head.build(backbone, spec)
     else:
-        backbone, decoder = build_baseline(spec.arch, spec.num_classes, weights)
+        backbone, decoder = build_baseline(spec, weights)
         spec = dataclasses.replace(spec, backbone="", head="", layers=())
     backbone.unfreeze(unfreeze)
     return Segmenter(backbone, decoder, spec)

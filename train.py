@@ -87,7 +87,8 @@ def build_batches(config, data, model, precision):
         sets = [cache_features(model, part, config.cache_features, precision, views, config.workers)
                 for part, views in zip(sets, (config.cache_views, 1), strict=True)]
     pin_memory = model.mean.device.type == "cuda"
-    return [make_loader(part, config.batch_size, config.workers, pin_memory, rank(), world_size())
+    images = math.ceil(config.steps / config.epochs) * config.accumulate * config.batch_size * world_size()
+    return [make_loader(part, config.batch_size, config.workers, pin_memory, rank(), world_size(), images)
             for part in sets]
 
 
@@ -142,6 +143,9 @@ def print_plan(config, data, model, precision):
     if config.cache_features and config.cache_views == 1 and config.augment:
         print("augmentation is off: one view of every image is cached, as it is (--cache-views K keeps more)")
     device, processes = model.mean.device, world_size()
+    if config.steps:
+        each = math.ceil(config.steps / config.epochs)
+        print(f"an epoch is {count_of(each, 'step')}, {each * config.epochs} in all")
     print(f"device: {device}, {precision}, {processes} process{'es' * (processes > 1)}", flush=True)
     if processes > 1 and device.type == "cpu":
         print("warning: BatchNorm takes its statistics in each process alone on the CPU")

@@ -25,24 +25,32 @@ def mixed_seed(*numbers):
 
 
 class EpochSampler(Sampler):
-    """Yields items epoch * n + index in an order that depends on (seed, epoch) alone.
+    """Yields items pass * length + index, pass after pass over the images; the order of a pass depends on
+    (seed, pass) alone. An epoch is one pass, or so many images of them as `per_epoch` says.
 
     Of several processes, each takes every n-th item, so that their batches together are those of one
     process with larger batches; the order's start is repeated until all have equally many.
     """
 
-    def __init__(self, length, seed, rank=0, world_size=1):
+    def __init__(self, length, seed, rank=0, world_size=1, per_epoch=0):
         self.length, self.seed, self.epoch, self.skip = length, seed, 0, 0
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.per_epoch = rank, world_size, per_epoch or length
 
     def __len__(self):
-        return -(-self.length // self.world_size)
+        return -(-self.per_epoch // self.world_size)
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)
+        start = self.epoch * self.per_epoch
+        first, last = start // self.length, (start + self.per_epoch - 1) // self.length
+        order = torch.cat([self.one_pass(number) for number in range(first, last + 1)])
+        order = order[start - first * self.length:][:self.per_epoch]
         order = order.repeat(self.world_size)[:len(self) * self.world_size][self.rank::self.world_size]
-        return iter((self.epoch * self.length + order[self.skip:]).tolist())
+        return iter(order[self.skip:].tolist())
+
+    def one_pass(self, number):
+        """Return the items (length,) of one pass over all images."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, number))
+        return number * self.length + torch.randperm(self.length, generator=generator)
 
     def set_epoch(self, epoch, skip=0):
         """Choose the order and the augmentations of this epoch (0-based), without its first `skip` images."""
@@ -135,15 +143,16 @@ def close_if_alive(reference):
         batches.close()
 
 
-def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, world_size=1):
+def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, world_size=1, per_epoch=0):
     """Return the Batches of a SegmentationDataset, shuffled by EpochSampler where it is for training.
 
     Of several processes, each gets its part: in training of equal length, in validation every image once.
+    per_epoch: training images of an epoch, 0 = all of them once.
     """
     if dataset.augments is None:
         sampler = range(rank, len(dataset), world_size)
     else:
-        sampler = EpochSampler(len(dataset), dataset.seed, rank, world_size)
+        sampler = EpochSampler(len(dataset), dataset.seed, rank, world_size, per_epoch)
     return Batches(dataset, batch_size, sampler, workers, pin_memory)
 
 

@@ -20,8 +20,8 @@ MUCH_IGNORED = 0.1  # share of the pixels above which ignoring is likely to be a
 def folder(root, options, download=False):
     """Return the DataSource of a folder in any layout of dataio/layout.py; every mask is read once.
 
-    options: config.DataOptions, of which val_fraction (0: no validation part is drawn) and classes (names)
-    count. Raises InputError.
+    options: config.DataOptions, of which val_fraction (0: no validation part is drawn), fold and
+    classes (names) count. Raises InputError.
     """
     check_root(root)
     found = find_pairs(root)
@@ -44,10 +44,13 @@ def folder(root, options, download=False):
     ignored = ignored_share(scans, table)
     more = says(root) if ignored > MUCH_IGNORED else ""
     notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{more}")
+    if "val" in splits and options.fold and not options.resplit:
+        raise InputError(f"--fold has no effect, {root} has a validation part: add --resplit to split all "
+                         "images anew")
     if "val" not in splits and options.val_fraction and splits["train"]:
         train = splits["train"]
         counts = np.stack([pixels[sample] for sample in train])
-        parts, said = split_samples(train, counts, options.val_fraction)
+        parts, said = split_samples(train, counts, options.val_fraction, options.fold)
         notes.append(f"no validation part: {len(parts['val'])} of {len(train)} images validate, {said}")
         notes += share_table(pixels, parts, classes)
         splits.update(parts)

@@ -1,7 +1,7 @@
 """Pixel counts of every class in every mask, kept on disk, and the stratified split made from them.
 
     pixels = count_pixels(samples, table, num_classes, "outputs/cache")          # (N, K)
-    train, val = stratified_split(pixels, val_fraction=0.2)                      # indices
+    train, val = stratified_parts(pixels, [80, 20])                              # indices
 """
 import hashlib
 import re
@@ -49,21 +49,17 @@ def count_pixels(samples, table, num_classes, cache_dir):
     return np.stack(rows)
 
 
-def stratified_split(pixels, val_fraction):
-    """Split images so that every class has its share of pixels in both parts; deterministic.
+def stratified_parts(pixels, sizes):
+    """Split images into parts of `sizes` so that every class has its share of pixels in each; deterministic.
 
     Iterative stratification (Sechidis et al., ECML 2011) on class presence weighted by pixel counts.
-    pixels: (N, K). Returns (train indices, val indices), both sorted, with round(N * val_fraction) in val.
-    Raises InputError with fewer than two images.
+    pixels: (N, K); sizes: P numbers of images that add up to N. Returns P sorted lists of indices.
     """
     count = len(pixels)
-    if count < 2:
-        raise InputError("one image cannot be split into training and validation: add images")
-    validation = min(max(1, round(count * val_fraction)), count - 1)
-    room = np.array([count - validation, validation])  # images still to go into train, val
+    room = np.array(sizes)  # images still to go into each part
     ratio = room / count
     shares = pixels / np.maximum(pixels.sum(0), 1)  # (N, K), every class sums to 1
-    wanted = np.outer(ratio, np.ones(pixels.shape[1]))  # (2, K) share of every class still wanted
+    wanted = np.outer(ratio, np.ones(pixels.shape[1]))  # (P, K) share of every class still wanted
     present, part = pixels > 0, np.full(count, -1)
     images_left = present.sum(0)  # (K,)
     while (part < 0).any():
@@ -71,8 +67,8 @@ def stratified_split(pixels, val_fraction):
             rarest = np.where(images_left > 0, images_left, count + 1).argmin()
             image = np.where(part < 0, shares[:, rarest], -1).argmax()
             need = (wanted[:, rarest] - shares[image, rarest]) / ratio  # what would still be wanted after it
-            shown = [present[part == side, rarest].any() for side in (0, 1)]
-            if images_left[rarest] == 1 and not all(shown):  # the last chance of a class to be in both parts
+            shown = [present[part == side, rarest].any() for side in range(len(sizes))]
+            if images_left[rarest] == 1 and not all(shown):  # the last chance of a class to be in all parts
                 need = [-float(one) for one in shown]
         else:  # only images without any class are left
             image, need = (part < 0).argmax(), room / ratio
@@ -81,23 +77,51 @@ def stratified_split(pixels, val_fraction):
         room[side] -= 1
         wanted[side] -= shares[image]
         images_left -= present[image]
-    return np.flatnonzero(part == 0).tolist(), np.flatnonzero(part == 1).tolist()
+    return [np.flatnonzero(part == side).tolist() for side in range(len(sizes))]
 
 
-def split_samples(samples, pixels, val_fraction):
-    """Return ({"train": [...], "val": [...]} of `samples` by stratified_split, how they were split as text).
+def stratified_split(pixels, val_fraction):
+    """Return (train, val) lists of image indices by stratified_parts, round(N * val_fraction) in val.
 
-    Frames of a sequence, which look like their neighbors, are split in blocks of consecutive frames: a
-    validation frame between two training frames would be no test. pixels: (N, K). Raises InputError as
-    stratified_split does.
+    pixels: (N, K). Raises InputError with fewer than two images.
     """
-    blocks, sequences = blocks_of(samples, val_fraction)
+    count = len(pixels)
+    if count < 2:
+        raise InputError("one image cannot be split into training and validation: add images")
+    validation = min(max(1, round(count * val_fraction)), count - 1)
+    return tuple(stratified_parts(pixels, [count - validation, validation]))
+
+
+def stratified_fold(pixels, number, folds):
+    """Return (train, val) lists of image indices: fold `number` (1-based) of `folds` equal ones validates.
+
+    pixels: (N, K). Raises InputError with fewer images than folds.
+    """
+    count = len(pixels)
+    if count < folds:
+        raise InputError(f"--fold {number}/{folds}: {count_of(count, 'image')} cannot be split into so many "
+                         "folds: lower their number, or add images")
+    parts = stratified_parts(pixels, [count // folds + (part < count % folds) for part in range(folds)])
+    val = parts.pop(number - 1)
+    return sorted(sum(parts, [])), val
+
+
+def split_samples(samples, pixels, val_fraction, fold=()):
+    """Return ({"train": [...], "val": [...]} of `samples`, how they were split as text); stratified.
+
+    fold: (i, n) for the i-th of n folds, else val_fraction of the images validates. Frames of a sequence,
+    which look like their neighbors, are split in blocks of consecutive frames: a validation frame between two
+    training frames would be no test. pixels: (N, K). Raises InputError with too few images.
+    """
+    blocks, sequences = blocks_of(samples, 1 / fold[1] if fold else val_fraction)
     counts = np.stack([pixels[block].sum(0) for block in blocks])
+    sides = stratified_fold(counts, *fold) if fold else stratified_split(counts, val_fraction)
     parts = {split: sorted(index for number in numbers for index in blocks[number])
-             for split, numbers in zip(("train", "val"), stratified_split(counts, val_fraction), strict=True)}
-    text = "stratified" if not sequences else (
-        f"stratified by blocks of consecutive frames ({count_of(sequences, 'sequence')} of frames that look "
-        "alike)")
+             for split, numbers in zip(("train", "val"), sides, strict=True)}
+    text = f"fold {fold[0]} of {fold[1]}, stratified" if fold else "stratified"
+    if sequences:
+        text += (f" by blocks of consecutive frames ({count_of(sequences, 'sequence')} of frames that look "
+                 "alike)")
     return {split: [samples[index] for index in indices] for split, indices in parts.items()}, text
 
 

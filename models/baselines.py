@@ -1,9 +1,10 @@
 """The networks to compare with, as a backbone (encoder) and a head (decoder), like every other model here.
 
-    backbone, head = build_baseline("fcn_resnet50", num_classes=21, weights="auto")
+    backbone, head = build_baseline(ModelSpec(arch="fcn_resnet50", num_classes=21), weights="auto")
 
-FCN-ResNet50 (Long et al., 2015) and DeepLabV3-ResNet101 (Chen et al., 2017) are torchvision's, without the
-auxiliary classifier; SegFormer-B0..B5 (Xie et al., 2021) is the one of transformers, imported when asked for.
+FCN-ResNet50 (Long et al., 2015) and DeepLabV3-ResNet101 (Chen et al., 2017) are torchvision's, with an
+auxiliary classifier in training where the spec has an aux_weight; SegFormer-B0..B5 (Xie et al., 2021) is the
+one of transformers, imported when asked for.
 """
 import torch
 from torch import nn
@@ -26,16 +27,17 @@ SEGFORMER = {"segformer_b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
 
 
 class ResNetBackbone(Backbone):
-    """The dilated ResNet of a torchvision segmentation network: one map of 2048 channels, stride 8."""
+    """The dilated ResNet of a torchvision segmentation network: the maps of its last two stages, stride 8."""
 
     def __init__(self, net):
         super().__init__(net.to(memory_format=torch.channels_last), size_divisor=1, layers=[],
-                         channels=[2048], stride=8)
+                         channels=[1024, 2048], stride=8)
 
     def maps(self, images):
-        """(B, 3, H, W) normalized -> [(B, 2048, H/8, W/8)], rounded up."""
+        """(B, 3, H, W) normalized -> [(B, 1024, H/8, W/8), (B, 2048, H/8, W/8)], rounded up."""
         # channels last: three times as fast on the CPU in bf16, and what tensor cores want
-        return [self.net(images.contiguous(memory_format=torch.channels_last))["out"]]
+        stages = self.net(images.contiguous(memory_format=torch.channels_last))
+        return [stages["aux"], stages["out"]]
 
 
 class SegformerBackbone(Backbone):
@@ -52,25 +54,55 @@ class SegformerBackbone(Backbone):
         return list(self.net(images, output_hidden_states=True).hidden_states)
 
 
-class WholeHead(Head):
-    """The decoder of a published network: `net` takes the list of maps, or the only one."""
+class SegformerHead(Head):
+    """The decoder of a SegFormer."""
 
-    def __init__(self, net, takes_list):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.takes_list = net, takes_list
+        self.net = net
 
     def forward(self, maps, size):
-        """n x (B, D, h, w) -> (B, K, h, w) of the finest map."""
-        return self.net(maps if self.takes_list else maps[0])
+        """4 x (B, D, h, w) -> (B, K, h, w) of the finest map."""
+        return self.net(maps)
 
 
-def build_baseline(arch, num_classes, weights="none"):
-    """Return (Backbone, head) of the network called `arch`.
+class TorchvisionHead(Head):
+    """The decoder of a torchvision network on the last stage and, in training, its auxiliary classifier.
+
+    aux: a classifier on the stage before, or None; its loss counts aux_weight times (Zhao et al., Pyramid
+    Scene Parsing Network, CVPR 2017). Without any part in the validation loss or in a prediction.
+    """
+
+    def __init__(self, net, aux, aux_weight):
+        super().__init__()
+        self.net, self.aux, self.aux_weight = net, aux, aux_weight
+
+    def forward(self, maps, size):
+        """(B, 1024, h, w), (B, 2048, h, w) -> [(B, K, h, w)], in training with the auxiliary logits after it.
+        """
+        outputs = [self.net(maps[1])]
+        return [*outputs, self.aux(maps[0])] if self.aux and self.training else outputs
+
+    def logits(self, output, geometry):
+        """What forward returned -> Logits of images of `geometry`."""
+        return super().logits(output[0], geometry)
+
+    def loss(self, output, masks, geometry, criterion):
+        """As Head.loss, with the term `aux` in training."""
+        loss, terms, preds = super().loss(output, masks, geometry, criterion)
+        if len(output) == 1:
+            return loss, terms, preds
+        aux, _, _ = super().loss(output[1:], masks, geometry, criterion)
+        return loss + self.aux_weight * aux, {**terms, "aux": aux}, preds
+
+
+def build_baseline(spec, weights="none"):
+    """Return (Backbone, head) of the network that is the `arch` of a ModelSpec.
 
     weights: auto = the encoder as published for ImageNet, none, or a file of the encoder or of the whole
     network, of which the encoder is read. Raises InputError.
     """
-    backbone, head = BASELINES[arch](arch, num_classes, weights)
+    backbone, head = BASELINES[spec.arch](spec, weights)
     backbone.pretrained = weights != "none"
     return replace_batch_norms(backbone), replace_batch_norms(head)
 
@@ -87,10 +119,10 @@ def replace_batch_norms(module):
     return module
 
 
-def build_torchvision(arch, num_classes, weights):
-    """Return (ResNetBackbone, head); arguments as build_baseline."""
-    make, published = TORCHVISION[arch]
-    net = make(weights=None, weights_backbone=None, num_classes=num_classes)
+def build_torchvision(spec, weights):
+    """Return (ResNetBackbone, TorchvisionHead); arguments as build_baseline."""
+    make, published = TORCHVISION[spec.arch]
+    net = make(weights=None, weights_backbone=None, num_classes=spec.num_classes, aux_loss=True)
     if weights != "none":
         state = published_weights(published.url) if weights == "auto" else read_weights(weights)
         if any(key.startswith("backbone.") for key in state):  # a whole network, such as the one for COCO
@@ -98,19 +130,21 @@ def build_torchvision(arch, num_classes, weights):
                      if key.startswith("backbone.")}
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
         load_strictly(net.backbone, state, published.url if weights == "auto" else weights)
-    return ResNetBackbone(net.backbone), WholeHead(net.classifier, takes_list=False)
+    aux = net.aux_classifier if spec.aux_weight else None
+    return ResNetBackbone(net.backbone), TorchvisionHead(net.classifier, aux, spec.aux_weight)
 
 
-def build_segformer(arch, num_classes, weights):
-    """Return (SegformerBackbone, head); arguments as build_baseline."""
+def build_segformer(spec, weights):
+    """Return (SegformerBackbone, SegformerHead); arguments as build_baseline."""
     from transformers import SegformerConfig, SegformerModel
     from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    arch = spec.arch
     widths, depths, decoder = SEGFORMER[arch]
     config = SegformerConfig(hidden_sizes=list(widths), depths=list(depths), decoder_hidden_size=decoder,
-                             num_labels=num_classes)
+                             num_labels=spec.num_classes)
     if weights == "none":
         net = SegformerModel(config)
     else:
@@ -130,10 +164,10 @@ def build_segformer(arch, num_classes, weights):
         if wrong:
             raise InputError(f"--weights {weights} does not fit {arch} ({len(wrong)} weights missing or of "
                              f"another shape, such as {wrong[0]}): it belongs to another model")
-    return SegformerBackbone(net), WholeHead(SegformerDecodeHead(config), takes_list=True)
+    return SegformerBackbone(net), SegformerHead(SegformerDecodeHead(config))
 
 
-# A new network is one function above, f(arch, num_classes, weights) -> (Backbone, Head), and one line here.
+# A new network is one function above, f(spec, weights) -> (Backbone, Head), and one line here.
 BASELINES = {
     "fcn_resnet50": build_torchvision,
     "deeplabv3_resnet101": build_torchvision,

@@ -15,6 +15,8 @@ from torchvision.models import resnet50, segmentation
 from models.baselines import SEGFORMER, build_baseline
 from config import InputError
 from checkpoint import load_model, pack_checkpoint
+from losses import Criterion
+from model import ModelSpec
 
 ARCHS = ["fcn_resnet50", "deeplabv3_resnet101", "segformer_b0"]
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
@@ -38,6 +40,35 @@ def test_torchvision_networks_give_torchvisions_logits(arch, size):
         assert torch.allclose(net(images), want, atol=1e-5 * want.abs().max())
 
 
+def test_the_auxiliary_loss_is_torchvisions():
+    """Loss and gradients of out + 0.5 x aux, as in torchvision's references/segmentation/train.py."""
+    net = build("fcn_resnet50", aux_weight=0.5)
+    plain = segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
+    plain.backbone.load_state_dict(net.backbone.net.state_dict())
+    plain.classifier.load_state_dict(net.head.net.state_dict())
+    plain.aux_classifier.load_state_dict(net.head.aux.state_dict())
+    for model in (net, plain):  # dropout draws other numbers for the two
+        model.train()
+        [part.eval() for part in model.modules() if isinstance(part, torch.nn.Dropout)]
+    images, masks = random_images(2, 3, 33, 46), torch.randint(3, (2, 33, 46))
+    masks[0, :9] = 255
+    loss, terms, _ = net.loss(images, masks, Criterion("ce"))
+    out = plain((images - net.mean) / net.std)
+    parts = [F.cross_entropy(out[key], masks, ignore_index=255) for key in ("out", "aux")]
+    want = parts[0] + 0.5 * parts[1]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert terms["aux"].item() == pytest.approx(parts[1].item(), rel=1e-4)
+    loss.backward()
+    want.backward()
+    stages = (net.backbone.net.layer3, plain.backbone.layer3), (net.head.aux, plain.aux_classifier)
+    for own, other in stages:
+        grads = [torch.cat([p.grad.flatten() for p in part.parameters()]) for part in (own, other)]
+        assert (grads[0] - grads[1]).norm() < 0.05 * grads[1].norm()
+    net.eval()
+    loss, terms, _ = net.loss(images, masks, Criterion("ce"))  # of validation: as without the classifier
+    assert terms.keys() == {"ce"} and loss.item() == pytest.approx(terms["ce"].item())
+
+
 def test_segformer_gives_the_logits_of_transformers():
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -57,7 +88,7 @@ def test_segformers_have_the_parameters_of_the_paper():
     paper = dict(zip(SEGFORMER, (3.8, 13.7, 27.5, 47.3, 64.1, 84.7), strict=True))
     for arch, millions in paper.items():
         with torch.device("meta"):
-            parts = build_baseline(arch, 150)
+            parts = build_baseline(ModelSpec(arch=arch, num_classes=150))
         count = sum(p.numel() for part in parts for p in part.parameters()) / 1e6
         assert count == pytest.approx(millions, rel=0.02), arch
 
