@@ -222,6 +222,7 @@ class Run:
         self.settings, self.classes, self.folder = utils.finite(settings), data.classes, folder
         self.model, self.optimization, self.origins = model, optimization, origins or {}
         self.facts = dict(data.fingerprints(), processes=world_size())
+        self.train_images = len(data.splits["train"])
         self.history, self.counts, self.step = [], None, 0
         self.so_far, self.progress = None, None  # of the epoch that trains: as of train_one_epoch
         self.described, self.saved_at, self.stop = False, time.monotonic(), None
@@ -277,7 +278,8 @@ class Run:
         """Write config.json: all settings, what the run depends on, where it runs."""
         facts = dict(self.settings, **self.facts, **self.origins,
                      protocol=PROTOCOL.format(*self.settings["imgsz"]),
-                     class_names=[name for name, _ in self.classes], parameters=self.model.parameter_counts(),
+                     class_names=[name for name, _ in self.classes], train_images=self.train_images,
+                     parameters=self.model.parameter_counts(),
                      **utils.run_facts(self.model.mean.device))
         text = json.dumps(facts, indent=1)
         utils.write_atomically(self.folder.path / "config.json", lambda path: path.write_text(text))

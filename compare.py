@@ -1,22 +1,30 @@
-"""Compare finished runs of train.py: one Markdown table and one picture, best run first.
+"""Compare trained models on equal terms: one Markdown table and one picture, the best first.
 
+    for run in outputs/*; do python evaluate.py --model $run/last.pth --out-dir $run; done
     python compare.py outputs/fcn outputs/segformer outputs/unet
+    python compare.py outputs/bn-0 outputs/bn-1 outputs/bn-2 outputs/fcn     # seeds of one model: one column
+    python compare.py outputs/* --group-by '^([^_]+)_'    # intervals over drives, whose frames are alike
 
-Writes compare.md and compare.png to --out-dir. Runs are ranked by mIoU only where data, split, classes and
-protocol are the same; otherwise it says what differs and ends with exit code 2. Latency is measured now, on
-this machine, the models taking turns; GFLOPs count a multiplication and an addition as two.
+Reads what evaluate.py left in RUN_DIR/evaluation, and what train.py left in RUN_DIR where it did. Runs whose
+settings differ in --seed or --fold alone are one model: the mean over the seeds, the folds together. Models
+are ranked only where the same images were scored; the one with the best mIoU is compared with every other by
+a paired bootstrap, and where the 95 % interval of the difference holds 0, the two are a tie.
+
+Writes compare.md and compare.png to --out-dir. Latency is measured now, on this machine, the models taking
+turns; GFLOPs count a multiplication and an addition as two.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import add_run_flags, script_parser
+from config import add_group_flag, add_run_flags, script_parser
 
 
 def parse_args(argv=None):
     """Return the flags."""
     parser = script_parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="--out-dir of a finished run")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="--out-dir of evaluate.py (and train.py)")
+    add_group_flag(parser)
     add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -31,65 +39,172 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 import visualize
 from checkpoint import load_model
-from config import InputError, count_of
-from metrics import best_row
+from config import FIELDS, InputError, count_of
+from metrics import (best_row, bootstrap_interval, counts_of, group_images, mean_of_known, mean_over_images,
+                     paired_bootstrap, scores_of_counts, sum_groups)
+from models.weights import hash_files
 
-MUST_AGREE = {"data_fingerprint": "the data files", "split_fingerprint": "the training / validation split",
-              "class_names": "the classes", "protocol": "the protocol"}
-OF_CONFIG = {*MUST_AGREE, "arch", "backbone", "head", "parameters", "imgsz", "epochs", "device", "dataset"}
-OF_ROW = {"epoch", "seconds", "val_miou", "val_dice", "val_accuracy", "per_class_iou"}
+OF_METRICS = {"protocol", "records", "per_class"}
+OF_PROTOCOL = {"views", "imgsz", "precision", "split", "dataset", "model", "weights_sha256"}
+OF_CONFIG = {"seed", "epochs", "parameters", "arch", "backbone", "head", "device"}
+OF_ROW = {"epoch", "seconds", "val_miou"}
+REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
 ROUNDS = 12  # timed forward passes of each model, after two that are not
 
 
+# --- what is compared -------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """One finished run: its folder, config.json, the rows of history.jsonl, its best row."""
+    """One scored model: its folder, metrics.json, the file that was scored; of its training config.json and
+    the rows of history.jsonl, both empty where the folder holds no run of train.py.
+    """
 
-    name: str
     folder: Path
+    metrics: dict
+    model: Path
     config: dict
     history: list
 
     @property
-    def best(self):
-        """The row of the epoch with the best validation mIoU."""
-        return best_row(self.history)
+    def epoch(self):
+        """The epoch that was scored, and how it was chosen, in words."""
+        if not self.history:
+            return ""
+        if self.model.name == "last.pth":
+            return f"{len(self.history)}, the last"
+        return f"{best_row(self.history)['epoch']}, the best of {len(self.history)} on validation"
 
     @property
-    def model(self):
+    def name(self):
         """What was trained, in words."""
+        if not self.config:
+            return self.model.name
         if self.config["arch"] != "dinov2":
             return self.config["arch"]
         return f"{self.config['backbone']} + {self.config['head']}"
 
+    def settings(self):
+        """Return all that the runs of one model share, as text."""
+        if not self.config:
+            return str(self.folder)
+        shared = {name: value for name, value in self.config.items() if name in FIELDS and name not in REPEATS
+                  and (name in ("data_root", "epochs") or not FIELDS[name].metadata.get("may_change"))}
+        protocol = self.metrics["protocol"]
+        return repr((shared, self.model.name, [protocol[name] for name in ("views", "split", "dataset")]))
+
+
+class Column:
+    """One model of the table: its runs, and what they scored on every image.
+
+    counts: one (N, 3, K) array for every seed, pixels right, of truth, of prediction; names, boundaries
+    (N, K): of the N images, in the same order; boundaries are the means over the seeds.
+    """
+
+    def __init__(self, runs):
+        self.runs = runs
+        prefix = os.path.commonprefix([run.folder.name for run in runs]).rstrip("-_. ")
+        self.name = prefix or runs[0].name
+        self.classes = [row["name"] for row in runs[0].metrics["per_class"]]
+        seeds = {}
+        for run in runs:
+            seeds.setdefault(run.config.get("seed"), []).append(run)
+        tables = [self.one_seed(part) for part in seeds.values()]
+        self.names = tables[0][0]
+        for names, counts, _ in tables:
+            if names != self.names or not np.array_equal(counts[:, 1], tables[0][1][:, 1]):
+                raise InputError(f"{self.folders()} differ in --seed alone, but were not scored on the same "
+                                 "images: give every seed the same folds")
+        self.counts = [counts for _, counts, _ in tables]
+        self.boundaries = np.mean([boundaries for *_, boundaries in tables], axis=0)
+
+    def one_seed(self, runs):
+        """Return (names, counts (N, 3, K), boundaries (N, K)) of the folds of a seed together."""
+        records = [record for run in runs for record in run.metrics["records"]]
+        if len({record["name"] for record in records}) < len(records):
+            raise InputError(f"{self.folders()} differ in nothing and scored the same images: they are one "
+                             "run, name it once")
+        records.sort(key=lambda record: record["name"])
+        counts = counts_of(records, len(self.classes))
+        boundaries = np.array([record["boundary"] for record in records], float)  # null -> NaN
+        return [record["name"] for record in records], counts, boundaries
+
+    def folders(self):
+        """Return the folders of the runs as text."""
+        return ", ".join(str(run.folder) for run in self.runs)
+
+    def mean(self, score):
+        """Return the mean over the seeds of score(counts summed over the images)."""
+        return np.mean([score(counts.sum(0)) for counts in self.counts], axis=0)
+
+    @property
+    def mious(self):
+        """The mIoU of every seed."""
+        return [scores_of_counts(counts.sum(0))["miou"] for counts in self.counts]
+
+    @property
+    def miou(self):
+        """The mean of the mIoU over the seeds."""
+        return float(np.mean(self.mious))
+
+
+def read_json(path):
+    """Return the content of a JSON file. Raises InputError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+
+
+def check_keys(part, needed, path):
+    """Raise InputError where a part of a JSON file is not a dict with the keys that are needed."""
+    missing = needed - part.keys() if isinstance(part, dict) else needed
+    if missing:
+        raise InputError(f"{path} has no {', '.join(sorted(missing))}: it was not written by this version")
+
 
 def read_run(folder):
-    """Return the Run in a folder. Raises InputError where a file is missing or the run is not finished."""
+    """Return the Run in a folder. Raises InputError where it was not scored, or trained on since."""
+    path, models = folder / "evaluation/metrics.json", [folder / "last.pth", folder / "best_model_iou.pth"]
+    if not path.is_file():
+        known = next((model for model in models if model.is_file()), "MODEL")
+        raise InputError(f"{folder} has no evaluation/metrics.json: score it first (python evaluate.py "
+                         f"--model {known} --out-dir {folder})")
+    metrics = read_json(path)
+    check_keys(metrics, OF_METRICS, path)
+    protocol = metrics["protocol"]
+    check_keys(protocol, OF_PROTOCOL, path)
+    if not metrics["records"]:
+        raise InputError(f"{path} has no image: score some")
+    if not (folder / "config.json").is_file():
+        return Run(folder, metrics, Path(protocol["model"]), {}, [])
+    config, lines = read_json(folder / "config.json"), (folder / "history.jsonl")
+    check_keys(config, OF_CONFIG, folder / "config.json")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-        history = [json.loads(line, object_hook=nan_for_null) for line in lines]
-    except OSError as error:
-        name = Path(error.filename).name
-        raise InputError(f"{folder} is not a run of train.py ({name}: {error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{folder}: config.json or history.jsonl is damaged ({error})") from None
-    for name, part, needed in (("config.json", config, OF_CONFIG), *(("history.jsonl", row, OF_ROW)
-                                                                     for row in history)):
-        missing = needed - part.keys() if isinstance(part, dict) else needed
-        if missing:
-            raise InputError(f"{folder / name} has no {', '.join(sorted(missing))}: train with this version")
+        history = [json.loads(line, object_hook=nan_for_null) for line in lines.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{lines} is damaged or missing ({error})") from None
+    for row in history:
+        check_keys(row, OF_ROW, lines)
     if len(history) < config["epochs"]:
         epochs = count_of(config["epochs"], "epoch")
         raise InputError(f"{folder} has {len(history)} of its {epochs}: finish it first "
                          f"(python train.py --resume --out-dir {folder})")
-    return Run(folder.name, folder, config, history)
+    models.append(folder / Path(protocol["model"]).name)  # an exported file
+    scored = [model for model in models if model.is_file()
+              and hash_files(model).startswith(protocol["weights_sha256"])]
+    if not scored:
+        raise InputError(f"{path} is not of a model in {folder}: it was trained again, or another model was "
+                         f"scored (python evaluate.py --model {models[0]} --out-dir {folder})")
+    return Run(folder, metrics, scored[0], config, history)
 
 
 def nan_for_null(row):
@@ -97,95 +212,168 @@ def nan_for_null(row):
     return {key: math.nan if value is None else value for key, value in row.items()}
 
 
-def check_comparable(runs):
-    """Raise InputError that says which facts differ between the runs, and in which runs."""
-    differences = []
-    for key, what in MUST_AGREE.items():
-        values = [run.config[key] for run in runs]
-        other = next((run for run, value in zip(runs, values, strict=True) if value != values[0]), None)
-        if other:
-            shown = "" if key.endswith("fingerprint") else f": {values[0]} / {other.config[key]}"
-            differences.append(f"{what} ({runs[0].folder} and {other.folder}{shown})")
-    if differences:
-        raise InputError(f"the runs cannot be ranked: {'; '.join(differences)} differ; train them alike")
+def columns_of(runs):
+    """Return the Columns of the runs, the best mIoU first. Raises InputError where they cannot be ranked."""
+    models = {}
+    for run in runs:
+        models.setdefault(run.settings(), []).append(run)
+    columns = [Column(part) for part in models.values()]
+    first = columns[0]
+    for column in columns[1:]:
+        if column.classes != first.classes:
+            what = f"the classes ({', '.join(first.classes[:5])} / {', '.join(column.classes[:5])})"
+        elif [Path(name).name for name in column.names] != [Path(name).name for name in first.names]:
+            what = f"the images that were scored ({len(first.names)} / {len(column.names)})"
+        elif not np.array_equal(column.counts[0][:, 1], first.counts[0][:, 1]):
+            what = "the masks that were scored"
+        else:
+            continue
+        raise InputError(f"{first.runs[0].folder} and {column.runs[0].folder} cannot be ranked: {what} "
+                         "differ")
+    if len({column.name for column in columns}) < len(columns):
+        for column in columns:
+            column.name = column.runs[0].folder.as_posix()
+    return sorted(columns, key=lambda column: -column.miou if math.isfinite(column.miou) else 1)
 
 
+# --- measuring --------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def measure(runs, device):
-    """Return ([GFLOPs], [milliseconds]) of a forward pass on one image of each run's best model at its size.
+def measure(columns, device):
+    """Return ([GFLOPs], [milliseconds], [million parameters]) of a forward pass of each model on one image at
+    the size it was scored at.
 
     The models take turns, so that whatever else the machine does meets all of them; the median counts.
     """
     precision = utils.Precision("auto", device)
-    models, images, flops = [], [], []
-    for run in runs:
-        model, _ = load_model(run.folder / "best_model_iou.pth")
-        image = torch.zeros(1, 3, *run.config["imgsz"], dtype=torch.uint8)
+    models, images, flops, sizes = [], [], [], []
+    for column in columns:
+        run = column.runs[0]
+        model, _ = load_model(run.model)
+        image = torch.zeros(1, 3, *run.metrics["protocol"]["imgsz"], dtype=torch.uint8)
         with FlopCounterMode(display=False) as counter:
             model(image)
         flops.append(counter.get_total_flops() / 1e9)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
         models.append(model.to(device))
         images.append(image.to(device))
-    seconds = [[] for _ in runs]
+    seconds = [[] for _ in columns]
     for _ in range(ROUNDS + 2):
         for model, image, times in zip(models, images, seconds, strict=True):
             start = time.perf_counter()
             with precision.autocast():
                 model(image).max(1).indices.cpu()  # to the CPU, so that the GPU has finished
             times.append(time.perf_counter() - start)
-    return flops, [1000 * statistics.median(times[2:]) for times in seconds]
+    return flops, [1000 * statistics.median(times[2:]) for times in seconds], sizes
 
 
-def rows_of(runs, flops, latency):
-    """Return the rows of the table: [(label, [value of each run], format, best = max, min or None)]."""
-    rows = [("mIoU", [run.best["val_miou"] for run in runs], ".4f", max),
-            ("mean Dice", [run.best["val_dice"] for run in runs], ".4f", max),
-            ("pixel accuracy", [run.best["val_accuracy"] for run in runs], ".4f", max)]
-    for id, name in enumerate(runs[0].config["class_names"]):
-        ious = [run.best["per_class_iou"][id] for run in runs]
-        rows.append((f"IoU {name}", [math.nan if iou is None else iou for iou in ious], ".3f", max))
-    trained, total = zip(*(run.config["parameters"] for run in runs), strict=True)
-    minutes = [sum(row["seconds"] for row in run.history) / 60 for run in runs]
-    return rows + [("parameters trained, M", [count / 1e6 for count in trained], ".2f", None),
-                   ("parameters, M", [count / 1e6 for count in total], ".2f", min),
-                   ("GFLOPs, one image", flops, ".2f", min), ("latency, ms", latency, ".1f", min),
-                   ("training, minutes", minutes, ".1f", min),
-                   ("best epoch", [run.best["epoch"] for run in runs], "d", None),
-                   ("trained on", [run.config["device"] for run in runs], "", None)]
+# --- the table --------------------------------------------------------------------------------------------
+def rows_of(columns, groups, measured):
+    """Return the rows of the table: [(label, [cell of each column], whether the best ones are bold)].
+
+    groups: the group of each image, as group_images returns; measured: as measure returns. A cell is text, or
+    a (value, text) of which the best value is bold: the largest, or the smallest where the label says so.
+    """
+    grouped = [[sum_groups(counts, groups) for counts in column.counts] for column in columns]
+    best = grouped[0]
+    intervals, against = [], []
+    for counts in grouped:
+        intervals.append("{:.3f} to {:.3f}".format(*bootstrap_interval(counts)))
+        found = paired_bootstrap(best, counts)
+        tie = found["low"] <= 0 <= found["high"]
+        against.append("best" if counts is best else ("tie, " if tie else "")
+                       + f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})")
+    tied = [text.startswith(("best", "tie")) for text in against]
+    spreads = [f" ± {statistics.stdev(column.mious):.3f}" if len(column.mious) > 1 else ""
+               for column in columns]
+    mious = [f"{column.miou:.3f}{spread}" for column, spread in zip(columns, spreads, strict=True)]
+    mious = [f"**{text}**" if tie else text for text, tie in zip(mious, tied, strict=True)]
+    rows = [("mIoU", mious), ("seeds", [str(len(column.counts)) for column in columns]),
+            ("95 % interval", intervals), ("against the best", against)]
+    sums = [[column.mean(lambda counts, key=key: scores_of_counts(counts)[key]) for column in columns]
+            for key in ("dice", "accuracy")]
+    boundaries = [mean_over_images(column.boundaries) for column in columns]
+    rows += [("boundary F1", highest(map(mean_of_known, boundaries))), ("mean Dice", highest(sums[0])),
+             ("pixel accuracy", highest(sums[1]))]
+    ious = np.array([column.mean(lambda counts: scores_of_counts(counts)["iou"]) for column in columns])
+    rows += [(f"IoU {name}", highest(ious[:, id])) for id, name in enumerate(columns[0].classes)]
+    flops, latency, parameters = measured
+    of_runs = [[run for run in column.runs if run.config] for column in columns]
+    trained = [runs[0].config["parameters"][0] / 1e6 if runs else math.nan for runs in of_runs]
+    seconds = [[sum(row["seconds"] for row in run.history) for run in runs] for runs in of_runs]
+    minutes = [statistics.mean(each) / 60 if each else math.nan for each in seconds]
+    views = [[run.metrics["protocol"]["views"] for run in column.runs] for column in columns]
+    return rows + [
+        ("parameters trained, M", [number(value, ".3f") for value in trained]),
+        ("parameters, M", [number(value, ".2f") for value in parameters]),
+        ("GFLOPs, one image", [number(value, ".2f") for value in flops]),
+        ("latency, ms", [number(value, ".1f") for value in latency]),
+        ("training, minutes", [number(value, ".1f") for value in minutes]),
+        ("training images", [joined(run.config.get("train_images") for run in runs) for runs in of_runs]),
+        ("epoch that was scored", [joined(run.epoch for run in column.runs) for column in columns]),
+        ("scored as", list(map(joined, views))),
+        ("trained on", [joined(run.config["device"] for run in runs) for runs in of_runs])]
 
 
-def markdown(runs, rows):
-    """Return the table as Markdown: a column for every run, the best value of a row in bold."""
-    lines = ["| | " + " | ".join(f"{run.name} ({run.model})" for run in runs) + " |",
-             "|---|" + "---:|" * len(runs)]
-    for label, values, form, better in rows:
-        known = [value for value in values if value == value]  # NaN: absent from truth and prediction
-        cells = [("absent" if value != value else f"{value:{form}}") for value in values]
-        if better and len(set(cells)) > 1:
-            best = f"{better(known):{form}}"
-            cells = [f"**{cell}**" if cell == best else cell for cell in cells]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def number(value, form):
+    """Return a number as a cell: `-` for NaN and for 0, which are not known."""
+    return f"{value:{form}}" if value and value == value else "-"
 
 
-def draw(runs, path):
+def joined(values):
+    """Return the different values as one cell."""
+    return " / ".join(dict.fromkeys(str(value) for value in values if value not in (None, ""))) or "-"
+
+
+def highest(values):
+    """Return scores as cells, `absent` for NaN, the highest in bold where they are not all the same."""
+    cells = ["absent" if math.isnan(value) else f"{value:.3f}" for value in values]
+    best = max((cell for cell in cells if cell != "absent"), default="")
+    return [f"**{cell}**" if cell == best and len(set(cells)) > 1 else cell for cell in cells]
+
+
+def markdown(columns, rows):
+    """Return the table as Markdown: a column for every model."""
+    lines = ["| | " + " | ".join(f"{column.name} ({column.runs[0].name})" for column in columns) + " |",
+             "|---|" + "---:|" * len(columns)]
+    return "\n".join(lines + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]) + "\n"
+
+
+def heading(columns, groups, pattern, device):
+    """Return what the table has to say about itself, a few lines."""
+    protocol = columns[0].runs[0].metrics["protocol"]
+    units = len(set(groups))
+    over = f"{units} groups by {pattern}" if pattern else f"{units} images, taken as independent"
+    lines = [f"{protocol['dataset']}, {protocol['split']}, {count_of(len(groups), 'image')}, each mask at "
+             "its own size",
+             f"± is the standard deviation over seeds, intervals (95 %, bootstrap) are over {over}; bold: "
+             "the best and what ties with it",
+             f"latency and GFLOPs (two per multiply-add) of one image on {device} "
+             f"({utils.Precision('auto', device)})"]
+    if any("best" in run.epoch for column in columns for run in column.runs):
+        lines.append("an epoch that was chosen on the images it is scored on scores a little too high: score "
+                     "last.pth instead")
+    return "\n".join(f"{line}.  " for line in lines) + "\n\n"
+
+
+def draw(columns, path):
     """Draw validation mIoU over epochs, all runs on one axis, beside the IoU of every class."""
-    names = runs[0].config["class_names"]
+    names = columns[0].classes
     figure, (curves, bars) = visualize.new_figure(13, max(5, 1.5 + 0.28 * len(names)), columns=2)
-    for number, run in enumerate(runs):
-        color = f"C{number % 10}"
-        epochs, mious = zip(*((row["epoch"], row["val_miou"]) for row in run.history), strict=True)
-        curves.plot(epochs, mious, "o-", ms=3, color=color, label=f"{run.name}: {run.best['val_miou']:.4f}")
-        curves.plot(run.best["epoch"], run.best["val_miou"], "*", ms=13, color=color)
-        ious = [math.nan if iou is None else iou for iou in run.best["per_class_iou"]]
-        positions = [id + 0.7 * ((number + 0.5) / len(runs) - 0.5) for id in range(len(names))]
-        bars.barh(positions, ious, height=0.7 / len(runs), color=color, label=run.name)
-    curves.set(xlabel="epoch", ylabel="validation mIoU", ylim=(0, 1))
+    for place, column in enumerate(columns):
+        color, label = f"C{place % 10}", f"{column.name}: {column.miou:.3f}"
+        for run in column.runs:
+            epochs, mious = [row["epoch"] for row in run.history], [row["val_miou"] for row in run.history]
+            curves.plot(epochs, mious, "o-", ms=3, color=color, label=label)
+            label = None
+        ious = column.mean(lambda counts: scores_of_counts(counts)["iou"])
+        positions = [id + 0.7 * ((place + 0.5) / len(columns) - 0.5) for id in range(len(names))]
+        bars.barh(positions, ious, height=0.7 / len(columns), color=color, label=column.name)
+    curves.set(xlabel="epoch", ylabel="validation mIoU while training", ylim=(0, 1))
     curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.3)
-    curves.legend(title="best mIoU")
+    curves.legend(title="mIoU as scored")
     bars.set_yticks(range(len(names)), map(visualize.short, names))
-    bars.set(xlabel="IoU at the best epoch", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+    bars.set(xlabel="IoU as scored", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     bars.grid(alpha=0.3, axis="x")
     visualize.save_figure(figure, path)
 
@@ -194,22 +382,14 @@ def main():
     """Read, check, measure, rank, write."""
     args = parse_args()
     device = utils.pick_device(args.device)
-    runs = [read_run(Path(folder)) for folder in args.runs]
-    check_comparable(runs)
-    if len({run.name for run in runs}) < len(runs):
-        for run in runs:
-            run.name = run.folder.as_posix()
-    runs.sort(key=lambda run: -run.best["val_miou"] if math.isfinite(run.best["val_miou"]) else 1)
+    columns = columns_of([read_run(Path(folder)) for folder in args.runs])
+    groups = group_images(columns[0].names, args.group_by)
     utils.make_folder(args.out_dir)
-    flops, latency = measure(runs, device)
-    config = runs[0].config
-    title = (f"{config['dataset']}, {len(config['class_names'])} classes, {config['protocol']}; latency and "
-             f"GFLOPs of one image on {device} ({utils.Precision('auto', device)})\n\n")
-    table = markdown(runs, rows_of(runs, flops, latency))
+    rows = rows_of(columns, groups, measure(columns, device))
+    text = heading(columns, groups, args.group_by, device) + markdown(columns, rows)
     out_dir = Path(args.out_dir)
-    text = title + table
     utils.write_atomically(out_dir / "compare.md", lambda path: path.write_text(text, encoding="utf-8"))
-    draw(runs, out_dir / "compare.png")
+    draw(columns, out_dir / "compare.png")
     print(f"{text}\nwritten: {out_dir / 'compare.md'}, {out_dir / 'compare.png'}")
 
 

@@ -368,6 +368,13 @@ def add_protocol_flags(parser):
                         help="average over the mirrored image, over scales 0.5-1.75, or both")
 
 
+def add_group_flag(parser):
+    """Add --group-by."""
+    parser.add_argument("--group-by", default="", metavar="REGEX",
+                        help="take the interval over groups of images that are alike, such as the frames of "
+                        "a drive: what the first bracket matches in an image's path below the folder of all")
+
+
 def add_run_flags(parser):
     """Add --device and --out-dir."""
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
@@ -396,8 +403,8 @@ def resolve(given, saved=None):
             raise InputError(f"--{name.replace('_', '-')} is {given[name]!r}, but the run to resume has "
                              f"{defaults[name]!r}: leave the flag out, or start a new run without --resume")
         if defaults.get("steps") and given.get("epochs", defaults["epochs"]) != defaults["epochs"]:
-            raise InputError(f"--epochs cannot change, the run to resume shares out {defaults['steps']} steps "
-                             f"among {defaults['epochs']}: leave it out, or start a new run without --resume")
+            raise InputError(f"--epochs cannot change, the run to resume has {defaults['steps']} steps in "
+                             f"{defaults['epochs']}: leave it out, or start a new run without --resume")
     else:
         defaults = recipe_settings(given)
     unknown = defaults.keys() - FIELDS.keys()

@@ -4,7 +4,7 @@
     python evaluate.py --protocol slide --tta ms,flip --report
     python evaluate.py --model best_model_iou.onnx            # an exported file
     python evaluate.py --model dinov2_vits14_voc2012_linear --dataset voc --data-root data
-    python evaluate.py --compare outputs/a/evaluation/metrics.json outputs/b/evaluation/metrics.json
+    python evaluate.py --group-by '^([^_]+)_'                 # interval over drives, whose frames are alike
 
 Writes OUT_DIR/evaluation/: metrics.json, per_class.csv, per_class_iou.png, confusion_matrix.png, and with
 --report one HTML file that needs no other.
@@ -13,8 +13,8 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import add_imgsz_flag, add_model_flag, add_protocol_flags, add_run_flags, names, positive_int
-from config import script_parser
+from config import (add_group_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, add_run_flags, names,
+                    positive_int, script_parser)
 
 
 def parse_args(argv=None):
@@ -31,8 +31,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=positive_int, default=8,
                         help="images or windows per forward pass (8)")
     parser.add_argument("--report", action="store_true", help="write report.html too")
-    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
-                        help="is B better than A? paired bootstrap over images; scores no model")
+    add_group_flag(parser)
     add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -56,15 +55,16 @@ import engine
 import utils
 import visualize
 from checkpoint import data_options, load_model
-from config import IGNORE, InputError
+from config import IGNORE, InputError, count_of
 from dataio.dataloader import make_loader, naming_files
 from dataio.labels import class_file
 from dataio.readers import read_image
+from dataio.stratify import blocks_of
 from datasets import SegmentationDataset, load_data
 from inference.predictor import Predictor, choose_protocol, views_of
 from inference.report import existing_figures, report_page
-from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, bootstrap_interval, boundary_f1, miou_of_counts,
-                     paired_bootstrap)
+from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, bootstrap_interval, boundary_f1, counts_of,
+                     group_images, mean_of_known, mean_over_images, miou_of_counts, sum_groups)
 from models.weights import hash_files, hash_state
 
 KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
@@ -154,23 +154,13 @@ def score(predictor, loader, batch_size):
     return total, records
 
 
-def counts_of(records, num_classes):
-    """Return (N, 3, K) int64: pixels right, of truth, of prediction, for every record and class."""
-    counts = np.zeros((len(records), 3, num_classes), np.int64)
-    for row, record in zip(counts, records, strict=True):
-        for truth, pred, pixels in record["cells"]:
-            row[0, truth] += pixels if truth == pred else 0
-            row[1, truth] += pixels
-            row[2, pred] += pixels
-    return counts
+def summarize(total, records, classes, groups):
+    """Return the scores as a dict: the means, their interval, one dict per class, the absent classes.
 
-
-def summarize(total, records, classes):
-    """Return the scores as a dict: the means, their interval, one dict per class, the absent classes."""
+    groups: the group of every image, which the interval takes as independent of each other.
+    """
     counts = counts_of(records, len(classes))
-    boundaries = np.array([record["boundary"] for record in records])  # (N, K)
-    seen = ~np.isnan(boundaries)
-    boundary = np.where(seen, boundaries, 0).sum(0) / np.where(seen.any(0), seen.sum(0), np.nan)
+    boundary = mean_over_images([record["boundary"] for record in records])  # (K,)
     columns = dict(
         iou=total.per_class_iou(),
         dice=total.per_class_dice(),
@@ -183,10 +173,11 @@ def summarize(total, records, classes):
                       predicted=int(pixels[:, id].sum()), images=int((counts[:, 1, id] > 0).sum()),
                       **{key: values[id].item() for key, values in columns.items()})
                  for id, (name, color) in enumerate(classes)]
-    return dict(miou=total.miou(), miou_interval=bootstrap_interval(counts), mean_dice=total.mean_dice(),
+    interval = bootstrap_interval(sum_groups(counts, groups))
+    return dict(miou=total.miou(), miou_interval=interval, mean_dice=total.mean_dice(),
                 pixel_accuracy=total.pixel_accuracy(), mean_class_accuracy=total.mean_class_accuracy(),
                 frequency_weighted_iou=total.frequency_weighted_iou(),
-                boundary_f1=float(np.nanmean(boundary)) if seen.any() else float("nan"),
+                boundary_f1=mean_of_known(boundary),
                 per_class=per_class, absent=[classes[id][0] for id in total.absent()])
 
 
@@ -241,7 +232,7 @@ def protocol_line(protocol):
 def print_scores(scores):
     """Print the means, then one line per class."""
     low, high = scores["miou_interval"]
-    print(f"mIoU {scores['miou']:.4f} (95 % interval over images {low:.4f} to {high:.4f})")
+    print(f"mIoU {scores['miou']:.4f} (95 % interval over {scores['interval_over']} {low:.4f} to {high:.4f})")
     print(", ".join(f"{key.replace('_', ' ')} {scores[key]:.4f}" for key in KEYS[1:]))
     width = max(len(row["name"]) for row in scores["per_class"])
     columns = ("iou", "dice", "precision", "recall", "boundary_f1")
@@ -317,63 +308,16 @@ def make_report(result, data, samples, predictor, out_dir, run_dir):
     return report_page(result, figures, worst, confused)
 
 
-# --- comparison -------------------------------------------------------------------------------------------
-def read_metrics(path):
-    """Return the content of a metrics.json. Raises InputError."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = {"protocol", "records", "per_class", "miou"} - result.keys()
-        missing |= {*SHOWN_OF_PROTOCOL} - result.get("protocol", {}).keys()
-        if not missing and (not result["records"] or result["miou"] is None):
-            missing = {"image that counts"}
-    except OSError as error:
-        raise InputError(f"--compare {path}: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"--compare {path} is not a metrics.json of evaluate.py ({error})") from None
-    if missing:
-        raise InputError(f"--compare {path} is not a metrics.json of evaluate.py (no "
-                         f"{', '.join(sorted(missing))})")
-    return result
-
-
-def compare(path_a, path_b):
-    """Print whether B is better than A, by a paired bootstrap over the images both were scored on.
-
-    Raises InputError where the two were not scored on the same images and classes.
-    """
-    a, b = read_metrics(path_a), read_metrics(path_b)
-    names = [[Path(record["name"]).name for record in result["records"]] for result in (a, b)]
-    classes = [[row["name"] for row in result["per_class"]] for result in (a, b)]
-    if classes[0] != classes[1]:
-        raise InputError(f"--compare: {path_a} and {path_b} have different classes")
-    counts = [counts_of(result["records"], len(classes[0])) for result in (a, b)]
-    if names[0] != names[1] or not np.array_equal(counts[0][:, 1], counts[1][:, 1]):
-        raise InputError(f"--compare: {path_a} and {path_b} were not scored on the same images and masks")
-    for label, result in (("A", a), ("B", b)):
-        print(f"{label}: mIoU {result['miou']:.4f}, {protocol_line(result['protocol'])}")
-    differs = [key for key in ("views", "precision") if a["protocol"][key] != b["protocol"][key]]
-    if differs:
-        print(f"note: the two differ in {' and '.join(differs)} too")
-    found = paired_bootstrap(*counts)
-    verdict = "no clear difference"
-    if found["p"] < 0.05:
-        verdict = "B is better" if found["difference"] > 0 else "A is better"
-    p = f"p = {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
-    interval = f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
-    print(f"B - A: {found['difference']:+.4f} ({interval}, {p}, "
-          f"paired bootstrap over {len(names[0])} images): {verdict}")
-
-
+# --- the command -------------------------------------------------------------------------------------------
 def main():
-    """Score, print, write; or compare two scores."""
+    """Score, print, write."""
     args = parse_args()
-    if args.compare:
-        return compare(*args.compare)
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
     predictor = Predictor(model, checkpoint, args.device, protocol)
     data, split = open_data(args, checkpoint)
     samples = samples_of(data, split)
+    groups = group_images([str(sample.image) for sample in samples], args.group_by)
     out_dir = Path(args.out_dir) / "evaluation"
     utils.make_folder(out_dir)
     described = describe(args, data, split, samples, predictor)
@@ -383,8 +327,13 @@ def main():
     loader = batches_of(samples, data.table, protocol, args.batch_size)
     with naming_files(loader):
         total, records = score(predictor, loader, args.batch_size)
-    scores = summarize(total, records, data.classes)
+    scores = summarize(total, records, data.classes, groups)
+    scores["interval_over"] = f"{len(set(groups))} groups by {args.group_by}" if args.group_by else "images"
     print_scores(scores)
+    _, sequences = blocks_of(samples, 0.5)
+    if sequences and not args.group_by:
+        print(f"note: {count_of(sequences, 'sequence')} of frames that look alike: the interval takes them "
+              "as independent and is too narrow; --group-by REGEX takes it over drives or clips")
     result = dict(protocol=described, **scores, confusion=total.counts.tolist(), records=records)
     write_results(out_dir, result, total, data.classes)
     print(f"written: {out_dir / 'metrics.json'}, per_class.csv, per_class_iou.png, confusion_matrix.png")

@@ -8,12 +8,15 @@
 A class that occurs in no truth and no prediction has no IoU: it is NaN per class and left out of every mean.
 """
 import math
+import os
+import re
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
-from config import IGNORE
+from config import IGNORE, InputError
 
 BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal, as Csurka et al. use
 BOUNDARY_BAND = 0.02  # of the diagonal: ignored pixels up to this wide between two classes are their border
@@ -174,6 +177,76 @@ def class_boundary_f1(found, wanted, radius):
     return 2 * precision * recall / max(precision + recall, 1e-12)
 
 
+# --- images and groups of images ---------------------------------------------------------------------------
+def counts_of(records, num_classes):
+    """Return (N, 3, K) int64: pixels right, of truth, of prediction, for every record and class.
+
+    records: of evaluate.py's metrics.json, whose `cells` are [[truth, prediction, pixels], ...].
+    """
+    counts = np.zeros((len(records), 3, num_classes), np.int64)
+    for row, record in zip(counts, records, strict=True):
+        for truth, pred, pixels in record["cells"]:
+            row[0, truth] += pixels if truth == pred else 0
+            row[1, truth] += pixels
+            row[2, pred] += pixels
+    return counts
+
+
+def scores_of_counts(counts):
+    """Return dict(miou, dice, accuracy: floats, iou: (K,)) of counts (3, K); NaN where nothing counted.
+
+    dice is the mean over the classes, as miou.
+    """
+    right, truth, pred = np.asarray(counts, np.float64)
+    with np.errstate(invalid="ignore"):
+        iou, dice = right / (truth + pred - right), 2 * right / (truth + pred)
+        return dict(miou=mean_of_known(iou), dice=mean_of_known(dice),
+                    accuracy=right.sum() / truth.sum(), iou=iou)
+
+
+def mean_of_known(values):
+    """Return the mean of the values that are not NaN, NaN where none is."""
+    known = np.asarray(values)[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def mean_over_images(values):
+    """Return the mean of each class over the images that have a value: (N, K) -> (K,), NaN where none has."""
+    return np.array([mean_of_known(column) for column in np.asarray(values, float).T])
+
+
+def group_images(names, pattern):
+    """Return the group of each image file, a list of texts: what the first bracket of the regular expression
+    matches in its path below the folder that all images share, or the whole match. No pattern: each its own.
+
+    Raises InputError for a pattern that is none, that does not match a path, or that makes a single group.
+    """
+    if not pattern:
+        return list(names)
+    base = os.path.commonpath([os.path.dirname(name) for name in names])
+    paths = [Path(os.path.relpath(name, base)).as_posix() for name in names]
+    try:
+        found = [re.search(pattern, path) for path in paths]
+    except re.error as error:
+        raise InputError(f"--group-by {pattern} is no regular expression ({error})") from None
+    if None in found:
+        raise InputError(f"--group-by {pattern} does not match {paths[found.index(None)]}: every image needs "
+                         "a group")
+    groups = [match[1 if match.re.groups else 0] or "" for match in found]
+    if len(set(groups)) == 1:
+        raise InputError(f"--group-by {pattern} puts all images into one group, {groups[0]!r}, over which "
+                         "there is no interval: give a pattern that makes more")
+    return groups
+
+
+def sum_groups(counts, groups):
+    """Return (G, 3, K): counts (N, 3, K) of images summed over their groups, in the order of the groups."""
+    _, numbers = np.unique(groups, return_inverse=True)
+    summed = np.zeros((numbers.max() + 1, *np.shape(counts)[1:]), np.int64)
+    np.add.at(summed, numbers, counts)
+    return summed
+
+
 # --- how sure a score is ----------------------------------------------------------------------------------
 def miou_of_counts(counts):
     """Return the mIoU of counts (..., 3, K): pixels right, of truth, of prediction; NaN where nothing
@@ -188,21 +261,26 @@ def miou_of_counts(counts):
 
 
 def resampled_mious(counts, samples, seed):
-    """Return the mIoU of `samples` sets of images drawn with replacement: counts (N, 3, K) -> (samples,)."""
-    images, generator = len(counts), np.random.default_rng(seed)
-    flat = np.asarray(counts, np.float64).reshape(images, -1)
+    """Return the mIoU of `samples` sets of images drawn with replacement, (samples,); counts (..., N, 3, K).
+
+    Of several models (seeds) along the first dimensions, the mean of their mIoU.
+    """
+    counts = np.asarray(counts, np.float64)
+    (images, *shape), generator = counts.shape[-3:], np.random.default_rng(seed)
+    flat = counts.reshape(-1, images, math.prod(shape))  # (models, N, 3 * K)
     parts = []
     for start in range(0, samples, 100):  # 100 at a time: memory must not grow with samples x images
         size = min(100, samples - start)
         times = generator.multinomial(images, np.full(images, 1 / images), size=size)  # (size, N)
-        parts.append(miou_of_counts((times.astype(np.float64) @ flat).reshape(size, *np.shape(counts)[1:])))
+        parts.append(miou_of_counts((times.astype(np.float64) @ flat).reshape(-1, size, *shape)).mean(0))
     return np.concatenate(parts)
 
 
 def bootstrap_interval(counts, samples=2000, seed=0):
     """Return the 95 % percentile bootstrap interval (low, high) of the mIoU over images (Efron, 1979).
 
-    counts: (N, 3, K) pixels right, of truth, of prediction, for every image and class.
+    counts: (N, 3, K) pixels right, of truth, of prediction, for every image and class, or for every group of
+    images that are not independent of each other (sum_groups); (S, N, 3, K) for the mean mIoU of S models.
     """
     low, high = np.nanpercentile(resampled_mious(counts, samples, seed), [2.5, 97.5])
     return float(low), float(high)
@@ -215,7 +293,8 @@ def paired_bootstrap(counts_a, counts_b, samples=10_000, seed=0):
     difference has not the sign of `difference`, doubled (two-sided). counts as in bootstrap_interval, same
     images.
     """
-    difference = float(miou_of_counts(np.sum(counts_b, 0)) - miou_of_counts(np.sum(counts_a, 0)))
+    a, b = (np.mean(miou_of_counts(np.sum(counts, -3))) for counts in (counts_a, counts_b))
+    difference = float(b - a)
     drawn = resampled_mious(counts_b, samples, seed) - resampled_mious(counts_a, samples, seed)
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     against = np.mean(drawn <= 0) if difference > 0 else np.mean(drawn >= 0)

@@ -1,4 +1,4 @@
-"""evaluate.py against plain computations; official heads; the paired comparison; memory of large images."""
+"""evaluate.py against plain computations; official heads; intervals over groups; memory of large images."""
 
 import json
 import re
@@ -22,7 +22,7 @@ import utils
 from dataio.classes import ADE20K, VOC
 from inference.predictor import choose_protocol, label_map, make_protocol, views_of
 from dataio.transforms import resize_image
-from metrics import miou_of_counts
+from metrics import counts_of, miou_of_counts
 from checkpoint import load_model, load_official
 from dataio.readers import read_image, read_mask
 
@@ -218,7 +218,7 @@ def test_absent_classes_are_named_and_left_out(trained, tmp_path, run):
         ),
         (["--imgsz", "0", "5"], "at least 1"),
         (["--protocol", "window"], "slide"),
-        (["--compare", "a.json", "b.json"], "--compare a.json: No such file"),
+        (["--group-by", "("], "--group-by ( is no regular expression"),
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, run, flags, reason):
@@ -230,46 +230,22 @@ def test_bad_input_is_one_line(trained, tmp_path, run, flags, reason):
     assert code == 2 and reason in err and "Traceback" not in err
 
 
-# --- comparison -------------------------------------------------------------------------------------------
-def test_compare_is_the_paired_bootstrap_over_the_same_images(trained, tmp_path, run):
+# --- groups of images -------------------------------------------------------------------------------------
+def test_the_interval_over_groups_is_that_of_their_sums(trained, tmp_path, run):
+    """Images 0..7 in two groups: the bootstrap draws the two sums."""
     _, out = trained
-    model = out / "best_model_iou.pth"
-    score(run, tmp_path / "a", "--model", model, "--split", "train")
-    score(run, tmp_path / "b", "--model", model, "--split", "train", "--imgsz", 14, 14)
-    paths = [tmp_path / name / "evaluation/metrics.json" for name in "ab"]
-    a, b = (json.loads(path.read_text()) for path in paths)
-    code, text, _ = run(evaluate, "--compare", *paths)
-    assert code == 0 and f"B - A: {b['miou'] - a['miou']:+.4f}" in text and "over 8 images" in text
-    assert "the two differ in views too" in text
-    code, text, _ = run(evaluate, "--compare", paths[0], paths[0])
-    assert code == 0 and "B - A: +0.0000" in text and "no clear difference" in text
-    score(run, tmp_path / "c", "--model", model)
-    code, _, err = run(evaluate, "--compare", paths[0], tmp_path / "c/evaluation/metrics.json")
-    assert code == 2 and "not scored on the same images" in err
-    b["records"][0]["cells"][0][2] += 1  # another mask behind the same name
-    paths[1].write_text(json.dumps(b))
-    assert "not scored on the same images" in run(evaluate, "--compare", *paths)[2]
-    for broken in ([], dict(a, miou=None), dict(a, protocol={}), dict(a, records=[])):
-        paths[1].write_text(json.dumps(broken))
-        code, _, err = run(evaluate, "--compare", *paths)
-        assert code == 2 and "is not a metrics.json" in err and err.count("\n") == 1
-
-
-def test_a_clearly_better_model_is_called_better(tmp_path, run):
-    def result(right):
-        records = []
-        for number in range(30):
-            good = right + number % 5
-            records.append(dict(name=f"{number}.png", cells=[[0, 0, good], [0, 1, 100 - good], [1, 1, 50]]))
-        classes = [dict(name="a"), dict(name="b")]
-        keys = ["dataset", "split", "images", "classes", "ignore", "views", "precision", "scored"]
-        protocol = dict.fromkeys([*keys, "boundary_tolerance", "weights_sha256"], "x")
-        return dict(miou=0.5, per_class=classes, records=records, protocol=protocol)
-
-    for name, right in (("a", 50), ("b", 80)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result(right)))
-    assert "B is better" in run(evaluate, "--compare", tmp_path / "a.json", tmp_path / "b.json")[1]
-    assert "A is better" in run(evaluate, "--compare", tmp_path / "b.json", tmp_path / "a.json")[1]
+    flags = ("--model", out / "best_model_iou.pth", "--split", "train")
+    _, plain = score(run, tmp_path / "a", *flags)
+    text, result = score(run, tmp_path / "b", *flags, "--group-by", r"[0-3](\.)|[4-9]\.")
+    assert result["miou"] == plain["miou"] and result["interval_over"].startswith("2 groups by")
+    assert "(95 % interval over 2 groups by" in text and plain["interval_over"] == "images"
+    counts = counts_of(result["records"], len(result["per_class"]))
+    numbers = [int(re.search(r"(\d)\D*$", record["name"])[1]) > 3 for record in result["records"]]
+    parts = np.stack([counts[np.array(numbers) == side].sum(0) for side in (False, True)])
+    sets = miou_of_counts(np.stack([2 * parts[0], parts.sum(0), 2 * parts[1]]))
+    assert result["miou_interval"] == [pytest.approx(sets.min()), pytest.approx(sets.max())]
+    code, _, err = run(evaluate, *flags, "--group-by", "zebra", "--out-dir", tmp_path)
+    assert code == 2 and "--group-by zebra does not match" in err and err.count("\n") == 1
 
 
 # --- official heads ---------------------------------------------------------------------------------------
