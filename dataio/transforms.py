@@ -66,30 +66,68 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class ScaleCrop(Augmentation):
-    """Scale by a random factor of the size that fits, then crop at random.
+    """Scale by 0.5 to 2 times what fits into --imgsz, then crop.
 
-    scale: range of the factor on the size at which the image just fits into the run's. Pixels beyond the
-    image are PADDING_COLOR, mask 255. The result has the size of the run.
+    scale: range of the factor. base: what it is a factor of, the size at which the image just fits into the
+    run's (fit), at which its short side has the run's (short), or its own (native). max_share: the crop is
+    drawn anew, up to ten times, while one class has more of its counted pixels, or one class all of them.
+    Pixels beyond the image are PADDING_COLOR, mask 255. The result has the size of the run.
     """
 
     scale: tuple = (0.5, 2.0)
+    base: str = "fit"
+    max_share: float = 1.0
     resizes = True
 
     @property
     def zoom(self):
-        """The largest factor."""
-        return self.scale[1]
+        """The largest factor; of an image's own size, beyond any."""
+        return 2.0 ** 15 if self.base == "native" else self.scale[1]
 
     def __call__(self, image, mask, size):
         """(3, H, W), (H, W) -> (3, *size), (*size)."""
         height, width = image.shape[-2:]
-        factor = min(size[0] / height, size[1] / width) * torch.empty(1).uniform_(*self.scale).item()
+        fits = size[0] / height, size[1] / width
+        base = {"fit": min(fits), "short": max(fits), "native": 1.0}[self.base]
+        factor = base * torch.empty(1).uniform_(*self.scale).item()
         scaled = max(1, round(height * factor)), max(1, round(width * factor))
         image, mask = resize_image(image, scaled), resize_mask(mask, scaled)
         fill = {tv_tensors.Image: PADDING_COLOR, tv_tensors.Mask: IGNORE}
         crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
-        image, mask = crop(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
+        for _ in range(10 if self.max_share < 1 else 1):
+            cropped, labels = crop(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            if is_mixed(labels, self.max_share):
+                break
+        return cropped.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+
+
+@dataclass(frozen=True)
+class LinearCrop(ScaleCrop):
+    """Scale by 0.5 to 2 times what fills --imgsz, then crop: DINOv2's linear protocol."""
+
+    base: str = "short"
+    max_share: float = 0.75
+
+
+@dataclass(frozen=True)
+class MultiScaleCrop(LinearCrop):
+    """Scale by 1 to 3 times what fills --imgsz, then crop: DINOv2's multi-scale protocol."""
+
+    scale: tuple = (1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class NativeCrop(ScaleCrop):
+    """Scale an image by 0.5 to 2 times its own size, then crop: large images, at the scale they have."""
+
+    base: str = "native"
+    max_share: float = 0.75
+
+
+def is_mixed(mask, max_share):
+    """Return whether a mask (H, W) has two classes or more, none above `max_share` of the counted pixels."""
+    counts = np.bincount(mask.numpy().ravel(), minlength=IGNORE + 1)[:IGNORE]
+    return np.count_nonzero(counts) > 1 and counts.max() < max_share * counts.sum()
 
 
 @dataclass(frozen=True)
@@ -135,11 +173,55 @@ class ColorJitter(Augmentation):
         return torch.from_numpy(cv2.transform(pixels, matrix)).permute(2, 0, 1), mask
 
 
+@dataclass(frozen=True)
+class PhotometricDistortion(Augmentation):
+    """Change brightness, contrast, saturation and hue, each of half of the images: mmsegmentation's.
+
+    brightness: +- gray levels; contrast, saturation: factors 1 +- the value; hue: +- half degrees, as OpenCV
+    counts them. Contrast comes before or after saturation and hue, at random. Liu et al., SSD, ECCV 2016.
+    """
+
+    brightness: int = 32
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: int = 18
+
+    def __call__(self, image, mask, size):
+        """(3, H, W), (H, W) -> the same shapes."""
+        drawn = torch.rand(4) * 2 - 1
+        bright, contrast, saturation, hue, early = (torch.rand(5) < 0.5).tolist()
+        levels = np.arange(256, dtype=np.float32)
+        pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
+        contrasted = levels * (1 + self.contrast * drawn[1].item())
+
+        def look_up(pixels, table):
+            return cv2.LUT(pixels, np.clip(table, 0, 255).astype(np.uint8))
+
+        if bright:
+            pixels = look_up(pixels, levels + self.brightness * drawn[0].item())
+        if contrast and early:
+            pixels = look_up(pixels, contrasted)
+        if saturation or hue:
+            hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # hue 0..179
+            if saturation:
+                hsv[..., 1] = look_up(hsv[..., 1], levels * (1 + self.saturation * drawn[2].item()))
+            if hue:
+                hsv[..., 0] = look_up(hsv[..., 0], (levels + round(self.hue * drawn[3].item())) % 180)
+            pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        if contrast and not early:
+            pixels = look_up(pixels, contrasted)
+        return torch.from_numpy(pixels).permute(2, 0, 1), mask
+
+
 # A new augmentation is one class above and one line here; they are applied in this order.
 AUGMENTS = {
     "crop": ScaleCrop(),
+    "crop-linear": LinearCrop(),
+    "crop-ms": MultiScaleCrop(),
+    "crop-native": NativeCrop(),
     "flip": Flip(),
     "color": ColorJitter(),
+    "photometric": PhotometricDistortion(),
 }
 
 

@@ -1,14 +1,17 @@
 """Image and mask stay aligned through every transform that is registered."""
 
+import colorsys
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import blocks
 
 from dataio import transforms
-from dataio.transforms import AUGMENTS, augment, fingerprint, resize_image, resize_mask
+from dataio.transforms import (AUGMENTS, ScaleCrop, augment, fingerprint, resize_image,
+                               resize_mask)
 
 
 def shaded_pair(height=120, width=170, seed=3):
@@ -70,13 +73,80 @@ def test_a_fingerprint_holds_every_parameter_of_an_augmentation(name, monkeypatc
     seen = {before}
     for field in dataclasses.fields(step):
         value = getattr(step, field.name)
-        other = tuple(2 * part for part in value) if isinstance(value, tuple) else value * 0.5
+        other = tuple(2 * part for part in value) if isinstance(value, tuple) else repr(value)
         monkeypatch.setitem(AUGMENTS, name, dataclasses.replace(step, **{field.name: other}))
         seen.add(fingerprint((name,)))
     assert len(seen) == 1 + len(dataclasses.fields(step))
 
 
 # --- each of them -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "low", "high"), [
+    ("crop", 0.5, 2), ("crop-linear", 0.5, 2), ("crop-ms", 1, 3), ("crop-native", 0.5, 2),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(60, 200), (200, 60)], ids=str)
+def test_crops_have_the_scale_that_they_say(name, low, high, shape):
+    """The image's values are its columns (rows): their slope is 1 / the factor of the scale."""
+    size, long = (90, 100), max(shape)
+    ramp = torch.arange(long, dtype=torch.uint8)
+    plane = ramp.expand(shape) if shape[1] == long else ramp[:, None].expand(shape)
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.uint8)
+    base = {"crop": min, "crop-linear": max, "crop-ms": max}.get(name, lambda _: 1)(
+        (size[0] / shape[0], size[1] / shape[1]))  # fmt: skip
+    factors = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        out, labels = augment(plane.expand(3, -1, -1).contiguous(), mask, size, (name,))
+        rows, counted = (out[0], labels) if shape[1] == long else (out[0].T, labels.T)
+        line = rows[counted[:, 50] != 255]
+        line = line[len(line) // 2].double()
+        inside = line[(line > 5) & (line < long - 5) & (line != 124)]
+        factors.append((len(inside) - 1) / (inside.max() - inside.min()).item() / base)
+    assert low * 0.9 <= min(factors) < low * 1.3 and high * 0.8 < max(factors) <= high * 1.1, sorted(factors)
+
+
+def test_crops_with_a_limit_avoid_one_class_alone():
+    """A mask with a small second class: with max_share most crops show both, without it few do."""
+    mask = torch.ones(200, 200, dtype=torch.uint8)
+    mask[:70, :70] = 2
+    image, shown = mask.expand(3, -1, -1) * 50, []
+    for max_share in (0.75, 1.0):
+        step, both = ScaleCrop(scale=(2.0, 2.0), max_share=max_share), 0
+        for seed in range(40):
+            torch.manual_seed(seed)
+            _, labels = step(image, mask, (100, 100))
+            both += labels.unique().numel() > 1
+        shown.append(both)
+    assert shown[0] > 1.5 * shown[1] > 0
+    assert step(image, torch.full_like(mask, 255), (100, 100))[1].unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("drawn", [0.0, 0.25, 0.9])
+@pytest.mark.parametrize("part", ["brightness", "contrast", "saturation", "hue", "none"])
+def test_photometric_distortion_follows_its_formulas(part, drawn, monkeypatch):
+    """Each part alone, with chosen random numbers."""
+    image = torch.randint(256, (3, 20, 30), dtype=torch.uint8)
+    chosen = [0.0 if one == part else 0.9 for one in ("brightness", "contrast", "saturation", "hue")]
+    numbers = [torch.full((4,), drawn), torch.tensor([*chosen, 0.9])]
+    monkeypatch.setattr(torch, "rand", lambda _: numbers.pop(0))
+    out, _ = AUGMENTS["photometric"](image, None, None)
+    share = 2 * drawn - 1  # the numbers are drawn from -1 to 1
+    wanted, tolerance = image.double(), 1.0
+    if part == "brightness":
+        wanted = wanted + 32 * share
+    elif part == "contrast":
+        wanted = wanted * (1 + 0.5 * share)
+    elif part in ("saturation", "hue"):
+        hsv = cv2.cvtColor(image.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2HSV).astype(float)
+        if part == "saturation":
+            hsv[..., 1] = np.clip(hsv[..., 1] * (1 + 0.5 * share), 0, 255)
+        else:
+            hsv[..., 0] = (hsv[..., 0] + round(18 * share)) % 180
+        rgb = [colorsys.hsv_to_rgb(h / 180, s / 255, v / 255) for h, s, v in hsv.reshape(-1, 3)]
+        wanted = 255 * torch.tensor(rgb).T.reshape(3, 20, 30).double()
+        tolerance = 2.0  # of 8-bit HSV
+    assert (out.double() - wanted.clamp(0, 255)).abs().max() <= tolerance
+
+
 def test_crops_pad_beyond_the_image_and_nothing_else_does():
     image, mask = shaded_pair()
     for names in ((), ("flip",), ("crop",), ("crop", "flip")):
