@@ -28,7 +28,7 @@ from model import ModelSpec, build_model
 from models.backbones import TimmBackbone, create_timm
 from models.baselines import BASELINES
 from models.heads import HEADS
-from models.weights import load_strictly, published_weights, torch_load
+from models.weights import hash_state, load_strictly, published_weights, torch_load
 
 VERSION = 1  # of the checkpoint format
 PROTOCOL = "whole image resized to {}x{}, scored at the size of each mask, 255 ignored"  # of validation
@@ -47,12 +47,18 @@ TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_p
 
 
 # --- files ------------------------------------------------------------------------------------------------
-def pack_checkpoint(model, classes, imgsz, **more):
-    """Return a self-contained checkpoint: tensors and plain JSON types only."""
+def pack_checkpoint(model, classes, imgsz, backbone_sha256=None, **more):
+    """Return a self-contained checkpoint: tensors and plain JSON types only.
+
+    backbone_sha256: the hash_backbone of the model's backbone, whose weights are then left out.
+    """
     classes = [[name, list(color)] for name, color in classes]
-    spec = dict(dataclasses.asdict(model.spec), layers=list(model.spec.layers))
-    return dict(format="dinoseg", version=VERSION, spec=spec, classes=classes, imgsz=list(imgsz),
-                model=model.state_dict(), **more)
+    spec, state = dict(dataclasses.asdict(model.spec), layers=list(model.spec.layers)), model.state_dict()
+    if backbone_sha256:
+        state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
+        more["backbone_sha256"] = backbone_sha256
+    return dict(format="dinoseg", version=VERSION, spec=spec, classes=classes, imgsz=list(imgsz), model=state,
+                **more)
 
 
 def read_checkpoint(path):
@@ -110,6 +116,8 @@ def check_content(checkpoint):
         raise ValueError(f"imgsz {size}")
     if not all(isinstance(value, torch.Tensor) for value in checkpoint["model"].values()):
         raise ValueError("no tensors")
+    if not isinstance(checkpoint.get("backbone_sha256", ""), str):
+        raise ValueError("backbone_sha256")
 
 
 def load_model(path, precise=False):
@@ -125,12 +133,16 @@ def load_model(path, precise=False):
         return open_exported(path, precise)
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
-    try:
-        model = build_model(spec)
-    except InputError:
-        if spec.arch != "dinov2" or spec.backbone.removesuffix("_reg") not in TIMM_TWINS:
-            raise
-        model, state = timm_twin(spec, state)
+    if is_head_alone(checkpoint):
+        model = build_model(spec, backbone_weights(checkpoint, path))
+        state = with_backbone(checkpoint, model, path)
+    else:
+        try:
+            model = build_model(spec)
+        except InputError:
+            if spec.arch != "dinov2" or spec.backbone.removesuffix("_reg") not in TIMM_TWINS:
+                raise
+            model, state = timm_twin(spec, state)
     load_strictly(model, state, path)
     return model.requires_grad_(False).eval(), checkpoint
 
@@ -149,6 +161,62 @@ def data_options(checkpoint, dataset=None, data_root=None):
     names = {field.name for field in dataclasses.fields(DataOptions)}
     options = DataOptions(**{name: value for name, value in trained.items() if name in names})
     return dataclasses.replace(options, data_root=data_root or options.data_root)
+
+
+# --- heads alone ------------------------------------------------------------------------------------------
+def is_head_alone(checkpoint):
+    """Return whether a checkpoint was written with --save-head-only."""
+    return bool(checkpoint.get("backbone_sha256"))
+
+
+def hash_backbone(state):
+    """Return the SHA-256, 64 hex digits, of the state dict of a Backbone, without the mask token, which
+    segmentation has no use for.
+    """
+    return hash_state({name: value for name, value in state.items() if not name.endswith("mask_token")})
+
+
+def backbone_weights(checkpoint, path):
+    """Return the --weights with which a head alone was trained. Raises InputError where they are not here."""
+    weights = checkpoint.get("config", {}).get("weights", "auto")
+    if weights != "auto" and not Path(weights).is_file():
+        raise InputError(f"{path} holds a head alone, and {weights}, the weights of its backbone, is not "
+                         "here: put that file there")
+    return weights
+
+
+def with_backbone(checkpoint, model, path):
+    """Return the state dict of a head alone together with the backbone of `model`. Raises InputError where
+    that is not the backbone which the head was trained on.
+    """
+    state = model.backbone.state_dict()
+    check_backbone(hash_backbone(state), checkpoint["backbone_sha256"], checkpoint["spec"], path)
+    return {**{f"backbone.{name}": value for name, value in state.items()}, **checkpoint["model"]}
+
+
+def check_backbone(found, wanted, spec, path):
+    """Raise InputError where two results of hash_backbone differ."""
+    if found != wanted:
+        raise InputError(f"{path} holds a head for {spec.backbone} with other weights (SHA-256 "
+                         f"{wanted[:16]}, here {found[:16]}): it needs those that it was trained with")
+
+
+def load_head(model, path):
+    """Load the head of a checkpoint into a Segmenter with the same backbone; return the names of the classes
+    it was trained on. Raises InputError where head or backbone are others.
+    """
+    checkpoint = read_checkpoint(path)
+    spec, parts = checkpoint["spec"], {"head": {}, "backbone": {}}
+    for name, value in checkpoint["model"].items():
+        part, _, inner = name.partition(".")
+        parts.setdefault(part, {})[inner] = value
+    if (spec.arch, spec.head) != ("dinov2", model.spec.head):
+        raise InputError(f"--head-weights {path} is of {spec.head or spec.arch}, and --head is "
+                         f"{model.spec.head}: name a file of the same head")
+    wanted = checkpoint.get("backbone_sha256") or hash_backbone(parts["backbone"])
+    check_backbone(hash_backbone(model.backbone.state_dict()), wanted, spec, path)
+    load_strictly(model.head, parts["head"], path)
+    return [name for name, _ in checkpoint["classes"]]
 
 
 # --- official heads ---------------------------------------------------------------------------------------
@@ -223,6 +291,8 @@ class Run:
         self.model, self.optimization, self.origins = model, optimization, origins or {}
         self.facts = dict(data.fingerprints(), processes=world_size())
         self.train_images = len(data.splits["train"])
+        alone = settings["save_head_only"]
+        self.backbone_sha256 = hash_backbone(model.backbone.state_dict()) if alone else None
         self.history, self.counts, self.step = [], None, 0
         self.so_far, self.progress = None, None  # of the epoch that trains: as of train_one_epoch
         self.described, self.saved_at, self.stop = False, time.monotonic(), None
@@ -240,7 +310,8 @@ class Run:
         if any(saved[name] != value for name, value in self.facts.items()):
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
                              "or changed): restore it, or start a new run without --resume")
-        load_strictly(self.model, saved["model"], "last.pth")
+        state = with_backbone(saved, self.model, "last.pth") if is_head_alone(saved) else saved["model"]
+        load_strictly(self.model, state, "last.pth")
         circumstances = self.circumstances()
         try:
             self.restore_state(saved)
@@ -290,7 +361,8 @@ class Run:
         """
         scores = self.history[-1] if self.history else {}
         return pack_checkpoint(
-            self.model, self.classes, self.settings["imgsz"], epoch=len(self.history), config=self.settings,
+            self.model, self.classes, self.settings["imgsz"], self.backbone_sha256,
+            epoch=len(self.history), config=self.settings,
             metrics={name.removeprefix("val_"): scores[name] for name in scores if name.startswith("val_")},
             **self.facts, **more)
 

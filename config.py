@@ -204,6 +204,8 @@ class TrainConfig(ModelOptions, DataOptions):
 
     weights: str = setting("auto", "model", "auto = published pretrained weights (of the encoder), none = "
                            "random, or a file (.pth, .safetensors)", metavar="auto|none|FILE")
+    head_weights: str = setting("", "model", "start the head from a trained one: a checkpoint with the same "
+                                "head on the same backbone", metavar="FILE", dinov2_only=True)
     unfreeze: object = setting(0, "model", "number of last transformer blocks that train with the head, or "
                                "all (the default of every --arch but dinov2)", type=block_count,
                                metavar="N|all")
@@ -220,8 +222,8 @@ class TrainConfig(ModelOptions, DataOptions):
                                        "(1 for every --arch but dinov2)", type=positive_float, metavar="X")
     weight_decay: float = setting(1e-3, "training", "weight decay; none on norms and biases",
                                   type=non_negative_float)
-    scheduler: str = setting("cosine", "training", "learning rate over the run; cosine and poly warm up, "
-                             "exponential = x 0.98 per epoch, onecycle rises for 30 %% of the steps",
+    scheduler: str = setting("cosine", "training", "learning rate over the run; cosine, poly and linear warm "
+                             "up, exponential = x 0.98 per epoch, onecycle rises for 30 %% of the steps",
                              kind="scheduler")
     epochs: int = setting(30, "training", "passes over the training images", type=positive_int,
                           may_change=True)
@@ -237,6 +239,10 @@ class TrainConfig(ModelOptions, DataOptions):
                                   const="outputs/cache", metavar="DIR")
     cache_views: int = setting(1, "run", "views per training image to keep: 1 = as it is, more = "
                                "augmented", type=positive_int)
+    save_head_only: bool = setting(False, "run", "leave the frozen backbone out of the checkpoints, which "
+                                   "are then small; who loads one gets the backbone as --weights does, and "
+                                   "its hash is checked",
+                                   action="store_true", dinov2_only=True)
     compile: bool = setting(False, "run", "torch.compile backbone and head: minutes at the start, faster "
                             "steps, above all on a GPU", action="store_true")
     amp: str = setting("auto", "run", "autocast: auto = what the device is good at", kind="amp")
@@ -253,8 +259,12 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
 # What two or more recipes share.
+# The configurations published beside the heads: dl.fbaipublicfiles.com/dinov2/dinov2_vits14/
+# dinov2_vits14_voc2012_linear_config.py and ..._ms_config.py. What differs is in docs/training.md.
 DINOV2_PROTOCOL = dict(dataset="voc", backbone="dinov2_vits14", head="bn", unfreeze=0, lr=1e-3,
-                       weight_decay=1e-3, augment=("crop", "flip"), batch_size=16, epochs=60)
+                       weight_decay=1e-4, scheduler="linear", batch_size=16, steps=40_000, epochs=40)
+DINOV2_FROZEN = dict(backbone="dinov2_vits14", head="bn", unfreeze=0, lr=1e-3, weight_decay=1e-3,
+                     scheduler="cosine")
 SMALL_BASELINE = dict(weights="none", normalize="none", imgsz=(64, 64), lr=1e-3, weight_decay=0.01,
                       scheduler="exponential", batch_size=64, epochs=30)
 
@@ -269,9 +279,11 @@ RECIPES = {
                        head="bn", unfreeze=0, imgsz=(640, 640), lr=1e-4, scheduler="none", batch_size=8,
                        epochs=30)),
     "voc-linear": ("VOC 2012, frozen ViT-S/14, BN + 1x1 conv on the last block: DINOv2's linear protocol",
-                   dict(DINOV2_PROTOCOL, imgsz=(512, 512), layers=(-1,), scheduler="poly")),
+                   dict(DINOV2_PROTOCOL, imgsz=(512, 512), layers=(-1,),
+                        augment=("crop-linear", "flip", "photometric"))),
     "voc-ms": ("VOC 2012, frozen ViT-S/14, BN + 1x1 conv on four blocks: DINOv2's multi-scale protocol",
-               dict(DINOV2_PROTOCOL, imgsz=(640, 640), layers=(-4, -3, -2, -1), scheduler="cosine")),
+               dict(DINOV2_PROTOCOL, imgsz=(640, 640), layers=(-4, -3, -2, -1),
+                    augment=("crop-ms", "flip", "photometric"))),
     "voc-unet": ("VOC 2012, ViT-B/14 with its last block trained, U-Net decoder, Lovasz-Softmax",
                  dict(dataset="voc", backbone="dinov2_vitb14", head="unet", unfreeze=1, backbone_lr_scale=1.0,
                       imgsz=(518, 518), loss="lovasz", lr=1e-4, weight_decay=0.01, scheduler="none",
@@ -284,6 +296,12 @@ RECIPES = {
                 dict(SMALL_BASELINE, dataset="pet", arch="fcn_resnet50")),
     "pet-segformer": ("Oxford-IIIT Pet, SegFormer-B0 from scratch (or --weights auto), 64x64",
                       dict(SMALL_BASELINE, dataset="pet", arch="segformer_b0")),
+    "pet-dinov2": ("Oxford-IIIT Pet at full size, frozen ViT-S/14 + bn: the sibling of pet-fcn",
+                   dict(DINOV2_FROZEN, dataset="pet", imgsz=(448, 448), batch_size=16, epochs=30)),
+    "cityscapes-dinov2": ("Cityscapes at half its size, ViT-S/14 with its last two blocks trained (or "
+                          "--unfreeze 0)",
+                          dict(DINOV2_FROZEN, dataset="cityscapes", imgsz=(518, 1036), unfreeze=2, lr=1e-4,
+                               augment=("crop", "flip", "photometric"), batch_size=8, epochs=60)),
     "cityscapes-fcn": ("Cityscapes, FCN-ResNet50 from scratch (or --weights auto), 64x64",
                        dict(SMALL_BASELINE, dataset="cityscapes", arch="fcn_resnet50")),
     "cityscapes-segformer": ("Cityscapes, SegFormer-B0 from scratch (or --weights auto), 64x64",

@@ -89,6 +89,25 @@ def voc(root, options, download):
     return DataSource("voc", VOC, splits, index_table(21))
 
 
+def voc_aug(root, options, download):
+    """Pascal VOC 2012 with the extra annotations of SBD (trainaug): 10,582 train, 1,449 val, 21 classes.
+
+    Hariharan et al., Semantic Contours from Inverse Detectors, ICCV 2011. Never downloaded: SBD is not under
+    one public address.
+    """
+    source = voc(root, options, download)
+    base = source.splits["val"][0].image.parents[1]
+    lists = [base / f"ImageSets/Segmentation/{name}.txt" for name in ("trainaug", "train_aug")]
+    found = next((path for path in lists if path.is_file()), None)
+    if found is None or not (base / "SegmentationClassAug").is_dir():
+        missing = "ImageSets/Segmentation/trainaug.txt" if found is None else "SegmentationClassAug"
+        raise InputError(f"no {missing} in {base}: put the list of 10,582 names there and their masks, one "
+                         "PNG each, into SegmentationClassAug, or train on the 1,464 images of --dataset voc")
+    names = [line.split()[0].rsplit("/", 1)[-1].removesuffix(".jpg") for line in read_list(found)]
+    train = listed(base, names, "JPEGImages/{}.jpg", "SegmentationClassAug/{}.png")
+    return dataclasses.replace(source, name="voc-aug", splits={**source.splits, "train": train})
+
+
 def download_voc(root, allowed):
     """Download and unpack VOC 2012 into `root`, return its folder. Raises InputError: what goes where."""
     from torchvision.datasets import VOCSegmentation
@@ -224,6 +243,7 @@ def ade20k(root, options, download):
 DATASETS = {
     "streets": (streets, STREETS),
     "voc": (voc, VOC),
+    "voc-aug": (voc_aug, VOC),
     "camvid": (camvid, CAMVID),
     "aeroscapes": (aeroscapes, AEROSCAPES),
     "pet": (pet, PET),
@@ -278,8 +298,8 @@ def check_trainable(source):
 
 def without_leaks(source):
     """Return a DataSource that trains on no validation or test image, with a note where it did."""
-    val = {*source.splits.get("val", []), *source.splits.get("test", [])}
-    kept = [sample for sample in source.splits["train"] if sample not in val]
+    val = {sample.image for split in ("val", "test") for sample in source.splits.get(split, [])}
+    kept = [sample for sample in source.splits["train"] if sample.image not in val]
     leaks = len(source.splits["train"]) - len(kept)
     if not leaks:
         return source

@@ -23,6 +23,7 @@ from utils import Precision
 MAX_GRAD_NORM = 1.0
 MOMENTUM = 0.937  # of sgd
 WARMUP = 0.05  # share of all steps in which cosine and poly rise to the full rate
+DINOV2_WARMUP = 1500 / 40_000  # that of DINOv2's published heads
 LOG_EVERY = 10  # steps between two looks at the loss; looking makes the GPU wait
 
 
@@ -59,9 +60,14 @@ def poly(step, total_steps, steps_per_epoch):
     return warmed_up(step, total_steps, lambda progress: (1 - progress) ** 0.9)
 
 
-def warmed_up(step, total_steps, after):
-    """Rise linearly to 1 in WARMUP of the steps, then follow after(progress), progress 0..1."""
-    warmup = max(1, round(WARMUP * total_steps))
+def linear(step, total_steps, steps_per_epoch):
+    """Linear warm-up in 3.75 % of the steps, then straight down to 0, as DINOv2's published heads."""
+    return warmed_up(step, total_steps, lambda progress: 1 - progress, DINOV2_WARMUP)
+
+
+def warmed_up(step, total_steps, after, share=WARMUP):
+    """Rise linearly to 1 in a share of the steps, then follow after(progress), progress 0..1."""
+    warmup = max(1, round(share * total_steps))
     if step < warmup:
         return (step + 1) / warmup
     return after(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
@@ -76,6 +82,7 @@ def cosine_between(start, end, progress):
 SCHEDULERS = {
     "cosine": cosine,
     "poly": poly,
+    "linear": linear,
     "exponential": exponential,
     "onecycle": onecycle,
     "none": constant,

@@ -35,10 +35,11 @@ from tqdm import tqdm
 import engine
 import utils
 import visualize
-from checkpoint import Run, read_checkpoint
+from checkpoint import Run, load_head, read_checkpoint
 from dataio.dataloader import make_loader, naming_files
 from dataio.feature_cache import cache_features, check_cacheable
 from dataio.stratify import count_pixels
+from dataio.transforms import AUGMENTS
 from datasets import SegmentationDataset, check_trainable, load_data
 from distributed import init_distributed, is_main_process, main_process_first, rank, world_size
 from losses import Criterion, check_class_weights, class_weights
@@ -52,9 +53,14 @@ SHOWN = 4  # validation images drawn after every epoch
 # --- the parts of a run -----------------------------------------------------------------------------------
 def build_training(config, num_classes, device):
     """Return the model and the Optimization that a TrainConfig describes; the schedule is not known yet."""
-    weights = "none" if config.resume else config.weights  # last.pth brings its own
+    brought = config.resume and not config.save_head_only  # last.pth brings its own
+    weights = "none" if brought else config.weights
     with main_process_first():  # it may download
-        model = build_model(ModelSpec.of(config, num_classes), weights, config.unfreeze).to(device)
+        model = build_model(ModelSpec.of(config, num_classes), weights, config.unfreeze)
+    if config.head_weights and not config.resume:
+        trained_on = load_head(model, config.head_weights)
+        print(f"the head starts from {config.head_weights}, trained on {', '.join(trained_on)}")
+    model = model.to(device)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     lr_scale = engine.backbone_scale(config.backbone_lr_scale)
@@ -107,13 +113,19 @@ def build_objective(config, model, criterion):
     return trained, objective
 
 
-def check_effects(given, model, cached):
+def check_effects(given, config, model):
     """Raise InputError for flags in `given` that this model would make no use of, or that do not fit it."""
-    if cached:
+    if config.cache_features:
         check_cacheable(model)
     if model.head.own_loss and {"loss", "class_weights"} & given.keys():
         raise InputError(f"--head {model.spec.head} has a loss of its own: leave out --loss and "
                          "--class-weights")
+    crops = [name for name in config.augment if AUGMENTS[name].resizes]
+    if len(crops) > 1:
+        raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
+    if "save_head_only" in given and (model.backbone.trains() or not model.backbone.pretrained):
+        raise InputError("--save-head-only leaves out a backbone that can be had again, and this one "
+                         f"{'trains' if model.backbone.trains() else 'is random'}: leave it out")
     if "backbone_lr_scale" in given and not model.backbone.trains():
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
 
@@ -220,7 +232,7 @@ def main():
     check_trainable(data)
     utils.seed_everything(config.seed)
     model, optimization = build_training(config, len(data.classes), device)
-    check_effects(given, model, config.cache_features)
+    check_effects(given, config, model)
     folder = utils.RunFolder(out_dir, config.resume)
     origin = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
     run = Run(dataclasses.asdict(config), data, model, optimization, folder, origin)

@@ -68,28 +68,26 @@ class Augmentation:
 class ScaleCrop(Augmentation):
     """Scale by 0.5 to 2 times what fits into --imgsz, then crop.
 
-    scale: range of the factor. base: what it is a factor of, the size at which the image just fits into the
-    run's (fit), at which its short side has the run's (short), or its own (native). max_share: the crop is
-    drawn anew, up to ten times, while one class has more of its counted pixels, or one class all of them.
-    Pixels beyond the image are PADDING_COLOR, mask 255. The result has the size of the run.
+    scale: range of the factor on the size at which the image just fits into the run's or, with `covers`, just
+    covers it. max_share: the crop is drawn anew, up to ten times, while one class has more of its counted
+    pixels. Pixels beyond the image are PADDING_COLOR, mask 255. The result has the size of the run.
     """
 
     scale: tuple = (0.5, 2.0)
-    base: str = "fit"
+    covers: bool = False
     max_share: float = 1.0
     resizes = True
 
     @property
     def zoom(self):
-        """The largest factor; of an image's own size, beyond any."""
-        return 2.0 ** 15 if self.base == "native" else self.scale[1]
+        """The largest factor."""
+        return self.scale[1]
 
     def __call__(self, image, mask, size):
         """(3, H, W), (H, W) -> (3, *size), (*size)."""
         height, width = image.shape[-2:]
         fits = size[0] / height, size[1] / width
-        base = {"fit": min(fits), "short": max(fits), "native": 1.0}[self.base]
-        factor = base * torch.empty(1).uniform_(*self.scale).item()
+        factor = (max if self.covers else min)(fits) * torch.empty(1).uniform_(*self.scale).item()
         scaled = max(1, round(height * factor)), max(1, round(width * factor))
         image, mask = resize_image(image, scaled), resize_mask(mask, scaled)
         fill = {tv_tensors.Image: PADDING_COLOR, tv_tensors.Mask: IGNORE}
@@ -105,7 +103,7 @@ class ScaleCrop(Augmentation):
 class LinearCrop(ScaleCrop):
     """Scale by 0.5 to 2 times what fills --imgsz, then crop: DINOv2's linear protocol."""
 
-    base: str = "short"
+    covers: bool = True
     max_share: float = 0.75
 
 
@@ -114,14 +112,6 @@ class MultiScaleCrop(LinearCrop):
     """Scale by 1 to 3 times what fills --imgsz, then crop: DINOv2's multi-scale protocol."""
 
     scale: tuple = (1.0, 3.0)
-
-
-@dataclass(frozen=True)
-class NativeCrop(ScaleCrop):
-    """Scale an image by 0.5 to 2 times its own size, then crop: large images, at the scale they have."""
-
-    base: str = "native"
-    max_share: float = 0.75
 
 
 def is_mixed(mask, max_share):
@@ -218,7 +208,6 @@ AUGMENTS = {
     "crop": ScaleCrop(),
     "crop-linear": LinearCrop(),
     "crop-ms": MultiScaleCrop(),
-    "crop-native": NativeCrop(),
     "flip": Flip(),
     "color": ColorJitter(),
     "photometric": PhotometricDistortion(),

@@ -13,9 +13,10 @@ import evaluate
 import export
 import train
 import utils
-from checkpoint import data_options, load_model, pack_checkpoint, read_checkpoint
+from checkpoint import data_options, hash_backbone, load_model, pack_checkpoint, read_checkpoint
 from config import InputError
 from model import ModelSpec
+from models.backbones import build_backbone
 from models.baselines import BASELINES
 from models.heads import HEADS, BNHead
 
@@ -215,3 +216,83 @@ def test_the_data_of_a_checkpoint_are_those_of_its_run():
     assert (other.dataset, other.data_root, other.classes) == ("voc", "data", ())
     with pytest.raises(InputError, match="does not say what it was trained on"):
         data_options({})
+
+
+# --- heads alone ------------------------------------------------------------------------------------------
+@pytest.fixture
+def backbone_file(tmp_path):
+    """A weights file of vit_tiny: a backbone that can be had again."""
+    path = tmp_path / "backbone.pth"
+    torch.save(build_backbone("vit_tiny", "none", 4).net.state_dict(), path)
+    return path
+
+
+def test_a_head_alone_is_the_whole_model_on_its_backbone_and_on_no_other(tmp_path, run, backbone_file):
+    data, whole, alone = write_folder(tmp_path / "data", count=6), tmp_path / "whole", tmp_path / "alone"
+    flags = ["--dataset", "folder", "--data-root", data, "--imgsz", 30, 44, "--epochs", 2, "--workers", 0]
+    flags += ["--backbone", "vit_tiny", "--weights", backbone_file]
+    assert run(train, *flags, "--out-dir", whole)[0] == 0
+    flags.append("--save-head-only")
+    assert run(train, *flags, "--epochs", 1, "--scheduler", "none", "--out-dir", tmp_path / "other")[0] == 0
+    assert run(train, *flags, "--out-dir", alone)[0] == 0
+    best, images = alone / "best_model_iou.pth", random_images(2, 3, 30, 44)
+    assert 20 * best.stat().st_size < (whole / "best_model_iou.pth").stat().st_size
+    models = [load_model(folder / "last.pth")[0] for folder in (whole, alone)]
+    assert torch.equal(*(model(images) for model in models))
+    assert run(evaluate, "--model", best, "--out-dir", alone)[0] == 0
+
+    code, text, _ = run(train, "--resume", "--epochs", 3, "--out-dir", alone)
+    assert code == 0 and "resumed after epoch 2" in text
+    assert run(train, "--resume", "--epochs", 3, "--out-dir", whole)[0] == 0
+    models = [load_model(folder / "last.pth")[0] for folder in (whole, alone)]
+    assert torch.equal(*(model(images) for model in models))
+
+    state = torch.load(backbone_file)
+    torch.save({**state, "mask_token": torch.ones(1, 3)}, tmp_path / "more.pth")
+    state["norm.bias"] = state["norm.bias"] + 1e-3
+    torch.save(state, backbone_file)
+    code, _, err = run(evaluate, "--model", best, "--out-dir", alone)
+    assert code == 2 and "holds a head for vit_tiny with other weights" in err and err.count("\n") == 1
+    assert "with other weights" in run(train, "--resume", "--epochs", 4, "--out-dir", alone)[2]
+    backbone_file.unlink()
+    code, _, err = run(evaluate, "--model", best, "--out-dir", alone)
+    assert code == 2 and f"{backbone_file}, the weights of its backbone, is not here" in err
+
+
+def test_a_mask_token_is_no_part_of_a_backbones_hash():
+    state = tiny().backbone.state_dict()
+    assert hash_backbone(state) == hash_backbone({**state, "net.mask_token": torch.ones(3)})
+    assert hash_backbone(state) != hash_backbone({**state, "net.norm.bias": state["net.norm.bias"] + 1})
+
+
+def test_a_head_starts_from_a_trained_one(tmp_path, run, backbone_file):
+    """With a learning rate of almost nothing, the head that was trained comes out again."""
+    data = write_folder(tmp_path / "data", count=6)
+    flags = ["--dataset", "folder", "--data-root", data, "--imgsz", 30, 44, "--epochs", 1, "--workers", 0]
+    flags += ["--backbone", "vit_tiny", "--weights", backbone_file]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(train, *flags, "--save-head-only", "--out-dir", first)[0] == 0
+    for file in (first / "last.pth", second / "last.pth"):  # a head alone, and a whole model
+        start = ["--head-weights", file, "--lr", 1e-12, "--seed", 5, "--out-dir", second]
+        code, text, err = run(train, *flags, *start)
+        assert code == 0 and "trained on background, class 1" in text, err
+        heads = [load_model(folder / "last.pth")[0].head.conv_seg.weight for folder in (first, second)]
+        assert torch.allclose(*heads, atol=1e-6)
+    for wrong, said in (
+        (["--head", "linear"], "is of bn, and --head is linear"),
+        (["--weights", "none"], "with other weights"),
+        (["--layers", "3", "4"], "does not fit the model"),
+        (["--head-weights", "nowhere.pth"], "nowhere.pth does not exist"),
+    ):
+        code, _, err = run(train, *flags, "--head-weights", first / "last.pth", *wrong, "--out-dir", tmp_path)
+        assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--weights", "none"], "one is random"), (["--unfreeze", "1"], "one trains")]
+)
+def test_a_head_is_not_saved_alone_where_its_backbone_is_lost(flags, said, tmp_path, run, backbone_file):
+    data = write_folder(tmp_path / "data", count=4)
+    flags = ["--backbone", "vit_tiny", "--weights", backbone_file, "--save-head-only", *flags]
+    code, _, err = run(train, "--dataset", "folder", "--data-root", data, *flags, "--out-dir", tmp_path)
+    assert code == 2 and said in err and err.count("\n") == 1

@@ -10,7 +10,9 @@ import pytest
 from conftest import ROOT
 
 from config import RECIPES, REGISTRIES, InputError, TrainConfig, count_of, names, parse_train_args, resolve
+from dataio.transforms import AUGMENTS
 from datasets import DATASETS
+from engine import lr_lambda
 
 
 def test_explicit_flags_beat_the_recipe_and_the_recipe_beats_the_defaults():
@@ -124,6 +126,12 @@ def test_another_recipe_is_refused_on_resume():
     ("flags", "reason"),
     [
         (["--dataset", "voc", "--classes", "a", "b"], "--classes names the classes of a folder"),
+        (["--fold", "1/5", "--dataset", "camvid"], "--fold has no effect, camvid has a validation part"),
+        (["--fold", "1/5", "--val-fraction", "0.3", "--dataset", "folder"], "leave out --val-fraction"),
+        (["--aux-weight", "0.4"], "--aux-weight belongs to fcn_resnet50 and deeplabv3_resnet101"),
+        (["--aux-weight", "0.4", "--arch", "segformer_b0"], "segformer_b0 has no auxiliary classifier"),
+        (["--steps", "3", "--epochs", "4"], "--steps 3 is less than one for each of the 4 epochs"),
+        (["--head-weights", "x", "--arch", "segformer_b0"], "--head-weights belongs to --arch dinov2"),
         (["--dataset", "voc", "--val-fraction", "0.3"], "--val-fraction has no effect.*add --resplit"),
         (["--augment", "none", "flip"], "--augment none stands alone"),
     ],
@@ -163,8 +171,8 @@ RECIPE_TABLE = {  # data set, model, unfreeze, loss, optimizer, schedule, size, 
     "cityscapes-fcn": "cityscapes fcn_resnet50 all ce adamw exponential 64 64 30",
     "cityscapes-segformer": "cityscapes segformer_b0 all ce adamw exponential 64 64 30",
     "drone-deeplab": "aeroscapes deeplabv3_resnet101 all focal+dice sgd onecycle 512 8 80",
-    "voc-linear": "voc dinov2_vits14+bn 0 ce adamw poly 512 16 60",
-    "voc-ms": "voc dinov2_vits14+bn 0 ce adamw cosine 640 16 60",
+    "voc-linear": "voc dinov2_vits14+bn 0 ce adamw linear 512 16 40",
+    "voc-ms": "voc dinov2_vits14+bn 0 ce adamw linear 640 16 40",
     "demo": "streets vit_tiny+bn all ce adamw cosine 224 16 10",
 }
 
@@ -181,6 +189,35 @@ def test_recipes_are_those_of_the_write_ups():
     assert drone.resplit and drone.accumulate == 2 and drone.weights == "auto" and drone.val_fraction == 0.2
     assert resolve({"recipe": "voc-unet"}).lr == resolve({"recipe": "aeroscapes-deconv"}).lr == 1e-4
     assert resolve({"recipe": "pet-fcn"}).normalize == "none"
+
+
+def test_dinov2_recipes_follow_the_published_configurations():
+    """dinov2_vits14_voc2012_{linear,ms}_config.py: 40,000 iterations of 16 images, AdamW 1e-3, decay 1e-4."""
+    for name, scale, side in (("voc-linear", (0.5, 2.0), 512), ("voc-ms", (1.0, 3.0), 640)):
+        c = resolve({"recipe": name})
+        assert (c.steps, c.batch_size, c.lr, c.weight_decay) == (40_000, 16, 1e-3, 1e-4)
+        crop = AUGMENTS[c.augment[0]]
+        assert (crop.scale, crop.covers, crop.max_share, c.imgsz) == (scale, True, 0.75, (side, side))
+        assert c.augment[1:] == ("flip", "photometric")
+        factor = lr_lambda(c.scheduler, 40_000, 1000)
+        assert factor(1499) == 1 and factor(0) == pytest.approx(1 / 1500) and factor(39_999) < 1e-4
+        assert factor(1500 + 38_500 // 2) == pytest.approx(0.5)  # a straight line
+    assert resolve({"recipe": "voc-ms", "epochs": 3}).steps == 0  # three passes over the images
+    assert resolve({"recipe": "voc-ms", "epochs": 3, "steps": 9}).steps == 9
+
+
+@pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "1", "a/b", "1/5/2", "5/-1", ""])
+def test_folds_that_do_not_exist_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        parse_train_args(["--fold", text])
+    assert "is not I/N" in capsys.readouterr().err
+
+
+def test_a_run_of_steps_keeps_its_epochs_when_resumed():
+    saved = {**dataclasses.asdict(TrainConfig()), "steps": 60, "epochs": 3}
+    with pytest.raises(InputError, match="--epochs cannot change, the run to resume has 60 steps in 3"):
+        resolve({"epochs": 4, "resume": True}, saved)
+    assert resolve({"epochs": 3, "resume": True}, saved).steps == 60
 
 
 def test_augment_none_is_empty():

@@ -68,6 +68,29 @@ def test_sampler_sees_every_image_once_an_epoch():
     assert {item // 50 for item in items} == {4} and items != sorted(items)
 
 
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize(("length", "per_epoch"), [(5, 12), (7, 3), (6, 6), (1, 4), (50, 33)])
+def test_epochs_of_a_number_of_images_go_on_where_the_last_one_ended(length, per_epoch, processes):
+    """Together the epochs are whole passes: after n passes every image was seen n times, in new orders."""
+    parts = [EpochSampler(length, 3, rank, processes, per_epoch) for rank in range(processes)]
+    assert {len(part) for part in parts} == {-(-per_epoch // processes)}
+    seen = []
+    for epoch in range(length):  # so many images as `per_epoch` passes
+        for part in parts:
+            part.set_epoch(epoch)
+        lists = [list(part) for part in parts]
+        together = [item for group in zip(*lists, strict=True) for item in group]
+        seen += together[:per_epoch]
+        parts[0].set_epoch(epoch, skip=1)
+        assert list(parts[0]) == lists[0][1:]
+    assert sorted(item % length for item in seen) == sorted(list(range(length)) * per_epoch)
+    assert [item // length for item in seen] == sorted(item // length for item in seen)  # pass after pass
+    whole = EpochSampler(length, 3)
+    whole.set_epoch(1)
+    order = list(whole)  # of a pass is that of an epoch
+    assert seen[length:2 * length] == order[:len(seen) - length]
+
+
 def test_dataset_can_be_sent_to_spawned_workers(tmp_path):
     dataset = pickle.loads(pickle.dumps(small_dataset(tmp_path, augments=("flip",))))
     assert dataset[0][0].shape == (3, 32, 40)
@@ -108,6 +131,30 @@ def test_voc_is_found_in_every_tree_users_have(tmp_path, place):
     source = load("voc", tmp_path)
     assert len(source.splits["train"]) == len(source.splits["val"]) == 1
     assert len(source.classes) == 21 and source.table[20] == 20 and source.table[255] == 255
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("trainaug", "2008_000001"),
+    ("train_aug", "/JPEGImages/2008_000001.jpg /SegmentationClassAug/2008_000001.png"),
+])  # fmt: skip
+def test_the_extra_annotations_of_voc(tmp_path, name, line):
+    """More training images with masks of their own; a validation image in the list does not train, though
+    its mask there is another file.
+    """
+    write_voc(tmp_path)
+    with pytest.raises(InputError, match="no ImageSets/Segmentation/trainaug.txt in .* --dataset voc"):
+        load("voc-aug", tmp_path)
+    val = (tmp_path / "ImageSets/Segmentation/val.txt").read_text().split()[0]
+    (tmp_path / f"ImageSets/Segmentation/{name}.txt").write_text(f"{line}\n{val}\n")
+    with pytest.raises(InputError, match="no SegmentationClassAug in "):
+        load("voc-aug", tmp_path)
+    for stem in ("2008_000001", val):
+        write_pair(tmp_path / f"JPEGImages/{stem}.jpg", tmp_path / f"SegmentationClassAug/{stem}.png",
+                   blocks(45, 61, (0, 7)))  # fmt: skip
+    source = load("voc-aug", tmp_path)
+    assert [sample.mask.parent.name for sample in source.splits["train"]] == ["SegmentationClassAug"]
+    assert [sample.mask.parent.name for sample in source.splits["val"]] == ["SegmentationClass"]
+    assert source.name == "voc-aug" and "1 training image of validation or test" in source.notes[0]
 
 
 def test_voc_offline_says_which_file_goes_where(tmp_path, monkeypatch):

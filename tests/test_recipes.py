@@ -65,6 +65,7 @@ def test_a_recipe_runs_from_its_name_alone(name, imgsz, data_root, tmp_path, hub
     assert code == 0, err
     settings = json.loads((tmp_path / "out/config.json").read_text())
     resolved = dict(RECIPES[name][1], epochs=1, workers=0, batch_size=2, accumulate=2)
+    resolved |= dict(steps=0)  # --epochs alone means passes over the images
     resolved |= dict(imgsz=imgsz) if imgsz else {}
     for key, value in resolved.items():
         assert settings[key] == (list(value) if isinstance(value, tuple) else value) or key == "weights"

@@ -10,7 +10,7 @@ from PIL import Image
 from dataio import stratify
 from config import InputError
 from dataio.readers import Sample, index_table
-from dataio.stratify import count_pixels, share_table, stratified_split
+from dataio.stratify import count_pixels, share_table, stratified_fold, stratified_split
 
 
 def test_split_is_deterministic_disjoint_and_fair():
@@ -35,6 +35,22 @@ def test_small_splits_keep_both_parts(count, fraction, want):
     assert len(val) == want and len(train) == count - want
     with pytest.raises(InputError, match="one image"):
         stratified_split(np.ones((1, 2), np.int64), fraction)
+
+
+@pytest.mark.parametrize(("count", "folds"), [(20, 5), (23, 5), (6, 6), (7, 2)])
+def test_folds_score_every_image_once(count, folds):
+    """Each fold is as large as the others, and every class has its share in it."""
+    generator = np.random.default_rng(1)
+    pixels = generator.integers(1, 1000, (count, 3)) * (generator.random((count, 3)) < [1, 0.8, 0.6])
+    parts = [stratified_fold(pixels, number + 1, folds) for number in range(folds)]
+    assert sorted(image for _, val in parts for image in val) == list(range(count))
+    for train, val in parts:
+        assert sorted(train + val) == list(range(count)) and count // folds <= len(val) <= count // folds + 1
+    if count > 4 * folds - 1:
+        shares = np.array([pixels[val].sum(0) / pixels.sum(0) for _, val in parts])
+        assert np.abs(shares - 1 / folds).max() < 0.6 / folds
+    with pytest.raises(InputError, match="cannot be split into so many folds"):
+        stratified_fold(pixels, 1, count + 1)
 
 
 def test_the_last_images_of_rare_classes_are_shared():
