@@ -306,6 +306,8 @@ def benchmark_train(args):
     for row in rows:
         row["ratio"] = rows[0]["seconds"] / row["seconds"]
         row["epoch_ratio"] = rows[0]["epoch_s"] / row["epoch_s"]
+        ratios = [a / b for a, b in zip(seconds[rows[0]["name"]], seconds[row["name"]], strict=True)]
+        row["epoch_ratios"] = f"{min(ratios):.3g} to {max(ratios):.3g}"  # what the machine's noise makes
     return facts_of(args, device, images=len(train), epochs=args.epochs, backbone=args.backbone,
                     weights=args.weights, precision=str(utils.Precision("auto", device)), rows=rows)
 
@@ -439,6 +441,9 @@ def benchmark_evaluate(args):
 
 
 # --- infer ------------------------------------------------------------------------------------------------
+FLOAT32 = "torch, float32"  # the variant that all others are compared with
+
+
 class Kept:
     """A predictor that keeps what it predicted; never asked to stop."""
 
@@ -468,15 +473,18 @@ def benchmark_infer(args):
     """Segment a clip by a plain loop and by infer_video.py's pipeline, in every backend that is installed.
 
     model_share: end-to-end rate / rate of the network alone, measured just before and after; equal: share of
-    the pixels that are the plain loop's, which runs in float32.
+    the pixels that have the class which the same pipeline gives in float32 torch, so that it says what
+    precision and backend change. The plain loop resizes without antialiasing, which changes more.
     """
     if not args.input:
         raise InputError("--input is missing: give the clip to segment")
     VideoReader(args.input)  # says what is wrong with it before anything takes time
-    backends = ["torch", *[name for name in BACKENDS if is_installed(name)]]
-    predictors = {name: Predictor(*load_model(args.model), args.device, backend=name) for name in backends
-                  if name == "torch" or utils.pick_device(args.device).type == "cpu"}
-    first = predictors["torch"]
+    device = utils.pick_device(args.device)
+    backends = ["torch", *[name for name in BACKENDS if is_installed(name) and device.type == "cpu"]]
+    first = Predictor(*load_model(args.model), device)
+    first.precision = utils.Precision("off", device)
+    predictors = {FLOAT32: first,
+                  **{name: Predictor(*load_model(args.model), device, backend=name) for name in backends}}
     table = [color for _, color in first.classes]
     kept, alone = {}, {name: [] for name in predictors}
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
@@ -505,18 +513,19 @@ def benchmark_infer(args):
         seconds = {
             name: statistics.median(spent) for name, spent in take_turns(variants, args.rounds).items()
         }
-    truth = kept["plain loop"]
+    truth = kept[FLOAT32].preds
     rows = []
     for name in ("plain loop", *predictors):
-        preds = truth if name == "plain loop" else kept[name].preds
+        preds = kept[name] if name == "plain loop" else kept[name].preds
         rate = len(truth) / seconds[name]
         own = statistics.median(alone[name]) if name in alone else float("nan")
         equal = sum(float((a == b).mean()) for a, b in zip(truth, preds, strict=True)) / len(truth)
         rows.append(dict(name=name, frames_per_s=rate, ratio=seconds["plain loop"] / seconds[name],
                          model_only=own, model_share=rate / own, equal=equal))
     return dict(clip=Path(args.input).name, frames=len(truth), imgsz=list(first.protocol.window),
-                batch_size=args.batch_size, device=str(first.device), precision=str(first.precision),
-                model=str(args.model), threads=torch.get_num_threads(), rows=rows)
+                batch_size=args.batch_size, device=str(device),
+                precision=str(utils.Precision("auto", device)), model=str(args.model),
+                threads=torch.get_num_threads(), rows=rows)
 
 
 # --- model ------------------------------------------------------------------------------------------------

@@ -53,8 +53,10 @@ def test_infer_compares_the_same_frames(tmp_path, run, monkeypatch):
     code, _, err = run(benchmark, "infer", *flags, "--input", clip, "--batch-size", 2)
     assert code == 0, err
     result = json.loads((tmp_path / "benchmark_infer.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["plain loop", "torch", "onnxruntime"]
-    assert result["frames"] == 7 and all(row["equal"] > 0.9 for row in result["rows"])
+    equal = {row["name"]: row["equal"] for row in result["rows"]}
+    assert list(equal) == ["plain loop", "torch, float32", "torch", "onnxruntime"]
+    assert result["frames"] == 7 and all(share > 0.9 for share in equal.values())
+    assert equal["torch, float32"] == 1 and equal["onnxruntime"] > 0.9999  # float32 too, the same pixels
     assert run(benchmark, "infer", *flags)[0] == 2  # which clip?
 
 
