@@ -290,7 +290,7 @@ class Run:
         self.settings, self.classes, self.folder = utils.finite(settings), data.classes, folder
         self.model, self.optimization, self.origins = model, optimization, origins or {}
         self.facts = dict(data.fingerprints(), processes=world_size())
-        self.train_images = len(data.splits["train"])
+        self.images = {split: len(samples) for split, samples in data.splits.items()}
         alone = settings["save_head_only"]
         self.backbone_sha256 = hash_backbone(model.backbone.state_dict()) if alone else None
         self.history, self.counts, self.step = [], None, 0
@@ -349,7 +349,7 @@ class Run:
         """Write config.json: all settings, what the run depends on, where it runs."""
         facts = dict(self.settings, **self.facts, **self.origins,
                      protocol=PROTOCOL.format(*self.settings["imgsz"]),
-                     class_names=[name for name, _ in self.classes], train_images=self.train_images,
+                     class_names=[name for name, _ in self.classes], images=self.images,
                      parameters=self.model.parameter_counts(),
                      **utils.run_facts(self.model.mean.device))
         text = json.dumps(facts, indent=1)

@@ -53,7 +53,7 @@ from models.weights import hash_files
 
 OF_METRICS = {"protocol", "records", "per_class"}
 OF_PROTOCOL = {"views", "imgsz", "precision", "split", "dataset", "model", "weights_sha256"}
-OF_CONFIG = {"seed", "epochs", "parameters", "arch", "backbone", "head", "device"}
+OF_CONFIG = {"seed", "epochs", "parameters", "arch", "backbone", "head", "device", "images"}
 OF_ROW = {"epoch", "seconds", "val_miou"}
 REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
 ROUNDS = 12  # timed forward passes of each model, after two that are not
@@ -308,7 +308,7 @@ def rows_of(columns, groups, measured):
         ("GFLOPs, one image", [number(value, ".2f") for value in flops]),
         ("latency, ms", [number(value, ".1f") for value in latency]),
         ("training, minutes", [number(value, ".1f") for value in minutes]),
-        ("training images", [joined(run.config.get("train_images") for run in runs) for runs in of_runs]),
+        ("training images", [joined(run.config["images"]["train"] for run in runs) for runs in of_runs]),
         ("epoch that was scored", [joined(run.epoch for run in column.runs) for column in columns]),
         ("scored as", list(map(joined, views))),
         ("trained on", [joined(run.config["device"] for run in runs) for runs in of_runs])]

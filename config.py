@@ -166,6 +166,10 @@ class DataOptions:
                             "stratified by class", action="store_true")
     ignore_background: bool = setting(False, "data", "leave the class called background out: its pixels are "
                                       "not counted", action="store_true")
+    train_images: int = setting(0, "data", "train on so many of the training images, drawn by --seed; 0 = "
+                                "all", type=non_negative_int)
+    seed: int = setting(0, "run", "seed of weights, order, augmentation and --train-images",
+                        type=non_negative_int)
 
 
 @dataclass
@@ -246,7 +250,6 @@ class TrainConfig(ModelOptions, DataOptions):
     compile: bool = setting(False, "run", "torch.compile backbone and head: minutes at the start, faster "
                             "steps, above all on a GPU", action="store_true")
     amp: str = setting("auto", "run", "autocast: auto = what the device is good at", kind="amp")
-    seed: int = setting(0, "run", "seed of weights, order and augmentation", type=non_negative_int)
     device: str = setting("auto", "run", "auto = cuda, else mps, else cpu; or a torch device such as cuda:1",
                           may_change=True)
     resume: bool = setting(False, "run", "continue from OUT_DIR/last.pth (--epochs may grow)",

@@ -6,6 +6,7 @@
 A new data set is one function that returns a DataSource, entered in DATASETS with its classes.
 """
 import dataclasses
+import random
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,20 @@ def split_anew(source, options, cache_dir):
     return dataclasses.replace(source, splits={**source.splits, **splits}, notes=source.notes + notes)
 
 
+def with_few(source, count, seed):
+    """Return a DataSource that trains on `count` of its training images, drawn at random; the others are the
+    part `unused`. Raises InputError where it has fewer.
+    """
+    train = source.splits["train"]
+    if count > len(train):
+        raise InputError(f"--train-images {count}: {source.name} has "
+                         f"{count_of(len(train), 'training image')}")
+    chosen = set(random.Random(seed).sample(range(len(train)), count))
+    parts = {split: [sample for index, sample in enumerate(train) if (index in chosen) == (split == "train")]
+             for split in ("train", "unused")}
+    return dataclasses.replace(source, splits={**source.splits, **parts})
+
+
 def without_background(source):
     """Return a DataSource in which the class called background is ignored. Raises InputError without one."""
     names = [name.lower() for name, _ in source.classes]
@@ -365,6 +380,8 @@ def load_data(options, cache_dir="outputs/cache", download=True):
     source = without_leaks(find_data(options, download))
     if options.resplit:
         source = split_anew(source, options, cache_dir)
+    if options.train_images:
+        source = with_few(source, options.train_images, options.seed)
     if options.ignore_background:
         source = without_background(source)
     quick_check(source)

@@ -89,7 +89,8 @@ def open_data(args, checkpoint):
         if listed or not options.classes and not options.ignore_background:
             options = dataclasses.replace(options, classes=() if listed else tuple(own))
     if options.dataset == "folder" and other != ("folder", root.resolve()):
-        data = load_data(dataclasses.replace(options, val_fraction=0, fold=(), resplit=False), cache_dir)
+        whole = dict(val_fraction=0, fold=(), resplit=False, train_images=0)
+        data = load_data(dataclasses.replace(options, **whole), cache_dir)
         if options.classes:
             shown = ", ".join([*options.classes[:3], *["..."] * (len(own) > 3)])
             print(f"no class list in {root}: mask values 0, 1, ... are read as {shown}, the model's classes")

@@ -305,6 +305,22 @@ def test_resplit_pools_all_images_and_shares_no_image(name, tmp_path):
     assert same.splits == again.splits
 
 
+def test_a_few_training_images_are_drawn_by_the_seed(tmp_path):
+    write_tree("aeroscapes", tmp_path, counts=(9, 3))
+    whole, drawn = load("aeroscapes", tmp_path), []
+    for seed in range(4):
+        few = load("aeroscapes", tmp_path, train_images=5, seed=seed)
+        train, unused = few.splits["train"], few.splits["unused"]
+        assert len(train) == 5 and sorted([*train, *unused]) == sorted(whole.splits["train"])
+        assert few.splits["val"] == whole.splits["val"]
+        assert few.fingerprints()["data_fingerprint"] == whole.fingerprints()["data_fingerprint"]
+        assert few.splits == load("aeroscapes", tmp_path, train_images=5, seed=seed).splits
+        drawn.append(tuple(train))
+    assert len(set(drawn)) > 1
+    with pytest.raises(InputError, match="--train-images 10: aeroscapes has 9 training images"):
+        load("aeroscapes", tmp_path, train_images=10)
+
+
 def test_validation_images_in_the_train_list_do_not_train(tmp_path):
     write_tree("aeroscapes", tmp_path)
     lists = tmp_path / "ImageSets"
