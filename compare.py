@@ -53,7 +53,7 @@ from models.weights import hash_files
 
 OF_METRICS = {"protocol", "records", "per_class"}
 OF_PROTOCOL = {"views", "imgsz", "precision", "split", "dataset", "model", "weights_sha256"}
-OF_CONFIG = {"seed", "epochs", "parameters", "arch", "backbone", "head", "device", "images"}
+OF_CONFIG = {"seed", "epochs", "weights", "parameters", "arch", "backbone", "head", "device", "images"}
 OF_ROW = {"epoch", "seconds", "val_miou"}
 REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
 ROUNDS = 12  # timed forward passes of each model, after two that are not
@@ -86,15 +86,16 @@ class Run:
         """What was trained, in words."""
         if not self.config:
             return self.model.name
-        if self.config["arch"] != "dinov2":
-            return self.config["arch"]
-        return f"{self.config['backbone']} + {self.config['head']}"
+        config, start = self.config, ", random weights" if self.config["weights"] == "none" else ""
+        if config["arch"] != "dinov2":
+            return config["arch"] + start
+        return f"{config['backbone']} + {config['head']}{start}"
 
-    def settings(self):
-        """Return all that the runs of one model share, as text."""
+    def settings(self, but=REPEATS):
+        """Return all settings `but` some as text, equal for the runs of one model."""
         if not self.config:
             return str(self.folder)
-        shared = {name: value for name, value in self.config.items() if name in FIELDS and name not in REPEATS
+        shared = {name: value for name, value in self.config.items() if name in FIELDS and name not in but
                   and (name in ("data_root", "epochs") or not FIELDS[name].metadata.get("may_change"))}
         protocol = self.metrics["protocol"]
         return repr((shared, self.model.name, [protocol[name] for name in ("views", "split", "dataset")]))
@@ -142,6 +143,11 @@ class Column:
     def mean(self, score):
         """Return the mean over the seeds of score(counts summed over the images)."""
         return np.mean([score(counts.sum(0)) for counts in self.counts], axis=0)
+
+    @property
+    def train_images(self):
+        """The number of training images, None where it is not known."""
+        return self.runs[0].config["images"]["train"] if self.runs[0].config else None
 
     @property
     def mious(self):
@@ -349,6 +355,9 @@ def heading(columns, groups, pattern, device):
              "the best and what ties with it",
              f"latency and GFLOPs (two per multiply-add) of one image on {device} "
              f"({utils.Precision('auto', device)})"]
+    if not pattern and any(run.metrics.get("sequences") for run in columns[0].runs):
+        lines.append("frames of a clip are alike, and these intervals are too narrow: --group-by REGEX takes "
+                     "them over drives or clips")
     if any("best" in run.epoch for column in columns for run in column.runs):
         lines.append("an epoch that was chosen on the images it is scored on scores a little too high: score "
                      "last.pth instead")
@@ -356,26 +365,58 @@ def heading(columns, groups, pattern, device):
 
 
 def draw(columns, path):
-    """Draw validation mIoU over epochs, all runs on one axis, beside the IoU of every class."""
+    """Draw validation mIoU over epochs, all runs on one axis, or the mIoU over the number of training images
+    where the models differ in it, beside the IoU of every class.
+    """
     names = columns[0].classes
     figure, (curves, bars) = visualize.new_figure(13, max(5, 1.5 + 0.28 * len(names)), columns=2)
+    if len({column.train_images for column in columns if column.train_images}) > 1:
+        draw_over_images(columns, curves)
+    else:
+        draw_over_epochs(columns, curves)
+    curves.grid(alpha=0.3)
     for place, column in enumerate(columns):
-        color, label = f"C{place % 10}", f"{column.name}: {column.miou:.3f}"
-        for run in column.runs:
-            epochs, mious = [row["epoch"] for row in run.history], [row["val_miou"] for row in run.history]
-            curves.plot(epochs, mious, "o-", ms=3, color=color, label=label)
-            label = None
+        color = f"C{place % 10}"
         ious = column.mean(lambda counts: scores_of_counts(counts)["iou"])
         positions = [id + 0.7 * ((place + 0.5) / len(columns) - 0.5) for id in range(len(names))]
         bars.barh(positions, ious, height=0.7 / len(columns), color=color, label=column.name)
-    curves.set(xlabel="epoch", ylabel="validation mIoU while training", ylim=(0, 1))
-    curves.xaxis.get_major_locator().set_params(integer=True)
-    curves.grid(alpha=0.3)
-    curves.legend(title="mIoU as scored")
     bars.set_yticks(range(len(names)), map(visualize.short, names))
     bars.set(xlabel="IoU as scored", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     bars.grid(alpha=0.3, axis="x")
     visualize.save_figure(figure, path)
+
+
+def draw_over_epochs(columns, axis):
+    """Plot the validation mIoU of every run over its epochs."""
+    for place, column in enumerate(columns):
+        label = f"{column.name}: {column.miou:.3f}"
+        for run in column.runs:
+            epochs, mious = [row["epoch"] for row in run.history], [row["val_miou"] for row in run.history]
+            axis.plot(epochs, mious, "o-", ms=3, color=f"C{place % 10}", label=label)
+            label = None
+    axis.set(xlabel="epoch", ylabel="validation mIoU while training", ylim=(0, 1))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(title="mIoU as scored")
+
+
+def draw_over_images(columns, axis):
+    """Plot mIoU over the number of training images, one line for the models that differ in it alone."""
+    lines = {}
+    for column in columns:
+        if column.train_images:
+            key = column.runs[0].settings(but={*REPEATS, "train_images"})
+            lines.setdefault(key, []).append(column)
+    for line in lines.values():
+        line.sort(key=lambda column: column.train_images)
+        images, mious = [column.train_images for column in line], [column.miou for column in line]
+        spreads = [statistics.stdev(column.mious) if len(column.mious) > 1 else 0 for column in line]
+        axis.errorbar(images, mious, spreads, fmt="o-", capsize=3, label=line[0].runs[0].name)
+    numbers = sorted({column.train_images for column in columns if column.train_images})
+    axis.set(xlabel="training images", ylabel="mIoU as scored, ± standard deviation over seeds", ylim=(0, 1),
+             xscale="log")
+    axis.set_xticks(numbers, map(str, numbers))
+    axis.minorticks_off()
+    axis.legend()
 
 
 def main():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_folder
+from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
@@ -58,7 +59,8 @@ def test_the_table_holds_what_was_scored_and_trained(runs, tmp_path, run):
     assert code == 0
     table = table_of((tmp_path / "compare.md").read_text())
     assert table_of(text) == table
-    assert {"ours (vit_tiny + bn)", "baseline (segformer_b0)"} == set(table[""])
+    ours, other = "ours (vit_tiny + bn, random weights)", "baseline (segformer_b0, random weights)"
+    assert {ours, other} == set(table[""])
     for place, title in enumerate(table[""]):
         of_model = [folder for name, folder in folders.items() if name.startswith(title.split()[0])]
         scores = [metrics_of(folder) for folder in of_model]
@@ -159,7 +161,11 @@ def test_groups_of_like_images_make_wider_intervals(tmp_path, run, unmeasured, t
         return table_of(text)["95 % interval"][0], text
 
     plain, text = interval(once)
-    assert "40 images, taken as independent" in text
+    assert "40 images, taken as independent" in text and "frames of a clip" not in text
+    path = once / "evaluation/metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sequences": 1}))
+    assert "frames of a clip are alike" in interval(once)[1]
+    assert "frames of a clip" not in interval(once, "--group-by", r"(\d+)")[1]
     grouped, text = interval(often, "--group-by", r"_(\d+)")
     assert grouped == plain and "40 groups by" in text
     low, high = map(float, interval(often)[0].split(" to "))
@@ -199,10 +205,33 @@ def test_folds_are_scored_together(runs, tmp_path, run):
     ious = np.diag(counts) / (counts.sum(0) + counts.sum(1) - np.diag(counts))
     table = table_of(text)
     assert code == 0 and table["mIoU"] == [f"{np.nanmean(ious):.3f}"] and table["seeds"] == ["1"]
-    assert "10 images" in text and table[""] == ["fold (vit_tiny + bn)"]
+    assert "10 images" in text and table[""] == ["fold (vit_tiny + bn, random weights)"]
     assert "the best of 2 on validation" in text and "scores a little too high" in text
     code, _, err = run(compare, *both, folders["ours-0"], "--out-dir", tmp_path)
     assert code == 2 and "the images that were scored (10 / 2) differ" in err
+
+
+def test_models_that_differ_in_their_number_of_images_make_a_curve(runs, tmp_path, run, monkeypatch):
+    """One line through all of a model's numbers of images, another for another model."""
+    data, folders = runs
+    few = tmp_path / "few"
+    flags = ("--dataset", "folder", "--data-root", data, *SHORT, *TINY, "--train-images", "3")
+    call(train, *flags, "--out-dir", few)
+    call(evaluate, "--model", few / "last.pth", "--out-dir", few)
+    lines, plain = [], Axes.errorbar
+
+    def errorbar(axis, images, mious, *args, **options):
+        lines.append((options["label"], images, mious))
+        return plain(axis, images, mious, *args, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    code, text, _ = run(compare, few, *folders.values(), "--out-dir", tmp_path)
+    table = table_of(text)
+    assert code == 0 and sorted(table["training images"]) == ["3", "8", "8"]
+    scores = [metrics_of(folder)["miou"] for folder in (few, folders["ours-0"], folders["ours-1"])]
+    wanted = ("vit_tiny + bn, random weights", [3, 8], [scores[0], np.mean(scores[1:])])
+    assert [line for line in lines if line[0] == wanted[0]] == [(*wanted[:2], pytest.approx(wanted[2]))]
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize(
