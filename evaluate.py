@@ -331,11 +331,12 @@ def main():
     scores = summarize(total, records, data.classes, groups)
     scores["interval_over"] = f"{len(set(groups))} groups by {args.group_by}" if args.group_by else "images"
     print_scores(scores)
-    _, scores["sequences"] = blocks_of(samples, 0.5)
-    if scores["sequences"] and not args.group_by:
-        print(f"note: {count_of(scores['sequences'], 'sequence')} of frames that look alike: the interval takes them "
+    _, sequences = blocks_of(samples, 0.5)
+    if sequences and not args.group_by:
+        print(f"note: {count_of(sequences, 'sequence')} of frames that look alike: the interval takes them "
               "as independent and is too narrow; --group-by REGEX takes it over drives or clips")
-    result = dict(protocol=described, **scores, confusion=total.counts.tolist(), records=records)
+    result = dict(protocol=described, **scores, sequences=sequences, confusion=total.counts.tolist(),
+                  records=records)
     write_results(out_dir, result, total, data.classes)
     print(f"written: {out_dir / 'metrics.json'}, per_class.csv, per_class_iou.png, confusion_matrix.png")
     if args.report:
