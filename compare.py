@@ -273,51 +273,46 @@ def measure(columns, device):
 
 
 # --- the table --------------------------------------------------------------------------------------------
-def rows_of(columns, groups, measured):
-    """Return the rows of the table: [(label, [cell of each column], whether the best ones are bold)].
+def score_rows(columns, groups):
+    """Return the rows [(label, [cell of each column])] of what was scored, the best in bold.
 
-    groups: the group of each image, as group_images returns; measured: as measure returns. A cell is text, or
-    a (value, text) of which the best value is bold: the largest, or the smallest where the label says so.
+    groups: the group of each image, as group_images returns.
     """
-    grouped = [[sum_groups(counts, groups) for counts in column.counts] for column in columns]
-    best = grouped[0]
-    intervals, against = [], []
-    for counts in grouped:
-        intervals.append("{:.3f} to {:.3f}".format(*bootstrap_interval(counts)))
-        found = paired_bootstrap(best, counts)
-        tie = found["low"] <= 0 <= found["high"]
-        against.append("best" if counts is best else ("tie, " if tie else "")
-                       + f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})")
-    tied = [text.startswith(("best", "tie")) for text in against]
+    tables = [[sum_groups(counts, groups) for counts in column.counts] for column in columns]
+    intervals = ["{:.3f} to {:.3f}".format(*bootstrap_interval(counts)) for counts in tables]
+    found = [paired_bootstrap(tables[0], counts) for counts in tables]
+    ties = [row["low"] <= 0 <= row["high"] for row in found]
+    against = ["best", *("tie, " * tie + "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row)
+                         for row, tie in zip(found[1:], ties[1:], strict=True))]
     spreads = [f" ± {statistics.stdev(column.mious):.3f}" if len(column.mious) > 1 else ""
                for column in columns]
     mious = [f"{column.miou:.3f}{spread}" for column, spread in zip(columns, spreads, strict=True)]
-    mious = [f"**{text}**" if tie else text for text, tie in zip(mious, tied, strict=True)]
-    rows = [("mIoU", mious), ("seeds", [str(len(column.counts)) for column in columns]),
-            ("95 % interval", intervals), ("against the best", against)]
-    sums = [[column.mean(lambda counts, key=key: scores_of_counts(counts)[key]) for column in columns]
-            for key in ("dice", "accuracy")]
-    boundaries = [mean_over_images(column.boundaries) for column in columns]
-    rows += [("boundary F1", highest(map(mean_of_known, boundaries))), ("mean Dice", highest(sums[0])),
-             ("pixel accuracy", highest(sums[1]))]
-    ious = np.array([column.mean(lambda counts: scores_of_counts(counts)["iou"]) for column in columns])
-    rows += [(f"IoU {name}", highest(ious[:, id])) for id, name in enumerate(columns[0].classes)]
-    flops, latency, parameters = measured
+    mious = [f"**{text}**" if tie else text for text, tie in zip(mious, ties, strict=True)]
+    scores = {key: np.array([column.mean(lambda counts, key=key: scores_of_counts(counts)[key])
+                             for column in columns]) for key in ("dice", "accuracy", "iou")}
+    boundaries = [mean_of_known(mean_over_images(column.boundaries)) for column in columns]
+    return [("mIoU", mious), ("seeds", [str(len(column.counts)) for column in columns]),
+            ("95 % interval", intervals), ("against the best", against), ("boundary F1", highest(boundaries)),
+            ("mean Dice", highest(scores["dice"])), ("pixel accuracy", highest(scores["accuracy"])),
+            *((f"IoU {name}", highest(scores["iou"][:, id])) for id, name in enumerate(columns[0].classes))]
+
+
+def cost_rows(columns, flops, latency, parameters):
+    """Return the rows [(label, [cell of each column])] of what the models are and cost, as measure says."""
     of_runs = [[run for run in column.runs if run.config] for column in columns]
     trained = [runs[0].config["parameters"][0] / 1e6 if runs else math.nan for runs in of_runs]
     seconds = [[sum(row["seconds"] for row in run.history) for run in runs] for runs in of_runs]
     minutes = [statistics.mean(each) / 60 if each else math.nan for each in seconds]
     views = [[run.metrics["protocol"]["views"] for run in column.runs] for column in columns]
-    return rows + [
-        ("parameters trained, M", [number(value, ".3f") for value in trained]),
-        ("parameters, M", [number(value, ".2f") for value in parameters]),
-        ("GFLOPs, one image", [number(value, ".2f") for value in flops]),
-        ("latency, ms", [number(value, ".1f") for value in latency]),
-        ("training, minutes", [number(value, ".1f") for value in minutes]),
-        ("training images", [joined(run.config["images"]["train"] for run in runs) for runs in of_runs]),
-        ("epoch that was scored", [joined(run.epoch for run in column.runs) for column in columns]),
-        ("scored as", list(map(joined, views))),
-        ("trained on", [joined(run.config["device"] for run in runs) for runs in of_runs])]
+    return [("parameters trained, M", [number(value, ".3f") for value in trained]),
+            ("parameters, M", [number(value, ".2f") for value in parameters]),
+            ("GFLOPs, one image", [number(value, ".2f") for value in flops]),
+            ("latency, ms", [number(value, ".1f") for value in latency]),
+            ("training, minutes", [number(value, ".1f") for value in minutes]),
+            ("training images", [joined(run.config["images"]["train"] for run in runs) for runs in of_runs]),
+            ("epoch that was scored", [joined(run.epoch for run in column.runs) for column in columns]),
+            ("scored as", list(map(joined, views))),
+            ("trained on", [joined(run.config["device"] for run in runs) for runs in of_runs])]
 
 
 def number(value, form):
@@ -426,7 +421,7 @@ def main():
     columns = columns_of([read_run(Path(folder)) for folder in args.runs])
     groups = group_images(columns[0].names, args.group_by)
     utils.make_folder(args.out_dir)
-    rows = rows_of(columns, groups, measure(columns, device))
+    rows = score_rows(columns, groups) + cost_rows(columns, *measure(columns, device))
     text = heading(columns, groups, args.group_by, device) + markdown(columns, rows)
     out_dir = Path(args.out_dir)
     utils.write_atomically(out_dir / "compare.md", lambda path: path.write_text(text, encoding="utf-8"))
