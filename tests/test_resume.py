@@ -81,6 +81,7 @@ def send(number):
         (4, signal.SIGINT, ("--workers", 2)),
         (3, signal.SIGINT, ("--accumulate", 2, "--batch-size", 2)),
         (2, signal.SIGTERM, ("segformer",)),  # drops paths at random
+        (3, signal.SIGTERM, ("--steps", 8, "--train-images", 5)),  # an epoch ends within a pass
     ],
     ids=str,
 )
