@@ -360,21 +360,24 @@ def heading(columns, groups, pattern, device):
 
 
 def draw(columns, path):
-    """Draw validation mIoU over epochs, all runs on one axis, or the mIoU over the number of training images
-    where the models differ in it, beside the IoU of every class.
+    """Draw validation mIoU over epochs, all runs on one axis, beside the IoU of every class.
+
+    Where models differ in --train-images alone: mIoU over that number, beside the classes of the largest.
     """
-    names = columns[0].classes
+    names, lines = columns[0].classes, {}
+    for column in sorted(columns, key=lambda column: column.train_images or 0):
+        lines.setdefault(column.runs[0].settings(but={*REPEATS, "train_images"}), []).append(column)
     figure, (curves, bars) = visualize.new_figure(13, max(5, 1.5 + 0.28 * len(names)), columns=2)
-    if len({column.train_images for column in columns if column.train_images}) > 1:
-        draw_over_images(columns, curves)
+    if len(lines) < len(columns):
+        draw_over_images(list(lines.values()), curves)
+        columns = [line[-1] for line in lines.values()]
     else:
         draw_over_epochs(columns, curves)
     curves.grid(alpha=0.3)
     for place, column in enumerate(columns):
-        color = f"C{place % 10}"
         ious = column.mean(lambda counts: scores_of_counts(counts)["iou"])
         positions = [id + 0.7 * ((place + 0.5) / len(columns) - 0.5) for id in range(len(names))]
-        bars.barh(positions, ious, height=0.7 / len(columns), color=color, label=column.name)
+        bars.barh(positions, ious, height=0.7 / len(columns), color=f"C{place % 10}")
     bars.set_yticks(range(len(names)), map(visualize.short, names))
     bars.set(xlabel="IoU as scored", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     bars.grid(alpha=0.3, axis="x")
@@ -394,19 +397,15 @@ def draw_over_epochs(columns, axis):
     axis.legend(title="mIoU as scored")
 
 
-def draw_over_images(columns, axis):
-    """Plot mIoU over the number of training images, one line for the models that differ in it alone."""
-    lines = {}
-    for column in columns:
-        if column.train_images:
-            key = column.runs[0].settings(but={*REPEATS, "train_images"})
-            lines.setdefault(key, []).append(column)
-    for line in lines.values():
-        line.sort(key=lambda column: column.train_images)
+def draw_over_images(lines, axis):
+    """Plot mIoU over the number of training images; lines: [[Column of each number, smallest first], ...]."""
+    for place, line in enumerate(lines):
         images, mious = [column.train_images for column in line], [column.miou for column in line]
         spreads = [statistics.stdev(column.mious) if len(column.mious) > 1 else 0 for column in line]
-        axis.errorbar(images, mious, spreads, fmt="o-", capsize=3, label=line[0].runs[0].name)
-    numbers = sorted({column.train_images for column in columns if column.train_images})
+        label = f"{line[-1].runs[0].name}: {line[-1].miou:.3f}"
+        if images[0]:  # known
+            axis.errorbar(images, mious, spreads, fmt="o-", capsize=3, color=f"C{place % 10}", label=label)
+    numbers = sorted({column.train_images for line in lines for column in line if column.train_images})
     axis.set(xlabel="training images", ylabel="mIoU as scored, ± standard deviation over seeds", ylim=(0, 1),
              xscale="log")
     axis.set_xticks(numbers, map(str, numbers))

@@ -221,7 +221,7 @@ def test_models_that_differ_in_their_number_of_images_make_a_curve(runs, tmp_pat
     lines, plain = [], Axes.errorbar
 
     def errorbar(axis, images, mious, *args, **options):
-        lines.append((options["label"], images, mious))
+        lines.append((options["label"].split(":")[0], images, mious))
         return plain(axis, images, mious, *args, **options)
 
     monkeypatch.setattr(Axes, "errorbar", errorbar)
