@@ -28,7 +28,7 @@ from model import ModelSpec, build_model
 from models.backbones import TimmBackbone, create_timm
 from models.baselines import BASELINES
 from models.heads import HEADS
-from models.weights import hash_state, load_strictly, published_weights, torch_load
+from models.weights import INSTEAD, hash_state, load_strictly, published_weights, torch_load
 
 VERSION = 1  # of the checkpoint format
 PROTOCOL = "whole image resized to {}x{}, scored at the size of each mask, 255 ignored"  # of validation
@@ -134,7 +134,10 @@ def load_model(path, precise=False):
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
     if is_head_alone(checkpoint):
-        model = build_model(spec, backbone_weights(checkpoint, path))
+        try:
+            model = build_model(spec, backbone_weights(checkpoint, path))
+        except InputError as error:
+            raise InputError(f"{path} holds a head alone: {str(error).removesuffix(INSTEAD)}") from None
         state = with_backbone(checkpoint, model, path)
     else:
         try:
@@ -180,8 +183,7 @@ def backbone_weights(checkpoint, path):
     """Return the --weights with which a head alone was trained. Raises InputError where they are not here."""
     weights = checkpoint.get("config", {}).get("weights", "auto")
     if weights != "auto" and not Path(weights).is_file():
-        raise InputError(f"{path} holds a head alone, and {weights}, the weights of its backbone, is not "
-                         "here: put that file there")
+        raise InputError(f"the weights of its backbone, {weights}, are not here: put that file there")
     return weights
 
 
@@ -210,9 +212,11 @@ def load_head(model, path):
     for name, value in checkpoint["model"].items():
         part, _, inner = name.partition(".")
         parts.setdefault(part, {})[inner] = value
-    if (spec.arch, spec.head) != ("dinov2", model.spec.head):
-        raise InputError(f"--head-weights {path} is of {spec.head or spec.arch}, and --head is "
-                         f"{model.spec.head}: name a file of the same head")
+    for flag in ("head", "layers", "normalize"):
+        theirs, ours = getattr(spec, flag) or spec.arch, getattr(model.spec, flag)
+        if theirs != ours:
+            raise InputError(f"--head-weights {path} was trained with --{flag} {theirs}, and this run has "
+                             f"{ours}: give both the same")
     wanted = checkpoint.get("backbone_sha256") or hash_backbone(parts["backbone"])
     check_backbone(hash_backbone(model.backbone.state_dict()), wanted, spec, path)
     load_strictly(model.head, parts["head"], path)

@@ -1,17 +1,17 @@
 """Compare trained models on equal terms: one Markdown table and one picture, the best first.
 
-    for run in outputs/*; do python evaluate.py --model $run/last.pth --out-dir $run; done
-    python compare.py outputs/fcn outputs/segformer outputs/unet
+    for run in outputs/fcn outputs/unet; do python evaluate.py --model $run/last.pth --out-dir $run; done
+    python compare.py outputs/fcn outputs/unet
     python compare.py outputs/bn-0 outputs/bn-1 outputs/bn-2 outputs/fcn     # seeds of one model: one column
-    python compare.py outputs/* --group-by '^([^_]+)_'    # intervals over drives, whose frames are alike
+    python compare.py outputs/fcn outputs/unet --group-by '([a-z]+_[0-9]+)_' # intervals over sequences
 
 Reads what evaluate.py left in RUN_DIR/evaluation, and what train.py left in RUN_DIR where it did. Runs whose
-settings differ in --seed or --fold alone are one model: the mean over the seeds, the folds together. Models
-are ranked only where the same images were scored; the one with the best mIoU is compared with every other by
-a paired bootstrap, and where the 95 % interval of the difference holds 0, the two are a tie.
+settings differ in --seed or in the number of --fold alone are one model: the mean over the seeds, the folds
+together. Models are ranked only where the same images were scored; the one with the best mIoU is compared
+with every other by a paired bootstrap, and where the 95 % interval of the difference holds 0, the two tie.
 
 Writes compare.md and compare.png to --out-dir. Latency is measured now, on this machine, the models taking
-turns; GFLOPs count a multiplication and an addition as two.
+turns; GFLOPs count a multiplication and an addition as two; both are of one forward pass.
 """
 import os
 
@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -47,13 +48,13 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import FIELDS, InputError, count_of
-from metrics import (best_row, bootstrap_interval, counts_of, group_images, mean_of_known, mean_over_images,
-                     paired_bootstrap, scores_of_counts, sum_groups)
-from models.weights import hash_files
+from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images, mean_of_known,
+                     mean_over_images, paired_bootstrap, scores_of_counts, sum_groups)
+from models.weights import hash_model_file
 
 OF_METRICS = {"protocol", "records", "per_class"}
 OF_PROTOCOL = {"views", "imgsz", "precision", "split", "dataset", "model", "weights_sha256"}
-OF_CONFIG = {"seed", "epochs", "weights", "parameters", "arch", "backbone", "head", "device", "images"}
+OF_CONFIG = {"seed", "epochs", "weights", "parameters", "arch", "backbone", "head", "device"}
 OF_ROW = {"epoch", "seconds", "val_miou"}
 REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
 ROUNDS = 12  # timed forward passes of each model, after two that are not
@@ -77,7 +78,7 @@ class Run:
         """The epoch that was scored, and how it was chosen, in words."""
         if not self.history:
             return ""
-        if self.model.name == "last.pth":
+        if self.model.stem == "last":
             return f"{len(self.history)}, the last"
         return f"{best_row(self.history)['epoch']}, the best of {len(self.history)} on validation"
 
@@ -97,21 +98,26 @@ class Run:
             return str(self.folder)
         shared = {name: value for name, value in self.config.items() if name in FIELDS and name not in but
                   and (name in ("data_root", "epochs") or not FIELDS[name].metadata.get("may_change"))}
-        protocol = self.metrics["protocol"]
-        return repr((shared, self.model.name, [protocol[name] for name in ("views", "split", "dataset")]))
+        protocol, config = self.metrics["protocol"], self.config
+        scored = [protocol[name] for name in ("views", "split", "dataset")]
+        trained = [config.get(name) for name in ("processes", "data_fingerprint")]
+        return repr((shared, self.model.name, scored, trained, config.get("fold", ())[1:]))
 
 
 class Column:
     """One model of the table: its runs, and what they scored on every image.
 
-    counts: one (N, 3, K) array for every seed, pixels right, of truth, of prediction; names, boundaries
-    (N, K): of the N images, in the same order; boundaries are the means over the seeds.
+    names: of the N images; counts: one (N, 3, K) array for every seed, pixels right, of truth, of prediction,
+    in the same order; boundaries: the boundary F1 of each class, (K,), for every seed.
     """
 
     def __init__(self, runs):
         self.runs = runs
-        prefix = os.path.commonprefix([run.folder.name for run in runs]).rstrip("-_. ")
-        self.name = prefix or runs[0].name
+        names = [run.folder.name for run in runs]
+        prefix = os.path.commonprefix(names)
+        if len(runs) > 1:  # what the names share but for a number: bn of bn-10 and bn-11, bn518 of bn518-0
+            prefix = re.sub(r"([-_. ])[^-_. ]*$", r"\1", prefix)
+        self.name = prefix.rstrip("-_. ") or names[0]
         self.classes = [row["name"] for row in runs[0].metrics["per_class"]]
         seeds = {}
         for run in runs:
@@ -123,14 +129,14 @@ class Column:
                 raise InputError(f"{self.folders()} differ in --seed alone, but were not scored on the same "
                                  "images: give every seed the same folds")
         self.counts = [counts for _, counts, _ in tables]
-        self.boundaries = np.mean([boundaries for *_, boundaries in tables], axis=0)
+        self.boundaries = [mean_over_images(boundaries) for *_, boundaries in tables]
 
     def one_seed(self, runs):
         """Return (names, counts (N, 3, K), boundaries (N, K)) of the folds of a seed together."""
         records = [record for run in runs for record in run.metrics["records"]]
         if len({record["name"] for record in records}) < len(records):
-            raise InputError(f"{self.folders()} differ in nothing and scored the same images: they are one "
-                             "run, name it once")
+            raise InputError(f"{self.folders()} scored the same images and differ in --fold at most: name "
+                             "one of them, or score folds on the images that validated them")
         records.sort(key=lambda record: record["name"])
         counts = counts_of(records, len(self.classes))
         boundaries = np.array([record["boundary"] for record in records], float)  # null -> NaN
@@ -141,13 +147,13 @@ class Column:
         return ", ".join(str(run.folder) for run in self.runs)
 
     def mean(self, score):
-        """Return the mean over the seeds of score(counts summed over the images)."""
-        return np.mean([score(counts.sum(0)) for counts in self.counts], axis=0)
+        """Return the mean over the seeds of score(counts summed over the images), of those that are known."""
+        return mean_over_images(np.array([np.atleast_1d(score(counts.sum(0))) for counts in self.counts]))
 
     @property
     def train_images(self):
         """The number of training images, None where it is not known."""
-        return self.runs[0].config["images"]["train"] if self.runs[0].config else None
+        return self.runs[0].config.get("images", {}).get("train")
 
     @property
     def mious(self):
@@ -178,7 +184,18 @@ def check_keys(part, needed, path):
 
 
 def read_run(folder):
-    """Return the Run in a folder. Raises InputError where it was not scored, or trained on since."""
+    """Return the Run in a folder. Raises InputError where it was not scored, or trained on since, and where
+    a file of it is damaged.
+    """
+    try:
+        return read_files(folder)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: evaluation/metrics.json or config.json was made by hand or is damaged "
+                         f"({type(error).__name__}: {error}): score it again") from None
+
+
+def read_files(folder):
+    """Return the Run in a folder; as read_run, but raises what Python raises for values of other types."""
     path, models = folder / "evaluation/metrics.json", [folder / "last.pth", folder / "best_model_iou.pth"]
     if not path.is_file():
         known = next((model for model in models if model.is_file()), "MODEL")
@@ -190,8 +207,17 @@ def read_run(folder):
     check_keys(protocol, OF_PROTOCOL, path)
     if not metrics["records"]:
         raise InputError(f"{path} has no image: score some")
+    classes = [row["name"] for row in metrics["per_class"]]
+    counts_of(metrics["records"], len(classes))
+    boundaries = np.array([record["boundary"] for record in metrics["records"]], float)
+    if boundaries.shape != (len(metrics["records"]), len(classes)) or not all(
+            isinstance(record["name"], str) for record in metrics["records"]):
+        raise ValueError("records")
     if not (folder / "config.json").is_file():
-        return Run(folder, metrics, Path(protocol["model"]), {}, [])
+        model = Path(protocol["model"])
+        if model.is_file() and not hash_model_file(model).startswith(protocol["weights_sha256"]):
+            raise InputError(f"{path} is not of {model} as it is now: score it again")
+        return Run(folder, metrics, model, {}, [])
     config, lines = read_json(folder / "config.json"), (folder / "history.jsonl")
     check_keys(config, OF_CONFIG, folder / "config.json")
     try:
@@ -206,7 +232,7 @@ def read_run(folder):
                          f"(python train.py --resume --out-dir {folder})")
     models.append(folder / Path(protocol["model"]).name)  # an exported file
     scored = [model for model in models if model.is_file()
-              and hash_files(model).startswith(protocol["weights_sha256"])]
+              and hash_model_file(model).startswith(protocol["weights_sha256"])]
     if not scored:
         raise InputError(f"{path} is not of a model in {folder}: it was trained again, or another model was "
                          f"scored (python evaluate.py --model {models[0]} --out-dir {folder})")
@@ -281,7 +307,8 @@ def score_rows(columns, groups):
     tables = [[sum_groups(counts, groups) for counts in column.counts] for column in columns]
     intervals = ["{:.3f} to {:.3f}".format(*bootstrap_interval(counts)) for counts in tables]
     found = [paired_bootstrap(tables[0], counts) for counts in tables]
-    ties = [row["low"] <= 0 <= row["high"] for row in found]
+    enough = len(tables[0][0]) >= FEW  # else nothing is claimed
+    ties = [enough and row["low"] <= 0 <= row["high"] for row in found]
     against = ["best", *("tie, " * tie + "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row)
                          for row, tie in zip(found[1:], ties[1:], strict=True))]
     spreads = [f" ± {statistics.stdev(column.mious):.3f}" if len(column.mious) > 1 else ""
@@ -290,10 +317,11 @@ def score_rows(columns, groups):
     mious = [f"**{text}**" if tie else text for text, tie in zip(mious, ties, strict=True)]
     scores = {key: np.array([column.mean(lambda counts, key=key: scores_of_counts(counts)[key])
                              for column in columns]) for key in ("dice", "accuracy", "iou")}
-    boundaries = [mean_of_known(mean_over_images(column.boundaries)) for column in columns]
+    boundaries = [mean_of_known([mean_of_known(seed) for seed in column.boundaries]) for column in columns]
     return [("mIoU", mious), ("seeds", [str(len(column.counts)) for column in columns]),
             ("95 % interval", intervals), ("against the best", against), ("boundary F1", highest(boundaries)),
-            ("mean Dice", highest(scores["dice"])), ("pixel accuracy", highest(scores["accuracy"])),
+            ("mean Dice", highest(scores["dice"][:, 0])),
+            ("pixel accuracy", highest(scores["accuracy"][:, 0])),
             *((f"IoU {name}", highest(scores["iou"][:, id])) for id, name in enumerate(columns[0].classes))]
 
 
@@ -306,10 +334,11 @@ def cost_rows(columns, flops, latency, parameters):
     views = [[run.metrics["protocol"]["views"] for run in column.runs] for column in columns]
     return [("parameters trained, M", [number(value, ".3f") for value in trained]),
             ("parameters, M", [number(value, ".2f") for value in parameters]),
-            ("GFLOPs, one image", [number(value, ".2f") for value in flops]),
-            ("latency, ms", [number(value, ".1f") for value in latency]),
+            ("GFLOPs, one pass", [number(value, ".2f") for value in flops]),
+            ("latency of a pass, ms", [number(value, ".1f") for value in latency]),
             ("training, minutes", [number(value, ".1f") for value in minutes]),
-            ("training images", [joined(run.config["images"]["train"] for run in runs) for runs in of_runs]),
+            ("training images", [joined(run.config.get("images", {}).get("train") for run in runs)
+                                 for runs in of_runs]),
             ("epoch that was scored", [joined(run.epoch for run in column.runs) for column in columns]),
             ("scored as", list(map(joined, views))),
             ("trained on", [joined(run.config["device"] for run in runs) for runs in of_runs])]
@@ -346,16 +375,23 @@ def heading(columns, groups, pattern, device):
     over = f"{units} groups by {pattern}" if pattern else f"{units} images, taken as independent"
     lines = [f"{protocol['dataset']}, {protocol['split']}, {count_of(len(groups), 'image')}, each mask at "
              "its own size",
-             f"± is the standard deviation over seeds, intervals (95 %, bootstrap) are over {over}; bold: "
-             "the best and what ties with it",
-             f"latency and GFLOPs (two per multiply-add) of one image on {device} "
+             f"± is the standard deviation over seeds; intervals (95 %, bootstrap) are over {over}, and say "
+             "nothing of other seeds; bold: the best and what ties with it",
+             f"latency and GFLOPs (two per multiply-add) of one forward pass of an image on {device} "
              f"({utils.Precision('auto', device)})"]
+    if units < FEW:
+        lines.append(f"{units} images or groups are too few: the intervals are much too narrow to tell a tie "
+                     "from a difference")
     if not pattern and any(run.metrics.get("sequences") for run in columns[0].runs):
         lines.append("frames of a clip are alike, and these intervals are too narrow: --group-by REGEX takes "
                      "them over drives or clips")
-    if any("best" in run.epoch for column in columns for run in column.runs):
+    of_own_data = [run for column in columns for run in column.runs if run.config
+                   and run.config.get("data_fingerprint") == run.metrics["protocol"].get("data_fingerprint")]
+    if any("best" in run.epoch and run.metrics["protocol"]["split"] == "val" for run in of_own_data):
         lines.append("an epoch that was chosen on the images it is scored on scores a little too high: score "
                      "last.pth instead")
+    if any(run.metrics["protocol"]["split"] in ("train", "all") for run in of_own_data):
+        lines.append("warning: models are scored on images that they were trained on")
     return "\n".join(f"{line}.  " for line in lines) + "\n\n"
 
 

@@ -158,7 +158,7 @@ class DataOptions:
     data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR", may_change=True)
     val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
                                   "validation part, and with --resplit (stratified by class)", type=fraction)
-    fold: tuple = setting((), "data", "split into N equal parts in place of --val-fraction, of which part I "
+    fold: tuple = setting((), "data", "split into N parts in place of --val-fraction, of which part I "
                           "validates: N runs score every image once", type=fold_of, metavar="I/N")
     classes: tuple = setting((), "data", "class names of a folder that has no classes.txt, in the order of "
                              "the mask values", nargs="+", metavar="NAME")
@@ -231,8 +231,8 @@ class TrainConfig(ModelOptions, DataOptions):
                              kind="scheduler")
     epochs: int = setting(30, "training", "passes over the training images", type=positive_int,
                           may_change=True)
-    steps: int = setting(0, "training", "optimizer steps of the whole run, shared out among the --epochs, "
-                         "after each of which it validates; 0 = an epoch is a pass over the images",
+    steps: int = setting(0, "training", "optimizer steps of the whole run, shared out equally among the "
+                         "--epochs, after each of which it validates; 0 = an epoch is a pass over the images",
                          type=non_negative_int)
     batch_size: int = setting(8, "training", "images per forward pass", type=positive_int)
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
@@ -418,11 +418,13 @@ def resolve(given, saved=None):
     if saved is not None:
         defaults = {name: as_setting(value) for name, value in saved.items()}
         changed = [name for name, value in given.items()
-                   if not FIELDS[name].metadata.get("may_change") and defaults.get(name, value) != value]
+                   if not FIELDS[name].metadata.get("may_change")
+                   and defaults.get(name, FIELDS[name].default) != value]  # earlier versions had fewer
         if changed:
             name = changed[0]
+            before = defaults.get(name, FIELDS[name].default)
             raise InputError(f"--{name.replace('_', '-')} is {given[name]!r}, but the run to resume has "
-                             f"{defaults[name]!r}: leave the flag out, or start a new run without --resume")
+                             f"{before!r}: leave the flag out, or start a new run without --resume")
         if defaults.get("steps") and given.get("epochs", defaults["epochs"]) != defaults["epochs"]:
             raise InputError(f"--epochs cannot change, the run to resume has {defaults['steps']} steps in "
                              f"{defaults['epochs']}: leave it out, or start a new run without --resume")
@@ -475,9 +477,10 @@ def check_settings(config, given):
     if config.aux_weight and config.arch not in WITH_AUXILIARY:
         raise InputError(f"--aux-weight belongs to {' and '.join(WITH_AUXILIARY)}, and {config.arch} has no "
                          "auxiliary classifier: leave it out")
-    if config.steps and config.steps < config.epochs:
-        raise InputError(f"--steps {config.steps} is less than one for each of the {config.epochs} epochs: "
-                         "raise it, or lower --epochs")
+    if config.steps % config.epochs:
+        fitting = max(count for count in range(1, config.epochs) if not config.steps % count)
+        raise InputError(f"--steps {config.steps} cannot be shared out equally among {config.epochs} epochs: "
+                         f"give a multiple of them, or --epochs {fitting}")
     if "cache_views" in given and not config.cache_features:
         raise InputError("--cache-views has no effect without --cache-features: add it")
     if config.cache_features and config.cache_views == 1 and given.get("augment"):

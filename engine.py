@@ -61,13 +61,14 @@ def poly(step, total_steps, steps_per_epoch):
 
 
 def linear(step, total_steps, steps_per_epoch):
-    """Linear warm-up in 3.75 % of the steps, then straight down to 0, as DINOv2's published heads."""
-    return warmed_up(step, total_steps, lambda progress: 1 - progress, DINOV2_WARMUP)
+    """A straight line down to 0, times a linear warm-up in 3.75 % of the steps: DINOv2's published heads."""
+    warmup = max(1, round(DINOV2_WARMUP * total_steps))
+    return (1 - min(step, total_steps) / total_steps) * min(1.0, (step + 1) / warmup)
 
 
-def warmed_up(step, total_steps, after, share=WARMUP):
-    """Rise linearly to 1 in a share of the steps, then follow after(progress), progress 0..1."""
-    warmup = max(1, round(share * total_steps))
+def warmed_up(step, total_steps, after):
+    """Rise linearly to 1 in WARMUP of the steps, then follow after(progress), progress 0..1."""
+    warmup = max(1, round(WARMUP * total_steps))
     if step < warmup:
         return (step + 1) / warmup
     return after(min(1.0, (step - warmup) / max(1, total_steps - warmup)))

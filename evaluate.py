@@ -4,7 +4,7 @@
     python evaluate.py --protocol slide --tta ms,flip --report
     python evaluate.py --model best_model_iou.onnx            # an exported file
     python evaluate.py --model dinov2_vits14_voc2012_linear --dataset voc --data-root data
-    python evaluate.py --group-by '^([^_]+)_'                 # interval over drives, whose frames are alike
+    python evaluate.py --group-by '([a-z]+_[0-9]+)_'          # Cityscapes: the interval over its sequences
 
 Writes OUT_DIR/evaluation/: metrics.json, per_class.csv, per_class_iou.png, confusion_matrix.png, and with
 --report one HTML file that needs no other.
@@ -63,9 +63,9 @@ from dataio.stratify import blocks_of
 from datasets import SegmentationDataset, load_data
 from inference.predictor import Predictor, choose_protocol, views_of
 from inference.report import existing_figures, report_page
-from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, bootstrap_interval, boundary_f1, counts_of,
+from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, FEW, bootstrap_interval, boundary_f1, counts_of,
                      group_images, mean_of_known, mean_over_images, miou_of_counts, sum_groups)
-from models.weights import hash_files, hash_state
+from models.weights import hash_model_file, hash_state
 
 KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
 WORST, PAIRS = 20, 8  # images and pairs of classes that a report shows
@@ -184,10 +184,7 @@ def summarize(total, records, classes, groups):
 
 def file_hash(model, path):
     """Return the first 16 digits of the SHA-256 of a model's file, or of the weights of an official head."""
-    if Path(path).is_file():
-        weights = Path(path).with_suffix(".bin")  # OpenVINO keeps them beside the .xml
-        return hash_files(*([path, weights] if Path(path).suffix == ".xml" else [path]))[:16]
-    return hash_state(model.state_dict())[:16]
+    return (hash_model_file(path) if Path(path).is_file() else hash_state(model.state_dict()))[:16]
 
 
 def describe(args, data, split, samples, predictor):
@@ -234,6 +231,8 @@ def print_scores(scores):
     """Print the means, then one line per class."""
     low, high = scores["miou_interval"]
     print(f"mIoU {scores['miou']:.4f} (95 % interval over {scores['interval_over']} {low:.4f} to {high:.4f})")
+    if scores["units"] < FEW:
+        print(f"note: the interval over {scores['interval_over']} is much too narrow, it takes {FEW} or more")
     print(", ".join(f"{key.replace('_', ' ')} {scores[key]:.4f}" for key in KEYS[1:]))
     width = max(len(row["name"]) for row in scores["per_class"])
     columns = ("iou", "dice", "precision", "recall", "boundary_f1")
@@ -329,7 +328,9 @@ def main():
     with naming_files(loader):
         total, records = score(predictor, loader, args.batch_size)
     scores = summarize(total, records, data.classes, groups)
-    scores["interval_over"] = f"{len(set(groups))} groups by {args.group_by}" if args.group_by else "images"
+    scores["units"] = len(set(groups))
+    of_what = f"groups by {args.group_by}" if args.group_by else "images"
+    scores["interval_over"] = f"{scores['units']} {of_what}"
     print_scores(scores)
     _, sequences = blocks_of(samples, 0.5)
     if sequences and not args.group_by:

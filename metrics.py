@@ -19,6 +19,7 @@ import torch
 from config import IGNORE, InputError
 
 BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal, as Csurka et al. use
+FEW = 10  # images or groups below which a bootstrap interval is much too narrow to claim anything
 BOUNDARY_BAND = 0.02  # of the diagonal: ignored pixels up to this wide between two classes are their border
 
 
@@ -227,7 +228,7 @@ def group_images(names, pattern):
     paths = [Path(os.path.relpath(name, base)).as_posix() for name in names]
     try:
         found = [re.search(pattern, path) for path in paths]
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"--group-by {pattern} is no regular expression ({error})") from None
     if None in found:
         raise InputError(f"--group-by {pattern} does not match {paths[found.index(None)]}: every image needs "

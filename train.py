@@ -93,7 +93,7 @@ def build_batches(config, data, model, precision):
         sets = [cache_features(model, part, config.cache_features, precision, views, config.workers)
                 for part, views in zip(sets, (config.cache_views, 1), strict=True)]
     pin_memory = model.mean.device.type == "cuda"
-    images = math.ceil(config.steps / config.epochs) * config.accumulate * config.batch_size * world_size()
+    images = config.steps // config.epochs * config.accumulate * config.batch_size * world_size()
     return [make_loader(part, config.batch_size, config.workers, pin_memory, rank(), world_size(), images)
             for part in sets]
 
@@ -156,8 +156,7 @@ def print_plan(config, data, model, precision):
         print("augmentation is off: one view of every image is cached, as it is (--cache-views K keeps more)")
     device, processes = model.mean.device, world_size()
     if config.steps:
-        each = math.ceil(config.steps / config.epochs)
-        print(f"an epoch is {count_of(each, 'step')}, {each * config.epochs} in all")
+        print(f"an epoch is {count_of(config.steps // config.epochs, 'step')}, {config.steps} in all")
     print(f"device: {device}, {precision}, {processes} process{'es' * (processes > 1)}", flush=True)
     if processes > 1 and device.type == "cpu":
         print("warning: BatchNorm takes its statistics in each process alone on the CPU")
@@ -229,6 +228,9 @@ def main():
     print_settings(config)
     with main_process_first():
         data = load_data(config, out_dir / "cache")
+    if config.train_images > len(data.splits["train"]):
+        raise InputError(f"--train-images {config.train_images}: {data.name} has "
+                         f"{count_of(len(data.splits['train']), 'training image')}")
     check_trainable(data)
     utils.seed_everything(config.seed)
     model, optimization = build_training(config, len(data.classes), device)

@@ -93,14 +93,14 @@ def stratified_split(pixels, val_fraction):
 
 
 def stratified_fold(pixels, number, folds):
-    """Return (train, val) lists of image indices: fold `number` (1-based) of `folds` equal ones validates.
+    """Return (train, val) lists of image indices: fold `number` (1-based) of `folds` of one size validates.
 
     pixels: (N, K). Raises InputError with fewer images than folds.
     """
     count = len(pixels)
     if count < folds:
-        raise InputError(f"--fold {number}/{folds}: {count_of(count, 'image')} cannot be split into so many "
-                         "folds: lower their number, or add images")
+        raise InputError(f"--fold {number}/{folds}: {count_of(count, 'image')} (a block of frames counts as "
+                         "one) cannot be split into so many folds: lower their number, or add images")
     parts = stratified_parts(pixels, [count // folds + (part < count % folds) for part in range(folds)])
     val = parts.pop(number - 1)
     return sorted(sum(parts, [])), val

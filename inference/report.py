@@ -142,7 +142,8 @@ def report_page(result, figures, worst, confused):
     sections = [
         f"<h1>{escape(title)}</h1>",
         f'<div class="facts">{"".join(facts)}</div>',
-        f"<p>95 % interval of the mIoU over images (bootstrap): {number(low)} to {number(high)}.</p>",
+        f"<p>95 % interval of the mIoU over {escape(result['interval_over'])} (bootstrap): {number(low)} to "
+        f"{number(high)}.</p>",
         f"<p>Absent from truth and prediction, left out of the means: {absent}.</p>" if absent else "",
         "<h2>Classes</h2>", class_table(result["per_class"]),
         "<h2>Curves and confusion</h2>",

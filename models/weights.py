@@ -91,6 +91,12 @@ def hash_files(*paths):
     return digest.hexdigest()
 
 
+def hash_model_file(path):
+    """Return the SHA-256, 64 hex digits, of a model's file; an OpenVINO .xml together with its weights."""
+    path = Path(path)
+    return hash_files(*([path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]))
+
+
 def hash_state(state):
     """Return the SHA-256, 64 hex digits, of every name and tensor of a state dict."""
     digest = hashlib.sha256()

@@ -256,7 +256,8 @@ def test_a_head_alone_is_the_whole_model_on_its_backbone_and_on_no_other(tmp_pat
     assert "with other weights" in run(train, "--resume", "--epochs", 4, "--out-dir", alone)[2]
     backbone_file.unlink()
     code, _, err = run(evaluate, "--model", best, "--out-dir", alone)
-    assert code == 2 and f"{backbone_file}, the weights of its backbone, is not here" in err
+    said = f"{best} holds a head alone: the weights of its backbone, {backbone_file}, are not here"
+    assert code == 2 and said in err
 
 
 def test_a_mask_token_is_no_part_of_a_backbones_hash():
@@ -279,9 +280,10 @@ def test_a_head_starts_from_a_trained_one(tmp_path, run, backbone_file):
         heads = [load_model(folder / "last.pth")[0].head.conv_seg.weight for folder in (first, second)]
         assert torch.allclose(*heads, atol=1e-6)
     for wrong, said in (
-        (["--head", "linear"], "is of bn, and --head is linear"),
+        (["--head", "linear"], "was trained with --head bn, and this run has linear"),
         (["--weights", "none"], "with other weights"),
-        (["--layers", "3", "4"], "does not fit the model"),
+        (["--layers", "0", "1", "2", "3"], "was trained with --layers (2, 3, 4, 5), and this run has (0, 1"),
+        (["--normalize", "none"], "was trained with --normalize auto, and this run has none"),
         (["--head-weights", "nowhere.pth"], "nowhere.pth does not exist"),
     ):
         code, _, err = run(train, *flags, "--head-weights", first / "last.pth", *wrong, "--out-dir", tmp_path)

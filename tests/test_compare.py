@@ -14,8 +14,10 @@ from sklearn.metrics import jaccard_score
 
 import compare
 import evaluate
+import export
 import train
 from checkpoint import load_model
+from models.weights import hash_model_file
 
 SHORT = ["--imgsz", "28", "42", "--epochs", "2", "--lr", "0.001", "--batch-size", "4", "--workers", "0"]
 TINY = ["--backbone", "vit_tiny", "--weights", "none", "--unfreeze", "all"]
@@ -80,12 +82,12 @@ def test_the_table_holds_what_was_scored_and_trained(runs, tmp_path, run):
         if title.startswith("ours"):  # 6 tokens of patches and one more; six blocks of width 192
             blocks = 6 * (12 * 7 * 192**2 + 2 * 7**2 * 192)
             flops = 2 * (blocks + 6 * 3 * 14 * 14 * 192 + 6 * 4 * 192 * 3)
-            assert table["GFLOPs, one image"][place] == f"{flops / 1e9:.2f}" == "0.04"
-        assert float(table["latency, ms"][place]) > 0 and table["trained on"][place] == "cpu"
+            assert table["GFLOPs, one pass"][place] == f"{flops / 1e9:.2f}" == "0.04"
+        assert float(table["latency of a pass, ms"][place]) > 0 and table["trained on"][place] == "cpu"
         assert table["epoch that was scored"][place] == "2, the last"
         assert table["training images"][place] == "8" and "28x42" in table["scored as"][place]
     assert sum(cell == "best" for cell in table["against the best"]) == 1
-    assert "chosen on the images" not in text
+    assert "chosen on the images" not in text and "trained on" not in text.split("| |")[0]
     width, height = Image.open(tmp_path / "compare.png").size
     assert width > 1000 and height > 400
 
@@ -142,7 +144,8 @@ def test_ties_are_called_ties_and_differences_differences(tmp_path, run, unmeasu
     verdicts = dict(zip(names, table["against the best"], strict=True))
     assert code == 0 and names[2] == "bad" and verdicts[names[0]] == "best"
     assert verdicts[names[1]].startswith("tie, ") and verdicts["bad"].startswith("-0.")
-    assert text.count("**0.") >= 2  # the best mIoU and what ties with it
+    row = next(line for line in text.splitlines() if line.startswith("| mIoU"))
+    assert [cell.strip().startswith("**") for cell in row.strip("|").split("|")[1:]] == [True, True, False]
     miou = jaccard_score(np.ravel(truths), np.ravel(noisy(truths, 0.2, 2)), average="macro")
     assert table["mIoU"][2] == f"{miou:.3f}"
     assert table["boundary F1"] == ["0.500"] * 3 and table["training, minutes"] == ["-"] * 3
@@ -172,9 +175,66 @@ def test_groups_of_like_images_make_wider_intervals(tmp_path, run, unmeasured, t
     wide = [float(end) for end in plain.split(" to ")]
     assert high - low < 0.5 * (wide[1] - wide[0])
     for pattern, said in (("(", "no regular expression"), ("x", "does not match 0_000.png"),
-                          ("png", "into one group, 'png'")):  # fmt: skip
+                          ("png", "into one group, 'png'"), ("a{99999999999999999}", "no regular"),
+                          ("(" * 5000 + ")" * 5000, "no regular")):  # fmt: skip
         code, _, err = run(compare, often, "--group-by", pattern, "--out-dir", tmp_path)
         assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_with_few_images_nothing_is_called_a_tie(tmp_path, run, unmeasured, truths):
+    folders = [write_scores(tmp_path / str(seed), records_of(truths[:9], noisy(truths[:9], 0.1, seed)))
+               for seed in range(2)]  # fmt: skip
+    text = run(compare, *folders, "--out-dir", tmp_path)[1]
+    assert "9 images or groups are too few" in text and "tie," not in text
+    text = run(compare, *folders, "--group-by", r"00[0-4](\.)|\.", "--out-dir", tmp_path)[1]
+    assert "2 images or groups are too few" in text
+
+
+def write_run(folder, records, **settings):
+    """Write the scores and the files of a run of train.py whose model is a file of its own."""
+    write_scores(folder, records, weights_sha256=hash_model_file(write_bytes(folder / "last.pth"))[:16])
+    known = dict(seed=0, epochs=1, weights="none", parameters=[1, 2], arch="dinov2", backbone="b", head="h",
+                 device="cpu")  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**known, **settings}))
+    (folder / "history.jsonl").write_text('{"epoch": 1, "seconds": 1, "val_miou": 0.5}\n')
+    return folder
+
+
+def write_bytes(path):
+    """Write a file that is no other's; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(str(path).encode())
+    return path
+
+
+def test_seeds_with_and_without_a_class_are_averaged_one_by_one(tmp_path, run, unmeasured, truths):
+    """A class that is in no truth scores 0 where a seed predicts it, and nothing where a seed does not."""
+    nothing = [np.zeros_like(truth) for truth in truths[:12]]
+    seeds = [records_of(nothing, nothing), records_of(nothing, noisy(nothing, 0.1, 0))]
+    for records, boundary in zip(seeds, ([0.5, None], [0.5, 0.0]), strict=True):
+        for record in records:
+            record["boundary"] = boundary
+    folders = [write_run(tmp_path / f"m-{seed}", records, seed=seed) for seed, records in enumerate(seeds)]
+    alone = [table_of(run(compare, folder, "--out-dir", tmp_path)[1]) for folder in folders]
+    both = table_of(run(compare, *folders, "--out-dir", tmp_path)[1])
+    assert [float(table["boundary F1"][0]) for table in alone] == [0.5, 0.25]
+    assert both["boundary F1"] == ["0.375"] and both["IoU b"] == ["0.000"] and both["seeds"] == ["2"]
+    mean = np.mean([float(table["mIoU"][0]) for table in alone])
+    assert float(both["mIoU"][0].split()[0]) == pytest.approx(mean, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "other", [dict(processes=4), dict(data_fingerprint="x"), dict(fold=[1, 5]), dict(lr=2)], ids=str
+)
+def test_runs_that_differ_in_more_than_their_seed_are_two_models(tmp_path, run, unmeasured, truths, other):
+    records = records_of(truths, truths)
+    folders = [write_run(tmp_path / "a-10", records, seed=1),
+               write_run(tmp_path / "a-11", records, **{"seed": 2, **other})]  # fmt: skip
+    code, text, _ = run(compare, *folders, "--out-dir", tmp_path)
+    assert code == 0 and table_of(text)[""] == [f"a-{name} (b + h, random weights)" for name in (10, 11)]
+    same = write_run(tmp_path / "a-12", records, seed=3)
+    code, text, _ = run(compare, folders[0], same, "--out-dir", tmp_path)
+    assert table_of(text)[""] == ["a (b + h, random weights)"]
 
 
 @pytest.mark.parametrize("kind", ["classes", "images", "masks"])
@@ -191,6 +251,32 @@ def test_what_cannot_be_ranked_is_refused(tmp_path, run, unmeasured, truths, kin
 
 
 # --- runs of train.py -----------------------------------------------------------------------------------
+def test_exported_and_copied_models_are_compared_while_they_are_what_was_scored(runs, tmp_path, run):
+    _, folders = runs
+    copy = shutil.copytree(folders["baseline"], tmp_path / "copy")
+    assert run(export, "--model", copy / "last.pth", "--format", "onnx")[0] == 0
+    assert run(evaluate, "--model", copy / "last.onnx", "--out-dir", copy)[0] == 0
+    code, text, err = run(compare, copy, "--out-dir", tmp_path)
+    assert code == 0 and table_of(text)["epoch that was scored"] == ["2, the last"], err
+    away = tmp_path / "away"
+    assert run(evaluate, "--model", copy / "last.pth", "--out-dir", away)[0] == 0
+    assert run(compare, away, "--out-dir", tmp_path)[0] == 0
+    shutil.copy(folders["ours-0"] / "last.pth", copy / "last.pth")
+    code, _, err = run(compare, away, "--out-dir", tmp_path)
+    assert code == 2 and "last.pth as it is now: score it again" in err and err.count("\n") == 1
+
+
+def test_scores_on_training_images_are_warned_of(runs, tmp_path, run):
+    folder = shutil.copytree(runs[1]["ours-0"], tmp_path / "ours")
+    for model, split, said in (
+        ("best_model_iou.pth", "train", "warning: models are scored on images that they were trained on"),
+        ("best_model_iou.pth", "val", "an epoch that was chosen on the images it is scored on"),
+    ):
+        assert run(evaluate, "--model", folder / model, "--split", split, "--out-dir", folder)[0] == 0
+        text = run(compare, folder, "--out-dir", tmp_path)[1]
+        assert said in text and ("an epoch that was chosen" in text) == (split == "val")
+
+
 def test_folds_are_scored_together(runs, tmp_path, run):
     """The mIoU of two folds is that of all images, not the mean of two."""
     data, folders = runs
@@ -243,11 +329,14 @@ def test_models_that_differ_in_their_number_of_images_make_a_curve(runs, tmp_pat
         ("unfinished", "has 1 of its 2 epochs: finish it first"),
         ("broken", "history.jsonl is damaged"),
         ("list", "config.json has no arch, backbone,"),
+        ("no name", "was made by hand or is damaged .KeyError: 'name'"),
+        ("no class", "was made by hand or is damaged .IndexError"),
+        ("no list", "was made by hand or is damaged .TypeError"),
         ("rows", "history.jsonl has no val_miou: it was not"),
         ("no records", "has no image"),
         ("old", "metrics.json has no records"),
         ("not json", "metrics.json is damaged"),
-        ("twice", "they are one run"),
+        ("twice", "differ in --fold at most: name one of them"),
     ],
 )
 def test_runs_that_cannot_be_read_are_one_line(runs, tmp_path, run, kind, said):
@@ -270,6 +359,14 @@ def test_runs_that_cannot_be_read_are_one_line(runs, tmp_path, run, kind, said):
         config.write_text("[]")
     elif kind == "rows":
         history.write_text(history.read_text().replace("val_miou", "miou"))
+    elif kind == "no name":
+        nameless = [{"cells": [], "boundary": [0, 0, 0]}]
+        metrics.write_text(json.dumps({**metrics_of(good), "records": nameless}))
+    elif kind == "no class":
+        cells = [dict(name="a", cells=[[9, 9, 9]], boundary=[0, 0, 0])]
+        metrics.write_text(json.dumps({**metrics_of(good), "records": cells}))
+    elif kind == "no list":
+        metrics.write_text(json.dumps({**metrics_of(good), "records": 3}))
     elif kind == "no records":
         metrics.write_text(json.dumps({**metrics_of(good), "records": []}))
     elif kind == "old":

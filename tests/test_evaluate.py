@@ -238,7 +238,7 @@ def test_the_interval_over_groups_is_that_of_their_sums(trained, tmp_path, run):
     _, plain = score(run, tmp_path / "a", *flags)
     text, result = score(run, tmp_path / "b", *flags, "--group-by", r"[0-3](\.)|[4-9]\.")
     assert result["miou"] == plain["miou"] and result["interval_over"].startswith("2 groups by")
-    assert "(95 % interval over 2 groups by" in text and plain["interval_over"] == "images"
+    assert "(95 % interval over 2 groups by" in text and plain["interval_over"] == "8 images"
     counts = counts_of(result["records"], len(result["per_class"]))
     numbers = [int(re.search(r"(\d)\D*$", record["name"])[1]) > 3 for record in result["records"]]
     parts = np.stack([counts[np.array(numbers) == side].sum(0) for side in (False, True)])

@@ -140,7 +140,7 @@ def test_a_long_report_stays_small(tmp_path):
     panels = [(caption, photo) for caption in ("image", "truth", "prediction", "errors")]
     rows = [(f"image {number}", panels) for number in range(28)]
     result = dict(protocol={"dataset": "x", "split": "val"}, per_class=[row("a", 0.5)], absent=["b"],
-                  miou_interval=(0.1, 0.2), **dict.fromkeys(
+                  miou_interval=(0.1, 0.2), interval_over="9 images", **dict.fromkeys(
                       ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou",
                        "boundary_f1"), 0.5))  # fmt: skip
     page = report_page(result, [], rows[:20], rows[20:])
