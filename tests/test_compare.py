@@ -17,6 +17,7 @@ import evaluate
 import export
 import train
 from checkpoint import load_model
+from inference.backends import FORMATS
 from models.weights import hash_model_file
 
 SHORT = ["--imgsz", "28", "42", "--epochs", "2", "--lr", "0.001", "--batch-size", "4", "--workers", "0"]
@@ -251,11 +252,13 @@ def test_what_cannot_be_ranked_is_refused(tmp_path, run, unmeasured, truths, kin
 
 
 # --- runs of train.py -----------------------------------------------------------------------------------
-def test_exported_and_copied_models_are_compared_while_they_are_what_was_scored(runs, tmp_path, run):
+@pytest.mark.parametrize("kind", ["torchscript", pytest.param("openvino", marks=pytest.mark.long)])
+def test_exported_and_copied_models_are_compared_while_they_are_what_was_scored(runs, tmp_path, run, kind):
     _, folders = runs
-    copy = shutil.copytree(folders["baseline"], tmp_path / "copy")
-    assert run(export, "--model", copy / "last.pth", "--format", "onnx")[0] == 0
-    assert run(evaluate, "--model", copy / "last.onnx", "--out-dir", copy)[0] == 0
+    ending = FORMATS[kind].ending
+    copy = shutil.copytree(folders["ours-1"], tmp_path / "copy")
+    assert run(export, "--model", copy / "last.pth", "--format", kind)[0] == 0
+    assert run(evaluate, "--model", copy / f"last{ending}", "--out-dir", copy)[0] == 0
     code, text, err = run(compare, copy, "--out-dir", tmp_path)
     assert code == 0 and table_of(text)["epoch that was scored"] == ["2, the last"], err
     away = tmp_path / "away"
