@@ -417,6 +417,28 @@ def write_frames(root, count, step, name="frame_{:04d}"):
     return root
 
 
+def test_folds_of_a_clip_are_blocks_that_score_every_frame_once(tmp_path):
+    root, seen = write_frames(tmp_path, 40, 2), []
+    for number in range(1, 5):
+        source = load("folder", root, fold=(number, 4))
+        frames = [int(sample.image.stem[-4:]) for sample in source.splits["val"]]
+        assert frames == list(range(frames[0], frames[0] + 10))  # ten in a row
+        assert len(source.splits["train"]) == 30 and f"fold {number} of 4, strat" in " ".join(source.notes)
+        seen += frames
+    assert sorted(seen) == list(range(40))
+    (root / "val/images").mkdir(parents=True)
+    (root / "val/masks").mkdir()
+    for kind in ("images", "masks"):
+        (root / kind).rename(root / f"train_{kind}")
+        path = root / f"train_{kind}" / "frame_0039.png"
+        path.rename(root / f"val/{kind}" / path.name)
+    (root / "train").mkdir()
+    for kind in ("images", "masks"):
+        (root / f"train_{kind}").rename(root / "train" / kind)
+    with pytest.raises(InputError, match="--fold has no effect, .* has a validation part: add --resplit"):
+        load("folder", root, fold=(1, 4))
+
+
 def test_frames_of_a_clip_are_split_in_blocks(tmp_path):
     source = load("folder", write_frames(tmp_path, 40, 2))
     numbers = [int(sample.image.stem[-4:]) for sample in source.splits["val"]]

@@ -146,6 +146,28 @@ def test_photometric_distortion_follows_its_formulas(part, drawn, monkeypatch):
     assert (out.double() - wanted.clamp(0, 255)).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_photometric_distortion_changes_contrast_before_or_after_the_hue(early, monkeypatch):
+    """A contrast of 1.5 clips red; a hue of 60 degrees more before or after it gives other colors."""
+    image = torch.tensor([250, 150, 20], dtype=torch.uint8).view(3, 1, 1)
+    step = dataclasses.replace(AUGMENTS["photometric"], hue=30)
+    numbers = [torch.tensor([0.5, 1.0, 0.5, 1.0]), torch.tensor([0.9, 0.0, 0.9, 0.0, 0.0 if early else 0.9])]
+    monkeypatch.setattr(torch, "rand", lambda _: numbers.pop(0))
+    found = step(image, None, None)[0].flatten().tolist()
+
+    def turned(color):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in color))
+        return [255 * part for part in colorsys.hsv_to_rgb((hue + 60 / 360) % 1, saturation, value)]
+
+    def contrasted(color):
+        return [min(255, 1.5 * part) for part in color]
+
+    before, after = turned(contrasted((250, 150, 20))), contrasted(turned((250, 150, 20)))
+    assert np.abs(np.subtract(before, after)).max() > 20
+    assert found == pytest.approx(before if early else after, abs=6)  # 8-bit HSV
+
+
+
 def test_crops_pad_beyond_the_image_and_nothing_else_does():
     image, mask = shaded_pair()
     for names in ((), ("flip",), ("crop",), ("crop", "flip")):
