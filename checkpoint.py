@@ -116,8 +116,10 @@ def check_content(checkpoint):
         raise ValueError(f"imgsz {size}")
     if not all(isinstance(value, torch.Tensor) for value in checkpoint["model"].values()):
         raise ValueError("no tensors")
-    if not isinstance(checkpoint.get("backbone_sha256", ""), str):
-        raise ValueError("backbone_sha256")
+    for name, value in (("backbone_sha256", checkpoint.get("backbone_sha256", "")),
+                        ("weights", checkpoint.get("config", {}).get("weights", ""))):
+        if not isinstance(value, str):
+            raise ValueError(name)
 
 
 def load_model(path, precise=False):
@@ -135,7 +137,7 @@ def load_model(path, precise=False):
     spec, state = checkpoint["spec"], checkpoint["model"]
     if is_head_alone(checkpoint):
         try:
-            model = build_model(spec, backbone_weights(checkpoint, path))
+            model = build_model(spec, backbone_weights(checkpoint))
         except InputError as error:
             raise InputError(f"{path} holds a head alone: {str(error).removesuffix(INSTEAD)}") from None
         state = with_backbone(checkpoint, model, path)
@@ -179,7 +181,7 @@ def hash_backbone(state):
     return hash_state({name: value for name, value in state.items() if not name.endswith("mask_token")})
 
 
-def backbone_weights(checkpoint, path):
+def backbone_weights(checkpoint):
     """Return the --weights with which a head alone was trained. Raises InputError where they are not here."""
     weights = checkpoint.get("config", {}).get("weights", "auto")
     if weights != "auto" and not Path(weights).is_file():

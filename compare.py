@@ -49,7 +49,7 @@ import visualize
 from checkpoint import load_model
 from config import FIELDS, InputError, count_of
 from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images, mean_of_known,
-                     mean_over_images, paired_bootstrap, scores_of_counts, sum_groups)
+                     mean_over_images, miou_of_counts, paired_bootstrap, scores_of_counts, sum_groups)
 from models.weights import hash_model_file
 
 OF_METRICS = {"protocol", "records", "per_class"}
@@ -81,6 +81,11 @@ class Run:
         if self.model.stem == "last":
             return f"{len(self.history)}, the last"
         return f"{best_row(self.history)['epoch']}, the best of {len(self.history)} on validation"
+
+    @property
+    def train_images(self):
+        """The number of training images, None where it is not known."""
+        return self.config.get("images", {}).get("train")
 
     @property
     def name(self):
@@ -151,14 +156,9 @@ class Column:
         return mean_over_images(np.array([np.atleast_1d(score(counts.sum(0))) for counts in self.counts]))
 
     @property
-    def train_images(self):
-        """The number of training images, None where it is not known."""
-        return self.runs[0].config.get("images", {}).get("train")
-
-    @property
     def mious(self):
         """The mIoU of every seed."""
-        return [scores_of_counts(counts.sum(0))["miou"] for counts in self.counts]
+        return miou_of_counts(np.sum(self.counts, axis=1)).tolist()
 
     @property
     def miou(self):
@@ -221,7 +221,8 @@ def read_files(folder):
     config, lines = read_json(folder / "config.json"), (folder / "history.jsonl")
     check_keys(config, OF_CONFIG, folder / "config.json")
     try:
-        history = [json.loads(line, object_hook=nan_for_null) for line in lines.read_text().splitlines()]
+        rows = lines.read_text(encoding="utf-8").splitlines()
+        history = [json.loads(row, object_hook=nan_for_null) for row in rows]
     except (OSError, ValueError) as error:
         raise InputError(f"{lines} is damaged or missing ({error})") from None
     for row in history:
@@ -337,8 +338,7 @@ def cost_rows(columns, flops, latency, parameters):
             ("GFLOPs, one pass", [number(value, ".2f") for value in flops]),
             ("latency of a pass, ms", [number(value, ".1f") for value in latency]),
             ("training, minutes", [number(value, ".1f") for value in minutes]),
-            ("training images", [joined(run.config.get("images", {}).get("train") for run in runs)
-                                 for runs in of_runs]),
+            ("training images", [joined(run.train_images for run in runs) for runs in of_runs]),
             ("epoch that was scored", [joined(run.epoch for run in column.runs) for column in columns]),
             ("scored as", list(map(joined, views))),
             ("trained on", [joined(run.config["device"] for run in runs) for runs in of_runs])]
@@ -401,7 +401,7 @@ def draw(columns, path):
     Where models differ in --train-images alone: mIoU over that number, beside the classes of the largest.
     """
     names, lines = columns[0].classes, {}
-    for column in sorted(columns, key=lambda column: column.train_images or 0):
+    for column in sorted(columns, key=lambda column: column.runs[0].train_images or 0):
         lines.setdefault(column.runs[0].settings(but={*REPEATS, "train_images"}), []).append(column)
     figure, (curves, bars) = visualize.new_figure(13, max(5, 1.5 + 0.28 * len(names)), columns=2)
     if len(lines) < len(columns):
@@ -436,12 +436,12 @@ def draw_over_epochs(columns, axis):
 def draw_over_images(lines, axis):
     """Plot mIoU over the number of training images; lines: [[Column of each number, smallest first], ...]."""
     for place, line in enumerate(lines):
-        images, mious = [column.train_images for column in line], [column.miou for column in line]
+        images, mious = [column.runs[0].train_images for column in line], [column.miou for column in line]
         spreads = [statistics.stdev(column.mious) if len(column.mious) > 1 else 0 for column in line]
         label = f"{line[-1].runs[0].name}: {line[-1].miou:.3f}"
         if images[0]:  # known
             axis.errorbar(images, mious, spreads, fmt="o-", capsize=3, color=f"C{place % 10}", label=label)
-    numbers = sorted({column.train_images for line in lines for column in line if column.train_images})
+    numbers = sorted({column.runs[0].train_images or 0 for line in lines for column in line} - {0})
     axis.set(xlabel="training images", ylabel="mIoU as scored, ± standard deviation over seeds", ylim=(0, 1),
              xscale="log")
     axis.set_xticks(numbers, map(str, numbers))

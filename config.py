@@ -229,8 +229,8 @@ class TrainConfig(ModelOptions, DataOptions):
     scheduler: str = setting("cosine", "training", "learning rate over the run; cosine, poly and linear warm "
                              "up, exponential = x 0.98 per epoch, onecycle rises for 30 %% of the steps",
                              kind="scheduler")
-    epochs: int = setting(30, "training", "passes over the training images", type=positive_int,
-                          may_change=True)
+    epochs: int = setting(30, "training", "passes over the training images, or parts of --steps",
+                          type=positive_int, may_change=True)
     steps: int = setting(0, "training", "optimizer steps of the whole run, shared out equally among the "
                          "--epochs, after each of which it validates; 0 = an epoch is a pass over the images",
                          type=non_negative_int)

@@ -194,15 +194,13 @@ def counts_of(records, num_classes):
 
 
 def scores_of_counts(counts):
-    """Return dict(miou, dice, accuracy: floats, iou: (K,)) of counts (3, K); NaN where nothing counted.
-
-    dice is the mean over the classes, as miou.
+    """Return dict(dice: mean over the classes, accuracy, iou: (K,)) of counts (3, K); NaN where nothing
+    counted. Their mIoU is miou_of_counts.
     """
     right, truth, pred = np.asarray(counts, np.float64)
     with np.errstate(invalid="ignore"):
         iou, dice = right / (truth + pred - right), 2 * right / (truth + pred)
-        return dict(miou=mean_of_known(iou), dice=mean_of_known(dice),
-                    accuracy=right.sum() / truth.sum(), iou=iou)
+        return dict(dice=mean_of_known(dice), accuracy=right.sum() / truth.sum(), iou=iou)
 
 
 def mean_of_known(values):

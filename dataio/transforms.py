@@ -92,9 +92,9 @@ class ScaleCrop(Augmentation):
         image, mask = resize_image(image, scaled), resize_mask(mask, scaled)
         fill = {tv_tensors.Image: PADDING_COLOR, tv_tensors.Mask: IGNORE}
         crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
-        for _ in range(10 if self.max_share < 1 else 1):
+        for _ in range(10):
             cropped, labels = crop(tv_tensors.Image(image), tv_tensors.Mask(mask))
-            if is_mixed(labels, self.max_share):
+            if self.max_share == 1 or is_mixed(labels, self.max_share):
                 break
         return cropped.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
 

@@ -27,17 +27,19 @@ SEGFORMER = {"segformer_b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
 
 
 class ResNetBackbone(Backbone):
-    """The dilated ResNet of a torchvision segmentation network: the maps of its last two stages, stride 8."""
+    """The dilated ResNet of a torchvision segmentation network: the map of its last stage, stride 8; where
+    there is an auxiliary classifier, that of the stage before comes first.
+    """
 
     def __init__(self, net):
+        channels = [1024, 2048] if "aux" in net.return_layers.values() else [2048]
         super().__init__(net.to(memory_format=torch.channels_last), size_divisor=1, layers=[],
-                         channels=[1024, 2048], stride=8)
+                         channels=channels, stride=8)
 
     def maps(self, images):
-        """(B, 3, H, W) normalized -> [(B, 1024, H/8, W/8), (B, 2048, H/8, W/8)], rounded up."""
+        """(B, 3, H, W) normalized -> [(B, 1024, H/8, W/8) if wanted, (B, 2048, H/8, W/8)], rounded up."""
         # channels last: three times as fast on the CPU in bf16, and what tensor cores want
-        stages = self.net(images.contiguous(memory_format=torch.channels_last))
-        return [stages["aux"], stages["out"]]
+        return list(self.net(images.contiguous(memory_format=torch.channels_last)).values())
 
 
 class SegformerBackbone(Backbone):
@@ -78,9 +80,8 @@ class TorchvisionHead(Head):
         self.net, self.aux, self.aux_weight = net, aux, aux_weight
 
     def forward(self, maps, size):
-        """(B, 1024, h, w), (B, 2048, h, w) -> [(B, K, h, w)], in training with the auxiliary logits after it.
-        """
-        outputs = [self.net(maps[1])]
+        """The maps of a ResNetBackbone -> [(B, K, h, w)], in training with the auxiliary logits after it."""
+        outputs = [self.net(maps[-1])]
         return [*outputs, self.aux(maps[0])] if self.aux and self.training else outputs
 
     def logits(self, output, geometry):
@@ -122,7 +123,8 @@ def replace_batch_norms(module):
 def build_torchvision(spec, weights):
     """Return (ResNetBackbone, TorchvisionHead); arguments as build_baseline."""
     make, published = TORCHVISION[spec.arch]
-    net = make(weights=None, weights_backbone=None, num_classes=spec.num_classes, aux_loss=True)
+    net = make(weights=None, weights_backbone=None, num_classes=spec.num_classes,
+               aux_loss=bool(spec.aux_weight))
     if weights != "none":
         state = published_weights(published.url) if weights == "auto" else read_weights(weights)
         if any(key.startswith("backbone.") for key in state):  # a whole network, such as the one for COCO
@@ -130,8 +132,7 @@ def build_torchvision(spec, weights):
                      if key.startswith("backbone.")}
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
         load_strictly(net.backbone, state, published.url if weights == "auto" else weights)
-    aux = net.aux_classifier if spec.aux_weight else None
-    return ResNetBackbone(net.backbone), TorchvisionHead(net.classifier, aux, spec.aux_weight)
+    return ResNetBackbone(net.backbone), TorchvisionHead(net.classifier, net.aux_classifier, spec.aux_weight)
 
 
 def build_segformer(spec, weights):
