@@ -372,7 +372,7 @@ print(next(int(line.split()[1]) / 1e6 for line in open("/proc/self/status") if "
     ],
 )
 def test_large_images_with_150_classes_stay_within_memory(kind, side, most):
-    """The logits of 1536x1536 pixels alone would take 1.4 GB, of 4096x4096 10 GB, of two views of 2048 5 GB."""
+    """The logits of 1536x1536 pixels alone take 1.4 GB, of 4096x4096 10 GB, two views of 2048x2048 5."""
     command = [sys.executable, "-c", LARGE, kind, str(side)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
