@@ -167,7 +167,6 @@ def test_photometric_distortion_changes_contrast_before_or_after_the_hue(early, 
     assert found == pytest.approx(before if early else after, abs=6)  # 8-bit HSV
 
 
-
 def test_crops_pad_beyond_the_image_and_nothing_else_does():
     image, mask = shaded_pair()
     for names in ((), ("flip",), ("crop",), ("crop", "flip")):
