@@ -77,7 +77,7 @@ from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, views_of
 from inference.video import Pipeline, VideoReader, VideoWriter
 from losses import Criterion
-from model import HeadOnly, ModelSpec, build_model
+from model import CachedSegmenter, ModelSpec, build_model
 from utils import shortest_time
 
 CLASSES = 21  # outputs of the heads that are trained here, whatever the data set
@@ -264,7 +264,7 @@ class OwnRun:
             dataset = cache_features(model, dataset, cache, precision, workers=WORKERS)
         self.batches = make_loader(dataset, args.batch_size, WORKERS, device.type == "cuda")
         self.batches.start(0)
-        trained = HeadOnly(model, args.imgsz) if cache else model
+        trained = CachedSegmenter(model, args.imgsz) if cache else model
         self.objective = engine.Objective(trained, Criterion("ce"))
         optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(model, LR, 0.01))
         self.optimization = engine.Optimization(optimizer, precision)

@@ -187,6 +187,8 @@ class ModelOptions:
                             type=int, metavar="I", dinov2_only=True)
     head: str = setting("bn", "model", "what turns feature maps into classes (listed below)", kind="head",
                         dinov2_only=True)
+    split_blocks: int = setting(3, "model", "split, split-detail: the head trains a copy of so many last "
+                                "blocks", type=positive_int, dinov2_only=True)
     aux_weight: float = setting(0.0, "model", "fcn_resnet50, deeplabv3_resnet101: weight of the auxiliary "
                                 "loss on the third stage; torchvision trains them with 0.5",
                                 type=non_negative_float)
@@ -222,8 +224,9 @@ class TrainConfig(ModelOptions, DataOptions):
     optimizer: str = setting("adamw", "training", "adamw, adam, or sgd = Nesterov momentum 0.937",
                              kind="optimizer")
     lr: float = setting(1e-3, "training", "base learning rate (of the head)", type=positive_float)
-    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen blocks, relative to --lr "
-                                       "(1 for every --arch but dinov2)", type=positive_float, metavar="X")
+    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen and copied blocks, "
+                                       "relative to --lr (1 for every --arch but dinov2)",
+                                       type=positive_float, metavar="X")
     weight_decay: float = setting(1e-3, "training", "weight decay; none on norms and biases",
                                   type=non_negative_float)
     scheduler: str = setting("cosine", "training", "learning rate over the run; cosine, poly and linear warm "
