@@ -117,7 +117,8 @@ class Segmenter(SegmentationModel):
             raise InputError("--cache-features keeps what enters the first block that trains, and parameters "
                              "before the blocks train too: leave it out, or give --unfreeze N")
         backbone.tail(first)  # says where that cannot be
-        earlier = {*(layer + 1 for layer in backbone.layers), *head.token_blocks}
+        earlier = {*(layer + 1 for layer in backbone.layers),
+                   *(block % len(backbone.blocks) for block in head.token_blocks)}
         return [*(f"tokens {block}" for block in sorted({first, *(b for b in earlier if b < first)})), *image]
 
     def compute_parts(self, parts, images):

@@ -114,10 +114,10 @@ class Tail(nn.Module):
 
     def features(self, tokens, grid, layers, token_blocks=()):
         """{block: tokens that enter it}, up to block `first`, grid (h, w) -> Features, maps of `layers`."""
-        left = {block - 1: values for block, values in tokens.items()}
+        left, depth = {block - 1: values for block, values in tokens.items()}, self.first + len(self.blocks)
         left.update(self(tokens[self.first], grid))
         return Features([self.as_map(left[layer], grid) for layer in layers],
-                        {block: left[block - 1] for block in token_blocks})
+                        {block: left[block % depth - 1] for block in token_blocks})  # -1 = the last block
 
     def as_map(self, tokens, grid):
         """(B, prefix + h * w, D) that left a block -> its map (B, D, h, w), normed."""

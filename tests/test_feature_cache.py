@@ -337,6 +337,20 @@ def test_what_trains_is_not_in_the_key_of_what_enters_it(samples, tmp_path, pass
     assert fill(unfreeze=4) == 7
 
 
+@pytest.mark.parametrize("unfreeze", [0, 2])
+@pytest.mark.parametrize("block", [-1, 5, -4, 2, 0])
+def test_a_head_gets_the_tokens_it_asks_for(samples, tmp_path, unfreeze, block):
+    net, seen = tiny(unfreeze=unfreeze), []
+    net.head.token_blocks = (block,)
+    dataset = training_set(samples)
+    cached = cache_features(net, dataset, tmp_path, FLOAT32)
+    want = net.features(dataset[1][0][None]).tokens
+    net.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].tokens))
+    CachedSegmenter(net, dataset.size).output(default_collate([cached[1][0]]))
+    assert list(want) == list(seen[0]) == [block]
+    assert torch.allclose(seen[0][block], want[block], atol=2e-2, rtol=2e-2)
+
+
 def test_tokens_and_images_of_views_are_those_of_the_epochs(samples, tmp_path):
     net, count = tiny(head="split-detail"), len(samples)
     dataset = training_set(samples, ("crop", "flip", "color"), seed=3)
