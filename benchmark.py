@@ -1,6 +1,6 @@
 """Measure speed as ratios: a plain loop and this code, side by side in one run on this machine.
 
-    python benchmark.py train                # a head on a frozen backbone: plain, this code, feature cache
+    python benchmark.py train                # a head and last blocks: plain, this code, feature cache
     python benchmark.py data --dataset voc   # loading and augmenting alone
     python benchmark.py memory               # peak memory of the same training loops
     python benchmark.py evaluate --model outputs/best_model_iou.pth
@@ -408,7 +408,7 @@ def benchmark_memory(args):
         rows.append(dict(name=name, images=images, peak_gb=in_own_process(peak_memory, args, name, images)))
     for row in rows:
         row["ratio"] = rows[0]["peak_gb"] / row["peak_gb"]
-    return facts_of(args, device, backbone=args.backbone, rows=rows)
+    return facts_of(args, device, backbone=args.backbone, unfreeze=args.unfreeze, rows=rows)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------

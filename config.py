@@ -183,7 +183,7 @@ class ModelOptions:
                             "vit_tiny, or timm/<model name>", type=backbone_name, metavar="NAME",
                             dinov2_only=True)
     layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last "
-                            "(default: the last four or the last one, as the head wants)", nargs="+",
+                            "(default: as the head wants)", nargs="+",
                             type=int, metavar="I", dinov2_only=True)
     head: str = setting("bn", "model", "what turns feature maps into classes (listed below)", kind="head",
                         dinov2_only=True)
@@ -241,7 +241,7 @@ class TrainConfig(ModelOptions, DataOptions):
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
                               "ce and focal, whose terms are means over pixels", type=positive_int)
 
-    cache_features: str = setting("", "run", "compute the features of a frozen backbone once and keep them "
+    cache_features: str = setting("", "run", "compute once what the frozen part of the backbone does, keep it "
                                   "in DIR for every later epoch and run (DIR: outputs/cache)", nargs="?",
                                   const="outputs/cache", metavar="DIR")
     cache_views: int = setting(1, "run", "views per training image to keep: 1 = as it is, more = "

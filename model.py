@@ -109,17 +109,17 @@ class Segmenter(SegmentationModel):
         if not backbone.layers:
             raise InputError("--cache-features keeps what the blocks of a backbone compute, and "
                              f"{self.spec.arch} has none: leave it out, or give --arch dinov2")
+        asked = {block % len(backbone.blocks) for block in head.token_blocks}
         if not backbone.trains():
             return [*(f"map {layer}" for layer in backbone.layers),
-                    *(f"tokens {block}" for block in head.token_blocks), *image]
+                    *(f"tokens {block}" for block in sorted(asked)), *image]
         first = backbone.first_trained()
         if first is None:
             raise InputError("--cache-features keeps what enters the first block that trains, and parameters "
                              "before the blocks train too: leave it out, or give --unfreeze N")
         backbone.tail(first)  # says where that cannot be
-        earlier = {*(layer + 1 for layer in backbone.layers),
-                   *(block % len(backbone.blocks) for block in head.token_blocks)}
-        return [*(f"tokens {block}" for block in sorted({first, *(b for b in earlier if b < first)})), *image]
+        asked |= {first, *(layer + 1 for layer in backbone.layers)}
+        return [*(f"tokens {block}" for block in sorted(asked) if block <= first), *image]
 
     def compute_parts(self, parts, images):
         """(B, 3, H, W) uint8 RGB -> {part: (B, ...)} as CachedSegmenter takes them."""
@@ -131,15 +131,19 @@ class Segmenter(SegmentationModel):
         known["image"] = images.permute(0, 2, 3, 1)
         return {part: known[part] for part in parts}
 
-    def part_facts(self, part):
-        """Return what a part depends on beside the image at the size of training, as plain values."""
-        kind, _, block = part.partition(" ")
-        if kind == "image":
-            return {}
-        backbone = self.backbone
-        state = backbone.frozen_state(int(block)) if kind == "tokens" else backbone.state_dict()
-        return dict(backbone=self.spec.backbone, weights=hash_state(state), block=int(block),
-                    mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
+    def part_facts(self, parts):
+        """Return {part: what it depends on beside the image at the size of training, as plain values}."""
+        shared = dict(backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
+                      std=self.std.flatten().tolist())
+        whole, facts = None, {}
+        for part in parts:
+            kind, _, block = part.partition(" ")
+            if kind == "map":  # one hash for all of them: a backbone may have gigabytes
+                whole = whole or hash_state(self.backbone.state_dict())
+            state = self.backbone.frozen_state(int(block)) if kind == "tokens" else {}
+            facts[part] = {} if kind == "image" else dict(shared, block=int(block), weights=hash_state(state)
+                                                          if kind == "tokens" else whole)
+        return facts
 
     def compile_parts(self):
         """Compile backbone and head (torch.compile) the first time each is called."""
@@ -185,7 +189,8 @@ class CachedSegmenter(SegmentationModel):
             parts[kind][int(block or 0)] = values
         maps = [as_autocast(values).permute(0, 3, 1, 2) for values in parts["map"].values()]
         tokens = {block: values.float() for block, values in parts["tokens"].items()}
-        features = Features(maps, tokens)
+        features = Features(maps, {block: tokens[block % len(backbone.blocks)]
+                                   for block in self.head.token_blocks if maps})
         for tail in self.tails:
             grid = tuple(side // backbone.size_divisor for side in self.geometry.padded)
             features = tail.features(tokens, grid, backbone.layers, self.head.token_blocks)

@@ -99,7 +99,9 @@ def build_batches(config, data, model, precision):
 
 
 def build_objective(config, model, criterion):
-    """Return (what is trained and validated: the Segmenter or its head alone; the Objective or DDP of it)."""
+    """Return (what is trained and validated: the Segmenter, or of it what follows the cache; the Objective or
+    DDP of it).
+    """
     trained = CachedSegmenter(model, config.imgsz) if config.cache_features else model
     if config.compile:
         compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
@@ -130,6 +132,9 @@ def check_effects(given, config, model):
               if parameter.requires_grad and engine.is_pretrained(name)]
     if "backbone_lr_scale" in given and not scaled:
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
+    if "split_blocks" in given and not model.head.copies_blocks():
+        raise InputError(f"--split-blocks has no effect, --head {model.spec.head} copies no blocks: give "
+                         "--head split or split-detail")
 
 
 # --- what is printed --------------------------------------------------------------------------------------

@@ -167,10 +167,10 @@ def plan_files(model, parts, dataset, folder, precision, views):
                   imgsz=list(dataset.size), **file_facts(dataset.samples))
     if dataset.augments:  # the views are as the augmentations make them
         shared.update(augment=fingerprint(dataset.augments), seed=dataset.seed)
-    files, facts = [], []
+    files, facts, of_model = [], [], model.part_facts(parts)
     for part, values in first.items():
         exact = values.dtype == torch.uint8
-        facts.append(dict(shared, part=part, shape=list(values.shape[1:]), **model.part_facts(part),
+        facts.append(dict(shared, part=part, shape=list(values.shape[1:]), **of_model[part],
                           precision="" if exact else str(precision)))
         files.append((part, values.shape[1:], torch.uint8 if exact else torch.bfloat16))
     if dataset.augments is not None:

@@ -176,8 +176,8 @@ class Backbone(nn.Module):
                     getattr(self.net, "rope", None), getattr(self.net, "rope_mixed", False))
 
     def first_trained(self):
-        """Return the first block with a parameter that trains, the number of blocks where none has; None
-        where a parameter before the blocks trains.
+        """Return the first block with a parameter that trains, the last one where none has; None where a
+        parameter before the blocks trains.
         """
         blocks = self.blocks
         of_blocks = [{id(parameter) for parameter in block.parameters() if parameter.requires_grad}
@@ -186,7 +186,7 @@ class Backbone(nn.Module):
         known = behind.union(*of_blocks)
         if any(parameter.requires_grad and id(parameter) not in known for parameter in self.parameters()):
             return None
-        return next((number for number, trained in enumerate(of_blocks) if trained), len(blocks))
+        return next((number for number, trained in enumerate(of_blocks) if trained), len(blocks) - 1)
 
     def frozen_state(self, first):
         """Return the part of the state dict on which the tokens that enter block `first` depend."""
@@ -265,6 +265,8 @@ class TimmBackbone(Backbone):
         if getattr(net, "pretrained_cfg", None):
             self.normalization = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
         self.prefix_tokens = getattr(net, "num_prefix_tokens", 0)
+        if getattr(getattr(net, "rope", None), "aug_active", False):  # other positions in every training step
+            net.rope.aug_active = False
         if isinstance(net, VisionTransformer) and net.pos_embed is not None:
             prefix = 0 if net.no_embed_class else net.num_prefix_tokens
             self.positions = PositionEmbedding(net, prefix, net.patch_embed.grid_size)

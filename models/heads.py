@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import InputError
+from models.backbones import Tail
 from models.logits import Logits, pixel_loss
 
 UP_WIDTHS = (512, 256, 128, 64)  # channels after each of the four up-blocks of the U-Net
@@ -59,6 +60,10 @@ class Head(nn.Module):
         A head that needs more than channels and classes (blocks to copy, options) has a build of its own.
         """
         return cls(backbone.channels, spec.num_classes)
+
+    def copies_blocks(self):
+        """Return whether it trains copies of the backbone's blocks, a module called `tail`."""
+        return any(isinstance(module, Tail) for module in self.modules())
 
     def forward(self, features, size):
         """Features of padded images of `size` = (H, W) -> whatever logits() and loss() take, such as
@@ -261,9 +266,9 @@ class Split(nn.Module):
     def copying(cls, backbone, count):
         """Return one with copies of the last `count` blocks of a Backbone. Raises InputError."""
         depth = len(backbone.blocks)
-        if backbone.blocks and count > depth:
+        tail = copy.deepcopy(backbone.tail(max(0, depth - count))).requires_grad_(True)
+        if count > depth:
             raise InputError(f"--split-blocks {count}: the backbone has {depth} blocks; give 1 to {depth}")
-        tail = copy.deepcopy(backbone.tail(depth - count)).requires_grad_(True)
         return cls(tail, backbone.channels, backbone.channels[-1])
 
     def forward(self, features):
@@ -311,7 +316,8 @@ def conv3x3(inputs, outputs, stride=1):
 class DetailHead(Head):
     """The maps say what, the image says where: both joined at a quarter of the image's size.
 
-    A stem of two strided convolutions sees the image, which has what a patch lost: thin and small things.
+    A stem of two strided convolutions sees the image, which has what a patch lost: thin and small things. At
+    sides that are no multiple of 4 the maps are stretched by up to a pixel at the edges, the stem is not.
     """
 
     sees_image = True
