@@ -241,8 +241,8 @@ class TrainConfig(ModelOptions, DataOptions):
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
                               "ce and focal, whose terms are means over pixels", type=positive_int)
 
-    cache_features: str = setting("", "run", "compute once what the frozen part of the backbone does, keep it "
-                                  "in DIR for every later epoch and run (DIR: outputs/cache)", nargs="?",
+    cache_features: str = setting("", "run", "compute what is frozen in the backbone once and keep it in DIR "
+                                  "for every later epoch and run (DIR: outputs/cache)", nargs="?",
                                   const="outputs/cache", metavar="DIR")
     cache_views: int = setting(1, "run", "views per training image to keep: 1 = as it is, more = "
                                "augmented", type=positive_int)
