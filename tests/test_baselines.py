@@ -190,6 +190,7 @@ for arch, weights in (("segformer_b1", "auto"), ("segformer_b1", sys.argv[1] + "
 """
 
 
+@pytest.mark.long
 def test_segformer_weights_come_from_the_hugging_face_cache(tmp_path):
     """The cache as the hub client lays it out; transformers reads its place when it is imported."""
     repo = tmp_path / "hf/hub/models--nvidia--mit-b0"
@@ -221,7 +222,8 @@ assert datasets.__file__.startswith(sys.argv[2]) and datasets.DATASETS and evalu
 """
 
 
-@pytest.mark.parametrize("order", [pytest.param("first", marks=pytest.mark.long), "last"])
+@pytest.mark.long
+@pytest.mark.parametrize("order", ["first", "last"])
 def test_files_of_ours_named_like_packages_do_not_confuse_transformers(order, tmp_path):
     if not (ROOT / "evaluate.py").exists():
         (tmp_path / "evaluate.py").write_text("")
