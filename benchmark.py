@@ -1,6 +1,6 @@
 """Measure speed as ratios: a plain loop and this code, side by side in one run on this machine.
 
-    python benchmark.py train                # a head on a frozen backbone: plain, this code, feature cache
+    python benchmark.py train                # a head and last blocks: plain, this code, feature cache
     python benchmark.py data --dataset voc   # loading and augmenting alone
     python benchmark.py memory               # peak memory of the same training loops
     python benchmark.py evaluate --model outputs/best_model_iou.pth
@@ -14,7 +14,8 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import add_run_flags, backbone_name, names, positive_int, registered, script_parser
+from config import (add_run_flags, backbone_name, names, non_negative_int, positive_int, registered,
+                    script_parser)
 
 
 def parse_args(argv=None):
@@ -32,6 +33,8 @@ def parse_args(argv=None):
     parser.add_argument("--backbone", type=backbone_name, default="dinov2_vits14", metavar="NAME",
                         help="train, memory: as in train.py (dinov2_vits14)")
     parser.add_argument("--weights", default="auto", help="train, memory: as in train.py (auto)")
+    parser.add_argument("--unfreeze", type=non_negative_int, default=0, metavar="N",
+                        help="train, memory: last blocks that train with the head (0)")
     parser.add_argument("--epochs", type=positive_int, default=20, help="train: epochs of every variant (20)")
     parser.add_argument("--model", default="outputs/best_model_iou.pth", help="evaluate, infer: of train.py")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="images per forward pass (8)")
@@ -77,7 +80,7 @@ from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, views_of
 from inference.video import Pipeline, VideoReader, VideoWriter
 from losses import Criterion
-from model import HeadOnly, ModelSpec, build_model
+from model import CachedSegmenter, ModelSpec, build_model
 from utils import shortest_time
 
 CLASSES = 21  # outputs of the heads that are trained here, whatever the data set
@@ -143,7 +146,7 @@ def plain_loader(dataset, batch_size, workers=2, sampler=None):
 
 
 class PlainModel(nn.Module):
-    """A frozen backbone and a head: (B, 3, H, W) float32, normalized -> (B, K, H, W) logits."""
+    """A backbone and a head: (B, 3, H, W) float32, normalized -> (B, K, H, W) logits."""
 
     def __init__(self, backbone, head):
         super().__init__()
@@ -152,7 +155,7 @@ class PlainModel(nn.Module):
     def forward(self, images):
         divisor, (height, width) = self.backbone.size_divisor, images.shape[-2:]
         images = F.pad(images, (0, -width % divisor, 0, -height % divisor))
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone.trains()):
             maps = self.backbone.features(images)
         logits = self.head(maps, images.shape[-2:])
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear")[..., :height, :width]
@@ -264,7 +267,7 @@ class OwnRun:
             dataset = cache_features(model, dataset, cache, precision, workers=WORKERS)
         self.batches = make_loader(dataset, args.batch_size, WORKERS, device.type == "cuda")
         self.batches.start(0)
-        trained = HeadOnly(model, args.imgsz) if cache else model
+        trained = CachedSegmenter(model, args.imgsz) if cache else model
         self.objective = engine.Objective(trained, Criterion("ce"))
         optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(model, LR, 0.01))
         self.optimization = engine.Optimization(optimizer, precision)
@@ -277,7 +280,7 @@ class OwnRun:
 
 
 def benchmark_train(args):
-    """Train the same head on the same frozen backbone by a plain loop and by this code, the epochs in turn.
+    """Train the same head and last blocks by a plain loop and by this code, the epochs in turn.
 
     seconds = of the start, which makes (first cached run) or checks (second) the cache, and of so many median
     epochs: whatever else the machine does for a while counts for none.
@@ -286,7 +289,8 @@ def benchmark_train(args):
     train, val, table = some_data(args)
     samples = table, train, val
     utils.seed_everything(0)
-    first = build_model(ModelSpec(backbone=args.backbone, num_classes=CLASSES), args.weights)
+    spec = ModelSpec(backbone=args.backbone, num_classes=CLASSES)
+    first = build_model(spec, args.weights, args.unfreeze)
     models = {name: copy.deepcopy(first).to(device)
               for name in ("plain loop", "this code", "this code, cache made", "this code, cache there")}
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
@@ -309,7 +313,8 @@ def benchmark_train(args):
         ratios = [a / b for a, b in zip(seconds[rows[0]["name"]], seconds[row["name"]], strict=True)]
         row["epoch_ratios"] = f"{min(ratios):.3g} to {max(ratios):.3g}"  # what the machine's noise makes
     return facts_of(args, device, images=len(train), epochs=args.epochs, backbone=args.backbone,
-                    weights=args.weights, precision=str(utils.Precision("auto", device)), rows=rows)
+                    weights=args.weights, unfreeze=args.unfreeze,
+                    precision=str(utils.Precision("auto", device)), rows=rows)
 
 
 def logged(name, run):
@@ -360,7 +365,8 @@ def peak_memory(args, name, images):
     args.images = images
     train, val, table = some_data(args)
     utils.seed_everything(0)
-    model = build_model(ModelSpec(backbone=args.backbone, num_classes=CLASSES), args.weights).to(device)
+    spec = ModelSpec(backbone=args.backbone, num_classes=CLASSES)
+    model = build_model(spec, args.weights, args.unfreeze).to(device)
     peaks = [0.0]
     threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
@@ -402,7 +408,7 @@ def benchmark_memory(args):
         rows.append(dict(name=name, images=images, peak_gb=in_own_process(peak_memory, args, name, images)))
     for row in rows:
         row["ratio"] = rows[0]["peak_gb"] / row["peak_gb"]
-    return facts_of(args, device, backbone=args.backbone, rows=rows)
+    return facts_of(args, device, backbone=args.backbone, unfreeze=args.unfreeze, rows=rows)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------

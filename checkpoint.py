@@ -214,11 +214,11 @@ def load_head(model, path):
     for name, value in checkpoint["model"].items():
         part, _, inner = name.partition(".")
         parts.setdefault(part, {})[inner] = value
-    for flag in ("head", "layers", "normalize"):
+    for flag in ("head", "layers", "normalize", *(["split_blocks"] if model.head.copies_blocks() else [])):
         theirs, ours = getattr(spec, flag) or spec.arch, getattr(model.spec, flag)
         if theirs != ours:
-            raise InputError(f"--head-weights {path} was trained with --{flag} {theirs}, and this run has "
-                             f"{ours}: give both the same")
+            raise InputError(f"--head-weights {path} was trained with --{flag.replace('_', '-')} {theirs}, "
+                             f"and this run has {ours}: give both the same")
     wanted = checkpoint.get("backbone_sha256") or hash_backbone(parts["backbone"])
     check_backbone(hash_backbone(model.backbone.state_dict()), wanted, spec, path)
     load_strictly(model.head, parts["head"], path)
@@ -256,7 +256,9 @@ def timm_twin(spec, state):
         backbone.positions.offset, backbone.positions.antialias = 0.1, False
     prefix = "backbone.net."
     inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    outer = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    # timm has other names for the parts of SwiGLU, in a head's copies of blocks too
+    outer = {key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): value
+             for key, value in state.items() if not key.startswith(prefix)}
     inner = {prefix + key: value for key, value in checkpoint_filter_fn(inner, backbone.net).items()}
     return build_model(spec, backbone=backbone), {**outer, **inner}
 

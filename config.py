@@ -183,10 +183,12 @@ class ModelOptions:
                             "vit_tiny, or timm/<model name>", type=backbone_name, metavar="NAME",
                             dinov2_only=True)
     layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last "
-                            "(default: the last four or the last one, as the head wants)", nargs="+",
+                            "(default: as the head wants)", nargs="+",
                             type=int, metavar="I", dinov2_only=True)
     head: str = setting("bn", "model", "what turns feature maps into classes (listed below)", kind="head",
                         dinov2_only=True)
+    split_blocks: int = setting(3, "model", "split, split-detail: the head trains a copy of so many last "
+                                "blocks", type=positive_int, dinov2_only=True)
     aux_weight: float = setting(0.0, "model", "fcn_resnet50, deeplabv3_resnet101: weight of the auxiliary "
                                 "loss on the third stage; torchvision trains them with 0.5",
                                 type=non_negative_float)
@@ -222,8 +224,9 @@ class TrainConfig(ModelOptions, DataOptions):
     optimizer: str = setting("adamw", "training", "adamw, adam, or sgd = Nesterov momentum 0.937",
                              kind="optimizer")
     lr: float = setting(1e-3, "training", "base learning rate (of the head)", type=positive_float)
-    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen blocks, relative to --lr "
-                                       "(1 for every --arch but dinov2)", type=positive_float, metavar="X")
+    backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen and copied blocks, "
+                                       "relative to --lr (1 for every --arch but dinov2)",
+                                       type=positive_float, metavar="X")
     weight_decay: float = setting(1e-3, "training", "weight decay; none on norms and biases",
                                   type=non_negative_float)
     scheduler: str = setting("cosine", "training", "learning rate over the run; cosine, poly and linear warm "
@@ -238,8 +241,8 @@ class TrainConfig(ModelOptions, DataOptions):
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
                               "ce and focal, whose terms are means over pixels", type=positive_int)
 
-    cache_features: str = setting("", "run", "compute the features of a frozen backbone once and keep them "
-                                  "in DIR for every later epoch and run (DIR: outputs/cache)", nargs="?",
+    cache_features: str = setting("", "run", "compute what is frozen in the backbone once and keep it in DIR "
+                                  "for every later epoch and run (DIR: outputs/cache)", nargs="?",
                                   const="outputs/cache", metavar="DIR")
     cache_views: int = setting(1, "run", "views per training image to keep: 1 = as it is, more = "
                                "augmented", type=positive_int)

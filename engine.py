@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from config import IGNORE
 from dataio.readers import read_image
@@ -18,7 +19,7 @@ from dataio.transforms import resize_mask
 from distributed import all_gather, all_reduce, broadcast_buffers, is_main_process, world_size
 from inference.predictor import label_maps
 from metrics import ConfusionMatrix
-from utils import Precision
+from utils import Precision, to_device
 
 MAX_GRAD_NORM = 1.0
 MOMENTUM = 0.937  # of sgd
@@ -96,9 +97,14 @@ def lr_lambda(scheduler, total_steps, steps_per_epoch):
 
 
 # --- optimizer --------------------------------------------------------------------------------------------
+def is_pretrained(name):
+    """Return whether a parameter is the backbone's, or of a copy of its blocks: the `tail` of a head."""
+    return name.startswith("backbone.") or ".tail." in name
+
+
 def backbone_scale(scale):
-    """Return f(name of a parameter) -> factor on its learning rate: `scale` in the backbone, 1 elsewhere."""
-    return lambda name: scale if name.startswith("backbone.") else 1.0
+    """Return f(name of a parameter) -> factor on its learning rate: `scale` where it is_pretrained or 1."""
+    return lambda name: scale if is_pretrained(name) else 1.0
 
 
 def parameter_groups(model, lr, weight_decay, lr_scale=lambda name: 1.0):
@@ -234,7 +240,7 @@ class LossLog:
 class Objective(nn.Module):
     """A model and its loss as one module, so that DDP sees a whole step.
 
-    model: a Segmenter, or a HeadOnly, which takes feature maps in place of images.
+    model: a Segmenter, or a CachedSegmenter, which takes what a cache holds in place of images.
     """
 
     def __init__(self, model, criterion):
@@ -270,7 +276,7 @@ def train_one_epoch(objective, batches, optimization, step, progress=None, after
 
     objective.train()
     for images, masks, names in log.watch(batches):
-        images = images.to(device, non_blocking=True)  # (B, 3, H, W) uint8
+        images = to_device(images, device)  # (B, 3, H, W) uint8, or what a cache holds
         masks = masks.to(device, non_blocking=True).long()  # (B, H, W) int64, 255 = ignore
         lr = set_lr(optimization.optimizer, optimization.lr_lambda(step))
         with precision.autocast():
@@ -323,7 +329,7 @@ def evaluate(model, batches, precision, criterion=None, views=None, on_image=Non
             logits = views(images)
         else:
             with precision.autocast():
-                output, geometry = model.output(images.to(device, non_blocking=True))
+                output, geometry = model.output(to_device(images, device))
                 logits = [model.head.logits(output, geometry)]
                 if criterion:
                     small = torch.stack([resize_mask(mask, geometry.size) for mask in masks])  # (B, h, w)
@@ -354,7 +360,7 @@ def predict_examples(model, dataset, precision, count):
         inputs, mask, _ = dataset[index]
         image = read_image(dataset.samples[index].image)
         with precision.autocast():
-            logits = model.logits(inputs[None].to(device))
+            logits = model.logits(to_device(default_collate([inputs]), device))
         (pred,) = label_maps([logits], [image.shape[1:]])
         rows.append((image.permute(1, 2, 0).numpy(), mask.numpy(), pred.cpu().numpy()))
     return rows

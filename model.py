@@ -13,7 +13,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 import dataclasses
 from dataclasses import dataclass
 
-from config import ModelOptions, parse_train_args, resolve
+from config import InputError, ModelOptions, parse_train_args, resolve
 
 if __name__ == "__main__":
     parse_train_args()  # --help and wrong flags are answered before torch is imported
@@ -26,6 +26,7 @@ from models.backbones import Features, build_backbone
 from models.baselines import build_baseline
 from models.heads import HEADS
 from models.logits import geometry_of, pad
+from models.weights import hash_state
 
 
 @dataclass
@@ -82,10 +83,14 @@ class Segmenter(SegmentationModel):
 
     def features(self, images, geometry=None):
         """(B, 3, H, W) uint8 RGB -> Features of the normalized, padded images."""
-        geometry = geometry or geometry_of(images.shape[-2:], self.backbone.size_divisor)
-        images = pad((images.float() - self.mean) / self.std, geometry)
+        images = self.normalized(images, geometry)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone.trains()):
             return self.backbone.features(images, self.head.token_blocks)
+
+    def normalized(self, images, geometry=None):
+        """(B, 3, H, W) uint8 RGB -> (B, 3, *geometry.padded) float32, normalized, then padded with zeros."""
+        geometry = geometry or geometry_of(images.shape[-2:], self.backbone.size_divisor)
+        return pad((images.float() - self.mean) / self.std, geometry)
 
     def decode(self, features, geometry):
         """Features of images of `geometry` -> what the head returns."""
@@ -93,6 +98,52 @@ class Segmenter(SegmentationModel):
         maps = [one if one.stride(1) == 1 else one.contiguous(memory_format=torch.channels_last)
                 for one in features]
         return self.head(Features(maps, features.tokens, features.images), geometry.padded)
+
+    # --- for the feature cache
+    def cached_parts(self):
+        """Return the names of what CachedSegmenter needs of an image. Raises InputError where no training can
+        start from what a frozen part of the backbone computes.
+        """
+        backbone, head = self.backbone, self.head
+        image = ["image"] * head.sees_image
+        if not backbone.layers:
+            raise InputError("--cache-features keeps what the blocks of a backbone compute, and "
+                             f"{self.spec.arch} has none: leave it out, or give --arch dinov2")
+        asked = {block % len(backbone.blocks) for block in head.token_blocks}
+        if not backbone.trains():
+            return [*(f"map {layer}" for layer in backbone.layers),
+                    *(f"tokens {block}" for block in sorted(asked)), *image]
+        first = backbone.first_trained()
+        if first is None:
+            raise InputError("--cache-features keeps what enters the first block that trains, and parameters "
+                             "before the blocks train too: leave it out, or give --unfreeze N")
+        backbone.tail(first)  # says where that cannot be
+        asked |= {first, *(layer + 1 for layer in backbone.layers)}
+        return [*(f"tokens {block}" for block in sorted(asked) if block <= first), *image]
+
+    def compute_parts(self, parts, images):
+        """(B, 3, H, W) uint8 RGB -> {part: (B, ...)} as CachedSegmenter takes them."""
+        blocks = [int(part.partition(" ")[2]) for part in parts if part.startswith("tokens")]
+        features = self.backbone.features(self.normalized(images), blocks)
+        known = {f"map {layer}": values.permute(0, 2, 3, 1)
+                 for layer, values in zip(self.backbone.layers, features, strict=True)}
+        known.update({f"tokens {block}": values for block, values in features.tokens.items()})
+        known["image"] = images.permute(0, 2, 3, 1)
+        return {part: known[part] for part in parts}
+
+    def part_facts(self, parts):
+        """Return {part: what it depends on beside the image at the size of training, as plain values}."""
+        shared = dict(backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
+                      std=self.std.flatten().tolist())
+        whole, facts = None, {}
+        for part in parts:
+            kind, _, block = part.partition(" ")
+            if kind == "map":  # one hash for all of them: a backbone may have gigabytes
+                whole = whole or hash_state(self.backbone.state_dict())
+            state = self.backbone.frozen_state(int(block)) if kind == "tokens" else {}
+            facts[part] = {} if kind == "image" else dict(shared, block=int(block), weights=hash_state(state)
+                                                          if kind == "tokens" else whole)
+        return facts
 
     def compile_parts(self):
         """Compile backbone and head (torch.compile) the first time each is called."""
@@ -105,26 +156,54 @@ class Segmenter(SegmentationModel):
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
-class HeadOnly(SegmentationModel):
-    """A Segmenter from the maps of its frozen backbone on, as the feature cache has them; for one size."""
+class CachedSegmenter(SegmentationModel):
+    """A Segmenter from where its training begins: its inputs are what the feature cache keeps of an image.
+
+    Segmenter.cached_parts() names them: `map L`, the normed map (h, w, D) of block L of a frozen backbone;
+    `tokens L`, (prefix + h * w, D), un-normed, as they enter block L; `image`, (H, W, 3) uint8. Where blocks
+    of the backbone train, they are run on the tokens that enter the first of them. For one size.
+    """
 
     def __init__(self, model, size):
         super().__init__()
         self.model, self.num_classes = model, model.num_classes
         self.geometry = geometry_of(size, model.backbone.size_divisor)
+        # in a list, because these are the backbone's own modules and not once more those of this one
+        self.tails = [model.backbone.tail(model.backbone.first_trained())] if model.backbone.trains() else []
 
     @property
     def head(self):
         """The head of the Segmenter."""
         return self.model.head
 
-    def output(self, features):
-        """(B, h, w, D) bfloat16, all maps side by side -> (what the head returns, Geometry)."""
-        kind = features.device.type
-        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) is not torch.bfloat16:
-            features = features.float()
-        maps = features.permute(0, 3, 1, 2).split(self.model.backbone.channels, dim=1)  # n x (B, D, h, w)
-        return self.model.decode(Features(maps), self.geometry), self.geometry
+    def compile_parts(self):
+        """Compile the trained blocks and the head (torch.compile) the first time each is called."""
+        for part in (*self.tails, self.head):
+            part.compile()
+
+    def output(self, inputs):
+        """{part: (B, ...)}, maps and tokens in bfloat16 -> (what the head returns, Geometry)."""
+        backbone, parts = self.model.backbone, {kind: {} for kind in ("map", "tokens", "image")}
+        for part, values in inputs.items():
+            kind, _, block = part.partition(" ")
+            parts[kind][int(block or 0)] = values
+        maps = [as_autocast(values).permute(0, 3, 1, 2) for values in parts["map"].values()]
+        tokens = {block: values.float() for block, values in parts["tokens"].items()}
+        features = Features(maps, {block: tokens[block % len(backbone.blocks)]
+                                   for block in self.head.token_blocks if maps})
+        for tail in self.tails:
+            grid = tuple(side // backbone.size_divisor for side in self.geometry.padded)
+            features = tail.features(tokens, grid, backbone.layers, self.head.token_blocks)
+        for values in parts["image"].values():
+            features.images = self.model.normalized(values.permute(0, 3, 1, 2), self.geometry)
+        return self.model.decode(features, self.geometry), self.geometry
+
+
+def as_autocast(values):
+    """Return bfloat16 values as they are where autocast computes in bfloat16, else in float32."""
+    kind = values.device.type
+    bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
+    return values if bfloat16 else values.float()
 
 
 def build_model(spec, weights="none", unfreeze=0, backbone=None):

@@ -37,14 +37,14 @@ import utils
 import visualize
 from checkpoint import Run, load_head, read_checkpoint
 from dataio.dataloader import make_loader, naming_files
-from dataio.feature_cache import cache_features, check_cacheable
+from dataio.feature_cache import cache_features
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
 from datasets import SegmentationDataset, check_trainable, load_data
 from distributed import init_distributed, is_main_process, main_process_first, rank, world_size
 from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row
-from model import HeadOnly, ModelSpec, build_model
+from model import CachedSegmenter, ModelSpec, build_model
 from models.backbones import origins
 
 SHOWN = 4  # validation images drawn after every epoch
@@ -99,14 +99,16 @@ def build_batches(config, data, model, precision):
 
 
 def build_objective(config, model, criterion):
-    """Return (what is trained and validated: the Segmenter or its head alone; the Objective or DDP of it)."""
+    """Return (what is trained and validated: the Segmenter, or of it what follows the cache; the Objective or
+    DDP of it).
+    """
+    trained = CachedSegmenter(model, config.imgsz) if config.cache_features else model
     if config.compile:
         compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
         if model.mean.device.type == "cpu" and not any(map(shutil.which, compilers)):
             raise InputError("--compile on a CPU needs a C++ compiler, and there is none (g++, clang++, cl): "
                              "install one, or leave it out")
-        model.compile_parts()
-    trained = HeadOnly(model, config.imgsz) if config.cache_features else model
+        trained.compile_parts()
     objective = engine.Objective(trained, criterion)
     if world_size() > 1:
         objective = DistributedDataParallel(objective, find_unused_parameters=model.backbone.trains())
@@ -116,7 +118,7 @@ def build_objective(config, model, criterion):
 def check_effects(given, config, model):
     """Raise InputError for flags in `given` that this model would make no use of, or that do not fit it."""
     if config.cache_features:
-        check_cacheable(model)
+        model.cached_parts()  # says why it cannot be
     if model.head.own_loss and {"loss", "class_weights"} & given.keys():
         raise InputError(f"--head {model.spec.head} has a loss of its own: leave out --loss and "
                          "--class-weights")
@@ -126,8 +128,13 @@ def check_effects(given, config, model):
     if "save_head_only" in given and (model.backbone.trains() or not model.backbone.pretrained):
         raise InputError("--save-head-only leaves out a backbone that can be had again, and this one "
                          f"{'trains' if model.backbone.trains() else 'is random'}: leave it out")
-    if "backbone_lr_scale" in given and not model.backbone.trains():
+    scaled = [name for name, parameter in model.named_parameters()
+              if parameter.requires_grad and engine.is_pretrained(name)]
+    if "backbone_lr_scale" in given and not scaled:
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
+    if "split_blocks" in given and not model.head.copies_blocks():
+        raise InputError(f"--split-blocks has no effect, --head {model.spec.head} copies no blocks: give "
+                         "--head split or split-detail")
 
 
 # --- what is printed --------------------------------------------------------------------------------------

@@ -110,6 +110,13 @@ def run_main(main):
         sys.exit(130)
 
 
+def to_device(inputs, device):
+    """Return a tensor, or a dict of them, on a device."""
+    if isinstance(inputs, dict):
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return inputs.to(device, non_blocking=True)
+
+
 def is_out_of_memory(error):
     """Return whether an exception says so; torch has a class of its own for CUDA alone."""
     return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))

@@ -59,14 +59,14 @@ class EpochSampler(Sampler):
 
 # --- stacking ---------------------------------------------------------------------------------------------
 def collate(items):
-    """Stack images to (B, 3, h, w) or feature maps to (B, h, w, D), and masks to (B, h, w) where all have one
-    size; else a list of masks.
+    """Stack images to (B, 3, h, w), or what a cache holds of them to {part: (B, ...)}, and masks to (B, h, w)
+    where all have one size; else a list of masks.
     """
     images, masks, names = zip(*items, strict=True)
-    if images[0].dtype == torch.uint8:  # the colors of a pixel lie side by side: stacked as they lie
-        images = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    else:
+    if isinstance(images[0], dict):
         images = default_collate(images)
+    else:  # the colors of a pixel lie side by side: stacked as they lie
+        images = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     same = all(mask.shape == masks[0].shape for mask in masks)
     return images, default_collate(masks) if same else list(masks), list(names)
 

@@ -1,12 +1,14 @@
-"""The feature cache: what a frozen backbone makes of the images, computed once and read by every later run.
+"""The feature cache: what the frozen part of a backbone makes of the images, computed once for all runs.
 
     python train.py --cache-features --head bn          # one pass of the backbone, then the head alone
     python train.py --cache-features --head unet        # the same blocks of the same images: no pass at all
     python train.py --cache-features --cache-views 4    # four augmented views of every image
+    python train.py --cache-features --unfreeze 3       # what enters the first of the blocks that train
 
-A cache is one memory-mapped file of bfloat16 for every block that the head reads, one of masks for training,
-and beside each a file of checksums, one per entry, written after the entry: an interrupted cache is
-completed, a damaged entry computed again. The file's name is a hash of all that its content depends on.
+A cache is one memory-mapped file for every part that the training starts from (maps and tokens of blocks in
+bfloat16, images), one of masks for training, and beside each a file of checksums, one per entry, written
+after the entry: an interrupted cache is completed, a damaged entry computed again. The file's name is a hash
+of all that its content depends on.
 """
 import hashlib
 import json
@@ -24,10 +26,9 @@ from config import InputError, count_of
 from dataio.dataloader import Batches, naming_files
 from dataio.transforms import fingerprint
 from distributed import barrier, local_rank, local_world_size
-from models.weights import hash_state
 from utils import is_out_of_memory, lock_file, write_atomically
 
-VERSION = 2  # of the format, and of how images are read
+VERSION = 3  # of the format, and of how images are read
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images per pass of the backbone; halved while they do not fit
 SPARE = 1 << 28  # bytes of disk that stay free
 
@@ -108,38 +109,37 @@ def checksum(values):
 
 
 class CachedDataset(Dataset):
-    """Triples (features (h, w, D), mask, file name) in place of the (image, mask, name) of a dataset.
+    """Triples ({part: values}, mask, file name) in place of the (image, mask, name) of a dataset.
 
-    D = channels of all blocks side by side. Masks as in the dataset: at its `size` for training, else as they
-    are stored. Training epoch e reads view e % views.
+    Masks as in the dataset: at its `size` for training, else as they are stored. Pass e of training over the
+    images reads view e % views.
     """
 
-    def __init__(self, dataset, features, masks, views):
-        self.dataset, self.features, self.masks, self.views = dataset, features, masks, views
+    def __init__(self, dataset, parts, masks, views):
+        self.dataset, self.parts, self.masks, self.views = dataset, parts, masks, views
         self.samples, self.augments, self.seed = dataset.samples, dataset.augments, dataset.seed
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, item):
-        epoch, index = divmod(item, len(self))
-        number = epoch % self.views * len(self) + index
-        maps = [file.open()[0][number] for file in self.features]  # n x (h, w, D)
+        turn, index = divmod(item, len(self))
+        number = turn % self.views * len(self) + index
+        inputs = {part: file.open()[0][number] for part, file in self.parts.items()}
         mask = self.masks.open()[0][number] if self.masks else self.dataset.mask(index)
-        return torch.cat(maps, dim=-1) if len(maps) > 1 else maps[0], mask, str(self.samples[index].image)
+        return inputs, mask, str(self.samples[index].image)
 
 
 def cache_features(model, dataset, folder, precision, views=1, workers=0):
     """Return the CachedDataset of a SegmentationDataset, computing what `folder` does not hold yet.
 
-    model: a Segmenter with a frozen backbone, on its device. Epochs 0..views-1 of a training dataset are the
-    views. Peak memory does not grow with the number of images. Raises InputError where the disk has no room,
-    and for a model that needs more than the maps of a frozen backbone.
+    model: a Segmenter, on its device. Items of the passes 0..views-1 over a training dataset are the views.
+    Peak memory does not grow with the number of images. Raises InputError where the disk has no room, and
+    for a model whose training does not start from what a frozen part of its backbone computes.
     """
-    check_cacheable(model)
-    folder = Path(folder)
+    parts, folder = model.cached_parts(), Path(folder)
     model.eval()  # BatchNorm of a frozen backbone must not learn from the images it is asked about
-    files, facts = plan_files(model, dataset, folder, precision, views)
+    files, facts = plan_files(model, parts, dataset, folder, precision, views)
     if local_rank() == 0:
         with alone_in(folder):
             reserve(files, facts, folder)
@@ -152,55 +152,33 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
             f"{folder} cannot be written: name another folder"
         )
     if missing:
-        fill(model, dataset, files, missing, precision, workers)
+        fill(model, parts, dataset, files, missing, precision, workers)
     barrier()
     masks = files.pop() if dataset.augments is not None else None
-    return CachedDataset(dataset, files, masks, views)
+    return CachedDataset(dataset, dict(zip(parts, files, strict=True)), masks, views)
 
 
-def check_cacheable(model):
-    """Raise InputError for a Segmenter of which the maps of a frozen backbone are not enough to train on."""
-    trained = sum(parameter.numel() for parameter in model.backbone.parameters() if parameter.requires_grad)
-    if trained:
-        raise InputError(f"--cache-features keeps what a frozen backbone computes, and {trained:,} of its "
-                         "parameters train: leave it out, or train the head alone (--unfreeze 0)")
-    if not model.backbone.layers:
-        raise InputError(f"--cache-features keeps the maps of a backbone's blocks, and {model.spec.arch} has "
-                         "none: leave it out, or give --arch dinov2")
-    if model.head.token_blocks or model.head.sees_image:
-        raise InputError(f"--cache-features keeps feature maps, and --head {model.spec.head} reads tokens or "
-                         "images too: leave it out")
-
-
-def plan_files(model, dataset, folder, precision, views):
-    """Return ([EntryFile of every block, and of masks for training], [the facts each depends on])."""
+def plan_files(model, parts, dataset, folder, precision, views):
+    """Return ([EntryFile of every part, and of masks for training], [the facts each depends on])."""
     count = len(dataset) * views
     with torch.inference_mode(), precision.autocast():
-        first = model.features(dataset[0][0][None].to(model.mean.device))  # n x (1, D, h, w)
-    shapes = [(*features.shape[2:], features.shape[1]) for features in first]
+        first = model.compute_parts(parts, dataset[0][0][None].to(model.mean.device))  # {part: (1, ...)}
     shared = dict(version=VERSION, split="val" if dataset.augments is None else "train", views=views,
                   imgsz=list(dataset.size), **file_facts(dataset.samples))
     if dataset.augments:  # the views are as the augmentations make them
         shared.update(augment=fingerprint(dataset.augments), seed=dataset.seed)
-    of_model = dict(
-        backbone=model.spec.backbone,
-        weights=hash_state(model.backbone.state_dict()),
-        mean=model.mean.flatten().tolist(),
-        std=model.std.flatten().tolist(),
-        precision=str(precision),
-    )
-    kinds = [dict(shared, **of_model, block=layer, shape=shape)
-             for layer, shape in zip(model.backbone.layers, shapes, strict=True)]
-    types = [torch.bfloat16] * len(kinds)
+    files, facts, of_model = [], [], model.part_facts(parts)
+    for part, values in first.items():
+        exact = values.dtype == torch.uint8
+        facts.append(dict(shared, part=part, shape=list(values.shape[1:]), **of_model[part],
+                          precision="" if exact else str(precision)))
+        files.append((part, values.shape[1:], torch.uint8 if exact else torch.bfloat16))
     if dataset.augments is not None:
-        kinds.append(dict(shared, table=hashlib.sha256(dataset.table).hexdigest()))
-        shapes, types = [*shapes, dataset.size], [*types, torch.uint8]
-    names = [hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16] for facts in kinds]
-    paths = [folder / f"{'features' if 'block' in facts else 'masks'}_{name}.bin"
-             for name, facts in zip(names, kinds, strict=True)]
-    files = [EntryFile(path, count, shape, kind)
-             for path, shape, kind in zip(paths, shapes, types, strict=True)]
-    return files, kinds
+        facts.append(dict(shared, part="masks", table=hashlib.sha256(dataset.table).hexdigest()))
+        files.append(("masks", dataset.size, torch.uint8))
+    names = [hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).hexdigest()[:16] for fact in facts]
+    return [EntryFile(folder / f"{part.replace(' ', '_')}_{name}.bin", count, shape, kind)
+            for (part, shape, kind), name in zip(files, names, strict=True)], facts
 
 
 def file_facts(samples):
@@ -257,14 +235,13 @@ def remove_outdated(facts, folder):
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return False
 
-    candidates = [*folder.glob("features_*.json"), *folder.glob("masks_*.json")]
-    for path in filter(same_but_contents, candidates):
+    for path in filter(same_but_contents, folder.glob("*.json")):
         print(f"the data set has changed: {path.with_suffix('.bin')} is removed and computed again")
         for ending in (".json", ".bin", ".sums"):
             path.with_suffix(ending).unlink(missing_ok=True)
 
 
-def fill(model, dataset, files, missing, precision, workers):
+def fill(model, parts, dataset, files, missing, precision, workers):
     """Compute the entries `missing` (items of the dataset) of every file."""
     device = model.mean.device
     size = BATCH.get(device.type, 8)
@@ -274,27 +251,30 @@ def fill(model, dataset, files, missing, precision, workers):
     bar = tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None)
     with bar, naming_files(loader):
         for images, masks, _ in loader:
-            maps, size = features_that_fit(model, images, precision, size)
+            values, size = parts_that_fit(model, parts, images, precision, size)
+            if dataset.augments is not None:
+                values.append(masks)
             for index in range(len(images)):
                 number = next(numbers)
-                for file, features in zip(files, maps, strict=False):
-                    file.write(number, features[index].permute(1, 2, 0))  # (D, h, w) -> (h, w, D)
-                if len(files) > len(maps):
-                    files[-1].write(number, masks[index])
+                for file, batch in zip(files, values, strict=True):
+                    file.write(number, batch[index])
             bar.update(len(images))
 
 
 @torch.inference_mode()
-def features_that_fit(model, images, precision, size):
-    """Return (maps n x (B, D, h, w) on the CPU, size): `size` images per pass, halved until they fit."""
+def parts_that_fit(model, parts, images, precision, size):
+    """Return (the values of every part, (B, ...) on the CPU, size): `size` images per pass, halved until they
+    fit.
+    """
     while True:
         try:
-            parts = []
-            for part in images.split(size):
+            batches = []
+            for batch in images.split(size):
                 with precision.autocast():
-                    maps = model.features(part.to(model.mean.device, non_blocking=True))
-                parts.append([features.to(torch.bfloat16).cpu() for features in maps])
-            return [torch.cat(maps) for maps in zip(*parts, strict=True)], size
+                    values = model.compute_parts(parts, batch.to(model.mean.device, non_blocking=True))
+                batches.append([value.to(torch.bfloat16 if value.is_floating_point() else value.dtype).cpu()
+                                for value in values.values()])
+            return [torch.cat(values) for values in zip(*batches, strict=True)], size
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise

@@ -15,6 +15,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
@@ -87,6 +88,42 @@ class Features(list):
         self.tokens, self.images = tokens or {}, images
 
 
+class Tail(nn.Module):
+    """The last blocks of a plain ViT and its final norm: from the tokens that enter block `first` on.
+
+    It holds the modules of the backbone; copy.deepcopy makes one with weights of its own. prefix: class and
+    register tokens in front of the patch tokens; rope: the rotary position embedding of timm, or None.
+    """
+
+    def __init__(self, blocks, norm, first, prefix, rope=None, rope_mixed=False):
+        super().__init__()
+        self.blocks, self.norm, self.rope = nn.ModuleList(blocks), norm, rope
+        self.first, self.prefix, self.rope_mixed = first, prefix, rope_mixed
+
+    def forward(self, tokens, grid):
+        """(B, prefix + h * w, D) entering block `first`, grid (h, w) -> {block: tokens that leave it}."""
+        left = {}
+        angles = None if self.rope is None else self.rope.get_embed(shape=grid)
+        for block, module in enumerate(self.blocks, start=self.first):
+            if angles is None:
+                tokens = module(tokens)
+            else:
+                tokens = module(tokens, rope=angles[block] if self.rope_mixed else angles)
+            left[block] = tokens
+        return left
+
+    def features(self, tokens, grid, layers, token_blocks=()):
+        """{block: tokens that enter it}, up to block `first`, grid (h, w) -> Features, maps of `layers`."""
+        left, depth = {block - 1: values for block, values in tokens.items()}, self.first + len(self.blocks)
+        left.update(self(tokens[self.first], grid))
+        return Features([self.as_map(left[layer], grid) for layer in layers],
+                        {block: left[block % depth - 1] for block in token_blocks})  # -1 = the last block
+
+    def as_map(self, tokens, grid):
+        """(B, prefix + h * w, D) that left a block -> its map (B, D, h, w), normed."""
+        return self.norm(tokens)[:, self.prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
+
+
 class Backbone(nn.Module):
     """What a Segmenter needs of a backbone: `net`, `size_divisor`, `layers`, `channels` of each map,
     features(), and the `normalization` (mean, std) of RGB in 0..1 that its weights were trained with.
@@ -98,6 +135,7 @@ class Backbone(nn.Module):
 
     normalization = IMAGENET
     positions, pretrained = None, False
+    plain = ()  # classes of networks whose blocks can be run alone
     prefix_tokens = 0  # class and register tokens in front of the patch tokens
 
     def __init__(self, net, size_divisor, layers, channels, stride=None):
@@ -127,6 +165,35 @@ class Backbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def tail(self, first):
+        """Return the Tail of blocks `first` and later. Raises InputError: the network is no plain ViT."""
+        if not (self.blocks and isinstance(self.net, self.plain)):
+            raise InputError(f"{type(self.net).__name__} is not a plain ViT, whose last blocks could be run "
+                             "or copied alone: give a DINOv2 or another ViT as --backbone, another --head, "
+                             "or leave out --cache-features")
+        return Tail(self.blocks[first:], self.net.norm, first, self.prefix_tokens,
+                    getattr(self.net, "rope", None), getattr(self.net, "rope_mixed", False))
+
+    def first_trained(self):
+        """Return the first block with a parameter that trains, the last one where none has; None where a
+        parameter before the blocks trains.
+        """
+        blocks = self.blocks
+        of_blocks = [{id(parameter) for parameter in block.parameters() if parameter.requires_grad}
+                     for block in blocks]
+        behind = {id(parameter) for parameter in getattr(self.net, "norm", nn.Identity()).parameters()}
+        known = behind.union(*of_blocks)
+        if any(parameter.requires_grad and id(parameter) not in known for parameter in self.parameters()):
+            return None
+        return next((number for number, trained in enumerate(of_blocks) if trained), len(blocks) - 1)
+
+    def frozen_state(self, first):
+        """Return the part of the state dict on which the tokens that enter block `first` depend."""
+        later = [id(value) for module in (*self.blocks[first:], getattr(self.net, "norm", nn.Identity()))
+                 for value in module.state_dict(keep_vars=True).values()]
+        return {name: value for name, value in self.state_dict(keep_vars=True).items()
+                if id(value) not in later}
 
     def trains(self):
         """Return whether any parameter trains, an adapter's too."""
@@ -159,6 +226,8 @@ class Backbone(nn.Module):
 class HubBackbone(Backbone):
     """A DINOv2 from torch.hub (Oquab et al., 2023), read through its get_intermediate_layers."""
 
+    plain = nn.Module
+
     def __init__(self, net, layers):
         positions, patches = net.pos_embed, net.patch_embed
         patch = patches.patch_size if isinstance(patches.patch_size, int) else patches.patch_size[0]
@@ -185,6 +254,8 @@ class HubBackbone(Backbone):
 class TimmBackbone(Backbone):
     """Any timm model with forward_intermediates. Maps of several resolutions go to the finest one."""
 
+    plain = (VisionTransformer, Eva)
+
     def __init__(self, net, layers):
         info = net.feature_info.info if hasattr(net.feature_info, "info") else net.feature_info
         layers = check_layers(layers, len(info))
@@ -194,6 +265,8 @@ class TimmBackbone(Backbone):
         if getattr(net, "pretrained_cfg", None):
             self.normalization = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
         self.prefix_tokens = getattr(net, "num_prefix_tokens", 0)
+        if getattr(getattr(net, "rope", None), "aug_active", False):  # other positions in every training step
+            net.rope.aug_active = False
         if isinstance(net, VisionTransformer) and net.pos_embed is not None:
             prefix = 0 if net.no_embed_class else net.num_prefix_tokens
             self.positions = PositionEmbedding(net, prefix, net.patch_embed.grid_size)
@@ -233,9 +306,11 @@ def keep_tokens(tokens, block, module, inputs):
 
 
 def check_layers(layers, depth):
-    """Return the block indices to read: of `layers`, in which negative ones count from the end, or the last
-    `layers` blocks where it is a number. Raises InputError for an index outside 0..depth-1 or given twice.
+    """Return the block indices to read: of `layers`, in which negative ones count from the end, the last
+    `layers` blocks where it is a number, or layers(depth). Raises InputError for an index outside 0..depth-1
+    or given twice.
     """
+    layers = layers(depth) if callable(layers) else layers
     layers = range(-min(layers, depth), 0) if isinstance(layers, int) else layers
     layers = [layer if layer >= 0 else depth + layer for layer in layers]
     if sorted(set(layers)) != layers or layers[-1] >= depth or layers[0] < 0:

@@ -6,6 +6,7 @@
 
 A new head is one class here, entered in HEADS.
 """
+import copy
 from itertools import pairwise
 
 import torch
@@ -13,10 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import InputError
+from models.backbones import Tail
 from models.logits import Logits, pixel_loss
 
 UP_WIDTHS = (512, 256, 128, 64)  # channels after each of the four up-blocks of the U-Net
 DECONV_WIDTHS = (256, 128, 64, 32)
+STEM_WIDTHS = (32, 64)  # of the detail head, at a half and a quarter of the image's size
+DETAIL_WIDTH = 96
+PROJECTED = 128  # channels of the maps where the detail head joins them
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -35,11 +40,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 class Head(nn.Module):
     """What a Segmenter asks of a head. The defaults serve a head that returns one map of logits.
 
-    reads: how many of the last blocks it reads where --layers does not say. token_blocks: the blocks (-1 =
-    the last) whose entering tokens it wants in features.tokens. sees_image: whether it reads features.images.
-    crops: whether the logits of the padded image are cropped back, or resized onto the image, as
-    mmsegmentation did when the official heads were trained. own_loss: whether loss() leaves the losses of
-    --loss aside.
+    reads: how many of the last blocks it reads, or f(depth) -> blocks, where --layers does not say.
+    token_blocks: the blocks whose entering tokens it wants in features.tokens. sees_image: whether it reads
+    features.images. crops: whether the logits of the padded image are cropped back, or resized onto the
+    image, as mmsegmentation did when the official heads were trained. own_loss: whether loss() leaves the
+    losses of --loss aside.
     """
 
     reads = 4
@@ -55,6 +60,10 @@ class Head(nn.Module):
         A head that needs more than channels and classes (blocks to copy, options) has a build of its own.
         """
         return cls(backbone.channels, spec.num_classes)
+
+    def copies_blocks(self):
+        """Return whether it trains copies of the backbone's blocks, a module called `tail`."""
+        return any(isinstance(module, Tail) for module in self.modules())
 
     def forward(self, features, size):
         """Features of padded images of `size` = (H, W) -> whatever logits() and loss() take, such as
@@ -222,6 +231,155 @@ class DeconvHead(DeconvResizeHead):
         return logits[..., top:top + height, left:left + width]
 
 
+def spread(depth):
+    """Return four blocks at equal distances, the last one of them: 2 5 8 11 of 12."""
+    return sorted({max(0, depth * part // 4 - 1) for part in (1, 2, 3, 4)})
+
+
+def groups_of(channels):
+    """Return for GroupNorm the largest number of groups, up to 32, that divides the channels."""
+    return max(count for count in range(1, 33) if channels % count == 0)
+
+
+class Split(nn.Module):
+    """The two branches of ViT-Split and their fusion, to one map.
+
+    Li et al., ViT-Split, ICCV 2025 (arXiv 2506.03433): the task branch is a trained copy of the last blocks,
+    on the tokens that enter the frozen ones; the prior branch reads frozen maps. The paper's 3x3 convolutions
+    are deformable; these are plain. Its copy ends with the frozen final norm; here that is copied too.
+    """
+
+    def __init__(self, tail, channels, width):
+        super().__init__()
+        self.tail = tail
+        self.prior = nn.Sequential(nn.Conv2d(sum(channels), width, kernel_size=1), nn.GELU(),
+                                   nn.Conv2d(width, width, kernel_size=3, padding=1), nn.GELU())
+        self.fusion = nn.Sequential(nn.Conv2d(2 * width, width, kernel_size=1), nn.GELU(),
+                                    nn.Conv2d(width, width, kernel_size=3, padding=1), nn.GELU())
+
+    @property
+    def token_blocks(self):
+        """The block whose entering tokens it wants."""
+        return self.tail.first,
+
+    @classmethod
+    def copying(cls, backbone, count):
+        """Return one with copies of the last `count` blocks of a Backbone. Raises InputError."""
+        depth = len(backbone.blocks)
+        tail = copy.deepcopy(backbone.tail(max(0, depth - count))).requires_grad_(True)
+        if count > depth:
+            raise InputError(f"--split-blocks {count}: the backbone has {depth} blocks; give 1 to {depth}")
+        return cls(tail, backbone.channels, backbone.channels[-1])
+
+    def forward(self, features):
+        """Features of n maps (B, D, h, w) and tokens -> (B, width, h, w)."""
+        grid = features[0].shape[-2:]
+        left = self.tail(features.tokens[self.tail.first], grid)
+        task = self.tail.as_map(left[max(left)], grid)  # (B, D, h, w)
+        return self.fusion(torch.cat([self.prior(torch.cat(features, dim=1)), task], dim=1))
+
+
+class SplitHead(Head):
+    """A trained copy of the last blocks beside the frozen ones (ViT-Split), at four times the patch grid."""
+
+    reads = staticmethod(spread)
+
+    @classmethod
+    def build(cls, backbone, spec):
+        """As Head.build."""
+        return cls(Split.copying(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
+
+    def __init__(self, split, width, num_classes):
+        super().__init__()
+        self.split, self.token_blocks = split, split.token_blocks
+        layers = []
+        for before, after in ((width, width // 2), (width // 2, width // 4)):
+            layers += [nn.ConvTranspose2d(before, after, kernel_size=2, stride=2),
+                       nn.GroupNorm(groups_of(after), after), nn.GELU()]
+        self.up = nn.Sequential(*layers, BatchNorm2d(width // 4))
+        self.conv_seg = nn.Conv2d(width // 4, num_classes, kernel_size=1)
+
+    def forward(self, features, size):
+        """Features of n maps (B, D, h, w) and tokens -> (B, K, 4h, 4w)."""
+        return self.conv_seg(self.up(self.split(features)))
+
+
+def conv3x3(inputs, outputs, stride=1):
+    """Return a 3x3 convolution with BatchNorm and ReLU; with a stride of 2, 4x4, so that every pixel of its
+    output lies in the middle of the two by two that it stands for.
+    """
+    kernel = 3 if stride == 1 else 4
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=1, bias=False),
+                         BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class DetailHead(Head):
+    """The maps say what, the image says where: both joined at a quarter of the image's size.
+
+    A stem of two strided convolutions sees the image, which has what a patch lost: thin and small things. At
+    sides that are no multiple of 4 the maps are stretched by up to a pixel at the edges, the stem is not.
+    """
+
+    sees_image = True
+
+    @classmethod
+    def build(cls, backbone, spec):
+        """As Head.build."""
+        return cls(backbone.channels, spec.num_classes)
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.project = nn.Sequential(BatchNorm2d(sum(channels)),
+                                     nn.Conv2d(sum(channels), PROJECTED, kernel_size=1))
+        half, quarter = STEM_WIDTHS
+        self.stem = nn.Sequential(conv3x3(3, half, stride=2), conv3x3(half, quarter, stride=2))
+        self.join = nn.Sequential(conv3x3(quarter + PROJECTED, DETAIL_WIDTH),
+                                  conv3x3(DETAIL_WIDTH, DETAIL_WIDTH))
+        self.conv_seg = nn.Conv2d(DETAIL_WIDTH, num_classes, kernel_size=1)
+
+    def coarse(self, features):
+        """Features of n maps (B, D, h, w) -> (B, PROJECTED, h, w)."""
+        return self.project(torch.cat(features, dim=1))
+
+    def forward(self, features, size):
+        """Features of padded images (B, 3, H, W) -> (B, K, H/4, W/4), rounded up."""
+        detail = self.stem(quartered(features.images))
+        coarse = F.interpolate(self.coarse(features), size=detail.shape[-2:], mode="bilinear")
+        return self.conv_seg(self.join(torch.cat([coarse, detail], dim=1)))
+
+    def logits(self, output, geometry):
+        """As Head.logits: the output covers what quartered() made of the padded images."""
+        size = tuple(4 * side for side in output.shape[-2:])
+        top, left = ((side - inner) // 2 for side, inner in zip(size, geometry.padded, strict=True))
+        return Logits(output).at(size).crop(top + geometry.top, left + geometry.left, *geometry.size)
+
+
+def quartered(images):
+    """(B, C, H, W) -> the same with sides that are multiples of 4: repeats rows and columns at the edges."""
+    (height, width) = images.shape[-2:]
+    top, left = -height % 4 // 2, -width % 4 // 2
+    return F.pad(images, (left, -width % 4 - left, top, -height % 4 - top), mode="replicate")
+
+
+class SplitDetailHead(DetailHead):
+    """The detail head on what the two branches of the split head make of the maps."""
+
+    reads = staticmethod(spread)
+
+    @classmethod
+    def build(cls, backbone, spec):
+        """As Head.build."""
+        return cls(Split.copying(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
+
+    def __init__(self, split, width, num_classes):
+        super().__init__([width], num_classes)
+        self.split, self.token_blocks = split, split.token_blocks
+
+    def coarse(self, features):
+        """Features of n maps (B, D, h, w) and tokens -> (B, PROJECTED, h, w)."""
+        return self.project(self.split(features))
+
+
 # A new head is one class above and one line here.
 HEADS = {
     "bn": BNHead,
@@ -230,4 +388,7 @@ HEADS = {
     "unet-skip": UNetSkipHead,
     "deconv": DeconvHead,
     "deconv-resize": DeconvResizeHead,
+    "split": SplitHead,
+    "detail": DetailHead,
+    "split-detail": SplitDetailHead,
 }

@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from models import backbones
 from models.backbones import HubBackbone, PositionEmbedding, TimmBackbone, origins
 from config import InputError
-from models.heads import BNHead
+from models.heads import HEADS
 from checkpoint import load_model, pack_checkpoint
 from model import ModelSpec, Segmenter
 from models.logits import geometry_of, pad
@@ -230,8 +230,9 @@ def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
     assert torch.allclose(backbone.features(images)[0], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dinov2_vits14_reg", pytest.param("dinov2_vits14", marks=pytest.mark.long)])
-def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "head"), [
+    ("dinov2_vits14_reg", "split"), pytest.param("dinov2_vits14", "bn", marks=pytest.mark.long)])
+def test_a_dinov2_checkpoint_runs_through_timm_without_the_hub_code(name, head, tmp_path, monkeypatch):
     """The keys of an official state dict, made from timm's, come back as the same network."""
     twin = timm.create_model(
         "vit_small_patch14" + ("_reg4" if "reg" in name else "") + "_dinov2",
@@ -243,10 +244,10 @@ def test_a_dinov2_checkpoint_runs_through_timm_where_the_hub_code_is_missing(nam
         state["backbone.net.register_tokens"] = state.pop("backbone.net.reg_token")
         state["backbone.net.pos_embed"] = F.pad(state["backbone.net.pos_embed"], (0, 0, 1, 0))
     state["backbone.net.mask_token"] = torch.zeros(1, 384)
-    spec = ModelSpec(backbone=name, num_classes=3, layers=(10, 11))
-    head = BNHead([384, 384], 3)
-    state.update({f"head.{key}": value for key, value in head.state_dict().items()})
-    net = Segmenter(TimmBackbone(twin, [10, 11]), head, spec)
+    spec = ModelSpec(backbone=name, num_classes=3, layers=(10, 11), head=head)
+    backbone = TimmBackbone(twin, [10, 11])
+    net = Segmenter(backbone, HEADS[head].build(backbone, spec), spec)
+    state.update({f"head.{key}": value for key, value in net.head.state_dict().items()})
     state.update(mean=net.mean, std=net.std)
     torch.save(dict(pack_checkpoint(net, CLASSES, (70, 70)), model=state), tmp_path / "model.pth")
 

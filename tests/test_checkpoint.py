@@ -119,8 +119,9 @@ def test_a_head_that_sees_the_backbone_and_the_image_trains_scores_and_exports(t
     assert code == 0 and "it agrees with PyTorch in 100.000 %" in text, err
     model, _ = load_model(tmp_path / "best_model_iou.pth")
     assert model(random_images(1, 3, 17, 50)).shape == (1, 3, 17, 50)
-    code, _, err = run(train, *flags, "--cache-features", tmp_path / "cache")
-    assert code == 2 and "--head demanding reads tokens or images too" in err
+    code, text, err = run(train, *flags, "--cache-features", tmp_path / "cache")
+    kept = {path.name.rpartition("_")[0] for path in (tmp_path / "cache").glob("*.bin")}
+    assert code == 0 and kept == {"image", "map_2", "map_3", "map_4", "map_5", "tokens_4", "masks"}, err
 
 
 @pytest.mark.parametrize("backbone", ["vit_tiny", "dinov2_vits14", "timm/vit_small_patch16_dinov3"])

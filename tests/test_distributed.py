@@ -34,11 +34,14 @@ def flags(data, out, batch_size, *more):
     return [*base, "--epochs", 2, "--lr", 0.01, "--batch-size", batch_size, "--out-dir", out, *more]
 
 
-def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path, run):
+@pytest.mark.parametrize("more", [(), ("--unfreeze", 1, "--cache-features", "CACHE", "--cache-views", 2)],
+                         ids=["images", "tokens"])
+def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path, run, more):
     data = write_folder(tmp_path / "data", count=15)  # 12 train, 3 validate: an odd number for two
-    two = torchrun(2, *flags(data, tmp_path / "two", 2))
+    more = [tmp_path / "cache" if flag == "CACHE" else flag for flag in more]
+    two = torchrun(2, *flags(data, tmp_path / "two", 2, *more))
     assert two.returncode == 0, two.stderr
-    code, _, err = run(train, *flags(data, tmp_path / "one", 4))
+    code, _, err = run(train, *flags(data, tmp_path / "one", 4, *more))
     assert code == 0, err
     assert two.stdout.count("epoch 1/2:") == 1 and "2 processes" in two.stdout  # one of them prints
     rows = [[json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]

@@ -8,19 +8,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, write_folder
+from conftest import build, tiny, write_folder
 from PIL import Image
+from torch.utils.data import default_collate
 
 from dataio import feature_cache as cache
 import engine
 import train
-from dataio.dataloader import make_loader
+from dataio.dataloader import collate, make_loader
 from losses import Criterion
 from dataio.feature_cache import cache_features
 from dataio.transforms import AUGMENTS, ScaleCrop
 from config import InputError
 from datasets import SegmentationDataset
-from model import HeadOnly
+from model import CachedSegmenter
 from models.weights import hash_state
 from dataio.readers import Sample, index_table
 from utils import Precision
@@ -41,14 +42,24 @@ def training_set(samples, augments=(), **options):
 @pytest.fixture
 def passes(monkeypatch):
     """A list that gets the number of images of every pass through a backbone."""
-    counts, forward = [], cache.features_that_fit
+    counts, forward = [], cache.parts_that_fit
 
-    def counted(model, images, precision, size):
+    def counted(model, parts, images, precision, size):
         counts.append(len(images))
-        return forward(model, images, precision, size)
+        return forward(model, parts, images, precision, size)
 
-    monkeypatch.setattr(cache, "features_that_fit", counted)
+    monkeypatch.setattr(cache, "parts_that_fit", counted)
     return counts
+
+
+def side_by_side(inputs):
+    """Return the maps of a cached item as one: (h, w, D) bfloat16."""
+    return torch.cat(list(inputs.values()), dim=-1)
+
+
+def is_close(inputs, net, image):
+    """Return whether the maps of a cached item are those of an image."""
+    return torch.allclose(side_by_side(inputs).float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
 
 
 def of_model(net, image):
@@ -64,22 +75,22 @@ def test_features_and_masks_are_those_of_the_images(samples, tmp_path, head):
     dataset = training_set(samples)
     cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32)
     for index in range(len(samples)):
-        features, mask, name = cached[len(samples) * 5 + index]  # of whatever epoch
+        inputs, mask, name = cached[len(samples) * 5 + index]  # of whatever epoch
         image, want, title = dataset[index]
-        # batches of other sizes round the last bit otherwise
-        assert torch.allclose(features.float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
-        assert (features == of_model(net, image)).float().mean() > 0.9
+        assert is_close(inputs, net, image)  # batches of other sizes round the last bit otherwise
+        assert (side_by_side(inputs) == of_model(net, image)).float().mean() > 0.9
         assert torch.equal(mask, want) and name == title
     with torch.no_grad():
-        got = HeadOnly(net, dataset.size).eval().logits(cached[3][0][None].float()).pixels()
+        got = CachedSegmenter(net, dataset.size).eval().logits(default_collate([cached[3][0]])).pixels()
         assert torch.allclose(got, net.eval()(dataset[3][0][None]), atol=0.05)
     again = pickle.loads(pickle.dumps(cached))
-    assert torch.equal(again[2][0], cached[2][0]) and torch.equal(again[2][1], cached[2][1])
+    assert torch.equal(side_by_side(again[2][0]), side_by_side(cached[2][0]))
+    assert torch.equal(again[2][1], cached[2][1])
 
 
 def test_validation_masks_keep_their_size(samples, tmp_path):
     cached = cache_features(tiny(), training_set(samples, None), tmp_path, FLOAT32)
-    assert cached[1][1].shape == (45, 61) and cached[1][0].shape == (3, 4, 4 * 192)
+    assert cached[1][1].shape == (45, 61) and side_by_side(cached[1][0]).shape == (3, 4, 4 * 192)
 
 
 def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path):
@@ -89,10 +100,9 @@ def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path)
     different = 0
     for epoch in range(4):
         for index in range(count):
-            features, mask, _ = cached[epoch * count + index]
+            inputs, mask, _ = cached[epoch * count + index]
             image, want, _ = dataset[epoch % 3 * count + index]
-            assert torch.equal(mask, want)
-            assert torch.allclose(features.float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+            assert torch.equal(mask, want) and is_close(inputs, net, image)
             different += not torch.equal(mask, dataset[index][1])
     assert different > count  # the views differ
 
@@ -157,32 +167,32 @@ def test_whatever_the_features_depend_on_makes_another_cache(samples, tmp_path, 
 
 def test_an_interrupted_cache_is_gone_on_with(samples, tmp_path, monkeypatch, passes):
     monkeypatch.setitem(cache.BATCH, "cpu", 2)
-    counted = cache.features_that_fit
+    counted = cache.parts_that_fit
 
     def dies(*args):
         if len(passes) == 2:
             raise KeyboardInterrupt
         return counted(*args)
 
-    monkeypatch.setattr(cache, "features_that_fit", dies)
+    monkeypatch.setattr(cache, "parts_that_fit", dies)
     with pytest.raises(KeyboardInterrupt):
         cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
-    monkeypatch.setattr(cache, "features_that_fit", counted)
+    monkeypatch.setattr(cache, "parts_that_fit", counted)
     passes.clear()
     net = tiny()
     cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
     assert sum(passes) == 3
     for index in range(7):
         image = training_set(samples)[index][0]
-        assert torch.allclose(cached[index][0].float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+        assert is_close(cached[index][0], net, image)
 
 
 @pytest.mark.parametrize("damage", ["bit", "truncated", "masks", "sums"])
 def test_a_damaged_cache_is_mended(samples, tmp_path, passes, damage):
     whole = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
-    want = [tuple(part.clone() for part in whole[index][:2]) for index in range(7)]
+    want = [(side_by_side(whole[index][0]), whole[index][1].clone()) for index in range(7)]
     passes.clear()
-    pattern = {"masks": "masks_*.bin", "sums": "features_*.sums"}.get(damage, "features_*.bin")
+    pattern = {"masks": "masks_*.bin", "sums": "map_*.sums"}.get(damage, "map_*.bin")
     path = sorted(tmp_path.glob(pattern))[0]
     content = bytearray(path.read_bytes())
     if damage == "truncated":
@@ -194,7 +204,8 @@ def test_a_damaged_cache_is_mended(samples, tmp_path, passes, damage):
     again = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
     assert sum(passes) == (7 if damage == "truncated" else 1)
     for index in range(7):
-        assert torch.allclose(again[index][0].float(), want[index][0].float(), atol=2e-2, rtol=2e-2)
+        mended = side_by_side(again[index][0]).float()
+        assert torch.allclose(mended, want[index][0].float(), atol=2e-2, rtol=2e-2)
         assert torch.equal(again[index][1], want[index][1])
 
 
@@ -212,7 +223,7 @@ def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_pa
     after = set(folder.glob("*_*"))
     assert not before & after and len(before) == len(after) == 15
     image = training_set(samples)[2][0]
-    assert torch.allclose(cached[2][0].float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+    assert is_close(cached[2][0], net, image)
 
 
 def test_a_frozen_batch_norm_learns_nothing(samples, tmp_path):
@@ -221,27 +232,27 @@ def test_a_frozen_batch_norm_learns_nothing(samples, tmp_path):
     first = cache_features(net, training_set(samples), tmp_path, FLOAT32)
     second = cache_features(net.train(), training_set(samples), tmp_path, FLOAT32)
     assert hash_state(net.backbone.state_dict()) == before
-    assert first.features[0].path == second.features[0].path
+    assert first.parts["map 4"].path == second.parts["map 4"].path
 
 
 def test_the_same_weights_in_another_network_are_another_cache(samples, tmp_path):
     net = tiny()
-    files, _ = cache.plan_files(net, training_set(samples), tmp_path, FLOAT32, 1)
+    files, _ = cache.plan_files(net, ["map 5"], training_set(samples), tmp_path, FLOAT32, 1)
     net.spec.backbone = "timm/the_same_with_another_activation"
-    others, _ = cache.plan_files(net, training_set(samples), tmp_path, FLOAT32, 1)
+    others, _ = cache.plan_files(net, ["map 5"], training_set(samples), tmp_path, FLOAT32, 1)
     assert not {file.path for file in files[:-1]} & {file.path for file in others[:-1]}
 
 
 def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypatch, passes):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/notes.json").write_text("[1]")  # somebody else's
-    want = cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)[3][0].clone()
+    want = cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)[3][0]["map 5"].clone()
     monkeypatch.setattr(cache.os, "access", lambda path, mode: False)
     again = cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
-    assert torch.equal(again[3][0], want)
-    content = bytearray(again.features[0].path.read_bytes())
+    assert torch.equal(again[3][0]["map 5"], want)
+    content = bytearray(again.parts["map 2"].path.read_bytes())
     content[100] ^= 1
-    again.features[0].path.write_bytes(content)
+    again.parts["map 2"].path.write_bytes(content)
     with pytest.raises(InputError, match="features of 1 view are missing or damaged"):
         cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
 
@@ -250,28 +261,113 @@ def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypat
 def test_features_train_in_half_precision(samples, tmp_path, head):
     net, half = tiny(head=head), Precision("fp16", torch.device("cpu"))
     cached = cache_features(net, training_set(samples), tmp_path, half)
-    features = torch.stack([cached[0][0], cached[1][0]])
+    features = default_collate([cached[0][0], cached[1][0]])
     with half.autocast():
-        logits = HeadOnly(net, (30, 43)).logits(features)
+        logits = CachedSegmenter(net, (30, 43)).logits(features)
     assert logits.values.isfinite().all()
 
 
 def test_batches_shrink_until_they_fit(samples, tmp_path, monkeypatch):
     net, sizes = tiny(), []
-    features = net.features
+    compute = net.compute_parts
 
-    def small_machine(images):
+    def small_machine(parts, images):
         sizes.append(len(images))
         if len(images) > 2:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return features(images)
+        return compute(parts, images)
 
-    monkeypatch.setattr(net, "features", small_machine)
+    monkeypatch.setattr(net, "compute_parts", small_machine)
     cache_features(net, training_set(samples), tmp_path, FLOAT32)
     assert sizes == [1, 7, 4, 2, 2, 2, 1]  # the first one asks for the shape
-    monkeypatch.setattr(net, "features", lambda images: 1 / 0)
+    monkeypatch.setattr(net, "compute_parts", lambda parts, images: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cache_features(net, training_set(samples), tmp_path / "other", FLOAT32)
+
+
+# --- blocks that train, heads that read more -------------------------------------------------------------
+def gradients(module, inputs, masks):
+    """Return (loss, {name: gradient}) of a training step of a model on inputs."""
+    module.zero_grad()
+    loss, _, _ = module.train().loss(inputs, masks, Criterion("ce"))
+    loss.backward()
+    return loss.item(), {name.removeprefix("model."): p.grad.clone() for name, p in module.named_parameters()
+                         if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "unfreeze"),
+    [("vit_tiny", dict(head=head), unfreeze)
+     for head in ("bn", "unet-skip", "split", "detail", "split-detail") for unfreeze in (0, 2)]
+    + [("vit_tiny", dict(layers=(1, 3, 5)), 1), ("vit_tiny", dict(), 6),
+       ("dinov2_vits14", dict(head="split"), 1),
+       ("timm/vit_small_patch16_dinov3", dict(layers=(1, 10, 11)), 1),
+       ("timm/vit_small_patch16_rope_mixed_224", dict(), 2),
+       ("timm/vit_small_patch16_dinov3", dict(head="split", split_blocks=1), 0)],
+    ids=str,
+)
+def test_a_cached_step_is_a_step_on_the_images(samples, tmp_path, hub_cache, backbone, options, unfreeze):
+    net = build(backbone=backbone, unfreeze=unfreeze, **options)
+    with torch.no_grad():  # LayerScale begins near 0, where blocks do next to nothing
+        for name, value in net.named_parameters():
+            if ".gamma" in name:
+                value.fill_(1.0)
+    dataset = training_set(samples)
+    cached = cache_features(net, dataset, tmp_path, FLOAT32)
+    images, masks, _ = collate([dataset[index] for index in range(5)])
+    inputs, _, _ = collate([cached[index] for index in range(5)])
+    want, wanted = gradients(net, images, masks.long())
+    got, found = gradients(CachedSegmenter(net, dataset.size), inputs, masks.long())
+    assert got == pytest.approx(want, rel=5e-3) and found.keys() == wanted.keys() and len(found) >= 3
+    assert unfreeze == 0 or any(name.startswith("backbone") for name in found)
+    for name, gradient in wanted.items():
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert error < 0.1 or gradient.norm() < 1e-4 * max(g.norm() for g in wanted.values()), (name, error)
+
+
+def test_what_trains_is_not_in_the_key_of_what_enters_it(samples, tmp_path, passes):
+    """Else --resume would compute the cache again, on weights that have moved on."""
+    def fill(change=lambda net: None, unfreeze=2, **options):
+        net = tiny(unfreeze=unfreeze, **options)
+        change(net.backbone.net)
+        passes.clear()
+        cache_features(net, training_set(samples), tmp_path, FLOAT32)
+        return sum(passes)
+
+    assert fill() == 7 and fill() == 0 and fill(head="unet") == 0
+    assert fill(lambda net: net.blocks[4].mlp.fc1.weight.data.add_(1)) == 0
+    assert fill(lambda net: net.norm.weight.data.add_(1)) == 0
+    assert fill(lambda net: net.blocks[3].mlp.fc1.weight.data.add_(1)) == 7
+    assert fill(unfreeze=3) == 0  # the head read what left block 2 before
+    assert fill(unfreeze=4) == 7
+
+
+@pytest.mark.parametrize("unfreeze", [0, 2])
+@pytest.mark.parametrize("block", [-1, 5, -4, 2, 0])
+def test_a_head_gets_the_tokens_it_asks_for(samples, tmp_path, unfreeze, block):
+    net, seen = tiny(unfreeze=unfreeze), []
+    net.head.token_blocks = (block,)
+    dataset = training_set(samples)
+    cached = cache_features(net, dataset, tmp_path, FLOAT32)
+    want = net.features(dataset[1][0][None]).tokens
+    net.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].tokens))
+    CachedSegmenter(net, dataset.size).output(default_collate([cached[1][0]]))
+    assert list(want) == list(seen[0]) == [block]
+    assert torch.allclose(seen[0][block], want[block], atol=2e-2, rtol=2e-2)
+
+
+def test_tokens_and_images_of_views_are_those_of_the_epochs(samples, tmp_path):
+    net, count = tiny(head="split-detail"), len(samples)
+    dataset = training_set(samples, ("crop", "flip", "color"), seed=3)
+    cached = cache_features(net, dataset, tmp_path, FLOAT32, views=2)
+    for item in (count - 1, 2 * count - 1):
+        image, inputs = dataset[item][0], cached[item][0]
+        assert torch.equal(inputs["image"], image.permute(1, 2, 0)) and inputs["image"].dtype == torch.uint8
+        with torch.inference_mode():
+            (block,) = net.head.token_blocks
+            tokens = net.features(image[None]).tokens[block][0]
+        assert torch.allclose(inputs[f"tokens {block}"].float(), tokens, atol=2e-2, rtol=2e-2)
+    assert not torch.equal(cached[0][0]["image"], cached[count][0]["image"])
 
 
 # --- as a user calls it -----------------------------------------------------------------------------------
@@ -304,8 +400,10 @@ def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--cache-features", "--unfreeze", 1, "--backbone", "vit_tiny"], "of its parameters train"),
-        (["--cache-features", "--arch", "segformer_b0", "--weights", "none"], "of its parameters train"),
+        (["--cache-features", "--unfreeze", "all", "--backbone", "vit_tiny"], "before the blocks train too"),
+        (["--cache-features", "--backbone", "timm/resnet18", "--weights", "none", "--unfreeze", "all"],
+         "the blocks train too"),
+        (["--cache-features", "--arch", "segformer_b0", "--weights", "none"], "has none"),
         (["--cache-features", "--arch", "segformer_b0", "--weights", "none", "--unfreeze", 0], "has none"),
         (["--cache-views", 2], "without --cache-features"),
         (["--backbone-lr-scale", 0.5, "--backbone", "vit_tiny"], "has no effect on a frozen backbone"),
@@ -317,18 +415,6 @@ def test_flags_that_contradict_the_cache(tmp_path, run, more, message):
     flags = ["--dataset", "folder", "--data-root", tmp_path / "data", "--out-dir", tmp_path / "out"]
     code, _, err = run(train, *flags, *more)
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-def test_adapters_that_train_and_heads_that_read_more_are_refused(samples, tmp_path):
-    net = tiny()
-    net.backbone.net.blocks[2].attn.adapter = torch.nn.Linear(2, 2)  # trains, whatever --unfreeze says
-    with pytest.raises(InputError, match="and 6 of its parameters train"):
-        cache_features(net, training_set(samples), tmp_path, FLOAT32)
-    net = tiny()
-    net.head.token_blocks = (3,)
-    with pytest.raises(InputError, match="--head bn reads tokens or images too"):
-        cache_features(net, training_set(samples), tmp_path, FLOAT32)
-    assert not list(tmp_path.glob("features_*"))
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -350,7 +436,7 @@ def test_an_epoch_on_features_leaves_the_backbone_alone(samples, tmp_path):
     before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
     cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
     batches = make_loader(cached, 3, 0)
-    objective = engine.Objective(HeadOnly(net, (30, 43)), Criterion("ce"))
+    objective = engine.Objective(CachedSegmenter(net, (30, 43)), Criterion("ce"))
     optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-2, 0.0))
     bar = train.tqdm(batches, disable=True)
     done = engine.train_one_epoch(objective, bar, engine.Optimization(optimizer, FLOAT32), 0)

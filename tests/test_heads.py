@@ -8,7 +8,10 @@ from torch import nn
 
 from config import InputError
 from losses import Criterion
-from models.heads import HEADS, BatchNorm2d, BNHead, DeconvHead, UNetHead, UNetSkipHead
+from models.backbones import Features
+from models.heads import (HEADS, PROJECTED, BatchNorm2d, BNHead, DeconvHead, DetailHead, UNetHead,
+                          UNetSkipHead)
+from models.logits import geometry_of, pad
 
 
 def maps_of(head, channels=24, grid=(5, 7), batch=2):
@@ -47,6 +50,13 @@ def test_pixels_that_do_not_count_give_no_loss_and_no_gradient(head):
     assert all(p.grad is None or p.grad.eq(0).all() for p in net.parameters())
     masks[0, :9] = 1  # of what counts, the loss is as usual
     assert net.loss(images, masks, Criterion("ce+dice"))[0].item() > 0
+
+
+@pytest.mark.parametrize("head", list(HEADS))
+def test_254_classes(head):
+    net = tiny(head=head, num_classes=254).eval()
+    loss, _, preds = net.loss(random_images(1, 3, 30, 45), torch.full((1, 30, 45), 253), Criterion("ce"))
+    assert 3 < loss.item() < 9 and preds.max() < 254  # ln 254 = 5.5
 
 
 @pytest.mark.parametrize("head", list(HEADS))
@@ -169,3 +179,28 @@ def test_bn_head_is_batchnorm_then_1x1_convolution():
     head = BNHead([8, 8], 5)
     assert [name for name, _ in head.named_children()] == ["bn", "conv_seg"]  # the official names
     assert head([torch.randn(2, 8, 3, 4), torch.randn(2, 8, 3, 4)], (42, 56)).shape == (2, 5, 3, 4)
+
+
+# --- detail -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(98, 112), (98, 70), (91, 105), (85, 77)], ids=str)
+def test_the_detail_head_keeps_what_it_sees_in_its_place(size):
+    """With weights that hand on brightness, a blob has its center in the logits where it was in the image."""
+    head, geometry = DetailHead([8], 2).eval(), geometry_of(size, 7)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+        for block in (*head.stem, *head.join):
+            block[1].weight.fill_(1.0)
+        for block in head.stem:
+            block[0].weight[0, 0] = 1.0
+        head.join[0][0].weight[0, PROJECTED, 1, 1] = head.join[1][0].weight[0, 0, 1, 1] = 1.0
+        head.conv_seg.weight[0, 0] = 1.0
+    rows, columns = torch.meshgrid(*(torch.arange(side).float() for side in size), indexing="ij")
+    place = 0.55 * size[0] + 0.3, 0.45 * size[1] - 0.2
+    blob = torch.exp(-((rows - place[0]) ** 2 + (columns - place[1]) ** 2) / 50)
+    images = pad(blob.expand(1, 3, *size), geometry)
+    maps = torch.zeros(1, 8, geometry.padded[0] // 7, geometry.padded[1] // 7)
+    with torch.no_grad():
+        seen = head.logits(head(Features([maps], images=images), geometry.padded), geometry).pixels()[0, 0]
+    center = [((where * seen).sum() / seen.sum()).item() for where in (rows, columns)]
+    assert seen.shape == size and center == pytest.approx(place, abs=0.1)

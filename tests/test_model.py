@@ -1,6 +1,7 @@
 """The Segmenter at odd sizes, frozen and unfrozen parts, checkpoints that are not ours."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from conftest import random_images, tiny
 import model
 from config import InputError
 from checkpoint import load_model, pack_checkpoint
+from losses import Criterion
+from model import CachedSegmenter
 from models.logits import pad, geometry_of
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
@@ -64,6 +67,30 @@ def test_compiled_parts_give_the_same_logits_and_names(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     net.compile_parts()
     assert len(compiled) == 2 and torch.equal(net(images), want) and list(net.state_dict()) == names
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_compiled_step_is_a_step(cached, tmp_path):
+    """As --compile trains: blocks, copies of blocks and the head, on images and on cached tokens."""
+    masks, found = torch.randint(0, 3, (4, 30, 43)), []
+    for compiled in (False, True):
+        net = tiny(head="split-detail", unfreeze=1)
+        trained = CachedSegmenter(net, (30, 43)) if cached else net
+        if compiled:
+            trained.compile_parts()
+        for seed in (0, 1):  # what one step leaves behind must not reach the next
+            images = random_images(4, 3, 30, 43, seed=seed)
+            with torch.no_grad():
+                inputs = net.compute_parts(net.cached_parts(), images) if cached else images
+            net.zero_grad()
+            loss, _, _ = trained.train().loss(inputs, masks, Criterion("ce"))
+            loss.backward()
+        found.append([loss, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 20
+    for want, got in zip(*found, strict=True):
+        assert torch.allclose(want, got, rtol=1e-3, atol=1e-5)
 
 
 # --- what trains ------------------------------------------------------------------------------------------

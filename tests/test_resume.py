@@ -36,6 +36,7 @@ def flags_of(data, out, *more):
     if more == ("segformer",):
         flags = ("--dataset", "folder", "--data-root", data, "--arch", "segformer_b0", "--weights", "none")
         return (*flags, "--imgsz", 32, 32, "--batch-size", 4, "--epochs", 2, "--workers", 0, "--out-dir", out)
+    more = [data.parent / "cache" if flag == "CACHE" else flag for flag in more]
     return train_flags(data, out, "--epochs", 2, "--augment", "crop", "flip", "color", *more)
 
 
@@ -82,6 +83,8 @@ def send(number):
         (3, signal.SIGINT, ("--accumulate", 2, "--batch-size", 2)),
         (2, signal.SIGTERM, ("segformer",)),  # drops paths at random
         (3, signal.SIGTERM, ("--steps", 8, "--train-images", 5)),  # an epoch ends within a pass
+        (4, signal.SIGTERM, ("--head", "split-detail", "--split-blocks", 1, "--unfreeze", 2,
+                             "--cache-features", "CACHE", "--cache-views", 2)),
     ],
     ids=str,
 )
@@ -107,7 +110,7 @@ def test_a_stop_before_the_first_step_loses_nothing_and_names_its_command(
     flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--imgsz", 42, 56]
     flags += ["--workers", 0, "--class-weights", "enet", "--out-dir", out]
     flags += [*more, tmp_path / "cache"] if more else []
-    passes, forward = [], feature_cache.features_that_fit
+    passes, forward = [], feature_cache.parts_that_fit
 
     def pass_of(*args):
         passes.append(len(passes) != 1 or send(number)())
@@ -115,7 +118,7 @@ def test_a_stop_before_the_first_step_loses_nothing_and_names_its_command(
 
     with monkeypatch.context() as patch:
         patch.setitem(feature_cache.BATCH, "cpu", 2)
-        patch.setattr(feature_cache, "features_that_fit", pass_of)
+        patch.setattr(feature_cache, "parts_that_fit", pass_of)
         if not more:
             patch.setattr(train, "count_pixels", lambda *args: send(number)())
         code, text, err = run(train, *flags)
@@ -125,7 +128,7 @@ def test_a_stop_before_the_first_step_loses_nothing_and_names_its_command(
     assert shlex.split(err.split("; go on with: ")[1]) == ["python", "train.py", *map(str, flags)]
     assert ("cache are kept" in err) == bool(more)
     if more:  # the second run computes what the first one has not
-        entries = sum(sums[sums != 0].numel() for sums in checksums(tmp_path / "cache", "features"))
+        entries = sum(sums[sums != 0].numel() for sums in checksums(tmp_path / "cache", "map"))
         assert entries == 4 * 2  # blocks, images of the first batch
         assert checksums(tmp_path / "cache", "masks")[0].count_nonzero() == 2
 
