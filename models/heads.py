@@ -20,8 +20,8 @@ from models.logits import Logits, pixel_loss
 UP_WIDTHS = (512, 256, 128, 64)  # channels after each of the four up-blocks of the U-Net
 DECONV_WIDTHS = (256, 128, 64, 32)
 STEM_WIDTHS = (32, 64)  # of the detail head, at a half and a quarter of the image's size
-DETAIL_WIDTH = 96
-PROJECTED = 128  # channels of the maps where the detail head joins them
+DETAIL_WIDTH = 64
+PROJECTED = 32  # channels of the maps where the detail head joins them: with more, it learns scenes by heart
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -304,48 +304,47 @@ class SplitHead(Head):
         return self.conv_seg(self.up(self.split(features)))
 
 
-def conv3x3(inputs, outputs, stride=1):
-    """Return a 3x3 convolution with BatchNorm and ReLU; with a stride of 2, 4x4, so that every pixel of its
-    output lies in the middle of the two by two that it stands for.
+def halving(inputs, outputs):
+    """Return a convolution with a stride of 2, InstanceNorm, so that a darker image is the same, and ReLU.
+
+    4x4, so that every pixel of its output lies in the middle of the two by two that it stands for.
     """
-    kernel = 3 if stride == 1 else 4
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=1, bias=False),
-                         BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=False),
+                         nn.InstanceNorm2d(outputs, affine=True), nn.ReLU(inplace=True))
 
 
 class DetailHead(Head):
     """The maps say what, the image says where: both joined at a quarter of the image's size.
 
-    A stem of two strided convolutions sees the image, which has what a patch lost: thin and small things. At
-    sides that are no multiple of 4 the maps are stretched by up to a pixel at the edges, the stem is not.
+    The logits of the bn head, and a correction to them that starts at 0: two convolutions on a few channels
+    of the maps and on a stem, which sees in the image what a patch lost: thin and small things. At sides that
+    are no multiple of 4 the maps are stretched by up to a pixel at the edges, the stem is not.
     """
 
     sees_image = True
 
-    @classmethod
-    def build(cls, backbone, spec):
-        """As Head.build."""
-        return cls(backbone.channels, spec.num_classes)
-
     def __init__(self, channels, num_classes):
         super().__init__()
-        self.project = nn.Sequential(BatchNorm2d(sum(channels)),
-                                     nn.Conv2d(sum(channels), PROJECTED, kernel_size=1))
         half, quarter = STEM_WIDTHS
-        self.stem = nn.Sequential(conv3x3(3, half, stride=2), conv3x3(half, quarter, stride=2))
-        self.join = nn.Sequential(conv3x3(quarter + PROJECTED, DETAIL_WIDTH),
-                                  conv3x3(DETAIL_WIDTH, DETAIL_WIDTH))
+        self.direct = BNHead(channels, num_classes)
+        self.stem = nn.Sequential(halving(3, half), halving(half, quarter))
+        self.project = nn.Conv2d(sum(channels), PROJECTED, kernel_size=1)
+        self.join = double_conv(quarter + PROJECTED, DETAIL_WIDTH)
         self.conv_seg = nn.Conv2d(DETAIL_WIDTH, num_classes, kernel_size=1)
-
-    def coarse(self, features):
-        """Features of n maps (B, D, h, w) -> (B, PROJECTED, h, w)."""
-        return self.project(torch.cat(features, dim=1))
+        nn.init.zeros_(self.conv_seg.weight)
+        nn.init.zeros_(self.conv_seg.bias)
 
     def forward(self, features, size):
         """Features of padded images (B, 3, H, W) -> (B, K, H/4, W/4), rounded up."""
+        maps = self.direct.bn(self.maps(features))
         detail = self.stem(quartered(features.images))
-        coarse = F.interpolate(self.coarse(features), size=detail.shape[-2:], mode="bilinear")
-        return self.conv_seg(self.join(torch.cat([coarse, detail], dim=1)))
+        direct, coarse = (F.interpolate(part(maps), size=detail.shape[-2:], mode="bilinear")
+                          for part in (self.direct.conv_seg, self.project))
+        return direct + self.conv_seg(self.join(torch.cat([coarse, detail], dim=1)))
+
+    def maps(self, features):
+        """Features of n maps (B, D, h, w) -> (B, n * D, h, w)."""
+        return torch.cat(features, dim=1)
 
     def logits(self, output, geometry):
         """As Head.logits: the output covers what quartered() made of the padded images."""
@@ -375,9 +374,9 @@ class SplitDetailHead(DetailHead):
         super().__init__([width], num_classes)
         self.split, self.token_blocks = split, split.token_blocks
 
-    def coarse(self, features):
-        """Features of n maps (B, D, h, w) and tokens -> (B, PROJECTED, h, w)."""
-        return self.project(self.split(features))
+    def maps(self, features):
+        """Features of n maps (B, D, h, w) and tokens -> (B, D, h, w)."""
+        return self.split(features)
 
 
 # A new head is one class above and one line here.

@@ -189,11 +189,11 @@ def test_the_detail_head_keeps_what_it_sees_in_its_place(size):
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()
-        for block in (*head.stem, *head.join):
-            block[1].weight.fill_(1.0)
         for block in head.stem:
             block[0].weight[0, 0] = 1.0
-        head.join[0][0].weight[0, PROJECTED, 1, 1] = head.join[1][0].weight[0, 0, 1, 1] = 1.0
+        for norm in (*(block[1] for block in head.stem), head.join[1], head.join[4]):
+            norm.weight.fill_(1.0)
+        head.join[0].weight[0, PROJECTED, 1, 1] = head.join[3].weight[0, 0, 1, 1] = 1.0
         head.conv_seg.weight[0, 0] = 1.0
     rows, columns = torch.meshgrid(*(torch.arange(side).float() for side in size), indexing="ij")
     place = 0.55 * size[0] + 0.3, 0.45 * size[1] - 0.2
@@ -204,3 +204,27 @@ def test_the_detail_head_keeps_what_it_sees_in_its_place(size):
         seen = head.logits(head(Features([maps], images=images), geometry.padded), geometry).pixels()[0, 0]
     center = [((where * seen).sum() / seen.sum()).item() for where in (rows, columns)]
     assert seen.shape == size and center == pytest.approx(place, abs=0.1)
+
+
+def test_the_detail_head_starts_as_the_bn_head_and_corrects_it():
+    """Before the first step its logits are those of its BatchNorm and 1x1 convolution; every part learns."""
+    torch.manual_seed(0)
+    head, maps = DetailHead([8, 8], 3), list(torch.randn(2, 2, 8, 6, 7))
+    output = head(Features(maps, images=torch.randn(2, 3, 84, 98)), (84, 98))
+    expected = F.interpolate(head.direct(maps, (84, 98)), size=(21, 25), mode="bilinear")
+    assert output.shape == (2, 3, 21, 25)
+    torch.testing.assert_close(output, expected)
+    nn.init.normal_(head.conv_seg.weight)
+    head(Features(maps, images=torch.randn(2, 3, 84, 98)), (84, 98)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+
+
+def test_the_detail_head_sees_the_same_in_an_image_of_less_contrast():
+    """What the stem sees does not change with the exposure, which differs from one day to the next."""
+    torch.manual_seed(0)
+    head, images = DetailHead([8], 3).eval(), torch.randn(2, 3, 84, 98)
+    nn.init.normal_(head.conv_seg.weight)
+    maps = [torch.randn(2, 8, 6, 7)]
+    bright, dark = (head(Features(maps, images=factor * images), (84, 98)) for factor in (1.0, 0.3))
+    torch.testing.assert_close(dark, bright, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(bright, head(Features(maps, images=images.flip(-1)), (84, 98)), atol=0.1)
