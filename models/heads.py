@@ -279,15 +279,16 @@ class Split(nn.Module):
         return self.fusion(torch.cat([self.prior(torch.cat(features, dim=1)), task], dim=1))
 
 
+def build_on_split(head, backbone, spec):
+    """As Head.build, for heads made of a Split, the channels of its map and the number of classes."""
+    return head(Split.copying(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
+
+
 class SplitHead(Head):
     """A trained copy of the last blocks beside the frozen ones (ViT-Split), at four times the patch grid."""
 
     reads = staticmethod(spread)
-
-    @classmethod
-    def build(cls, backbone, spec):
-        """As Head.build."""
-        return cls(Split.copying(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
+    build = classmethod(build_on_split)
 
     def __init__(self, split, width, num_classes):
         super().__init__()
@@ -364,11 +365,7 @@ class SplitDetailHead(DetailHead):
     """The detail head on what the two branches of the split head make of the maps."""
 
     reads = staticmethod(spread)
-
-    @classmethod
-    def build(cls, backbone, spec):
-        """As Head.build."""
-        return cls(Split.copying(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
+    build = classmethod(build_on_split)
 
     def __init__(self, split, width, num_classes):
         super().__init__([width], num_classes)

@@ -34,8 +34,10 @@ def flags(data, out, batch_size, *more):
     return [*base, "--epochs", 2, "--lr", 0.01, "--batch-size", batch_size, "--out-dir", out, *more]
 
 
-@pytest.mark.parametrize("more", [(), ("--unfreeze", 1, "--cache-features", "CACHE", "--cache-views", 2)],
-                         ids=["images", "tokens"])
+@pytest.mark.parametrize("more", [
+    pytest.param((), id="images"),
+    pytest.param(("--unfreeze", 1, "--cache-features", "CACHE", "--cache-views", 2), id="tokens",
+                 marks=pytest.mark.long)])
 def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path, run, more):
     data = write_folder(tmp_path / "data", count=15)  # 12 train, 3 validate: an odd number for two
     more = [tmp_path / "cache" if flag == "CACHE" else flag for flag in more]
