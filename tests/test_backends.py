@@ -24,7 +24,7 @@ from models.heads import HEADS
 from test_video import write_clip
 
 SIZE = (30, 43)  # no multiple of the patches
-CONVERTED = [("openvino", "deconv"), ("onnxruntime", "bn"), ("onnxruntime", "split-detail")]  # by every run
+CONVERTED = [("openvino", "deconv"), ("onnxruntime", "split-detail")]  # by every run
 KINDS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript"}
 
 

@@ -272,7 +272,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_leftovers_go(data, 
     assert code == 2 and "another run is writing to" in err and not (tmp_path / "last.pth").exists()
     assert (tmp_path / ".123.last.pth").exists()
     other.kill()
-    other.wait()
+    other.communicate()
     assert run(train, *flags_of(data, tmp_path), "--epochs", 1)[0] == 0
     assert not (tmp_path / ".123.last.pth").exists() and (tmp_path / ".123.photo.png").exists()
 
