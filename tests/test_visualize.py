@@ -80,7 +80,7 @@ def test_short_names_keep_beginning_and_end_on_one_line():
     assert len({visualize.short(name) for name, _ in long_names(254)}) == 254
 
 
-@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # a file that another test left open
 @pytest.mark.parametrize(
     ("count", "letters"), [(2, 200), (32, 60), (32, 200), pytest.param(254, 200, marks=pytest.mark.long)]
 )
@@ -99,7 +99,7 @@ def test_plots_hold_long_names_and_many_classes(count, letters, tmp_path):
         assert frame[-1] - frame[0] > (600 if path.stem == "per_class_iou" else 200)  # names leave it room
 
 
-@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # a file that another test left open
 def test_curves_are_drawn_without_a_warning(tmp_path):
     row = {f"{part}_{name}": 0.5 for part in ("train", "val") for name in ("loss", "accuracy", "miou")}
     for epochs in (1, 2, 300):
