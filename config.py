@@ -187,8 +187,8 @@ class ModelOptions:
                             type=int, metavar="I", dinov2_only=True)
     head: str = setting("bn", "model", "what turns feature maps into classes (listed below)", kind="head",
                         dinov2_only=True)
-    split_blocks: int = setting(3, "model", "split, split-detail: the head trains a copy of so many last "
-                                "blocks", type=positive_int, dinov2_only=True)
+    split_blocks: int = setting(3, "model", "split, split-detail, mask: the head trains a copy of so "
+                                "many last blocks", type=positive_int, dinov2_only=True)
     aux_weight: float = setting(0.0, "model", "fcn_resnet50, deeplabv3_resnet101: weight of the auxiliary "
                                 "loss on the third stage; torchvision trains them with 0.5",
                                 type=non_negative_float)

@@ -132,9 +132,12 @@ def check_effects(given, config, model):
               if parameter.requires_grad and engine.is_pretrained(name)]
     if "backbone_lr_scale" in given and not scaled:
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
+    if model.head.tokens_alone and config.unfreeze != "all" and 0 < config.unfreeze <= config.split_blocks:
+        raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} trains copies of "
+                         f"the last {config.split_blocks} blocks in their place: leave it out, or give more")
     if "split_blocks" in given and not model.head.copies_blocks():
         raise InputError(f"--split-blocks has no effect, --head {model.spec.head} copies no blocks: give "
-                         "--head split or split-detail")
+                         "--head split, split-detail or mask")
 
 
 # --- what is printed --------------------------------------------------------------------------------------

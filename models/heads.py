@@ -11,17 +11,20 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import nn
 
-from config import InputError
+from config import IGNORE, InputError
+from losses import mask_classification
 from models.backbones import Tail
-from models.logits import Logits, pixel_loss
+from models.logits import Logits, class_ids, pixel_loss
 
 UP_WIDTHS = (512, 256, 128, 64)  # channels after each of the four up-blocks of the U-Net
 DECONV_WIDTHS = (256, 128, 64, 32)
 STEM_WIDTHS = (32, 64)  # of the detail head, at a half and a quarter of the image's size
 DETAIL_WIDTH = 64
 PROJECTED = 32  # channels of the maps where the detail head joins them: with more, it learns scenes by heart
+QUERIES = 100  # of the mask head
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -44,7 +47,7 @@ class Head(nn.Module):
     token_blocks: the blocks whose entering tokens it wants in features.tokens. sees_image: whether it reads
     features.images. crops: whether the logits of the padded image are cropped back, or resized onto the
     image, as mmsegmentation did when the official heads were trained. own_loss: whether loss() leaves the
-    losses of --loss aside.
+    losses of --loss aside. tokens_alone: whether its logits depend on the tokens and not on the maps.
     """
 
     reads = 4
@@ -52,6 +55,7 @@ class Head(nn.Module):
     sees_image = False
     crops = True
     own_loss = False
+    tokens_alone = False
 
     @classmethod
     def build(cls, backbone, spec):
@@ -236,6 +240,15 @@ def spread(depth):
     return sorted({max(0, depth * part // 4 - 1) for part in (1, 2, 3, 4)})
 
 
+def copied_tail(backbone, count):
+    """Return a copy, which trains, of the last `count` blocks of a Backbone. Raises InputError."""
+    depth = len(backbone.blocks)
+    tail = copy.deepcopy(backbone.tail(max(0, depth - count))).requires_grad_(True)
+    if count > depth:
+        raise InputError(f"--split-blocks {count}: the backbone has {depth} blocks; give 1 to {depth}")
+    return tail
+
+
 def groups_of(channels):
     """Return for GroupNorm the largest number of groups, up to 32, that divides the channels."""
     return max(count for count in range(1, 33) if channels % count == 0)
@@ -262,15 +275,6 @@ class Split(nn.Module):
         """The block whose entering tokens it wants."""
         return self.tail.first,
 
-    @classmethod
-    def copying(cls, backbone, count):
-        """Return one with copies of the last `count` blocks of a Backbone. Raises InputError."""
-        depth = len(backbone.blocks)
-        tail = copy.deepcopy(backbone.tail(max(0, depth - count))).requires_grad_(True)
-        if count > depth:
-            raise InputError(f"--split-blocks {count}: the backbone has {depth} blocks; give 1 to {depth}")
-        return cls(tail, backbone.channels, backbone.channels[-1])
-
     def forward(self, features):
         """Features of n maps (B, D, h, w) and tokens -> (B, width, h, w)."""
         grid = features[0].shape[-2:]
@@ -281,7 +285,9 @@ class Split(nn.Module):
 
 def build_on_split(head, backbone, spec):
     """As Head.build, for heads made of a Split, the channels of its map and the number of classes."""
-    return head(Split.copying(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
+    width = backbone.channels[-1]
+    split = Split(copied_tail(backbone, spec.split_blocks), backbone.channels, width)
+    return head(split, width, spec.num_classes)
 
 
 class SplitHead(Head):
@@ -376,6 +382,78 @@ class SplitDetailHead(DetailHead):
         return self.split(features)
 
 
+def upscaling(width):
+    """Return what doubles the sides of a map (B, width, h, w), as in EoMT."""
+    return nn.Sequential(nn.ConvTranspose2d(width, width, kernel_size=2, stride=2), nn.GELU(),
+                         nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, bias=False),
+                         LayerNorm2d(width))
+
+
+class MaskHead(Head):
+    """Queries that become masks and their classes in a trained copy of the last blocks, as in EoMT.
+
+    Kerssies et al., Your ViT is Secretly an Image Segmentation Model, CVPR 2025 (arXiv 2503.19108). There the
+    whole ViT trains, and in training a query sees only the patches of its own mask, ever less strictly; here
+    the copied blocks train alone, and every query sees all patches, as in EoMT at inference.
+    """
+
+    reads = 1
+    own_loss = tokens_alone = True
+
+    def __init__(self, tail, width, num_classes):
+        super().__init__()
+        self.tail, self.token_blocks = tail, (tail.first,)
+        tail.prefix += QUERIES  # they go in front, where no rotary embedding turns them
+        for block in tail.blocks:
+            if hasattr(block.attn, "num_prefix_tokens"):
+                block.attn.num_prefix_tokens += QUERIES
+        self.queries = nn.Parameter(torch.randn(1, QUERIES, width))
+        self.mask = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
+                                  nn.Linear(width, width))
+        self.up = nn.Sequential(upscaling(width), upscaling(width))
+        self.conv_seg = nn.Linear(width, num_classes + 1)  # the last one: nothing
+
+    @classmethod
+    def build(cls, backbone, spec):
+        """As Head.build."""
+        return cls(copied_tail(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
+
+    def forward(self, features, size):
+        """Features of one map (B, D, h, w) and tokens -> [(masks (B, Q, 4h, 4w), classes (B, Q, K + 1))],
+        logits, after each of the copied blocks in training, else after the last one.
+        """
+        grid, tokens = features[0].shape[-2:], features.tokens[self.tail.first]
+        queries = self.queries.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        left = list(self.tail(torch.cat([queries, tokens], dim=1), grid).values())
+        return [self.predict(tokens, grid) for tokens in (left if self.training else left[-1:])]
+
+    def predict(self, tokens, grid):
+        """(B, Q + prefix + h * w, D) that left a block -> masks (B, Q, 4h, 4w), classes (B, Q, K + 1)."""
+        queries = self.tail.norm(tokens[:, :QUERIES])
+        maps = self.up(self.tail.as_map(tokens, grid))  # (B, D, 4h, 4w)
+        return torch.einsum("bqd,bdhw->bqhw", self.mask(queries), maps), self.conv_seg(queries)
+
+    def logits(self, output, geometry):
+        """As Head.logits: the logarithm of how much of each class the masks of all queries hold."""
+        masks, classes = output[-1]
+        shares = classes.float().softmax(-1)[..., :-1]  # (B, Q, K)
+        values = torch.einsum("bqhw,bqk->bkhw", masks.float().sigmoid(), shares)
+        return super().logits(values.float().clamp(min=1e-6).log(), geometry)
+
+    def loss(self, output, masks, geometry, criterion):
+        """As Head.loss: that of losses.mask_classification on the grid of the masks, mean over blocks."""
+        (height, width), (tall, wide), top, left = geometry
+        truth = F.pad(masks, (left, wide - width - left, top, tall - height - top), value=IGNORE)
+        truth = F.interpolate(truth[:, None].float(), size=output[-1][0].shape[-2:], mode="nearest-exact")
+        of_blocks = [mask_classification(*prediction, truth[:, 0].long()) for prediction in output]
+        terms = {name: sum(block[name] for block in of_blocks) / len(of_blocks) for name in of_blocks[0]}
+        preds = torch.empty(masks.shape, dtype=torch.uint8, device=masks.device)
+        with torch.no_grad():
+            for images, rows, pixels in self.logits(output, geometry).blocks():
+                preds[images, rows] = class_ids(pixels)
+        return sum(terms.values()), terms, preds
+
+
 # A new head is one class above and one line here.
 HEADS = {
     "bn": BNHead,
@@ -387,4 +465,5 @@ HEADS = {
     "split": SplitHead,
     "detail": DetailHead,
     "split-detail": SplitDetailHead,
+    "mask": MaskHead,
 }

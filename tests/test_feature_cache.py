@@ -298,12 +298,14 @@ def gradients(module, inputs, masks):
 @pytest.mark.parametrize(
     ("backbone", "options", "unfreeze"),
     [("vit_tiny", dict(head=head), unfreeze)
-     for head in ("bn", "unet-skip", "split", "detail", "split-detail") for unfreeze in (0, 2)]
+     for head in ("bn", "unet-skip", "split", "detail", "split-detail", "mask")
+     for unfreeze in (0, 4 if head == "mask" else 2)]
     + [("vit_tiny", dict(layers=(1, 3, 5)), 1), ("vit_tiny", dict(), 6),
        ("dinov2_vits14", dict(head="split"), 1),
        ("timm/vit_small_patch16_dinov3", dict(layers=(1, 10, 11)), 1),
        ("timm/vit_small_patch16_rope_mixed_224", dict(), 2),
-       ("timm/vit_small_patch16_dinov3", dict(head="split", split_blocks=1), 0)],
+       ("timm/vit_small_patch16_dinov3", dict(head="split", split_blocks=1), 0),
+       ("timm/vit_small_patch16_dinov3", dict(head="mask", split_blocks=2), 0)],
     ids=str,
 )
 def test_a_cached_step_is_a_step_on_the_images(samples, tmp_path, hub_cache, backbone, options, unfreeze):
@@ -408,9 +410,12 @@ def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
         (["--cache-views", 2], "without --cache-features"),
         (["--backbone-lr-scale", 0.5, "--backbone", "vit_tiny"], "has no effect on a frozen backbone"),
         (["--cache-features", "--augment", "flip"], "--cache-views K"),
+        (["--split-blocks", 2, "--backbone", "vit_tiny"], "copies no blocks"),
+        (["--head", "mask", "--loss", "dice", "--backbone", "vit_tiny"], "has a loss of its own"),
+        (["--head", "mask", "--unfreeze", 3, "--backbone", "vit_tiny"], "trains copies of the last 3 blocks"),
     ],
 )
-def test_flags_that_contradict_the_cache(tmp_path, run, more, message):
+def test_flags_that_contradict_the_cache_or_the_head(tmp_path, run, more, message):
     write_folder(tmp_path / "data")
     flags = ["--dataset", "folder", "--data-root", tmp_path / "data", "--out-dir", tmp_path / "out"]
     code, _, err = run(train, *flags, *more)

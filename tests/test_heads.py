@@ -56,7 +56,8 @@ def test_pixels_that_do_not_count_give_no_loss_and_no_gradient(head):
 def test_254_classes(head):
     net = tiny(head=head, num_classes=254).eval()
     loss, _, preds = net.loss(random_images(1, 3, 30, 45), torch.full((1, 30, 45), 253), Criterion("ce"))
-    assert 3 < loss.item() < 9 and preds.max() < 254  # ln 254 = 5.5
+    assert loss.isfinite() and preds.max() < 254
+    assert net.head.own_loss or 3 < loss.item() < 9  # ln 254 = 5.5
 
 
 @pytest.mark.parametrize("head", list(HEADS))
