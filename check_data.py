@@ -44,9 +44,10 @@ import utils
 import visualize
 from config import IGNORE, DataOptions, InputError, count_of
 from dataio.advice import advise, either_way, kind_of_255, value_facts
+from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, check_root, ignored_share
 from dataio.labels import class_file, class_pixels, decode_masks, read_classes, says, stored
-from dataio.layout import find_pairs, some
+from dataio.layout import some
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_pair
 from dataio.repair import check_target, fix
 from dataio.scan import ScannedData, fits, in_parallel, scan_image, scan_mask
@@ -96,15 +97,16 @@ def listed(text, paths):
 
 # --- reading the files ------------------------------------------------------------------------------------
 def find_samples(name, root, report):
-    """Return ({split: [Sample]}, DataSource or None for a folder). Raises InputError without any data.
+    """Return ({split: [Sample]}, the classes [Entry] that annotation files name or None, DataSource or None
+    for a folder). Raises InputError without any data.
 
     What is unpaired in a folder goes into the report.
     """
-    source = None
+    source = entries = None
     if name == "folder":
         check_root(root)
-        found = find_pairs(root)
-        splits = found.splits
+        found = find_masks(root)
+        splits, entries = found.splits, found.entries
         report.facts += found.notes
         report.warnings += found.doubts
         for lonely, text in ((found.no_mask, "{image has|images have} no mask: add masks or move them"),
@@ -118,14 +120,14 @@ def find_samples(name, root, report):
     leaks = [sample.image for sample in val if sample in train]
     report.problem("validation {image is|images are} in the training list too: scores would be too good",
                    leaks)
-    return splits, source
+    return splits, entries, source
 
 
 def read_all(name, root, report):
     """Return (ScannedData, DataSource or None for a folder); unreadable files go into the report."""
     start = time.perf_counter()
-    splits, source = find_samples(name, root, report)
-    data = ScannedData(name, root, splits, {}, {})
+    splits, entries, source = find_samples(name, root, report)
+    data = ScannedData(name, root, splits, {}, {}, entries)
     samples = data.samples
     for facts, scan, part in ((data.images, scan_image, "image"), (data.masks, scan_mask, "mask")):
         found = in_parallel(lambda sample, scan=scan, part=part: scan(getattr(sample, part)), samples, part)
@@ -212,7 +214,8 @@ def decode(data, source, report):
         check_registered(data, report)
     else:
         try:
-            data.classes, data.table, notes = decode_masks(data.root, data.samples, data.mask_facts())
+            data.classes, data.table, notes = decode_masks(data.root, data.samples, data.mask_facts(),
+                                                           listed=data.entries)
             report.facts += notes
         except InputError as error:
             report.problem(str(error).removesuffix(says(data.root)))
@@ -250,7 +253,7 @@ def check_ignored(data, share, report):
     if share > MUCH_IGNORED:
         report.warn(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a class?")
     path = class_file(data.root)
-    explicit = path and any(entry.name == "ignore" or entry.value is not None or entry.color
+    explicit = data.entries or path and any(entry.name == "ignore" or entry.value is not None or entry.color
                             for entry in read_classes(path))
     white = [sample for sample in data.samples if data.masks[sample].values is not None
              and IGNORE in data.masks[sample].values]

@@ -7,8 +7,8 @@ dataio/layout.py says which layouts are known, dataio/labels.py how classes are 
 import numpy as np
 
 from config import IGNORE, InputError, count_of
-from dataio.labels import class_pixels, decode_masks, says, stored
-from dataio.layout import find_pairs
+from dataio.annotations import find_masks
+from dataio.labels import class_pixels, decode_masks, in_order, says, stored
 from dataio.pairs import refuse_lonely
 from dataio.readers import DataSource, read_orientation
 from dataio.scan import fits, in_parallel, scan_mask
@@ -24,7 +24,7 @@ def folder(root, options, download=False):
     classes (names) count. Raises InputError.
     """
     check_root(root)
-    found = find_pairs(root)
+    found = find_masks(root)
     for split in {**found.no_mask, **found.no_image}:
         refuse_lonely(found.no_mask.get(split, []), found.no_image.get(split, []))
     splits = found.splits
@@ -34,7 +34,10 @@ def folder(root, options, download=False):
     if damaged:
         raise damaged
     masks = [mask for mask, _ in facts]
-    classes, table, notes = decode_masks(root, samples, masks, options.classes)
+    entries, names = found.entries, options.classes
+    if entries and names:
+        entries, names = in_order(entries, names), ()
+    classes, table, notes = decode_masks(root, samples, masks, names, entries)
     different = sum(differs for _, differs in facts)
     if different:
         notes.append(f"{different} of {count_of(len(samples), 'mask')} differ in size from their image: "

@@ -19,12 +19,13 @@ from dataio.classes import fill_colors
 from dataio.readers import (OUTSIDE, index_table, outside_message, pack_color, ranges, unpack_color,
                             value_table)
 
-CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "_classes.csv")
+CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")
 MOST_CLASSES = 250
 NAME_COLUMNS = {"name", "names", "class", "classes", "label", "labels", "category", "class_name"}
 COLOR_COLUMNS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 VALUE_COLUMNS = {"id", "value", "index", "idx", "pixel value", "class_id", "label_id", "pixel", "train_id",
                  "trainid"}
+NOWHERE = 1000  # and above: values for classes that no mask shows
 GAP = 24  # steps of 255 by which the values that a lossy format blurred must be apart
 BLURRED = 0.15  # share of the pixels that may lie further than half of GAP from all of them
 MODE_SHARE, PEAK_SHARE, PEAK = 5e-3, 1e-4, 20  # see find_modes
@@ -36,6 +37,18 @@ class Entry(NamedTuple):
     name: str
     color: tuple = None
     value: int = None
+
+
+def in_order(entries, names):
+    """Return the [Entry] of `names`, in their order, with the values of `entries`. Raises InputError where
+    one of these is not among them.
+    """
+    values = {entry.name: entry.value for entry in entries}
+    unknown = [name for name in values if name not in names]
+    if unknown and unknown != ["background"]:  # which the masks need not show
+        raise InputError(f"the annotations name the class {unknown[-1]}, which is not among "
+                         f"{', '.join(names)}: give --classes all of them, or leave it out")
+    return [Entry(name, None, values.get(name, NOWHERE + number)) for number, name in enumerate(names)]
 
 
 # --- classes.txt ------------------------------------------------------------------------------------------
@@ -71,6 +84,9 @@ def read_classes(path):
                 if line.strip() and not line.lstrip().startswith("#")]
     if path.suffix.lower() == ".csv" and numbered and numbered[0][1].strip().lower() in NAME_COLUMNS:
         numbered = numbered[1:]  # the title of the one column
+    if path.name == "labelmap.txt":  # of CVAT: label:R,G,B:parts:actions
+        numbered = [(number, re.sub(r":(\d+),(\d+),(\d+):.*", r" \1 \2 \3", line))
+                    for number, line in numbered]
     entries = table_entries(path, [line for _, line in numbered])
     if entries is None:
         parsed = [line_entries(f"{path} line {number}", line) for number, line in numbered]
@@ -183,8 +199,8 @@ def decode_masks(root, samples, masks, class_names=(), listed=None, blurred=Fals
     blurred: whether to snap other masks than JPEG files too. Raises InputError that names the first mask that
     does not fit.
     """
-    path = class_file(root)
-    listed = read_classes(path) if path and listed is None else listed or []
+    path = None if listed else class_file(root)
+    listed = read_classes(path) if path else listed or []
     if listed and class_names:
         raise InputError(f"--classes has no effect, {path} names the classes: leave it out")
     colors = bool(listed) and all(entry.color for entry in listed) and any(

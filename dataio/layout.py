@@ -45,7 +45,8 @@ LISTED = 8  # folders that an error names
 class Found:
     """What find_pairs found. splits, no_mask, no_image: {split: [...]}, the last two of paths alone.
 
-    notes: lines on what was taken for what; doubts: what may have been taken wrongly.
+    notes: lines on what was taken for what; doubts: what may have been taken wrongly; entries: the classes
+    as [labels.Entry], where the files that the masks were drawn from name them.
     """
 
     splits: dict
@@ -53,6 +54,11 @@ class Found:
     no_image: dict
     notes: list
     doubts: list
+    entries: list = None
+
+
+class NoMasks(InputError):
+    """A folder holds no images with masks, by names or by looks."""
 
 
 class Place(NamedTuple):
@@ -88,8 +94,7 @@ def place_of(parts):
 
 
 def find_pairs(root):
-    """Return what was Found of images and masks under `root`. Raises InputError that says what lies there.
-    """
+    """Return what was Found of images and masks under `root`. Raises NoMasks that says what lies there."""
     paths = list_images(root)
     base = common_folder(root, paths)
     folders = {folder: place_of(folder.relative_to(base).parts) for folder in {path.parent for path in paths}}
@@ -107,8 +112,8 @@ def find_pairs(root):
             break
         unpaired = unpaired or found and unlike(images, masks)
     else:
-        raise InputError(f"no images with masks found under {root}: {seen(root, set(paths))}; "
-                         f"{unpaired or ADVICE}")
+        raise NoMasks(f"no images with masks found under {root}: {seen(root, set(paths))}; "
+                      f"{unpaired or ADVICE}")
     samples = [sample for part in found.splits.values() for sample in part]
     images, masks = [sample.image for sample in samples], [sample.mask for sample in samples]
     found.notes.insert(0, f"images: {shown_folders(images, root)}; masks: {shown_folders(masks, root)}")
@@ -390,7 +395,7 @@ def text_format(path):
     rows = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if rows and all(row[0].isdecimal() and all(0 <= float(cell) <= 1 for cell in row[1:]) for row in rows):
         if all(len(row) >= 7 and len(row) % 2 for row in rows):
-            return "YOLO polygons"
+            return "YOLO polygons without their data.yaml"
         if all(len(row) == 5 for row in rows):
             return "YOLO boxes, which hold no shapes"
     return None

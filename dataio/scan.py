@@ -56,7 +56,8 @@ class ImageFacts(NamedTuple):
 class ScannedData:
     """A data set all of whose files were read once, without those that cannot be read.
 
-    splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}. What the masks mean:
+    splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
+    [labels.Entry] that annotation files name, else None. What the masks mean:
     classes, table, as in DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: a
     dataio.advice.Advice where there is something to decide first.
     """
@@ -66,6 +67,7 @@ class ScannedData:
     splits: dict
     images: dict
     masks: dict
+    entries: list = None
     classes: list = None
     table: np.ndarray = None
     pixels: dict = None

@@ -247,9 +247,9 @@ LAYOUTS = {
     "train.txt val.txt": (with_lists("."), THREE, ""),
     "ImageSets/Segmentation/": (with_lists("ImageSets/Segmentation"), THREE, ""),
     ".ipynb_checkpoints/": (checkpoints_of_notebooks, THREE, ""),
-    "COCO JSON": (coco, [], "never: COCO annotations, not read"),
-    "YOLO TXT": (yolo, [], "never: YOLO polygons, not read"),
-    "labelme JSON": (labelme, [], "never: labelme polygons, not read"),
+    "COCO JSON without classes": (coco, [], "never: hold 0 names of classes"),
+    "YOLO TXT without data.yaml": (yolo, [], "never: YOLO polygons without their data.yaml"),
+    "labelme JSON without shapes": (labelme, [], "never: hold 0 names of classes"),
 }
 ENCODINGS = {
     "0 255": (encoded(values(0, 255)), ["background", "foreground"], ""),

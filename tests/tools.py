@@ -1,0 +1,212 @@
+"""Folders as labeling tools write them, of scenes whose true mask is known: write(root) -> {image: mask}."""
+import base64
+import io
+import json
+import zlib
+
+import cv2
+import numpy as np
+import yaml
+from PIL import Image
+from pycocotools import mask as coco_mask
+from trees import save, scene
+
+COUNT = 6
+NAMES = ("background", "car", "tree")  # of the ids in the masks of scene()
+
+
+def scenes(root, image):
+    """Write COUNT photos; image: their path with {split} and {name}. Yield (name, split, path, mask)."""
+    for seed in range(COUNT):
+        pixels, mask = scene(seed, 3)
+        split, name = "val" if seed % 3 == 2 else "train", f"shot {seed}"
+        path = root / image.format(split=split, name=name)
+        save(path, pixels)
+        yield name, split, path, mask
+
+
+def outlines(mask, id):
+    """Return the outer outlines of a class as [(n, 2) float], around the pixels and not through them."""
+    big = cv2.resize((mask == id).astype(np.uint8), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
+    found, _ = cv2.findContours(big, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return [(ring[:, 0] + 0.5) / 4 for ring in found if len(ring) >= 3]
+
+
+def shapes(mask):
+    """Yield (id, outline) of a mask."""
+    for id in (1, 2):
+        for ring in outlines(mask, id):
+            yield id, ring
+
+
+def dump(path, content):
+    """Write a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def coco(root, encoding="polygon", image="{split}2017/{name}.jpg",
+         file="annotations/instances_{split}2017.json", first_id=1, head=()):
+    """COCO as published, or as Roboflow writes it (a head of the list of categories, a file per split)."""
+    truth, files = {}, {}
+    for number, (_, split, path, mask) in enumerate(scenes(root, image)):
+        truth[path] = mask
+        content = files.setdefault(split, dict(images=[], annotations=[], categories=[
+            *head, *(dict(id=id + first_id - 1, name=NAMES[id], supercategory="things") for id in (2, 1))]))
+        height, width = mask.shape
+        content["images"].append(dict(id=number, file_name=path.name, height=height, width=width))
+        for id in (1, 2):
+            if not (mask == id).any():
+                continue
+            rle = coco_mask.encode(np.asfortranarray(mask == id))
+            segmentation = {
+                "polygon": [ring.ravel().tolist() for ring in outlines(mask, id)],
+                "compressed": dict(size=list(mask.shape), counts=rle["counts"].decode()),
+                "plain": dict(size=list(mask.shape), counts=runs(mask == id)),
+            }[encoding]
+            content["annotations"].append(dict(
+                id=len(content["annotations"]), image_id=number, category_id=id + first_id - 1,
+                segmentation=segmentation, area=int((mask == id).sum()), iscrowd=int(encoding == "plain"),
+                bbox=coco_mask.toBbox(rle).tolist()))
+    for split, content in files.items():
+        dump(root / file.format(split=split), content)
+    return truth
+
+
+def runs(region):
+    """Return COCO's plain run lengths of (H, W) bool: column by column, of zeros first."""
+    flat = region.T.ravel()
+    starts = np.flatnonzero(np.diff(flat)) + 1
+    lengths = np.diff([0, *starts, flat.size]).tolist()
+    return [0, *lengths] if flat[0] else lengths
+
+
+def roboflow_coco(root):
+    """Roboflow's export: _annotations.coco.json beside the images of each split."""
+    head = [dict(id=0, name="things", supercategory="none")]
+    return coco(root, image="{split}/{name}.jpg", file="{split}/_annotations.coco.json", head=head)
+
+
+def labelme(root):
+    """labelme: a JSON file beside each image."""
+    truth = {}
+    for name, _, path, mask in scenes(root, "{name}.jpg"):
+        truth[path] = mask
+        found = [dict(label=NAMES[id], points=ring.tolist(), shape_type="polygon", group_id=None, flags={})
+                 for id, ring in shapes(mask)]
+        dump(root / f"{name}.json", dict(version="5.4.1", flags={}, shapes=found, imagePath=path.name,
+                                         imageData=None, imageHeight=mask.shape[0], imageWidth=mask.shape[1]))
+    return truth
+
+
+def yolo(root, image="images/{split}/{name}.jpg", names=("car", "tree")):
+    """Ultralytics' layout: data.yaml, images/ and labels/ alike."""
+    truth = {}
+    for _, _, path, mask in scenes(root, image):
+        truth[path] = mask
+        sides = mask.shape[::-1]
+        rows = [f"{id - 1} " + " ".join(f"{share:.6f}" for share in (ring / sides).ravel())
+                for id, ring in shapes(mask)]
+        label = root / str(path.relative_to(root)).replace("images", "labels")
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.with_suffix(".txt").write_text("\n".join(rows))
+    (root / "data.yaml").write_text(yaml.safe_dump(dict(path=".", train="images/train", val="images/val",
+                                                        names=names, nc=2)))
+    return truth
+
+
+def roboflow_yolo(root):
+    """Roboflow's export: {train,val}/{images,labels}, names as a list."""
+    return yolo(root, "{split}/images/{name}.jpg", names=["car", "tree"])
+
+
+def supervisely(root):
+    """Supervisely: dataset/img and dataset/ann, meta.json; cars are polygons, trees bitmaps."""
+    truth = {}
+    for _, _, path, mask in scenes(root, "{split}/img/{name}.jpg"):
+        truth[path], found = mask, []
+        for id, ring in shapes(mask):
+            if id == 1:
+                found.append(dict(classTitle="car", geometryType="polygon",
+                                  points=dict(exterior=ring.tolist(), interior=[])))
+        if (mask == 2).any():
+            (rows, columns) = np.nonzero(mask == 2)
+            left, top = int(columns.min()), int(rows.min())
+            found.append(dict(classTitle="tree", geometryType="bitmap", bitmap=dict(
+                origin=[left, top], data=png_text((mask == 2)[top:, left:], True))))
+        height, width = mask.shape
+        dump(path.parents[1] / f"ann/{path.name}.json",
+             dict(description="", tags=[], size=dict(height=height, width=width), objects=found))
+    dump(root / "meta.json", dict(classes=[dict(title=name, shape="any", color="#FF0000")
+                                           for name in NAMES[1:]], tags=[]))
+    return truth
+
+
+def png_text(region, compressed):
+    """Return (h, w) bool as a transparent PNG in base64, zlib-compressed or not."""
+    file = io.BytesIO()
+    Image.fromarray(np.where(region[..., None], 255, 0).astype(np.uint8).repeat(4, 2)).save(file, "PNG")
+    content = file.getvalue()
+    return base64.b64encode(zlib.compress(content) if compressed else content).decode()
+
+
+def label_studio(root, tasks=True):
+    """Label Studio: PNG files of the brush, one per task and label; the names of the images in its JSON."""
+    truth, export = {}, []
+    image = "images/4f0a-{name}.jpg" if tasks else "images/{name}.jpg"
+    for number, (_, _, path, mask) in enumerate(scenes(root, image), 11):
+        if not tasks:
+            path = path.rename(path.with_stem(str(number)))
+        truth[path] = mask
+        export.append(dict(id=number, annotations=[], data=dict(image=f"/data/upload/3/{path.name}")))
+        for id in (1, 2):
+            if (mask == id).any():
+                save(root / f"masks/task-{number}-annotation-{number + 4}-by-1-tag-{NAMES[id]}-0.png",
+                     (mask == id).astype(np.uint8) * 255)
+    if tasks:
+        dump(root / "project-1.json", export)
+    return truth
+
+
+def cvat(root):
+    """CVAT, "Segmentation mask 1.1": a VOC tree of painted masks, labelmap.txt, default.txt."""
+    colors, truth = np.array([(0, 0, 0), (250, 50, 83), (51, 221, 255)], np.uint8), {}
+    for name, _, path, mask in scenes(root, "JPEGImages/{name}.jpg"):
+        truth[path] = mask
+        save(root / f"SegmentationClass/{name}.png", colors[mask])
+        save(root / f"SegmentationObject/{name}.png", colors[mask])
+    lines = ["# label:color_rgb:parts:actions", *(f"{name}:{','.join(map(str, color))}::" for name, color in
+                                                  zip(NAMES, colors.tolist(), strict=True))]
+    (root / "labelmap.txt").write_text("\n".join(lines) + "\n")
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "default.txt").write_text("".join(f"shot {number}\n" for number in range(COUNT)))
+    return truth
+
+
+def roboflow_masks(root):
+    """Roboflow, "semantic segmentation masks": *_mask.png beside the images, _classes.csv in each part."""
+    truth = {}
+    for _, split, path, mask in scenes(root, "{split}/{name}_jpg.rf.0a1b.jpg"):
+        truth[path] = mask
+        save(path.with_name(f"{path.stem}_mask.png"), mask)
+        (root / split / "_classes.csv").write_text(
+            "Pixel Value, Class\n" + "".join(f"{id}, {name}\n" for id, name in enumerate(NAMES)))
+    return truth
+
+
+TOOLS = {
+    "COCO": coco,
+    "COCO, compressed run lengths": lambda root: coco(root, "compressed"),
+    "COCO, plain run lengths": lambda root: coco(root, "plain", first_id=7),
+    "COCO, Roboflow": roboflow_coco,
+    "labelme": labelme,
+    "YOLO, Ultralytics": yolo,
+    "YOLO, names by number": lambda root: yolo(root, names={0: "car", 1: "tree"}),
+    "YOLO, Roboflow": roboflow_yolo,
+    "Supervisely": supervisely,
+    "Label Studio": label_studio,
+    "Label Studio, without its JSON": lambda root: label_studio(root, tasks=False),
+    "CVAT": cvat,
+    "Roboflow, masks": roboflow_masks,
+}
