@@ -289,7 +289,7 @@ def benchmark_train(args):
     train, val, table = some_data(args)
     samples = table, train, val
     utils.seed_everything(0)
-    spec = ModelSpec(backbone=args.backbone, num_classes=CLASSES)
+    spec = ModelSpec(backbone=args.backbone, head="bn", num_classes=CLASSES)
     first = build_model(spec, args.weights, args.unfreeze)
     models = {name: copy.deepcopy(first).to(device)
               for name in ("plain loop", "this code", "this code, cache made", "this code, cache there")}
@@ -365,7 +365,7 @@ def peak_memory(args, name, images):
     args.images = images
     train, val, table = some_data(args)
     utils.seed_everything(0)
-    spec = ModelSpec(backbone=args.backbone, num_classes=CLASSES)
+    spec = ModelSpec(backbone=args.backbone, head="bn", num_classes=CLASSES)
     model = build_model(spec, args.weights, args.unfreeze).to(device)
     peaks = [0.0]
     threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
@@ -554,7 +554,7 @@ def benchmark_model(args):
     from torch.utils.flop_counter import FlopCounterMode
     device = utils.pick_device(args.device)
     precision = utils.Precision("auto", device)
-    model = build_model(ModelSpec(backbone=args.backbone, num_classes=CLASSES), args.weights)
+    model = build_model(ModelSpec(backbone=args.backbone, head="bn", num_classes=CLASSES), args.weights)
     model = model.to(device).eval()
     limit = arithmetic_limit(device, precision.dtype or torch.float32)
     rows = []

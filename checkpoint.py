@@ -239,7 +239,8 @@ def load_official(name):
     prefix = "decode_head."
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     layers = (-1,) if kind == "linear" else ()  # the last block, or the last four
-    model = build_model(ModelSpec(backbone=backbone, layers=layers, num_classes=len(classes)), weights="auto")
+    spec = ModelSpec(backbone=backbone, head="bn", layers=layers, num_classes=len(classes))
+    model = build_model(spec, weights="auto")
     load_strictly(model.head, state, f"{name}_head.pth")
     model.head.crops = False
     window = (512, 512) if kind == "linear" else (640, 640)

@@ -185,7 +185,7 @@ class ModelOptions:
     layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last "
                             "(default: as the head wants)", nargs="+",
                             type=int, metavar="I", dinov2_only=True)
-    head: str = setting("bn", "model", "what turns feature maps into classes (listed below)", kind="head",
+    head: str = setting("detail", "model", "what turns feature maps into classes (listed below)", kind="head",
                         dinov2_only=True)
     split_blocks: int = setting(3, "model", "split, split-detail, mask: the head trains a copy of so "
                                 "many last blocks", type=positive_int, dinov2_only=True)

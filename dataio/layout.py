@@ -19,7 +19,7 @@ import numpy as np
 from config import InputError, count_of
 from dataio.pairs import (IMAGE_AFFIX, MASK_AFFIX, common_name, is_another_drawing, list_images, match,
                           read_list, unlike)
-from dataio.readers import decode_mask
+from dataio.readers import MASK_ENDINGS, decode_mask
 from dataio.scan import distinct
 
 SPLITS = {"train": "train training trn tr", "val": "val valid validation dev", "test": "test testing tst te"}
@@ -95,7 +95,7 @@ def place_of(parts):
 
 def find_pairs(root):
     """Return what was Found of images and masks under `root`. Raises NoMasks that says what lies there."""
-    paths = list_images(root)
+    paths = list_images(root, MASK_ENDINGS)
     base = common_folder(root, paths)
     folders = {folder: place_of(folder.relative_to(base).parts) for folder in {path.parent for path in paths}}
     places = {path: folders[path.parent] for path in paths}
@@ -320,7 +320,7 @@ ADVICE = ("it needs images/ and masks/, or train/images train/masks val/images v
           "masks/train images/val masks/val, or train_images train_labels valid_images valid_labels")
 
 
-FORMATS = {".npy": "NumPy arrays", ".npz": "NumPy arrays", ".mat": "MATLAB files", ".svg": "drawings",
+FORMATS = {".npz": "NumPy arrays", ".mat": "MATLAB files", ".svg": "drawings",
            ".tfrecord": "TFRecords"}
 JSON_FORMATS = {  # keys that a file of each has, the first that fits counts
     "COCO annotations": {"images", "annotations"},

@@ -39,10 +39,10 @@ def common_name(path, affix=None):
 
 
 # --- lists ------------------------------------------------------------------------------------------------
-def list_images(folder):
+def list_images(folder, endings=IMAGE_ENDINGS):
     """Return the image files below `folder`, sorted, without hidden files and folders and other endings."""
     folder = Path(folder)
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings
                   and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
                   and path.is_file())
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from config import IGNORE, InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+MASK_ENDINGS = (*IMAGE_ENDINGS, ".npy")
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
@@ -304,6 +305,8 @@ class StoredMask(NamedTuple):
 
 def decode_mask(path):
     """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
+    if Path(path).suffix.lower() == ".npy":
+        return StoredMask("array", "NPY", as_mask_pixels(path, read_array(path)), None)
     with open_image(path) as mask:
         mode, kind, palette = mask.mode, mask.format, None
         try:
@@ -315,9 +318,32 @@ def decode_mask(path):
         except DECODE_ERRORS as error:
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
     pixels = pixels[..., 0] if mode == "PA" else pixels
+    return StoredMask(mode, kind, as_mask_pixels(path, pixels), palette)
+
+
+def read_array(path):
+    """Return a NumPy file as (H, W) or (H, W, 3); sides of 1 before or behind go. Raises InputError."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a readable array ({error}): save it again with numpy.save") from None
+    for axis in (0, -1):
+        values = values.squeeze(axis) if values.ndim == 3 and values.shape[axis] == 1 else values
+    whole = values.dtype.kind == "f" and values.size and bool((values % 1 == 0).all())
+    values = values.astype(np.int64) if whole else values
+    if not values.size or values.ndim != 2 and values.shape[2:] != (3,):
+        raise InputError(f"{path} is an array of the shape {values.shape}: masks are (H, W), or (H, W, 3) "
+                         "where they are painted")
+    return values
+
+
+def as_mask_pixels(path, pixels):
+    """Return numbers as uint8 or int32. Raises InputError where they are no integers 0..65535."""
     if pixels.dtype.kind not in "biu" or pixels.min() < 0 or pixels.max() > 65535:
         raise InputError(f"{path} does not hold integers 0..65535: save masks as 8- or 16-bit PNG")
-    return StoredMask(mode, kind, pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32), palette)
+    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)
 
 
 def read_mask(path, table):

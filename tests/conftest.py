@@ -97,7 +97,7 @@ def write_tree(dataset, root, counts=(4, 2), size=(45, 61)):
 def build(weights="none", unfreeze=0, **options):
     """Return the Segmenter of a ModelSpec with three classes and these options, seeded."""
     torch.manual_seed(0)
-    net = build_model(ModelSpec(**{"num_classes": 3, **options}), weights, unfreeze)
+    net = build_model(ModelSpec(**{"num_classes": 3, "head": "bn", **options}), weights, unfreeze)
     for value in net.head.parameters():
         if value.ndim > 1 and not value.any():  # weights of 0 would hide whatever comes before them
             torch.nn.init.normal_(value, std=0.1)

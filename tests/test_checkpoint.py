@@ -237,7 +237,7 @@ def test_a_head_alone_is_the_whole_model_on_its_backbone_and_on_no_other(tmp_pat
     assert run(train, *flags, "--epochs", 1, "--scheduler", "none", "--out-dir", tmp_path / "other")[0] == 0
     assert run(train, *flags, "--out-dir", alone)[0] == 0
     best, images = alone / "best_model_iou.pth", random_images(2, 3, 30, 44)
-    assert 20 * best.stat().st_size < (whole / "best_model_iou.pth").stat().st_size
+    assert 10 * best.stat().st_size < (whole / "best_model_iou.pth").stat().st_size
     models = [load_model(folder / "last.pth")[0] for folder in (whole, alone)]
     assert torch.equal(*(model(images) for model in models))
     assert run(evaluate, "--model", best, "--out-dir", alone)[0] == 0
@@ -281,7 +281,7 @@ def test_a_head_starts_from_a_trained_one(tmp_path, run, backbone_file):
         heads = [load_model(folder / "last.pth")[0].head.conv_seg.weight for folder in (first, second)]
         assert torch.allclose(*heads, atol=1e-6)
     for wrong, said in (
-        (["--head", "linear"], "was trained with --head bn, and this run has linear"),
+        (["--head", "linear"], "was trained with --head detail, and this run has linear"),
         (["--weights", "none"], "with other weights"),
         (["--layers", "0", "1", "2", "3"], "was trained with --layers (2, 3, 4, 5), and this run has (0, 1"),
         (["--normalize", "none"], "was trained with --normalize auto, and this run has none"),

@@ -21,7 +21,7 @@ from inference.backends import FORMATS
 from models.weights import hash_model_file
 
 SHORT = ["--imgsz", "28", "42", "--epochs", "2", "--lr", "0.001", "--batch-size", "4", "--workers", "0"]
-TINY = ["--backbone", "vit_tiny", "--weights", "none", "--unfreeze", "all"]
+TINY = ["--backbone", "vit_tiny", "--head", "bn", "--weights", "none", "--unfreeze", "all"]
 
 
 def call(module, *arguments):

@@ -432,6 +432,15 @@ def test_a_table_with_an_id_that_is_not_a_class_is_refused(tmp_path, monkeypatch
         load("voc", tmp_path)
 
 
+def test_the_test_part_of_camvid_is_scored_where_it_lies_there(tmp_path):
+    for number, split in enumerate(("train", "val", "test")):
+        mask = blocks(20, 30, (0, 5, 11), seed=number)
+        write_pair(tmp_path / split / f"{number}.png", tmp_path / f"{split}annot" / f"{number}.png", mask)
+    assert [sample.image.stem for sample in load("camvid", tmp_path).splits["test"]] == ["2"]
+    (tmp_path / "testannot").rename(tmp_path / "elsewhere")
+    assert set(load("camvid", tmp_path).splits) == {"train", "val"}
+
+
 def test_real_camvid_and_voc():
     camvid = load("camvid", real_data("camvid"))
     assert len(camvid.splits["train"]) == 367 and len(camvid.splits["val"]) == 101

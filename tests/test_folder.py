@@ -9,7 +9,7 @@ from test_scan import photo
 from config import InputError
 from dataio.labels import decide_classes, find_modes, read_classes, snap
 from dataio.layout import place_of
-from dataio.readers import IMAGE_ENDINGS, read_mask
+from dataio.readers import IMAGE_ENDINGS, index_table, read_mask
 from datasets import check_trainable
 
 LAYOUTS = [
@@ -204,6 +204,41 @@ def test_real_person_photos(tmp_path):
     assert any("43 of 120 masks differ in size" in note for note in source.notes)
     assert source.classes[1] == ("person", (0, 255, 0)) and source.classes[0][1] == (0, 0, 0)
     assert {sample.image.suffix for sample in source.splits["train"]} <= set(IMAGE_ENDINGS)
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, np.float32, "(1, H, W)", "(H, W, 1)"], ids=str)
+def test_masks_as_numpy_arrays_are_read_as_their_pictures_are(tmp_path, kind):
+    values = (0, 1) if kind is bool else (0, 1, 2)
+    for root in (tmp_path / "pictures", tmp_path / "arrays"):
+        write_folder(root, values=values)
+    for path in (tmp_path / "arrays/masks").iterdir():
+        mask = np.array(Image.open(path))
+        if isinstance(kind, type):
+            mask = mask.astype(kind)
+        else:
+            mask = mask[None] if kind[1] == "1" else mask[..., None]
+        np.save(path.with_suffix(".npy"), mask)
+        path.unlink()
+    pictures, arrays = (load("folder", tmp_path / name) for name in ("pictures", "arrays"))
+    assert arrays.classes == pictures.classes
+    for ours, theirs in zip(arrays.splits["train"], pictures.splits["train"], strict=True):
+        assert ours.mask.suffix == ".npy" and (read_mask(ours.mask, arrays.table)
+                                               == read_mask(theirs.mask, pictures.table)).all()
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (np.zeros((4, 5, 2)), r"an array of the shape \(4, 5, 2\)"), (np.zeros((0, 5)), "shape"),
+    (np.full((4, 5), 0.5), "does not hold integers"), (np.full((4, 5), np.nan), "does not hold integers"),
+    (np.full((4, 5), -1), "does not hold integers"), (np.array([["a"]]), "does not hold integers"),
+    (b"no array", "not a readable array"), (np.array([[{}]]), "not a readable array")], ids=str)
+def test_arrays_that_are_no_masks_are_one_line(tmp_path, content, says):
+    path = tmp_path / "mask.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(InputError, match=f"mask.npy .*{says}"):
+        read_mask(path, index_table(3))
 
 
 # --- layouts ----------------------------------------------------------------------------------------------
