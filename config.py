@@ -166,6 +166,9 @@ class DataOptions:
                             "stratified by class", action="store_true")
     ignore_background: bool = setting(False, "data", "leave the class called background out: its pixels are "
                                       "not counted", action="store_true")
+    unlabelled: str = setting("background", "data", "what has no label in annotation files (COCO, YOLO, "
+                              "labelme ...): a class of its own, or not counted",
+                              choices=("background", "ignore"))
     train_images: int = setting(0, "data", "train on so many of the training images, drawn by --seed; 0 = "
                                 "all", type=non_negative_int)
     seed: int = setting(0, "run", "seed of weights, order, augmentation and --train-images",
@@ -471,6 +474,9 @@ def check_settings(config, given):
     if given.get("classes") and config.dataset != "folder":
         raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
                          "own: leave it out")
+    if "unlabelled" in given and config.dataset != "folder":
+        raise InputError("--unlabelled is for annotation files in a folder, and --dataset "
+                         f"{config.dataset} has masks: leave it out")
     splitting = [name for name in ("val_fraction", "fold") if name in given]
     if splitting and config.dataset != "folder" and not config.resplit:
         raise InputError(f"--{splitting[0].replace('_', '-')} has no effect, {config.dataset} has a "

@@ -1,7 +1,7 @@
 """Train a segmentation model.
 
     python train.py --recipe demo                      # drawn streets, minutes on a laptop CPU
-    python train.py --imgsz 640 640 --dataset voc      # DINOv2 ViT-S/14, BatchNorm head, VOC 2012
+    python train.py --imgsz 640 640 --dataset voc      # DINOv2 ViT-S/14, detail head, VOC 2012
     python train.py --recipe person-bn --data-root my_photos
     python train.py --arch segformer_b0 --dataset camvid --data-root CamVid     # a network to compare with
     python train.py --resume --epochs 60               # continue from outputs/last.pth

@@ -460,8 +460,8 @@ def draw_annotations(root, found):
     if not 0 < len(names) < MOST_CLASSES:
         raise InputError(f"{found.files[0]} and what belongs to it hold {len(names)} names of classes; "
                          f"1 to {MOST_CLASSES - 1} are read, beside the background")
-    values = {name: names.index(name) + 1 if name in names else IGNORE if name.lower() in IGNORED else 0
-              for name in found.classes}
+    values = {name: names.index(name) + 1 if name in names else IGNORE if name.lower() in IGNORED
+              else len(names) + 1 for name in found.classes}
     folder, splits = masks_folder(root, found), {}
     for image in sorted(found.images):
         mask = folder / f"{image.image.relative_to(root)}.png"
@@ -474,7 +474,9 @@ def draw_annotations(root, found):
              f"{count_of(len(found.images), 'image')}, {order}; the rest is background; masks in {folder}"]
     kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(found.left_out.items()))
     doubts = [f"not drawn, because they enclose nothing: {kinds}"] if kinds else []
-    entries = [Entry("background", None, 0), *(Entry(name, None, values[name]) for name in names)]
+    labeled = [len(names) + 1] if len(names) + 1 in values.values() else []  # as background
+    entries = [*(Entry("background", None, value) for value in (0, *labeled)),
+               *(Entry(name, None, values[name]) for name in names)]
     drawn = Found(splits, {}, {}, notes, doubts, entries)
     use_lists(drawn, root, root)
     drawn.splits.setdefault("train", [])

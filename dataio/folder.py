@@ -20,8 +20,8 @@ MUCH_IGNORED = 0.1  # share of the pixels above which ignoring is likely to be a
 def folder(root, options, download=False):
     """Return the DataSource of a folder in any layout of dataio/layout.py; every mask is read once.
 
-    options: config.DataOptions, of which val_fraction (0: no validation part is drawn), fold and
-    classes (names) count. Raises InputError.
+    options: config.DataOptions, of which val_fraction (0: no validation part is drawn), fold,
+    classes (names) and unlabelled count. Raises InputError.
     """
     check_root(root)
     found = find_masks(root)
@@ -35,6 +35,12 @@ def folder(root, options, download=False):
         raise damaged
     masks = [mask for mask, _ in facts]
     entries, names = found.entries, options.classes
+    if entries and options.unlabelled == "ignore":
+        entries = [entry._replace(name="ignore") if entry.value == 0 else entry for entry in entries]
+        if len({entry.name for entry in entries} - {"ignore"}) < 2:
+            raise InputError(f"--unlabelled ignore leaves a single class of {root}: leave it out")
+    elif options.unlabelled == "ignore":
+        found.doubts.append("--unlabelled ignore has no effect: masks have a value everywhere")
     if entries and names:
         entries, names = in_order(entries, names), ()
     classes, table, notes = decode_masks(root, samples, masks, names, entries)

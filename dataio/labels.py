@@ -43,12 +43,14 @@ def in_order(entries, names):
     """Return the [Entry] of `names`, in their order, with the values of `entries`. Raises InputError where
     one of these is not among them.
     """
-    values = {entry.name: entry.value for entry in entries}
-    unknown = [name for name in values if name not in names]
-    if unknown and unknown != ["background"]:  # which the masks need not show
-        raise InputError(f"the annotations name the class {unknown[-1]}, which is not among "
+    known = {entry.name for entry in entries}
+    unknown = known - {*names, "background", "ignore"}  # these two the masks need not show
+    if unknown:
+        raise InputError(f"the annotations name the class {min(unknown)}, which is not among "
                          f"{', '.join(names)}: give --classes all of them, or leave it out")
-    return [Entry(name, None, values.get(name, NOWHERE + number)) for number, name in enumerate(names)]
+    nowhere = [Entry(name, None, NOWHERE + number) for number, name in enumerate(names) if name not in known]
+    kept = [entry for entry in entries if entry.name in {*names, "ignore"}]
+    return sorted([*kept, *nowhere], key=lambda entry: [*names, "ignore"].index(entry.name))
 
 
 # --- classes.txt ------------------------------------------------------------------------------------------

@@ -217,3 +217,30 @@ def test_check_train_evaluate_and_infer_take_the_folder_as_it_is(name, tmp_path,
     code, _, err = run(infer_image, "--model", model, "--input", next(elsewhere.rglob("*.jpg")), *flags)
     assert code == 0, err
     assert {path: (elsewhere / path.relative_to(root)).read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("classes", [(), ("tree", "car")])
+def test_what_has_no_label_is_background_or_not_counted(tmp_path, classes):
+    truth = TOOLS["labelme"](tmp_path)
+
+    def label(content):
+        content["shapes"].append({**content["shapes"][0], "label": "_background_",
+                                  "points": [[0, 0], [9, 0], [9, 9], [0, 9]]})
+        content["shapes"].append({**content["shapes"][0], "label": "__ignore__",
+                                  "points": [[20, 0], [29, 0], [29, 9], [20, 9]]})
+
+    def mask_of(**options):
+        source = load("folder", tmp_path, val_fraction=0, **options)
+        sample = next(one for one in source.splits["train"] if one.image.stem == "shot 0")
+        return [name for name, _ in source.classes], read_pair(sample, source.table)[1].numpy()
+
+    nothing = truth[tmp_path / "shot 0.jpg"] == 0
+    names, mask = mask_of(unlabelled="ignore", classes=classes)
+    assert names == list(classes or ("car", "tree")) and ((mask == 255) == nothing).mean() > 0.985
+    in_labelme(label)(tmp_path)
+    names, mask = mask_of()
+    assert names == ["background", "car", "tree"] and (mask[2:8, 2:8] == 0).all()
+    assert (mask[2:8, 22:28] == 255).all() and (mask == 0)[nothing].mean() > 0.8
+    names, mask = mask_of(unlabelled="ignore")
+    assert names == ["background", "car", "tree"] and (mask[2:8, 2:8] == 0).all()
+    assert (mask[40:, :] != 0).all() and (mask[2:8, 22:28] == 255).all()
