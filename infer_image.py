@@ -4,14 +4,15 @@
     python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
 
 Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
-class id) and legend.png. A file that cannot be read is reported and skipped; the exit code is then 1.
+class id) and legend.png, and what else the flags below ask for. A file that cannot be read is reported and
+skipped; the exit code is then 1.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, script_parser)
+                    add_run_flags, fraction, script_parser)
 
 
 def parse_args(argv=None):
@@ -23,8 +24,21 @@ def parse_args(argv=None):
     add_protocol_flags(parser)
     add_backend_flag(parser)
     add_overlay_flags(parser)
+    more = parser.add_argument_group("more output")
+    more.add_argument("--polygons", nargs="+", choices=("coco", "geojson"), default=[], metavar="FORMAT",
+                      help="coco: one coco.json of all images; geojson: <name>.geojson, in pixels")
+    more.add_argument("--probabilities", choices=("max", "classes"), help="gray pictures: max = "
+                      "<name>_confidence.png of the class that was chosen, classes = one of every class")
+    more.add_argument("--bits", type=int, choices=(8, 16), help="of the --probabilities (default: 8)")
+    more.add_argument("--json", action="store_true", help="shares.json: share and confidence of every class")
+    more.add_argument("--cutout", action="store_true", help="<name>_cutout.png: the background transparent")
+    more.add_argument("--min-confidence", type=fraction, metavar="X", help="pseudo_labels/: a folder to "
+                      "train on, in whose masks pixels of a lower probability are ignored")
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.bits and not args.probabilities:
+        parser.error("--bits has no effect without --probabilities: add it")
+    return args
 
 
 if __name__ == "__main__":
@@ -43,6 +57,7 @@ import visualize
 from checkpoint import load_model
 from config import InputError, count_of
 from dataio.readers import IMAGE_ENDINGS, read_upright
+from inference import outputs
 from inference.predictor import Predictor, choose_protocol
 from inference.video import ReadAhead, WriteBehind
 
@@ -95,6 +110,56 @@ def describe(pred, classes):
                      if counts[id] >= 0.0005 * pred.size)
 
 
+class Extras:
+    """Writes what the flags ask for beside overlay and mask."""
+
+    def __init__(self, args, classes, folder):
+        self.args, self.classes, self.folder = args, classes, folder
+        self.background = visualize.background_id(classes)
+        if args.cutout:
+            outputs.require_background(classes)
+        self.needs_scores = bool(args.probabilities or args.json or args.min_confidence is not None)
+        self.images, self.annotations, self.shares = [], [], []
+        self.pseudo = None
+        if args.min_confidence is not None:
+            self.pseudo = outputs.PseudoLabels(folder / "pseudo_labels", classes, args.min_confidence)
+
+    def add(self, path, name, image, pred, scores):
+        """Write what belongs to one image (H, W, 3); scores: its Scores, None where they are not needed."""
+        args, folder, bits = self.args, self.folder, self.args.bits or 8
+        if args.polygons:
+            regions = outputs.find_regions(pred, self.background)
+            entry, annotations = outputs.coco_entries(path, pred.shape, regions, len(self.images) + 1)
+            self.images.append(entry)
+            self.annotations += annotations
+        if "geojson" in args.polygons:
+            outputs.save_json(outputs.geojson(regions, self.classes), folder / f"{name}.geojson")
+        if args.cutout:
+            outputs.save_cutout(image, pred, self.background, folder / f"{name}_cutout.png")
+        if args.probabilities == "max":
+            outputs.save_gray(scores.confidence, folder / f"{name}_confidence.png", bits)
+        for id, (label, _) in enumerate(self.classes if args.probabilities == "classes" else ()):
+            file = folder / f"{name}_probability_{id}_{outputs.file_word(label)}.png"
+            outputs.save_gray(scores.probabilities[id].astype(np.float32), file, bits)
+        if args.json:
+            self.shares.append(outputs.shares(path, pred, scores.confidence, self.classes))
+        if self.pseudo:
+            self.pseudo.add(path, name, pred, scores.confidence)
+
+    def finish(self):
+        """Write what belongs to all images together, and print what should be known of it."""
+        if "coco" in self.args.polygons:
+            numbered = [dict(id=number, **entry) for number, entry in enumerate(self.annotations, 1)]
+            categories = [dict(id=id, name=name, supercategory="") for id, (name, _) in
+                          enumerate(self.classes) if id != self.background]
+            outputs.save_json(dict(images=self.images, annotations=numbered, categories=categories),
+                              self.folder / "coco.json")
+        if self.args.json:
+            outputs.save_json(self.shares, self.folder / "shares.json")
+        if self.pseudo and self.pseudo.kept:
+            print(self.pseudo.finish())
+
+
 def main():
     """Segment every input; return 1 where a file had to be skipped, 2 where all had."""
     args = parse_args()
@@ -108,12 +173,14 @@ def main():
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
     out_dir = Path(args.out_dir) / "inference_results_image"
     utils.make_folder(out_dir)
+    extras = Extras(args, classes, out_dir)
     failed, depths = 0, set()
 
-    def save(image, pred, name):
+    def save(image, pred, name, path, scores):
         drawn = visualize.overlay(image, pred, table, args.alpha, keep)
         utils.save_image(drawn, out_dir / f"{name}_overlay.jpg", quality=92)
         visualize.save_mask(pred, classes, out_dir / f"{name}_mask.png")
+        extras.add(path, name, image, pred, scores)
 
     # the next files are read and the last ones written while the model looks at one
     with (ReadAhead(map(read_or_error, paths)) as images, WriteBehind(save) as writer,
@@ -126,12 +193,16 @@ def main():
                 continue
             image, depth = found
             depths.add(depth)
-            pred = predictor(image[None])[0]  # (3, H, W) -> (H, W)
+            scores = None
+            if extras.needs_scores:
+                scores = predictor.scores(image[None], args.probabilities == "classes")
+            pred = scores.pred if scores else predictor(image[None])[0]  # (3, H, W) -> (H, W)
             pixels = image.permute(1, 2, 0).numpy()
-            writer.put(pixels, pred, name)
+            writer.put(pixels, pred, name, path, scores)
             tqdm.write(f"{path}: {describe(pred, classes)}")
             if args.show:
                 visualize.show_window(visualize.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
+    extras.finish()
     if failed < len(paths):
         utils.save_image(visualize.legend(classes), out_dir / "legend.png")
     if deep := sorted(depths - {8}):

@@ -111,28 +111,67 @@ def views_of(model, images, protocol, precision, batch_size=8):
             yield logits.flip() if mirrored else logits
 
 
-def label_map(views, size):
-    """Return class ids (H, W) uint8 from the views of one image, an iterable of Logits with B = 1.
+def blocks_of(views, size):
+    """Yield (rows, logits (1, K, r, W), None) that cover the image of one view, an iterable of Logits with
+    B = 1, or (rows, None, probabilities (1, K, r, W)), the mean of several views.
 
     Logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K. Several
     views are summed as probabilities at H x W where that stays below LARGE, else all of them are kept.
     """
     views = (view.at(size) for view in views)
     first, second = next(views), next(views, None)
-    pred = torch.empty(tuple(size), dtype=torch.uint8, device=first.values.device)
-    views = [first] if second is None else itertools.chain([first, second], views)
-    if second is None or math.prod(first.shape) > LARGE:
+    if second is None:
+        for _, rows in first.slices():
+            yield rows, first.pixels(rows), None
+        return
+    views = itertools.chain([first, second], views)
+    if math.prod(first.shape) > LARGE:
         views = list(views)
         for _, rows in first.slices():
-            parts = [view.pixels(rows) for view in views]  # (1, K, r, W)
-            pred[rows] = class_ids(parts[0] if len(parts) == 1 else sum(part.softmax(1) for part in parts))[0]
-        return pred
-    total = torch.zeros(first.shape, device=first.values.device)
+            yield rows, None, sum(view.pixels(rows).softmax(1) for view in views) / len(views)
+        return
+    total, count = torch.zeros(first.shape, device=first.values.device), 0
     del first, second
     for view in views:
+        count += 1
         for _, rows, pixels in view.blocks():
             total[..., rows, :] += pixels.softmax(1)
-    return class_ids(total)[0]
+    yield slice(None), None, total.div_(count)
+
+
+def label_map(views, size):
+    """Return class ids (H, W) uint8 from the views of one image, an iterable of Logits with B = 1."""
+    pred = None
+    for rows, logits, probabilities in blocks_of(views, size):
+        values = probabilities if logits is None else logits
+        if pred is None:
+            pred = torch.empty(tuple(size), dtype=torch.uint8, device=values.device)
+        pred[rows] = class_ids(values)[0]
+    return pred
+
+
+class Scores(NamedTuple):
+    """Of one image: pred (H, W) uint8; confidence (H, W) float32, the probability of its class;
+    probabilities (K, H, W) float16 of all classes, or None.
+    """
+
+    pred: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray
+
+
+def scores_of(views, size, every_class=False):
+    """Return the Scores of one image from its views, as label_map takes them."""
+    pred, confidence, probabilities = np.empty(size, np.uint8), np.empty(size, np.float32), None
+    for rows, logits, shares in blocks_of(views, size):
+        shares = logits.softmax(1) if shares is None else shares
+        ids = class_ids(shares if logits is None else logits)
+        pred[rows], confidence[rows] = ids[0].cpu().numpy(), shares.amax(1)[0].cpu().numpy()
+        if every_class:
+            if probabilities is None:
+                probabilities = np.empty((shares.shape[1], *size), np.float16)
+            probabilities[:, rows] = shares[0].cpu().numpy()
+    return Scores(pred, confidence, probabilities)
 
 
 def label_maps(views, sizes):
@@ -224,6 +263,12 @@ class Predictor:
             raise InputError(f"an image is an array (H, W, 3) of uint8 RGB, not {image.shape} of "
                              f"{image.dtype}")
         return self(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])[0]
+
+    @torch.inference_mode()
+    def scores(self, images, every_class=False):
+        """Return the Scores of one image (1, 3, H, W) uint8; every_class: with the probabilities of all."""
+        views = views_of(self.model, images, self.protocol, self.precision)
+        return scores_of(views, tuple(images.shape[-2:]), every_class)
 
     def __call__(self, images):
         return predict(self.model, images, self.protocol, self.precision).cpu().numpy()

@@ -1,0 +1,176 @@
+"""What infer_image.py writes on demand: polygons, probabilities, shares, cutouts, pseudo-labels.
+
+    regions = find_regions(pred)                   # [Region(id, rings, area)], outlines along pixel edges
+    content = geojson(regions, classes)            # or coco_entries(...), for one COCO JSON of all images
+"""
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from config import IGNORE, InputError
+from utils import write_atomically
+from visualize import background_id, save_mask
+
+
+class Region(NamedTuple):
+    """Connected pixels of one class. rings: its outline and those of its holes, (n, 2) int of x and y in
+    pixels from the upper left corner of the image, closed; area: in pixels.
+    """
+
+    id: int
+    rings: list
+    area: int
+
+
+def find_regions(pred, keep=None):
+    """Return the [Region] of class ids (H, W) uint8, without those of class `keep` and of ignored pixels.
+
+    Pixels that share a corner are connected. The outlines run along the edges of the pixels: filled, they
+    are those pixels again.
+    """
+    regions = []
+    for id in np.unique(pred).tolist():
+        if id in (keep, IGNORE):
+            continue
+        # at twice the size an outline runs a quarter of a pixel within the edge: rounded, it is the edge
+        big = cv2.resize((pred == id).astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+        found, tree = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        rings = [corners(np.round((ring[:, 0] + 0.5) / 2).astype(int)) for ring in found]
+        for index, (_, _, first, parent) in enumerate(tree[0] if found else ()):
+            if parent >= 0:
+                continue
+            of_region = [rings[index]]
+            while first >= 0:
+                of_region.append(rings[first])
+                first = tree[0][first][0]
+            area = signed_area(of_region[0]) - sum(map(signed_area, of_region[1:]))
+            regions.append(Region(id, of_region, area))
+    return regions
+
+
+def corners(ring):
+    """Return the points (n, 2) of a closed outline at which it turns."""
+    ring = ring[(ring != np.roll(ring, 1, 0)).any(1)]
+    before, after = ring - np.roll(ring, 1, 0), np.roll(ring, -1, 0) - ring
+    return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
+
+
+def signed_area(ring):
+    """Return the area within a closed outline (n, 2), in pixels."""
+    (x, y), (after_x, after_y) = ring.T, np.roll(ring, -1, 0).T
+    return int(abs((x * after_y - after_x * y).sum()) // 2)
+
+
+def coco_entries(path, size, regions, image_id):
+    """Return (image, [annotation]) of a COCO JSON, without their ids: polygons, and run lengths for regions
+    with holes, which COCO's polygons cannot have. category_id: the class id.
+    """
+    image = dict(id=image_id, file_name=Path(path).name, height=size[0], width=size[1])
+    annotations = []
+    for region in regions:
+        outline = region.rings[0]
+        left, top = outline.min(0).tolist()
+        right, bottom = outline.max(0).tolist()
+        shape = [outline.ravel().tolist()]
+        if len(region.rings) > 1:
+            filled = [coco_mask.frPyObjects([ring.ravel().tolist()], *size)[0] for ring in region.rings]
+            inside = coco_mask.decode(filled[0]) & ~coco_mask.decode(filled[1:]).any(2)
+            runs = coco_mask.encode(np.asfortranarray(inside))
+            shape = dict(size=list(size), counts=runs["counts"].decode("ascii"))
+        annotations.append(dict(image_id=image_id, category_id=region.id, segmentation=shape, iscrowd=0,
+                                area=region.area, bbox=[left, top, right - left, bottom - top]))
+    return image, annotations
+
+
+def geojson(regions, classes):
+    """Return a GeoJSON FeatureCollection; coordinates are pixels x y from the upper left corner, y down."""
+    return dict(type="FeatureCollection", features=[
+        dict(type="Feature", properties={"class": classes[region.id][0], "id": region.id,
+                                         "area": region.area},
+             geometry=dict(type="Polygon", coordinates=[[*ring.tolist(), ring[0].tolist()]
+                                                        for ring in region.rings]))
+        for region in regions])
+
+
+def shares(path, pred, confidence, classes):
+    """Return {"image", "height", "width", "confidence", "classes": {name: {"share", "confidence"}}}.
+
+    confidence: (H, W), the probability of the class that was chosen, of which the means are given.
+    """
+    counts = np.bincount(pred.ravel(), minlength=len(classes))
+    sums = np.bincount(pred.ravel(), confidence.ravel(), minlength=len(classes))
+    named = {name: dict(share=round(counts[id] / pred.size, 6), confidence=round(sums[id] / counts[id], 4))
+             for id, (name, _) in enumerate(classes) if counts[id]}
+    return dict(image=str(path), height=pred.shape[0], width=pred.shape[1],
+                confidence=round(float(confidence.mean()), 4), classes=named)
+
+
+def save_gray(values, path, bits):
+    """Write probabilities (H, W) as a gray PNG of 8 or 16 bit, whose largest value stands for 1."""
+    top = 2 ** bits - 1
+    pixels = np.rint(values.clip(0, 1) * top).astype(np.uint8 if bits == 8 else np.uint16)
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+
+
+def save_cutout(image, pred, background, path):
+    """Write an image (H, W, 3) as a PNG whose pixels of the class `background` are transparent."""
+    alpha = np.where(pred == background, 0, 255).astype(np.uint8)
+    pixels = np.dstack([image, alpha])
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+
+
+def save_json(content, path):
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(content)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def file_word(name):
+    """Return a class name as part of a file name."""
+    return re.sub(r"[^\w-]+", "_", name)[:40] or "class"
+
+
+class PseudoLabels:
+    """A folder that train.py takes as it is: copies of images, masks in which unsure pixels are ignored."""
+
+    def __init__(self, folder, classes, threshold):
+        self.folder, self.classes, self.threshold, self.kept = folder, classes, threshold, []
+
+    def add(self, path, name, pred, confidence):
+        """Write the pair of an image file; pred, confidence: (H, W), as the image upright."""
+        sure = confidence >= self.threshold
+        self.kept.append(float(sure.mean()))
+        labels = np.where(sure, pred, IGNORE).astype(np.uint8)
+        save_mask(labels, self.classes, self.folder / f"masks/{name}.png")
+        target = self.folder / f"images/{name}{Path(path).suffix.lower()}"
+        write_atomically(target, lambda temporary: shutil.copyfile(path, temporary))
+
+    def finish(self):
+        """Write the names of the classes and return a line that says how much was kept."""
+        save_classes(self.classes, self.folder)
+        return (f"pseudo-labels: {100 * np.mean(self.kept):.1f} % of the pixels are kept (probability of at "
+                f"least {self.threshold:g}), the others ignored; train on them with --dataset folder "
+                f"--data-root {self.folder}")
+
+
+def save_classes(classes, folder):
+    """Write the classes.txt of a folder with masks of class ids."""
+    text = "".join(f"{name.replace('=', '-')} {color[0]} {color[1]} {color[2]}\n" for name, color in classes)
+    write_atomically(folder / "classes.txt", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def require_background(classes):
+    """Return the id of the class called background. Raises InputError where there is none."""
+    background = background_id(classes)
+    if background is None:
+        names = ", ".join(name for name, _ in classes[:5])
+        raise InputError(f"--cutout leaves out the class called background, and this model has none ({names} "
+                         "...): leave it out")
+    return background

@@ -1,0 +1,189 @@
+"""What infer_image.py writes on demand: polygons, probabilities, shares, cutouts, pseudo-labels."""
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import load, tiny, write_folder
+from PIL import Image
+
+import infer_image
+import train
+from checkpoint import load_model, pack_checkpoint
+from dataio.readers import read_image, read_pair
+from inference.outputs import coco_entries, find_regions
+from inference.predictor import Predictor, choose_protocol
+
+CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("big dog", (0, 255, 0))]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of photos, and a model of three classes that says all of them."""
+    folder = write_folder(tmp_path / "data", count=3) / "images"
+    net = tiny().eval()
+    torch.nn.init.normal_(net.head.conv_seg.weight, std=0.1)
+    with torch.no_grad():
+        logits = torch.cat([net(read_image(path)[None]) for path in folder.iterdir()])
+        net.head.conv_seg.bias -= logits.mean((0, 2, 3))
+    torch.save(pack_checkpoint(net, CLASSES, (42, 56)), tmp_path / "model.pth")
+    return folder
+
+
+@pytest.fixture
+def segment(photos, run):
+    """Return a function that calls infer_image.py with flags; it returns the folder of the results."""
+    def call(*flags):
+        root = photos.parents[1]
+        code, text, err = run(infer_image, "--model", root / "model.pth", "--input", photos, "--device",
+                              "cpu", "--out-dir", root, *flags)
+        assert code == 0, err
+        return root / "inference_results_image", text
+    return call
+
+
+def inside(rings, size):
+    """Return (H, W) bool: centers of pixels within an odd number of the outlines, an edge at a time."""
+    rows, columns = np.mgrid[:size[0], :size[1]] + 0.5
+    found = np.zeros(size, bool)
+    for ring in rings:
+        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, 0), strict=True):
+            if y0 != y1:
+                found ^= ((y0 <= rows) != (y1 <= rows)) & (columns < x0 + (rows - y0) * (x1 - x0) / (y1 - y0))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_outlines_filled_are_the_pixels_again(seed):
+    generator = np.random.default_rng(seed)
+    size = tuple(generator.integers(1, 30, 2)) if seed else (1, 1)
+    pred = generator.integers(0, 3, size).astype(np.uint8)
+    if seed % 2:  # larger shapes, with holes
+        pred = cv2.resize(pred[:9, :7], size[::-1], interpolation=cv2.INTER_NEAREST)
+    regions = find_regions(pred)
+    for id in range(3):
+        masks = [inside(region.rings, size) for region in regions if region.id == id]
+        assert (np.sum([*masks, np.zeros(size, int)], 0) == (pred == id)).all()
+        assert [mask.sum() for mask in masks] == [region.area for region in regions if region.id == id]
+    assert all(region.id != 2 for region in find_regions(pred, keep=2))
+
+
+def test_coco_json_read_as_annotations_gives_the_masks_again(photos, segment, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, _ = segment("--polygons", "coco", "geojson")
+    again = tmp_path / "again"
+    shutil.copytree(photos, again / "images")
+    shutil.copy(folder / "coco.json", again)
+    source = load("folder", again, val_fraction=0)
+    assert [name for name, _ in source.classes] == [name for name, _ in CLASSES]
+    for sample in source.splits["train"]:
+        mask = np.array(Image.open(folder / f"{sample.image.stem}_mask.png"))
+        assert (read_pair(sample, source.table)[1].numpy() == mask).all()
+        collection = json.loads((folder / f"{sample.image.stem}.geojson").read_text())
+        drawn = np.zeros(mask.shape, int)
+        for feature in collection["features"]:
+            rings = [np.array(ring[:-1]) for ring in feature["geometry"]["coordinates"]]
+            drawn += inside(rings, mask.shape) * feature["properties"]["id"]
+        assert (drawn == mask).all()
+
+
+def test_regions_with_holes_and_islands_in_them_come_back_from_coco_json(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    image = sorted(photos.iterdir())[0]
+    pred = np.zeros(read_image(image).shape[1:], np.uint8)
+    pred[5:40, 5:50], pred[10:30, 10:40], pred[15:20, 15:25], pred[40:, 50:] = 1, 2, 1, 2
+    pred[32:34, 8:11] = 0
+    entry, found = coco_entries(image, pred.shape, find_regions(pred, keep=0), 1)
+    assert {type(one["segmentation"]) for one in found} == {list, dict}  # with and without holes
+    content = dict(images=[entry], annotations=[dict(id=number, **one) for number, one in enumerate(found)],
+                   categories=[dict(id=1, name="cat"), dict(id=2, name="dog")])
+    root = tmp_path / "again"
+    (root / "images").mkdir(parents=True)
+    shutil.copy(image, root / "images")
+    (root / "coco.json").write_text(json.dumps(content))
+    source = load("folder", root, val_fraction=0)
+    (sample,) = source.splits["train"]
+    assert (read_pair(sample, source.table)[1].numpy() == pred).all()
+
+
+@pytest.mark.parametrize(("flags", "bits"), [
+    ((), 8), (("--tta", "flip"), 16), (("--tta", "ms,flip", "--protocol", "slide"), 8)], ids=str)
+def test_probabilities_are_the_softmax_of_the_logits(photos, segment, tmp_path, flags, bits):
+    folder, _ = segment("--probabilities", "classes", "--bits", bits, "--json", *flags)
+    model, checkpoint = load_model(tmp_path / "model.pth")
+    path = sorted(photos.iterdir())[1]
+    stored = [np.array(Image.open(folder / f"{path.stem}_probability_{id}_{name}.png")) / (2**bits - 1)
+              for id, name in enumerate(("background", "cat", "big_dog"))]
+    assert np.sum(stored, 0) == pytest.approx(1, abs=0.01)
+    mask = np.array(Image.open(folder / f"{path.stem}_mask.png"))
+    chosen = np.take_along_axis(np.stack(stored), mask[None].astype(int), 0)[0]
+    assert (chosen >= np.max(stored, 0) - 0.005).all()
+    row = json.loads((folder / "shares.json").read_text())[1]
+    assert row["image"] == str(path) and row["height"], row["width"] == mask.shape
+    assert sum(one["share"] for one in row["classes"].values()) == pytest.approx(1, abs=1e-5)
+    assert row["confidence"] == pytest.approx(chosen.mean(), abs=0.01)
+    for id, (name, _) in enumerate(CLASSES):
+        share = row["classes"].get(name, {"share": 0})["share"]
+        assert share == pytest.approx((mask == id).mean(), abs=1e-5)
+    if not flags:
+        image = read_image(path)[None]
+        with torch.no_grad():
+            small = torch.nn.functional.interpolate(image.float(), (42, 56), mode="bilinear", antialias=True)
+            logits = model.eval()(small.round().clamp(0, 255).to(torch.uint8))
+            want = torch.nn.functional.interpolate(logits, mask.shape, mode="bilinear").softmax(1)[0].numpy()
+        assert np.abs(np.stack(stored) - want).mean() < 0.02  # bfloat16, and roundings
+
+
+def test_confidence_is_the_largest_probability_of_all_views(photos, tmp_path):
+    model, checkpoint = load_model(tmp_path / "model.pth")
+    image = read_image(sorted(photos.iterdir())[0])[None]
+    for tta in ("", "flip", "ms,flip"):
+        protocol = choose_protocol(checkpoint, tta=tta)
+        predictor = Predictor(model, checkpoint, "cpu", protocol)
+        scores = predictor.scores(image, every_class=True)
+        assert (scores.pred == predictor(image)[0]).all()
+        assert scores.confidence == pytest.approx(scores.probabilities.max(0), abs=1e-3)
+        assert scores.probabilities.astype(float).sum(0) == pytest.approx(1, abs=5e-3)
+
+
+def test_a_cutout_is_the_image_without_its_background(photos, segment, run, tmp_path):
+    folder, _ = segment("--cutout")
+    for path in photos.iterdir():
+        pixels, mask = (np.array(Image.open(folder / f"{path.stem}_{kind}.png"))
+                        for kind in ("cutout", "mask"))
+        assert (pixels[..., :3] == np.array(Image.open(path).convert("RGB"))).all()
+        assert ((pixels[..., 3] == 0) == (mask == 0)).all() and set(np.unique(pixels[..., 3])) <= {0, 255}
+    other = [("sky", (0, 0, 0)), *CLASSES[1:]]
+    torch.save(pack_checkpoint(tiny(), other, (42, 56)), tmp_path / "other.pth")
+    code, _, err = run(infer_image, "--model", tmp_path / "other.pth", "--input", photos, "--cutout",
+                       "--out-dir", tmp_path)
+    assert code == 2 and "--cutout leaves out the class called background, and this model has none" in err
+
+
+def test_pseudo_labels_are_a_folder_to_train_on(photos, segment, run, tmp_path):
+    folder, text = segment("--min-confidence", 0.6, "--probabilities", "max")
+    labels = folder / "pseudo_labels"
+    source = load("folder", labels, val_fraction=0)
+    assert source.classes == [(name, tuple(color)) for name, color in CLASSES]
+    kept = []
+    for sample in source.splits["train"]:
+        name = sample.image.stem
+        assert sample.image.read_bytes() == (photos / sample.image.name).read_bytes()
+        pred, confidence = (np.array(Image.open(folder / f"{name}_{kind}.png"))
+                            for kind in ("mask", "confidence"))
+        mask = read_pair(sample, source.table)[1].numpy()
+        clear = abs(confidence / 255 - 0.6) > 0.003  # 8 bits round
+        assert ((mask == np.where(confidence / 255 >= 0.6, pred, 255)) | ~clear).all()
+        kept.append((mask != 255).mean())
+    assert f"{100 * np.mean(kept):.1f} % of the pixels are kept" in text and 0.05 < np.mean(kept) < 0.95
+    flags = ["--dataset", "folder", "--data-root", labels, "--backbone", "vit_tiny", "--unfreeze", "all"]
+    code, _, err = run(train, *flags, "--imgsz", 42, 56, "--epochs", 1, "--workers", 0, "--device", "cpu",
+                       "--out-dir", tmp_path / "out")
+    assert code == 0, err
+
+
+def test_bits_without_probabilities_are_refused(photos, run):
+    code, _, err = run(infer_image, "--input", photos, "--bits", 16)
+    assert code == 2 and "--bits has no effect without --probabilities" in err
