@@ -208,6 +208,8 @@ class TrainConfig(ModelOptions, DataOptions):
                            type=positive_int, metavar=("H", "W"))
     augment: tuple = setting(("flip",), "data", "changes of the training images (listed below), or none",
                              nargs="+", kind="augment")
+    extra: str = setting("", "data", "folder of more images to train on, of the same classes, such as "
+                         "pseudo-labels (infer_image.py --min-confidence)", metavar="DIR", may_change=True)
     workers: int = setting(2, "data", "processes that load data", type=non_negative_int, metavar="N",
                            may_change=True)
 

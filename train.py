@@ -37,6 +37,7 @@ import utils
 import visualize
 from checkpoint import Run, load_head, read_checkpoint
 from dataio.dataloader import make_loader, naming_files
+from dataio.extra import with_extra
 from dataio.feature_cache import cache_features
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
@@ -75,7 +76,7 @@ def build_criterion(config, data, device):
     if config.class_weights == "none":
         return Criterion(config.loss)
     with main_process_first():
-        pixels = count_pixels(data.splits["train"], data.table, len(data.classes),
+        pixels = count_pixels(data.training, data.table, len(data.classes),
                               Path(config.out_dir) / "cache")
     weights = class_weights(pixels, config.class_weights)
     print("class weights: " + ", ".join(f"{name} {weight:.3g}" for (name, _), weight in
@@ -86,7 +87,7 @@ def build_criterion(config, data, device):
 def build_batches(config, data, model, precision):
     """Return the training and the validation Batches: of images, or of cached features."""
     one_view = config.cache_features and config.cache_views == 1
-    sets = [SegmentationDataset(data.splits["train"], data.table, config.imgsz,
+    sets = [SegmentationDataset(data.training, data.table, config.imgsz,
                                 () if one_view else config.augment, config.seed),
             SegmentationDataset(data.splits["val"], data.table, config.imgsz)]
     if config.cache_features:
@@ -150,7 +151,8 @@ def print_settings(config):
 
 def print_plan(config, data, model, precision):
     """Say what was decided: data, what trains, where it runs."""
-    counts = ", ".join(f"{len(samples)} {split}" for split, samples in data.splits.items())
+    parts = {**data.splits, **({"extra": data.extra} if data.extra else {})}
+    counts = ", ".join(f"{len(samples)} {split}" for split, samples in parts.items())
     names = ", ".join(name for name, _ in data.classes)
     print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {names}")
     for note in data.notes:
@@ -238,6 +240,8 @@ def main():
     print_settings(config)
     with main_process_first():
         data = load_data(config, out_dir / "cache")
+        if config.extra:
+            data = with_extra(data, config.extra)
     if config.train_images > len(data.splits["train"]):
         raise InputError(f"--train-images {config.train_images}: {data.name} has "
                          f"{count_of(len(data.splits['train']), 'training image')}")

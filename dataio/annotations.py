@@ -11,10 +11,7 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
 import zlib
 from collections import Counter
 from functools import partial
@@ -31,8 +28,8 @@ from dataio.labels import MOST_CLASSES, Entry
 from dataio.layout import (SPLIT_OF, Found, NoMasks, common_parts, find_pairs, place_of, use_lists,
                            words_of)
 from dataio.pairs import list_images
-from dataio.readers import Sample, decode_mask, read_orientation
-from dataio.scan import in_parallel
+from dataio.readers import Sample, decode_mask, drawn_folder, read_orientation
+from dataio.scan import fill_folder, in_parallel
 
 CORNERS = 64  # of the polygon that stands for a circle
 VERSION = 1  # of the drawing: masks drawn by another one are drawn anew
@@ -466,8 +463,8 @@ def draw_annotations(root, found):
     for image in sorted(found.images):
         mask = folder / f"{image.image.relative_to(root)}.png"
         splits.setdefault(image.split or "train", []).append(Sample(image.image, mask))
-    if not folder.is_dir():
-        draw_all(found.images, values, root, folder)
+    fill_folder(folder, lambda image, part: draw(
+        image, values, part / f"{image.image.relative_to(root)}.png"), found.images, "drawing masks")
     shapes = sum(len(image.shapes) for image in found.images)
     order = "smaller over larger" if found.tool == "COCO" else "later over earlier"
     notes = [f"{found.tool} annotations: {count_of(shapes, 'shape')} drawn over "
@@ -485,33 +482,18 @@ def draw_annotations(root, found):
 
 def masks_folder(root, found):
     """Return the folder for masks of these Annotations, named by all that they depend on."""
-    state = hashlib.sha256(f"{VERSION} {root.resolve()}".encode())
+    state = hashlib.sha256(f"{VERSION}".encode())
     for path in found.files:
         state.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     for image in sorted(found.images):
         state.update(f"{image.image.relative_to(root)} {image.size}\n".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dinoseg/masks" / state.hexdigest()[:16]
+    return drawn_folder() / state.hexdigest()[:16]
 
 
-def draw_all(images, values, root, folder):
-    """Draw the masks of Annotated images into `folder`, which appears when all are there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-
-    def draw(image):
-        mask = np.zeros(image.size, np.uint8)
-        for shape in image.shapes:
-            mask[shape.region(image.size)] = values[shape.label]
-        path = part / f"{image.image.relative_to(root)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(path)
-
-    try:
-        failed = [error for error in in_parallel(draw, images, "drawing masks") if error is not None]
-        if failed:
-            raise failed[0]
-        if not folder.is_dir():  # else another process was faster
-            part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def draw(image, values, path):
+    """Write the mask of an Annotated image; values: {label: mask value}."""
+    mask = np.zeros(image.size, np.uint8)
+    for shape in image.shapes:
+        mask[shape.region(image.size)] = values[shape.label]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(path)

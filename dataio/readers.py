@@ -50,7 +50,7 @@ class DataSource:
     classes: [(name, (R, G, B)), ...] by class id. splits: {"train": [Sample], "val": [Sample]}.
     table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24
     for masks painted in colors (entry R * 65536 + G * 256 + B). notes: lines the user should read.
-    examples: (picture, clip) to try the model on, files that nothing trains on.
+    examples: (picture, clip) to try the model on, files that nothing trains on. extra: Samples of --extra.
     """
 
     name: str
@@ -59,20 +59,42 @@ class DataSource:
     table: np.ndarray
     notes: list = field(default_factory=list)
     examples: tuple = ()
+    extra: list = field(default_factory=list)
+
+    @property
+    def training(self):
+        """All Samples to train on."""
+        return [*self.splits["train"], *self.extra]
 
     def fingerprints(self):
-        """Return two short hashes that equal data share: data_fingerprint over names and sizes of all
-        files and how masks are decoded, split_fingerprint over which image is in which split.
+        """Return short hashes that equal data share: data_fingerprint over names and sizes of all files and
+        how masks are decoded, split_fingerprint over which image is in which split, extra_fingerprint of
+        --extra where there is one.
         """
         pairs = [sample for samples in self.splits.values() for sample in samples]
-        paths = sorted({path for pair in pairs for path in pair})
-        base = os.path.commonpath([path.parent for path in paths])  # the data may move as a whole
-        files = [(os.path.relpath(path, base), path.stat().st_size) for path in paths]
+        paths, drawn = sorted({path for pair in pairs for path in pair}), drawn_folder()
+        # the data may move as a whole, and masks that were drawn lie elsewhere
+        base = os.path.commonpath([path.parent for path in paths if drawn not in path.parents])
+
+        def name(path):
+            return str(path.relative_to(drawn)) if drawn in path.parents else os.path.relpath(path, base)
+
+        files = [(name(path), path.stat().st_size) for path in paths]
         files.append(hashlib.sha256(self.table).hexdigest())
-        splits = [(split, sorted(os.path.relpath(image, base) for image, _ in samples))
+        splits = [(split, sorted(name(image) for image, _ in samples))
                   for split, samples in sorted(self.splits.items())]
-        return {f"{name}_fingerprint": hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-                for name, facts in (("data", files), ("split", splits))}
+        facts = {"data": files, "split": splits}
+        if self.extra:
+            facts["extra"] = [(image.name, image.stat().st_size, name(mask)) for image, mask in self.extra]
+        return {f"{name}_fingerprint": hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+                for name, part in facts.items()}
+
+
+def drawn_folder():
+    """Return the folder of masks that were drawn or written anew: of the user's cache, below it one folder
+    each, whose name is a hash of all that they were made of.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoseg/masks"
 
 
 # --- images -----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
     facts = scan_image("photo.jpg")      # facts.digest, facts.look
 """
 import hashlib
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,3 +157,21 @@ def in_parallel(function, items, title):
             return list(tqdm(pool.map(careful, items), title, len(items), leave=False, disable=None))
         finally:  # Ctrl-C would wait for all of them
             pool.shutdown(cancel_futures=True)
+
+
+def fill_folder(target, write, items, title):
+    """Make the folder `target` by write(item, folder) of every item, with threads, unless it is there. It
+    appears when all is written. Raises InputError.
+    """
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        failed = [error for error in in_parallel(lambda item: write(item, part), items, title) if error]
+        if failed:
+            raise failed[0]
+        if not target.is_dir():  # else another process was faster
+            part.replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
