@@ -183,7 +183,8 @@ class ModelOptions:
                         "it: fcn_resnet50, deeplabv3_resnet101, segformer_b0 ... segformer_b5",
                         kind="baseline", metavar="NAME")
     backbone: str = setting("dinov2_vits14", "model", "dinov2_vits14 ... dinov2_vitg14_reg (torch.hub), "
-                            "vit_tiny, or timm/<model name>", type=backbone_name, metavar="NAME",
+                            "dinov3_vits16 ... dinov3_vitl16 (timm), vit_tiny, or timm/<model name>",
+                            type=backbone_name, metavar="NAME",
                             dinov2_only=True)
     layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last "
                             "(default: as the head wants)", nargs="+",

@@ -26,6 +26,12 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB, 
 HUB_REPO = "facebookresearch/dinov2"
 HUB_REF = "main"  # named, so that torch.hub need not ask the network
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{registers}_pretrain.pth"
+DINOV3 = {  # their names in timm
+    "dinov3_vits16": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3_vits16plus": "vit_small_plus_patch16_dinov3.lvd1689m",
+    "dinov3_vitb16": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3_vitl16": "vit_large_patch16_dinov3.lvd1689m",
+}
 XFORMERS_WARNING = r"xFormers is (not )?(available|disabled)"
 
 
@@ -447,6 +453,14 @@ def build_hub(name, weights, layers):
     return HubBackbone(net, layers)
 
 
+def build_dinov3(name, weights, layers):
+    """A DINOv3 through timm; says whose license its weights are under."""
+    if weights == "auto":
+        print(f"{name}: its weights are Meta's, under the DINOv3 License (ai.meta.com/resources/"
+              "models-and-libraries/dinov3-license), gated: Meta gives them out on request")
+    return TimmBackbone(load_timm_net(DINOV3[name], weights), layers)
+
+
 # A new backbone is one function above, f(name, weights, layers) -> Backbone, and one line here.
 BACKBONES = {
     "dinov2_vits14": build_hub,
@@ -457,6 +471,10 @@ BACKBONES = {
     "dinov2_vitl14_reg": build_hub,
     "dinov2_vitg14": build_hub,
     "dinov2_vitg14_reg": build_hub,
+    "dinov3_vits16": build_dinov3,
+    "dinov3_vits16plus": build_dinov3,
+    "dinov3_vitb16": build_dinov3,
+    "dinov3_vitl16": build_dinov3,
     "vit_tiny": build_vit_tiny,
 }
 

@@ -14,8 +14,9 @@ from conftest import random_images, tiny
 from timm.layers import resample_abs_pos_embed
 
 from models import backbones
-from models.backbones import HubBackbone, PositionEmbedding, TimmBackbone, origins
-from config import InputError
+from models.backbones import (DINOV3, HubBackbone, PositionEmbedding, TimmBackbone, build_backbone,
+                              origins)
+from config import InputError, names
 from models.heads import HEADS
 from checkpoint import load_model, pack_checkpoint
 from model import ModelSpec, Segmenter
@@ -197,6 +198,23 @@ def test_code_of_another_repository_needs_the_users_word(hub_cache, monkeypatch)
         monkeypatch.setenv("DINOSEG_HUB", wrong)
         with pytest.raises(InputError, match="DINOSEG_HUB is"):
             tiny(backbone="dinov2_vits14")
+
+
+def test_dinov3_by_name_is_timms_and_says_whose_license_its_weights_have(capsys):
+    assert set(DINOV3.values()) <= set(timm.list_models("*dinov3*", pretrained=True))
+    assert {name for name in names("backbone") if name.startswith("dinov3")} == set(DINOV3)
+    net = tiny(backbone="dinov3_vits16", layers=(10, 11))
+    twin = timm.create_model("vit_small_patch16_dinov3", num_classes=0, dynamic_img_size=True)
+    twin.load_state_dict(net.backbone.net.state_dict())
+    images = random_images(1, 3, 48, 64)
+    want = twin.eval().forward_intermediates(net.normalized(images), indices=[10, 11], norm=True,
+                                             intermediates_only=True)
+    got = net.eval().features(images)
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(got, want, strict=True))
+    assert net.backbone.size_divisor == 16 and not capsys.readouterr().out
+    with pytest.raises(InputError, match="dinov3.lvd1689m are neither cached nor downloadable"):
+        build_backbone("dinov3_vits16", "auto")
+    assert capsys.readouterr().out.count("DINOv3 License") == 1
 
 
 def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
