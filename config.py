@@ -240,6 +240,8 @@ class TrainConfig(ModelOptions, DataOptions):
                              kind="scheduler")
     epochs: int = setting(30, "training", "passes over the training images, or parts of --steps",
                           type=positive_int, may_change=True)
+    patience: int = setting(0, "training", "stop after so many epochs without a better validation mIoU; 0 = "
+                            "never", type=non_negative_int, metavar="N", may_change=True)
     steps: int = setting(0, "training", "optimizer steps of the whole run, shared out equally among the "
                          "--epochs, after each of which it validates; 0 = an epoch is a pass over the images",
                          type=non_negative_int)

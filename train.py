@@ -258,7 +258,9 @@ def main():
     with utils.stopping_at_once(lambda: how_to_go_on(folder, config)), folder:
         if run.history and is_main_process():  # a run may have been killed before it drew
             draw(run)
-        if len(run.history) < config.epochs:
+        if has_stalled(run.history, config.patience):
+            print(f"{no_better(config)}: give a larger --patience, or 0, to continue")
+        elif len(run.history) < config.epochs:
             criterion = build_criterion(config, data, device)
             train_batches, val_batches = build_batches(config, data, model, optimization.precision)
             with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:
@@ -308,6 +310,19 @@ def train_epochs(run, config, criterion, train_batches, val_batches):
                              run.folder.path / "valid_preds" / f"epoch_{epoch:03d}.png")
             draw(run)
             print_epoch(title, row, better)
+        if has_stalled(run.history, config.patience):
+            print(f"{no_better(config)}: stopped after epoch {epoch} of {config.epochs}")
+            return
+
+
+def has_stalled(history, patience):
+    """Return whether the last `patience` epochs (0: never) brought no better validation mIoU."""
+    return bool(patience and history) and len(history) - best_row(history)["epoch"] >= patience
+
+
+def no_better(config):
+    """Return the beginning of the line about a run that has_stalled."""
+    return f"no better validation mIoU for {count_of(config.patience, 'epoch')}"
 
 
 def draw(run):

@@ -382,3 +382,27 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path, monkeypatch):
         utils.save_checkpoint({}, tmp_path / "last.pth")
     assert torch.load(tmp_path / "last.pth")["a"].numel() == 9
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better_and_more_of_it_continues(tmp_path, run):
+    flags = ["--dataset", "folder", "--data-root", write_folder(tmp_path / "data"), "--backbone", "vit_tiny"]
+    flags += ["--weights", "none", "--unfreeze", "all", "--lr", 1e-12, "--imgsz", 30, 44, "--workers", 0]
+    flags += ["--device", "cpu", "--out-dir", tmp_path / "out"]
+    code, text, err = run(train, *flags, "--epochs", 40, "--patience", 2)
+    rows = (tmp_path / "out/history.jsonl").read_text().splitlines()
+    assert code == 0 and 3 <= len(rows) < 40, err
+    assert f"no better validation mIoU for 2 epochs: stopped after epoch {len(rows)} of 40" in text
+    code, text, _ = run(train, "--resume", "--out-dir", tmp_path / "out")
+    assert code == 0 and "give a larger --patience, or 0, to continue" in text
+    assert len((tmp_path / "out/history.jsonl").read_text().splitlines()) == len(rows)
+    code, text, err = run(train, "--resume", "--patience", 0, "--epochs", len(rows) + 1, "--out-dir",
+                          tmp_path / "out")
+    assert code == 0 and len((tmp_path / "out/history.jsonl").read_text().splitlines()) == len(rows) + 1, err
+
+
+@pytest.mark.parametrize(("mious", "patience", "stalled"), [
+    ([], 3, False), ([0.1], 1, False), ([0.1, 0.1], 1, True), ([0.1, 0.2], 1, False), ([0.2, 0.1], 2, False),
+    ([0.2, 0.1, 0.2], 2, True), ([0.2, 0.1, 0.2], 0, False), ([float("nan")] * 3, 2, True)], ids=str)
+def test_a_run_has_stalled_after_epochs_without_a_better_miou(mious, patience, stalled):
+    history = [dict(epoch=number, val_miou=miou) for number, miou in enumerate(mious, 1)]
+    assert train.has_stalled(history, patience) == stalled

@@ -313,7 +313,7 @@ def flags_of_training(root, out):
     """Return the flags of a training of two epochs on a tree."""
     flags = "--backbone vit_tiny --weights none --layers 0 --imgsz 84 112 --epochs 2 --batch-size 1 --lr 0.01"
     places = ["--dataset", "folder", "--data-root", root, "--out-dir", out]
-    return [*places, *flags.split(" "), "--augment", "none", "--workers", "0"]
+    return [*places, *flags.split(" "), "--head", "bn", "--augment", "none", "--workers", "0"]
 
 
 def call(folder, script, *flags):
