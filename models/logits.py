@@ -115,9 +115,13 @@ class Logits:
 
     def crop(self, top, left, height, width):
         """Return the logits of a part of the images."""
-        if self.rows is None:
-            return Logits(self.pixels()[..., top:top + height, left:left + width])
-        return Logits(self.values, self.rows[top:top + height], self.columns[left:left + width])
+        if self.rows is None and self.size is None:
+            return Logits(self.values[..., top:top + height, left:left + width])
+        rows, columns = self.rows, self.columns
+        if rows is None:  # never all pixels at full size
+            rows, columns = (bilinear_matrix(old, new, self.values.device)
+                             for old, new in zip(self.values.shape[-2:], self.size, strict=True))
+        return Logits(self.values, rows[top:top + height], columns[left:left + width])
 
     def pixels(self, rows=slice(None)):
         """Return (B, K, rows, W) float32; `rows` a slice of the pixel rows, all by default."""

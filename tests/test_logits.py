@@ -27,6 +27,7 @@ def test_two_resizes_and_a_crop_equal_interpolate(old, first, second):
     want = padded[..., top : top + height, left : left + width]
     got = Logits(coarse).at(first).crop(top, left, height, width)
     assert got.shape == want.shape and torch.allclose(got.pixels(), want, atol=1e-5)
+    assert got.values.shape == coarse.shape  # nothing was made large
     want = F.interpolate(want, size=second, mode="bilinear")
     assert torch.allclose(got.at(second).pixels(), want, atol=1e-4)
     assert torch.allclose(got.at(second).flip().pixels(), want.flip(-1), atol=1e-4)
