@@ -35,6 +35,8 @@ CORNERS = 64  # of the polygon that stands for a circle
 VERSION = 1  # of the drawing: masks drawn by another one are drawn anew
 BACKGROUND = {"background", "_background_"}
 IGNORED = {"ignore", "__ignore__"}  # labelme's name for what is not to count
+FARTHEST = 100_000  # pixels of a coordinate
+LARGEST_BITMAP = 1 << 26  # bytes of a compressed bitmap
 TAGGED = re.compile(r"task-(\d+)-annotation-\d+-by-\d+-tag-(.+)-\d+\.png")  # masks of Label Studio
 YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
@@ -77,6 +79,8 @@ def polygon(points, where):
     if not np.isfinite(outline).all():
         raise InputError(f"{where} has coordinates that are no numbers (NaN or infinite): correct or remove "
                          "it")
+    if np.abs(outline).max(initial=0) > FARTHEST:  # pycocotools walks every pixel of an edge
+        raise InputError(f"{where} lies more than {FARTHEST} pixels from its image: correct or remove it")
     if len(outline) < 3:
         raise InputError(f"{where} is a polygon of {count_of(len(outline), 'point')}, it needs three: "
                          "correct or remove it")
@@ -91,30 +95,48 @@ def inside(outlines, holes, size):
 
 
 def run_lengths(rle, where, size):
-    """Return (H, W) bool of COCO's run lengths, as text or as numbers. Raises InputError."""
+    """Return (H, W) bool of COCO's run lengths, as text or as numbers. Raises InputError.
+
+    pycocotools would leave what the runs do not reach to chance.
+    """
     try:
         height, width = map(int, rle["size"])
-        counts = rle["counts"]
-        if (height, width) != tuple(size):
-            raise InputError(f"{where} has run lengths of {height}x{width} pixels, its image has "
-                             f"{size[0]}x{size[1]}")
-        if isinstance(counts, list):
-            if sum(counts) != height * width or min(counts) < 0:
-                raise InputError(f"{where} has run lengths of {sum(counts)} pixels in all, its image has "
-                                 f"{height * width}")
-            rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        filled = coco_mask.decode(rle if isinstance(rle["counts"], bytes) else
-                                  {"size": [height, width], "counts": counts.encode()})
-    except (KeyError, TypeError, ValueError, AttributeError):
+        counts = rle["counts"] if isinstance(rle["counts"], list) else text_counts(rle["counts"])
+        counts = np.array(counts, np.int64)
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise InputError(f"{where} has run lengths that are none (COCO's `size` and `counts`)") from None
-    return filled.astype(bool)
+    if (height, width) != tuple(size):
+        raise InputError(f"{where} has run lengths of {height}x{width} pixels, its image has "
+                         f"{size[0]}x{size[1]}")
+    if counts.sum() != height * width or counts.min() < 0:
+        raise InputError(f"{where} has run lengths of {counts.sum()} pixels in all, its image has "
+                         f"{height * width}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def text_counts(text):
+    """Return the numbers in the text that COCO compresses run lengths to: five bits a character, lowest
+    first, signed; from the third on they are differences to the last but one.
+    """
+    counts, number, shift = [], 0, 0
+    for character in text.encode("ascii"):
+        bits = character - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError(text)
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            number -= (bits >> 4 & 1) << shift
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = shift = 0
+    return counts
 
 
 def bitmap(data, where, compressed):
     """Return (h, w) bool of a picture in base64, zlib-compressed (Supervisely) or not (labelme)."""
     try:
         content = base64.b64decode(data)
-        content = zlib.decompress(content) if compressed else content
+        content = zlib.decompressobj().decompress(content, LARGEST_BITMAP) if compressed else content
         pixels = np.array(Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGBA"))
     except (ValueError, TypeError, OSError, zlib.error, SyntaxError, Image.DecompressionBombError):
         raise InputError(f"{where} has a bitmap that cannot be read: export it again") from None

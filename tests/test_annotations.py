@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from conftest import load
+from pycocotools import mask as coco_mask
 from tools import NAMES, TOOLS, png_text
 
 import check_data
@@ -75,6 +76,9 @@ BROKEN = [  # tool, what is broken, what the one line says
     ("COCO", first("segmentation", dict(size=[3, 3], counts=[9])), "run lengths of 3x3 pixels, its image"),
     ("COCO", first("segmentation", dict(size=[84, 112], counts=[9])), "run lengths of 9 pixels in all"),
     ("COCO", first("segmentation", dict(counts=[9])), "annotation 0 has run lengths that are none"),
+    ("COCO", first("segmentation", dict(size=[84, 112], counts="0")), "run lengths of 0 pixels in all"),
+    ("COCO", first("segmentation", dict(size=[84, 112], counts="\x01")), "annotation 0 has run lengths that"),
+    ("COCO", first("segmentation", [[1, 1, 1e300, 5, 9, 9]]), "annotation 0 lies more than 100000 pixels"),
     ("COCO", first("category_id", 99), "annotation 0 names category 99, which the file does not list"),
     ("COCO", first("image_id", "x"), "annotation 0 names image x, which the file does not list"),
     ("COCO", in_coco(lambda content: content["images"][0].update(file_name="gone.jpg")),
@@ -119,6 +123,14 @@ def test_broken_annotations_are_one_line_that_names_file_and_entry(tool, spoil, 
         assert says in text and (not says or code == 2 and err.startswith("error: ") and err.count("\n") == 1)
         if not says:
             break
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compressed_run_lengths_are_those_of_pycocotools(seed):
+    generator = np.random.default_rng(seed)
+    mask = generator.random((generator.integers(1, 60), generator.integers(1, 300))) < generator.random() ** 3
+    text = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    assert (annotations.run_lengths(dict(size=mask.shape, counts=text), "", mask.shape) == mask).all()
 
 
 def test_what_encloses_nothing_is_counted_and_named(tmp_path):
