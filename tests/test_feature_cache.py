@@ -295,9 +295,12 @@ def gradients(module, inputs, masks):
                          if p.grad is not None}
 
 
+QUICK = {"bn", "detail", "split-detail", "mask"}  # what the others read, these read too
+
+
 @pytest.mark.parametrize(
     ("backbone", "options", "unfreeze"),
-    [("vit_tiny", dict(head=head), unfreeze)
+    [pytest.param("vit_tiny", dict(head=head), unfreeze, marks=() if head in QUICK else pytest.mark.long)
      for head in ("bn", "unet-skip", "split", "detail", "split-detail", "mask")
      for unfreeze in (0, 4 if head == "mask" else 2)]
     + [("vit_tiny", dict(layers=(1, 3, 5)), 1), ("vit_tiny", dict(), 6),
@@ -390,7 +393,7 @@ def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, 
     assert code == 2 and "cannot create" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("head", ["unet-skip", "deconv-resize"])
+@pytest.mark.parametrize("head", [pytest.param("unet-skip", marks=pytest.mark.long), "deconv-resize"])
 def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
     more = ["--cache-features", tmp_path / "cache", "--cache-views", 2, "--augment", "crop", "flip"]
     more += ["--head", head, "--workers", 2, "--loss", "ce+dice", "--batch-size", 3]

@@ -14,9 +14,7 @@ QUICK = {
     "0 255, stray 3 and 4",
     "0 128 255",
     "0 1 255, all areas",
-    "a value in three masks",
     "JPEG, painted, cleaned",
-    "PNG, resized with interpolation",
     "12-bit gray images",
     "40 frames of a clip",
 }
