@@ -44,6 +44,7 @@ def test_turns_are_taken_and_the_median_counts(monkeypatch):
     assert benchmark.take_turns(variants, 3) == {"a": [1, 5, 2], "b": [2, 2, 2]} and order == list("ababab")
 
 
+@pytest.mark.long
 def test_infer_compares_the_same_frames(tmp_path, run, monkeypatch):
     monkeypatch.setattr(benchmark, "is_installed", lambda name: name == "onnxruntime")
     classes = [("background", (0, 0, 0)), ("a", (9, 200, 9)), ("b", (1, 2, 250))]

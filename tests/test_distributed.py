@@ -58,6 +58,7 @@ def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path, r
         assert torch.allclose(value, second["model"][name], atol=1e-5), name
 
 
+@pytest.mark.long
 def test_a_process_that_fails_ends_the_run_with_its_message(tmp_path):
     data = write_folder(tmp_path / "data", count=15)
     for path in sorted((data / "images").iterdir()):

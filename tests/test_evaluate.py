@@ -366,7 +366,7 @@ print(next(int(line.split()[1]) / 1e6 for line in open("/proc/self/status") if "
 @pytest.mark.parametrize(
     ("kind", "side", "most"),
     [
-        ("whole", 1536, 1.2),
+        pytest.param("whole", 1536, 1.2, marks=pytest.mark.long),
         pytest.param("whole", 2048, 1.5, marks=pytest.mark.long),
         pytest.param("whole", 4096, 3.0, marks=pytest.mark.long),
         pytest.param("slide", 2048, 2.5, marks=pytest.mark.long),

@@ -26,7 +26,7 @@ def test_two_resizes_and_a_crop_equal_interpolate(old, first, second):
     top, left, height, width = 1, 0, first[0] - 2, first[1] - 1
     want = padded[..., top : top + height, left : left + width]
     got = Logits(coarse).at(first).crop(top, left, height, width)
-    assert got.shape == want.shape and torch.allclose(got.pixels(), want, atol=1e-5)
+    assert got.shape == want.shape and torch.allclose(got.pixels(), want, atol=1e-4)
     assert got.values.shape == coarse.shape  # nothing was made large
     want = F.interpolate(want, size=second, mode="bilinear")
     assert torch.allclose(got.at(second).pixels(), want, atol=1e-4)

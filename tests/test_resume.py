@@ -304,7 +304,7 @@ def test_a_complete_run_is_drawn_again_and_left_as_it_is(straight, tmp_path, run
     same_run(straight(), tmp_path / "out")
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate"])
+@pytest.mark.parametrize("script", ["train", pytest.param("evaluate", marks=pytest.mark.long)])
 def test_a_worker_that_dies_is_reported_with_its_file(data, straight, tmp_path, run, monkeypatch, script):
     original = readers.read_mask
 
@@ -341,6 +341,7 @@ def test_the_ends_of_workers_are_told_apart(text, reason):
         raise RuntimeError("other")
 
 
+@pytest.mark.long
 def test_random_moments_of_death():
     """A few of the kills of tests/kill.py, whose long form is in the README."""
     done = subprocess.run(
