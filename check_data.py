@@ -254,7 +254,7 @@ def check_ignored(data, share, report):
         report.warn(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a class?")
     path = class_file(data.root)
     explicit = data.entries or path and any(entry.name == "ignore" or entry.value is not None or entry.color
-                            for entry in read_classes(path))
+                                            for entry in read_classes(path))
     white = [sample for sample in data.samples if data.masks[sample].values is not None
              and IGNORE in data.masks[sample].values]
     if (sum(data.pixels.values()) > 0).sum() == 1:

@@ -299,8 +299,7 @@ class Run:
         self.settings, self.classes, self.folder = utils.finite(settings), data.classes, folder
         self.model, self.optimization, self.origins = model, optimization, origins or {}
         self.facts = dict(data.fingerprints(), processes=world_size())
-        parts = {**data.splits, **({"extra": data.extra} if data.extra else {})}
-        self.images = {split: len(samples) for split, samples in parts.items()}
+        self.images = data.counts
         alone = settings["save_head_only"]
         self.backbone_sha256 = hash_backbone(model.backbone.state_dict()) if alone else None
         self.history, self.counts, self.step = [], None, 0

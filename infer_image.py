@@ -129,6 +129,7 @@ class Extras:
         args, folder, bits = self.args, self.folder, self.args.bits or 8
         if args.polygons:
             regions = outputs.find_regions(pred, self.background)
+        if "coco" in args.polygons:
             entry, annotations = outputs.coco_entries(path, pred.shape, regions, len(self.images) + 1)
             self.images.append(entry)
             self.annotations += annotations

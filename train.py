@@ -151,8 +151,7 @@ def print_settings(config):
 
 def print_plan(config, data, model, precision):
     """Say what was decided: data, what trains, where it runs."""
-    parts = {**data.splits, **({"extra": data.extra} if data.extra else {})}
-    counts = ", ".join(f"{len(samples)} {split}" for split, samples in parts.items())
+    counts = ", ".join(f"{count} {part}" for part, count in data.counts.items())
     names = ", ".join(name for name, _ in data.classes)
     print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {names}")
     for note in data.notes:

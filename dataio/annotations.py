@@ -1,6 +1,6 @@
-"""Annotation files of labeling tools, drawn once as masks: COCO, labelme, YOLO, Supervisely.
+"""Annotation files of labeling tools, drawn once as masks: COCO, labelme, YOLO, Supervisely, Label Studio.
 
-    found = find_masks(root)         # layout.find_pairs, or the masks drawn from annotation files
+    found = find_masks(root)           # layout.find_pairs, or the masks drawn from annotation files
     found.splits, found.entries        # {split: [Sample]}, the classes that these files name
 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
@@ -70,8 +70,10 @@ class Annotations(NamedTuple):
 
 
 # --- regions ----------------------------------------------------------------------------------------------
-def polygon(points, where):
-    """Return an outline as (n, 2) float64 of x and y. Raises InputError that says `where` it is none."""
+def polygon(points, where, least=3):
+    """Return an outline as (n, 2) float64 of x and y. Raises InputError that says `where` it is none, or has
+    fewer points than `least`.
+    """
     try:
         outline = np.asarray(points, np.float64).reshape(-1, 2)
     except (TypeError, ValueError):
@@ -81,7 +83,7 @@ def polygon(points, where):
                          "it")
     if np.abs(outline).max(initial=0) > FARTHEST:  # pycocotools walks every pixel of an edge
         raise InputError(f"{where} lies more than {FARTHEST} pixels from its image: correct or remove it")
-    if len(outline) < 3:
+    if len(outline) < least:
         raise InputError(f"{where} is a polygon of {count_of(len(outline), 'point')}, it needs three: "
                          "correct or remove it")
     return outline
@@ -185,16 +187,20 @@ class Photos:
                              "remove the entry")
         named = [part for part in parts[:-1] if part not in (".", "..")]
         wanted = (*near.relative_to(self.root).parts, *named)
-        shared = [common_parts(wanted, path.relative_to(self.root).parts[:-1]) for path in found]
+        shared = [common_parts(wanted, self.folders(path)) for path in found]
         best = [path for path, number in zip(found, shared, strict=True) if number == max(shared)]
         if len(best) > 1:
             raise InputError(f"{where} is of the image {name}, and {best[0]} and {best[1]} are called so: "
                              "rename one")
         return best[0]
 
+    def folders(self, path):
+        """Return the names of the folders between the root and a file."""
+        return path.relative_to(self.root).parts[:-1]
+
     def split(self, path):
         """Return train, val, test or "" (nothing) by the names of the folders above a file."""
-        return place_of(path.relative_to(self.root).parts[:-1]).split
+        return place_of(self.folders(path)).split
 
 
 def size_of(content, keys, image):
@@ -202,6 +208,11 @@ def size_of(content, keys, image):
     sides = [content.get(key) for key in keys]
     if all(isinstance(side, int) and 0 < side < 100_000 for side in sides):
         return tuple(sides)
+    return upright_size(image)
+
+
+def upright_size(image):
+    """Return the (H, W) of an image file as it is read."""
     size, orientation = read_orientation(image)
     return size[::-1] if orientation >= 5 else size
 
@@ -277,7 +288,7 @@ def read_labelme(found, photos):
         for number, entry in enumerate(content["shapes"], 1):
             where, kind = f"{path} shape {number}", entry.get("shape_type") or "polygon"
             if kind in ("rectangle", "circle", "mask"):
-                points = polygon([*entry.get("points", []), (0, 0)], where)[:-1]
+                points = polygon(entry.get("points", []), where, least=0)
                 if len(points) == 4 and kind == "rectangle":
                     points = np.stack([points.min(0), points.max(0)])
                 if len(points) != 2:
@@ -324,7 +335,7 @@ def read_supervisely(found, photos):
                 holes = [polygon(ring, where) for ring in points.get("interior", [])]
                 region = partial(inside, [polygon(points.get("exterior", []), where)], holes)
             elif kind == "rectangle":
-                corners = polygon([*points.get("exterior", []), (0, 0)], where)[:-1]
+                corners = polygon(points.get("exterior", []), where, least=0)
                 region = partial(inside, [rectangle(corners)], [])
             elif kind == "bitmap":
                 drawn = entry.get("bitmap", {})
@@ -350,11 +361,12 @@ def read_yolo(listing, photos):
     names = {int(id): str(name) for id, name in names.items()}
     if len(set(names.values())) < len(names):
         raise InputError(f"{listing} names a class twice: rename one")
-    labels = sorted(path for path in photos.root.rglob("*.txt") if "labels" in path.parent.parts)
+    labels = sorted(path for path in photos.root.rglob("*.txt") if "labels" in photos.folders(path))
     images, left_out = {}, Counter()
     for path in labels:
-        image = photos.called(f"{path.stem}", Path(str(path.parent).replace("labels", "images")), str(path))
-        images[image] = Annotated(image, photos.split(image), size_of({}, ("", ""), image), [])
+        beside = ("images" if name == "labels" else name for name in photos.folders(path))
+        image = photos.called(path.stem, photos.root.joinpath(*beside), str(path))
+        images[image] = Annotated(image, photos.split(image), upright_size(image), [])
         height, width = images[image].size
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
             where, cells = f"{path} line {number}", line.split()
@@ -369,17 +381,20 @@ def read_yolo(listing, photos):
             images[image].shapes.append(Shape(names[int(cells[0])], partial(inside, [outline], [])))
     for paths in photos.names.values():
         for image in paths:
-            if "images" in image.parent.parts and image not in images:
-                images[image] = Annotated(image, photos.split(image), size_of({}, ("", ""), image), [])
+            if "images" in photos.folders(image) and image not in images:
+                images[image] = Annotated(image, photos.split(image), upright_size(image), [])
     return Annotations("YOLO", list(names.values()), list(images.values()), left_out, [listing, *labels])
 
 
-def read_label_studio(pictures, photos, tasks):
+def read_label_studio(pictures, photos, contents):
     """Label Studio: a picture for each label of a task, 0 or 255, later ones over earlier.
 
-    tasks: {id: name of its image} of the JSON export, where it lies beside them; without it, an image is
-    called like the number of its task.
+    contents: of the JSON files beside them, of which the export names the image of each task; without it, an
+    image is called like the number of its task.
     """
+    tasks = {task["id"]: next(iter(task["data"].values())) for content in contents
+             if isinstance(content, list) for task in content
+             if isinstance(task, dict) and task.get("data") and "id" in task}
     images, labels = {}, set()
     for path in pictures:
         task, label = TAGGED.fullmatch(path.name).groups()
@@ -390,7 +405,7 @@ def read_label_studio(pictures, photos, tasks):
             raise InputError(f"{error}; masks of Label Studio name the number of a task alone: put its JSON "
                              f"export beside them, or call the image of task {task} {task}.jpg") from None
         if image not in images:
-            images[image] = Annotated(image, photos.split(image), size_of({}, ("", ""), image), [])
+            images[image] = Annotated(image, photos.split(image), upright_size(image), [])
         images[image].shapes.append(Shape(label, partial(picture, path)))
         labels.add(label)
     return Annotations("Label Studio", sorted(labels), list(images.values()), {}, pictures)
@@ -439,10 +454,7 @@ def read_annotations(root, paths):
     tagged = [path for path in paths if TAGGED.fullmatch(path.name)]
     if tagged:
         photos = Photos(root, [path for path in paths if path not in tagged])
-        tasks = {task["id"]: next(iter(task["data"].values())) for content in contents
-                 if isinstance(content, list) for task in content
-                 if isinstance(task, dict) and task.get("data") and "id" in task}
-        return careful(read_label_studio, tagged, photos, tasks)
+        return careful(read_label_studio, tagged, photos, contents)
     listing = next((path for name in YOLO_FILES for path in sorted(root.rglob(name))), None)
     return careful(read_yolo, listing, photos) if listing else None
 

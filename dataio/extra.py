@@ -23,16 +23,19 @@ def with_extra(source, root):
     training it has better labels. Masks are written anew, in the values of the data set. Raises InputError.
     """
     names = [name for name, _ in source.classes]
-    plain = DataOptions(dataset="folder", data_root=str(root), val_fraction=0.0)
-    listed = Path(root).is_dir() and class_file(Path(root))
-    extra = folder(Path(root), dataclasses.replace(plain, classes=() if listed else tuple(names)))
+    if not Path(root).is_dir():
+        raise InputError(f"--extra {root} does not exist: give a folder of images and masks")
+    listed = class_file(Path(root))
+    extra = folder(Path(root), DataOptions(dataset="folder", data_root=str(root), val_fraction=0.0,
+                                           classes=() if listed else tuple(names)))
     unknown = [name for name, _ in extra.classes if name not in names]
     if unknown:
         raise InputError(f"--extra {root} has the class {unknown[0]}, which {source.name} has not: it has "
                          f"{', '.join(names)}; name the same classes in its classes.txt")
     samples = list(dict.fromkeys(sample for part in extra.splits.values() for sample in part))
+    sizes = {sample.image.stat().st_size for sample in samples}  # few files need be read
     known = {digest(sample.image) for split, part in source.splits.items() if split != "unused"
-             for sample in part}
+             for sample in part if sample.image.stat().st_size in sizes}
     kept = [sample for sample in samples if digest(sample.image) not in known]
     if not kept:
         raise InputError(f"--extra {root}: {source.name} has all of its {count_of(len(samples), 'image')}")

@@ -62,6 +62,12 @@ class DataSource:
     extra: list = field(default_factory=list)
 
     @property
+    def counts(self):
+        """{part: number of its images}, those of --extra as a part where there are any."""
+        parts = {**self.splits, **({"extra": self.extra} if self.extra else {})}
+        return {name: len(samples) for name, samples in parts.items()}
+
+    @property
     def training(self):
         """All Samples to train on."""
         return [*self.splits["train"], *self.extra]

@@ -46,8 +46,7 @@ def fix(data, out):
     broken = next((error for error in ignored if isinstance(error, InputError)), None)
     if broken:
         raise broken
-    write_text(out / "classes.txt", [f"{name.replace('=', '-')} {color[0]} {color[1]} {color[2]}"
-                                     for name, color in classes])
+    save_classes(classes, out)
     parts = without_copies(data)
     for split, part in parts.items():
         if part:
@@ -72,8 +71,7 @@ def copy_pair(sample, name, classes, table, out):
     """Write one pair to the folder `out`; return the share of the mask's pixels that are ignored."""
     mask = read_mask(sample.mask, table)  # turned or not, as it was: it is read again with the same image
     save_mask(mask, classes, out / "masks" / f"{name}.png")
-    target = out / "images" / f"{name}{sample.image.suffix}"
-    write_atomically(target, lambda temporary: shutil.copyfile(sample.image, temporary))
+    copy_file(sample.image, out / "images" / f"{name}{sample.image.suffix}")
     return float((mask == IGNORE).mean())
 
 
@@ -90,6 +88,17 @@ def clean_names(samples, root):
         taken.add(name.lower())
         names[sample] = name
     return names
+
+
+def save_classes(classes, folder):
+    """Write the classes.txt of a folder with masks of class ids."""
+    write_text(folder / "classes.txt", [f"{name.replace('=', '-')} {color[0]} {color[1]} {color[2]}"
+                                        for name, color in classes])
+
+
+def copy_file(path, target):
+    """Copy a file, whole or not at all."""
+    write_atomically(target, lambda temporary: shutil.copyfile(path, temporary))
 
 
 def write_text(path, lines):

@@ -5,7 +5,6 @@
 """
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
+from dataio.annotations import area_of
+from dataio.repair import copy_file, save_classes
 from utils import write_atomically
 from visualize import background_id, save_mask
 
@@ -50,8 +51,8 @@ def find_regions(pred, keep=None):
             while first >= 0:
                 of_region.append(rings[first])
                 first = tree[0][first][0]
-            area = signed_area(of_region[0]) - sum(map(signed_area, of_region[1:]))
-            regions.append(Region(id, of_region, area))
+            area = area_of(of_region[0]) - sum(map(area_of, of_region[1:]))
+            regions.append(Region(id, of_region, int(area)))
     return regions
 
 
@@ -60,12 +61,6 @@ def corners(ring):
     ring = ring[(ring != np.roll(ring, 1, 0)).any(1)]
     before, after = ring - np.roll(ring, 1, 0), np.roll(ring, -1, 0) - ring
     return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
-
-
-def signed_area(ring):
-    """Return the area within a closed outline (n, 2), in pixels."""
-    (x, y), (after_x, after_y) = ring.T, np.roll(ring, -1, 0).T
-    return int(abs((x * after_y - after_x * y).sum()) // 2)
 
 
 def coco_entries(path, size, regions, image_id):
@@ -149,8 +144,7 @@ class PseudoLabels:
         self.kept.append(float(sure.mean()))
         labels = np.where(sure, pred, IGNORE).astype(np.uint8)
         save_mask(labels, self.classes, self.folder / f"masks/{name}.png")
-        target = self.folder / f"images/{name}{Path(path).suffix.lower()}"
-        write_atomically(target, lambda temporary: shutil.copyfile(path, temporary))
+        copy_file(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
 
     def finish(self):
         """Write the names of the classes and return a line that says how much was kept."""
@@ -158,12 +152,6 @@ class PseudoLabels:
         return (f"pseudo-labels: {100 * np.mean(self.kept):.1f} % of the pixels are kept (probability of at "
                 f"least {self.threshold:g}), the others ignored; train on them with --dataset folder "
                 f"--data-root {self.folder}")
-
-
-def save_classes(classes, folder):
-    """Write the classes.txt of a folder with masks of class ids."""
-    text = "".join(f"{name.replace('=', '-')} {color[0]} {color[1]} {color[2]}\n" for name, color in classes)
-    write_atomically(folder / "classes.txt", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def require_background(classes):

@@ -17,7 +17,7 @@ from torch import nn
 from config import IGNORE, InputError
 from losses import mask_classification
 from models.backbones import Tail
-from models.logits import Logits, class_ids, pixel_loss
+from models.logits import Logits, class_ids, pad, pixel_loss
 
 UP_WIDTHS = (512, 256, 128, 64)  # channels after each of the four up-blocks of the U-Net
 DECONV_WIDTHS = (256, 128, 64, 32)
@@ -442,9 +442,8 @@ class MaskHead(Head):
 
     def loss(self, output, masks, geometry, criterion):
         """As Head.loss: that of losses.mask_classification on the grid of the masks, mean over blocks."""
-        (height, width), (tall, wide), top, left = geometry
-        truth = F.pad(masks, (left, wide - width - left, top, tall - height - top), value=IGNORE)
-        truth = F.interpolate(truth[:, None].float(), size=output[-1][0].shape[-2:], mode="nearest-exact")
+        truth = pad(masks[:, None].float(), geometry, IGNORE)
+        truth = F.interpolate(truth, size=output[-1][0].shape[-2:], mode="nearest-exact")
         of_blocks = [mask_classification(*prediction, truth[:, 0].long()) for prediction in output]
         terms = {name: sum(block[name] for block in of_blocks) / len(of_blocks) for name in of_blocks[0]}
         preds = torch.empty(masks.shape, dtype=torch.uint8, device=masks.device)

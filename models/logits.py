@@ -38,10 +38,10 @@ def geometry_of(size, size_divisor):
     return Geometry(tuple(size), padded, extra[0] // 2, extra[1] // 2)
 
 
-def pad(images, geometry):
-    """Pad (B, C, H, W) with zeros to geometry.padded."""
+def pad(images, geometry, value=0.0):
+    """Pad (B, C, H, W) with zeros, or another value, to geometry.padded."""
     (height, width), (tall, wide), top, left = geometry
-    return F.pad(images, (left, wide - width - left, top, tall - height - top))
+    return F.pad(images, (left, wide - width - left, top, tall - height - top), value=value)
 
 
 @lru_cache(maxsize=256)

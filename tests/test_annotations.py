@@ -93,11 +93,13 @@ BROKEN = [  # tool, what is broken, what the one line says
     ("labelme", in_labelme(lambda content: content["shapes"][0].update(points=[[1, 1], [2, 2]])),
      "shot 0.json shape 1 is a polygon of 2 points"),
     ("labelme", in_labelme(lambda content: content["shapes"][0].update(shape_type="circle", points=[[1, 1]])),
-     "shape 1 is a polygon of 2 points"),
+     "shape 1 is a circle of 1 point, it needs two"),
     ("labelme", in_labelme(lambda content: content["shapes"][0].update(
         shape_type="mask", mask="%%%", points=[[1, 1], [2, 2]])), "shape 1 has a bitmap that cannot be read"),
     ("labelme", in_labelme(lambda content: content.update(shapes={"a": 1})), "not the form of labelme"),
     ("labelme", lambda root: (root / "shot 0.jpg").unlink(), "is of the image shot 0.jpg, which"),
+    ("Label Studio", lambda root: change(root / "project-1.json", lambda tasks: tasks[0].update(data="x")),
+     "has not the form of Label Studio annotations"),
     ("YOLO, Ultralytics", in_yolo("0 0.1 0.1 0.2 0.2"), ""),  # a box: counted, not drawn
     ("YOLO, Ultralytics", in_yolo("0 0.1 0.1 0.2 0.2 0.3"), "shot 0.txt line 1: the points of a polygon are"),
     ("YOLO, Ultralytics", in_yolo("7 0.1 0.1 0.2 0.2 0.3 0.1"), "line 1 has the class 7, which"),
@@ -131,6 +133,15 @@ def test_compressed_run_lengths_are_those_of_pycocotools(seed):
     mask = generator.random((generator.integers(1, 60), generator.integers(1, 300))) < generator.random() ** 3
     text = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     assert (annotations.run_lengths(dict(size=mask.shape, counts=text), "", mask.shape) == mask).all()
+
+
+@pytest.mark.parametrize("above", ["labels", "images/labels"])
+def test_names_of_folders_above_the_root_say_nothing(above, tmp_path):
+    root = tmp_path / above / "yolo labels"
+    truth = TOOLS["YOLO, Ultralytics"](root)
+    (root / "train.txt").write_text("images/train/shot 0.jpg\n")
+    source = load("folder", root)
+    assert {sample.image for part in source.splits.values() for sample in part} == truth.keys()
 
 
 def test_what_encloses_nothing_is_counted_and_named(tmp_path):

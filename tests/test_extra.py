@@ -98,7 +98,7 @@ def test_a_run_with_more_images_resumes_scores_and_notices_their_change(tmp_path
     code, text, err = run(evaluate, "--model", out / "last.pth", "--out-dir", out)
     assert code == 0 and "2 images" in text, err  # which needs none of them
     code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", out)
-    assert code == 2 and "pseudo does not exist" in err and err.count("\n") == 1
+    assert code == 2 and "--extra " in err and "pseudo does not exist" in err and err.count("\n") == 1
     assert run(train, "--resume", "--epochs", 3, "--extra", moved, "--out-dir", out)[0] == 0
     next((moved / "images").iterdir()).unlink()
     shutil.rmtree(moved / "masks")
