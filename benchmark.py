@@ -5,6 +5,7 @@
     python benchmark.py memory               # peak memory of the same training loops
     python benchmark.py evaluate --model outputs/best_model_iou.pth
     python benchmark.py infer --model outputs/best_model_iou.pth --input clip.mp4 --batch-size 2
+    python benchmark.py smooth --model FILE  # infer_video.py --smooth, of a model trained on streets
     python benchmark.py model                # the network alone, and its share of the arithmetic limit
 
 Absolute times depend on the machine and on what else it does; the ratios are what the README quotes. Prints
@@ -26,7 +27,7 @@ def parse_args(argv=None):
                         help="train, data, memory: on what")
     parser.add_argument("--data-root", metavar="DIR", help="its folder (data; evaluate: as in training)")
     parser.add_argument("--images", type=positive_int, default=100,
-                        help="training images of it; infer: frames of the clip (100)")
+                        help="training images of it; infer, smooth: frames of a clip (100)")
     parser.add_argument("--input", metavar="FILE", help="infer: a clip")
     parser.add_argument("--imgsz", nargs=2, type=positive_int, default=(640, 640), metavar=("H", "W"),
                         help="size that images are brought to (640 640)")
@@ -36,9 +37,11 @@ def parse_args(argv=None):
     parser.add_argument("--unfreeze", type=non_negative_int, default=0, metavar="N",
                         help="train, memory: last blocks that train with the head (0)")
     parser.add_argument("--epochs", type=positive_int, default=20, help="train: epochs of every variant (20)")
-    parser.add_argument("--model", default="outputs/best_model_iou.pth", help="evaluate, infer: of train.py")
+    parser.add_argument("--model", default="outputs/best_model_iou.pth",
+                        help="evaluate, infer, smooth: of train.py (outputs/best_model_iou.pth)")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="images per forward pass (8)")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="data, evaluate: times each runs (3)")
+    parser.add_argument("--rounds", type=positive_int, default=3,
+                        help="data, evaluate, infer: times each runs; smooth: clips (3)")
     add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -75,17 +78,21 @@ from config import IGNORE, DataOptions, InputError
 from dataio.dataloader import make_loader
 from dataio.feature_cache import cache_features
 from dataio.readers import read_mask
-from datasets import SegmentationDataset, load_data
+from dataio.streets import draw_clip
+from datasets import STREETS, SegmentationDataset, load_data
 from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, views_of
-from inference.video import Pipeline, VideoReader, VideoWriter
+from inference.smooth import Smoother
+from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
 from losses import Criterion
+from metrics import ConfusionMatrix
 from model import CachedSegmenter, ModelSpec, build_model
 from utils import shortest_time
 
 CLASSES = 21  # outputs of the heads that are trained here, whatever the data set
 WORKERS = 2
 LR = 1e-3
+CLIP_SEED, CLIP_SIZE, CLIP_RATE = 77, (480, 600), 25  # of the drawn clips; no scene of the data set is in one
 
 
 def take_turns(variants, rounds):
@@ -503,11 +510,13 @@ def benchmark_infer(args):
             reader = VideoReader(args.input)
             colors = visualize.color_table(first.classes)
 
-            def overlay(frame, pred):
-                return visualize.overlay(frame, pred, colors, out=frame)
+            def draw(frame, pred, _, rate):
+                visualize.overlay(frame, pred, colors, out=frame)
+                draw_rate(frame, rate)
+                return frame
 
             with VideoWriter(Path(folder) / f"{name}.mp4", reader.size, reader.fps, args.input) as writer:
-                Pipeline(reader, predictor, overlay, writer, args.batch_size, args.images).run(predictor)
+                Pipeline(reader, predictor, draw, writer, args.batch_size, args.images).run(predictor)
 
         def network(name):
             alone[name].append(model_rate(predictors[name], first.protocol.window, args.batch_size))
@@ -531,6 +540,50 @@ def benchmark_infer(args):
     return dict(clip=Path(args.input).name, frames=len(truth), imgsz=list(first.protocol.window),
                 batch_size=args.batch_size, device=str(device),
                 precision=str(utils.Precision("auto", device)), model=str(args.model),
+                threads=torch.get_num_threads(), rows=rows)
+
+
+# --- smooth -----------------------------------------------------------------------------------------------
+def flicker(preds, masks):
+    """Return the share of pixels that change class from one frame to the next where the truth does not.
+
+    preds, masks: (n, H, W) uint8 of n successive frames.
+    """
+    still = masks[1:] == masks[:-1]
+    return float((preds[1:] != preds[:-1])[still].mean())
+
+
+def benchmark_smooth(args):
+    """Segment drawn clips, whose truth is known for every frame, with and without infer_video.py's --smooth.
+
+    mIoU is over all frames of all clips, flicker as in the function; seconds: of the model's part of a frame,
+    the only one that --smooth makes longer.
+    """
+    predictor = Predictor(*load_model(args.model), args.device)
+    if [name for name, _ in predictor.classes] != [name for name, _ in STREETS]:
+        raise InputError(f"--model {args.model} was not trained on streets, and the clips are of streets: "
+                         "train one with --dataset streets")
+    scores = {name: dict(matrix=ConfusionMatrix(len(STREETS)), flicker=[], seconds=[])
+              for name in ("each frame alone", "smooth")}
+    for clip in range(args.rounds):
+        frames, masks = zip(*draw_clip((CLIP_SEED, clip), CLIP_SIZE, args.images, CLIP_RATE), strict=True)
+        images, masks = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), np.stack(masks)
+        preds = {name: [] for name in scores}
+        Smoother(predictor)(images[:1])  # the first call of a size is slow
+        variants = dict(zip(scores, (predictor, Smoother(predictor)), strict=True))
+        for frame in range(args.images):  # in turns
+            for name, segment in variants.items():
+                start = time.perf_counter()
+                preds[name].append(segment(images[frame:frame + 1])[0])
+                scores[name]["seconds"].append(time.perf_counter() - start)
+        for name, found in preds.items():
+            scores[name]["matrix"].update(torch.from_numpy(np.stack(found)), torch.from_numpy(masks))
+            scores[name]["flicker"].append(flicker(np.stack(found), masks))
+    alone = statistics.median(scores["each frame alone"]["seconds"])
+    rows = [dict(name=name, miou=score["matrix"].miou(), flicker=statistics.mean(score["flicker"]),
+                 time_ratio=statistics.median(score["seconds"]) / alone) for name, score in scores.items()]
+    return dict(clips=args.rounds, frames=args.images, size=list(CLIP_SIZE), frames_per_s=CLIP_RATE,
+                imgsz=list(predictor.protocol.window), device=str(predictor.device), model=str(args.model),
                 threads=torch.get_num_threads(), rows=rows)
 
 
@@ -580,7 +633,8 @@ def benchmark_model(args):
 
 
 MODES = {"train": benchmark_train, "data": benchmark_data, "memory": benchmark_memory,
-         "evaluate": benchmark_evaluate, "infer": benchmark_infer, "model": benchmark_model}
+         "evaluate": benchmark_evaluate, "infer": benchmark_infer, "smooth": benchmark_smooth,
+         "model": benchmark_model}
 
 
 def main():

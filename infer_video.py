@@ -3,6 +3,8 @@
     python infer_video.py --input clip.mp4
     python infer_video.py --input 0 --show             # first camera; q in the window or Ctrl-C ends it
     python infer_video.py --input rtsp://host/stream --max-frames 500
+    python infer_video.py --input clip.mp4 --smooth --csv            # steadier, and the shares of the classes
+    python infer_video.py --input clip.mp4 --cutout beach.jpg        # persons in front of a picture
 
 Decoding, the model, drawing and encoding run at the same time, in threads. Writes
 OUT_DIR/inference_results_video/<name>.mp4: H.264 with the sound of the file where PyAV is installed, else
@@ -26,6 +28,12 @@ def parse_args(argv=None):
                         "cameras and streams, else 2, on a GPU 8)")
     add_backend_flag(parser)
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
+    parser.add_argument("--smooth", action="store_true", help="average the probabilities of a frame with "
+                        "those of the frames before it, moved along with what they show")
+    parser.add_argument("--cutout", default="", metavar="green|blur|FILE", help="in place of the overlay: "
+                        "what is background becomes green, blurred, or this image; without the FPS counter")
+    parser.add_argument("--csv", action="store_true", help="also write <name>.csv: the share of every class "
+                        "in every frame")
     add_overlay_flags(parser)
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -35,20 +43,23 @@ if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import utils
 import visualize
 from checkpoint import load_model
 from config import InputError, count_of
+from inference.outputs import Background, ShareTable, require_background
 from inference.predictor import Predictor, choose_protocol
-from inference.video import Pipeline, VideoReader, VideoWriter
+from inference.smooth import Smoother
+from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
 
 
-def output_path(reader, out_dir):
+def output_path(reader, out_dir, cutout):
     """Return where the clip goes: <name>.mp4 for a file; a name with the time for a camera or stream."""
     if not reader.live:
-        path = out_dir / f"{Path(reader.source).stem}.mp4"
+        path = out_dir / f"{Path(reader.source).stem}{'_cutout' if cutout else ''}.mp4"
         same = path.exists() and path.samefile(reader.source)
         return path.with_stem(f"{path.stem}_overlay") if same else path  # never over its own input
     kind = f"camera{reader.source}" if reader.source.isdecimal() else "stream"
@@ -72,22 +83,33 @@ def main():
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
     classes = predictor.classes
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
+    if args.cutout:
+        require_background(classes)
+        background = Background(args.cutout, reader.size)
 
-    def overlay(frame, pred):
-        return visualize.overlay(frame, pred, table, args.alpha, keep, out=frame)
+    def draw(frame, pred, seconds, rate):
+        if shares:
+            shares.add(pred, seconds)
+        if args.cutout:
+            return background.replace(frame, pred == keep)
+        visualize.overlay(frame, pred, table, args.alpha, keep, out=frame)
+        draw_rate(frame, rate)
+        return frame
 
     def show(frame):
         return visualize.show_window(frame, "dinoseg (q ends)", 1) == "q"
 
     out_dir = Path(args.out_dir) / "inference_results_video"
     utils.make_folder(out_dir)
-    path = output_path(reader, out_dir)
+    path = output_path(reader, out_dir, args.cutout)
     start = time.perf_counter()
     sound = None if reader.live else reader.source
-    with utils.StopOnSignal() as stop, VideoWriter(path, reader.size, reader.fps, sound) as writer:
+    table_of_shares = ShareTable(path.with_suffix(".csv"), classes) if args.csv else nullcontext()
+    with (utils.StopOnSignal() as stop, table_of_shares as shares,
+          VideoWriter(path, reader.size, reader.fps, sound) as writer):
         batch_size = args.batch_size or default_batch(predictor, reader.drops or args.show)
-        pipeline = Pipeline(reader, predictor, overlay, writer, batch_size,
-                            args.max_frames, show if args.show else None)
+        pipeline = Pipeline(reader, Smoother(predictor) if args.smooth else predictor, draw, writer,
+                            batch_size, args.max_frames, show if args.show else None)
         try:
             stages, dropped = pipeline.run(stop)
         except OSError as error:
@@ -104,6 +126,8 @@ def main():
           f"in parallel, per frame {spent}")
     print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
           f"{'with its sound' if writer.sound and writer.sound.seconds else 'without sound'}")
+    if args.csv:
+        print(f"{path.with_suffix('.csv')}: the share of every class, a line per frame")
     if dropped:
         print(f"{count_of(dropped, 'frame')} came faster than the model could follow: dropped")
     if stop.asked:

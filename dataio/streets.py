@@ -1,7 +1,7 @@
 """Street scenes drawn by code: a segmentation data set with exact masks and nothing to download.
 
     image, mask = draw_scene(3)                        # (256, 320, 3) and (256, 320) uint8
-    for frame in draw_clip(3, (360, 640), frames=50, fps=25): ...
+    for image, mask in draw_clip(3, (360, 640), frames=50, fps=25): ...
 
 World frame: meters, x to the right, y up, z ahead; the camera stays at z = 0, the street slides towards it.
 The buffer has four channels, red, green, blue and class: every shape writes its color and its class in one
@@ -558,10 +558,10 @@ def draw_scene(seed, size=(256, 320), time=0.0):
 
 
 def draw_clip(seed, size, frames, fps):
-    """Yields `frames` images (H, W, 3) uint8 RGB of one scene, image i at the time i / fps seconds."""
+    """Yields `frames` pairs of image and mask, as draw_scene, of one scene: pair i at i / fps seconds."""
     scene = describe(seed)
     for index in range(frames):
-        yield render(scene, size, index / fps)[0]
+        yield render(scene, size, index / fps)
 
 
 # ---- the data set on disk ----
@@ -660,6 +660,6 @@ def write_examples(root):
 def write_clip(path):
     """Draws six seconds of a street into a video file (mp4v, which every OpenCV writes)."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 15, (640, 360))
-    for frame in draw_clip(323, (360, 640), frames=90, fps=15):
+    for frame, _ in draw_clip(323, (360, 640), frames=90, fps=15):
         writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     writer.release()

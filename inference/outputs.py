@@ -1,8 +1,9 @@
-"""What infer_image.py writes on demand: polygons, probabilities, shares, cutouts, pseudo-labels.
+"""What the inference scripts write on demand: polygons, probabilities, shares, cutouts, pseudo-labels.
 
     regions = find_regions(pred)                   # [Region(id, rings, area)], outlines along pixel edges
     content = geojson(regions, classes)            # or coco_entries(...), for one COCO JSON of all images
 """
+import csv
 import json
 import re
 from pathlib import Path
@@ -15,10 +16,12 @@ from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
 from dataio.annotations import area_of
+from dataio.readers import read_image
 from dataio.repair import copy_file, save_classes
 from utils import write_atomically
 from visualize import background_id, save_mask
 
+GREEN = (0, 255, 0)
 
 class Region(NamedTuple):
     """Connected pixels of one class. rings: its outline and those of its holes, (n, 2) int of x and y in
@@ -152,6 +155,79 @@ class PseudoLabels:
         return (f"pseudo-labels: {100 * np.mean(self.kept):.1f} % of the pixels are kept (probability of at "
                 f"least {self.threshold:g}), the others ignored; train on them with --dataset folder "
                 f"--data-root {self.folder}")
+
+
+class ShareTable:
+    """A CSV file with a line per frame of a clip: frame (from 0), seconds, share of the pixels per class."""
+
+    def __init__(self, path, classes):
+        self.path, self.count, self.classes = path, 0, classes
+
+    def __enter__(self):
+        self.file = open(self.path, "w", newline="", encoding="utf-8")
+        self.lines = csv.writer(self.file)
+        self.lines.writerow(["frame", "seconds", *[name for name, _ in self.classes]])
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def add(self, pred, seconds):
+        """Write the line of a frame: its class ids (H, W) and its time since the first one."""
+        shares = np.bincount(pred.ravel(), minlength=len(self.classes)) / pred.size
+        self.lines.writerow([self.count, f"{seconds:.3f}", *[f"{share:.5f}" for share in shares]])
+        self.count += 1
+
+
+class Background:
+    """What stands behind the objects of a clip of `size` (H, W) in place of what was there.
+
+    kind: green, for a later program to replace; blur, of the frame itself; or an image file, cropped to the
+    clip's shape. Raises InputError where the file is none.
+    """
+
+    def __init__(self, kind, size):
+        self.kind, self.picture = kind, None
+        if kind == "green":
+            self.picture = np.full((*size, 3), GREEN, np.uint8)
+        elif kind != "blur":
+            if not Path(kind).is_file():
+                raise InputError(f"--cutout {kind} is not green, blur or an image file")
+            self.picture = fill(read_image(kind).permute(1, 2, 0).numpy(), size)
+
+    def replace(self, frame, behind):
+        """Return a frame (H, W, 3) with another background; behind (H, W) bool: its pixels.
+
+        The seam is blended over a few pixels, but for green: programs that replace it do that themselves.
+        """
+        weight = behind.astype(np.float32)
+        picture = blurred(frame, weight) if self.kind == "blur" else self.picture
+        if self.kind != "green":
+            weight = cv2.GaussianBlur(weight, (0, 0), max(frame.shape[:2]) / 640)
+        return cv2.blendLinear(picture, frame, weight, 1 - weight)
+
+
+def blurred(frame, weight):
+    """Return a frame (H, W, 3) blurred by a 25th of its height. Pixels count by weight (H, W) float32, so
+    that no halo of the objects remains.
+    """
+    height, width = weight.shape
+    small = max(1, width // 4), max(1, height // 4)
+    colors = cv2.resize(frame * weight[..., None], small, interpolation=cv2.INTER_AREA)
+    counts = cv2.resize(weight, small, interpolation=cv2.INTER_AREA)
+    sums, counts = (cv2.GaussianBlur(values, (0, 0), height / 100) for values in (colors, counts))
+    means = (sums / np.maximum(counts, 1e-3)[..., None]).clip(0, 255).astype(np.uint8)
+    return cv2.resize(means, (width, height))
+
+
+def fill(image, size):
+    """Return an image (h, w, 3) resized, its proportions kept, until it covers `size` (H, W), and cropped."""
+    height, width = size
+    scale = max(height / image.shape[0], width / image.shape[1])
+    tall, wide = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
+    image = cv2.resize(image, (wide, tall), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    top, left = (tall - height) // 2, (wide - width) // 2
+    return np.ascontiguousarray(image[top:top + height, left:left + width])
 
 
 def require_background(classes):

@@ -270,6 +270,13 @@ class Predictor:
         views = views_of(self.model, images, self.protocol, self.precision)
         return scores_of(views, tuple(images.shape[-2:]), every_class)
 
+    @torch.inference_mode()
+    def probabilities(self, images, size):
+        """Return (n, K, h, w) float32 at `size` = (h, w) of images (n, 3, H, W) uint8, on the device."""
+        views = views_of(self.model, images, self.protocol, self.precision)
+        shares = [view.at(size).pixels().softmax(1) for view in views]
+        return sum(shares) / len(shares)
+
     def __call__(self, images):
         return predict(self.model, images, self.protocol, self.precision).cpu().numpy()
 

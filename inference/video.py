@@ -381,14 +381,14 @@ def batches_of(frames, size):
 class Pipeline:
     """Reads, predicts, draws and writes the frames of a clip, camera or stream.
 
-    predictor: (n, 3, H, W) uint8 -> label maps (n, H, W); overlay: (frame, label map) -> frame; show: frame
-    -> whether to stop. Decoding, the model, drawing and encoding each have a thread, with short queues
-    between them, so that the slowest alone decides.
+    predictor: (n, 3, H, W) uint8 -> label maps (n, H, W); draw: (frame, label map, seconds since the first
+    frame, frames per second so far) -> frame; show: frame -> whether to stop. Decoding, the model, drawing
+    and encoding each have a thread, with short queues between them, so that the slowest alone decides.
     """
 
     reader: VideoReader
     predictor: Callable
-    overlay: Callable
+    draw: Callable
     writer: VideoWriter
     batch_size: int = 1
     max_frames: int = None
@@ -405,8 +405,7 @@ class Pipeline:
         source = reader.timed() if reader.drops else itertools.islice(reader.timed(), self.max_frames)
 
         def finish(frame, pred, seconds):
-            drawn = self.overlay(frame, pred)
-            draw_rate(drawn, rate.tick())
+            drawn = self.draw(frame, pred, seconds, rate.tick())
             encode.put(drawn, seconds)
             return drawn
 

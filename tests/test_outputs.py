@@ -1,4 +1,5 @@
-"""What infer_image.py writes on demand: polygons, probabilities, shares, cutouts, pseudo-labels."""
+"""What the inference scripts write on demand: polygons, probabilities, shares, cutouts, pseudo-labels."""
+import csv
 import json
 import shutil
 
@@ -6,15 +7,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import load, tiny, write_folder
+from conftest import load, random_images, tiny, write_folder
 from PIL import Image
 
 import infer_image
+import infer_video
 import train
 from checkpoint import load_model, pack_checkpoint
 from dataio.readers import read_image, read_pair
-from inference.outputs import coco_entries, find_regions
+from inference.outputs import Background, coco_entries, fill, find_regions
 from inference.predictor import Predictor, choose_protocol
+from inference.video import VideoReader
+from test_video import write_clip
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("big dog", (0, 255, 0))]
 
@@ -187,3 +191,74 @@ def test_pseudo_labels_are_a_folder_to_train_on(photos, segment, run, tmp_path):
 def test_bits_without_probabilities_are_refused(photos, run):
     code, _, err = run(infer_image, "--input", photos, "--bits", 16)
     assert code == 2 and "--bits has no effect without --probabilities" in err
+
+
+# --- video ------------------------------------------------------------------------------------------------
+def read_clip(path):
+    """Return the frames (H, W, 3) RGB of a clip."""
+    return [frame.copy() for frame in VideoReader(path)]
+
+
+@pytest.mark.parametrize("kind", ["green", "blur", "beach.png"])
+def test_a_clip_before_another_background(photos, run, tmp_path, kind):
+    """Objects keep their colors; behind them, away from the seam, stands what was asked for."""
+    clip = write_clip(tmp_path / "clip.mp4", count=4, fps=10, size=(48, 64))
+    beach = np.full((30, 90, 3), (250, 220, 40), np.uint8)
+    Image.fromarray(beach).save(tmp_path / "beach.png")
+    flags = ["--input", clip, "--model", tmp_path / "model.pth", "--device", "cpu", "--out-dir", tmp_path]
+    kind = tmp_path / kind if kind.endswith(".png") else kind
+    code, text, err = run(infer_video, *flags, "--cutout", kind, "--csv", "--smooth")
+    assert code == 0, err
+    folder = tmp_path / "inference_results_video"
+    assert "clip_cutout.mp4" in text and "clip_cutout.csv" in text
+    frames = read_clip(folder / "clip_cutout.mp4")
+    with open(folder / "clip_cutout.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["frame", "seconds", "background", "cat", "big dog"]
+    assert len(rows) == 5 == len(frames) + 1
+    assert [float(row[1]) for row in rows[1:]] == pytest.approx([0, 0.1, 0.2, 0.3], abs=0.002)
+    for row in rows[1:]:
+        assert sum(map(float, row[2:])) == pytest.approx(1, abs=1e-4)
+    if kind == "green":
+        green = np.mean([(np.abs(frame.astype(int) - (0, 255, 0)).max(2) < 40).mean() for frame in frames])
+        assert green == pytest.approx(np.mean([float(row[2]) for row in rows[1:]]), abs=0.15)
+
+
+def test_what_stands_behind_is_exact():
+    """Against each pixel's own rule: objects and green as they are, blur without a halo of the objects."""
+    frame = random_images(1, 3, 90, 130)[0].permute(1, 2, 0).numpy().copy()
+    behind = np.ones((90, 130), bool)
+    behind[20:70, 30:80] = False
+    frame[~behind] = (255, 0, 0)
+    frame[behind] = frame[behind] // 4  # dark
+    green = Background("green", (90, 130)).replace(frame, behind)
+    assert (green[behind] == (0, 255, 0)).all() and (green[~behind] == frame[~behind]).all()
+    blur = Background("blur", (90, 130)).replace(frame, behind)
+    core = cv2.erode(behind.astype(np.uint8), np.ones((5, 5))).astype(bool)
+    assert blur[core].max() < 70  # nothing of the red object
+    assert blur[core].std() < 0.3 * frame[core].std()
+    assert (blur[25:65, 35:75] == frame[25:65, 35:75]).all()
+
+
+@pytest.mark.parametrize("shape", [(10, 80), (333, 40), (90, 130), (1, 1)])
+def test_a_picture_covers_the_frame_in_its_own_proportions(shape):
+    picture = np.zeros((*shape, 3), np.uint8)
+    assert fill(picture, (90, 131)).shape == (90, 131, 3)
+    ramp = np.repeat(np.linspace(0, 250, 200).astype(np.uint8)[None, :, None], 50, 0).repeat(3, 2)
+    cropped = fill(ramp, (50, 100))[..., 0].astype(int)  # its middle half
+    assert (np.abs(cropped - ramp[:, 50:150, 0]) <= 1).all()
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--cutout", "gone.jpg"], "--cutout gone.jpg is not green, blur or an image file"),
+    (["--cutout", "clip.mp4"], "clip.mp4"),
+])
+def test_a_background_that_cannot_be_had_is_one_line(photos, run, tmp_path, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "clip.mp4", count=2, size=(48, 64))
+    code, _, err = run(infer_video, "--input", "clip.mp4", "--model", "model.pth", "--device", "cpu", *flags)
+    assert code == 2 and says in err and err.count("\n") == 1
+    torch.save(pack_checkpoint(tiny(), [(name, (0, 0, 0)) for name in "abc"], (42, 56)), "other.pth")
+    code, _, err = run(infer_video, "--input", "clip.mp4", "--model", "other.pth", "--cutout", "green")
+    assert code == 2 and "--cutout leaves out the class called background, and this model has none" in err
+    assert not list((tmp_path / "outputs").rglob("*.mp4"))

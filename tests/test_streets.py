@@ -98,9 +98,10 @@ def test_clip_yields_the_scene_over_time():
     clip = streets.draw_clip(3, (40, 60), frames=3, fps=10)
     assert iter(clip) is clip
     frames = list(clip)
-    assert len(frames) == 3 and frames[0].shape == (40, 60, 3) and frames[0].dtype == np.uint8
-    for index, frame in enumerate(frames):
-        assert (frame == streets.draw_scene(3, (40, 60), time=index / 10)[0]).all()
+    assert len(frames) == 3 and frames[0][0].shape == (40, 60, 3) and frames[0][0].dtype == np.uint8
+    for index, pair in enumerate(frames):
+        for got, want in zip(pair, streets.draw_scene(3, (40, 60), time=index / 10), strict=True):
+            assert (got == want).all()
 
 
 def test_data_set_on_disk(tmp_path):
