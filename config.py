@@ -35,7 +35,7 @@ def registered(file, registry):
     docs = {node.name: (ast.get_docstring(node) or "").split("\n")[0]
             for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
     entries = next(node.value for node in tree.body
-                   if isinstance(node, ast.Assign) and node.targets[0].id == registry)
+                   if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == registry)
 
     def described(value):  # a class or function, a call of one, or a tuple that begins with one
         value = value.elts[0] if isinstance(value, ast.Tuple) else value
@@ -51,7 +51,7 @@ REGISTRIES = {"dataset": ("datasets.py", "DATASETS"), "augment": ("dataio/transf
               "baseline": ("models/baselines.py", "BASELINES"), "loss": ("losses.py", "LOSSES"),
               "class_weights": ("losses.py", "CLASS_WEIGHTS"), "optimizer": ("engine.py", "OPTIMIZERS"),
               "scheduler": ("engine.py", "SCHEDULERS"), "amp": ("utils.py", "PRECISIONS"),
-              "format": ("inference/backends.py", "FORMATS"),
+              "tracker": ("trackers.py", "TRACKERS"), "format": ("inference/backends.py", "FORMATS"),
               "backend": ("inference/backends.py", "BACKENDS")}
 
 
@@ -72,6 +72,13 @@ def non_negative_int(text):
     """argparse type: an integer of at least 0 that fits 32 bits."""
     if not text.isdecimal() or int(text) >= 2 ** 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0 (and below 2**32)")
+    return int(text)
+
+
+def port_number(text):
+    """argparse type: a TCP port."""
+    if not text.isdecimal() or not 1 <= int(text) < 2 ** 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
     return int(text)
 
 
@@ -263,6 +270,8 @@ class TrainConfig(ModelOptions, DataOptions):
     amp: str = setting("auto", "run", "autocast: auto = what the device is good at", kind="amp")
     device: str = setting("auto", "run", "auto = cuda, else mps, else cpu; or a torch device such as cuda:1",
                           may_change=True)
+    log: tuple = setting((), "run", "mirror history.jsonl and the pictures to experiment trackers, where "
+                         "they are installed; none = to none", nargs="+", kind="tracker", may_change=True)
     resume: bool = setting(False, "run", "continue from OUT_DIR/last.pth (--epochs may grow)",
                            action="store_true", may_change=True)
     out_dir: str = setting("outputs", "run", "where the run writes; an earlier run moves to previous/",
@@ -360,7 +369,7 @@ def train_parser(description):
             options["choices"] = ["dinov2", *options["choices"]]
         elif field.name == "recipe":
             options["choices"] = list(RECIPES)
-        elif field.name == "augment":
+        elif field.name in ("augment", "log"):
             options["choices"] += ["none"]
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         if field.type is not bool and default != "":
@@ -474,8 +483,9 @@ def check_settings(config, given):
     if misfit:
         raise InputError(f"--{misfit[0].replace('_', '-')} belongs to --arch dinov2, and {config.arch} is a "
                          "whole network: leave it out")
-    if "none" in config.augment:
-        raise InputError("--augment none stands alone: leave out none or the others")
+    for name, value in (("augment", config.augment), ("log", config.log)):
+        if "none" in value:
+            raise InputError(f"--{name} none stands alone: leave out none or the others")
     if given.get("classes") and config.dataset != "folder":
         raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
                          "own: leave it out")

@@ -108,8 +108,9 @@ def main():
     with (utils.StopOnSignal() as stop, table_of_shares as shares,
           VideoWriter(path, reader.size, reader.fps, sound) as writer):
         batch_size = args.batch_size or default_batch(predictor, reader.drops or args.show)
-        pipeline = Pipeline(reader, Smoother(predictor) if args.smooth else predictor, draw, writer,
-                            batch_size, args.max_frames, show if args.show else None)
+        segment = Smoother(predictor, max(protocol.window)) if args.smooth else predictor
+        pipeline = Pipeline(reader, segment, draw, writer, batch_size, args.max_frames,
+                            show if args.show else None)
         try:
             stages, dropped = pipeline.run(stop)
         except OSError as error:

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import engine
+import trackers
 import utils
 import visualize
 from checkpoint import Run, load_head, read_checkpoint
@@ -248,6 +249,7 @@ def main():
     utils.seed_everything(config.seed)
     model, optimization = build_training(config, len(data.classes), device)
     check_effects(given, config, model)
+    trackers.require(config.log)
     folder = utils.RunFolder(out_dir, config.resume)
     origin = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
     run = Run(dataclasses.asdict(config), data, model, optimization, folder, origin)
@@ -262,8 +264,10 @@ def main():
         elif len(run.history) < config.epochs:
             criterion = build_criterion(config, data, device)
             train_batches, val_batches = build_batches(config, data, model, optimization.precision)
-            with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:
-                train_epochs(run, config, criterion, train_batches, val_batches)
+            names = config.log if is_main_process() else ()
+            with (trackers.Trackers(names, folder.path, run.settings, run.classes) as logs,
+                  naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop):
+                train_epochs(run, config, criterion, train_batches, val_batches, logs)
         else:
             epochs = count_of(len(run.history), "epoch")
             print(f"the run has its {epochs}: give a larger --epochs to continue")
@@ -271,8 +275,10 @@ def main():
         print_result(run.history, data, out_dir)
 
 
-def train_epochs(run, config, criterion, train_batches, val_batches):
-    """Train and validate the epochs that a Run has left. Raises Stopped where a signal asks for it."""
+def train_epochs(run, config, criterion, train_batches, val_batches, logs):
+    """Train and validate the epochs that a Run has left; logs: Trackers. Raises Stopped where a signal asks
+    for it.
+    """
     scored, objective = build_objective(config, run.model, criterion)
     optimization, precision = run.optimization, run.optimization.precision
     epoch_steps = math.ceil(len(train_batches) / config.accumulate)
@@ -309,6 +315,7 @@ def train_epochs(run, config, criterion, train_batches, val_batches):
                              run.folder.path / "valid_preds" / f"epoch_{epoch:03d}.png")
             draw(run)
             print_epoch(title, row, better)
+            logs.follow(run.history)
         if has_stalled(run.history, config.patience):
             print(f"{no_better(config)}: stopped after epoch {epoch} of {config.epochs}")
             return

@@ -14,27 +14,27 @@ import torch.nn.functional as F
 from inference.predictor import label_map
 from models.logits import Logits
 
-SIDE = 320  # pixels of the longer side at which motion and probabilities are taken
-PAST = 0.7  # weight of the frames before, where they look the same
-LOOKS = 12.0  # gray levels by which a pixel may differ from where it came from before it counts as new
+SIDE = 320  # pixels of the longer side at which motion and probabilities are taken, at most
+PAST = 0.6  # weight of the frames before, where they look the same
+LOOKS = 8.0  # gray levels by which a pixel may differ from where it came from before it counts as new
 
 
 class Smoother:
     """A predictor for the frames of one clip, in their order: (n, 3, H, W) uint8 -> (n, H, W) uint8 numpy.
 
-    predictor: has probabilities(images, size), as Predictor. A frame without a past gets what the predictor
-    gives, to the precision of SIDE.
+    predictor: has probabilities(images, size), as Predictor; side: the longer side in pixels of what its
+    network sees. A frame without a past gets what the predictor gives, to the precision of that or SIDE.
     """
 
-    def __init__(self, predictor):
-        self.predictor = predictor
+    def __init__(self, predictor, side=SIDE):
+        self.predictor, self.side = predictor, min(side, SIDE)
         self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self.gray = self.shares = None  # of the frame before: (h, w) uint8 and (1, K, h, w)
 
     @torch.inference_mode()
     def __call__(self, images):
         size = tuple(images.shape[-2:])
-        scale = min(1.0, SIDE / max(size))
+        scale = min(1.0, self.side / max(size))
         small = tuple(max(1, round(side * scale)) for side in size)
         preds = []
         for frame, shares in zip(images, self.predictor.probabilities(images, small), strict=True):

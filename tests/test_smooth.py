@@ -67,8 +67,8 @@ def error(preds, masks):
 def test_noise_is_averaged_along_the_motion():
     images, masks = moving(12)
     plain, smooth = alone(images, masks), Smoother(Noisy(masks))(images)
-    assert error(smooth[4:], masks[4:]) < 0.4 * error(plain[4:], masks[4:])
-    assert flicker(smooth[4:], masks[4:]) < 0.5 * flicker(plain[4:], masks[4:])
+    assert error(smooth[4:], masks[4:]) < 0.6 * error(plain[4:], masks[4:])
+    assert flicker(smooth[4:], masks[4:]) < 0.65 * flicker(plain[4:], masks[4:])
 
 
 def test_it_neither_lags_nor_leads():

@@ -1,0 +1,114 @@
+"""Try a model in a browser: drop an image or take one by webcam, see the overlay, the legend and the shares.
+
+    python demo.py --model outputs/best_model_iou.pth     # then open http://127.0.0.1:7860
+    python demo.py --host 0.0.0.0 --port 80               # for others on the network, without a password
+
+Needs the package gradio. Images stay on the machine that runs this.
+"""
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by gradio when it is imported
+
+from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, fraction,
+                    port_number, script_parser)
+
+
+def parse_args(argv=None):
+    """Return the flags."""
+    parser = script_parser(__doc__)
+    add_model_flag(parser)
+    add_imgsz_flag(parser)
+    add_protocol_flags(parser)
+    add_backend_flag(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine "
+                        "alone; 0.0.0.0: all that reach it)")
+    parser.add_argument("--port", type=port_number, default=7860, help="port to listen at (7860)")
+    parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colors at first (0.5)")
+    parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong flags are answered before torch is imported
+
+import numpy as np
+
+import utils
+import visualize
+from checkpoint import load_model
+from config import InputError
+from dataio.readers import read_image
+from inference.predictor import Predictor, choose_protocol
+
+try:
+    import gradio
+except ImportError:
+    gradio = None
+
+MANY = 10  # classes whose shares are listed
+KEPT = 3600  # seconds after which an image that was dropped is deleted
+
+
+def segment(predictor, path, alpha):
+    """Return (overlay (H, W, 3) uint8, {class: share of the pixels}) of an image file.
+
+    Raises InputError where it cannot be read.
+    """
+    image, classes = read_image(path), predictor.classes
+    pred = predictor(image[None])[0]  # (H, W)
+    drawn = visualize.overlay(image.permute(1, 2, 0).numpy(), pred, visualize.color_table(classes), alpha,
+                              visualize.background_id(classes))
+    counts = np.bincount(pred.ravel(), minlength=len(classes))
+    return drawn, {name: counts[id] / pred.size for id, (name, _) in enumerate(classes) if counts[id]}
+
+
+def build_page(predictor, alpha):
+    """Return the gradio page of a Predictor."""
+    def show(path, alpha):
+        if path is None:
+            return None, None
+        try:
+            return segment(predictor, path, alpha)
+        except InputError as error:
+            raise gradio.Error(str(error)) from None
+
+    with gradio.Blocks(title="dinoseg", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+        gradio.Markdown(f"# dinoseg\n{predictor}")
+        with gradio.Row():
+            with gradio.Column():
+                image = gradio.Image(label="image", sources=["upload", "webcam", "clipboard"],
+                                     type="filepath", image_mode=None)  # the file as it is
+                weight = gradio.Slider(0, 1, alpha, label="weight of the colors")
+            with gradio.Column():
+                overlay = gradio.Image(format="png", label="overlay", interactive=False)
+                shares = gradio.Label(num_top_classes=MANY, label="share of the pixels")
+                gradio.Image(visualize.legend(predictor.classes), format="png", label="legend",
+                             interactive=False)
+        for changed in (image.change, weight.release):
+            changed(show, [image, weight], [overlay, shares], show_progress="minimal")
+    return page
+
+
+def main():
+    """Serve the page until Ctrl-C."""
+    args = parse_args()
+    if gradio is None:
+        raise InputError("demo.py needs the package gradio: pip install gradio")
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
+    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, None)
+    page = build_page(predictor, args.alpha)
+    plain = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none to fetch
+    try:
+        page.launch(server_name=args.host, server_port=args.port, theme=plain, quiet=True,
+                    show_error=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise InputError(f"--host {args.host} --port {args.port} cannot be listened at ({error}): give others"
+                         ) from None
+    print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    utils.run_main(main)
