@@ -91,7 +91,7 @@ def open_data(args, checkpoint):
     if options.dataset == "folder" and other != ("folder", root.resolve()):
         whole = dict(val_fraction=0, fold=(), resplit=False, train_images=0)
         data = load_data(dataclasses.replace(options, **whole), cache_dir)
-        if options.classes:
+        if options.classes and not data.annotated:
             shown = ", ".join([*options.classes[:3], *["..."] * (len(own) > 3)])
             print(f"no class list in {root}: mask values 0, 1, ... are read as {shown}, the model's classes")
         if other[0] == "folder" and same_data(data, checkpoint):  # the training's folder was moved

@@ -37,6 +37,7 @@ BACKGROUND = {"background", "_background_"}
 IGNORED = {"ignore", "__ignore__"}  # labelme's name for what is not to count
 FARTHEST = 100_000  # pixels of a coordinate
 LARGEST_BITMAP = 1 << 26  # bytes of a compressed bitmap
+LARGEST_MASK = 1 << 28  # pixels
 TAGGED = re.compile(r"task-(\d+)-annotation-\d+-by-\d+-tag-(.+)-\d+\.png")  # masks of Label Studio
 YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
@@ -76,7 +77,7 @@ def polygon(points, where, least=3):
     """
     try:
         outline = np.asarray(points, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: the points of a polygon are pairs of numbers x y") from None
     if not np.isfinite(outline).all():
         raise InputError(f"{where} has coordinates that are no numbers (NaN or infinite): correct or remove "
@@ -204,11 +205,16 @@ class Photos:
 
 
 def size_of(content, keys, image):
-    """Return the (H, W) that an annotation file gives under `keys`, else that of the image upright."""
+    """Return the (H, W) that an annotation file gives under `keys`, else that of the image upright.
+
+    Raises InputError for a size that no mask could be drawn at.
+    """
     sides = [content.get(key) for key in keys]
-    if all(isinstance(side, int) and 0 < side < 100_000 for side in sides):
-        return tuple(sides)
-    return upright_size(image)
+    if not all(isinstance(side, int) and 0 < side < 100_000 for side in sides):
+        return upright_size(image)
+    if math.prod(sides) > LARGEST_MASK:
+        raise InputError(f"the annotations say that {image} has {sides[0]}x{sides[1]} pixels: correct them")
+    return tuple(sides)
 
 
 def upright_size(image):
@@ -463,7 +469,7 @@ def careful(read, found, *more):
     """Return read(found, *more). Raises InputError where the files have not the form of their tool."""
     try:
         return read(found, *more)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         one = found[0] if isinstance(found, list) else found
         one = one[0] if isinstance(one, tuple) else one
         tool = read.__doc__.split(":")[0]

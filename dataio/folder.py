@@ -64,7 +64,7 @@ def folder(root, options, download=False):
         notes += share_table(pixels, parts, classes)
         splits.update(parts)
     notes = [*found.notes, *(f"warning: {doubt}" for doubt in found.doubts), *notes]
-    return DataSource("folder", classes, splits, table, notes)
+    return DataSource("folder", classes, splits, table, notes, annotated=bool(found.entries))
 
 
 def ignored_share(scans, table):

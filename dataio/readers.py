@@ -51,6 +51,7 @@ class DataSource:
     table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24
     for masks painted in colors (entry R * 65536 + G * 256 + B). notes: lines the user should read.
     examples: (picture, clip) to try the model on, files that nothing trains on. extra: Samples of --extra.
+    annotated: whether the masks were drawn from annotation files, which name the classes.
     """
 
     name: str
@@ -60,6 +61,7 @@ class DataSource:
     notes: list = field(default_factory=list)
     examples: tuple = ()
     extra: list = field(default_factory=list)
+    annotated: bool = False
 
     @property
     def counts(self):

@@ -245,6 +245,7 @@ def test_check_train_evaluate_and_infer_take_the_folder_as_it_is(name, tmp_path,
     root.rename(elsewhere)
     code, text, err = run(evaluate, "--model", model, "--data-root", elsewhere, *flags)
     assert code == 0 and scored in text, err
+    assert "no class list" not in text  # the annotations name the classes
     code, _, err = run(infer_image, "--model", model, "--input", next(elsewhere.rglob("*.jpg")), *flags)
     assert code == 0, err
     assert {path: (elsewhere / path.relative_to(root)).read_bytes() for path in before} == before

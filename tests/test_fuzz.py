@@ -5,6 +5,7 @@
 """
 
 import io
+import json
 import os
 import struct
 import subprocess
@@ -26,6 +27,7 @@ from PIL import Image
 import check_data
 import infer_image
 from config import InputError
+from dataio.annotations import find_masks
 from dataio.labels import read_classes
 from checkpoint import load_model, pack_checkpoint
 from dataio.pairs import read_list
@@ -33,6 +35,7 @@ from dataio.readers import index_table, read_image, read_mask, read_pair
 from dataio.stratify import count_pixels
 from inference.video import VideoReader
 from models.weights import read_weights
+from tools import TOOLS
 
 EXAMPLES = int(os.environ.get("FUZZ", 0))
 fuzz = settings(
@@ -286,6 +289,7 @@ from pathlib import Path
 from config import InputError
 from dataio.readers import index_table, read_image, read_mask
 from models.weights import read_weights
+from tools import TOOLS
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 before = peak()
@@ -352,3 +356,67 @@ def test_check_data_lists_every_hostile_file(tmp_path, run):
     code, out, err = run(check_data, "--data-root", root, "--out-dir", tmp_path / "out")
     assert code == 1 and "Traceback" not in out + err
     assert all(name in out + err for name in ("00.png", "01.png", "02.png"))
+
+
+# --- annotation files -------------------------------------------------------------------------------------
+HOSTILE = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.text(max_size=5),
+                    st.sampled_from([10 ** 4, 10 ** 5, 10 ** 12, 10 ** 400]),
+                    st.sampled_from([float("nan"), float("inf"), -1e308, 0.5]),
+                    st.sampled_from([[], {}, [[]], [[1]], [None], {"size": [1, 1]}, "../x", "a" * 300, "\0"]))
+TREES = {"COCO": "*.json", "COCO, compressed": "*.json", "labelme": "*.json", "Supervisely": "*.json",
+         "YOLO": "labels/**/*.txt", "Label Studio": "*.json"}
+
+
+def places(content, path=()):
+    """Return the paths of all values in a JSON content."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) \
+        if isinstance(content, list) else ()
+    return [path, *(place for key, value in items for place in places(value, (*path, key)))]
+
+
+def changed(content, path, value):
+    """Return a JSON content with the value at a path replaced, or left out where it is Ellipsis."""
+    if not path:
+        return None if value is ... else value
+    copy = content.copy()
+    if value is ... and len(path) == 1:
+        copy.pop(path[0])
+    else:
+        copy[path[0]] = changed(content[path[0]], path[1:], value)
+    return copy
+
+
+@pytest.mark.parametrize("tool", TREES)
+def test_annotation_files(tool, tmp_path, monkeypatch):
+    """Any value replaced or left out, any word of a line: masks, or one line that names a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "data"
+    TOOLS[next(name for name in TOOLS if name.startswith(tool))](root)
+    files = sorted(root.rglob(TREES[tool]))
+    texts = {file: file.read_text() for file in files}
+
+    @fuzz
+    @given(data=st.data())
+    def hostile(data):
+        file = data.draw(st.sampled_from(files))
+        if file.suffix == ".json":
+            content = json.loads(texts[file])
+            place = data.draw(st.sampled_from(places(content)))
+            text = json.dumps(changed(content, place, data.draw(HOSTILE | st.just(...))))
+        else:
+            words = texts[file].split(" ")
+            words[data.draw(st.integers(0, len(words) - 1))] = data.draw(
+                st.sampled_from(["nan", "-1", "1e400", "x", "", "\n", "9" * 400, "inf", "0.5 0.5"]))
+            text = " ".join(words)
+        file.write_text(text)
+        try:
+            found = find_masks(root)
+            for samples in found.splits.values():
+                for sample in samples:
+                    assert np.array(Image.open(sample.mask)).max() <= len(found.entries)
+        except InputError as error:
+            one_line(error, root)
+        finally:
+            file.write_text(texts[file])
+
+    hostile()
