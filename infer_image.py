@@ -162,7 +162,7 @@ class Extras:
 
 
 def main():
-    """Segment every input; return 1 where a file had to be skipped, 2 where all had."""
+    """Segment every input; return 1 where a file had to be skipped, 2 where all had, 130 after Ctrl-C."""
     args = parse_args()
     paths = find_inputs(args.input)
     if args.show:
@@ -175,7 +175,7 @@ def main():
     out_dir = Path(args.out_dir) / "inference_results_image"
     utils.make_folder(out_dir)
     extras = Extras(args, classes, out_dir)
-    failed, depths = 0, set()
+    seen, failed, depths = 0, 0, set()
 
     def save(image, pred, name, path, scores):
         drawn = visualize.overlay(image, pred, table, args.alpha, keep)
@@ -184,10 +184,14 @@ def main():
         extras.add(path, name, image, pred, scores)
 
     # the next files are read and the last ones written while the model looks at one
-    with (ReadAhead(map(read_or_error, paths)) as images, WriteBehind(save) as writer,
+    with (utils.StopOnSignal() as stop, ReadAhead(map(read_or_error, paths), stop=stop) as images,
+          WriteBehind(save) as writer,
           tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar):
-        for path, name, found in zip(paths, output_names(paths), images, strict=True):
+        for path, name, found in zip(paths, output_names(paths), images, strict=False):
+            if stop.asked:
+                break
             bar.update()
+            seen += 1
             if isinstance(found, InputError):
                 failed += 1
                 tqdm.write(f"skipped: {found}", file=sys.stderr)
@@ -204,14 +208,16 @@ def main():
             if args.show:
                 visualize.show_window(visualize.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
     extras.finish()
-    if failed < len(paths):
+    if failed < seen:
         utils.save_image(visualize.legend(classes), out_dir / "legend.png")
     if deep := sorted(depths - {8}):
         bits = ", ".join(f"{depth} bit" for depth in deep)
         print(f"images deeper than 8 bit were scaled by the depth of their values: {bits}")
     count = count_of(len(paths), "image")
-    print(f"{len(paths) - failed} of {count} segmented ({predictor}); overlays, masks and legend.png are in "
+    print(f"{seen - failed} of {count} segmented ({predictor}); overlays, masks and legend.png are in "
           f"{out_dir}")
+    if stop.asked:
+        return 128 + stop.asked
     return 0 if not failed else 1 if failed < len(paths) else 2
 
 

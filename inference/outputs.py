@@ -4,6 +4,7 @@
     content = geojson(regions, classes)            # or coco_entries(...), for one COCO JSON of all images
 """
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -140,6 +141,11 @@ class PseudoLabels:
 
     def __init__(self, folder, classes, threshold):
         self.folder, self.classes, self.threshold, self.kept = folder, classes, threshold, []
+        if folder.exists():  # another model's labels must not mix with these
+            before = next(path for number in itertools.count(1)
+                          if not (path := folder.with_name(f"{folder.name}_{number}")).exists())
+            folder.rename(before)
+            print(f"the earlier pseudo-labels were moved to {before}")
 
     def add(self, path, name, pred, confidence):
         """Write the pair of an image file; pred, confidence: (H, W), as the image upright."""

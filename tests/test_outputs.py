@@ -1,7 +1,9 @@
 """What the inference scripts write on demand: polygons, probabilities, shares, cutouts, pseudo-labels."""
 import csv
 import json
+import os
 import shutil
+import signal
 
 import cv2
 import numpy as np
@@ -186,6 +188,35 @@ def test_pseudo_labels_are_a_folder_to_train_on(photos, segment, run, tmp_path):
     code, _, err = run(train, *flags, "--imgsz", 42, 56, "--epochs", 1, "--workers", 0, "--device", "cpu",
                        "--out-dir", tmp_path / "out")
     assert code == 0, err
+
+
+def test_pseudo_labels_of_another_run_do_not_mix(photos, segment):
+    folder, _ = segment("--min-confidence", 0.4)
+    (folder / "pseudo_labels/masks/of_another_model.png").touch()
+    _, text = segment("--min-confidence", 0.4)
+    assert f"the earlier pseudo-labels were moved to {folder / 'pseudo_labels_1'}" in text
+    assert len(list((folder / "pseudo_labels/masks").iterdir())) == len(list(photos.iterdir())) == 3
+    assert (folder / "pseudo_labels_1/masks/of_another_model.png").exists()
+
+
+def test_what_is_done_is_written_after_ctrl_c(photos, run, tmp_path, monkeypatch):
+    """The signal comes while the second of three images is at hand."""
+    calls, describe = [], infer_image.describe
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return describe(*given)
+
+    monkeypatch.setattr(infer_image, "describe", interrupted)
+    code, text, _ = run(infer_image, "--model", tmp_path / "model.pth", "--input", photos, "--device", "cpu",
+                        "--json", "--polygons", "coco", "--out-dir", tmp_path)
+    assert code == 130 and "2 of 3 images segmented" in text
+    folder = tmp_path / "inference_results_image"
+    assert len(json.loads((folder / "shares.json").read_text())) == 2
+    assert len(json.loads((folder / "coco.json").read_text())["images"]) == 2
+    assert len(list(folder.glob("*_mask.png"))) == 2
 
 
 def test_bits_without_probabilities_are_refused(photos, run):
