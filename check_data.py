@@ -22,6 +22,8 @@ def parse_args(argv=None):
                         help="data set (default: folder)")
     parser.add_argument("--data-root", default="data", metavar="DIR",
                         help="folder that holds it (default: data)")
+    parser.add_argument("--unlabelled", choices=("background", "ignore"), default="background",
+                        help="folder with annotation files: what has no label, as in train.py")
     parser.add_argument("--fix", metavar="OUT",
                         help="write a clean copy: images, PNG masks of class ids, classes.txt, split lists")
     parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where check.png goes (outputs)")
@@ -45,7 +47,7 @@ import visualize
 from config import IGNORE, DataOptions, InputError, count_of
 from dataio.advice import advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
-from dataio.folder import MUCH_IGNORED, check_root, ignored_share
+from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled, ignored_share
 from dataio.labels import class_file, class_pixels, decode_masks, read_classes, says, stored
 from dataio.layout import some
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_pair
@@ -96,7 +98,7 @@ def listed(text, paths):
 
 
 # --- reading the files ------------------------------------------------------------------------------------
-def find_samples(name, root, report):
+def find_samples(name, root, unlabelled, report):
     """Return ({split: [Sample]}, the classes [Entry] that annotation files name or None, DataSource or None
     for a folder). Raises InputError without any data.
 
@@ -106,7 +108,8 @@ def find_samples(name, root, report):
     if name == "folder":
         check_root(root)
         found = find_masks(root)
-        splits, entries = found.splits, found.entries
+        splits = found.splits
+        entries = ignore_unlabelled(found, root) if unlabelled == "ignore" else found.entries
         report.facts += found.notes
         report.warnings += found.doubts
         for lonely, text in ((found.no_mask, "{image has|images have} no mask: add masks or move them"),
@@ -123,10 +126,10 @@ def find_samples(name, root, report):
     return splits, entries, source
 
 
-def read_all(name, root, report):
+def read_all(name, root, unlabelled, report):
     """Return (ScannedData, DataSource or None for a folder); unreadable files go into the report."""
     start = time.perf_counter()
-    splits, entries, source = find_samples(name, root, report)
+    splits, entries, source = find_samples(name, root, unlabelled, report)
     data = ScannedData(name, root, splits, {}, {}, entries)
     samples = data.samples
     for facts, scan, part in ((data.images, scan_image, "image"), (data.masks, scan_mask, "mask")):
@@ -395,9 +398,12 @@ def main():
     """Read, report, draw, maybe write a clean copy; return 1 where something must be repaired."""
     args = parse_args()
     root, report = Path(args.data_root), Report()
+    if args.unlabelled == "ignore" and args.dataset != "folder":
+        raise InputError(f"--unlabelled is for annotation files in a folder, and --dataset {args.dataset} "
+                         "has masks: leave it out")
     if args.fix:
         check_target(Path(args.fix), root)
-    data, source = read_all(args.dataset, root, report)
+    data, source = read_all(args.dataset, root, args.unlabelled, report)
     if data.samples:
         check_images(data, report)
         describe_masks(data, report)
@@ -412,7 +418,8 @@ def main():
     if report.problems and fixable and not args.fix:
         report.hints.append(f"or write a clean copy of what can be used: python check_data.py --dataset "
                             f"{args.dataset} --data-root {quote(str(root))} --fix OUT")
-    print_report(report, f"python train.py --dataset {args.dataset} --data-root {quote(str(root))}")
+    more = " --unlabelled ignore" if args.unlabelled == "ignore" else ""
+    print_report(report, f"python train.py --dataset {args.dataset} --data-root {quote(str(root))}{more}")
     if args.fix:
         fix(data, Path(args.fix))
         return 0

@@ -35,12 +35,8 @@ def folder(root, options, download=False):
         raise damaged
     masks = [mask for mask, _ in facts]
     entries, names = found.entries, options.classes
-    if entries and options.unlabelled == "ignore":
-        entries = [entry._replace(name="ignore") if entry.value == 0 else entry for entry in entries]
-        if len({entry.name for entry in entries} - {"ignore"}) < 2:
-            raise InputError(f"--unlabelled ignore leaves a single class of {root}: leave it out")
-    elif options.unlabelled == "ignore":
-        found.doubts.append("--unlabelled ignore has no effect: masks have a value everywhere")
+    if options.unlabelled == "ignore":
+        entries = ignore_unlabelled(found, root)
     if entries and names:
         entries, names = in_order(entries, names), ()
     classes, table, notes = decode_masks(root, samples, masks, names, entries)
@@ -65,6 +61,19 @@ def folder(root, options, download=False):
         splits.update(parts)
     notes = [*found.notes, *(f"warning: {doubt}" for doubt in found.doubts), *notes]
     return DataSource("folder", classes, splits, table, notes, annotated=bool(found.entries))
+
+
+def ignore_unlabelled(found, root):
+    """Return the [Entry] of what was Found with what has no label ignored. Raises InputError; a doubt of
+    `found` says where that means nothing.
+    """
+    if not found.entries:
+        found.doubts.append("--unlabelled ignore has no effect: masks have a value everywhere")
+        return found.entries
+    entries = [entry._replace(name="ignore") if entry.value == 0 else entry for entry in found.entries]
+    if len({entry.name for entry in entries} - {"ignore"}) < 2:
+        raise InputError(f"--unlabelled ignore leaves a single class of {root}: leave it out")
+    return entries
 
 
 def ignored_share(scans, table):

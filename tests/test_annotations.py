@@ -251,6 +251,22 @@ def test_check_train_evaluate_and_infer_take_the_folder_as_it_is(name, tmp_path,
     assert {path: (elsewhere / path.relative_to(root)).read_bytes() for path in before} == before
 
 
+def test_check_data_takes_unlabelled_as_train_does(tmp_path, run):
+    TOOLS["labelme"](tmp_path / "data")
+    flags = ["--data-root", tmp_path / "data", "--out-dir", tmp_path / "out", "--unlabelled", "ignore"]
+    code, text, err = run(check_data, *flags)
+    command = next(line for line in text.splitlines() if line.startswith("  python train.py "))
+    assert code == 0 and command.endswith("--unlabelled ignore"), text + err
+    ignored = float(re.search(r"ignored: ([\d.]+) % of the pixels", text)[1])
+    source = load("folder", tmp_path / "data", unlabelled="ignore")
+    masks = [read_pair(sample, source.table)[1].numpy() for part in source.splits.values() for sample in part]
+    assert ignored == pytest.approx(100 * np.mean([mask == 255 for mask in masks]), abs=0.06)
+    assert run(check_data, "--dataset", "camvid", "--unlabelled", "ignore")[0] == 2
+    code, text, _ = run(check_data, *flags, "--fix", tmp_path / "clean")
+    fixed = load("folder", tmp_path / "clean")
+    assert code == 0 and [name for name, _ in fixed.classes] == ["car", "tree"]
+
+
 @pytest.mark.parametrize("classes", [(), ("tree", "car")])
 def test_what_has_no_label_is_background_or_not_counted(tmp_path, classes):
     truth = TOOLS["labelme"](tmp_path)
