@@ -103,10 +103,11 @@ def main():
     try:
         page.launch(server_name=args.host, server_port=args.port, theme=plain, quiet=True,
                     show_error=True, prevent_thread_lock=True)
-    except OSError as error:
+    except Exception as error:  # of gradio, which asks its own page whether it is there: it could be any
         raise InputError(f"--host {args.host} --port {args.port} cannot be listened at ({error}): give others"
                          ) from None
-    print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
+    host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
+    print(f"open http://{host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
 
 
