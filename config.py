@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 IGNORE = 255  # mask value that no loss and no metric counts, whatever the data set stores
-PROTOCOLS = ("whole", "slide")
+PROTOCOLS = ("whole", "slide", "tile")
 TTA = ("flip", "ms", "ms,flip")
 
 
@@ -401,10 +401,15 @@ def add_imgsz_flag(parser):
 
 
 def add_protocol_flags(parser):
-    """Add --protocol and --tta."""
+    """Add --protocol, --tta and what belongs to tiles."""
     parser.add_argument("--protocol", choices=PROTOCOLS, default="",
-                        help="whole = the image resized to --imgsz, slide = windows of that size over "
-                        "the image (default: whole; for official heads the official one)")
+                        help="whole = the image resized to --imgsz; slide = resized until it covers --imgsz, "
+                        "then windows of that size, as mmsegmentation does; tile = windows of that size over "
+                        "the image at its own resolution (default: whole; official heads: their own)")
+    parser.add_argument("--tile-scale", type=positive_float, metavar="X",
+                        help="tile: pixels that the network sees per pixel of the image (1)")
+    parser.add_argument("--overlap", type=non_negative_float, metavar="X",
+                        help="tile: what neighbors share, below 1 of their side, else in pixels (0.25)")
     parser.add_argument("--tta", choices=TTA, default="",
                         help="average over the mirrored image, over scales 0.5-1.75, or both")
 

@@ -96,7 +96,7 @@ def main():
     if gradio is None:
         raise InputError("demo.py needs the package gradio: pip install gradio")
     model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, None)
     page = build_page(predictor, args.alpha)
     plain = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none to fetch

@@ -130,7 +130,7 @@ def samples_of(data, split):
 
 def batches_of(samples, table, protocol, batch_size):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
-    whole = not protocol.slide and protocol.scales == (1.0,)
+    whole = not (protocol.slide or protocol.tile) and protocol.scales == (1.0,)
     dataset = SegmentationDataset(samples, table, protocol.window if whole else ())
     return make_loader(dataset, batch_size if whole else 1, workers=min(2, os.cpu_count() or 1))
 
@@ -313,7 +313,7 @@ def main():
     """Score, print, write."""
     args = parse_args()
     model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol)
     data, split = open_data(args, checkpoint)
     samples = samples_of(data, split)

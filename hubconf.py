@@ -51,14 +51,17 @@ def own_modules():
         sys.modules.update(before)
 
 
-def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None, protocol="", tta=""):
+def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None, protocol="", tta="",
+              tile_scale=None, overlap=None):
     """Return an inference.predictor.Predictor: predict(image) takes a path or a numpy image (H, W, 3) uint8.
 
     checkpoint: of train.py, a file of export.py, or an official head's name; device, imgsz, protocol
-    (whole, slide) and tta (flip, ms, "ms,flip") as the flags of infer_image.py. Raises config.InputError.
+    (whole, slide, tile), tta (flip, ms, "ms,flip"), tile_scale and overlap as the flags of infer_image.py.
+    Raises config.InputError.
     """
     with own_modules():
         from checkpoint import load_model
         from inference.predictor import Predictor, choose_protocol
         model, facts = load_model(checkpoint)
-        return Predictor(model, facts, device, choose_protocol(facts, imgsz, protocol, tta))
+        chosen = choose_protocol(facts, imgsz, protocol, tta, tile_scale, overlap)
+        return Predictor(model, facts, device, chosen)

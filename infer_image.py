@@ -168,7 +168,7 @@ def main():
     if args.show:
         visualize.require_display()
     model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
     classes = predictor.classes
     table, keep = visualize.color_table(classes), visualize.background_id(classes)

@@ -14,8 +14,8 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_run_flags,
-                    positive_int, script_parser)
+from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
+                    add_run_flags, positive_int, script_parser)
 
 
 def parse_args(argv=None):
@@ -24,6 +24,7 @@ def parse_args(argv=None):
     parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
     add_model_flag(parser)
     add_imgsz_flag(parser)
+    add_protocol_flags(parser)
     parser.add_argument("--batch-size", type=positive_int, help="frames per forward pass (default: 1 for "
                         "cameras and streams, else 2, on a GPU 8)")
     add_backend_flag(parser)
@@ -79,7 +80,7 @@ def main():
     reader = VideoReader(args.input)
     expected = min(filter(None, (reader.count, args.max_frames)), default=None)
     model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
     classes = predictor.classes
     table, keep = visualize.color_table(classes), visualize.background_id(classes)

@@ -1,4 +1,4 @@
-"""Prediction at an image's own size: protocols (whole, windows, views), label maps, and the Predictor.
+"""Prediction at an image's own size: protocols (whole, windows, tiles, views), label maps, the Predictor.
 
     predictor = Predictor(*load_model("outputs/best_model_iou.pth"))     # checkpoint.load_model
     label_map = predictor.predict("photo.jpg")                           # (H, W) uint8 class ids
@@ -17,12 +17,14 @@ from config import InputError
 from dataio.readers import read_image
 from dataio.transforms import resize_image
 from inference.backends import ExportedModel, convert, is_installed
+from inference.tiles import Tiles, overlap_pixels, window_starts
 from models.logits import Logits, class_ids
 from utils import Precision, pick_device, shortest_time
 
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
 LARGE = 1 << 28  # probabilities that are summed at full size, 1 GB
 WORTH_CONVERTING = 200  # images that pay for the seconds OpenVINO takes to start
+OVERLAP = 0.25  # of tiles, share of their sides
 
 
 class Protocol(NamedTuple):
@@ -32,6 +34,9 @@ class Protocol(NamedTuple):
     image is resized, its proportions kept, until it just covers the window, which then moves over it by
     `stride` (h, w). scales: factors on that size; flip: also the mirrored image. Views are averaged as
     softmax probabilities, overlapping windows as logits, as mmsegmentation does.
+
+    With tile, the image keeps its own resolution: tiles that are resized to the window by the factor `tile`
+    move over it by `stride`, in pixels of the image; they are blended as probabilities.
     """
 
     window: tuple
@@ -39,6 +44,12 @@ class Protocol(NamedTuple):
     stride: tuple = ()
     scales: tuple = (1.0,)
     flip: bool = False
+    tile: float = 0.0
+
+    @property
+    def side(self):
+        """The (h, w) of a tile in pixels of the image."""
+        return tuple(max(1, round(length / self.tile)) for length in self.window)
 
     def sizes(self, height, width):
         """Return the sizes (h, w) that an image of height x width is resized to, one per scale."""
@@ -51,6 +62,10 @@ class Protocol(NamedTuple):
 
     def __str__(self):
         text = f"whole image at {self.window[0]}x{self.window[1]}"
+        if self.tile:
+            high, wide = self.side
+            text = f"tiles of {high}x{wide} pixels, stride {self.stride[0]}x{self.stride[1]}"
+            text += f", seen at {self.window[0]}x{self.window[1]}" if self.tile != 1 else ""
         if self.slide:
             text = f"window {self.window[0]}x{self.window[1]}, stride {self.stride[0]}x{self.stride[1]}"
         if self.scales != (1.0,):
@@ -58,16 +73,26 @@ class Protocol(NamedTuple):
         return text + (", flip" if self.flip else "")
 
 
-def make_protocol(kind, tta, imgsz):
-    """Return the Protocol of the flags --protocol (whole, slide), --tta and an image size (h, w)."""
+def make_protocol(kind, tta, imgsz, tile_scale=1.0, overlap=OVERLAP):
+    """Return the Protocol of the flags --protocol (whole, slide, tile), --tta and an image size (h, w).
+
+    tile_scale, overlap (share or pixels of the image): of tiles. Raises InputError for flags that contradict
+    each other.
+    """
     scales = MS_SCALES if "ms" in tta else (1.0,)
+    if kind == "tile":
+        if "ms" in tta:
+            raise InputError("--tta ms has no place in --protocol tile, which has --tile-scale: leave it out")
+        protocol = Protocol(tuple(imgsz), flip="flip" in tta, tile=tile_scale)
+        stride = [side - less for side, less in zip(protocol.side, overlap_pixels(overlap, protocol.side),
+                                                    strict=True)]
+        if min(stride) < 1:
+            high, wide = protocol.side
+            raise InputError(f"--overlap {overlap:g} is not smaller than the tiles of {high}x{wide} pixels: "
+                             "give less")
+        return protocol._replace(stride=tuple(stride))
     stride = tuple(max(1, round(side * 2 / 3)) for side in imgsz)
     return Protocol(tuple(imgsz), kind == "slide", stride if kind == "slide" else (), scales, "flip" in tta)
-
-
-def window_starts(length, window, stride):
-    """Return where windows start along one side; the last one is shifted in so that it ends at the edge."""
-    return [*range(0, length - window, stride), max(0, length - window)]
 
 
 def slide_logits(model, images, window, stride, batch_size):
@@ -96,8 +121,16 @@ def views_of(model, images, protocol, precision, batch_size=8):
     """Yield the Logits of every view of `images` (B, 3, H, W) uint8, B x K x h x w, none mirrored.
 
     model in eval mode; batch_size: windows per forward pass. One view is alive at a time, unless
-    the caller keeps them.
+    the caller keeps them. Of tiles, B is 1 and the one view is Tiles.
     """
+    if protocol.tile:
+        whole = protocol._replace(tile=0.0, stride=())
+
+        def probabilities(crops):
+            return mean_probabilities(views_of(model, crops, whole, precision), protocol.side)
+
+        yield Tiles(probabilities, images, protocol.side, protocol.stride, batch_size)
+        return
     images = images.to(next(model.parameters()).device, non_blocking=True)
     for size in protocol.sizes(*images.shape[-2:]):
         resized = resize_image(images, size)
@@ -109,6 +142,12 @@ def views_of(model, images, protocol, precision, batch_size=8):
                 else:
                     logits = model.logits(seen)
             yield logits.flip() if mirrored else logits
+
+
+def mean_probabilities(views, size):
+    """Return the mean softmax (B, K, h, w) float32 of views, an iterable of Logits, at `size` = (h, w)."""
+    shares = [view.at(size).pixels().softmax(1) for view in views]
+    return sum(shares) / len(shares)
 
 
 def blocks_of(views, size):
@@ -185,18 +224,23 @@ def label_maps(views, sizes):
 @torch.inference_mode()
 def predict(model, images, protocol, precision, batch_size=8):
     """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the model's device."""
-    views = views_of(model, images, protocol, precision, batch_size)
-    return torch.stack(label_maps(views, [images.shape[-2:]] * len(images)))
+    parts = images.split(1) if protocol.tile else [images]
+    return torch.stack([pred for part in parts for pred in label_maps(
+        views_of(model, part, protocol, precision, batch_size), [images.shape[-2:]] * len(part))])
 
 
-def choose_protocol(checkpoint, imgsz=None, kind="", tta=""):
+def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, overlap=None):
     """Return the Protocol of a checkpoint, with those parts replaced that were given.
 
-    imgsz: (h, w); kind: whole or slide; tta: flip, ms or "ms,flip". A model runs at the size it was trained
-    at, on the whole image; an official head has a protocol of its own.
+    imgsz: (h, w); kind: whole, slide or tile; tta: flip, ms or "ms,flip"; tile_scale, overlap: of tiles. A
+    model runs at the size it was trained at, on the whole image; an official head has a protocol of its own.
+    Raises InputError for flags that contradict each other.
     """
-    asked = make_protocol(kind, tta, imgsz or checkpoint["imgsz"])
-    if "protocol" not in checkpoint:
+    if kind != "tile" and not tile_scale is overlap is None:
+        raise InputError("--tile-scale and --overlap belong to --protocol tile: add it, or leave them out")
+    asked = make_protocol(kind, tta, imgsz or checkpoint["imgsz"], tile_scale or 1.0,
+                          OVERLAP if overlap is None else overlap)
+    if "protocol" not in checkpoint or kind == "tile":
         return asked
     own = Protocol(**checkpoint["protocol"])
     if imgsz:
@@ -273,9 +317,9 @@ class Predictor:
     @torch.inference_mode()
     def probabilities(self, images, size):
         """Return (n, K, h, w) float32 at `size` = (h, w) of images (n, 3, H, W) uint8, on the device."""
-        views = views_of(self.model, images, self.protocol, self.precision)
-        shares = [view.at(size).pixels().softmax(1) for view in views]
-        return sum(shares) / len(shares)
+        parts = images.split(1) if self.protocol.tile else [images]
+        return torch.cat([mean_probabilities(views_of(self.model, part, self.protocol, self.precision), size)
+                          for part in parts])
 
     def __call__(self, images):
         return predict(self.model, images, self.protocol, self.precision).cpu().numpy()

@@ -30,8 +30,8 @@ from inference.predictor import (
     predict,
     slide_logits,
     views_of,
-    window_starts,
 )
+from inference.tiles import window_starts
 from losses import Criterion
 from conftest import build, tiny
 from model import SegmentationModel
