@@ -20,7 +20,7 @@ RUN apt-get update \
 
 WORKDIR /app
 COPY requirements.txt .
-RUN /venv/bin/pip install --no-cache-dir -r requirements.txt "gradio>=5"
+RUN /venv/bin/pip install --no-cache-dir -r requirements.txt "gradio>=6"
 COPY . .
 
 RUN useradd --create-home user

@@ -569,7 +569,8 @@ def benchmark_smooth(args):
         frames, masks = zip(*draw_clip((CLIP_SEED, clip), CLIP_SIZE, args.images, CLIP_RATE), strict=True)
         images, masks = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), np.stack(masks)
         preds = {name: [] for name in scores}
-        smoothers = [Smoother(predictor, max(predictor.protocol.window)) for _ in range(2)]
+        side = max(predictor.protocol.sizes(*CLIP_SIZE)[0])
+        smoothers = [Smoother(predictor, side) for _ in range(2)]
         smoothers[0](images[:1])  # the first call of a size is slow
         variants = dict(zip(scores, (predictor, smoothers[1]), strict=True))
         for frame in range(args.images):  # in turns

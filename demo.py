@@ -9,6 +9,8 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by gradio when it is imported
+os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
+os.environ["no_proxy"] = os.environ["NO_PROXY"]  # gradio looks whether its own page is there
 
 from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, fraction,
                     port_number, script_parser)
@@ -104,8 +106,8 @@ def main():
         page.launch(server_name=args.host, server_port=args.port, theme=plain, quiet=True,
                     show_error=True, prevent_thread_lock=True)
     except Exception as error:  # of gradio, which asks its own page whether it is there: it could be any
-        raise InputError(f"--host {args.host} --port {args.port} cannot be listened at ({error}): give others"
-                         ) from None
+        raise InputError(f"the page cannot be served at --host {args.host} --port {args.port} ({error}): "
+                         "give others") from None
     host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
     print(f"open http://{host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()

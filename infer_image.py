@@ -12,7 +12,7 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, fraction, script_parser)
+                    add_run_flags, fraction, positive_int, script_parser)
 
 
 def parse_args(argv=None):
@@ -34,8 +34,12 @@ def parse_args(argv=None):
     more.add_argument("--cutout", action="store_true", help="<name>_cutout.png: the background transparent")
     more.add_argument("--min-confidence", type=fraction, metavar="X", help="pseudo_labels/: a folder to "
                       "train on, in whose masks pixels of a lower probability are ignored")
+    parser.add_argument("--bands", nargs=3, type=positive_int, default=(), metavar=("R", "G", "B"),
+                        help="tile: bands of TIFFs that are red, green and blue, from 1 (1 2 3)")
     add_run_flags(parser)
     args = parser.parse_args(argv)
+    if args.bands and args.protocol != "tile":
+        parser.error("--bands belongs to TIFFs that are read by windows: add --protocol tile")
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
     return args
@@ -59,6 +63,7 @@ from config import InputError, count_of
 from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
+from inference.rasters import MaskFile, Raster, is_raster, polygons, read_small, segment
 from inference.video import ReadAhead, WriteBehind
 
 
@@ -93,21 +98,18 @@ def output_names(paths):
     return list(names)
 
 
-def read_or_error(path):
-    """Return (image (3, H, W) uint8, its depth in bits), or the InputError that says why there is none."""
+def read_or_error(path, windows, bands):
+    """Return (image (3, H, W) uint8, its depth in bits), or the InputError that says why there is none.
+
+    windows: give a Raster in place of the image of a TIFF, with these `bands`.
+    """
     try:
+        if windows and is_raster(path):
+            return Raster(path, bands), 8
         image, _, _, depth = read_upright(path)
         return image, depth
     except InputError as error:
         return error
-
-
-def describe(pred, classes):
-    """Return the classes of a prediction (H, W) with their share of the pixels, largest first, as text."""
-    counts = np.bincount(pred.ravel(), minlength=len(classes))
-    order = counts.argsort()[::-1]
-    return ", ".join(f"{classes[id][0]} {100 * counts[id] / pred.size:.1f} %" for id in order
-                     if counts[id] >= 0.0005 * pred.size)
 
 
 class Extras:
@@ -143,9 +145,18 @@ class Extras:
             file = folder / f"{name}_probability_{id}_{outputs.file_word(label)}.png"
             outputs.save_gray(scores.probabilities[id].astype(np.float32), file, bits)
         if args.json:
-            self.shares.append(outputs.shares(path, pred, scores.confidence, self.classes))
+            shares = outputs.Shares(self.classes).add(pred, scores.confidence)
+            self.shares.append(shares.entry(path, pred.shape))
         if self.pseudo:
             self.pseudo.add(path, name, pred, scores.confidence)
+
+    def add_raster(self, raster, mask, name, shares):
+        """Write what belongs to a Raster and its mask file."""
+        if "geojson" in self.args.polygons:
+            found = polygons(mask, self.classes, self.background)
+            outputs.save_json(found, self.folder / f"{name}.geojson")
+        if self.args.json:
+            self.shares.append(shares.entry(raster.path, raster.size))
 
     def finish(self):
         """Write what belongs to all images together, and print what should be known of it."""
@@ -159,6 +170,28 @@ class Extras:
             outputs.save_json(self.shares, self.folder / "shares.json")
         if self.pseudo and self.pseudo.kept:
             print(self.pseudo.finish())
+
+
+def segment_raster(raster, predictor, name, folder, alpha, extras):
+    """Write <name>_mask.tif and a small <name>_overlay.jpg of a Raster; return the Shares of its classes.
+    Raises InputError where it is damaged.
+    """
+    classes = predictor.classes
+    path, shares = folder / f"{name}_mask.tif", outputs.Shares(classes)
+    with raster, MaskFile(path, raster, classes) as mask:
+        for rows, pred, confidence in segment(raster, predictor):
+            mask.write(rows, pred)
+            shares.add(pred, confidence)
+        image = raster.preview()
+    if raster.ranges:
+        ranges = ", ".join(f"{low:g} to {high:g}" for low, high in raster.ranges)
+        tqdm.write(f"{raster.path}: bands deeper than 8 bit were scaled from {ranges}")
+    ids = read_small(path, image.shape[:2])
+    keep = visualize.background_id(classes)
+    drawn = visualize.overlay(image, ids, visualize.color_table(classes), alpha, keep)
+    utils.save_image(drawn, folder / f"{name}_overlay.jpg", quality=92)
+    extras.add_raster(raster, path, name, shares)
+    return shares
 
 
 def main():
@@ -176,6 +209,13 @@ def main():
     utils.make_folder(out_dir)
     extras = Extras(args, classes, out_dir)
     seen, failed, depths = 0, 0, set()
+    if extras.pseudo and any(extras.pseudo.folder.resolve() in path.resolve().parents for path in paths):
+        raise InputError(f"--min-confidence writes to {extras.pseudo.folder}, and --input lies there: give "
+                         "another --out-dir")
+    rasters = [path for path in paths if protocol.tile and is_raster(path)]
+    if rasters and (args.cutout or extras.pseudo or args.probabilities or "coco" in args.polygons):
+        raise InputError(f"{rasters[0]} is read by windows: leave out --cutout, --probabilities, "
+                         "--min-confidence and --polygons coco, which want whole images")
 
     def save(image, pred, name, path, scores):
         drawn = visualize.overlay(image, pred, table, args.alpha, keep)
@@ -184,7 +224,8 @@ def main():
         extras.add(path, name, image, pred, scores)
 
     # the next files are read and the last ones written while the model looks at one
-    with (utils.StopOnSignal() as stop, ReadAhead(map(read_or_error, paths), stop=stop) as images,
+    reading = (read_or_error(path, protocol.tile, args.bands) for path in paths)
+    with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as images,
           WriteBehind(save) as writer,
           tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar):
         for path, name, found in zip(paths, output_names(paths), images, strict=False):
@@ -198,13 +239,21 @@ def main():
                 continue
             image, depth = found
             depths.add(depth)
+            if isinstance(image, Raster):
+                try:
+                    shares = segment_raster(image, predictor, name, out_dir, args.alpha, extras)
+                    tqdm.write(f"{path}: {shares}")
+                except InputError as error:
+                    failed += 1
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+                continue
             scores = None
             if extras.needs_scores:
                 scores = predictor.scores(image[None], args.probabilities == "classes")
             pred = scores.pred if scores else predictor(image[None])[0]  # (3, H, W) -> (H, W)
             pixels = image.permute(1, 2, 0).numpy()
             writer.put(pixels, pred, name, path, scores)
-            tqdm.write(f"{path}: {describe(pred, classes)}")
+            tqdm.write(f"{path}: {outputs.Shares(classes).add(pred)}")
             if args.show:
                 visualize.show_window(visualize.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
     extras.finish()

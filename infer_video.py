@@ -53,7 +53,7 @@ from checkpoint import load_model
 from config import InputError, count_of
 from inference.outputs import Background, ShareTable, require_background
 from inference.predictor import Predictor, choose_protocol
-from inference.smooth import Smoother
+from inference.smooth import SIDE, Smoother
 from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
 
 
@@ -84,6 +84,9 @@ def main():
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
     classes = predictor.classes
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
+    if args.smooth and protocol.tile:
+        raise InputError(f"--smooth averages at {SIDE} pixels at most, which --protocol tile is there to "
+                         "exceed: leave one out")
     if args.cutout:
         require_background(classes)
         background = Background(args.cutout, reader.size)
@@ -109,7 +112,7 @@ def main():
     with (utils.StopOnSignal() as stop, table_of_shares as shares,
           VideoWriter(path, reader.size, reader.fps, sound) as writer):
         batch_size = args.batch_size or default_batch(predictor, reader.drops or args.show)
-        segment = Smoother(predictor, max(protocol.window)) if args.smooth else predictor
+        segment = Smoother(predictor, max(protocol.sizes(*reader.size)[0])) if args.smooth else predictor
         pipeline = Pipeline(reader, segment, draw, writer, batch_size, args.max_frames,
                             show if args.show else None)
         try:

@@ -4,7 +4,8 @@
         trackers.follow(history)                       # rows that they do not have yet, and the pictures
 
 Each is optional and gets everything through its own library, whose environment variables say where to
-(WANDB_MODE=offline, MLFLOW_TRACKING_URI ...). Training never depends on one: what fails is a warning.
+(WANDB_MODE=offline, MLFLOW_TRACKING_URI ...). A run that has begun never depends on one: what fails is a
+warning.
 """
 import importlib
 import json
@@ -54,7 +55,7 @@ class TensorBoard:
         self.writer.add_image(name, np.array(Image.open(path).convert("RGB")), epoch, dataformats="HWC")
         self.writer.flush()
 
-    def close(self):
+    def close(self, failed):
         """End."""
         self.writer.close()
 
@@ -79,9 +80,9 @@ class WandB:
         """Log a picture of an epoch."""
         self.run.log({name: self.wandb.Image(str(path))}, step=epoch)
 
-    def close(self):
+    def close(self, failed):
         """End."""
-        self.run.finish()
+        self.run.finish(exit_code=int(failed))
 
 
 class MLflow:
@@ -105,9 +106,9 @@ class MLflow:
         """Keep a picture of an epoch."""
         self.mlflow.log_artifact(str(path), name)
 
-    def close(self):
+    def close(self, failed):
         """End."""
-        self.mlflow.end_run()
+        self.mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 # A new tracker is one class above and one line here.
@@ -134,31 +135,41 @@ def require(names):
 class Trackers:
     """The trackers called `names` of a run in `folder`; settings: {flag: value}; classes: [[name, color]].
 
-    A resumed run goes on in the runs that it had there. Raises InputError for a tracker that does not start;
-    one that fails later is left out with a warning.
+    A resumed run goes on in the runs that it had there. Raises InputError for a tracker that does not start,
+    unless the run is resumed; one that fails later is left out with a warning.
     """
 
-    def __init__(self, names, folder, settings, classes):
+    def __init__(self, names, folder, settings, classes, resumed=False):
         self.folder, self.classes, self.open = Path(folder), classes, {}
         try:
             self.notes = json.loads((self.folder / NOTES).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self.notes = {}
-        for name in names:
+        for name in dict.fromkeys(names):
             note = self.notes.setdefault(name, dict(id="", epochs=0))
             try:
                 self.open[name] = TRACKERS[name](self.folder, settings, note["id"], note["epochs"])
             except Exception as error:  # of another library: it could be any
-                self.close()
+                if resumed:
+                    print(f"warning: --log {name} does not start and is left out: {one_line(error)}")
+                    continue
+                self.close(failed=True)
                 raise InputError(f"--log {name} does not start: {one_line(error)}") from None
             note["id"] = self.open[name].id
+        self.save()
+
+    def save(self):
+        """Write which runs of the trackers belong to this one."""
+        if self.notes:
+            text = json.dumps(self.notes)
+            write_atomically(self.folder / NOTES, lambda path: path.write_text(text, encoding="utf-8"))
 
     def follow(self, history):
         """Hand over the rows of the history that a tracker does not have, and the pictures of the last."""
         last = history[-1]["epoch"]
         pictures = {"predictions": self.folder / f"valid_preds/epoch_{last:03d}.png",
                     **{name: self.folder / f"{name}.png" for name in PLOTS}}
-        for name in list(self.open):
+        for name in [name for name in self.open if self.notes[name]["epochs"] < last]:
             with self.guarded(name) as tracker:
                 for row in history[self.notes[name]["epochs"]:]:
                     tracker.add(row["epoch"], scalars(row, self.classes))
@@ -166,20 +177,19 @@ class Trackers:
                     if path.exists():
                         tracker.add_picture(last, title, path)
                 self.notes[name]["epochs"] = last
-        text = json.dumps(self.notes)
-        write_atomically(self.folder / NOTES, lambda path: path.write_text(text, encoding="utf-8"))
+        self.save()
 
-    def close(self):
-        """End all."""
+    def close(self, failed=False):
+        """End all; failed: the run did not come to its end."""
         for name in list(self.open):
             with self.guarded(name) as tracker:
-                tracker.close()
+                tracker.close(failed)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        self.close(failed=kind is not None)
 
     @contextmanager
     def guarded(self, name):

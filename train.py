@@ -259,18 +259,20 @@ def main():
     with utils.stopping_at_once(lambda: how_to_go_on(folder, config)), folder:
         if run.history and is_main_process():  # a run may have been killed before it drew
             draw(run)
-        if has_stalled(run.history, config.patience):
-            print(f"{no_better(config)}: give a larger --patience, or 0, to continue")
-        elif len(run.history) < config.epochs:
-            criterion = build_criterion(config, data, device)
-            train_batches, val_batches = build_batches(config, data, model, optimization.precision)
-            names = config.log if is_main_process() else ()
-            with (trackers.Trackers(names, folder.path, run.settings, run.classes) as logs,
-                  naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop):
-                train_epochs(run, config, criterion, train_batches, val_batches, logs)
-        else:
-            epochs = count_of(len(run.history), "epoch")
-            print(f"the run has its {epochs}: give a larger --epochs to continue")
+        names = config.log if is_main_process() else ()
+        with trackers.Trackers(names, folder.path, run.settings, run.classes, config.resume) as logs:
+            if run.history:
+                logs.follow(run.history)
+            if has_stalled(run.history, config.patience):
+                print(f"{no_better(config)}: give a larger --patience, or 0, to continue")
+            elif len(run.history) < config.epochs:
+                criterion = build_criterion(config, data, device)
+                train_batches, val_batches = build_batches(config, data, model, optimization.precision)
+                with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:
+                    train_epochs(run, config, criterion, train_batches, val_batches, logs)
+            else:
+                epochs = count_of(len(run.history), "epoch")
+                print(f"the run has its {epochs}: give a larger --epochs to continue")
     if is_main_process():
         print_result(run.history, data, out_dir)
 

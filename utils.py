@@ -30,6 +30,7 @@ except ImportError:  # Windows
 # What runs wrote before they noted it in .run.json.
 UNNOTED = {"config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
            "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds"}
+OF_TRACKERS = {"tensorboard", "wandb", "trackers.json"}  # which write as soon as they start
 
 
 # --- errors and stops -------------------------------------------------------------------------------------
@@ -332,11 +333,12 @@ class RunFolder:
                 and not (path / ".run.json").exists()}
 
     def written_before(self):
-        """Return the names that an earlier run wrote, as it noted them."""
+        """Return the names that an earlier run wrote, as it noted them, and what one left that failed."""
         try:
-            return self.names() & set(json.loads((self.path / ".run.json").read_text())["files"])
+            noted = set(json.loads((self.path / ".run.json").read_text())["files"])
+            return self.names() & (noted | OF_TRACKERS)
         except (OSError, ValueError, KeyError, TypeError):
-            return self.names() & UNNOTED
+            return self.names() & (UNNOTED | OF_TRACKERS)
 
     def clear_leftovers(self, earlier):
         """Remove what write_atomically left of the files of a killed run."""

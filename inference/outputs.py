@@ -6,6 +6,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -98,17 +99,40 @@ def geojson(regions, classes):
         for region in regions])
 
 
-def shares(path, pred, confidence, classes):
-    """Return {"image", "height", "width", "confidence", "classes": {name: {"share", "confidence"}}}.
-
-    confidence: (H, W), the probability of the class that was chosen, of which the means are given.
+class Shares:
+    """Adds up, over the parts of an image, counts (K,) of the pixels and sums (K,) of the confidence of each
+    class; ignored pixels do not count.
     """
-    counts = np.bincount(pred.ravel(), minlength=len(classes))
-    sums = np.bincount(pred.ravel(), confidence.ravel(), minlength=len(classes))
-    named = {name: dict(share=round(counts[id] / pred.size, 6), confidence=round(sums[id] / counts[id], 4))
-             for id, (name, _) in enumerate(classes) if counts[id]}
-    return dict(image=str(path), height=pred.shape[0], width=pred.shape[1],
-                confidence=round(float(confidence.mean()), 4), classes=named)
+
+    def __init__(self, classes):
+        self.classes, self.counts, self.sums = classes, np.zeros(256, np.int64), np.zeros(256)
+
+    def add(self, pred, confidence=None):
+        """Add class ids (h, w) and the probabilities (h, w) of the class that was chosen."""
+        self.counts += np.bincount(pred.ravel(), minlength=256)
+        if confidence is not None:
+            self.sums += np.bincount(pred.ravel(), confidence.ravel(), minlength=256)
+        return self
+
+    def named(self):
+        """Yield (name, share of the pixels, mean confidence) of the classes that there are."""
+        whole = self.counts[:len(self.classes)].sum()
+        for (name, _), count, confidence in zip(self.classes, self.counts, self.sums, strict=False):
+            if count:
+                yield name, count / whole, confidence / count
+
+    def __str__(self):
+        order = sorted(self.named(), key=lambda entry: -entry[1])
+        return ", ".join(f"{name} {100 * share:.1f} %" for name, share, _ in order if share >= 0.0005)
+
+    def entry(self, path, size):
+        """Return {"image", "height", "width", "confidence", "classes": {name: {"share", "confidence"}}} of an
+        image of `size` (H, W).
+        """
+        named = {name: dict(share=round(share, 6), confidence=round(confidence, 4))
+                 for name, share, confidence in self.named()}
+        mean = sum(share * confidence for _, share, confidence in self.named())
+        return dict(image=str(path), height=size[0], width=size[1], confidence=round(mean, 4), classes=named)
 
 
 def save_gray(values, path, bits):
@@ -141,14 +165,19 @@ class PseudoLabels:
 
     def __init__(self, folder, classes, threshold):
         self.folder, self.classes, self.threshold, self.kept = folder, classes, threshold, []
-        if folder.exists():  # another model's labels must not mix with these
+
+    def move_earlier(self):
+        """Move what an earlier run wrote: another model's labels must not mix with these."""
+        if self.folder.exists():
             before = next(path for number in itertools.count(1)
-                          if not (path := folder.with_name(f"{folder.name}_{number}")).exists())
-            folder.rename(before)
+                          if not (path := self.folder.with_name(f"{self.folder.name}_{number}")).exists())
+            self.folder.rename(before)
             print(f"the earlier pseudo-labels were moved to {before}")
 
     def add(self, path, name, pred, confidence):
         """Write the pair of an image file; pred, confidence: (H, W), as the image upright."""
+        if not self.kept:
+            self.move_earlier()
         sure = confidence >= self.threshold
         self.kept.append(float(sure.mean()))
         labels = np.where(sure, pred, IGNORE).astype(np.uint8)
@@ -164,19 +193,25 @@ class PseudoLabels:
 
 
 class ShareTable:
-    """A CSV file with a line per frame of a clip: frame (from 0), seconds, share of the pixels per class."""
+    """A CSV file with a line per frame of a clip: frame (from 0), seconds, share of the pixels per class. It
+    appears under its name at the end, with the frames that there were.
+    """
 
     def __init__(self, path, classes):
         self.path, self.count, self.classes = path, 0, classes
 
     def __enter__(self):
-        self.file = open(self.path, "w", newline="", encoding="utf-8")
+        self.temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
+        self.file = open(self.temporary, "w", newline="", encoding="utf-8")
         self.lines = csv.writer(self.file)
         self.lines.writerow(["frame", "seconds", *[name for name, _ in self.classes]])
         return self
 
     def __exit__(self, *_):
         self.file.close()
+        if self.count:
+            os.replace(self.temporary, self.path)
+        self.temporary.unlink(missing_ok=True)
 
     def add(self, pred, seconds):
         """Write the line of a frame: its class ids (H, W) and its time since the first one."""
@@ -222,7 +257,7 @@ def blurred(frame, weight):
     colors = cv2.resize(frame * weight[..., None], small, interpolation=cv2.INTER_AREA)
     counts = cv2.resize(weight, small, interpolation=cv2.INTER_AREA)
     sums, counts = (cv2.GaussianBlur(values, (0, 0), height / 100) for values in (colors, counts))
-    means = (sums / np.maximum(counts, 1e-3)[..., None]).clip(0, 255).astype(np.uint8)
+    means = np.rint(sums / np.maximum(counts, 1e-3)[..., None]).clip(0, 255).astype(np.uint8)
     return cv2.resize(means, (width, height))
 
 

@@ -121,7 +121,7 @@ def views_of(model, images, protocol, precision, batch_size=8):
     """Yield the Logits of every view of `images` (B, 3, H, W) uint8, B x K x h x w, none mirrored.
 
     model in eval mode; batch_size: windows per forward pass. One view is alive at a time, unless
-    the caller keeps them. Of tiles, B is 1 and the one view is Tiles.
+    the caller keeps them. Of tiles, B is 1 and the one view is Tiles; images may be a Raster then.
     """
     if protocol.tile:
         whole = protocol._replace(tile=0.0, stride=())
@@ -129,7 +129,7 @@ def views_of(model, images, protocol, precision, batch_size=8):
         def probabilities(crops):
             return mean_probabilities(views_of(model, crops, whole, precision), protocol.side)
 
-        yield Tiles(probabilities, images, protocol.side, protocol.stride, batch_size)
+        yield Tiles(probabilities, images, protocol.side, protocol.stride, model.num_classes, batch_size)
         return
     images = images.to(next(model.parameters()).device, non_blocking=True)
     for size in protocol.sizes(*images.shape[-2:]):

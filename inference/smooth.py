@@ -4,7 +4,7 @@
     preds = smoother(frames)                           # (n, 3, H, W) uint8, in order -> (n, H, W) uint8
 
 The motion is dense inverse search (Kroeger et al., ECCV 2016), OpenCV's. What was hidden before and what the
-motion does not explain, such as a cut, is taken from the frame alone.
+motion does not explain is taken from the frame alone, after a cut all of it.
 """
 import cv2
 import numpy as np
@@ -16,7 +16,10 @@ from models.logits import Logits
 
 SIDE = 320  # pixels of the longer side at which motion and probabilities are taken, at most
 PAST = 0.6  # weight of the frames before, where they look the same
-LOOKS = 8.0  # gray levels by which a pixel may differ from where it came from before it counts as new
+LOOKS = 0.16  # by how much a pixel may differ from where it came from, in standard deviations of the frame
+LEAST_LOOKS = 2.0  # the same in gray levels: the noise of a camera
+CUT = 0.5  # share of PAST that a frame keeps on average, below which it is another scene
+LEAST = 32  # pixels of the shorter side: OpenCV's DIS may crash below
 
 
 class Smoother:
@@ -34,7 +37,7 @@ class Smoother:
     @torch.inference_mode()
     def __call__(self, images):
         size = tuple(images.shape[-2:])
-        scale = min(1.0, self.side / max(size))
+        scale = min(1.0, max(self.side / max(size), LEAST / min(size)))
         small = tuple(max(1, round(side * scale)) for side in size)
         preds = []
         for frame, shares in zip(images, self.predictor.probabilities(images, small), strict=True):
@@ -47,17 +50,20 @@ class Smoother:
 
     def add(self, gray, shares):
         """Take a frame (h, w) uint8 and its probabilities (1, K, h, w) into the average."""
-        if self.gray is not None and min(gray.shape) >= 16:  # DIS needs a few pixels
+        if self.gray is not None and min(gray.shape) >= LEAST:
             motion = self.flow.calc(gray, self.gray, None)  # (h, w, 2) x y, to where a pixel was before
             height, width = gray.shape
             before = motion + np.dstack(np.meshgrid(np.arange(width), np.arange(height)))
             before = before.astype(np.float32)
             moved = cv2.remap(self.gray, before, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             inside = ((before >= 0) & (before <= (width - 1, height - 1))).all(2)
-            weight = PAST * np.exp(-(cv2.absdiff(gray, moved) / LOOKS) ** 2) * inside
+            looks = max(LEAST_LOOKS, LOOKS * gray.std())
+            weight = PAST * np.exp(-(cv2.absdiff(gray, moved) / looks) ** 2) * inside
+            if weight.mean() < CUT * PAST:
+                weight[:] = 0
             weight = torch.from_numpy(weight.astype(np.float32)).to(shares.device)
             # grid_sample counts from -1 to 1 between the outer edges of the pixels
             grid = torch.from_numpy((2 * before + 1) / np.float32((width, height)) - 1).to(shares.device)
-            past = F.grid_sample(self.shares, grid[None], padding_mode="border", align_corners=False)
-            shares = torch.lerp(shares, past, weight)
+            past = F.grid_sample(self.shares, grid[None], align_corners=False)
+            shares = torch.where((weight > 0) & past.isfinite(), torch.lerp(shares, past, weight), shares)
         self.gray, self.shares = gray, shares

@@ -42,20 +42,17 @@ class Tiles:
     """One image as overlapping tiles, with the interface of models.logits.Logits; the logits are the
     logarithms of blended probabilities.
 
-    probabilities: (n, 3, h, w) uint8 crops -> (n, K, h, w) float32; image: (1, 3, H, W) uint8, on any device;
+    probabilities: (n, 3, h, w) uint8 crops -> (n, K, h, w) float32; image: (1, 3, H, W) uint8, on any device,
+    or an object with its `shape` and read(top, left, h, w) -> (1, 3, h, w), None where there is nothing;
     side: (h, w) of a tile, stride: (h, w) between two, in pixels of the image. slices() and pixels() are
     called in turns, once through: rows are forgotten as the next ones are computed.
     """
 
-    def __init__(self, probabilities, image, side, stride, batch_size=8):
-        self.probabilities, self.size, self.batch_size = probabilities, tuple(image.shape[-2:]), batch_size
-        # an image smaller than a tile is continued by its last pixels, as far as it is cut off again
-        missing = [max(0, whole - length) for whole, length in zip(side, self.size, strict=True)]
-        self.image = image
-        if any(missing):
-            padded = F.pad(image.float(), (0, missing[1], 0, missing[0]), mode="replicate")
-            self.image = padded.to(image.dtype)
+    def __init__(self, probabilities, image, side, stride, num_classes, batch_size=8):
+        self.probabilities, self.num_classes, self.batch_size = probabilities, num_classes, batch_size
+        self.image, self.size = image, tuple(image.shape[-2:])
         self.side, self.stride = tuple(side), tuple(stride)
+        self.width = max(self.size[1], self.side[1])
         self.top, self.sums, self.weights = 0, None, None
 
     def __len__(self):
@@ -65,7 +62,7 @@ class Tiles:
     def starts(self):
         """Return (tops, lefts) of the tiles, in pixels."""
         return [window_starts(length, side, stride) for length, side, stride
-                in zip(self.image.shape[-2:], self.side, self.stride, strict=True)]
+                in zip(self.size, self.side, self.stride, strict=True)]
 
     def at(self, size):
         """Return the logits at another size (H, W): all of them at once, unless it is the image's own."""
@@ -83,7 +80,7 @@ class Tiles:
                 self.move_to(top)
                 self.add_row(tops, index, lefts, bar)
                 end = tops[index + 1] if index + 1 < len(tops) else self.size[0]
-                step = max(1, BLOCK["cpu"] // self.sums[:, 0].numel())
+                step = max(1, BLOCK["cpu"] // (self.num_classes * self.width))
                 for first in range(top, end, step):
                     yield slice(0, 1), slice(first, min(end, first + step))
 
@@ -96,28 +93,47 @@ class Tiles:
                 sums[..., :kept.shape[-2], :] = kept
         self.top = top
 
+    def crop(self, top, left):
+        """Return a tile (1, 3, h, w) of the image, which its last pixels continue where it is smaller than
+        that; None where it holds nothing.
+        """
+        sides = [min(side, length) for side, length in zip(self.side, self.size, strict=True)]
+        if isinstance(self.image, torch.Tensor):
+            crop = self.image[..., top:top + sides[0], left:left + sides[1]]
+        else:
+            crop = self.image.read(top, left, *sides)
+        if crop is None or tuple(sides) == self.side:
+            return crop
+        missing = 0, self.side[1] - sides[1], 0, self.side[0] - sides[0]
+        return F.pad(crop.float(), missing, mode="replicate").to(crop.dtype)
+
     def add_row(self, tops, row, lefts, bar):
         """Add the probabilities of a row of tiles to the sums."""
-        (high, wide), width = self.side, self.image.shape[-1]
+        high, wide = self.side
         along_y = edges(tops, row, high)
         for first in range(0, len(lefts), self.batch_size):
-            part = lefts[first:first + self.batch_size]
-            crops = torch.cat([self.image[..., self.top:self.top + high, left:left + wide] for left in part])
-            found = self.probabilities(crops)  # (n, K, h, w)
+            part = range(first, min(first + self.batch_size, len(lefts)))
+            crops = {column: self.crop(tops[row], lefts[column]) for column in part}
+            bar.update(len(part))
+            crops = {column: crop for column, crop in crops.items() if crop is not None}
+            if not crops:
+                continue
+            found = self.probabilities(torch.cat(list(crops.values())))  # (n, K, h, w)
             if self.sums is None:
-                self.sums = found.new_zeros(found.shape[1], high, width)
-                self.weights = found.new_zeros(high, width)
-            for column, (left, shares) in enumerate(zip(part, found, strict=True), first):
-                weight = along_y[:, None] * edges(lefts, column, wide)
-                weight = weight.to(shares.device)
+                self.sums = found.new_zeros(self.num_classes, high, self.width)
+                self.weights = found.new_zeros(high, self.width)
+            for column, shares in zip(crops, found, strict=True):
+                left = lefts[column]
+                weight = (along_y[:, None] * edges(lefts, column, wide)).to(shares.device)
                 self.sums[..., left:left + wide] += shares * weight
                 self.weights[:, left:left + wide] += weight
-            bar.update(len(part))
 
     def pixels(self, rows=slice(None)):
-        """Return (1, K, r, W) float32 of rows that slices() has just named."""
+        """Return (1, K, r, W) float32 of rows that slices() has just named; equal where there is nothing."""
+        if self.sums is None:
+            return torch.zeros(1, self.num_classes, rows.stop - rows.start, self.size[1])
         part = slice(rows.start - self.top, rows.stop - self.top)
-        means = self.sums[:, part, :self.size[1]] / self.weights[part, :self.size[1]]
+        means = self.sums[:, part, :self.size[1]] / self.weights[part, :self.size[1]].clamp(min=SMALLEST)
         return means.clamp_(min=SMALLEST).log_()[None]
 
 

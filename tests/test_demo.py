@@ -122,5 +122,5 @@ def test_an_image_dropped_into_a_browser(tmp_path, served, model_file):
         files[0].send_keys(str(tmp_path / "broken.jpg"))
         wait_for(lambda: "cannot identify image file" in browser.find_element("tag name", "body").text)
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 2 and "cannot be listened at" in again.stderr
+    assert again.returncode == 2 and "the page cannot be served at" in again.stderr
     assert "Traceback" not in again.stderr

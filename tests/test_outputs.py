@@ -17,7 +17,7 @@ import infer_video
 import train
 from checkpoint import load_model, pack_checkpoint
 from dataio.readers import read_image, read_pair
-from inference.outputs import Background, coco_entries, fill, find_regions
+from inference.outputs import Background, ShareTable, coco_entries, fill, find_regions
 from inference.predictor import Predictor, choose_protocol
 from inference.video import VideoReader
 from test_video import write_clip
@@ -190,26 +190,31 @@ def test_pseudo_labels_are_a_folder_to_train_on(photos, segment, run, tmp_path):
     assert code == 0, err
 
 
-def test_pseudo_labels_of_another_run_do_not_mix(photos, segment):
+def test_pseudo_labels_of_another_run_do_not_mix(photos, segment, run):
     folder, _ = segment("--min-confidence", 0.4)
     (folder / "pseudo_labels/masks/of_another_model.png").touch()
     _, text = segment("--min-confidence", 0.4)
     assert f"the earlier pseudo-labels were moved to {folder / 'pseudo_labels_1'}" in text
     assert len(list((folder / "pseudo_labels/masks").iterdir())) == len(list(photos.iterdir())) == 3
     assert (folder / "pseudo_labels_1/masks/of_another_model.png").exists()
+    root = photos.parents[1]
+    code, _, err = run(infer_image, "--model", root / "model.pth", "--min-confidence", 0.4, "--input",
+                       folder / "pseudo_labels/images", "--out-dir", root)
+    assert code == 2 and "and --input lies there: give another --out-dir" in err
+    assert len(list((folder / "pseudo_labels/images").iterdir())) == 3
 
 
 def test_what_is_done_is_written_after_ctrl_c(photos, run, tmp_path, monkeypatch):
     """The signal comes while the second of three images is at hand."""
-    calls, describe = [], infer_image.describe
+    calls, scores = [], Predictor.scores
 
     def interrupted(*given):
         calls.append(given)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return describe(*given)
+        return scores(*given)
 
-    monkeypatch.setattr(infer_image, "describe", interrupted)
+    monkeypatch.setattr(Predictor, "scores", interrupted)
     code, text, _ = run(infer_image, "--model", tmp_path / "model.pth", "--input", photos, "--device", "cpu",
                         "--json", "--polygons", "coco", "--out-dir", tmp_path)
     assert code == 130 and "2 of 3 images segmented" in text
@@ -253,6 +258,19 @@ def test_a_clip_before_another_background(photos, run, tmp_path, kind):
     if kind == "green":
         green = np.mean([(np.abs(frame.astype(int) - (0, 255, 0)).max(2) < 40).mean() for frame in frames])
         assert green == pytest.approx(np.mean([float(row[2]) for row in rows[1:]]), abs=0.15)
+
+
+def test_a_table_of_shares_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "clip.csv"
+    path.write_text("earlier")
+    with pytest.raises(KeyboardInterrupt), ShareTable(path, CLASSES):
+        raise KeyboardInterrupt
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt), ShareTable(path, CLASSES) as table:
+        table.add(np.array([[0, 1], [1, 1]], np.uint8), 0.5)
+        raise KeyboardInterrupt
+    assert path.read_text().splitlines()[1] == "0,0.500,0.25000,0.75000,0.00000"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_stands_behind_is_exact():

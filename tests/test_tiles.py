@@ -65,7 +65,7 @@ def test_less_overlap_than_the_field_of_view_changes_the_seams():
 def test_what_is_constant_has_no_seams_at_any_size(size):
     given = torch.tensor([0.5, 0.3, 0.2])
     tiles = Tiles(lambda crops: given[None, :, None, None].expand(len(crops), 3, 24, 20),
-                  random_images(1, 3, *size), (24, 20), (17, 13), batch_size=3)
+                  random_images(1, 3, *size), (24, 20), (17, 13), 3, batch_size=3)
     found = torch.cat([tiles.pixels(rows) for _, rows in tiles.slices()], 2).exp()
     assert found.shape == (1, 3, *size)
     torch.testing.assert_close(found, given[None, :, None, None].expand(1, 3, *size))
@@ -92,7 +92,7 @@ def test_memory_is_a_row_of_tiles_however_high_the_image(monkeypatch):
         asked.append(crops.shape)
         return torch.full((len(crops), 5, 32, 32), 0.2)
 
-    tiles = Tiles(seen, torch.zeros(1, 3, 3000, 100, dtype=torch.uint8), (32, 32), (24, 24), batch_size=2)
+    tiles = Tiles(seen, torch.zeros(1, 3, 3000, 100, dtype=torch.uint8), (32, 32), (24, 24), 5, batch_size=2)
     rows = 0
     for _, part in tiles.slices():
         rows += tiles.pixels(part).shape[2]
@@ -164,8 +164,10 @@ def test_scripts_take_tiles_and_score_what_they_write(tmp_path, run):
         scored[found] += pixels
     assert (scored == counts).all()
     clip = write_clip(tmp_path / "clip.mp4", count=3, size=(90, 120))
-    code, text, err = run(infer_video, "--input", clip, *tiles, "--smooth")
+    code, text, err = run(infer_video, "--input", clip, *tiles)
     assert code == 0 and "tiles of 42x42" in text, err
+    code, _, err = run(infer_video, "--input", clip, *tiles, "--smooth")
+    assert code == 2 and "--smooth averages at 320 pixels at most" in err
 
 
 def test_an_exported_model_takes_tiles_of_small_images_too(tmp_path):

@@ -10,6 +10,7 @@ import compare
 import evaluate
 import train
 import trackers
+import utils
 from checkpoint import read_checkpoint
 
 ROW = dict(epoch=1, lr=0.1, seconds=1.5, train_loss=0.5, train_images_per_s=None, val_loss=0.6, val_miou=0.25,
@@ -94,6 +95,7 @@ def test_a_run_and_its_resumption_are_mirrored_row_by_row(tmp_path, run, offline
     assert run(train, *flags, "--epochs", 2)[0] == 0
     code, _, err = run(train, "--resume", "--out-dir", out, "--epochs", 3)
     assert code == 0, err
+    assert run(train, "--resume", "--out-dir", out)[0] == 0  # has all its epochs, and logs none twice
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     classes = read_checkpoint(out / "last.pth")["classes"]
     want = {}
@@ -150,7 +152,7 @@ class Broken:
         if epoch > 1:
             raise ConnectionError("server is\ngone")
 
-    def close(self):
+    def close(self, failed):
         raise AssertionError("closed after it failed")
 
 
@@ -163,3 +165,49 @@ def test_a_tracker_that_fails_costs_a_warning_and_no_more(tmp_path, monkeypatch,
     assert text.count("warning: --log wandb failed and is left out from here on: server is gone") == 1
     with pytest.raises(train.InputError, match="--log wandb does not start: no key"):
         trackers.Trackers(["wandb"], tmp_path / "b", {"lr": 1}, CLASSES)
+    with trackers.Trackers(["wandb"], tmp_path, {"lr": 1}, CLASSES, resumed=True) as logs:
+        logs.follow([ROW])
+    assert "warning: --log wandb does not start and is left out: no key" in capsys.readouterr().out
+
+
+def test_a_run_stopped_before_its_first_row_goes_on_in_the_same_one(tmp_path):
+    pytest.importorskip("tensorboard")
+    with trackers.Trackers([], tmp_path / "without", {}, CLASSES):
+        pass
+    assert not (tmp_path / "without").exists()
+    with pytest.raises(KeyboardInterrupt), trackers.Trackers(["tensorboard"] * 2, tmp_path, {}, CLASSES):
+        raise KeyboardInterrupt
+    notes = json.loads((tmp_path / "trackers.json").read_text())
+    assert notes == {"tensorboard": {"id": "tensorboard", "epochs": 0}}
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.long
+def test_mlflow_knows_whether_a_run_came_to_its_end(tmp_path, offline):
+    mlflow = pytest.importorskip("mlflow")
+    for error, status in ((None, "FINISHED"), (RuntimeError("x"), "FAILED")):
+        folder = tmp_path / status
+        try:
+            with trackers.Trackers(["mlflow"], folder, {}, CLASSES) as logs:
+                logs.follow([ROW])
+                if error:
+                    raise error
+        except RuntimeError:
+            pass
+        id = json.loads((folder / "trackers.json").read_text())["mlflow"]["id"]
+        assert mlflow.MlflowClient().get_run(id).info.status == status
+
+
+def test_what_a_start_that_failed_left_is_moved_with_the_next_earlier_run(tmp_path):
+    """Else the curves of several runs would stand in one folder."""
+    folder = utils.RunFolder(tmp_path)
+    with folder:
+        (tmp_path / "last.pth").touch()
+        folder.save()
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "mine").mkdir()
+    with utils.RunFolder(tmp_path) as folder:
+        assert {path.name for path in folder.moved.iterdir()} == {"last.pth", "tensorboard"}
+        (tmp_path / "last.pth").touch()
+        folder.save()
+    assert (tmp_path / "mine").exists()

@@ -1,0 +1,158 @@
+"""TIFFs by windows: what is written lies where the image lay, and is what the same tiles give in memory."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from PIL import Image
+
+import infer_image
+from checkpoint import load_model, pack_checkpoint
+from inference import rasters
+from inference.predictor import Predictor, choose_protocol
+from inference.tiles import Tiles
+
+rasterio = pytest.importorskip("rasterio")
+CLASSES = [("background", (0, 0, 0)), ("roof", (255, 0, 0)), ("road", (0, 255, 0))]
+WHERE = rasterio.transform.from_origin(691_000, 5_335_000, 0.2, 0.2)  # pixels of 20 cm
+
+
+def write_tiff(path, pixels, nodata=None, crs="EPSG:32632", transform=WHERE):
+    """Write (bands, H, W) as a GeoTIFF."""
+    count, height, width = pixels.shape
+    with rasterio.open(path, "w", driver="GTiff", dtype=pixels.dtype, count=count, nodata=nodata, crs=crs,
+                       height=height, width=width, transform=transform) as file:
+        file.write(pixels)
+    return path
+
+
+def picture(height=130, width=171, seed=0):
+    """Return (3, H, W) uint8 of rectangles, none of them 0."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(20, 255, (3, height // 16 + 1, width // 16 + 1))
+    return small.repeat(16, 1).repeat(16, 2)[:, :height, :width].astype(np.uint8)
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    """A model of three classes that says all of them."""
+    net = tiny().eval()
+    torch.nn.init.normal_(net.head.conv_seg.weight, std=0.3)
+    image = torch.from_numpy(picture())[None]
+    with torch.no_grad():
+        net.head.conv_seg.bias -= net(image).mean((0, 2, 3))
+    torch.save(pack_checkpoint(net, CLASSES, (56, 56)), tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+@pytest.fixture
+def segment(tmp_path, model_file, run):
+    """Return a function that segments files in tiles, and returns the folder of the results and the text."""
+    def call(*flags, code=0):
+        got, text, err = run(infer_image, "--model", model_file, "--protocol", "tile", "--device", "cpu",
+                             "--backend", "torch", "--out-dir", tmp_path, *flags)
+        assert got == code, err
+        return tmp_path / "inference_results_image", text + err
+    return call
+
+
+def in_memory(model_file, pixels):
+    """Return the label map of (3, H, W) by the same tiles."""
+    model, facts = load_model(model_file)
+    predictor = Predictor(model, facts, "cpu", choose_protocol(facts, kind="tile"))
+    return predictor(torch.from_numpy(pixels)[None])[0]
+
+
+def test_a_geotiff_gives_a_mask_that_lies_where_it_lies(tmp_path, segment, model_file):
+    pixels = picture()
+    pixels[:, 40:90, 100:] = 0  # no data
+    path = write_tiff(tmp_path / "ortho.tif", pixels, nodata=0)
+    folder, text = segment("--input", path, "--polygons", "geojson", "--json")
+    with rasterio.open(path) as source, rasterio.open(folder / "ortho_mask.tif") as file:
+        mask = file.read(1)
+        assert (file.crs, file.transform, file.shape) == (source.crs, source.transform, source.shape)
+        assert file.nodata == 255 and file.dtypes == ("uint8",) and file.compression.value == "DEFLATE"
+        assert file.is_tiled and file.block_shapes == [(256, 256)]
+        assert [file.colormap(1)[id][:3] for id in range(3)] == [color for _, color in CLASSES]
+        assert [file.tags()[f"class_{id}"] for id in range(3)] == [name for name, _ in CLASSES]
+    nothing = (pixels == 0).all(0)
+    assert ((mask == 255) == nothing).all()
+    assert (mask == in_memory(model_file, pixels))[~nothing].all() and len(np.unique(mask)) == 4
+    (entry,) = json.loads((folder / "shares.json").read_text())
+    for id, (name, _) in enumerate(CLASSES):
+        share = (mask == id).sum() / (~nothing).sum()
+        assert entry["classes"][name]["share"] == pytest.approx(share, abs=1e-5)
+        assert f"{name} {100 * share:.1f} %" in text
+    assert (np.array(Image.open(folder / "ortho_overlay.jpg")).shape) == (130, 171, 3)
+
+
+def test_polygons_are_the_mask_again_and_their_areas_those_of_its_pixels(tmp_path, segment):
+    path = write_tiff(tmp_path / "ortho.tif", picture())
+    folder, _ = segment("--input", path, "--polygons", "geojson")
+    found = json.loads((folder / "ortho.geojson").read_text())
+    with rasterio.open(folder / "ortho_mask.tif") as file:
+        mask = file.read(1)
+        shapes = [(rasterio.warp.transform_geom("EPSG:4326", file.crs, feature["geometry"]),
+                   feature["properties"]["id"]) for feature in found["features"]]
+        drawn = rasterio.features.rasterize(shapes, mask.shape, transform=file.transform, fill=0)
+    assert (drawn == mask).mean() > 0.999  # longitude and latitude round
+    longitude, latitude = found["features"][0]["geometry"]["coordinates"][0][0]
+    assert 11 < longitude < 12 and 48 < latitude < 49  # where EPSG:32632 has these coordinates
+    for id in (1, 2):
+        area = sum(one["properties"]["area"] for one in found["features"] if one["properties"]["id"] == id)
+        assert area == pytest.approx(0.04 * (mask == id).sum(), rel=1e-5)  # square meters
+    assert {one["properties"]["class"] for one in found["features"]} == {"roof", "road"}
+
+
+def test_deep_bands_in_another_order_are_scaled_by_percentiles(tmp_path, segment, model_file):
+    plain = picture()
+    deep = (plain.astype(np.uint16) * 13 + 500)
+    path = write_tiff(tmp_path / "deep.tif", np.concatenate([deep[::-1], deep[:1]]))
+    folder, text = segment("--input", path, "--bands", 3, 2, 1)
+    low, high = np.percentile(deep.reshape(3, -1), (2, 98), axis=1)
+    scaled = 255 * (deep - low[:, None, None]) / (high - low)[:, None, None]
+    want = in_memory(model_file, np.rint(scaled.clip(0, 255)).astype(np.uint8))
+    with rasterio.open(folder / "deep_mask.tif") as file:
+        assert (file.read(1) == want).all()
+        assert json.loads(file.tags()["scaled_from"]) == [list(pair) for pair in zip(low, high, strict=True)]
+    assert "bands deeper than 8 bit were scaled from" in text
+
+
+def test_tiles_without_data_are_not_computed(tmp_path):
+    pixels = np.zeros((3, 900, 700), np.uint8)
+    pixels[:, 500:560, 300:420] = 99
+    seen = []
+
+    def probabilities(crops):
+        seen.append(len(crops))
+        return torch.full((len(crops), 3, 64, 64), 1 / 3)
+
+    with rasters.Raster(write_tiff(tmp_path / "map.tif", pixels, nodata=0)) as raster:
+        tiles = Tiles(probabilities, raster, (64, 64), (48, 48), 3)
+        rows = sum(tiles.pixels(part).shape[2] for _, part in tiles.slices())
+        assert rows == 900 and 2 <= sum(seen) <= 3 * 5
+        assert not raster.valid(slice(0, 100)).any() and raster.valid(slice(500, 560)).sum() == 60 * 120
+
+
+def test_what_cannot_be_is_one_line(tmp_path, segment, run):
+    path = write_tiff(tmp_path / "ortho.tif", picture())
+    (tmp_path / "broken.tif").write_bytes(path.read_bytes()[:3000])
+    (tmp_path / "none.tif").write_bytes(b"II*\0 no")
+    folder, text = segment("--input", tmp_path / "broken.tif", tmp_path / "none.tif", path, code=1)
+    assert text.count("skipped: ") == 2 and "broken.tif is damaged or no TIFF" in text
+    assert (folder / "ortho_mask.tif").exists() and not (folder / "broken_mask.tif").exists()
+    assert not list(folder.glob(".*"))
+    _, text = segment("--input", path, "--bands", 1, 2, 7, code=2)
+    assert "ortho.tif has 3 bands: --bands 1 2 7 asks for others" in text
+    _, text = segment("--input", path, "--cutout", code=2)
+    assert "ortho.tif is read by windows: leave out --cutout" in text
+    assert run(infer_image, "--input", path, "--bands", 1, 2, 3)[0] == 2  # without tiles
+
+
+def test_without_rasterio_a_tiff_is_an_image_like_others(tmp_path, segment, model_file, monkeypatch):
+    monkeypatch.setattr(rasters, "rasterio", None)
+    Image.fromarray(picture().transpose(1, 2, 0)).save(tmp_path / "plain.tif")
+    folder, _ = segment("--input", tmp_path / "plain.tif")
+    mask = np.array(Image.open(folder / "plain_mask.png"))
+    assert (mask == in_memory(model_file, picture())).all()
