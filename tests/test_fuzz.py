@@ -289,7 +289,6 @@ from pathlib import Path
 from config import InputError
 from dataio.readers import index_table, read_image, read_mask
 from models.weights import read_weights
-from tools import TOOLS
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 before = peak()
