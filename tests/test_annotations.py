@@ -222,7 +222,7 @@ def test_classes_in_an_order_of_ones_own(tmp_path):
 
 
 PAINTED = {"CVAT", "Roboflow, masks"}  # which need not be drawn
-QUICK = {"COCO, Roboflow", "labelme"}
+QUICK = {"COCO, Roboflow"}
 
 
 @pytest.mark.parametrize("name", [

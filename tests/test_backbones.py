@@ -249,7 +249,7 @@ def test_registers_and_offsets_of_a_hub_network_reach_the_position_embedding():
 
 
 @pytest.mark.parametrize(("name", "head"), [
-    ("dinov2_vits14_reg", "split"), pytest.param("dinov2_vits14", "bn", marks=pytest.mark.long)])
+    pytest.param("dinov2_vits14_reg", "split", marks=pytest.mark.long), ("dinov2_vits14", "bn")])
 def test_a_dinov2_checkpoint_runs_through_timm_without_the_hub_code(name, head, tmp_path, monkeypatch):
     """The keys of an official state dict, made from timm's, come back as the same network."""
     twin = timm.create_model(

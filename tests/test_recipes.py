@@ -44,7 +44,7 @@ def few_streets(monkeypatch):
 
 
 LARGE = {"drone-deeplab", "voc-unet", "aeroscapes-deconv"}  # the others are quick at their own size
-QUICK = {"person-bn", "voc-ms", "cityscapes-dinov2", "pet-segformer"}  # one of each kind
+QUICK = {"person-bn", "voc-ms", "pet-segformer"}  # one of each kind
 CASES = [pytest.param(name, (70, 98) if name in LARGE else (),
                       marks=() if name in QUICK else pytest.mark.long)
          for name in RECIPES if name != "drone-deeplab"]

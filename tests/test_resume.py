@@ -79,9 +79,9 @@ def send(number):
     "step, number, more",
     [
         (1, signal.SIGTERM, ()),
-        (4, signal.SIGINT, ("--workers", 2)),
+        pytest.param(4, signal.SIGINT, ("--workers", 2), marks=pytest.mark.long),
         (3, signal.SIGINT, ("--accumulate", 2, "--batch-size", 2)),
-        (2, signal.SIGTERM, ("segformer",)),  # drops paths at random
+        pytest.param(2, signal.SIGTERM, ("segformer",), marks=pytest.mark.long),  # drops paths at random
         (3, signal.SIGTERM, ("--steps", 8, "--train-images", 5)),  # an epoch ends within a pass
         (4, signal.SIGTERM, ("--head", "split-detail", "--split-blocks", 1, "--unfreeze", 2,
                              "--cache-features", "CACHE", "--cache-views", 2)),
@@ -385,6 +385,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
+@pytest.mark.long
 def test_patience_ends_a_run_that_no_longer_gets_better_and_more_of_it_continues(tmp_path, run):
     flags = ["--dataset", "folder", "--data-root", write_folder(tmp_path / "data"), "--backbone", "vit_tiny"]
     flags += ["--weights", "none", "--unfreeze", "all", "--lr", 1e-12, "--imgsz", 30, 44, "--workers", 0]

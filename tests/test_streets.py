@@ -126,6 +126,7 @@ def test_written_twice_is_the_same_bytes(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.long
 def test_processes_write_what_one_process_writes(tmp_path, monkeypatch):
     counts = dict(train=64, val=0, size=(16, 20), seed=5)
     monkeypatch.setattr(streets.os, "cpu_count", lambda: 2)
@@ -173,6 +174,7 @@ def test_refuses_a_folder_of_something_else(tmp_path):
         streets.write_streets(tmp_path / "new", CLASSES[:3], **SMALL)
 
 
+@pytest.mark.long
 def test_examples_are_drawn_once_and_not_needed_where_nothing_can_be_written(tmp_path, monkeypatch):
     picture, clip = streets.write_examples(tmp_path)
     before = picture.stat().st_mtime_ns, clip.stat().st_mtime_ns

@@ -170,6 +170,7 @@ def test_scripts_take_tiles_and_score_what_they_write(tmp_path, run):
     assert code == 2 and "--smooth averages at 320 pixels at most" in err
 
 
+@pytest.mark.long
 def test_an_exported_model_takes_tiles_of_small_images_too(tmp_path):
     """Every tile has the size that it was exported for."""
     checkpoint = pack_checkpoint(tiny().eval(), [(name, (0, 0, 0)) for name in "abc"], (42, 42))
