@@ -24,7 +24,7 @@ from models.heads import HEADS
 from test_video import write_clip
 
 SIZE = (30, 43)  # no multiple of the patches
-CONVERTED = [("openvino", "deconv"), ("onnxruntime", "split-detail")]  # by every run
+CONVERTED = [("openvino", "deconv")]  # by every run
 KINDS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript"}
 
 
@@ -124,6 +124,7 @@ def test_the_backend_is_chosen_by_trying_and_named(trained, monkeypatch, faster)
     assert len(tried) == 2 and "torch" in str(short)  # not worth the seconds it takes to start
 
 
+@pytest.mark.long
 def test_a_clip_runs_in_openvino_from_a_checkpoint(trained, tmp_path, run):
     path = trained / "best_model_iou.pth"
     clip = write_clip(tmp_path / "clip.mp4", 12)

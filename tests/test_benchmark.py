@@ -61,6 +61,7 @@ def test_infer_compares_the_same_frames(tmp_path, run, monkeypatch):
     assert run(benchmark, "infer", *flags)[0] == 2  # which clip?
 
 
+@pytest.mark.long
 def test_model_counts_the_arithmetic(tmp_path, run):
     flags = ["--backbone", "vit_tiny", "--imgsz", 56, 56, "--batch-size", 2, "--rounds", 1, "--device", "cpu"]
     assert run(benchmark, "model", *flags, "--out-dir", tmp_path)[0] == 0

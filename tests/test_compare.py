@@ -227,6 +227,7 @@ def test_seeds_with_and_without_a_class_are_averaged_one_by_one(tmp_path, run, u
 @pytest.mark.parametrize(
     "other", [dict(processes=4), dict(data_fingerprint="x"), dict(fold=[1, 5]), dict(lr=2)], ids=str
 )
+@pytest.mark.long
 def test_runs_that_differ_in_more_than_their_seed_are_two_models(tmp_path, run, unmeasured, truths, other):
     records = records_of(truths, truths)
     folders = [write_run(tmp_path / "a-10", records, seed=1),
@@ -253,6 +254,7 @@ def test_what_cannot_be_ranked_is_refused(tmp_path, run, unmeasured, truths, kin
 
 # --- runs of train.py -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["torchscript", pytest.param("openvino", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_exported_and_copied_models_are_compared_while_they_are_what_was_scored(runs, tmp_path, run, kind):
     _, folders = runs
     ending = FORMATS[kind].ending
@@ -300,6 +302,7 @@ def test_folds_are_scored_together(runs, tmp_path, run):
     assert code == 2 and "the images that were scored (10 / 2) differ" in err
 
 
+@pytest.mark.long
 def test_models_that_differ_in_their_number_of_images_make_a_curve(runs, tmp_path, run, monkeypatch):
     """One line through all of a model's numbers of images, another for another model."""
     data, folders = runs

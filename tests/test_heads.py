@@ -78,7 +78,8 @@ def test_batch_norm_with_one_value_a_channel_uses_its_running_statistics():
     assert torch.equal(ours.eval()(several), plain.eval()(several))
 
 
-@pytest.mark.parametrize("channels", [8, pytest.param(768, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("channels", [8, 768])
 def test_unet_has_the_sizes_of_its_paper_figure_at_518(channels):
     head = UNetHead([channels], 21).eval()
     ups, seen = [], sizes_of(head.blocks, nn.ReLU)
