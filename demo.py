@@ -34,13 +34,12 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
-import numpy as np
-
 import utils
 import visualize
 from checkpoint import load_model
 from config import InputError
 from dataio.readers import read_image
+from inference.outputs import Shares
 from inference.predictor import Predictor, choose_protocol
 
 try:
@@ -61,8 +60,7 @@ def segment(predictor, path, alpha):
     pred = predictor(image[None])[0]  # (H, W)
     drawn = visualize.overlay(image.permute(1, 2, 0).numpy(), pred, visualize.color_table(classes), alpha,
                               visualize.background_id(classes))
-    counts = np.bincount(pred.ravel(), minlength=len(classes))
-    return drawn, {name: counts[id] / pred.size for id, (name, _) in enumerate(classes) if counts[id]}
+    return drawn, {name: share for name, share, _ in Shares(classes).add(pred).named()}
 
 
 def build_page(predictor, alpha):

@@ -4,8 +4,8 @@
     python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
 
 Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
-class id) and legend.png, and what else the flags below ask for. A file that cannot be read is reported and
-skipped; the exit code is then 1.
+class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. A file that
+cannot be read is reported and skipped; the exit code is then 1.
 """
 import os
 
@@ -26,7 +26,8 @@ def parse_args(argv=None):
     add_overlay_flags(parser)
     more = parser.add_argument_group("more output")
     more.add_argument("--polygons", nargs="+", choices=("coco", "geojson"), default=[], metavar="FORMAT",
-                      help="coco: one coco.json of all images; geojson: <name>.geojson, in pixels")
+                      help="coco: one coco.json of all images; geojson: <name>.geojson, in pixels, "
+                      "of georeferenced TIFFs in tiles in longitude and latitude")
     more.add_argument("--probabilities", choices=("max", "classes"), help="gray pictures: max = "
                       "<name>_confidence.png of the class that was chosen, classes = one of every class")
     more.add_argument("--bits", type=int, choices=(8, 16), help="of the --probabilities (default: 8)")

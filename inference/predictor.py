@@ -236,7 +236,7 @@ def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, ov
     model runs at the size it was trained at, on the whole image; an official head has a protocol of its own.
     Raises InputError for flags that contradict each other.
     """
-    if kind != "tile" and not tile_scale is overlap is None:
+    if kind != "tile" and (tile_scale, overlap) != (None, None):
         raise InputError("--tile-scale and --overlap belong to --protocol tile: add it, or leave them out")
     asked = make_protocol(kind, tta, imgsz or checkpoint["imgsz"], tile_scale or 1.0,
                           OVERLAP if overlap is None else overlap)

@@ -8,6 +8,7 @@ What an image holds beside its pixels stays: coordinate system, transform, where
 """
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ except ImportError:  # TIFFs are then read whole, as other images
 TIFFS = (".tif", ".tiff")
 PREVIEW = 2048  # pixels of the longer side of an overlay, and of what percentiles are taken of
 PERCENTILES = 2, 98  # of deep bands, which become 0 and 255
+DAMAGED = "is damaged or no TIFF: repair or remove it"
 BLOCK = 256  # pixels of a side of the blocks in the files that are written
 
 
@@ -47,7 +49,7 @@ class Raster:
 
     def __init__(self, path, bands=()):
         self.path = Path(path)
-        try:
+        with named_errors(path, DAMAGED):
             self.source = rasterio.open(path)
             count = self.source.count
             self.bands = tuple(bands) or ((1, 2, 3) if count >= 3 else (1, 1, 1))
@@ -57,8 +59,6 @@ class Raster:
             self.size = self.source.shape
             self.shape = 1, 3, *self.size
             self.ranges = self.measure() if self.source.dtypes[0] != "uint8" else None
-        except rasterio.errors.RasterioError as error:
-            raise unreadable(path, error) from None
 
     def measure(self):
         """Return [(low, high)] of the bands: PERCENTILES of a small version."""
@@ -88,22 +88,22 @@ class Raster:
     def read(self, top, left, height, width):
         """Return (1, 3, height, width) uint8, or None where none of these pixels holds data."""
         window = self.window(top, left, height, width)
-        try:
+        with named_errors(self.path, DAMAGED):
             if not self.source.dataset_mask(window=window).any():
                 return None
             pixels = self.source.read(self.bands, window=window)
-        except rasterio.errors.RasterioError as error:
-            raise unreadable(self.path, error) from None
         return torch.from_numpy(self.to_8_bit(pixels))[None]
 
     def valid(self, rows):
         """Return (r, W) bool: which pixels of some rows (a slice) hold data."""
         window = self.window(rows.start, 0, rows.stop - rows.start, self.size[1])
-        return self.source.dataset_mask(window=window) > 0
+        with named_errors(self.path, DAMAGED):
+            return self.source.dataset_mask(window=window) > 0
 
     def preview(self):
         """Return a small version (h, w, 3) uint8."""
-        small = self.source.read(self.bands, out_shape=(3, *self.small_size()))
+        with named_errors(self.path, DAMAGED):
+            small = self.source.read(self.bands, out_shape=(3, *self.small_size()))
         return np.ascontiguousarray(self.to_8_bit(small).transpose(1, 2, 0))
 
     def __enter__(self):
@@ -113,9 +113,13 @@ class Raster:
         self.source.close()
 
 
-def unreadable(path, error):
-    """Return the InputError for a TIFF that rasterio cannot read."""
-    return InputError(f"{path} is damaged or no TIFF ({' '.join(str(error).split())}): repair or remove it")
+@contextmanager
+def named_errors(path, what):
+    """Context in which an error of rasterio is an InputError that names the file and says what is wrong."""
+    try:
+        yield
+    except rasterio.errors.RasterioError as error:
+        raise InputError(f"{path} {what} ({' '.join(str(error).split())})") from None
 
 
 @torch.inference_mode()
@@ -152,7 +156,8 @@ class MaskFile:
     def write(self, rows, pred):
         """Write some rows (a slice) of class ids (r, W)."""
         window = rasterio.windows.Window(0, rows.start, pred.shape[1], len(pred))
-        self.file.write(pred, 1, window=window)
+        with named_errors(self.path, "cannot be written"):
+            self.file.write(pred, 1, window=window)
 
     def __enter__(self):
         return self

@@ -128,7 +128,7 @@ class Tiles:
                 self.sums[..., left:left + wide] += shares * weight
                 self.weights[:, left:left + wide] += weight
 
-    def pixels(self, rows=slice(None)):
+    def pixels(self, rows):
         """Return (1, K, r, W) float32 of rows that slices() has just named; equal where there is nothing."""
         if self.sums is None:
             return torch.zeros(1, self.num_classes, rows.stop - rows.start, self.size[1])

@@ -1,4 +1,6 @@
 """train.py --log: what the trackers hold, read back by their own libraries, is history.jsonl."""
+import importlib.machinery
+import importlib.util
 import json
 import struct
 import sys
@@ -126,11 +128,9 @@ def test_a_tracker_that_joins_late_gets_the_whole_history(tmp_path):
 def test_a_missing_package_is_one_line_before_anything_is_moved(tmp_path, run, monkeypatch):
     data = write_folder(tmp_path / "data", count=4)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "wandb").mkdir()  # which Python would take for a package
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
-        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "wandb").mkdir()  # which Python takes for a package where there is no other
+    spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "wandb", importlib.util.module_from_spec(spec))
     monkeypatch.setitem(sys.modules, "mlflow", None)
     for name in ("wandb", "mlflow"):
         code, _, err = run(train, "--dataset", "folder", "--data-root", data, "--log", name, "--backbone",
