@@ -79,7 +79,8 @@ from dataio.dataloader import make_loader
 from dataio.feature_cache import cache_features
 from dataio.readers import read_mask
 from dataio.streets import draw_clip
-from datasets import STREETS, SegmentationDataset, load_data
+from dataio.torch_datasets import SegmentationDataset
+from datasets import STREETS, load_data
 from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, views_of
 from inference.smooth import Smoother

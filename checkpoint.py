@@ -31,7 +31,10 @@ from models.heads import HEADS
 from models.weights import INSTEAD, hash_state, load_strictly, published_weights, torch_load
 
 VERSION = 1  # of the checkpoint format
-PROTOCOL = "whole image resized to {}x{}, scored at the size of each mask, 255 ignored"  # of validation
+PROTOCOL = {  # of validation
+    "fit": "whole image resized to {}x{}, scored at the size of each mask, 255 ignored",
+    "native": "tiles of {}x{} at the image's own resolution, one by one, 255 ignored",
+}
 SAVE_MINUTES = 10  # the most that is lost where the power fails
 OFFICIAL_NAME = re.compile(r"(dinov2_vit[sblg]14)_(voc2012|ade20k)_(linear|ms)")
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2/{backbone}/{name}_head.pth"
@@ -357,7 +360,7 @@ class Run:
     def write_config(self):
         """Write config.json: all settings, what the run depends on, where it runs."""
         facts = dict(self.settings, **self.facts, **self.origins,
-                     protocol=PROTOCOL.format(*self.settings["imgsz"]),
+                     protocol=PROTOCOL[self.settings["train_scale"]].format(*self.settings["imgsz"]),
                      class_names=[name for name, _ in self.classes], images=self.images,
                      parameters=self.model.parameter_counts(),
                      **utils.run_facts(self.model.mean.device))

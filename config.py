@@ -216,6 +216,15 @@ class TrainConfig(ModelOptions, DataOptions):
                            type=positive_int, metavar=("H", "W"))
     augment: tuple = setting(("flip",), "data", "changes of the training images (listed below), or none",
                              nargs="+", kind="augment")
+    train_scale: str = setting("fit", "data", "fit = images are resized to --imgsz; native = random windows "
+                               "of that size at the images' own resolution times 0.5 to 2, validated by "
+                               "tiles: for images much larger than --imgsz", choices=("fit", "native"))
+    balance: float = setting(0.0, "data", "native: share of the windows that are drawn around a pixel of a "
+                             "class, all classes of the image alike (0.5)", nargs="?", const=0.5,
+                             type=fraction, metavar="X")
+    cache_images: str = setting("", "data", "native: keep decoded images in DIR (4 bytes a pixel), so that "
+                                "windows of them are read without decoding the rest (DIR: outputs/cache)",
+                                nargs="?", const="outputs/cache", metavar="DIR", may_change=True)
     extra: str = setting("", "data", "folder of more images to train on, of the same classes, such as "
                          "pseudo-labels (infer_image.py --min-confidence)", metavar="DIR", may_change=True)
     workers: int = setting(2, "data", "processes that load data", type=non_negative_int, metavar="N",
@@ -510,6 +519,10 @@ def check_settings(config, given):
         fitting = max(count for count in range(1, config.epochs) if not config.steps % count)
         raise InputError(f"--steps {config.steps} cannot be shared out equally among {config.epochs} epochs: "
                          f"give a multiple of them, or --epochs {fitting}")
+    for name in ("balance", "cache_images"):
+        if given.get(name) and config.train_scale != "native":
+            raise InputError(f"--{name.replace('_', '-')} belongs to windows of large images: add "
+                             "--train-scale native, or leave it out")
     if "cache_views" in given and not config.cache_features:
         raise InputError("--cache-views has no effect without --cache-features: add it")
     if config.cache_features and config.cache_views == 1 and given.get("augment"):

@@ -1,4 +1,4 @@
-"""Data sets: one function each finds the files, one Dataset class reads them.
+"""Data sets: one function each finds the files.
 
     python train.py --dataset voc --data-root data          # finds data/VOCdevkit/VOC2012, else downloads it
     python train.py --dataset camvid --data-root CamVid
@@ -10,61 +10,16 @@ import random
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from config import IGNORE, InputError, count_of
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
-from dataio.dataloader import mixed_seed
 from dataio.folder import folder, refuse_file
 from dataio.pairs import existing, list_images, pair_files, read_list
-from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask,
-                            read_orientation, read_pair, rotate_like, value_table)
+from dataio.readers import OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask, value_table
 from dataio.stratify import count_pixels, share_table, split_samples
-from dataio.transforms import augment, resize_image, wanted_size
 
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
-
-
-# --- the Dataset -----------------------------------------------------------------------------------------
-class SegmentationDataset(Dataset):
-    """Triples (image, mask, file name), read from disk.
-
-    Training (`augments` a tuple, maybe empty): image (3, h, w) and mask (h, w), both uint8 at `size`.
-    Validation (`augments` None): image (3, h, w) at `size`, or as it is where `size` is empty; mask (H, W)
-    at the size it is stored in.
-    """
-
-    def __init__(self, samples, table, size, augments=None, seed=0):
-        self.samples, self.table, self.size = list(samples), table, tuple(size)
-        self.augments, self.seed = augments, seed
-
-    def __len__(self):
-        return len(self.samples)
-
-    def mask(self, index):
-        """Return mask `index` (H, W) uint8 at the size it is stored in, turned as its image is."""
-        sample = self.samples[index]
-        return torch.from_numpy(rotate_like(read_mask(sample.mask, self.table),
-                                            *read_orientation(sample.image)))
-
-    def __getitem__(self, item):
-        # An item is epoch * len + index. Augmentation depends on seed, epoch and image alone, not on the
-        # worker or on what was read before: a resumed run sees what an uninterrupted one would.
-        epoch, index = divmod(item, len(self))
-        sample = self.samples[index]
-        if self.augments is None:
-            image, mask = read_pair(sample, self.table)
-            return resize_image(image, self.size) if self.size else image, mask, str(sample.image)
-        image, mask = read_pair(sample, self.table, at_least=wanted_size(self.size, self.augments))
-        state = torch.get_rng_state()
-        try:
-            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
-            image, mask = augment(image, mask, self.size, self.augments)
-        finally:
-            torch.set_rng_state(state)
-        return image, mask, str(sample.image)
 
 
 # --- one function per data set ----------------------------------------------------------------------------

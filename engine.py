@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from config import IGNORE
-from dataio.readers import read_image
 from dataio.transforms import resize_mask
 from distributed import all_gather, all_reduce, broadcast_buffers, is_main_process, world_size
 from inference.predictor import label_maps
@@ -351,14 +350,14 @@ def evaluate(model, batches, precision, criterion=None, views=None, on_image=Non
 
 @torch.inference_mode()
 def predict_examples(model, dataset, precision, count):
-    """Return [(image (H, W, 3), mask, pred)] of a few images of a validation dataset, always the same ones.
+    """Return [(image (H, W, 3), mask, pred)] of a few items of a validation dataset, always the same ones.
 
     mask and pred are label maps (H, W) uint8, of the mask's and of the image's own size.
     """
     rows, device = [], next(model.parameters()).device
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist():
         inputs, mask, _ = dataset[index]
-        image = read_image(dataset.samples[index].image)
+        image = dataset.picture(index)
         with precision.autocast():
             logits = model.logits(to_device(default_collate([inputs]), device))
         (pred,) = label_maps([logits], [image.shape[1:]])

@@ -60,7 +60,8 @@ from dataio.dataloader import make_loader, naming_files
 from dataio.labels import class_file
 from dataio.readers import read_image
 from dataio.stratify import blocks_of
-from datasets import SegmentationDataset, load_data
+from dataio.torch_datasets import NativeDataset, SegmentationDataset
+from datasets import load_data
 from inference.predictor import Predictor, choose_protocol, views_of
 from inference.report import existing_figures, report_page
 from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, FEW, bootstrap_interval, boundary_f1, counts_of,
@@ -131,7 +132,8 @@ def samples_of(data, split):
 def batches_of(samples, table, protocol, batch_size):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
     whole = not (protocol.slide or protocol.tile) and protocol.scales == (1.0,)
-    dataset = SegmentationDataset(samples, table, protocol.window if whole else ())
+    dataset = NativeDataset(samples, table, ()) if protocol.tile else \
+        SegmentationDataset(samples, table, protocol.window if whole else ())
     return make_loader(dataset, batch_size if whole else 1, workers=min(2, os.cpu_count() or 1))
 
 

@@ -61,10 +61,11 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError, count_of
+from dataio.rasters import Raster, is_raster
 from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
-from inference.rasters import MaskFile, Raster, is_raster, polygons, read_small, segment
+from inference.rasters import MaskFile, polygons, read_small, segment
 from inference.video import ReadAhead, WriteBehind
 
 
@@ -173,20 +174,25 @@ class Extras:
             print(self.pseudo.finish())
 
 
-def segment_raster(raster, predictor, name, folder, alpha, extras):
+def segment_raster(raster, predictor, name, folder, alpha, extras, stop):
     """Write <name>_mask.tif and a small <name>_overlay.jpg of a Raster; return the Shares of its classes.
-    Raises InputError where it is damaged.
+    Raises InputError where it is damaged, Stopped where a signal asks for it: no mask is left then.
     """
     classes = predictor.classes
     path, shares = folder / f"{name}_mask.tif", outputs.Shares(classes)
     with raster, MaskFile(path, raster, classes) as mask:
         for rows, pred, confidence in segment(raster, predictor):
+            if stop.asked:
+                raise utils.Stopped(stop.asked, f"{raster.path}: stopped at row {rows.start} of "
+                                    f"{raster.size[0]}, no mask of it is written")
             mask.write(rows, pred)
             shares.add(pred, confidence)
-        image = raster.preview()
+        image, placed = raster.preview(), raster.source.crs is not None
     if raster.ranges:
         ranges = ", ".join(f"{low:g} to {high:g}" for low, high in raster.ranges)
         tqdm.write(f"{raster.path}: bands deeper than 8 bit were scaled from {ranges}")
+    if "geojson" in extras.args.polygons and not placed:
+        tqdm.write(f"{raster.path} has no coordinate system: the polygons are in its own units, else pixels")
     ids = read_small(path, image.shape[:2])
     keep = visualize.background_id(classes)
     drawn = visualize.overlay(image, ids, visualize.color_table(classes), alpha, keep)
@@ -242,8 +248,12 @@ def main():
             depths.add(depth)
             if isinstance(image, Raster):
                 try:
-                    shares = segment_raster(image, predictor, name, out_dir, args.alpha, extras)
+                    shares = segment_raster(image, predictor, name, out_dir, args.alpha, extras, stop)
                     tqdm.write(f"{path}: {shares}")
+                except utils.Stopped as stopped:
+                    tqdm.write(stopped.args[1], file=sys.stderr)
+                    seen -= 1
+                    break
                 except InputError as error:
                     failed += 1
                     tqdm.write(f"skipped: {error}", file=sys.stderr)

@@ -42,7 +42,9 @@ from dataio.extra import with_extra
 from dataio.feature_cache import cache_features
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
-from datasets import SegmentationDataset, check_trainable, load_data
+from dataio.torch_datasets import SegmentationDataset, TileDataset, WindowDataset
+from dataio.windows import WindowReader
+from datasets import check_trainable, load_data
 from distributed import init_distributed, is_main_process, main_process_first, rank, world_size
 from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row
@@ -85,12 +87,29 @@ def build_criterion(config, data, device):
     return Criterion(config.loss, weights.to(device))
 
 
+def build_datasets(config, data):
+    """Return the datasets to train and to validate on: whole images, or windows at their own resolution."""
+    one_view = config.cache_features and config.cache_views == 1
+    table, size, augments = data.table, config.imgsz, () if one_view else config.augment
+    if config.train_scale == "fit":
+        return [SegmentationDataset(data.training, table, size, augments, config.seed),
+                SegmentationDataset(data.splits["val"], table, size)]
+    with main_process_first():
+        readers = [WindowReader(samples, table, config.cache_images)
+                   for samples in (data.training, data.splits["val"])]
+        cache_dir = Path(config.out_dir) / "cache"
+        points = readers[0].points(len(data.classes), cache_dir) if config.balance else None
+    train = WindowDataset(readers[0], size, augments, config.seed, config.balance, points)
+    val = TileDataset(readers[1], size)
+    if is_main_process():
+        print(f"native scale: {count_of(len(train), 'random window')} cover the training images once, "
+              f"{count_of(len(val), 'tile')} the validation images", flush=True)
+    return [train, val]
+
+
 def build_batches(config, data, model, precision):
     """Return the training and the validation Batches: of images, or of cached features."""
-    one_view = config.cache_features and config.cache_views == 1
-    sets = [SegmentationDataset(data.training, data.table, config.imgsz,
-                                () if one_view else config.augment, config.seed),
-            SegmentationDataset(data.splits["val"], data.table, config.imgsz)]
+    sets = build_datasets(config, data)
     if config.cache_features:
         sets = [cache_features(model, part, config.cache_features, precision, views, config.workers)
                 for part, views in zip(sets, (config.cache_views, 1), strict=True)]
@@ -125,6 +144,9 @@ def check_effects(given, config, model):
         raise InputError(f"--head {model.spec.head} has a loss of its own: leave out --loss and "
                          "--class-weights")
     crops = [name for name in config.augment if AUGMENTS[name].resizes]
+    if crops and config.train_scale == "native":
+        raise InputError(f"--augment {crops[0]} crops, and --train-scale native draws windows already: give "
+                         "--augment without it")
     if len(crops) > 1:
         raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
     if "save_head_only" in given and (model.backbone.trains() or not model.backbone.pretrained):

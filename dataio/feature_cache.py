@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from config import InputError, count_of
 from dataio.dataloader import Batches, naming_files
-from dataio.transforms import fingerprint
 from distributed import barrier, local_rank, local_world_size
 from utils import is_out_of_memory, lock_file, write_atomically
 
@@ -122,6 +121,10 @@ class CachedDataset(Dataset):
     def __len__(self):
         return len(self.dataset)
 
+    def picture(self, index):
+        """Return what item `index` of validation shows, (3, H, W) uint8."""
+        return self.dataset.picture(index)
+
     def __getitem__(self, item):
         turn, index = divmod(item, len(self))
         number = turn % self.views * len(self) + index
@@ -163,10 +166,7 @@ def plan_files(model, parts, dataset, folder, precision, views):
     count = len(dataset) * views
     with torch.inference_mode(), precision.autocast():
         first = model.compute_parts(parts, dataset[0][0][None].to(model.mean.device))  # {part: (1, ...)}
-    shared = dict(version=VERSION, split="val" if dataset.augments is None else "train", views=views,
-                  imgsz=list(dataset.size), **file_facts(dataset.samples))
-    if dataset.augments:  # the views are as the augmentations make them
-        shared.update(augment=fingerprint(dataset.augments), seed=dataset.seed)
+    shared = dict(version=VERSION, views=views, **dataset.facts(), **file_facts(dataset.samples))
     files, facts, of_model = [], [], model.part_facts(parts)
     for part, values in first.items():
         exact = values.dtype == torch.uint8

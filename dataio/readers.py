@@ -8,6 +8,7 @@ file is an InputError that names it.
 """
 import hashlib
 import io
+import math
 import os
 import struct
 import warnings
@@ -28,6 +29,9 @@ OUTSIDE = 254  # entry of a value table for mask values that are no class: an er
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+LIMIT = Image.MAX_IMAGE_PIXELS  # of PIL, which refuses twice as many
+LARGEST = 1 << 30  # pixels of an image or mask that is read nevertheless ...
+PER_BYTE, PER_MASK_BYTE = 200, 8 * 1032  # ... and for each byte of its file; the last is all Deflate can do
 DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
 
@@ -106,18 +110,25 @@ def drawn_folder():
 
 
 # --- images -----------------------------------------------------------------------------------------------
-def open_image(path, content=None):
+def open_image(path, content=None, per_byte=PER_BYTE):
     """Open an image file with PIL, header only. Raises InputError where it is missing or not an image.
 
-    content: its bytes, where they are read already.
+    content: its bytes, where they are read already; per_byte: as in open_large.
     """
     warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of broken files; an InputError says it
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors are enough
     try:
-        image = Image.open(path if content is None else io.BytesIO(content))
+        try:
+            image = Image.open(path if content is None else io.BytesIO(content))
+        except Image.DecompressionBombError:
+            image = open_large(path, content, per_byte)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except DECODE_ERRORS as error:
         reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        if isinstance(error, Image.DecompressionBombError):
+            raise InputError(f"{path} claims more pixels than its bytes can hold, as a decompression bomb "
+                             "does: save it as a tiled TIFF, or remove it") from None
         raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
     if image.format == "TIFF" and is_stack(path if content is None else io.BytesIO(content), image.size):
         raise InputError(f"{path} holds several pages: save each of them as a file of its own")
@@ -126,6 +137,22 @@ def open_image(path, content=None):
     if tags.get(TIFF_PLANAR) == 2 and len(bits) > 1 and max(bits) > 8:  # PIL would take bytes for pixels
         raise InputError(f"{path} stores one {max(bits)}-bit channel after the other (planar), which is not "
                          "read: save it with interleaved channels")
+    return image
+
+
+def open_large(path, content, per_byte):
+    """Open an image beyond PIL's limit. Raises InputError where it looks like a decompression bomb: more than
+    LARGEST pixels, or than `per_byte` for each byte of the file.
+    """
+    held = Path(path).stat().st_size if content is None else len(content)
+    most = min(LARGEST, per_byte * held)
+    Image.MAX_IMAGE_PIXELS = max(LIMIT, most)
+    try:
+        image = Image.open(path if content is None else io.BytesIO(content))
+    finally:
+        Image.MAX_IMAGE_PIXELS = LIMIT
+    if math.prod(image.size) > most:
+        raise Image.DecompressionBombError
     return image
 
 
@@ -337,7 +364,7 @@ def decode_mask(path):
     """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
     if Path(path).suffix.lower() == ".npy":
         return StoredMask("array", "NPY", as_mask_pixels(path, read_array(path)), None)
-    with open_image(path) as mask:
+    with open_image(path, per_byte=PER_MASK_BYTE) as mask:
         mode, kind, palette = mask.mode, mask.format, None
         try:
             if mode in ("RGBA", "CMYK", "YCbCr", "LA"):  # transparency says nothing about classes
@@ -384,6 +411,13 @@ def read_mask(path, table):
         if painted:
             raise InputError(f"{path} holds values above 255, and other masks are painted in colors")
         raise PaintedMask(f"{path} is painted in colors, and the other masks hold class numbers")
+    return class_ids_of(values, table, path)
+
+
+def class_ids_of(values, table, path):
+    """Return the class ids (H, W) uint8 of a mask file's values or color codes (H, W). Raises InputError for
+    one that is OUTSIDE `table`.
+    """
     mask = cv2.LUT(values, table[:256]) if values.dtype == np.uint8 else table[values]
     if (mask == OUTSIDE).any():
         wrong = np.unique(values[mask == OUTSIDE], return_counts=True)

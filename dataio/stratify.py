@@ -21,16 +21,22 @@ SEQUENCE, PLACES = 8, 8  # images that make a sequence, and where two neighbors 
 ALIKE = 40  # bits of 256 in which the looks of neighboring frames may differ; of other images 75 to 140 do
 
 
+def digest_of_masks(samples, table):
+    """Return a SHA-256 over the names, sizes and times of the masks of Samples, and their table."""
+    digest = hashlib.sha256(np.ascontiguousarray(table))
+    for sample in samples:
+        facts = sample.mask.stat()
+        digest.update(repr((str(sample.mask.resolve()), facts.st_size, facts.st_mtime_ns)).encode())
+    return digest
+
+
 def count_pixels(samples, table, num_classes, cache_dir):
     """Return (N, K) int64: pixels of every class in the mask of every sample; read once, then from cache_dir.
 
     The file kept is named by a hash over the masks' names, sizes and times and the table, so that a changed
     data set is counted anew. Raises InputError for a mask that does not fit the table.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(table))
-    for sample in samples:
-        facts = sample.mask.stat()
-        digest.update(repr((str(sample.mask.resolve()), facts.st_size, facts.st_mtime_ns)).encode())
+    digest = digest_of_masks(samples, table)
     kept = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"
     try:
         pixels = np.load(kept, allow_pickle=False)

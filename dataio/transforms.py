@@ -40,6 +40,21 @@ def resize_mask(mask, size):
     return torch.from_numpy(cv2.transpose(cv2.transpose(mask.numpy())[columns])[rows])
 
 
+def continued(image, size):
+    """Return (..., 3, H, W) uint8 of at least `size` = (h, w): what is missing at the right and below is its
+    last pixels.
+    """
+    missing = 0, max(0, size[1] - image.shape[-1]), 0, max(0, size[0] - image.shape[-2])
+    if not any(missing):
+        return image
+    return torch.nn.functional.pad(image.float(), missing, mode="replicate").to(image.dtype)
+
+
+def window_starts(length, window, stride):
+    """Return where windows start along one side; the last one is shifted in so that it ends at the edge."""
+    return [*range(0, length - window, stride), max(0, length - window)]
+
+
 @lru_cache(64)
 def nearest(old, new):
     """Return for each of `new` pixels of a line which of `old` pixels its center lies in, (new,) int64."""

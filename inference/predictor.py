@@ -15,9 +15,9 @@ import torch
 
 from config import InputError
 from dataio.readers import read_image
-from dataio.transforms import resize_image
+from dataio.transforms import resize_image, window_starts
 from inference.backends import ExportedModel, convert, is_installed
-from inference.tiles import Tiles, overlap_pixels, window_starts
+from inference.tiles import Tiles, overlap_pixels
 from models.logits import Logits, class_ids
 from utils import Precision, pick_device, shortest_time
 
@@ -146,13 +146,13 @@ def views_of(model, images, protocol, precision, batch_size=8):
 
 def mean_probabilities(views, size):
     """Return the mean softmax (B, K, h, w) float32 of views, an iterable of Logits, at `size` = (h, w)."""
-    shares = [view.at(size).pixels().softmax(1) for view in views]
-    return sum(shares) / len(shares)
+    first, *others = [view.at(size).pixels().softmax(1) for view in views]
+    return sum(others, first) / (1 + len(others)) if others else first
 
 
 def blocks_of(views, size):
     """Yield (rows, logits (1, K, r, W), None) that cover the image of one view, an iterable of Logits with
-    B = 1, or (rows, None, probabilities (1, K, r, W)), the mean of several views.
+    B = 1, or (rows, None, probabilities (1, K, r, W)), of Tiles or the mean of several views.
 
     Logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K. Several
     views are summed as probabilities at H x W where that stays below LARGE, else all of them are kept.
@@ -161,7 +161,8 @@ def blocks_of(views, size):
     first, second = next(views), next(views, None)
     if second is None:
         for _, rows in first.slices():
-            yield rows, first.pixels(rows), None
+            tiled = isinstance(first, Tiles)
+            yield rows, None if tiled else first.pixels(rows), first.shares(rows) if tiled else None
         return
     views = itertools.chain([first, second], views)
     if math.prod(first.shape) > LARGE:
@@ -233,9 +234,11 @@ def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, ov
     """Return the Protocol of a checkpoint, with those parts replaced that were given.
 
     imgsz: (h, w); kind: whole, slide or tile; tta: flip, ms or "ms,flip"; tile_scale, overlap: of tiles. A
-    model runs at the size it was trained at, on the whole image; an official head has a protocol of its own.
-    Raises InputError for flags that contradict each other.
+    model runs at the size it was trained at, on the whole image, or in tiles where it was trained so; an
+    official head has a protocol of its own. Raises InputError for flags that contradict each other.
     """
+    if not kind and checkpoint.get("config", {}).get("train_scale") == "native":
+        kind = "tile"
     if kind != "tile" and (tile_scale, overlap) != (None, None):
         raise InputError("--tile-scale and --overlap belong to --protocol tile: add it, or leave them out")
     asked = make_protocol(kind, tta, imgsz or checkpoint["imgsz"], tile_scale or 1.0,

@@ -1,4 +1,4 @@
-"""TIFF files of any size, georeferenced or not, read and written by windows through rasterio.
+"""From a TIFF of any size, georeferenced or not, to a mask and polygons that lie where it lies.
 
     with Raster("ortho.tif") as raster, MaskFile("ortho_mask.tif", raster, classes) as mask:
         for rows, pred, _ in segment(raster, predictor):      # a predictor whose protocol is tile
@@ -8,7 +8,7 @@ What an image holds beside its pixels stays: coordinate system, transform, where
 """
 import json
 import os
-from contextlib import contextmanager
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,110 +16,17 @@ import torch
 
 from config import IGNORE, InputError
 from dataio.annotations import area_of
+from dataio.rasters import named_errors, rasterio
 from inference.predictor import blocks_of, views_of
 from models.logits import class_ids
 from visualize import color_table
 
-try:
-    import rasterio
+if rasterio:
     import rasterio.features
     import rasterio.warp
-except ImportError:  # TIFFs are then read whole, as other images
-    rasterio = None
 
-TIFFS = (".tif", ".tiff")
-PREVIEW = 2048  # pixels of the longer side of an overlay, and of what percentiles are taken of
-PERCENTILES = 2, 98  # of deep bands, which become 0 and 255
-DAMAGED = "is damaged or no TIFF: repair or remove it"
+UNWRITTEN = "cannot be written whole: is the disk full?"
 BLOCK = 256  # pixels of a side of the blocks in the files that are written
-
-
-def is_raster(path):
-    """Return whether a file is read by windows."""
-    return rasterio is not None and Path(path).suffix.lower() in TIFFS
-
-
-class Raster:
-    """A TIFF as Tiles takes it: read(top, left, h, w) -> (1, 3, h, w) uint8 RGB, None where it has no data.
-
-    bands: the numbers, from 1, of those that are red, green and blue (default: the first three, or a single
-    one three times). Bands of more than 8 bit are scaled by PERCENTILES of each; `ranges` are these, else
-    None. size = (H, W). Raises InputError.
-    """
-
-    def __init__(self, path, bands=()):
-        self.path = Path(path)
-        with named_errors(path, DAMAGED):
-            self.source = rasterio.open(path)
-            count = self.source.count
-            self.bands = tuple(bands) or ((1, 2, 3) if count >= 3 else (1, 1, 1))
-            if max(self.bands) > count:
-                raise InputError(f"{path} has {count} bands: --bands {' '.join(map(str, self.bands))} asks "
-                                 "for others")
-            self.size = self.source.shape
-            self.shape = 1, 3, *self.size
-            self.ranges = self.measure() if self.source.dtypes[0] != "uint8" else None
-
-    def measure(self):
-        """Return [(low, high)] of the bands: PERCENTILES of a small version."""
-        small = self.source.read(self.bands, out_shape=(3, *self.small_size()), masked=True)
-        values = [band.compressed() for band in small.astype(np.float64)]
-        ranges = [np.percentile(band[np.isfinite(band)], PERCENTILES) if np.isfinite(band).any() else (0, 1)
-                  for band in values]
-        return [(float(low), float(max(high, low + 1e-6))) for low, high in ranges]
-
-    def small_size(self):
-        """Return the (h, w) of a version with a longer side of at most PREVIEW."""
-        scale = min(1.0, PREVIEW / max(self.size))
-        return tuple(max(1, round(side * scale)) for side in self.size)
-
-    def to_8_bit(self, pixels):
-        """Scale (3, h, w) of the file's own type to uint8."""
-        if self.ranges is None:
-            return pixels
-        low, high = (np.array(column)[:, None, None] for column in zip(*self.ranges, strict=True))
-        scaled = np.nan_to_num(255 * (pixels.astype(np.float64) - low) / (high - low))
-        return np.rint(scaled.clip(0, 255)).astype(np.uint8)
-
-    def window(self, top, left, height, width):
-        """Return the window of rasterio."""
-        return rasterio.windows.Window(left, top, width, height)
-
-    def read(self, top, left, height, width):
-        """Return (1, 3, height, width) uint8, or None where none of these pixels holds data."""
-        window = self.window(top, left, height, width)
-        with named_errors(self.path, DAMAGED):
-            if not self.source.dataset_mask(window=window).any():
-                return None
-            pixels = self.source.read(self.bands, window=window)
-        return torch.from_numpy(self.to_8_bit(pixels))[None]
-
-    def valid(self, rows):
-        """Return (r, W) bool: which pixels of some rows (a slice) hold data."""
-        window = self.window(rows.start, 0, rows.stop - rows.start, self.size[1])
-        with named_errors(self.path, DAMAGED):
-            return self.source.dataset_mask(window=window) > 0
-
-    def preview(self):
-        """Return a small version (h, w, 3) uint8."""
-        with named_errors(self.path, DAMAGED):
-            small = self.source.read(self.bands, out_shape=(3, *self.small_size()))
-        return np.ascontiguousarray(self.to_8_bit(small).transpose(1, 2, 0))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.source.close()
-
-
-@contextmanager
-def named_errors(path, what):
-    """Context in which an error of rasterio is an InputError that names the file and says what is wrong."""
-    try:
-        yield
-    except rasterio.errors.RasterioError as error:
-        raise InputError(f"{path} {what} ({' '.join(str(error).split())})") from None
 
 
 @torch.inference_mode()
@@ -128,16 +35,17 @@ def segment(raster, predictor, batch_size=8):
     ids are IGNORE where it has no data. predictor: one whose protocol is tile.
     """
     views = views_of(predictor.model, raster, predictor.protocol, predictor.precision, batch_size)
-    for rows, logits, _ in blocks_of(views, raster.size):
-        pred = class_ids(logits)[0].cpu().numpy()
-        confidence = logits.softmax(1).amax(1)[0].cpu().numpy()
+    for rows, _, shares in blocks_of(views, raster.size):
+        pred = class_ids(shares)[0].cpu().numpy()
+        confidence = shares.amax(1)[0].cpu().numpy()
         pred[~raster.valid(rows)] = IGNORE
         yield rows, pred, confidence
 
 
 class MaskFile:
     """A GeoTIFF of class ids that lies where a Raster lies: tiled, compressed, with the classes' colors; 255
-    is no data. The file appears under its name when it is whole.
+    is no data. The file appears under its name when it is whole: read again, since GDAL may say nothing of a
+    disk that is full. Raises InputError.
     """
 
     def __init__(self, path, raster, classes):
@@ -147,7 +55,7 @@ class MaskFile:
             self.temporary, "w", driver="GTiff", dtype="uint8", count=1, height=raster.size[0],
             width=raster.size[1], crs=source.crs, transform=source.transform, nodata=IGNORE, tiled=True,
             blockxsize=BLOCK, blockysize=BLOCK, compress="deflate", bigtiff="if_safer")
-        colors = color_table(classes)
+        self.checksum, colors = 0, color_table(classes)
         self.file.write_colormap(1, {id: (*map(int, colors[id]), 255) for id in range(len(classes))})
         self.file.update_tags(**{f"class_{id}": name for id, (name, _) in enumerate(classes)})
         if raster.ranges:
@@ -155,18 +63,34 @@ class MaskFile:
 
     def write(self, rows, pred):
         """Write some rows (a slice) of class ids (r, W)."""
+        self.checksum = zlib.crc32(np.ascontiguousarray(pred), self.checksum)
         window = rasterio.windows.Window(0, rows.start, pred.shape[1], len(pred))
-        with named_errors(self.path, "cannot be written"):
+        with named_errors(self.path, UNWRITTEN):
             self.file.write(pred, 1, window=window)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        self.temporary.unlink(missing_ok=True)
+        try:
+            with named_errors(self.path, UNWRITTEN):
+                self.file.close()
+                if kind is None:
+                    if self.read_checksum() != self.checksum:
+                        raise InputError(f"{self.path} {UNWRITTEN}")
+                    os.replace(self.temporary, self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+    def read_checksum(self):
+        """Return the checksum of what is in the file."""
+        found = 0
+        with rasterio.open(self.temporary) as file:
+            for top in range(0, file.height, BLOCK):
+                rows = min(BLOCK, file.height - top)
+                window = rasterio.windows.Window(0, top, file.width, rows)
+                found = zlib.crc32(file.read(1, window=window), found)
+        return found
 
 
 def polygons(path, classes, keep=None):
@@ -177,9 +101,9 @@ def polygons(path, classes, keep=None):
     """
     features = []
     with rasterio.open(path) as file:
-        named = file.read(1)
-        wanted = (named != IGNORE) & (named != (IGNORE if keep is None else keep))
-        for shape, id in rasterio.features.shapes(named, mask=wanted, transform=file.transform):
+        for shape, id in rasterio.features.shapes(rasterio.band(file, 1), transform=file.transform):
+            if id in (IGNORE, keep):
+                continue
             rings = [area_of(np.array(ring[:-1])) for ring in shape["coordinates"]]
             if file.crs:
                 shape = rasterio.warp.transform_geom(file.crs, "EPSG:4326", shape)

@@ -2,25 +2,20 @@
 
     tiles = Tiles(probabilities, image, side=(518, 518), stride=(389, 389))
     for _, rows in tiles.slices():                     # in order, from the top
-        tiles.pixels(rows)                             # (1, K, r, W) logits of these rows
+        tiles.shares(rows)                             # (1, K, r, W) probabilities of these rows
 
 Memory grows with the width of the image, not with its height: one row of tiles is kept, K x side x W values.
 """
 import math
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+from dataio.transforms import continued, window_starts
 from models.logits import BLOCK, Logits
 
 MANY = 50  # tiles from which a progress bar is worth its lines
 SMALLEST = 1e-12  # of a probability, so that it has a logarithm
-
-
-def window_starts(length, window, stride):
-    """Return where windows start along one side; the last one is shifted in so that it ends at the edge."""
-    return [*range(0, length - window, stride), max(0, length - window)]
 
 
 def ramp(length, before, after):
@@ -102,10 +97,7 @@ class Tiles:
             crop = self.image[..., top:top + sides[0], left:left + sides[1]]
         else:
             crop = self.image.read(top, left, *sides)
-        if crop is None or tuple(sides) == self.side:
-            return crop
-        missing = 0, self.side[1] - sides[1], 0, self.side[0] - sides[0]
-        return F.pad(crop.float(), missing, mode="replicate").to(crop.dtype)
+        return None if crop is None else continued(crop, self.side)
 
     def add_row(self, tops, row, lefts, bar):
         """Add the probabilities of a row of tiles to the sums."""
@@ -125,16 +117,22 @@ class Tiles:
             for column, shares in zip(crops, found, strict=True):
                 left = lefts[column]
                 weight = (along_y[:, None] * edges(lefts, column, wide)).to(shares.device)
-                self.sums[..., left:left + wide] += shares * weight
+                self.sums[..., left:left + wide].addcmul_(shares, weight)
                 self.weights[:, left:left + wide] += weight
 
-    def pixels(self, rows):
-        """Return (1, K, r, W) float32 of rows that slices() has just named; equal where there is nothing."""
+    def shares(self, rows):
+        """Return the probabilities (1, K, r, W) float32 of rows that slices() has just named; 0 where there
+        is nothing.
+        """
         if self.sums is None:
             return torch.zeros(1, self.num_classes, rows.stop - rows.start, self.size[1])
         part = slice(rows.start - self.top, rows.stop - self.top)
-        means = self.sums[:, part, :self.size[1]] / self.weights[part, :self.size[1]].clamp(min=SMALLEST)
-        return means.clamp_(min=SMALLEST).log_()[None]
+        weights = self.weights[part, :self.size[1]].clamp(min=SMALLEST)
+        return (self.sums[:, part, :self.size[1]] / weights)[None]
+
+    def pixels(self, rows):
+        """Return the logits (1, K, r, W) of the same rows; all equal where there is nothing."""
+        return self.shares(rows).clamp_(min=SMALLEST).log_()
 
 
 def edges(starts, index, length):

@@ -14,7 +14,7 @@ import datasets
 import model
 from config import InputError
 from dataio.classes import ADE20K
-from datasets import SegmentationDataset
+from dataio.torch_datasets import SegmentationDataset
 from dataio.transforms import resize_mask
 from dataio.dataloader import EpochSampler, make_loader
 from dataio.readers import DataSource, Sample, index_table, read_image, read_mask

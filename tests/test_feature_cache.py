@@ -20,7 +20,7 @@ from losses import Criterion
 from dataio.feature_cache import cache_features
 from dataio.transforms import AUGMENTS, ScaleCrop
 from config import InputError
-from datasets import SegmentationDataset
+from dataio.torch_datasets import SegmentationDataset
 from model import CachedSegmenter
 from models.weights import hash_state
 from dataio.readers import Sample, index_table

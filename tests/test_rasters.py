@@ -1,5 +1,7 @@
 """TIFFs by windows: what is written lies where the image lay, and is what the same tiles give in memory."""
 import json
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 
 import infer_image
 from checkpoint import load_model, pack_checkpoint
-from inference import rasters
+from dataio import rasters
 from inference.predictor import Predictor, choose_protocol
 from inference.tiles import Tiles
 
@@ -18,11 +20,11 @@ CLASSES = [("background", (0, 0, 0)), ("roof", (255, 0, 0)), ("road", (0, 255, 0
 WHERE = rasterio.transform.from_origin(691_000, 5_335_000, 0.2, 0.2)  # pixels of 20 cm
 
 
-def write_tiff(path, pixels, nodata=None, crs="EPSG:32632", transform=WHERE):
+def write_tiff(path, pixels, nodata=None, crs="EPSG:32632", transform=WHERE, **options):
     """Write (bands, H, W) as a GeoTIFF."""
     count, height, width = pixels.shape
     with rasterio.open(path, "w", driver="GTiff", dtype=pixels.dtype, count=count, nodata=nodata, crs=crs,
-                       height=height, width=width, transform=transform) as file:
+                       height=height, width=width, transform=transform, **options) as file:
         file.write(pixels)
     return path
 
@@ -156,3 +158,77 @@ def test_without_rasterio_a_tiff_is_an_image_like_others(tmp_path, segment, mode
     folder, _ = segment("--input", tmp_path / "plain.tif")
     mask = np.array(Image.open(folder / "plain_mask.png"))
     assert (mask == in_memory(model_file, picture())).all()
+
+
+def in_pil(path):
+    """Return (3, H, W) uint8 RGB of a file as PIL sees it."""
+    return np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+
+
+def test_one_band_a_palette_and_inverted_gray_look_as_in_other_programs(tmp_path):
+    gray = picture()[:1]
+    write_tiff(tmp_path / "gray.tif", gray)
+    write_tiff(tmp_path / "white.tif", gray, photometric="MINISWHITE")
+    Image.fromarray(gray[0]).convert("RGB").quantize(7).save(tmp_path / "palette.tif")
+    for name in ("gray", "white", "palette"):
+        with rasters.Raster(tmp_path / f"{name}.tif") as raster:
+            assert (raster.read(0, 0, 130, 171)[0].numpy() == in_pil(tmp_path / f"{name}.tif")).all(), name
+            assert raster.preview().shape == (130, 171, 3)
+
+
+def test_bands_are_those_that_the_file_says_or_the_user(tmp_path, segment):
+    colors = picture()
+    five = np.concatenate([colors[:1] // 2, colors[::-1], colors[:1]])  # ?, blue, green, red, ?
+    path = write_tiff(tmp_path / "five.tif", five)
+    _, text = segment("--input", path, code=2)
+    assert "five.tif has 5 bands and does not say which of them are red, green and blue" in text
+    with rasters.Raster(path, (4, 3, 2)) as raster:
+        assert (raster.read(0, 0, 130, 171)[0].numpy() == colors).all()
+    with rasterio.open(path, "r+") as file:
+        kinds = rasterio.enums.ColorInterp
+        file.colorinterp = [kinds.undefined, kinds.blue, kinds.green, kinds.red, kinds.undefined]
+    with rasters.Raster(path) as raster:
+        assert raster.bands == (4, 3, 2)
+    segment("--input", path)
+
+
+@pytest.mark.parametrize("size", [(20, 31), (57, 40)])
+def test_images_without_data_or_smaller_than_a_tile(tmp_path, segment, model_file, size):
+    pixels = picture(*size)
+    write_tiff(tmp_path / "small.tif", pixels, crs=None)
+    write_tiff(tmp_path / "empty.tif", 0 * pixels, nodata=0)
+    folder, text = segment("--input", tmp_path / "small.tif", tmp_path / "empty.tif", "--polygons", "geojson")
+    assert "small.tif has no coordinate system" in text and "empty.tif has no coordinate" not in text
+    with rasterio.open(folder / "small_mask.tif") as file:
+        assert (file.read(1) == in_memory(model_file, pixels)).all() and file.crs is None
+    with rasterio.open(folder / "empty_mask.tif") as file:
+        assert (file.read(1) == 255).all()
+    assert json.loads((folder / "empty.geojson").read_text())["features"] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the size of files")
+def test_a_disk_that_is_full_leaves_no_mask(tmp_path, segment):
+    import resource
+    path = write_tiff(tmp_path / "ortho.tif", picture(500, 700))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+    try:
+        folder, text = segment("--input", path, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "ortho_mask.tif cannot be written whole: is the disk full?" in text
+    assert not list(folder.glob("*mask.tif"))
+
+
+def test_a_signal_in_the_middle_leaves_no_mask(tmp_path, segment, monkeypatch):
+    path, asked = write_tiff(tmp_path / "ortho.tif", picture(300, 90)), []
+
+    def stop(*args):
+        asked.append(args)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(infer_image.MaskFile, "write", stop)
+    folder, text = segment("--input", path, code=128 + signal.SIGTERM)
+    assert "ortho.tif: stopped at row" in text and "no mask of it is written" in text
+    assert "0 of 1 image segmented" in text and not list(folder.glob("*ortho*"))

@@ -1,0 +1,217 @@
+"""Windows of large images at their own resolution, read without decoding more than they need.
+
+    reader = WindowReader(samples, table, "outputs/cache")       # decoded once, then read from there
+    image, mask = reader.read(3, 1000, 2000, 518, 518)           # (3, 518, 518), (518, 518) uint8
+
+TIFFs are read by windows (rasterio) where image and mask both are. Other formats can only be decoded whole:
+in the folder of a cache they are kept as they are decoded, and windows of them are read from there.
+"""
+import hashlib
+import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import IGNORE, InputError
+from dataio.rasters import DAMAGED, Raster, is_raster, named_errors, rasterio
+from dataio.readers import (class_ids_of, read_mask, read_orientation, read_pair, read_upright, rotate_like)
+from dataio.scan import in_parallel
+from dataio.stratify import digest_of_masks
+from dataio.transforms import PADDING_COLOR, resize_mask
+from utils import write_atomically
+
+VERSION = 1  # of what is kept of an image
+SPARE = 1 << 28  # bytes of disk that stay free
+POINTS = 16  # pixels of every class in every image that windows may be drawn around
+NOTHING = (*PADDING_COLOR, IGNORE)
+
+
+# --- one pair ---------------------------------------------------------------------------------------------
+def native_size(path):
+    """Return the (H, W) of an upright image file; reads its header. Raises InputError."""
+    if is_raster(path):
+        with named_errors(path, DAMAGED), rasterio.open(path) as file:
+            return file.shape
+    size, orientation = read_orientation(path)
+    return size[::-1] if orientation >= 5 else size
+
+
+def native_mask(sample, table):
+    """Return the mask (H, W) uint8 of class ids at the size of its image, turned as it is."""
+    size, orientation = read_orientation(sample.image) if not is_raster(sample.image) else ((), 1)
+    mask = torch.from_numpy(rotate_like(read_mask(sample.mask, table), size, orientation))
+    wanted = native_size(sample.image)
+    return (mask if tuple(mask.shape) == tuple(wanted) else resize_mask(mask, wanted)).numpy()
+
+
+def native_pair(sample, table):
+    """Return (H, W, 4) uint8 of a Sample: RGB and class id, IGNORE where a TIFF has no data."""
+    if is_raster(sample.image):
+        with Raster(sample.image) as raster:
+            image = raster.read(0, 0, *raster.size)
+            valid = raster.valid(slice(0, raster.size[0]))
+        image = torch.zeros(3, *valid.shape, dtype=torch.uint8) if image is None else image[0]
+    else:
+        image, valid = read_upright(sample.image)[0], None
+    pixels = np.empty((*image.shape[1:], 4), np.uint8)
+    pixels[..., :3], pixels[..., 3] = image.permute(1, 2, 0).numpy(), native_mask(sample, table)
+    if valid is not None:
+        pixels[~valid, 3] = IGNORE
+    return pixels
+
+
+def read_native(sample, table):
+    """Return image (3, H, W) and mask (H, W) uint8 of a Sample as read_pair does, of TIFFs as windows of them
+    are read.
+    """
+    if not is_raster(sample.image):
+        return read_pair(sample, table)
+    pixels = torch.from_numpy(native_pair(sample, table))
+    return pixels[..., :3].permute(2, 0, 1), pixels[..., 3]
+
+
+def has_windows(sample, table):
+    """Return whether both files of a Sample can be read by windows."""
+    if len(table) > 65536 or not (is_raster(sample.image) and is_raster(sample.mask)):
+        return False
+    with named_errors(sample.mask, DAMAGED), rasterio.open(sample.mask) as mask:
+        return (mask.count, mask.shape) == (1, native_size(sample.image)) and \
+            mask.dtypes[0] in ("uint8", "uint16")
+
+
+def read_tiff_window(sample, table, top, left, height, width):
+    """Return (height, width, 4) uint8 of a window of two TIFFs, as native_pair does of the whole."""
+    window = rasterio.windows.Window(left, top, width, height)
+    pixels = np.zeros((height, width, 4), np.uint8)
+    with Raster(sample.image) as raster:
+        image = raster.read(top, left, height, width)
+        with named_errors(sample.mask, DAMAGED), rasterio.open(sample.mask) as mask:
+            pixels[..., 3] = class_ids_of(mask.read(1, window=window), table, sample.mask)
+        with named_errors(sample.image, DAMAGED):
+            pixels[raster.source.dataset_mask(window=window) == 0, 3] = IGNORE
+    if image is not None:
+        pixels[..., :3] = image[0].permute(1, 2, 0).numpy()
+    return pixels
+
+
+# --- all of them ------------------------------------------------------------------------------------------
+class WindowReader:
+    """Reads windows of Samples. sizes: [(H, W)] of the images; folder: where decoded ones are kept, "" =
+    nowhere: an image is then decoded for every window that does not follow another one of it.
+
+    Raises InputError for an image that cannot be read, and where the disk has no room.
+    """
+
+    def __init__(self, samples, table, folder=""):
+        self.samples, self.table, self.folder = list(samples), table, folder and Path(folder)
+        found = in_parallel(lambda sample: (native_size(sample.image), has_windows(sample, table)),
+                            self.samples, "image sizes")
+        for one in found:
+            if isinstance(one, InputError):
+                raise one
+        self.sizes, self.by_windows = map(list, zip(*found, strict=True))
+        self.last = None, None  # the pair that this process read last
+        if folder:
+            self.check_room()
+
+    def __getstate__(self):  # a worker process reads for itself
+        return {**self.__dict__, "last": (None, None)}
+
+    def __len__(self):
+        return len(self.samples)
+
+    def kept_path(self, index):
+        """Return the file that holds a decoded pair; its name is a hash of all that it depends on."""
+        sample = self.samples[index]
+        facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sample]
+        state = hashlib.sha256(repr((VERSION, facts, self.sizes[index])).encode() + self.table.tobytes())
+        return self.folder / f"decoded-{state.hexdigest()[:16]}.npy"
+
+    def check_room(self):
+        """Create the folder. Raises InputError where the disk is too full for what is not kept yet."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--cache-images: cannot create {self.folder} ({error.strerror}); name another "
+                             "folder") from None
+        missing = [index for index in range(len(self)) if not self.kept_path(index).exists()
+                   and not self.by_windows[index]]
+        needed = sum(4 * math.prod(self.sizes[index]) for index in missing)
+        free = shutil.disk_usage(self.folder).free
+        print(f"decoded images in {self.folder}: {len(missing)} of {len(self)} are to be added, "
+              f"{needed / 1e9:.2f} GB; {free / 1e9:.1f} GB free", flush=True)
+        if needed + SPARE > free:
+            raise InputError(f"--cache-images needs {needed / 1e9:.2f} GB in {self.folder}, which has "
+                             f"{free / 1e9:.2f} GB free: free some disk, or name another folder")
+
+    def load(self, index):
+        """Return (H, W, 4) uint8 of a pair, as native_pair does, in memory or mapped from the cache."""
+        sample = self.samples[index]
+        if not self.folder:
+            return native_pair(sample, self.table)
+        path = self.kept_path(index)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # not there, or damaged
+            pixels = native_pair(sample, self.table)
+            write_atomically(path, lambda temporary: np.save(temporary, pixels))
+            return pixels
+
+    def read(self, index, top, left, height, width):
+        """Return image (3, height, width) and mask (height, width), uint8, of a window of pair `index`; what
+        lies beyond the image is PADDING_COLOR and IGNORE.
+        """
+        high, wide = self.sizes[index]
+        above, below = max(0, top), min(high, top + height)
+        before, after = max(0, left), min(wide, left + width)
+        window = np.full((height, width, 4), NOTHING, np.uint8)
+        if below > above and after > before:
+            inside = window[above - top:below - top, before - left:after - left]
+            if self.by_windows[index]:
+                inside[:] = read_tiff_window(self.samples[index], self.table, above, before, below - above,
+                                             after - before)
+            else:
+                if self.last[0] != index:
+                    self.last = index, self.load(index)
+                inside[:] = self.last[1][above:below, before:after]
+        window = torch.from_numpy(window)
+        return window[..., :3].permute(2, 0, 1), window[..., 3].contiguous()
+
+    def points(self, num_classes, cache_dir):
+        """Return (M, 4) int64, rows (index, class, y, x): up to POINTS random pixels of every class in every
+        image, sorted; drawn once, then read from cache_dir.
+        """
+        state = digest_of_masks(self.samples, self.table)
+        state.update(repr((VERSION, POINTS, num_classes, self.sizes)).encode())
+        kept = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
+        try:
+            rows = np.load(kept, allow_pickle=False)
+            if rows.ndim == 2 and rows.shape[1] == 4:
+                return rows
+        except (OSError, ValueError, EOFError):
+            pass  # not there, or damaged: draw
+        with ThreadPoolExecutor() as pool:
+            parts = pool.map(lambda index: draw_points(native_mask(self.samples[index], self.table), index,
+                                                       num_classes), range(len(self)))
+            bar = tqdm(parts, "pixels of classes", len(self), leave=False, disable=None)
+            rows = np.concatenate(list(bar))
+        write_atomically(kept, lambda temporary: np.save(temporary, rows))
+        return rows
+
+
+def draw_points(mask, index, num_classes):
+    """Return rows (index, class, y, x), (n, 4) int64: up to POINTS random pixels of every class in `mask`."""
+    generator, rows = np.random.default_rng(index), [np.empty((0, 4), np.int64)]
+    for id in np.flatnonzero(np.bincount(mask.ravel(), minlength=num_classes)[:num_classes]).tolist():
+        found = mask == id
+        ends = found.sum(1).cumsum()  # pixels of the class up to the end of every row
+        ranks = np.sort(generator.integers(0, ends[-1], min(POINTS, ends[-1])))  # the how many-th each is
+        ys = np.searchsorted(ends, ranks, side="right")
+        before = np.concatenate([[0], ends])[ys]
+        xs = [np.flatnonzero(found[y])[rank] for y, rank in zip(ys, ranks - before, strict=True)]
+        rows.append(np.stack([np.full(len(ys), index), np.full(len(ys), id), ys, xs], 1))
+    return np.concatenate(rows)
