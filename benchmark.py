@@ -2,7 +2,7 @@
 
     python benchmark.py train                # a head and last blocks: plain, this code, feature cache
     python benchmark.py data --dataset voc   # loading and augmenting alone
-    python benchmark.py memory               # peak memory of the same training loops
+    python benchmark.py memory               # peak memory of the same training loops, and of a map in tiles
     python benchmark.py evaluate --model outputs/best_model_iou.pth
     python benchmark.py infer --model outputs/best_model_iou.pth --input clip.mp4 --batch-size 2
     python benchmark.py smooth --model FILE  # infer_video.py --smooth, of a model trained on streets
@@ -42,6 +42,8 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=positive_int, default=8, help="images per forward pass (8)")
     parser.add_argument("--rounds", type=positive_int, default=3,
                         help="data, evaluate, infer: times each runs; smooth: clips (3)")
+    parser.add_argument("--side", type=positive_int, default=4000, metavar="N",
+                        help="memory: of a drawn GeoTIFF of NxN pixels that is segmented in tiles (4000)")
     add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -77,12 +79,14 @@ from checkpoint import data_options, load_model
 from config import IGNORE, DataOptions, InputError
 from dataio.dataloader import make_loader
 from dataio.feature_cache import cache_features
+from dataio.rasters import Raster, rasterio
 from dataio.readers import read_mask
 from dataio.streets import draw_clip
 from dataio.torch_datasets import SegmentationDataset
 from datasets import STREETS, load_data
 from inference.backends import BACKENDS, is_installed
-from inference.predictor import Predictor, Protocol, views_of
+from inference.predictor import Predictor, Protocol, make_protocol, views_of
+from inference.rasters import MaskFile, polygons, segment
 from inference.smooth import Smoother
 from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
 from losses import Criterion
@@ -366,8 +370,7 @@ def benchmark_data(args):
 def peak_memory(args, name, images):
     """Return the peak memory, GB, of one epoch over `images` images: of the GPU, else of this process.
 
-    Without the processes that load data and, on Linux, without mapped files, which the system takes back when
-    it needs the room.
+    As memory_now() counts, without the processes that load data.
     """
     device = utils.pick_device(args.device)
     args.images = images
@@ -386,18 +389,56 @@ def peak_memory(args, name, images):
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peaks[0]
 
 
-def watch_memory(peaks):
-    """Keep peaks[0] at the most memory, GB, that this process has had since the call."""
+def memory_now():
+    """Return the memory of this process, GB: on Linux without mapped files, which the system takes back when
+    it needs the room; elsewhere the most it has had.
+    """
     import resource
     status = Path("/proc/self/status")
+    if status.exists():
+        lines = [line.split() for line in status.read_text().splitlines()]
+        return sum(int(parts[1]) for parts in lines if parts[0] in ("RssAnon:", "RssShmem:")) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def watch_memory(peaks):
+    """Keep peaks[0] at the most memory, GB, that this process has had since the call."""
     while True:
-        if status.exists():
-            lines = [line.split() for line in status.read_text().splitlines()]
-            now = sum(int(parts[1]) for parts in lines if parts[0] in ("RssAnon:", "RssShmem:")) / 1e6
-        else:
-            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-        peaks[0] = max(peaks[0], now)
+        peaks[0] = max(peaks[0], memory_now())
         time.sleep(0.01)
+
+
+def draw_map(path, side):
+    """Write a GeoTIFF of side x side pixels: random blocks of color, tiled."""
+    generator = np.random.default_rng(0)
+    with rasterio.open(path, "w", driver="GTiff", dtype="uint8", count=3, height=side, width=side, tiled=True,
+                       blockxsize=256, blockysize=256, compress="deflate", photometric="RGB") as file:
+        for top in range(0, side, 256):
+            blocks = generator.integers(0, 255, (3, 4, side // 64 + 1)).astype(np.uint8)
+            rows = blocks.repeat(64, 1).repeat(64, 2)[:, :side - top, :side]
+            file.write(rows, window=rasterio.windows.Window(0, top, side, rows.shape[1]))
+
+
+def tiles_memory(args, side):
+    """Return (peak memory, GB, above that of the model at work, seconds) of a GeoTIFF segmented in tiles and
+    turned into polygons, as infer_image.py does.
+    """
+    spec = ModelSpec(backbone=args.backbone, head="bn", num_classes=CLASSES)
+    model = build_model(spec, args.weights).eval()
+    classes = [(f"class {id}", (id, id, id)) for id in range(CLASSES)]
+    protocol = make_protocol("tile", "", args.imgsz)
+    predictor = Predictor(model, dict(classes=classes), args.device, protocol)
+    predictor(torch.zeros(1, 3, *args.imgsz, dtype=torch.uint8))
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        path, mask_path = Path(folder) / "map.tif", Path(folder) / "mask.tif"
+        draw_map(path, side)
+        before, peaks, start = memory_now(), [0.0], time.perf_counter()
+        threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
+        with Raster(path) as raster, MaskFile(mask_path, raster, classes) as mask:
+            for rows, pred, _ in segment(raster, predictor, args.batch_size):
+                mask.write(rows, pred)
+        polygons(mask_path, classes, keep=0)
+    return peaks[0] - before, time.perf_counter() - start
 
 
 def in_own_process(function, *args):
@@ -407,7 +448,7 @@ def in_own_process(function, *args):
 
 
 def benchmark_memory(args):
-    """Measure the peak memory of the training loops, each in a process of its own."""
+    """Measure the peak memory of the training loops and of a map in tiles, each in a process of its own."""
     device = utils.pick_device(args.device)
     cases = [("plain loop", args.images), ("this code", args.images), ("this code, cache made", args.images),
              ("this code, cache made", 4 * args.images)]
@@ -416,7 +457,14 @@ def benchmark_memory(args):
         rows.append(dict(name=name, images=images, peak_gb=in_own_process(peak_memory, args, name, images)))
     for row in rows:
         row["ratio"] = rows[0]["peak_gb"] / row["peak_gb"]
-    return facts_of(args, device, backbone=args.backbone, unfreeze=args.unfreeze, rows=rows)
+    more = {}
+    if rasterio:
+        peak, seconds = in_own_process(tiles_memory, args, args.side)
+        whole = CLASSES * 4 * args.side ** 2 / 1e9  # GB, float32
+        rows.append(dict(name=f"tiles of {args.side}x{args.side}, against its logits at once", images=1,
+                         peak_gb=peak, ratio=whole / peak))
+        more = dict(tiles_s_per_megapixel=seconds * 1e6 / args.side ** 2)
+    return facts_of(args, device, **more, backbone=args.backbone, unfreeze=args.unfreeze, rows=rows)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------
@@ -575,9 +623,9 @@ def benchmark_smooth(args):
         smoothers[0](images[:1])  # the first call of a size is slow
         variants = dict(zip(scores, (predictor, smoothers[1]), strict=True))
         for frame in range(args.images):  # in turns
-            for name, segment in variants.items():
+            for name, labels_of in variants.items():
                 start = time.perf_counter()
-                preds[name].append(segment(images[frame:frame + 1])[0])
+                preds[name].append(labels_of(images[frame:frame + 1])[0])
                 scores[name]["seconds"].append(time.perf_counter() - start)
         for name, found in preds.items():
             scores[name]["matrix"].update(torch.from_numpy(np.stack(found)), torch.from_numpy(masks))

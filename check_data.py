@@ -34,6 +34,7 @@ if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
 import dataclasses
+import math
 import re
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ import numpy as np
 
 import utils
 import visualize
-from config import IGNORE, DataOptions, InputError, count_of
+from config import IGNORE, DataOptions, InputError, TrainConfig, count_of
 from dataio.advice import advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled, ignored_share
@@ -58,6 +59,7 @@ from datasets import find_data
 
 COPY = 10  # bits of 256 in which the looks of two versions of one image may differ
 MUCH_ALIKE = 0.2  # share of validation images with a near neighbor in training, above which to warn
+MUCH_LARGER = 3  # times --imgsz, from which images are large
 SAME = 0.9  # share of the pixels of shapes that agree, above which masks are one picture
 SHOWN = 8  # overlays in check.png, problems of one kind that are listed
 
@@ -177,6 +179,14 @@ def check_images(data, report):
     report.facts.append(f"size: {smallest[0]}x{smallest[1]}" if len(shapes) == 1 else
                         f"sizes: {len(shapes)} different ones, {smallest[0]}x{smallest[1]} to "
                         f"{largest[0]}x{largest[1]}")
+    trained = TrainConfig().imgsz
+    times = float(np.median([math.sqrt(math.prod(size) / math.prod(trained)) for size in
+                             (images[sample].size for sample in data.samples)]))
+    if times >= MUCH_LARGER:
+        report.facts.append(
+            f"large images: {times:.1f} times as long and wide as --imgsz {trained[0]} {trained[1]}, to "
+            "which training shrinks them. Where things are small (drones, maps, scans), add --train-scale "
+            "native, and --cache-images unless they are tiled TIFFs; where they fill the image, neither")
 
 
 def describe_masks(data, report):

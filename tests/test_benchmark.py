@@ -9,6 +9,7 @@ from conftest import tiny, write_folder
 import benchmark
 import train
 from checkpoint import pack_checkpoint
+from dataio.rasters import rasterio
 from test_video import write_clip
 
 
@@ -74,13 +75,14 @@ def test_model_counts_the_arithmetic(tmp_path, run):
     assert rows["224x224", 1]["gflop_per_image"] * 1e9 == pytest.approx(want, rel=0.05)
 
 
-@pytest.mark.parametrize(("mode", "variants"), [("train", 4), ("data", 3), ("memory", 4)])
+@pytest.mark.parametrize(("mode", "variants"), [("train", 4), ("data", 3), ("memory", 4 + bool(rasterio))])
 def test_training_loops_are_compared_on_equal_work(tmp_path, run, monkeypatch, mode, variants):
     monkeypatch.setattr(benchmark, "in_own_process", lambda function, *args: function(*args))
     monkeypatch.setattr(benchmark, "WORKERS", 0 if mode != "data" else 2)
     data = write_folder(tmp_path / "data", count=20)
     flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--imgsz", 28, 42]
     flags += ["--images", 8, "--epochs", 4, "--rounds", 1, "--batch-size", 3, "--device", "cpu"]
+    flags += ["--side", 150] if mode == "memory" else []
     code, text, err = run(benchmark, mode, *flags, "--out-dir", tmp_path / "out")
     assert code == 0, err
     result = json.loads((tmp_path / f"out/benchmark_{mode}.json").read_text())
