@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,15 @@ def test_a_good_folder_is_ready_and_says_how_to_train(tmp_path, run):
     assert "8 pairs (8 train)" in text and "mask values: 0..2" in text and "masks: 8 L PNG" in text
     picture = np.array(Image.open(tmp_path / "check.png"))
     assert picture.std() > 10 and picture.shape[1] > 1000
+
+
+def test_images_much_larger_than_imgsz_are_named_with_what_to_do(tmp_path, run, monkeypatch):
+    root, says = write_photos(tmp_path / "data"), "add --train-scale native"
+    monkeypatch.setattr(check_data, "TrainConfig", lambda: SimpleNamespace(imgsz=(20, 20)))
+    code, text = check(run, root, tmp_path)
+    assert code == 0 and "3.5 times as long and wide as --imgsz 20 20" in text and says in text
+    monkeypatch.setattr(check_data, "TrainConfig", lambda: SimpleNamespace(imgsz=(24, 30)))
+    assert says not in check(run, root, tmp_path)[1]
 
 
 def test_unpaired_files_are_all_counted_and_named(tmp_path, run):

@@ -9,6 +9,7 @@ from conftest import blocks, real_data, write_pair
 from PIL import Image
 
 from config import InputError
+from dataio import readers
 from dataio.pairs import list_images, pair_files, read_list
 from dataio.readers import (
     TIFF_PLANAR,
@@ -246,6 +247,23 @@ def test_empty_folders_lists_and_ambiguous_names(tmp_path):
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(InputError, match="lists no images"):
         read_list(tmp_path / "list.txt")
+
+
+def test_beyond_the_limit_of_pil_only_what_fills_its_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LIMIT", 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 71, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    Image.fromarray(np.zeros((800, 900), np.uint8)).save(tmp_path / "flat.png")  # some 900 bytes
+    assert (read_image(tmp_path / "photo.png").permute(1, 2, 0).numpy() == pixels).all()
+    with pytest.raises(InputError, match=r"flat\.png claims more pixels than its bytes can hold"):
+        read_image(tmp_path / "flat.png")
+    assert read_mask(tmp_path / "flat.png", index_table(2)).shape == (800, 900)  # masks are flat
+    monkeypatch.setattr(readers, "LARGEST", 5000)
+    assert read_image(tmp_path / "photo.png").shape == (3, 60, 71)
+    with pytest.raises(InputError, match="claims more pixels"):
+        read_mask(tmp_path / "flat.png", index_table(2))
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_ranges_as_text():
