@@ -82,7 +82,8 @@ from dataio.feature_cache import cache_features
 from dataio.rasters import Raster, rasterio
 from dataio.readers import read_mask
 from dataio.streets import draw_clip
-from dataio.torch_datasets import SegmentationDataset
+from dataio.torch_datasets import SegmentationDataset, WindowDataset
+from dataio.windows import WindowReader
 from datasets import STREETS, load_data
 from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, make_protocol, views_of
@@ -349,7 +350,9 @@ def validation_miou(model, samples, table, imgsz, device):
 
 # --- data -------------------------------------------------------------------------------------------------
 def benchmark_data(args):
-    """Load an epoch of training images by PIL and torchvision's first transforms, and by this code."""
+    """Load an epoch of training images by PIL and torchvision's first transforms, and by this code: resized,
+    and as many random windows at their own resolution, decoded for each or kept decoded.
+    """
     train, _, table = some_data(args)
     dataset = PlainDataset(train, table, args.imgsz, (0.5,) * 3, (0.25,) * 3, flip=True)
     plain = DataLoader(dataset, args.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True)
@@ -359,7 +362,17 @@ def benchmark_data(args):
         dataset = SegmentationDataset(train, table, args.imgsz, augments)
         batches = make_loader(dataset, args.batch_size, WORKERS)
         variants[name] = lambda batches=batches: [None for _ in batches]
-    take_turns(variants, 1)  # the worker processes start
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        for name, kept in (("this code, native windows", ""), ("this code, native windows, kept", folder)):
+            windows = WindowDataset(WindowReader(train, table, kept), args.imgsz, ("flip",))
+            batches = make_loader(windows, args.batch_size, WORKERS, per_epoch=len(train))
+            variants[name] = lambda batches=batches: [None for _ in batches]
+        return time_loading(args, train, variants)
+
+
+def time_loading(args, train, variants):
+    """Return the table of {name: function that loads as many images as `train` has}."""
+    take_turns(variants, 1)  # the worker processes start, images are kept
     seconds = {name: statistics.median(spent) for name, spent in take_turns(variants, args.rounds).items()}
     rows = [dict(name=name, images_per_s=len(train) / spent, ratio=seconds["plain loader"] / spent)
             for name, spent in seconds.items()]

@@ -75,7 +75,7 @@ def test_model_counts_the_arithmetic(tmp_path, run):
     assert rows["224x224", 1]["gflop_per_image"] * 1e9 == pytest.approx(want, rel=0.05)
 
 
-@pytest.mark.parametrize(("mode", "variants"), [("train", 4), ("data", 3), ("memory", 4 + bool(rasterio))])
+@pytest.mark.parametrize(("mode", "variants"), [("train", 4), ("data", 5), ("memory", 4 + bool(rasterio))])
 def test_training_loops_are_compared_on_equal_work(tmp_path, run, monkeypatch, mode, variants):
     monkeypatch.setattr(benchmark, "in_own_process", lambda function, *args: function(*args))
     monkeypatch.setattr(benchmark, "WORKERS", 0 if mode != "data" else 2)
