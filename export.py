@@ -2,18 +2,21 @@
 
     python export.py --model outputs/best_model_iou.pth --format onnx
     python export.py --format openvino --imgsz 480 640 --out person.xml
+    python export.py --format openvino --int8          # 8-bit integers, where they cost no accuracy
     python infer_video.py --model person.xml --input clip.mp4
 
 The file takes uint8 RGB images (B, 3, H, W) of --imgsz and gives logits (B, K, H, W): normalization, padding
 and cropping are inside; classes, colors and size are in its metadata, so that infer_image.py,
 infer_video.py and evaluate.py need nothing else. It is written only where the classes it finds on real and
-on random images agree with PyTorch's in 99.9 % of the pixels.
+on random images agree with PyTorch's in 99.9 % of the pixels; with --int8, only where the mIoU on validation
+images drops by --max-drop at most.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import add_model_flag, names, non_negative_int, positive_int, script_parser
+from config import (add_model_flag, names, non_negative_int, positive_float, positive_int,
+                    script_parser)
 
 
 def parse_args(argv=None):
@@ -26,7 +29,21 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=non_negative_int, default=1, metavar="N",
                         help="images per call; 0 = any number (1)")
     parser.add_argument("--out", metavar="FILE", help="default: beside the model, with the format's ending")
-    return parser.parse_args(argv)
+    integers = parser.add_argument_group("--int8, which needs nncf")
+    integers.add_argument("--int8", action="store_true", help="onnx, openvino: 8-bit integers, as far as the "
+                          "mIoU on validation images allows")
+    integers.add_argument("--max-drop", type=positive_float, metavar="X",
+                          help="points of mIoU that it may cost (0.5)")
+    integers.add_argument("--calibrate", metavar="DIR", help="images to measure ranges on (default: training "
+                          "images of the model's data set)")
+    integers.add_argument("--data-root", metavar="DIR",
+                          help="folder of the data set (default: as in training)")
+    args = parser.parse_args(argv)
+    if not args.int8 and (args.max_drop or args.calibrate or args.data_root):
+        parser.error("--max-drop, --calibrate and --data-root belong to --int8: add it, or leave them out")
+    if args.int8 and args.format == "torchscript":
+        parser.error("--int8 is for --format onnx and openvino: give one of them")
+    return args
 
 
 if __name__ == "__main__":
@@ -43,16 +60,20 @@ import torch
 
 import utils
 from checkpoint import data_options, load_model
-from config import InputError
-from dataio.readers import read_image
+from config import InputError, count_of
+from dataio.readers import IMAGE_ENDINGS, read_image
 from dataio.streets import draw_scene
+from dataio.torch_datasets import NativeDataset
 from dataio.transforms import resize_image
 from datasets import load_data
 from inference.backends import FORMATS, Graph
-from inference.predictor import make_protocol
+from inference.predictor import Predictor, choose_protocol, label_map, make_protocol, views_of
+from inference.quantize import quantize
+from metrics import ConfusionMatrix
 
 AGREEMENT = 0.999  # of the pixels, between the exported file and PyTorch, both in float32
 CHECKED = 4  # real images, and as many random ones
+CALIBRATED, VALIDATED, MAX_DROP = 64, 100, 0.5  # of --int8: images, images, points of mIoU
 PLAIN_KEYS = ("format", "version", "classes", "config", "epoch", "metrics", "protocol", "data_fingerprint")
 
 
@@ -60,7 +81,8 @@ def output_path(args):
     """Return the path to write. Raises InputError where its ending does not fit the format."""
     ending = FORMATS[args.format].ending
     if not args.out:
-        return Path(args.model).with_suffix(ending)
+        path = Path(args.model)
+        return path.with_name(f"{path.stem}{'_int8' if args.int8 else ''}{ending}")
     if Path(args.out).suffix.lower() != ending:
         raise InputError(f"--out {args.out}: a file of --format {args.format} ends in {ending}")
     return Path(args.out)
@@ -90,6 +112,96 @@ def agreement(model, path, images):
     return torch.stack(same).mean().item()
 
 
+# --- INT8 -------------------------------------------------------------------------------------------------
+def spread(items, count):
+    """Return at most `count` of a list, evenly spread."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def calibration_images(paths, protocol, batch):
+    """Return [(batch, 3, h, w) uint8 numpy] of image files as the network sees them under a Protocol: the
+    whole image, or a random window of it.
+    """
+    generator, seen = np.random.default_rng(0), []
+    for path in paths:
+        image = read_image(path)
+        if protocol.slide:
+            image = resize_image(image, protocol.sizes(*image.shape[-2:])[0])
+        if protocol.slide or protocol.tile:
+            side = protocol.side if protocol.tile else protocol.window
+            top, left = (int(generator.integers(0, max(1, length - most + 1)))
+                         for length, most in zip(image.shape[-2:], side, strict=True))
+            image = image[:, top:top + side[0], left:left + side[1]]
+        seen.append(resize_image(image, protocol.window))
+    repeated = [seen[index % len(seen)] for index in range(-(-len(seen) // batch) * batch)]
+    return [torch.stack(repeated[start:start + batch]).numpy() for start in range(0, len(repeated), batch)]
+
+
+class Validation:
+    """Scores models: validation(ExportedModel) -> mIoU on `samples`, each mask at its own size; `preds` are
+    the label maps of the last call.
+    """
+
+    def __init__(self, samples, table, facts, protocol):
+        self.dataset = NativeDataset(samples, table, ())
+        self.facts, self.protocol, self.preds = facts, protocol, []
+
+    def __call__(self, model):
+        predictor = Predictor(model, self.facts, "cpu", self.protocol)
+        matrix, self.preds = ConfusionMatrix(len(self.facts["classes"])), []
+        for image, mask, _ in (self.dataset[index] for index in range(len(self.dataset))):
+            views = views_of(predictor.model, image[None], self.protocol, predictor.precision)
+            self.preds.append(label_map(views, mask.shape))
+            matrix.update(self.preds[-1], mask)
+        return matrix.miou()
+
+
+def write_int8(written, text, args, checkpoint, facts):
+    """Put an INT8 version in the place of an exported file; return the line that says what it costs.
+
+    Raises InputError where the data are not there, or it costs more than --max-drop.
+    """
+    try:
+        data = load_data(data_options(checkpoint, data_root=args.data_root), download=False)
+    except InputError as error:
+        raise InputError(f"--int8 is checked on validation images of the model's data set ({error}): give "
+                         "--data-root") from None
+    paths = find_images(args.calibrate) if args.calibrate else [sample.image for sample in data.training]
+    like, _ = load_model(written)
+    protocol = choose_protocol(facts)
+    images = calibration_images(spread(paths, CALIBRATED), protocol, args.batch_size or 1)
+    validation = Validation(spread(data.splits["val"], VALIDATED), data.table, facts, protocol)
+    most, before = (args.max_drop or MAX_DROP) / 100, validation(like)
+    truth, size = validation.preds, total_size(written)
+    target = written.with_name(f"int8{written.suffix}")
+    quantize(written, target, text, like, images, validation, most)
+    after = validation(load_model(target)[0])
+    same = np.mean([(a == b).float().mean().item() for a, b in zip(truth, validation.preds, strict=True)])
+    line = (f"mIoU on {count_of(len(truth), 'validation image')} {before:.4f} -> {after:.4f}, the same class "
+            f"in {100 * same:.2f} % of the pixels")
+    if not before - after <= most:
+        raise InputError(f"INT8 costs more than --max-drop {100 * most:g} ({line}), so nothing was written: "
+                         "allow more, or export without --int8")
+    for file in written.parent.glob("int8.*"):
+        shutil.move(file, written.with_suffix(file.suffix))
+    return f"INT8: {line}, {size / 1e6:.1f} -> {total_size(written) / 1e6:.1f} MB"
+
+
+def find_images(folder):
+    """Return the image files of a folder. Raises InputError without any."""
+    found = [path for path in sorted(Path(folder).glob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
+    if not found:
+        raise InputError(f"--calibrate {folder} is not a folder of images")
+    return found
+
+
+def total_size(path):
+    """Return the bytes of an exported file, with the weights beside it."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
+
+
+# --- the command ------------------------------------------------------------------------------------------
 def main():
     """Export, check, move into place."""
     args = parse_args()
@@ -101,7 +213,8 @@ def main():
     if args.imgsz and "protocol" in facts:  # of an official head: its windows are now as large as the images
         stride = make_protocol("slide", "", size).stride if facts["protocol"]["slide"] else ()
         facts["protocol"] = dict(facts["protocol"], window=size, stride=stride)
-    text = json.dumps(utils.finite(dict(facts, imgsz=list(size), batch=args.batch_size)))
+    facts = dict(facts, imgsz=list(size), batch=args.batch_size)
+    text = json.dumps(utils.finite(facts))
     utils.make_folder(path.parent)
     real, origin = real_images(checkpoint, size)
     generator = torch.Generator().manual_seed(0)
@@ -116,10 +229,15 @@ def main():
                 f"the exported model agrees with PyTorch in too few pixels ({said}; at least "
                 f"{100 * AGREEMENT:g} % are wanted), so nothing was written: try another --format"
             )
+        if args.int8:
+            text = json.dumps(utils.finite(dict(facts, int8=True)))
+            more = write_int8(written, text, args, checkpoint, facts)
         for file in Path(folder).iterdir():
             shutil.move(file, path.parent / file.name)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images of {size[0]}x{size[1]}, "
           f"batches of {args.batch_size or 'any size'}; it agrees with PyTorch in {said} (float32)")
+    if args.int8:
+        print(more)
     print(f"try it:\n  python infer_image.py --model {path} --input YOUR_IMAGE.jpg")
 
 

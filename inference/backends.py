@@ -284,6 +284,7 @@ def open_exported(path, precise=False):
     except Exception as error:
         raise InputError(f"{path} does not run here ({first_line(error)}): re-export it") from None
     model.num_classes = len(facts["classes"])
+    model.name += ", INT8" if facts.get("int8") else ""
     return model.eval(), facts
 
 
