@@ -7,6 +7,7 @@
     python benchmark.py infer --model outputs/best_model_iou.pth --input clip.mp4 --batch-size 2
     python benchmark.py smooth --model FILE  # infer_video.py --smooth, of a model trained on streets
     python benchmark.py model                # the network alone, and its share of the arithmetic limit
+    python benchmark.py gpu                  # all that a CUDA GPU changes, within nine minutes
 
 Absolute times depend on the machine and on what else it does; the ratios are what the README quotes. Prints
 a table and writes OUT_DIR/benchmark_<mode>.json.
@@ -44,6 +45,7 @@ def parse_args(argv=None):
                         help="data, evaluate, infer: times each runs; smooth: clips (3)")
     parser.add_argument("--side", type=positive_int, default=4000, metavar="N",
                         help="memory: of a drawn GeoTIFF of NxN pixels that is segmented in tiles (4000)")
+    parser.add_argument("--small", action="store_true", help="gpu: a tenth of the work, also on a CPU")
     add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -85,6 +87,7 @@ from dataio.streets import draw_clip
 from dataio.torch_datasets import SegmentationDataset, WindowDataset
 from dataio.windows import WindowReader
 from datasets import STREETS, load_data
+from gpu_cases import measure
 from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, make_protocol, views_of
 from inference.rasters import MaskFile, polygons, segment
@@ -696,9 +699,33 @@ def benchmark_model(args):
                 limit_tflop_per_s=limit / 1e12, threads=torch.get_num_threads(), rows=rows)
 
 
+# --- gpu --------------------------------------------------------------------------------------------------
+def benchmark_gpu(args):
+    """Measure training, video, resume and precision on a GPU, each case caught on its own; minutes."""
+    device = utils.pick_device(args.device)
+    if device.type != "cuda" and not args.small:
+        raise InputError(f"benchmark.py gpu measures a CUDA GPU, and --device is {device}: on a CPU, --small "
+                         "tries the same code")
+    if not args.small:  # all of them: a GPU is done with a few in no time
+        args.images = 10 ** 6
+    train, _, table = some_data(args)
+    dtype = utils.Precision("auto", device).dtype or torch.float32
+    limit = arithmetic_limit(device, dtype, 512 if args.small else 8192)
+    spec = ModelSpec(backbone=args.backbone, num_classes=CLASSES)
+    classes = [(f"class {id}", (9 * id, 5 * id, 250 - 9 * id)) for id in range(CLASSES)]
+    more = ["--dataset", args.dataset, "--backbone", args.backbone, "--weights", args.weights]
+    more += ["--data-root", args.data_root or "data", "--unfreeze", "1"]
+    rows = measure(train, table, classes, spec, args.weights, tuple(args.imgsz), args.batch_size,
+                   min(8, os.cpu_count() or 1) if not args.small else 0, device, limit, more, args.small,
+                   folder_in=utils.make_folder(args.out_dir))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return facts_of(args, name, backbone=args.backbone, weights=args.weights, images=len(train),
+                    limit_tflop_per_s=limit / 1e12, rows=rows)
+
+
 MODES = {"train": benchmark_train, "data": benchmark_data, "memory": benchmark_memory,
          "evaluate": benchmark_evaluate, "infer": benchmark_infer, "smooth": benchmark_smooth,
-         "model": benchmark_model}
+         "model": benchmark_model, "gpu": benchmark_gpu}
 
 
 def main():

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny, write_folder
 
 import benchmark
+import gpu_cases
 import train
 from checkpoint import pack_checkpoint
 from dataio.rasters import rasterio
@@ -73,6 +74,26 @@ def test_model_counts_the_arithmetic(tmp_path, run):
     tokens, width, depth = 16 * 16 + 1, 192, 6
     want = 2 * depth * (12 * width**2 * tokens + 2 * tokens**2 * width)
     assert rows["224x224", 1]["gflop_per_image"] * 1e9 == pytest.approx(want, rel=0.05)
+
+
+@pytest.mark.long
+def test_all_cases_of_the_gpu_run_on_a_cpu_and_one_that_fails_costs_no_other(tmp_path, run, monkeypatch):
+    data = write_folder(tmp_path / "data", count=60, size=(40, 50))
+    flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--weights", "none",
+             "--imgsz", 28, 42, "--images", 6, "--batch-size", 3, "--device", "cpu"]
+    code, _, err = run(benchmark, "gpu", *flags, "--out-dir", tmp_path)
+    assert code == 2 and "--small tries the same code" in err
+    monkeypatch.setattr(gpu_cases.Cases, "onnx", lambda self: 1 / 0)
+    code, text, err = run(benchmark, "gpu", *flags, "--small", "--out-dir", tmp_path)
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads((tmp_path / "benchmark_gpu.json").read_text())["rows"]}
+    failed = {name: row["failed"] for name, row in rows.items() if row["failed"]}
+    assert failed == {"model, ONNX Runtime, batch 1": "ZeroDivisionError: division by zero"}
+    assert len(rows) == 20 and all(row["value"] is not None for row in rows.values() if not row["failed"])
+    assert rows["resume, largest difference of weights"]["value"] < 1e-6
+    assert rows["DDP of one process, difference of the loss"]["value"] < 1e-5
+    assert 0.8 < rows["fp16 with scaler, loss against bfloat16's"]["value"] < 1.25
+    assert all(row["share_of_limit"] > 0 for name, row in rows.items() if name.startswith("train"))
 
 
 @pytest.mark.parametrize(("mode", "variants"), [("train", 4), ("data", 5), ("memory", 4 + bool(rasterio))])
