@@ -43,6 +43,8 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=positive_int, default=8, help="images per forward pass (8)")
     parser.add_argument("--rounds", type=positive_int, default=3,
                         help="data, evaluate, infer: times each runs; smooth: clips (3)")
+    parser.add_argument("--exported", metavar="FILE",
+                        help="infer: an exported file of the model to compare too, such as one of --int8")
     parser.add_argument("--side", type=positive_int, default=4000, metavar="N",
                         help="memory: of a drawn GeoTIFF of NxN pixels that is segmented in tiles (4000)")
     parser.add_argument("--small", action="store_true", help="gpu: a tenth of the work, also on a CPU")
@@ -563,6 +565,9 @@ def benchmark_infer(args):
     first.precision = utils.Precision("off", device)
     predictors = {FLOAT32: first,
                   **{name: Predictor(*load_model(args.model), device, backend=name) for name in backends}}
+    if args.exported:
+        other = Predictor(*load_model(args.exported), device)
+        predictors[other.model.name] = other
     table = [color for _, color in first.classes]
     kept, alone = {}, {name: [] for name in predictors}
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
