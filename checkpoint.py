@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import checkpoint_filter_fn
 
 import utils
 from config import DataOptions, InputError, count_of
@@ -253,6 +252,7 @@ def load_official(name):
 
 def timm_twin(spec, state):
     """Return the Segmenter of a DINOv2 spec built with timm, and `state` renamed to fit it; same outputs."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
     registers = spec.backbone.endswith("_reg")
     name = TIMM_TWINS[spec.backbone.removesuffix("_reg")] + ("_reg4_dinov2" if registers else "_dinov2")
     backbone = TimmBackbone(create_timm(name), spec.layers)

@@ -66,7 +66,7 @@ from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
 from inference.rasters import MaskFile, polygons, read_small, segment
-from inference.video import ReadAhead, WriteBehind
+from inference.threads import ReadAhead, WriteBehind
 
 
 def find_inputs(inputs):

@@ -8,6 +8,7 @@ every one that is registered.
 """
 import hashlib
 import math
+import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 
 from config import IGNORE
 
@@ -27,8 +26,21 @@ TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.52
 
 # --- resizing ---------------------------------------------------------------------------------------------
 def resize_image(image, size):
-    """Resize (..., 3, H, W) uint8 to (..., 3, h, w), bilinear, antialiased; every script resizes by it."""
-    return F.resize(image, list(size), antialias=True)
+    """Resize (..., 3, H, W) uint8 to (..., 3, h, w), bilinear, antialiased; every script resizes by it.
+
+    Equal to torchvision's resize, whose import takes as long as torch's.
+    """
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    images, size = image.reshape(-1, *image.shape[-3:]), tuple(size)
+    if len(images) == 1 and images.is_contiguous(memory_format=torch.channels_last):
+        # with this stride of its one image, torch leaves the colors of a pixel side by side
+        images = images.as_strided(images.shape, (images.numel(), *images.stride()[1:]))
+    fast = image.device.type == "cpu" and (platform.machine() in ("aarch64", "arm64") or
+                                           torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
+    resized = F.interpolate(images if fast else images.float(), size, mode="bilinear", antialias=True)
+    resized = resized if fast else resized.round_().clamp_(0, 255).to(image.dtype)
+    return resized.reshape(*image.shape[:-2], *size)
 
 
 def resize_mask(mask, size):
@@ -47,7 +59,7 @@ def continued(image, size):
     missing = 0, max(0, size[1] - image.shape[-1]), 0, max(0, size[0] - image.shape[-2])
     if not any(missing):
         return image
-    return torch.nn.functional.pad(image.float(), missing, mode="replicate").to(image.dtype)
+    return F.pad(image.float(), missing, mode="replicate").to(image.dtype)
 
 
 def window_starts(length, window, stride):
@@ -100,6 +112,8 @@ class ScaleCrop(Augmentation):
 
     def __call__(self, image, mask, size):
         """(3, H, W), (H, W) -> (3, *size), (*size)."""
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
         height, width = image.shape[-2:]
         fits = size[0] / height, size[1] / width
         factor = (max if self.covers else min)(fits) * torch.empty(1).uniform_(*self.scale).item()

@@ -12,11 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from config import InputError
@@ -260,14 +257,15 @@ class HubBackbone(Backbone):
 class TimmBackbone(Backbone):
     """Any timm model with forward_intermediates. Maps of several resolutions go to the finest one."""
 
-    plain = (VisionTransformer, Eva)
-
     def __init__(self, net, layers):
+        from timm.models.eva import Eva
+        from timm.models.vision_transformer import VisionTransformer
         info = net.feature_info.info if hasattr(net.feature_info, "info") else net.feature_info
         layers = check_layers(layers, len(info))
         divisor = max(item["reduction"] for item in info)
         super().__init__(net, divisor, layers, [info[layer]["num_chs"] for layer in layers],
                          stride=min(info[layer]["reduction"] for layer in layers))
+        self.plain = VisionTransformer, Eva
         if getattr(net, "pretrained_cfg", None):
             self.normalization = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
         self.prefix_tokens = getattr(net, "num_prefix_tokens", 0)
@@ -393,6 +391,7 @@ def dinov2_url(name):
 
 def create_timm(name, **options):
     """timm.create_model with any input size allowed. Raises InputError for a name timm does not know."""
+    import timm  # it takes as long to import as torch, and DINOv2's own code has no need of it
     try:
         try:
             return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
@@ -422,6 +421,7 @@ def load_timm_net(name, weights):
             state = read_weights(weights)
             classifier = net.pretrained_cfg.get("classifier") or "head"
             state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
+            from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
             if isinstance(net, VisionTransformer):
                 state = checkpoint_filter_fn(state, net)
             load_strictly(net, state, weights)
@@ -432,6 +432,7 @@ def load_timm_net(name, weights):
 
 def build_vit_tiny(name, weights, layers):
     """A ViT of DINOv2's shape (patch 14) at a size that learns from scratch on a CPU."""
+    from timm.models.vision_transformer import VisionTransformer
     net = VisionTransformer(img_size=224, patch_size=14, embed_dim=192, depth=6, num_heads=3,
                             num_classes=0, global_pool="", dynamic_img_size=True)
     if weights != "none":

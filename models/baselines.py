@@ -4,19 +4,17 @@
 
 FCN-ResNet50 (Long et al., 2015) and DeepLabV3-ResNet101 (Chen et al., 2017) are torchvision's, with an
 auxiliary classifier in training where the spec has an aux_weight; SegFormer-B0..B5 (Xie et al., 2021) is the
-one of transformers, imported when asked for.
+one of transformers. Both packages are imported when asked for.
 """
 import torch
 from torch import nn
-from torchvision.models import ResNet50_Weights, ResNet101_Weights, segmentation
 
 from models.backbones import Backbone
 from config import InputError
 from models.heads import BatchNorm2d, Head
 from models.weights import hugging_face_weights, load_strictly, published_weights, read_weights
 
-TORCHVISION = {"fcn_resnet50": (segmentation.fcn_resnet50, ResNet50_Weights.IMAGENET1K_V1),
-               "deeplabv3_resnet101": (segmentation.deeplabv3_resnet101, ResNet101_Weights.IMAGENET1K_V1)}
+ENCODERS = {"fcn_resnet50": "ResNet50_Weights", "deeplabv3_resnet101": "ResNet101_Weights"}  # in torchvision
 # Widths of the four stages, depths of the four stages, width of the decoder: table 6 of the paper.
 SEGFORMER = {"segformer_b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
              "segformer_b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
@@ -122,7 +120,9 @@ def replace_batch_norms(module):
 
 def build_torchvision(spec, weights):
     """Return (ResNetBackbone, TorchvisionHead); arguments as build_baseline."""
-    make, published = TORCHVISION[spec.arch]
+    from torchvision import models
+    published = getattr(models, ENCODERS[spec.arch]).IMAGENET1K_V1
+    make = getattr(models.segmentation, spec.arch)
     net = make(weights=None, weights_backbone=None, num_classes=spec.num_classes,
                aux_loss=bool(spec.aux_weight))
     if weights != "none":

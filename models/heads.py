@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
 from torch import nn
 
 from config import IGNORE, InputError
@@ -384,6 +383,7 @@ class SplitDetailHead(DetailHead):
 
 def upscaling(width):
     """Return what doubles the sides of a map (B, width, h, w), as in EoMT."""
+    from timm.layers import LayerNorm2d
     return nn.Sequential(nn.ConvTranspose2d(width, width, kernel_size=2, stride=2), nn.GELU(),
                          nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width, bias=False),
                          LayerNorm2d(width))

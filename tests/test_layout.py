@@ -133,8 +133,9 @@ def test_pages_name_only_flags_and_files_that_exist(page):
         name, rest = command
         assert name in scripts, name
         source = scripts[name] + scripts["config.py"]  # which holds the flags that scripts share
-        known = train_flags if name in ("train.py", "model.py") else set(re.findall(r'"(--[a-z-]+)"', source))
-        assert set(re.findall(r"--[a-z][a-z-]*", rest)) <= known | {"--help"}, command
+        own = set(re.findall(r'"(--[a-z0-9-]+)"', source))
+        known = train_flags if name in ("train.py", "model.py") else own
+        assert set(re.findall(r"--[a-z][a-z0-9-]*", rest)) <= known | {"--help"}, command
         recipe = re.search(r"--recipe (\S+)", rest)
         assert recipe is None or recipe[1] in config.RECIPES
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):

@@ -220,3 +220,17 @@ def test_flip_and_crop_really_happen():
     assert 8 <= flipped <= 32
     cropped = [augment(image, mask, (64, 64), ("crop",))[1] for _ in range(5)]
     assert len({crop.numpy().tobytes() for crop in cropped}) == 5
+
+
+@pytest.mark.parametrize("able", ["AVX2", "DEFAULT"])
+@pytest.mark.parametrize("shape", [(3, 45, 61), (2, 3, 30, 41), (3, 7, 1), (3, 400, 9)])
+def test_images_are_resized_as_by_torchvision(monkeypatch, shape, able):
+    """With and without the processor's own way for bytes, of which torchvision knows too."""
+    from torchvision.transforms.v2 import functional
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: able)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for given in (image, image.movedim(-3, -1).contiguous().movedim(-1, -3)):  # as they are decoded
+        for size in ((28, 42), (90, 122), shape[-2:], (3, 2), (45, 20)):
+            want, found = functional.resize(given, list(size), antialias=True), resize_image(given, size)
+            assert torch.equal(found, want) and found.dtype == torch.uint8
+            assert found.stride() == want.stride()
