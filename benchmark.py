@@ -713,14 +713,15 @@ def benchmark_gpu(args):
                          "tries the same code")
     if not args.small:  # all of them: a GPU is done with a few in no time
         args.images = 10 ** 6
-    train, _, table = some_data(args)
+    data = load_data(DataOptions(dataset=args.dataset, data_root=args.data_root or "data"),
+                     Path(args.out_dir) / "cache")
+    train = data.splits["train"][:args.images]
     dtype = utils.Precision("auto", device).dtype or torch.float32
     limit = arithmetic_limit(device, dtype, 512 if args.small else 8192)
-    spec = ModelSpec(backbone=args.backbone, num_classes=CLASSES)
-    classes = [(f"class {id}", (9 * id, 5 * id, 250 - 9 * id)) for id in range(CLASSES)]
+    spec = ModelSpec(backbone=args.backbone, num_classes=len(data.classes))
     more = ["--dataset", args.dataset, "--backbone", args.backbone, "--weights", args.weights]
     more += ["--data-root", args.data_root or "data", "--unfreeze", "1"]
-    rows = measure(train, table, classes, spec, args.weights, tuple(args.imgsz), args.batch_size,
+    rows = measure(train, data.table, data.classes, spec, args.weights, tuple(args.imgsz), args.batch_size,
                    min(8, os.cpu_count() or 1) if not args.small else 0, device, limit, more, args.small,
                    folder_in=utils.make_folder(args.out_dir))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -38,7 +38,6 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError
-from dataio.readers import read_image
 from inference.outputs import Shares
 from inference.predictor import Predictor, choose_protocol
 
@@ -56,7 +55,7 @@ def segment(predictor, path, alpha):
 
     Raises InputError where it cannot be read.
     """
-    image, classes = read_image(path), predictor.classes
+    image, classes = predictor.read(path), predictor.classes
     pred = predictor(image[None])[0]  # (H, W)
     drawn = visualize.overlay(image.permute(1, 2, 0).numpy(), pred, visualize.color_table(classes), alpha,
                               visualize.background_id(classes))

@@ -58,9 +58,8 @@ from checkpoint import data_options, load_model
 from config import IGNORE, InputError, count_of
 from dataio.dataloader import make_loader, naming_files
 from dataio.labels import class_file
-from dataio.readers import read_image
 from dataio.stratify import blocks_of
-from dataio.torch_datasets import NativeDataset, SegmentationDataset
+from dataio.torch_datasets import SegmentationDataset, images_for
 from datasets import load_data
 from inference.predictor import Predictor, choose_protocol, views_of
 from inference.report import existing_figures, report_page
@@ -132,8 +131,8 @@ def samples_of(data, split):
 def batches_of(samples, table, protocol, batch_size):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
     whole = not (protocol.slide or protocol.tile) and protocol.scales == (1.0,)
-    dataset = NativeDataset(samples, table, ()) if protocol.tile else \
-        SegmentationDataset(samples, table, protocol.window if whole else ())
+    dataset = SegmentationDataset(samples, table, protocol.window) if whole else \
+        images_for(protocol, samples, table)
     return make_loader(dataset, batch_size if whole else 1, workers=min(2, os.cpu_count() or 1))
 
 
@@ -272,8 +271,8 @@ def error_map(image, truth, pred):
 
 def panels_of(index, dataset, predictor):
     """Return [(caption, picture)] of one image: itself, truth, prediction, errors."""
-    _, truth, _ = dataset[index]
-    truth, image = truth.numpy(), read_image(dataset.samples[index].image)
+    image, truth, _ = dataset[index]
+    truth = truth.numpy()
     pred = predictor(image[None])[0]
     if pred.shape != truth.shape:  # masks of another size than their image
         pred = cv2.resize(pred, truth.shape[::-1], interpolation=cv2.INTER_NEAREST)
@@ -289,7 +288,7 @@ def make_report(result, data, samples, predictor, out_dir, run_dir):
     them.
     """
     records, names = result["records"], [name for name, _ in data.classes]
-    dataset = SegmentationDataset(samples, data.table, ())
+    dataset = images_for(predictor.protocol, samples, data.table)
     mious = miou_of_counts(counts_of(records, len(names)))
     order = np.argsort(np.where(np.isnan(mious), np.inf, mious), kind="stable")[:WORST].tolist()
     worst = [(f"{records[index]['name']}: mIoU {mious[index]:.4f}", panels_of(index, dataset, predictor))

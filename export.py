@@ -63,8 +63,9 @@ from checkpoint import data_options, load_model
 from config import InputError, count_of
 from dataio.readers import IMAGE_ENDINGS, read_image
 from dataio.streets import draw_scene
-from dataio.torch_datasets import NativeDataset
+from dataio.torch_datasets import images_for
 from dataio.transforms import resize_image
+from dataio.windows import read_native_image
 from datasets import load_data
 from inference.backends import FORMATS, Graph
 from inference.predictor import Predictor, choose_protocol, label_map, make_protocol, views_of
@@ -125,7 +126,7 @@ def calibration_images(paths, protocol, batch):
     """
     generator, seen = np.random.default_rng(0), []
     for path in paths:
-        image = read_image(path)
+        image = read_native_image(path) if protocol.tile else read_image(path)
         if protocol.slide:
             image = resize_image(image, protocol.sizes(*image.shape[-2:])[0])
         if protocol.slide or protocol.tile:
@@ -138,54 +139,52 @@ def calibration_images(paths, protocol, batch):
     return [torch.stack(repeated[start:start + batch]).numpy() for start in range(0, len(repeated), batch)]
 
 
-class Validation:
-    """Scores models: validation(ExportedModel) -> mIoU on `samples`, each mask at its own size; `preds` are
-    the label maps of the last call.
+def compare(models, dataset, facts, protocol):
+    """Return (mIoU of every model on a dataset, each mask at its own size; the share of pixels in which the
+    last one finds the class of the first).
     """
-
-    def __init__(self, samples, table, facts, protocol):
-        self.dataset = NativeDataset(samples, table, ())
-        self.facts, self.protocol, self.preds = facts, protocol, []
-
-    def __call__(self, model):
-        predictor = Predictor(model, self.facts, "cpu", self.protocol)
-        matrix, self.preds = ConfusionMatrix(len(self.facts["classes"])), []
-        for image, mask, _ in (self.dataset[index] for index in range(len(self.dataset))):
-            views = views_of(predictor.model, image[None], self.protocol, predictor.precision)
-            self.preds.append(label_map(views, mask.shape))
-            matrix.update(self.preds[-1], mask)
-        return matrix.miou()
+    predictors = [Predictor(model, facts, "cpu", protocol) for model in models]
+    matrices, same = [ConfusionMatrix(len(facts["classes"])) for _ in models], []
+    for image, mask, _ in (dataset[index] for index in range(len(dataset))):
+        preds = [label_map(views_of(one.model, image[None], protocol, one.precision), mask.shape)
+                 for one in predictors]
+        for matrix, pred in zip(matrices, preds, strict=True):
+            matrix.update(pred, mask)
+        same.append((preds[0] == preds[-1]).float().mean().item())
+    return [matrix.miou() for matrix in matrices], float(np.mean(same))
 
 
 def write_int8(written, text, args, checkpoint, facts):
-    """Put an INT8 version in the place of an exported file; return the line that says what it costs.
+    """Write an INT8 version of an exported file; return (its path, the line that says what it costs).
 
     Raises InputError where the data are not there, or it costs more than --max-drop.
     """
     try:
         data = load_data(data_options(checkpoint, data_root=args.data_root), download=False)
+        if [name for name, _ in data.classes] != [name for name, _ in facts["classes"]]:
+            raise InputError(f"{data.name} has other classes than the model")
     except InputError as error:
-        raise InputError(f"--int8 is checked on validation images of the model's data set ({error}): give "
-                         "--data-root") from None
+        raise InputError(f"--int8 is checked on validation images of the model's data set, which are not to "
+                         f"be had: {error}") from None
     paths = find_images(args.calibrate) if args.calibrate else [sample.image for sample in data.training]
     like, _ = load_model(written)
     protocol = choose_protocol(facts)
     images = calibration_images(spread(paths, CALIBRATED), protocol, args.batch_size or 1)
-    validation = Validation(spread(data.splits["val"], VALIDATED), data.table, facts, protocol)
-    most, before = (args.max_drop or MAX_DROP) / 100, validation(like)
-    truth, size = validation.preds, total_size(written)
-    target = written.with_name(f"int8{written.suffix}")
-    quantize(written, target, text, like, images, validation, most)
-    after = validation(load_model(target)[0])
-    same = np.mean([(a == b).float().mean().item() for a, b in zip(truth, validation.preds, strict=True)])
-    line = (f"mIoU on {count_of(len(truth), 'validation image')} {before:.4f} -> {after:.4f}, the same class "
-            f"in {100 * same:.2f} % of the pixels")
+    dataset = images_for(protocol, spread(data.splits["val"], VALIDATED), data.table)
+    most, size = (args.max_drop or MAX_DROP) / 100, total_size(written)
+    target = Path(tempfile.mkdtemp(dir=written.parent)) / written.name
+
+    def miou(model):
+        return compare([model], dataset, facts, protocol)[0][0]
+
+    quantize(written, target, text, like, images, miou, most)
+    (before, after), same = compare([like, load_model(target)[0]], dataset, facts, protocol)
+    line = (f"mIoU on {count_of(len(dataset), 'validation image')} {before:.4f} -> {after:.4f}, the same "
+            f"class in {100 * same:.2f} % of the pixels")
     if not before - after <= most:
         raise InputError(f"INT8 costs more than --max-drop {100 * most:g} ({line}), so nothing was written: "
                          "allow more, or export without --int8")
-    for file in written.parent.glob("int8.*"):
-        shutil.move(file, written.with_suffix(file.suffix))
-    return f"INT8: {line}, {size / 1e6:.1f} -> {total_size(written) / 1e6:.1f} MB"
+    return target, f"INT8: {line}, {size / 1e6:.1f} -> {total_size(target) / 1e6:.1f} MB"
 
 
 def find_images(folder):
@@ -198,7 +197,7 @@ def find_images(folder):
 
 def total_size(path):
     """Return the bytes of an exported file, with the weights beside it."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
+    return sum(file.stat().st_size for file in path.parent.iterdir() if file.stem == path.stem)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -231,9 +230,10 @@ def main():
             )
         if args.int8:
             text = json.dumps(utils.finite(dict(facts, int8=True)))
-            more = write_int8(written, text, args, checkpoint, facts)
-        for file in Path(folder).iterdir():
-            shutil.move(file, path.parent / file.name)
+            written, more = write_int8(written, text, args, checkpoint, facts)
+        for file in written.parent.iterdir():
+            if file.is_file():
+                shutil.move(file, path.parent / file.name)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images of {size[0]}x{size[1]}, "
           f"batches of {args.batch_size or 'any size'}; it agrees with PyTorch in {said} (float32)")
     if args.int8:

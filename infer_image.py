@@ -39,8 +39,6 @@ def parse_args(argv=None):
                         help="tile: bands of TIFFs that are red, green and blue, from 1 (1 2 3)")
     add_run_flags(parser)
     args = parser.parse_args(argv)
-    if args.bands and args.protocol != "tile":
-        parser.error("--bands belongs to TIFFs that are read by windows: add --protocol tile")
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
     return args
@@ -219,6 +217,8 @@ def main():
     if extras.pseudo and any(extras.pseudo.folder.resolve() in path.resolve().parents for path in paths):
         raise InputError(f"--min-confidence writes to {extras.pseudo.folder}, and --input lies there: give "
                          "another --out-dir")
+    if args.bands and not protocol.tile:
+        raise InputError("--bands belongs to TIFFs that are read by windows: add --protocol tile")
     rasters = [path for path in paths if protocol.tile and is_raster(path)]
     if rasters and (args.cutout or extras.pseudo or args.probabilities or "coco" in args.polygons):
         raise InputError(f"{rasters[0]} is read by windows: leave out --cutout, --probabilities, "

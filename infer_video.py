@@ -86,7 +86,7 @@ def main():
     table, keep = visualize.color_table(classes), visualize.background_id(classes)
     if args.smooth and protocol.tile:
         raise InputError(f"--smooth averages at {SIDE} pixels at most, which --protocol tile is there to "
-                         "exceed: leave one out")
+                         "exceed: leave it out, or give --protocol whole")
     if args.cutout:
         require_background(classes)
         background = Background(args.cutout, reader.size)

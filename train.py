@@ -43,7 +43,7 @@ from dataio.feature_cache import cache_features
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
 from dataio.torch_datasets import SegmentationDataset, TileDataset, WindowDataset
-from dataio.windows import WindowReader
+from dataio.windows import WindowReader, check_room
 from datasets import check_trainable, load_data
 from distributed import init_distributed, is_main_process, main_process_first, rank, world_size
 from losses import Criterion, check_class_weights, class_weights
@@ -97,6 +97,8 @@ def build_datasets(config, data):
     with main_process_first():
         readers = [WindowReader(samples, table, config.cache_images)
                    for samples in (data.training, data.splits["val"])]
+        if config.cache_images:
+            check_room(readers)
         cache_dir = Path(config.out_dir) / "cache"
         points = readers[0].points(len(data.classes), cache_dir) if config.balance else None
     train = WindowDataset(readers[0], size, augments, config.seed, config.balance, points)

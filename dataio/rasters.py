@@ -4,13 +4,15 @@
         raster.read(1000, 2000, 518, 518)              # (1, 3, 518, 518) uint8, None where it has no data
 """
 import os
+import struct
 import warnings
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import TiffImagePlugin
 
 from config import InputError, count_of
 
@@ -27,6 +29,7 @@ except ImportError:  # TIFFs are then read whole, as other images
 TIFFS = (".tif", ".tiff")
 PREVIEW = 2048  # pixels of the longer side of an overlay, and of what percentiles are taken of
 PERCENTILES = 2, 98  # of deep bands, which become 0 and 255
+ORIENTATION, ROWS = 0x0112, 256  # a tag; rows that are scaled at once
 DAMAGED = "is damaged or no TIFF: repair or remove it"
 
 
@@ -50,7 +53,7 @@ def small_size(size):
     return tuple(max(1, round(side * scale)) for side in size)
 
 
-@lru_cache
+@cache
 def percentile_ranges(path, bands, changed):
     """Return ((low, high), ...) of bands of a TIFF: PERCENTILES of a small version. changed: its time."""
     with rasterio.open(path) as file:
@@ -59,6 +62,24 @@ def percentile_ranges(path, bands, changed):
     ranges = [np.percentile(band[np.isfinite(band)], PERCENTILES) if np.isfinite(band).any() else (0, 1)
               for band in values]
     return tuple((float(low), float(max(high, low + 1e-6))) for low, high in ranges)
+
+
+def check_pages(path, source):
+    """Raise InputError for an open TIFF of several pages, or one that is stored turned."""
+    if source.subdatasets:
+        raise InputError(f"{path} holds several pages: save each of them as a file of its own")
+    with open(path, "rb") as file:
+        try:
+            start = file.read(16)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(start if start[2:3] in b"+" else start[:8])
+            file.seek(tags.next)
+            tags.load(file)
+            turned = tags.get(ORIENTATION, 1) != 1
+        except (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error):
+            turned = False  # it says nothing
+    if turned:
+        raise InputError(f"{path} is stored turned (its orientation tag), and windows of it would lie "
+                         "elsewhere: save it upright")
 
 
 class Raster:
@@ -73,6 +94,7 @@ class Raster:
         self.path = Path(path)
         with named_errors(path, DAMAGED):
             self.source = rasterio.open(path)
+            check_pages(path, self.source)
             self.bands = tuple(bands) or self.usual_bands()
             if max(self.bands) > self.source.count:
                 raise InputError(f"{path} has {count_of(self.source.count, 'band')}: --bands "
@@ -107,8 +129,12 @@ class Raster:
         if self.ranges is None:
             return 255 - pixels if self.inverted else pixels
         low, high = (np.array(column)[:, None, None] for column in zip(*self.ranges, strict=True))
-        scaled = np.nan_to_num(255 * (pixels.astype(np.float64) - low) / (high - low))
-        return np.rint(scaled.clip(0, 255)).astype(np.uint8)
+        scaled = np.empty(pixels.shape, np.uint8)
+        for top in range(0, pixels.shape[1], ROWS):  # no more than these in float64
+            part = pixels[:, top:top + ROWS].astype(np.float64)
+            share = np.nan_to_num(255 * (part - low) / (high - low))
+            scaled[:, top:top + ROWS] = np.rint(share.clip(0, 255))
+        return scaled
 
     def window(self, top, left, height, width):
         """Return the window of rasterio."""

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import struct
+import threading
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LIMIT = Image.MAX_IMAGE_PIXELS  # of PIL, which refuses twice as many
+LIMIT_LOCK = threading.Lock()  # held while the limit is another
 LARGEST = 1 << 30  # pixels of an image or mask that is read nevertheless ...
 PER_BYTE, PER_MASK_BYTE = 200, 8 * 1032  # ... and for each byte of its file; the last is all Deflate can do
 DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
@@ -146,11 +148,12 @@ def open_large(path, content, per_byte):
     """
     held = Path(path).stat().st_size if content is None else len(content)
     most = min(LARGEST, per_byte * held)
-    Image.MAX_IMAGE_PIXELS = max(LIMIT, most)
-    try:
-        image = Image.open(path if content is None else io.BytesIO(content))
-    finally:
-        Image.MAX_IMAGE_PIXELS = LIMIT
+    with LIMIT_LOCK:
+        Image.MAX_IMAGE_PIXELS = max(LIMIT, most)
+        try:
+            image = Image.open(path if content is None else io.BytesIO(content))
+        finally:
+            Image.MAX_IMAGE_PIXELS = LIMIT
     if math.prod(image.size) > most:
         raise Image.DecompressionBombError
     return image
@@ -252,6 +255,7 @@ def to_rgb(image):
 def stored_size(image):
     """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that has not been decoded yet."""
     orientation, size = image.getexif().get(EXIF_ORIENTATION, 1), image.size[::-1]
+    orientation = orientation if orientation in range(1, 9) else 1  # PIL does not turn others
     tags = getattr(image, "tag_v2", None)  # of TIFFs, PIL's own size is the turned one
     return (tags[TIFF_HEIGHT], tags[TIFF_WIDTH]) if tags else size, orientation
 
@@ -461,10 +465,27 @@ def ranges(values):
     return ", ".join(parts)
 
 
+def has_late_exif(path):
+    """Return whether a PNG may say behind its pixels how it is turned; reads the heads of its chunks."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        seen = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            seen |= kind == b"IDAT"
+            if seen and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
+
+
 def read_orientation(path):
     """Return (size (H, W) as stored, EXIF orientation 1..8) of an image file. Raises InputError."""
     with open_photo(path) as image:
         try:
+            if image.format == "PNG" and not has_late_exif(path):  # PIL would decode it to look for EXIF
+                orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+                return image.size[::-1], orientation if orientation in range(1, 9) else 1
             return stored_size(image)
         except DECODE_ERRORS as error:  # PNG keeps EXIF behind the pixels
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from config import IGNORE
-from dataio import windows
+from dataio import rasters, transforms, windows
 from dataio.dataloader import mixed_seed
 from dataio.readers import read_image, read_mask, read_orientation, read_pair, rotate_like
 from dataio.transforms import augment, continued, fingerprint, resize_image, wanted_size, window_starts
@@ -28,8 +28,9 @@ SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel o
 
 
 def code_hash():
-    """Return a hash of the code that windows and tiles depend on."""
-    code = [Path(file).read_bytes() for file in (__file__, windows.__file__)]
+    """Return a hash of the code that windows and tiles depend on, and of whether rasterio is there."""
+    files = __file__, windows.__file__, rasters.__file__, transforms.__file__
+    code = [Path(file).read_bytes() for file in files] + [str(rasters.rasterio is not None).encode()]
     return hashlib.sha256(b"".join(code)).hexdigest()[:16]
 
 
@@ -93,9 +94,17 @@ class SegmentationDataset(Dataset):
 class NativeDataset(SegmentationDataset):
     """Validation images as they are, read as windows of them are: for --protocol tile."""
 
+    def __init__(self, samples, table):
+        super().__init__(samples, table, ())
+
     def __getitem__(self, item):
         sample = self.samples[item]
         return *read_native(sample, self.table), str(sample.image)
+
+
+def images_for(protocol, samples, table):
+    """Return the dataset of whole images at their own size, read as a predictor.Protocol wants them."""
+    return NativeDataset(samples, table) if protocol.tile else SegmentationDataset(samples, table, ())
 
 
 class WindowDataset(SegmentationDataset):
@@ -114,7 +123,8 @@ class WindowDataset(SegmentationDataset):
 
     def facts(self):
         """As of the base."""
-        return dict(super().facts(), seed=self.seed, windows=[SCALES, self.balance, code_hash()])
+        points = hashlib.sha256(np.ascontiguousarray(self.points)).hexdigest() if self.balance else ""
+        return dict(super().facts(), seed=self.seed, windows=[SCALES, self.balance, points, code_hash()])
 
     def __getitem__(self, item):
         with self.drawing(item) as index:

@@ -6,10 +6,14 @@
 TIFFs are read by windows (rasterio) where image and mask both are. Other formats can only be decoded whole:
 in the folder of a cache they are kept as they are decoded, and windows of them are read from there.
 """
+import errno
 import hashlib
 import math
+import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from config import IGNORE, InputError
-from dataio.rasters import DAMAGED, Raster, is_raster, named_errors, rasterio
-from dataio.readers import (class_ids_of, read_mask, read_orientation, read_pair, read_upright, rotate_like)
+from dataio.rasters import DAMAGED, Raster, check_pages, is_raster, named_errors, rasterio
+from dataio.readers import (class_ids_of, read_image, read_mask, read_orientation, read_pair, read_upright,
+                            rotate_like)
 from dataio.scan import in_parallel
 from dataio.stratify import digest_of_masks
 from dataio.transforms import PADDING_COLOR, resize_mask
@@ -27,6 +32,8 @@ from utils import write_atomically
 VERSION = 1  # of what is kept of an image
 SPARE = 1 << 28  # bytes of disk that stay free
 POINTS = 16  # pixels of every class in every image that windows may be drawn around
+LARGE_BLOCK = 1 << 22  # pixels that a TIFF decodes at once, above which it is kept decoded
+OLD = 600  # seconds after which an unfinished file is a leftover
 NOTHING = (*PADDING_COLOR, IGNORE)
 
 
@@ -35,51 +42,72 @@ def native_size(path):
     """Return the (H, W) of an upright image file; reads its header. Raises InputError."""
     if is_raster(path):
         with named_errors(path, DAMAGED), rasterio.open(path) as file:
+            check_pages(path, file)
             return file.shape
     size, orientation = read_orientation(path)
     return size[::-1] if orientation >= 5 else size
 
 
-def native_mask(sample, table):
-    """Return the mask (H, W) uint8 of class ids at the size of its image, turned as it is."""
-    size, orientation = read_orientation(sample.image) if not is_raster(sample.image) else ((), 1)
-    mask = torch.from_numpy(rotate_like(read_mask(sample.mask, table), size, orientation))
-    wanted = native_size(sample.image)
-    return (mask if tuple(mask.shape) == tuple(wanted) else resize_mask(mask, wanted)).numpy()
+def read_native_image(path):
+    """Return an image file as windows of it are read: (3, H, W) uint8 RGB, upright. Raises InputError."""
+    if not is_raster(path):
+        return read_image(path)
+    with Raster(path) as raster:
+        image = raster.read(0, 0, *raster.size)
+    return torch.zeros(3, *raster.size, dtype=torch.uint8) if image is None else image[0]
+
+
+def native_mask(sample, table, stored=None):
+    """Return the mask (H, W) uint8 of class ids at the size of its image, turned as it is, IGNORE where a
+    TIFF has no data. stored: (size, EXIF orientation) of the image where they are known.
+    """
+    values = read_mask(sample.mask, table)
+    if is_raster(sample.image):
+        with Raster(sample.image) as raster:
+            wanted, valid = raster.size, raster.valid(slice(0, raster.size[0]))
+    else:
+        size, orientation = stored or read_orientation(sample.image)
+        values, valid = rotate_like(values, size, orientation), None
+        wanted = size[::-1] if orientation >= 5 else size
+    if values.shape != tuple(wanted):
+        values = resize_mask(torch.from_numpy(values), wanted).numpy()
+    if valid is not None:
+        values = np.where(valid, values, np.uint8(IGNORE))
+    return values
 
 
 def native_pair(sample, table):
-    """Return (H, W, 4) uint8 of a Sample: RGB and class id, IGNORE where a TIFF has no data."""
+    """Return (H, W, 4) uint8 of a Sample: RGB and class id."""
     if is_raster(sample.image):
-        with Raster(sample.image) as raster:
-            image = raster.read(0, 0, *raster.size)
-            valid = raster.valid(slice(0, raster.size[0]))
-        image = torch.zeros(3, *valid.shape, dtype=torch.uint8) if image is None else image[0]
+        image, stored = read_native_image(sample.image), None
     else:
-        image, valid = read_upright(sample.image)[0], None
+        image, *stored, _ = read_upright(sample.image)
     pixels = np.empty((*image.shape[1:], 4), np.uint8)
-    pixels[..., :3], pixels[..., 3] = image.permute(1, 2, 0).numpy(), native_mask(sample, table)
-    if valid is not None:
-        pixels[~valid, 3] = IGNORE
+    pixels[..., :3], pixels[..., 3] = image.permute(1, 2, 0).numpy(), native_mask(sample, table, stored)
     return pixels
 
 
 def read_native(sample, table):
     """Return image (3, H, W) and mask (H, W) uint8 of a Sample as read_pair does, of TIFFs as windows of them
-    are read.
+    are read, with IGNORE where they have no data.
     """
     if not is_raster(sample.image):
         return read_pair(sample, table)
-    pixels = torch.from_numpy(native_pair(sample, table))
-    return pixels[..., :3].permute(2, 0, 1), pixels[..., 3]
+    image, mask = read_native_image(sample.image), read_mask(sample.mask, table)
+    if mask.shape == tuple(image.shape[1:]):
+        mask = native_mask(sample, table)
+    return image, torch.from_numpy(mask)
 
 
 def has_windows(sample, table):
-    """Return whether both files of a Sample can be read by windows."""
+    """Return whether both files of a Sample can be read by windows, as masks and images are read whole."""
     if len(table) > 65536 or not (is_raster(sample.image) and is_raster(sample.mask)):
         return False
-    with named_errors(sample.mask, DAMAGED), rasterio.open(sample.mask) as mask:
-        return (mask.count, mask.shape) == (1, native_size(sample.image)) and \
+    with (named_errors(sample.mask, DAMAGED), rasterio.open(sample.mask) as mask,
+          named_errors(sample.image, DAMAGED), rasterio.open(sample.image) as image):
+        blocks = [math.prod(shape) for file in (mask, image) for shape in file.block_shapes]
+        white = mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # PIL inverts these
+        return (mask.count, mask.shape, white) == (1, image.shape, False) and max(blocks) <= LARGE_BLOCK and \
             mask.dtypes[0] in ("uint8", "uint16")
 
 
@@ -103,7 +131,7 @@ class WindowReader:
     """Reads windows of Samples. sizes: [(H, W)] of the images; folder: where decoded ones are kept, "" =
     nowhere: an image is then decoded for every window that does not follow another one of it.
 
-    Raises InputError for an image that cannot be read, and where the disk has no room.
+    Raises InputError for an image that cannot be read. check_room() says whether the disk has room.
     """
 
     def __init__(self, samples, table, folder=""):
@@ -115,8 +143,6 @@ class WindowReader:
                 raise one
         self.sizes, self.by_windows = map(list, zip(*found, strict=True))
         self.last = None, None  # the pair that this process read last
-        if folder:
-            self.check_room()
 
     def __getstate__(self):  # a worker process reads for itself
         return {**self.__dict__, "last": (None, None)}
@@ -128,25 +154,9 @@ class WindowReader:
         """Return the file that holds a decoded pair; its name is a hash of all that it depends on."""
         sample = self.samples[index]
         facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sample]
-        state = hashlib.sha256(repr((VERSION, facts, self.sizes[index])).encode() + self.table.tobytes())
+        how = VERSION, facts, self.sizes[index], is_raster(sample.image)
+        state = hashlib.sha256(repr(how).encode() + self.table.tobytes())
         return self.folder / f"decoded-{state.hexdigest()[:16]}.npy"
-
-    def check_room(self):
-        """Create the folder. Raises InputError where the disk is too full for what is not kept yet."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--cache-images: cannot create {self.folder} ({error.strerror}); name another "
-                             "folder") from None
-        missing = [index for index in range(len(self)) if not self.kept_path(index).exists()
-                   and not self.by_windows[index]]
-        needed = sum(4 * math.prod(self.sizes[index]) for index in missing)
-        free = shutil.disk_usage(self.folder).free
-        print(f"decoded images in {self.folder}: {len(missing)} of {len(self)} are to be added, "
-              f"{needed / 1e9:.2f} GB; {free / 1e9:.1f} GB free", flush=True)
-        if needed + SPARE > free:
-            raise InputError(f"--cache-images needs {needed / 1e9:.2f} GB in {self.folder}, which has "
-                             f"{free / 1e9:.2f} GB free: free some disk, or name another folder")
 
     def load(self, index):
         """Return (H, W, 4) uint8 of a pair, as native_pair does, in memory or mapped from the cache."""
@@ -158,7 +168,8 @@ class WindowReader:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):  # not there, or damaged
             pixels = native_pair(sample, self.table)
-            write_atomically(path, lambda temporary: np.save(temporary, pixels))
+            with suppress(OSError):  # another process was faster, or the disk is full: it goes on without
+                write_atomically(path, lambda temporary: np.save(temporary, pixels))
             return pixels
 
     def read(self, index, top, left, height, width):
@@ -186,7 +197,8 @@ class WindowReader:
         image, sorted; drawn once, then read from cache_dir.
         """
         state = digest_of_masks(self.samples, self.table)
-        state.update(repr((VERSION, POINTS, num_classes, self.sizes)).encode())
+        changes = [sample.image.stat().st_mtime_ns for sample in self.samples]
+        state.update(repr((VERSION, POINTS, num_classes, self.sizes, changes)).encode())
         kept = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
         try:
             rows = np.load(kept, allow_pickle=False)
@@ -201,6 +213,31 @@ class WindowReader:
             rows = np.concatenate(list(bar))
         write_atomically(kept, lambda temporary: np.save(temporary, rows))
         return rows
+
+
+def check_room(readers):
+    """Create the folder of WindowReaders and say what is to be added there. Raises InputError where it cannot
+    be written, or the disk is too full for all of it.
+    """
+    folder = readers[0].folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".*.decoded-*.npy"):
+            if time.time() - path.stat().st_mtime > OLD:
+                path.unlink()
+        if not os.access(folder, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"--cache-images: cannot write to {folder} ({error.strerror}); name another folder"
+                         ) from None
+    missing = [math.prod(reader.sizes[index]) for reader in readers for index in range(len(reader))
+               if not reader.by_windows[index] and not reader.kept_path(index).exists()]
+    needed, free = 4 * sum(missing), shutil.disk_usage(folder).free
+    print(f"decoded images in {folder}: {len(missing)} of {sum(map(len, readers))} are to be added, "
+          f"{needed / 1e9:.2f} GB; {free / 1e9:.1f} GB free", flush=True)
+    if needed + SPARE > free:
+        raise InputError(f"--cache-images needs {needed / 1e9:.2f} GB in {folder}, which has "
+                         f"{free / 1e9:.2f} GB free: free some disk, or name another folder")
 
 
 def draw_points(mask, index, num_classes):

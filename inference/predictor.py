@@ -16,6 +16,7 @@ import torch
 from config import InputError
 from dataio.readers import read_image
 from dataio.transforms import resize_image, window_starts
+from dataio.windows import read_native_image
 from inference.backends import ExportedModel, convert, is_installed
 from inference.tiles import Tiles, overlap_pixels
 from models.logits import Logits, class_ids
@@ -304,12 +305,16 @@ class Predictor:
     def predict(self, image):
         """Return the label map (H, W) uint8 of an image: a path, or a numpy array (H, W, 3) uint8 RGB."""
         if isinstance(image, (str, Path)):
-            return self(read_image(image)[None])[0]
+            return self(self.read(image)[None])[0]
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"an image is an array (H, W, 3) of uint8 RGB, not {image.shape} of "
                              f"{image.dtype}")
         return self(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])[0]
+
+    def read(self, path):
+        """Return an image file as the protocol wants it, (3, H, W) uint8 RGB. Raises InputError."""
+        return read_native_image(path) if self.protocol.tile else read_image(path)
 
     @torch.inference_mode()
     def scores(self, images, every_class=False):

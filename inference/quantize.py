@@ -65,6 +65,8 @@ def quantize(path, target, text, like, images, validate, max_drop):
             nncf.Dataset(images[:1], lambda part: {names: part} if names else part), score,
             max_drop=max_drop, drop_type=nncf.DropType.ABSOLUTE, subset_size=len(images),
             model_type=nncf.ModelType.TRANSFORMER, advanced_accuracy_restorer_parameters=restorer)
+    except InputError:
+        raise
     except Exception as error:  # of three packages
         raise InputError(f"NNCF cannot quantize {path.name} ({first_line(error)}): export it without --int8"
                          ) from None

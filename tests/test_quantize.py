@@ -15,7 +15,7 @@ import train
 from checkpoint import load_model, pack_checkpoint
 from dataio.readers import read_image
 from dataio.transforms import resize_image
-from export import Validation, calibration_images, spread
+from export import calibration_images, spread
 from inference import quantize
 from inference.predictor import make_protocol
 
@@ -75,6 +75,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "ending"), [("openvino", ".xml"), ("onnx", ".onnx")])
 def test_an_int8_file_is_smaller_and_scores_as_it_says(trained, tmp_path, run, kind, ending):
     pytest.importorskip("nncf")
+    (tmp_path / "int8").mkdir()
     flags = ["--model", trained / "best_model_iou.pth", "--format", kind]
     assert run(export, *flags, "--out", tmp_path / f"float{ending}")[0] == 0
     code, text, err = run(export, *flags, "--int8", "--max-drop", 5, "--calibrate", trained / "data/images")
@@ -98,15 +99,14 @@ def test_an_int8_file_is_smaller_and_scores_as_it_says(trained, tmp_path, run, k
 def test_what_costs_too_much_is_not_written(trained, run, monkeypatch):
     """The scores are those of validations before and after."""
     pytest.importorskip("openvino")
-    scores = iter([0.9, 0.85])
 
     def rename(path, target, *_):
         for ending in (".xml", ".bin"):
             path.with_suffix(ending).rename(target.with_suffix(ending))
 
     monkeypatch.setattr(export, "quantize", rename)
-    validate = Validation.__call__
-    monkeypatch.setattr(Validation, "__call__", lambda self, model: (validate(self, model), next(scores))[1])
+    compare = export.compare
+    monkeypatch.setattr(export, "compare", lambda *args: ([0.9, 0.85], compare(*args)[1]))
     code, _, err = run(export, "--model", trained / "best_model_iou.pth", "--format", "openvino", "--int8",
                        "--out", trained / "worse.xml")
     assert code == 2 and "INT8 costs more than --max-drop 0.5 (mIoU on 2 validation images 0.9000 -> " in err
@@ -119,8 +119,17 @@ def test_validation_is_that_of_evaluate(trained, tmp_path, run):
     metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
     model, facts = load_model(trained / "best_model_iou.pth")
     data = export.load_data(export.data_options(facts))
-    found = Validation(data.splits["val"], data.table, facts, export.choose_protocol(facts))(model)
-    assert found == pytest.approx(metrics["miou"], abs=1e-6)
+    protocol = export.choose_protocol(facts)
+    dataset = export.images_for(protocol, data.splits["val"], data.table)
+    (found, again), same = export.compare([model, model], dataset, facts, protocol)
+    assert found == again == pytest.approx(metrics["miou"], abs=1e-6) and same == 1
+
+
+def test_a_data_set_of_other_classes_is_refused(trained, tmp_path, run):
+    other = write_folder(tmp_path / "other", values=(0, 1, 2, 3, 4))
+    code, _, err = run(export, "--model", trained / "best_model_iou.pth", "--format", "openvino", "--int8",
+                       "--data-root", other, "--out", tmp_path / "int8.xml")
+    assert code == 2 and "folder has other classes than the model" in err and "Traceback" not in err
 
 
 def test_what_is_missing_is_said(tmp_path, run, monkeypatch):

@@ -1,5 +1,6 @@
 """--train-scale native: windows are crops of the images, tiles cover them once, caches know them."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ import train
 from config import IGNORE, InputError
 from dataio import windows
 from dataio.feature_cache import plan_files
+from dataio.rasters import Raster
 from dataio.readers import EXIF_ORIENTATION, OUTSIDE, Sample, index_table, read_pair
 from dataio.torch_datasets import NativeDataset, TileDataset, WindowDataset
 from dataio.transforms import PADDING_COLOR
-from dataio.windows import POINTS, WindowReader, draw_points, native_pair
+from dataio.windows import POINTS, WindowReader, check_room, draw_points, native_pair
+from inference.predictor import Predictor
+from inference.rasters import segment
 from utils import Precision
 
 TABLE, FLOAT32 = index_table(5), Precision("off", torch.device("cpu"))
@@ -49,7 +53,10 @@ def samples_of(folder, *endings, size=(45, 61)):
 def test_windows_are_crops_of_the_whole(tmp_path, kept, capsys):
     samples = samples_of(tmp_path, "png", "jpg", "tif")
     reader = WindowReader(samples, TABLE, kept and tmp_path / kept)
-    assert reader.sizes == [(45, 61)] * 3 and ("0.00 GB" in capsys.readouterr().out) == bool(kept)
+    assert reader.sizes == [(45, 61)] * 3
+    if kept:
+        check_room([reader])
+        assert "3 of 3 are to be added, 0.00 GB" in capsys.readouterr().out
     for _ in range(2):  # the second time from what is kept
         for index, sample in enumerate(samples):
             image, mask = (part.numpy() for part in read_pair(sample, TABLE))
@@ -127,12 +134,22 @@ def test_what_is_kept_is_of_these_files_and_of_this_table(tmp_path):
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     samples = samples_of(tmp_path, "png")
-    monkeypatch.setattr(windows.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    readers = [WindowReader(samples, TABLE, tmp_path / "kept") for _ in range(2)]
+    free = windows.SPARE + 4 * 45 * 61 + 100  # enough for one of them
+    monkeypatch.setattr(windows.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    check_room(readers[:1])
     with pytest.raises(InputError, match="--cache-images needs 0.00 GB in .*kept"):
-        WindowReader(samples, TABLE, tmp_path / "kept")
+        check_room(readers)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--cache-images: cannot create .*file/kept"):
-        WindowReader(samples, TABLE, tmp_path / "file/kept")
+    with pytest.raises(InputError, match="--cache-images: cannot write to .*file/kept"):
+        check_room([WindowReader(samples, TABLE, tmp_path / "file/kept")])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(windows, "write_atomically", full)  # nevertheless: it goes on without
+    image, _ = readers[0].read(0, 0, 0, 45, 61)
+    assert (image == read_pair(samples[0], TABLE)[0]).all()
 
 
 def test_random_windows_keep_image_and_mask_together(tmp_path):
@@ -234,6 +251,10 @@ def test_features_of_windows_are_kept_apart(tmp_path):
     sets = [WindowDataset(reader, (42, 56), (), 0), WindowDataset(reader, (42, 56), (), 1),
             WindowDataset(reader, (42, 56), (), 0, 0.5, points), WindowDataset(reader, (56, 42), (), 0),
             WindowDataset(reader, (42, 56), ("flip",), 0), TileDataset(reader, (42, 56))]
+    table = TABLE.copy()
+    table[2] = IGNORE  # other classes, other points
+    other = WindowReader(reader.samples, table)
+    sets.append(WindowDataset(other, (42, 56), (), 0, 0.5, other.points(5, tmp_path)))
     names = [plan_files(net, ["map 5"], data, tmp_path, FLOAT32, 1)[0][0].path for data in sets]
     assert len(set(names)) == len(names)
 
@@ -301,7 +322,76 @@ def test_whole_images_of_tiles_are_scored_as_they_were_trained_on(tmp_path):
         file.write(deep)
     Image.fromarray(blocks(45, 61, (0, 1))).save(tmp_path / "mask.png")
     sample = Sample(tmp_path / "deep.tif", tmp_path / "mask.png")
-    image, mask, _ = NativeDataset([sample], TABLE, ())[0]
+    image, mask, _ = NativeDataset([sample], TABLE)[0]
     window, labels = WindowReader([sample], TABLE).read(0, 0, 0, 45, 61)
     assert (image == window).all() and (mask == labels).all() and OUTSIDE not in mask
     assert (image.min(), image.max()) == (0, 255)  # by depth it would be at most 187
+
+
+def write_tiff(path, pixels, **options):
+    """Write (bands, H, W) as a TIFF by rasterio."""
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(path, "w", driver="GTiff", dtype=pixels.dtype, width=pixels.shape[2],
+                       height=pixels.shape[1], count=len(pixels), **options) as file:
+        file.write(pixels)
+    return path
+
+
+def test_inverted_masks_and_large_strips_are_not_read_by_windows(tmp_path, monkeypatch):
+    """PIL inverts MINISWHITE, rasterio does not: windows must be what the whole is."""
+    image = write_tiff(tmp_path / "image.tif", np.full((3, 45, 61), 99, np.uint8))
+    mask = write_tiff(tmp_path / "mask.tif", 255 - blocks(45, 61, (0, 1, 2))[None], photometric="MINISWHITE")
+    reader = WindowReader([Sample(image, mask)], TABLE)
+    assert (reader.read(0, 0, 0, 45, 61)[1].numpy() == blocks(45, 61, (0, 1, 2))).all()
+    plain = write_tiff(tmp_path / "plain.tif", blocks(45, 61, (0, 1, 2))[None])
+    assert WindowReader([Sample(image, plain)], TABLE).by_windows == [True]
+    monkeypatch.setattr(windows, "LARGE_BLOCK", 1000)
+    assert WindowReader([Sample(image, plain)], TABLE).by_windows == [False]
+
+
+def test_points_lie_where_there_are_data(tmp_path):
+    pixels = np.full((3, 60, 80), 99, np.uint8)
+    pixels[:, :, 20:] = 0
+    sample = Sample(write_tiff(tmp_path / "image.tif", pixels, nodata=0),
+                    write_tiff(tmp_path / "mask.tif", blocks(60, 80, (0, 1))[None]))
+    rows = WindowReader([sample], TABLE).points(2, tmp_path)
+    assert len(rows) and rows[:, 3].max() < 20
+
+
+def test_tiffs_that_are_turned_or_hold_pages_are_refused(tmp_path):
+    pytest.importorskip("rasterio")
+    Image.fromarray(np.zeros((80, 100), np.uint8)).save(tmp_path / "mask.png")
+    pictures = [Image.new("RGB", (100, 80), color) for color in ("red", "green")]
+    pictures[0].save(tmp_path / "pages.tif", save_all=True, append_images=pictures[1:])
+    pictures[0].save(tmp_path / "turned.tif", tiffinfo={EXIF_ORIENTATION: 6})
+    pictures[0].save(tmp_path / "fine.tif", tiffinfo={EXIF_ORIENTATION: 1})
+    for name, says in (("pages", "holds several pages"), ("turned", "is stored turned")):
+        with pytest.raises(InputError, match=rf"{name}\.tif {says}"):
+            WindowReader([Sample(tmp_path / f"{name}.tif", tmp_path / "mask.png")], TABLE)
+    assert WindowReader([Sample(tmp_path / "fine.tif", tmp_path / "mask.png")], TABLE).sizes == [(80, 100)]
+
+
+@pytest.mark.parametrize("orientation", [0, 5, 8, 9, 65535])
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_orientations_that_mean_nothing_turn_nothing(tmp_path, orientation, ending):
+    (sample,) = samples_of(tmp_path, ending)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    Image.open(sample.image).save(sample.image, exif=exif)
+    image, mask = read_pair(sample, TABLE)
+    found, labels = WindowReader([sample], TABLE).read(0, 0, 0, *image.shape[1:])
+    assert (found == image).all() and (labels == mask).all()
+    assert image.shape[1:] == ((61, 45) if orientation in (5, 8) else (45, 61))
+
+
+def test_files_are_read_alike_by_every_script(tmp_path):
+    """Of deep TIFFs: a Predictor from Python, and the masks that infer_image.py writes."""
+    deep = np.random.default_rng(0).integers(300, 1400, (3, 60, 70)).astype(np.uint16)
+    path = write_tiff(tmp_path / "deep.tif", deep, photometric="RGB")
+    facts = dict(classes=[["a", [0, 0, 0]]] * 3, imgsz=(42, 42), config=dict(train_scale="native"))
+    predictor = Predictor(tiny().eval(), facts, "cpu")
+    with Raster(path) as raster:
+        whole = raster.read(0, 0, 60, 70)
+        parts = [pred for _, pred, _ in segment(raster, predictor)]
+    assert (predictor.predict(path) == np.concatenate(parts)).all()
+    assert (predictor.read(path) == whole[0]).all() and whole.max() == 255
