@@ -89,7 +89,7 @@ from dataio.streets import draw_clip
 from dataio.torch_datasets import SegmentationDataset, WindowDataset
 from dataio.windows import WindowReader
 from datasets import STREETS, load_data
-from gpu_cases import measure
+from gpu_cases import Cases
 from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, make_protocol, views_of
 from inference.rasters import MaskFile, polygons, segment
@@ -721,9 +721,10 @@ def benchmark_gpu(args):
     spec = ModelSpec(backbone=args.backbone, num_classes=len(data.classes))
     more = ["--dataset", args.dataset, "--backbone", args.backbone, "--weights", args.weights]
     more += ["--data-root", args.data_root or "data", "--unfreeze", "1"]
-    rows = measure(train, data.table, data.classes, spec, args.weights, tuple(args.imgsz), args.batch_size,
-                   min(8, os.cpu_count() or 1) if not args.small else 0, device, limit, more, args.small,
-                   folder_in=utils.make_folder(args.out_dir))
+    cases = Cases(train, data.table, data.classes, spec, args.weights, tuple(args.imgsz), args.batch_size,
+                  min(8, os.cpu_count() or 1) if not args.small else 0, device, limit, more, args.small)
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        rows = cases.run(Path(folder))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return facts_of(args, name, backbone=args.backbone, weights=args.weights, images=len(train),
                     limit_tflop_per_s=limit / 1e12, rows=rows)

@@ -6,12 +6,13 @@ same code with --device cpu --small.
 import itertools
 import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +31,7 @@ from inference.backends import BACKENDS, Graph, first_line
 from inference.predictor import Predictor, make_protocol
 from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
 from losses import Criterion
-from model import CachedSegmenter, build_model
+from model import CachedSegmenter, ModelSpec, build_model
 from utils import shortest_time
 from visualize import color_table, overlay
 
@@ -40,20 +41,28 @@ FRAMES = 10  # that are drawn of a clip; it repeats them
 LR = 1e-3
 
 
+@dataclass
 class Cases:
     """The cases and their rows.
 
-    samples, table: of a data set to train on; size: (H, W); limit: FLOP/s of a large matrix product;
+    samples, table, classes: of a data set to train on; size: (H, W); limit: FLOP/s of a large matrix product;
     arguments: those of train.py that choose data and model; small: a tenth of the work.
     """
 
-    def __init__(self, samples, table, classes, spec, weights, size, batch_size, workers, device, limit,
-                 arguments, small):
-        self.samples, self.table, self.classes = samples, table, classes
-        self.spec, self.weights, self.size = spec, weights, size
-        self.batch_size, self.workers, self.device = batch_size, workers, device
-        self.limit, self.arguments, self.small = limit, arguments, small
-        self.rows, self.start = [], time.perf_counter()
+    samples: list
+    table: np.ndarray
+    classes: list
+    spec: ModelSpec
+    weights: str
+    size: tuple
+    batch_size: int
+    workers: int
+    device: torch.device
+    limit: float
+    arguments: list
+    small: bool
+    rows: list = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
 
     def run(self, folder):
         """Measure all cases, working in a folder; return the rows. On a CPU nothing is compiled."""
@@ -271,9 +280,3 @@ class Cases:
         other.run(images)
         return dict(value=1 / shortest_time(other.run, images, rounds=3 if self.small else 20),
                     unit=f"images/s, {other.name}")
-
-
-def measure(*args, folder_in):
-    """Return the rows of all Cases(*args), worked out in a folder below `folder_in` that goes again."""
-    with tempfile.TemporaryDirectory(dir=folder_in) as folder:
-        return Cases(*args).run(Path(folder))
