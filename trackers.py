@@ -52,7 +52,8 @@ class TensorBoard:
 
     def add_picture(self, epoch, name, path):
         """Log a picture of an epoch."""
-        self.writer.add_image(name, np.array(Image.open(path).convert("RGB")), epoch, dataformats="HWC")
+        picture = np.array(Image.open(path, formats=["PNG"]).convert("RGB"))
+        self.writer.add_image(name, picture, epoch, dataformats="HWC")
         self.writer.flush()
 
     def close(self, failed):

@@ -25,6 +25,8 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from config import IGNORE, InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+# PIL knows more, such as EPS, which it has another program draw
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 MASK_ENDINGS = (*IMAGE_ENDINGS, ".npy")
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 EXIF_ORIENTATION = 0x0112
@@ -121,7 +123,7 @@ def open_image(path, content=None, per_byte=PER_BYTE):
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors are enough
     try:
         try:
-            image = Image.open(path if content is None else io.BytesIO(content))
+            image = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
         except Image.DecompressionBombError:
             image = open_large(path, content, per_byte)
     except FileNotFoundError:
@@ -151,7 +153,7 @@ def open_large(path, content, per_byte):
     with LIMIT_LOCK:
         Image.MAX_IMAGE_PIXELS = max(LIMIT, most)
         try:
-            image = Image.open(path if content is None else io.BytesIO(content))
+            image = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = LIMIT
     if math.prod(image.size) > most:
@@ -162,7 +164,7 @@ def open_large(path, content, per_byte):
 def is_stack(file, size):
     """Return whether a TIFF has a second page of the size of the first; smaller ones are previews of it."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             image.seek(1)
             return image.size == size
     except (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error):

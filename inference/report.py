@@ -71,9 +71,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 def as_jpeg(picture, width=None):
     """Return a picture, (H, W, 3) uint8 or a file, as a data URL of a JPEG at most `width` pixels wide."""
-    image = (
-        Image.fromarray(picture) if isinstance(picture, np.ndarray) else Image.open(picture).convert("RGB")
-    )
+    if isinstance(picture, np.ndarray):
+        image = Image.fromarray(picture)
+    else:
+        image = Image.open(picture, formats=["PNG"]).convert("RGB")
     if width and image.width > width:
         image = image.resize(
             (width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS

@@ -392,15 +392,17 @@ def dinov2_url(name):
 def create_timm(name, **options):
     """timm.create_model with any input size allowed. Raises InputError for a name timm does not know."""
     import timm  # it takes as long to import as torch, and DINOv2's own code has no need of it
+    if not (re.fullmatch(r"[A-Za-z0-9_.]+", name) and timm.is_model(name.split(".")[0])):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[-1]}*")[:5])
+        raise InputError(f"--backbone timm/{name[:80]} is no model of timm, whose list_models() names all"
+                         + (f" (such as {close})" if close else ""))
     try:
         try:
             return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
         except TypeError:  # networks without position embeddings take any size as they are
             return timm.create_model(name, num_classes=0, **options)
     except RuntimeError as error:
-        close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[-1]}*")[:5])
-        raise InputError(f"--backbone timm/{name}: {str(error)[:80]}; timm.list_models() lists all"
-                         + (f" (such as {close})" if close else "")) from None
+        raise InputError(f"--backbone timm/{name}: {str(error)[:80]}; timm.list_models() names all") from None
 
 
 def load_timm_net(name, weights):

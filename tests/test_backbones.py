@@ -15,7 +15,8 @@ from timm.layers import resample_abs_pos_embed
 
 from models import backbones
 from models.backbones import (DINOV3, HubBackbone, PositionEmbedding, TimmBackbone, build_backbone,
-                              origins)
+                              origins,
+                              create_timm)
 from config import InputError, names
 from models.heads import HEADS
 from checkpoint import load_model, pack_checkpoint
@@ -278,3 +279,17 @@ def test_a_dinov2_checkpoint_runs_through_timm_without_the_hub_code(name, head, 
     with torch.no_grad():
         assert torch.allclose(loaded(images), net.eval()(images), atol=1e-5)
     assert loaded.backbone.positions.offset == (0.0 if "reg" in name else 0.1)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:evil/x", "local-dir:/etc", "hf_hub:a/b", "../x", "", "no_such_net",
+                                  "vit_tiny_patch16_224 ", "A" * 500])
+def test_only_names_of_timms_own_models_are_models(tmp_path, name, monkeypatch):
+    """From flags and from checkpoints: a name must not reach a hub or a folder."""
+    monkeypatch.setattr(timm, "create_model", None)
+    with pytest.raises(InputError, match="is no model of timm"):
+        create_timm(name)
+    packed = pack_checkpoint(tiny(), [("a", (0, 0, 0)), ("b", (1, 1, 1))], (28, 28))
+    packed["spec"] = {**packed["spec"], "backbone": f"timm/{name}"}
+    torch.save(packed, tmp_path / "model.pth")
+    with pytest.raises(InputError):
+        load_model(tmp_path / "model.pth")

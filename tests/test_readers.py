@@ -266,6 +266,21 @@ def test_beyond_the_limit_of_pil_only_what_fills_its_file_is_read(tmp_path, monk
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
+def test_no_picture_runs_another_program(tmp_path, monkeypatch):
+    """PIL would have gs draw EPS, whatever the file is called."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg", format="EPS")
+    for reader in (read_image, lambda path: read_mask(path, index_table(3)), readers.read_orientation):
+        with pytest.raises(InputError, match=r"photo\.jpg is not a readable image \(not a known image"):
+            reader(tmp_path / "photo.jpg")
+    assert not (tmp_path / "ran").exists()
+    for kind in ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM"):
+        Image.new("RGB", (9, 8), "red").save(tmp_path / "picture", format=kind)
+        assert read_image(tmp_path / "picture").shape == (3, 8, 9)
+
+
 def test_ranges_as_text():
     assert ranges([0, 1, 2, 5, 7, 8, 255]) == "0..2, 5, 7..8, 255" and ranges([]) == ""
 
