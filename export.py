@@ -69,7 +69,7 @@ from dataio.windows import read_native_image
 from datasets import load_data
 from inference.backends import FORMATS, Graph
 from inference.predictor import Predictor, choose_protocol, label_map, make_protocol, views_of
-from inference.quantize import quantize
+from inference.quantize import import_nncf, quantize
 from metrics import ConfusionMatrix
 
 AGREEMENT = 0.999  # of the pixels, between the exported file and PyTorch, both in float32
@@ -154,19 +154,28 @@ def compare(models, dataset, facts, protocol):
     return [matrix.miou() for matrix in matrices], float(np.mean(same))
 
 
-def write_int8(written, text, args, checkpoint, facts):
-    """Write an INT8 version of an exported file; return (its path, the line that says what it costs).
-
-    Raises InputError where the data are not there, or it costs more than --max-drop.
+def find_data(args, checkpoint):
+    """Return (the model's DataSource, image files to measure ranges on). Raises InputError where they or NNCF
+    are not there.
     """
+    import_nncf()
     try:
         data = load_data(data_options(checkpoint, data_root=args.data_root), download=False)
-        if [name for name, _ in data.classes] != [name for name, _ in facts["classes"]]:
+        if [name for name, _ in data.classes] != [name for name, _ in checkpoint["classes"]]:
             raise InputError(f"{data.name} has other classes than the model")
+        if not data.splits.get("val"):
+            raise InputError(f"{data.name} has no validation part here")
     except InputError as error:
         raise InputError(f"--int8 is checked on validation images of the model's data set, which are not to "
                          f"be had: {error}") from None
-    paths = find_images(args.calibrate) if args.calibrate else [sample.image for sample in data.training]
+    return data, find_images(args.calibrate) if args.calibrate else [one.image for one in data.training]
+
+
+def write_int8(written, text, args, data, paths, facts):
+    """Write an INT8 version of an exported file; return (its path, the line that says what it costs).
+
+    data, paths: of find_data. Raises InputError where it costs more than --max-drop.
+    """
     like, _ = load_model(written)
     protocol = choose_protocol(facts)
     images = calibration_images(spread(paths, CALIBRATED), protocol, args.batch_size or 1)
@@ -215,6 +224,7 @@ def main():
     facts = dict(facts, imgsz=list(size), batch=args.batch_size)
     text = json.dumps(utils.finite(facts))
     utils.make_folder(path.parent)
+    data, paths = find_data(args, checkpoint) if args.int8 else (None, [])
     real, origin = real_images(checkpoint, size)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (CHECKED, 3, *size), dtype=torch.uint8, generator=generator)
@@ -230,12 +240,13 @@ def main():
             )
         if args.int8:
             text = json.dumps(utils.finite(dict(facts, int8=True)))
-            written, more = write_int8(written, text, args, checkpoint, facts)
+            written, more = write_int8(written, text, args, data, paths, facts)
         for file in written.parent.iterdir():
             if file.is_file():
                 shutil.move(file, path.parent / file.name)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images of {size[0]}x{size[1]}, "
-          f"batches of {args.batch_size or 'any size'}; it agrees with PyTorch in {said} (float32)")
+          f"batches of {args.batch_size or 'any size'}; {'in float32 ' * args.int8}it agrees with PyTorch in "
+          f"{said} (float32)")
     if args.int8:
         print(more)
     print(f"try it:\n  python infer_image.py --model {path} --input YOUR_IMAGE.jpg")

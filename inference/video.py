@@ -31,6 +31,7 @@ try:
 except ImportError:  # clips are then written as mp4v through OpenCV
     av = None
 
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complaints come as one line instead
 FALLBACK_FPS = Fraction(30)  # for cameras that do not say
 TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
 LIVE_PROTOCOLS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms"}
@@ -54,7 +55,6 @@ class VideoReader:
         self.live = self.source.isdecimal() or "://" in self.source or Path(self.source).is_fifo()
         if not self.live and not Path(self.source).is_file():
             raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # its complaints come as one line instead
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         if "://" in self.source:
             limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]

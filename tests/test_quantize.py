@@ -96,9 +96,10 @@ def test_an_int8_file_is_smaller_and_scores_as_it_says(trained, tmp_path, run, k
     assert code == 0 and "INT8" in text, err
 
 
+@pytest.mark.long
 def test_what_costs_too_much_is_not_written(trained, run, monkeypatch):
     """The scores are those of validations before and after."""
-    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
 
     def rename(path, target, *_):
         for ending in (".xml", ".bin"):
@@ -126,6 +127,7 @@ def test_validation_is_that_of_evaluate(trained, tmp_path, run):
 
 
 def test_a_data_set_of_other_classes_is_refused(trained, tmp_path, run):
+    pytest.importorskip("nncf")
     other = write_folder(tmp_path / "other", values=(0, 1, 2, 3, 4))
     code, _, err = run(export, "--model", trained / "best_model_iou.pth", "--format", "openvino", "--int8",
                        "--data-root", other, "--out", tmp_path / "int8.xml")
@@ -133,6 +135,7 @@ def test_a_data_set_of_other_classes_is_refused(trained, tmp_path, run):
 
 
 def test_what_is_missing_is_said(tmp_path, run, monkeypatch):
+    pytest.importorskip("nncf")
     classes = [(name, (0, 0, 0)) for name in "abc"]
     torch.save(pack_checkpoint(tiny(), classes, (28, 28)), tmp_path / "model.pth")
     flags = ["--model", tmp_path / "model.pth", "--format", "onnx", "--int8"]
