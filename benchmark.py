@@ -446,14 +446,15 @@ def tiles_memory(args, side):
     classes = [(f"class {id}", (id, id, id)) for id in range(CLASSES)]
     protocol = make_protocol("tile", "", args.imgsz)
     predictor = Predictor(model, dict(classes=classes), args.device, protocol)
-    predictor(torch.zeros(1, 3, *args.imgsz, dtype=torch.uint8))
+    with torch.inference_mode(), predictor.precision.autocast():  # what the network itself needs for a batch
+        model(torch.zeros(args.batch_size, 3, *args.imgsz, dtype=torch.uint8))
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
         path, mask_path = Path(folder) / "map.tif", Path(folder) / "mask.tif"
         draw_map(path, side)
         before, peaks, start = memory_now(), [0.0], time.perf_counter()
         threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
         with Raster(path) as raster, MaskFile(mask_path, raster, classes) as mask:
-            for rows, pred, _ in segment(raster, predictor, args.batch_size):
+            for rows, pred, _ in segment(raster, predictor):
                 mask.write(rows, pred)
         polygons(mask_path, classes, keep=0)
     return peaks[0] - before, time.perf_counter() - start

@@ -30,10 +30,11 @@ BLOCK = 256  # pixels of a side of the blocks in the files that are written
 
 
 @torch.inference_mode()
-def segment(raster, predictor, batch_size=8):
+def segment(raster, predictor):
     """Yield (rows, class ids (r, W) uint8, their probabilities (r, W) float32) of a Raster from the top; the
     ids are IGNORE where it has no data. predictor: one whose protocol is tile.
     """
+    batch_size = 8 if predictor.device.type == "cuda" else 2  # a CPU gains nothing from more
     views = views_of(predictor.model, raster, predictor.protocol, predictor.precision, batch_size)
     for rows, _, shares in blocks_of(views, raster.size):
         pred = class_ids(shares)[0].cpu().numpy()

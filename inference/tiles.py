@@ -82,10 +82,10 @@ class Tiles:
     def move_to(self, top):
         """Keep, of the sums over the rows from self.top on, those from `top` on."""
         if self.sums is not None:
-            for sums in (self.sums, self.weights):
-                kept = sums[..., top - self.top:, :].clone()
-                sums.zero_()
-                sums[..., :kept.shape[-2], :] = kept
+            for plane in (*self.sums, self.weights):  # (h, W), one at a time: they are large
+                kept = plane[top - self.top:].clone()
+                plane.zero_()
+                plane[:len(kept)] = kept
         self.top = top
 
     def crop(self, top, left):
