@@ -220,7 +220,7 @@ class TrainConfig(ModelOptions, DataOptions):
                                "of that size at the images' own resolution times 0.5 to 2, validated by "
                                "tiles: for images much larger than --imgsz", choices=("fit", "native"))
     balance: float = setting(0.0, "data", "native: share of the windows that are drawn around a pixel of a "
-                             "class, all classes of the image alike (0.5)", nargs="?", const=0.5,
+                             "class, all classes of the image alike; without X 0.5", nargs="?", const=0.5,
                              type=fraction, metavar="X")
     cache_images: str = setting("", "data", "native: keep decoded images in DIR (4 bytes a pixel), so that "
                                 "windows of them are read without decoding the rest (DIR: outputs/cache)",
