@@ -92,7 +92,7 @@ from datasets import STREETS, load_data
 from gpu_cases import Cases
 from inference.backends import BACKENDS, is_installed
 from inference.predictor import Predictor, Protocol, make_protocol, views_of
-from inference.rasters import MaskFile, polygons, segment
+from inference.rasters import MaskFile, save_polygons, segment
 from inference.smooth import Smoother
 from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
 from losses import Criterion
@@ -456,7 +456,7 @@ def tiles_memory(args, side):
         with Raster(path) as raster, MaskFile(mask_path, raster, classes) as mask:
             for rows, pred, _ in segment(raster, predictor):
                 mask.write(rows, pred)
-        polygons(mask_path, classes, keep=0)
+        save_polygons(mask_path, classes, Path(folder) / "map.geojson", keep=0)
     return peaks[0] - before, time.perf_counter() - start
 
 

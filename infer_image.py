@@ -63,7 +63,7 @@ from dataio.rasters import Raster, is_raster
 from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
-from inference.rasters import MaskFile, polygons, read_small, segment
+from inference.rasters import MaskFile, read_small, save_polygons, segment
 from inference.threads import ReadAhead, WriteBehind
 
 
@@ -153,8 +153,7 @@ class Extras:
     def add_raster(self, raster, mask, name, shares):
         """Write what belongs to a Raster and its mask file."""
         if "geojson" in self.args.polygons:
-            found = polygons(mask, self.classes, self.background)
-            outputs.save_json(found, self.folder / f"{name}.geojson")
+            save_polygons(mask, self.classes, self.folder / f"{name}.geojson", self.background)
         if self.args.json:
             self.shares.append(shares.entry(raster.path, raster.size))
 

@@ -19,6 +19,7 @@ from dataio.annotations import area_of
 from dataio.rasters import named_errors, rasterio
 from inference.predictor import blocks_of, views_of
 from models.logits import class_ids
+from utils import write_atomically
 from visualize import color_table
 
 if rasterio:
@@ -94,13 +95,25 @@ class MaskFile:
         return found
 
 
-def polygons(path, classes, keep=None):
-    """Return a GeoJSON FeatureCollection of the regions of a mask file, without those of the class `keep`.
+def save_polygons(path, classes, target, keep=None):
+    """Write the regions of a mask file as a GeoJSON FeatureCollection, without those of the class `keep`; one
+    is in memory at a time.
 
     Coordinates are longitude and latitude (RFC 7946) where the file has a coordinate system, else those of
     its transform. area: in the square of that system's own unit (square meters for meters), without holes.
     """
-    features = []
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write('{"type": "FeatureCollection", "features": [')
+            for number, feature in enumerate(features_of(path, classes, keep)):
+                file.write((",\n" if number else "\n") + json.dumps(feature))
+            file.write("\n]}\n")
+
+    write_atomically(target, write)
+
+
+def features_of(path, classes, keep):
+    """Yield the GeoJSON features of save_polygons."""
     with rasterio.open(path) as file:
         for shape, id in rasterio.features.shapes(rasterio.band(file, 1), transform=file.transform):
             if id in (IGNORE, keep):
@@ -108,9 +121,8 @@ def polygons(path, classes, keep=None):
             rings = [area_of(np.array(ring[:-1])) for ring in shape["coordinates"]]
             if file.crs:
                 shape = rasterio.warp.transform_geom(file.crs, "EPSG:4326", shape)
-            features.append(dict(type="Feature", geometry=shape, properties={
-                "class": classes[int(id)][0], "id": int(id), "area": rings[0] - sum(rings[1:])}))
-    return dict(type="FeatureCollection", features=features)
+            yield dict(type="Feature", geometry=shape, properties={
+                "class": classes[int(id)][0], "id": int(id), "area": rings[0] - sum(rings[1:])})
 
 
 def read_small(path, size):
