@@ -439,7 +439,7 @@ def draw_map(path, side):
 
 def tiles_memory(args, side):
     """Return (peak memory, GB, above that of the model at work, seconds) of a GeoTIFF segmented in tiles and
-    turned into polygons, as infer_image.py does.
+    turned into polygons, as infer_image.py does; of the GPU, else of this process.
     """
     spec = ModelSpec(backbone=args.backbone, head="bn", num_classes=CLASSES)
     model = build_model(spec, args.weights).eval()
@@ -447,17 +447,20 @@ def tiles_memory(args, side):
     protocol = make_protocol("tile", "", args.imgsz)
     predictor = Predictor(model, dict(classes=classes), args.device, protocol)
     with torch.inference_mode(), predictor.precision.autocast():  # what the network itself needs for a batch
-        model(torch.zeros(args.batch_size, 3, *args.imgsz, dtype=torch.uint8))
+        model(torch.zeros(args.batch_size, 3, *args.imgsz, dtype=torch.uint8, device=predictor.device))
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
         path, mask_path = Path(folder) / "map.tif", Path(folder) / "mask.tif"
         draw_map(path, side)
-        before, peaks, start = memory_now(), [0.0], time.perf_counter()
+        gpu = predictor.device.type == "cuda"
+        before = torch.cuda.max_memory_allocated(predictor.device) / 1e9 if gpu else memory_now()
+        peaks, start = [0.0], time.perf_counter()
         threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
         with Raster(path) as raster, MaskFile(mask_path, raster, classes) as mask:
             for rows, pred, _ in segment(raster, predictor):
                 mask.write(rows, pred)
         save_polygons(mask_path, classes, Path(folder) / "map.geojson", keep=0)
-    return peaks[0] - before, time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(predictor.device) / 1e9 if gpu else peaks[0]
+    return peak - before, time.perf_counter() - start
 
 
 def in_own_process(function, *args):

@@ -370,14 +370,13 @@ def draw(data, path):
     figure = Figure(figsize=(4 * columns, 6 + bars), layout="constrained")
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
-    chosen = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).round().astype(int)
-    for position, index in enumerate(chosen.tolist()):
-        image, mask = (part.numpy() for part in read_pair(samples[index], data.table))
+    for position, sample in enumerate(utils.spread(samples, SHOWN)):
+        image, mask = (part.numpy() for part in read_pair(sample, data.table))
         image = image.transpose(1, 2, 0)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[position // columns, position % columns])
         axes.imshow(visualize.overlay(image, mask, colors, 0.6, visualize.background_id(classes)))
-        axes.set_title(visualize.short(samples[index].image.name), fontsize=9)
+        axes.set_title(visualize.short(sample.image.name), fontsize=9)
         axes.axis("off")
     total = sum(data.pixels.values())
     shares = 100 * total / max(1, total.sum())

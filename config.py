@@ -412,8 +412,8 @@ def add_imgsz_flag(parser):
 def add_protocol_flags(parser):
     """Add --protocol, --tta and what belongs to tiles."""
     parser.add_argument("--protocol", choices=PROTOCOLS, default="",
-                        help="whole = the image resized to --imgsz; slide = resized until its short side is "
-                        "that of --imgsz, then windows of that size, as mmsegmentation does; tile = windows "
+                        help="whole = the image resized to --imgsz; slide = resized until it just covers "
+                        "--imgsz, then windows of that size, as mmsegmentation does; tile = windows "
                         "of that size over the image at its own resolution (default: whole; models trained "
                         "by --train-scale native: tile; official heads: their own)")
     parser.add_argument("--tile-scale", type=positive_float, metavar="X",

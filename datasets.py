@@ -18,6 +18,7 @@ from dataio.folder import folder, refuse_file
 from dataio.pairs import existing, list_images, pair_files, read_list
 from dataio.readers import OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask, value_table
 from dataio.stratify import count_pixels, share_table, split_samples
+from utils import spread
 
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
 
@@ -216,8 +217,7 @@ def quick_check(source, count=8):
     Reads on where those few hold no class, as a part of a sparsely labeled set may; check_data.py says more.
     """
     for split, samples in source.splits.items():
-        spread = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int).tolist()
-        labeled = [classes_in(samples[index], source) for index in spread]
+        labeled = [classes_in(sample, source) for sample in spread(samples, count)]
         if samples and not any(labeled) and not any(classes_in(sample, source) for sample in samples):
             raise InputError(
                 f"the masks of {split}, such as {samples[0].mask}, hold nothing but ignored pixels: "

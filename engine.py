@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import default_collate
@@ -18,7 +17,7 @@ from dataio.transforms import resize_mask
 from distributed import all_gather, all_reduce, broadcast_buffers, is_main_process, world_size
 from inference.predictor import label_maps
 from metrics import ConfusionMatrix
-from utils import Precision, to_device
+from utils import Precision, spread, to_device
 
 MAX_GRAD_NORM = 1.0
 MOMENTUM = 0.937  # of sgd
@@ -355,7 +354,7 @@ def predict_examples(model, dataset, precision, count):
     mask and pred are label maps (H, W) uint8, of the mask's and of the image's own size.
     """
     rows, device = [], next(model.parameters()).device
-    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist():
+    for index in spread(range(len(dataset)), count):
         inputs, mask, _ = dataset[index]
         image = dataset.picture(index)
         with precision.autocast():

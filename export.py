@@ -61,7 +61,8 @@ import torch
 import utils
 from checkpoint import data_options, load_model
 from config import InputError, count_of
-from dataio.readers import IMAGE_ENDINGS, read_image
+from dataio.pairs import list_images
+from dataio.readers import read_image
 from dataio.streets import draw_scene
 from dataio.torch_datasets import images_for
 from dataio.transforms import resize_image
@@ -114,12 +115,6 @@ def agreement(model, path, images):
 
 
 # --- INT8 -------------------------------------------------------------------------------------------------
-def spread(items, count):
-    """Return at most `count` of a list, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in places]
-
-
 def calibration_images(paths, protocol, batch):
     """Return [(batch, 3, h, w) uint8 numpy] of image files as the network sees them under a Protocol: the
     whole image, or a random window of it.
@@ -178,8 +173,8 @@ def write_int8(written, text, args, data, paths, facts):
     """
     like, _ = load_model(written)
     protocol = choose_protocol(facts)
-    images = calibration_images(spread(paths, CALIBRATED), protocol, args.batch_size or 1)
-    dataset = images_for(protocol, spread(data.splits["val"], VALIDATED), data.table)
+    images = calibration_images(utils.spread(paths, CALIBRATED), protocol, args.batch_size or 1)
+    dataset = images_for(protocol, utils.spread(data.splits["val"], VALIDATED), data.table)
     most, size = (args.max_drop or MAX_DROP) / 100, total_size(written)
     target = Path(tempfile.mkdtemp(dir=written.parent)) / written.name
 
@@ -198,7 +193,7 @@ def write_int8(written, text, args, data, paths, facts):
 
 def find_images(folder):
     """Return the image files of a folder. Raises InputError without any."""
-    found = [path for path in sorted(Path(folder).glob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
+    found = list_images(folder)
     if not found:
         raise InputError(f"--calibrate {folder} is not a folder of images")
     return found
@@ -245,8 +240,8 @@ def main():
             if file.is_file():
                 shutil.move(file, path.parent / file.name)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images of {size[0]}x{size[1]}, "
-          f"batches of {args.batch_size or 'any size'}; {'in float32 ' * args.int8}it agrees with PyTorch in "
-          f"{said} (float32)")
+          f"batches of {args.batch_size or 'any size'}; {'before INT8 ' * args.int8}it agrees with PyTorch "
+          f"in {said} (float32)")
     if args.int8:
         print(more)
     print(f"try it:\n  python infer_image.py --model {path} --input YOUR_IMAGE.jpg")

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     more.add_argument("--min-confidence", type=fraction, metavar="X", help="pseudo_labels/: a folder to "
                       "train on, in whose masks pixels of a lower probability are ignored")
     parser.add_argument("--bands", nargs=3, type=positive_int, default=(), metavar=("R", "G", "B"),
-                        help="tile: bands of TIFFs that are red, green and blue, from 1 (1 2 3)")
+                        help="tile: bands of TIFFs that are red, green and blue, from 1 (as the file says)")
     add_run_flags(parser)
     args = parser.parse_args(argv)
     if args.bits and not args.probabilities:

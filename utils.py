@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -203,6 +204,24 @@ def write_atomically(path, write):
         raise OSError(error.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_kept(path, **options):
+    """Return the array of a .npy file that was kept for later, None where it is not there or damaged.
+
+    options: of numpy.load.
+    """
+    try:
+        values = np.load(path, allow_pickle=False, **options)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile):
+        return None
+    return values if isinstance(values, np.ndarray) else None
+
+
+def spread(items, count):
+    """Return at most `count` of a list or range, evenly spread."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places.tolist()]
 
 
 def save_checkpoint(checkpoint, path):

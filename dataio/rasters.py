@@ -4,7 +4,6 @@
         raster.read(1000, 2000, 518, 518)              # (1, 3, 518, 518) uint8, None where it has no data
 """
 import os
-import struct
 import warnings
 from contextlib import contextmanager
 from functools import cache
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import TiffImagePlugin
 
 from config import InputError, count_of
+from dataio.readers import EXIF_ORIENTATION, TAG_ERRORS, tiff_tags
 
 os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of blocks to keep; GDAL would take 5 % of the memory
 os.environ.setdefault("CPL_LOG", os.devnull)  # what it complains of comes as one line
@@ -29,7 +28,7 @@ except ImportError:  # TIFFs are then read whole, as other images
 TIFFS = (".tif", ".tiff")
 PREVIEW = 2048  # pixels of the longer side of an overlay, and of what percentiles are taken of
 PERCENTILES = 2, 98  # of deep bands, which become 0 and 255
-ORIENTATION, ROWS = 0x0112, 256  # a tag; rows that are scaled at once
+ROWS = 256  # that are scaled at once
 DAMAGED = "is damaged or no TIFF: repair or remove it"
 
 
@@ -70,12 +69,8 @@ def check_pages(path, source):
         raise InputError(f"{path} holds several pages: save each of them as a file of its own")
     with open(path, "rb") as file:
         try:
-            start = file.read(16)
-            tags = TiffImagePlugin.ImageFileDirectory_v2(start if start[2:3] in b"+" else start[:8])
-            file.seek(tags.next)
-            tags.load(file)
-            turned = tags.get(ORIENTATION, 1) != 1
-        except (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error):
+            turned = tiff_tags(file).get(EXIF_ORIENTATION, 1) != 1
+        except TAG_ERRORS:
             turned = False  # it says nothing
     if turned:
         raise InputError(f"{path} is stored turned (its orientation tag), and windows of it would lie "

@@ -38,6 +38,7 @@ LARGEST = 1 << 30  # pixels of an image or mask that is read nevertheless ...
 PER_BYTE, PER_MASK_BYTE = 200, 8 * 1032  # ... and for each byte of its file; the last is all Deflate can do
 DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
+TAG_ERRORS = (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error)  # of TIFFs
 
 
 class PaintedMask(InputError):
@@ -145,8 +146,8 @@ def open_image(path, content=None, per_byte=PER_BYTE):
 
 
 def open_large(path, content, per_byte):
-    """Open an image beyond PIL's limit. Raises InputError where it looks like a decompression bomb: more than
-    LARGEST pixels, or than `per_byte` for each byte of the file.
+    """Open an image beyond PIL's limit. Raises DecompressionBombError for more than LARGEST pixels, or than
+    `per_byte` for each byte of the file.
     """
     held = Path(path).stat().st_size if content is None else len(content)
     most = min(LARGEST, per_byte * held)
@@ -167,7 +168,7 @@ def is_stack(file, size):
         with Image.open(file, formats=FORMATS) as image:
             image.seek(1)
             return image.size == size
-    except (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error):
+    except TAG_ERRORS:
         return False
 
 
@@ -195,6 +196,15 @@ def open_photo(path, content=None):
     return image
 
 
+def tiff_tags(file):
+    """Return the tags of the first page of an open TIFF, {number: value}. Raises one of TAG_ERRORS."""
+    start = file.read(4)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(start + file.read(12 if b"+" in start else 4))
+    file.seek(tags.next)
+    tags.load(file)
+    return tags
+
+
 def decode_deep(path, content=None, known=True):
     """Return a file of three or four deep channels as a PIL image, RGB(A), scaled to 8 bit, or None.
 
@@ -205,16 +215,12 @@ def decode_deep(path, content=None, known=True):
     try:
         content = Path(path).read_bytes() if content is None else content
         if content.startswith(TIFF_STARTS):
-            file = io.BytesIO(content)
-            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if b"+" in content[:4] else 8))
-            file.seek(tags.next)
-            tags.load(file)
-            if tags.get(TIFF_PLANAR) == 2:
+            if tiff_tags(io.BytesIO(content)).get(TIFF_PLANAR) == 2:
                 return None
         elif not known:
             return None
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    except (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error):
+    except TAG_ERRORS:
         return None
     if pixels is None or pixels.ndim < 3 or pixels.itemsize < 2 or pixels.shape[2] > 3 + known:
         return None
@@ -254,9 +260,12 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def stored_size(image):
-    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that has not been decoded yet."""
-    orientation, size = image.getexif().get(EXIF_ORIENTATION, 1), image.size[::-1]
+def stored_size(image, exif=None):
+    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that has not been decoded yet.
+
+    exif: of the image, where it was read already.
+    """
+    orientation, size = (image.getexif() if exif is None else exif).get(EXIF_ORIENTATION, 1), image.size[::-1]
     orientation = orientation if orientation in range(1, 9) else 1  # PIL does not turn others
     tags = getattr(image, "tag_v2", None)  # of TIFFs, PIL's own size is the turned one
     return (tags[TIFF_HEIGHT], tags[TIFF_WIDTH]) if tags else size, orientation
@@ -485,10 +494,9 @@ def read_orientation(path):
     """Return (size (H, W) as stored, EXIF orientation 1..8) of an image file. Raises InputError."""
     with open_photo(path) as image:
         try:
-            if image.format == "PNG" and not has_late_exif(path):  # PIL would decode it to look for EXIF
-                orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
-                return image.size[::-1], orientation if orientation in range(1, 9) else 1
-            return stored_size(image)
+            early = image.format == "PNG" and not has_late_exif(path)
+            # of a PNG without EXIF, PIL's own way is to decode all of it and look behind the pixels
+            return stored_size(image, Image.Image.getexif(image) if early else None)
         except DECODE_ERRORS as error:  # PNG keeps EXIF behind the pixels
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
 

@@ -159,6 +159,15 @@ def in_parallel(function, items, title):
             pool.shutdown(cancel_futures=True)
 
 
+def all_in_parallel(function, items, title):
+    """Return [function(item)] as in_parallel does. Raises the first InputError."""
+    results = in_parallel(function, items, title)
+    for result in results:
+        if isinstance(result, InputError):
+            raise result
+    return results
+
+
 def fill_folder(target, write, items, title):
     """Make the folder `target` by write(item, folder) of every item, with threads, unless it is there. It
     appears when all is written. Raises InputError.

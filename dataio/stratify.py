@@ -5,7 +5,6 @@
 """
 import hashlib
 import re
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from config import IGNORE, InputError, count_of
 from dataio.readers import read_mask
 from dataio.scan import in_parallel, scan_image
-from utils import write_atomically
+from utils import read_kept, write_atomically
 
 SEQUENCE, PLACES = 8, 8  # images that make a sequence, and where two neighbors are compared
 ALIKE = 40  # bits of 256 in which the looks of neighboring frames may differ; of other images 75 to 140 do
@@ -38,12 +37,9 @@ def count_pixels(samples, table, num_classes, cache_dir):
     """
     digest = digest_of_masks(samples, table)
     kept = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"
-    try:
-        pixels = np.load(kept, allow_pickle=False)
-        if isinstance(pixels, np.ndarray) and pixels.shape == (len(samples), num_classes):
-            return pixels
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile):
-        pass  # not there, or damaged: count
+    pixels = read_kept(kept)
+    if pixels is not None and pixels.shape == (len(samples), num_classes):
+        return pixels
 
     def count(sample):
         return np.bincount(read_mask(sample.mask, table).ravel(), minlength=IGNORE + 1)[:num_classes]

@@ -12,22 +12,20 @@ import math
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import IGNORE, InputError
 from dataio.rasters import DAMAGED, Raster, check_pages, is_raster, named_errors, rasterio
 from dataio.readers import (class_ids_of, read_image, read_mask, read_orientation, read_pair, read_upright,
                             rotate_like)
-from dataio.scan import in_parallel
+from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
 from dataio.transforms import PADDING_COLOR, resize_mask
-from utils import write_atomically
+from utils import read_kept, write_atomically
 
 VERSION = 1  # of what is kept of an image
 SPARE = 1 << 28  # bytes of disk that stay free
@@ -136,11 +134,8 @@ class WindowReader:
 
     def __init__(self, samples, table, folder=""):
         self.samples, self.table, self.folder = list(samples), table, folder and Path(folder)
-        found = in_parallel(lambda sample: (native_size(sample.image), has_windows(sample, table)),
-                            self.samples, "image sizes")
-        for one in found:
-            if isinstance(one, InputError):
-                raise one
+        found = all_in_parallel(lambda sample: (native_size(sample.image), has_windows(sample, table)),
+                                self.samples, "image sizes")
         self.sizes, self.by_windows = map(list, zip(*found, strict=True))
         self.last = None, None  # the pair that this process read last
 
@@ -164,13 +159,12 @@ class WindowReader:
         if not self.folder:
             return native_pair(sample, self.table)
         path = self.kept_path(index)
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # not there, or damaged
+        pixels = read_kept(path, mmap_mode="r")
+        if pixels is None or pixels.dtype != np.uint8 or pixels.shape != (*self.sizes[index], 4):
             pixels = native_pair(sample, self.table)
             with suppress(OSError):  # another process was faster, or the disk is full: it goes on without
                 write_atomically(path, lambda temporary: np.save(temporary, pixels))
-            return pixels
+        return pixels
 
     def read(self, index, top, left, height, width):
         """Return image (3, height, width) and mask (height, width), uint8, of a window of pair `index`; what
@@ -200,17 +194,14 @@ class WindowReader:
         changes = [sample.image.stat().st_mtime_ns for sample in self.samples]
         state.update(repr((VERSION, POINTS, num_classes, self.sizes, changes)).encode())
         kept = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
-        try:
-            rows = np.load(kept, allow_pickle=False)
-            if rows.ndim == 2 and rows.shape[1] == 4:
-                return rows
-        except (OSError, ValueError, EOFError):
-            pass  # not there, or damaged: draw
-        with ThreadPoolExecutor() as pool:
-            parts = pool.map(lambda index: draw_points(native_mask(self.samples[index], self.table), index,
-                                                       num_classes), range(len(self)))
-            bar = tqdm(parts, "pixels of classes", len(self), leave=False, disable=None)
-            rows = np.concatenate(list(bar))
+        rows = read_kept(kept)
+        if rows is not None and rows.ndim == 2 and rows.shape[1] == 4:
+            return rows
+
+        def draw(index):
+            return draw_points(native_mask(self.samples[index], self.table), index, num_classes)
+
+        rows = np.concatenate(all_in_parallel(draw, range(len(self)), "pixels of classes"))
         write_atomically(kept, lambda temporary: np.save(temporary, rows))
         return rows
 

@@ -407,6 +407,7 @@ def create_timm(name, **options):
 
 def load_timm_net(name, weights):
     """Return a timm model: weights published (`auto`), random (`none`) or from a file. Raises InputError."""
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
     if weights == "auto":
         try:
             net = create_timm(name, pretrained=True)
@@ -423,7 +424,6 @@ def load_timm_net(name, weights):
             state = read_weights(weights)
             classifier = net.pretrained_cfg.get("classifier") or "head"
             state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
-            from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
             if isinstance(net, VisionTransformer):
                 state = checkpoint_filter_fn(state, net)
             load_strictly(net, state, weights)

@@ -33,6 +33,7 @@ from checkpoint import load_model, pack_checkpoint
 from dataio.pairs import read_list
 from dataio.readers import index_table, read_image, read_mask, read_pair
 from dataio.stratify import count_pixels
+from dataio.windows import WindowReader
 from inference.video import VideoReader
 from models.weights import read_weights
 from tools import TOOLS
@@ -269,6 +270,27 @@ def test_kept_counts_that_are_garbage_are_counted_anew(garbage):
         kept.write_bytes(head + garbage)
         again = count_pixels(source.splits["train"], source.table, 3, WORKDIR / "counts")
         assert np.array_equal(wanted, again)
+
+
+@fuzz
+@given(garbage=st.binary(max_size=300))
+def test_kept_windows_that_are_garbage_are_made_anew(garbage):
+    root = WORKDIR / "windows"
+    if not root.exists():
+        write_folder(root, count=1, size=(20, 30))
+    source = load("folder", root, val_fraction=0)
+    reader = WindowReader(source.splits["train"], source.table, root / "kept")
+    (root / "kept").mkdir(exist_ok=True)
+    image, points = reader.read(0, 0, 0, 20, 30)[0], reader.points(3, root / "kept")
+    for kept in list((root / "kept").glob("*.npy")):
+        whole = kept.read_bytes()
+        for head in (b"", b"PK\x03\x04", whole[:20], whole[:80]):
+            kept.write_bytes(head + garbage)
+            again = WindowReader(source.splits["train"], source.table, root / "kept")
+            assert (again.read(0, 0, 0, 20, 30)[0] == image).all()
+            assert np.array_equal(again.points(3, root / "kept"), points)
+        kept.write_bytes(whole)
+    assert len(points)
 
 
 # --- files that are known to do harm ----------------------------------------------------------------------

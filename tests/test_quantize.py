@@ -15,9 +15,10 @@ import train
 from checkpoint import load_model, pack_checkpoint
 from dataio.readers import read_image
 from dataio.transforms import resize_image
-from export import calibration_images, spread
+from export import calibration_images
 from inference import quantize
 from inference.predictor import make_protocol
+from utils import spread
 
 
 @pytest.fixture
@@ -75,7 +76,6 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "ending"), [("openvino", ".xml"), ("onnx", ".onnx")])
 def test_an_int8_file_is_smaller_and_scores_as_it_says(trained, tmp_path, run, kind, ending):
     pytest.importorskip("nncf")
-    (tmp_path / "int8").mkdir()
     flags = ["--model", trained / "best_model_iou.pth", "--format", kind]
     assert run(export, *flags, "--out", tmp_path / f"float{ending}")[0] == 0
     code, text, err = run(export, *flags, "--int8", "--max-drop", 5, "--calibrate", trained / "data/images")

@@ -1,5 +1,9 @@
 """Files of every kind come out right, broken ones give one line that names them."""
 
+import io
+import struct
+import zlib
+
 import cv2
 import numpy as np
 import pytest
@@ -279,6 +283,37 @@ def test_no_picture_runs_another_program(tmp_path, monkeypatch):
     for kind in ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM"):
         Image.new("RGB", (9, 8), "red").save(tmp_path / "picture", format=kind)
         assert read_image(tmp_path / "picture").shape == (3, 8, 9)
+
+
+@pytest.mark.parametrize("key", ["exif", "late exif", "XML:com.adobe.xmp", "Raw profile type exif"])
+def test_the_orientation_of_a_png_is_that_by_which_it_is_read(tmp_path, key):
+    """Wherever it stands; the mask is turned by the one, the image by the other."""
+    from PIL.PngImagePlugin import PngInfo
+    exif, more, path = Image.Exif(), PngInfo(), tmp_path / "photo.png"
+    exif[readers.EXIF_ORIENTATION] = 6
+    if key.startswith("XML"):
+        more.add_itxt(key, '<rdf:Description tiff:Orientation="6"/>')
+    elif key.startswith("Raw"):
+        more.add_text(key, f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n")
+    Image.new("RGB", (9, 5), "red").save(path, pnginfo=more, exif=exif.tobytes() if key == "exif" else b"")
+    if key == "late exif":
+        content, body = path.read_bytes(), exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = b"eXIf" + body
+        chunk = struct.pack(">I", len(body)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(content[:-12] + chunk + content[-12:])
+    assert readers.read_orientation(path) == readers.read_upright(path)[1:3] == ((5, 9), 6)
+
+
+@pytest.mark.parametrize("kind", ["II", "MM", "II+"])
+def test_the_tags_of_every_kind_of_tiff_are_read(kind):
+    """Classic and BigTIFF (PIL knows it in one order of bytes alone): one tag, the orientation."""
+    order, big = ("<" if kind[:2] == "II" else ">"), kind.endswith("+")
+    head = kind[:2].encode() + (struct.pack(order + "HHHQ", 43, 8, 0, 16) if big else
+                                struct.pack(order + "HI", 42, 8))
+    entry = struct.pack(order + ("HHQ" if big else "HHI"), readers.EXIF_ORIENTATION, 3, 1)
+    entry += struct.pack(order + "H", 6).ljust(8 if big else 4, b"\0")
+    page = struct.pack(order + ("Q" if big else "H"), 1) + entry + bytes(8 if big else 4)
+    assert readers.tiff_tags(io.BytesIO(head + page))[readers.EXIF_ORIENTATION] == 6
 
 
 def test_ranges_as_text():
