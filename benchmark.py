@@ -16,8 +16,8 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import (add_run_flags, backbone_name, names, non_negative_int, positive_int, registered,
-                    script_parser)
+from config import (add_run_flags, backbone_name, batch_images, image_side, names, non_negative_int,
+                    positive_int, registered, script_parser)
 
 
 def parse_args(argv=None):
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     parser.add_argument("--images", type=positive_int, default=100,
                         help="training images of it; infer, smooth: frames of a clip (100)")
     parser.add_argument("--input", metavar="FILE", help="infer: a clip")
-    parser.add_argument("--imgsz", nargs=2, type=positive_int, default=(640, 640), metavar=("H", "W"),
+    parser.add_argument("--imgsz", nargs=2, type=image_side, default=(640, 640), metavar=("H", "W"),
                         help="size that images are brought to (640 640)")
     parser.add_argument("--backbone", type=backbone_name, default="dinov2_vits14", metavar="NAME",
                         help="train, memory: as in train.py (dinov2_vits14)")
@@ -40,7 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--epochs", type=positive_int, default=20, help="train: epochs of every variant (20)")
     parser.add_argument("--model", default="outputs/best_model_iou.pth",
                         help="evaluate, infer, smooth: of train.py (outputs/best_model_iou.pth)")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="images per forward pass (8)")
+    parser.add_argument("--batch-size", type=batch_images, default=8, help="images per forward pass (8)")
     parser.add_argument("--rounds", type=positive_int, default=3,
                         help="data, evaluate, infer: times each runs; smooth: clips (3)")
     parser.add_argument("--exported", metavar="FILE",
@@ -91,10 +91,11 @@ from dataio.windows import WindowReader
 from datasets import STREETS, load_data
 from gpu_cases import Cases
 from inference.backends import BACKENDS, is_installed
+from inference.gpu import FramesOnGpu, Paint
 from inference.predictor import Predictor, Protocol, make_protocol, views_of
 from inference.rasters import MaskFile, save_polygons, segment
 from inference.smooth import Smoother
-from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
+from inference.video import Pipeline, VideoReader, VideoWriter, at_once, draw_rate
 from losses import Criterion
 from metrics import ConfusionMatrix
 from model import CachedSegmenter, ModelSpec, build_model
@@ -529,15 +530,20 @@ FLOAT32 = "torch, float32"  # the variant that all others are compared with
 
 
 class Kept:
-    """A predictor that keeps what it predicted; never asked to stop."""
+    """The `segment` of a Pipeline that keeps what was predicted; never asked to stop."""
 
-    def __init__(self, predictor):
-        self.predictor, self.preds, self.asked = predictor, [], False
+    def __init__(self, segment):
+        self.segment, self.preds, self.asked = segment, [], False
 
     def __call__(self, frames):
-        preds = self.predictor(frames)
-        self.preds += list(preds)
-        return preds
+        wait = self.segment(frames)
+
+        def keep():
+            pairs = wait()
+            self.preds += [pred for _, pred in pairs]
+            return pairs
+
+        return keep
 
 
 def model_rate(predictor, size, batch_size, calls=5):
@@ -580,17 +586,21 @@ def benchmark_infer(args):
                                              first.protocol.window, table, first.device, args.images)
 
         def pipeline(name):
-            predictor = kept[name] = Kept(predictors[name])
-            reader = VideoReader(args.input)
-            colors = visualize.color_table(first.classes)
+            colors, gpu = visualize.color_table(first.classes), device.type == "cuda"
+            paint = Paint(colors, 0.5, None, device)
+            segment = FramesOnGpu(predictors[name], paint) if gpu else at_once(predictors[name])
+            reader, segment = VideoReader(args.input), Kept(segment)
+            kept[name] = segment
 
             def draw(frame, pred, _, rate):
-                visualize.overlay(frame, pred, colors, out=frame)
+                if not gpu:
+                    visualize.overlay(frame, pred, colors, out=frame)
                 draw_rate(frame, rate)
                 return frame
 
             with VideoWriter(Path(folder) / f"{name}.mp4", reader.size, reader.fps, args.input) as writer:
-                Pipeline(reader, predictor, draw, writer, args.batch_size, args.images).run(predictor)
+                Pipeline(reader, segment, draw, writer, args.batch_size, args.images,
+                         ahead=int(gpu)).run(segment)
 
         def network(name):
             alone[name].append(model_rate(predictors[name], first.protocol.window, args.batch_size))

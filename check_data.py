@@ -364,10 +364,9 @@ def check_duplicates(data, report):
 # --- output -----------------------------------------------------------------------------------------------
 def draw(data, path):
     """Write check.png: overlays of a few masks, the legend, and every class's share of the pixels."""
-    from matplotlib.figure import Figure
     columns, samples, classes = SHOWN // 2, data.samples, data.classes
     bars = 1 + min(0.28 * len(classes), visualize.LARGEST_PLOT)  # inches
-    figure = Figure(figsize=(4 * columns, 6 + bars), layout="constrained")
+    figure = visualize.plain_figure(4 * columns, 6 + bars)
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
     for position, sample in enumerate(utils.spread(samples, SHOWN)):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import schema
 import utils
 from config import DataOptions, InputError, count_of
 from dataio.classes import ADE20K, VOC
@@ -76,11 +77,8 @@ def read_checkpoint(path):
         raise InputError(f"{path} is an incomplete checkpoint (no {', '.join(sorted(missing))})")
     if checkpoint.get("version") != VERSION:
         raise InputError(f"{path} was written by another version of this code: use that version")
-    try:
-        checkpoint["spec"] = read_spec(checkpoint["spec"], path)
-        check_content(checkpoint)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"{path} is not a checkpoint of train.py, it was made by hand ({error})") from None
+    schema.check(schema.CHECKPOINT, checkpoint, path)
+    checkpoint["spec"] = read_spec(checkpoint["spec"], path)
     if len(checkpoint["classes"]) != checkpoint["spec"].num_classes:
         raise InputError(f"{path} names {len(checkpoint['classes'])} classes, but has "
                          f"{checkpoint['spec'].num_classes}")
@@ -90,38 +88,16 @@ def read_checkpoint(path):
 def read_spec(stored, path):
     """Return the ModelSpec of a checkpoint's dict; what an earlier version did not store has its default.
 
-    Raises InputError for options, architectures and heads that this version does not have, TypeError or
-    ValueError for values of other types.
+    Raises InputError for options, architectures and heads that this version does not have, or of other types.
     """
     known = {field.name: field.type for field in dataclasses.fields(ModelSpec)}
-    stored = {name: tuple(value) if known.get(name) is tuple else value for name, value in stored.items()}
-    unknown = stored.keys() - known.keys()
     arch, head = stored.get("arch", "dinov2"), stored.get("head")
-    if unknown or (arch not in BASELINES if arch != "dinov2" else head not in HEADS):
+    options = [*BASELINES, "dinov2"] if arch != "dinov2" else HEADS
+    if stored.keys() - known.keys() or (head if arch == "dinov2" else arch) not in list(options):
         raise InputError(f"{path} was written by another version of this code: use that version")
-    for name, value in stored.items():
-        if not isinstance(value, known[name]):
-            raise TypeError(f"{name} {value!r}")
-    spec = ModelSpec(**stored)
-    if not all(isinstance(layer, int) for layer in spec.layers) or spec.num_classes < 1:
-        raise ValueError(f"layers {spec.layers}, {spec.num_classes} classes")
-    return spec
-
-
-def check_content(checkpoint):
-    """Raise ValueError, or what Python raises, for a checkpoint whose entries are not of their types."""
-    size = checkpoint["imgsz"]
-    for name, (red, green, blue) in checkpoint["classes"]:
-        if not isinstance(name, str) or not all(0 <= int(part) <= 255 for part in (red, green, blue)):
-            raise ValueError(f"class {name}")
-    if len(size) != 2 or not all(isinstance(side, int) and 0 < side < 1 << 16 for side in size):
-        raise ValueError(f"imgsz {size}")
-    if not all(isinstance(value, torch.Tensor) for value in checkpoint["model"].values()):
-        raise ValueError("no tensors")
-    for name, value in (("backbone_sha256", checkpoint.get("backbone_sha256", "")),
-                        ("weights", checkpoint.get("config", {}).get("weights", ""))):
-        if not isinstance(value, str):
-            raise ValueError(name)
+    schema.check({"spec": schema.SPEC}, {"spec": stored}, path)
+    return ModelSpec(**{name: tuple(value) if known[name] is tuple else value
+                        for name, value in stored.items()})
 
 
 def load_model(path, precise=False):
@@ -311,9 +287,9 @@ class Run:
 
     def restore(self, saved):
         """Continue a saved run. Raises InputError where the data or the number of processes are others."""
-        missing = {"epoch", "optimizer", "scaler", "step", "history", "counts", "random", *self.facts}
-        if missing := missing - saved.keys():
+        if missing := {*schema.RESUMED, *self.facts} - saved.keys():
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
+        schema.check(schema.RESUMED, saved, "last.pth")
         processes = saved["processes"]
         if processes != self.facts["processes"]:
             raise InputError(f"the run made its steps from the batches of {processes} "

@@ -44,6 +44,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import schema
 import utils
 import visualize
 from checkpoint import load_model
@@ -52,10 +53,6 @@ from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images,
                      mean_over_images, miou_of_counts, paired_bootstrap, scores_of_counts, sum_groups)
 from models.weights import hash_model_file
 
-OF_METRICS = {"protocol", "records", "per_class"}
-OF_PROTOCOL = {"views", "imgsz", "precision", "split", "dataset", "model", "weights_sha256"}
-OF_CONFIG = {"seed", "epochs", "weights", "parameters", "arch", "backbone", "head", "device"}
-OF_ROW = {"epoch", "seconds", "val_miou"}
 REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
 ROUNDS = 12  # timed forward passes of each model, after two that are not
 
@@ -172,61 +169,34 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error})") from None
-
-
-def check_keys(part, needed, path):
-    """Raise InputError where a part of a JSON file is not a dict with the keys that are needed."""
-    missing = needed - part.keys() if isinstance(part, dict) else needed
-    if missing:
-        raise InputError(f"{path} has no {', '.join(sorted(missing))}: it was not written by this version")
 
 
 def read_run(folder):
     """Return the Run in a folder. Raises InputError where it was not scored, or trained on since, and where
     a file of it is damaged.
     """
-    try:
-        return read_files(folder)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: evaluation/metrics.json or config.json was made by hand or is damaged "
-                         f"({type(error).__name__}: {error}): score it again") from None
-
-
-def read_files(folder):
-    """Return the Run in a folder; as read_run, but raises what Python raises for values of other types."""
     path, models = folder / "evaluation/metrics.json", [folder / "last.pth", folder / "best_model_iou.pth"]
     if not path.is_file():
         known = next((model for model in models if model.is_file()), "MODEL")
         raise InputError(f"{folder} has no evaluation/metrics.json: score it first (python evaluate.py "
                          f"--model {known} --out-dir {folder})")
-    metrics = read_json(path)
-    check_keys(metrics, OF_METRICS, path)
-    protocol = metrics["protocol"]
-    check_keys(protocol, OF_PROTOCOL, path)
+    metrics = schema.check(schema.METRICS, read_json(path), path)
+    protocol, classes = metrics["protocol"], len(metrics["per_class"])
     if not metrics["records"]:
         raise InputError(f"{path} has no image: score some")
-    classes = [row["name"] for row in metrics["per_class"]]
-    counts_of(metrics["records"], len(classes))
-    boundaries = np.array([record["boundary"] for record in metrics["records"]], float)
-    if boundaries.shape != (len(metrics["records"]), len(classes)) or not all(
-            isinstance(record["name"], str) for record in metrics["records"]):
-        raise ValueError("records")
+    for record in metrics["records"]:
+        if len(record["boundary"]) != classes or any(max(cell[:2]) >= classes for cell in record["cells"]):
+            raise InputError(f"{path} was made by hand or is damaged: {schema.shown(record['name'])} has "
+                             f"other classes than the {classes} of per_class")
     if not (folder / "config.json").is_file():
         model = Path(protocol["model"])
         if model.is_file() and not hash_model_file(model).startswith(protocol["weights_sha256"]):
             raise InputError(f"{path} is not of {model} as it is now: score it again")
         return Run(folder, metrics, model, {}, [])
-    config, lines = read_json(folder / "config.json"), (folder / "history.jsonl")
-    check_keys(config, OF_CONFIG, folder / "config.json")
-    try:
-        rows = lines.read_text(encoding="utf-8").splitlines()
-        history = [json.loads(row, object_hook=nan_for_null) for row in rows]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{lines} is damaged or missing ({error})") from None
-    for row in history:
-        check_keys(row, OF_ROW, lines)
+    config = schema.check(schema.RUN, read_json(folder / "config.json"), folder / "config.json")
+    history = read_history(folder / "history.jsonl")
     if len(history) < config["epochs"]:
         epochs = count_of(config["epochs"], "epoch")
         raise InputError(f"{folder} has {len(history)} of its {epochs}: finish it first "
@@ -238,6 +208,16 @@ def read_files(folder):
         raise InputError(f"{path} is not of a model in {folder}: it was trained again, or another model was "
                          f"scored (python evaluate.py --model {models[0]} --out-dir {folder})")
     return Run(folder, metrics, scored[0], config, history)
+
+
+def read_history(path):
+    """Return the rows of history.jsonl. Raises InputError where it is missing or damaged."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line, object_hook=nan_for_null) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged or missing ({error})") from None
+    return schema.check([schema.LOGGED], rows, path)
 
 
 def nan_for_null(row):
@@ -459,8 +439,10 @@ def main():
     rows = score_rows(columns, groups) + cost_rows(columns, *measure(columns, device))
     text = heading(columns, groups, args.group_by, device) + markdown(columns, rows)
     out_dir = Path(args.out_dir)
-    utils.write_atomically(out_dir / "compare.md", lambda path: path.write_text(text, encoding="utf-8"))
-    draw(columns, out_dir / "compare.png")
+    utils.write_atomically(out_dir / "compare.md", lambda path: path.write_text(
+        text, encoding="utf-8", errors="backslashreplace"))
+    with visualize.drawing(out_dir / "compare.png"):
+        draw(columns, out_dir / "compare.png")
     print(f"{text}\nwritten: {out_dir / 'compare.md'}, {out_dir / 'compare.png'}")
 
 

@@ -6,10 +6,16 @@
 import argparse
 import ast
 import dataclasses
+import json
+import os
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+LONGEST_LINE = 1200  # characters of an error
 IGNORE = 255  # mask value that no loss and no metric counts, whatever the data set stores
 PROTOCOLS = ("whole", "slide", "tile")
 TTA = ("flip", "ms", "ms,flip")
@@ -60,26 +66,81 @@ def names(kind):
     return list(registered(*REGISTRIES[kind]))
 
 
+# --- errors -----------------------------------------------------------------------------------------------
+def one_line(text):
+    """Return a text in one line that a terminal shows as it is, the middle of a very long one left out."""
+    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE // 2]}…{text[-LONGEST_LINE // 2:]}"
+
+
+def report_error(message):
+    """Print an error for the user as one line, also in the report that torchrun itself prints last."""
+    line = one_line(message)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            content = dict(message=line, extraInfo=dict(timestamp=str(int(time.time()))))
+            Path(file).write_text(json.dumps(dict(message=content)), encoding="utf-8")
+    print(line, file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line; of the processes of torchrun, one prints it."""
+
+    def error(self, message):
+        """Print what is wrong and exit with code 2."""
+        if os.environ.get("RANK", "0") == "0":
+            self.print_usage(sys.stderr)
+            report_error(f"{self.prog}: error: {message}")
+        sys.exit(2)
+
+
+def safe_streams():
+    """Let stdout and stderr print what they cannot encode as escapes, and be there where they are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, or a window without console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 # --- argparse types ---------------------------------------------------------------------------------------
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+def whole(text, least, most, what=""):
+    """Return a text as an integer from `least` to `most`. Raises ArgumentTypeError."""
+    if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
+        what = what or f"an integer from {least} to {most:,}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return int(text)
+
+
+def positive_int(text):
+    """argparse type: an integer of at least 1 that fits 31 bits."""
+    return whole(text, 1, 2 ** 31 - 1)
 
 
 def non_negative_int(text):
     """argparse type: an integer of at least 0 that fits 32 bits."""
-    if not text.isdecimal() or int(text) >= 2 ** 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0 (and below 2**32)")
-    return int(text)
+    return whole(text, 0, 2 ** 32 - 1)
+
+
+def image_side(text):
+    """argparse type: a side of an image in pixels."""
+    return whole(text, 1, 2 ** 16 - 1)
+
+
+def batch_images(text):
+    """argparse type: images of a batch."""
+    return whole(text, 1, 2 ** 16 - 1)
+
+
+def any_batch(text):
+    """argparse type: images of a batch, 0 = any number."""
+    return whole(text, 0, 2 ** 16 - 1)
 
 
 def port_number(text):
     """argparse type: a TCP port."""
-    if not text.isdecimal() or not 1 <= int(text) < 2 ** 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
-    return int(text)
+    return whole(text, 1, 2 ** 16 - 1, "a port from 1 to 65535")
 
 
 def fraction(text):
@@ -213,7 +274,7 @@ class TrainConfig(ModelOptions, DataOptions):
 
     recipe: str = setting("", "recipe", "start from the settings of a recipe (listed below)")
     imgsz: tuple = setting((518, 518), "data", "size the network trains at; any H W works", nargs=2,
-                           type=positive_int, metavar=("H", "W"))
+                           type=image_side, metavar=("H", "W"))
     augment: tuple = setting(("flip",), "data", "changes of the training images (listed below), or none",
                              nargs="+", kind="augment")
     train_scale: str = setting("fit", "data", "fit = images are resized to --imgsz; native = random windows "
@@ -261,7 +322,7 @@ class TrainConfig(ModelOptions, DataOptions):
     steps: int = setting(0, "training", "optimizer steps of the whole run, shared out equally among the "
                          "--epochs, after each of which it validates; 0 = an epoch is a pass over the images",
                          type=non_negative_int)
-    batch_size: int = setting(8, "training", "images per forward pass", type=positive_int)
+    batch_size: int = setting(8, "training", "images per forward pass", type=batch_images)
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
                               "ce and focal, whose terms are means over pixels", type=positive_int)
 
@@ -357,8 +418,9 @@ LISTED = {"heads": "head", "losses": "loss", "augmentations": "augment"}  # head
 # --- flags ------------------------------------------------------------------------------------------------
 def script_parser(description, **options):
     """Return the argparse parser of a script, without flags yet."""
-    return argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    safe_streams()
+    return Parser(description=description, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def train_parser(description):
@@ -405,7 +467,7 @@ def add_backend_flag(parser):
 
 def add_imgsz_flag(parser):
     """Add --imgsz of a trained model."""
-    parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
+    parser.add_argument("--imgsz", nargs=2, type=image_side, metavar=("H", "W"),
                         help="size the network runs at, with slide the window (default: as trained)")
 
 
@@ -517,7 +579,8 @@ def check_settings(config, given):
         raise InputError(f"--aux-weight belongs to {' and '.join(WITH_AUXILIARY)}, and {config.arch} has no "
                          "auxiliary classifier: leave it out")
     if config.steps % config.epochs:
-        fitting = max(count for count in range(1, config.epochs) if not config.steps % count)
+        counts = range(min(config.epochs, config.steps), 0, -1)
+        fitting = next(count for count in counts if not config.steps % count)
         raise InputError(f"--steps {config.steps} cannot be shared out equally among {config.epochs} epochs: "
                          f"give a multiple of them, or --epochs {fitting}")
     for name in ("balance", "cache_images"):

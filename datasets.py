@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+import schema
 from config import IGNORE, InputError, count_of
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
@@ -298,9 +299,11 @@ def without_background(source):
 
 
 def check_source(source, classes):
-    """Raise InputError where a DataSource decodes masks to an id that is not a class, or has other classes
-    than DATASETS says (None: whatever it has).
+    """Raise InputError where a DataSource decodes masks to an id that is not a class, has other classes than
+    DATASETS says (None: whatever it has), or names that no checkpoint may hold.
     """
+    if wrong := schema.class_list(source.classes):
+        raise InputError(f"--dataset {source.name}: its class{wrong}; correct the class list")
     if classes is not None and [name for name, _ in classes] != [name for name, _ in source.classes]:
         raise InputError(f"--dataset {source.name} has other classes than DATASETS says: correct its entry")
     ids = np.unique(source.table)

@@ -19,7 +19,7 @@ def init_distributed(device):
 
     Only the main process prints. Without torchrun nothing happens. Raises InputError.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if from_launcher("WORLD_SIZE", 1) == 1:
         return device
     if device.type == "mps":
         raise InputError("torchrun needs CUDA or --device cpu: MPS has one device only")
@@ -39,6 +39,14 @@ def init_distributed(device):
     return device
 
 
+def from_launcher(name, default):
+    """Return a number that torchrun leaves in the environment. Raises InputError where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not default <= int(text) < 1 << 16:
+        raise InputError(f"{name}={text!r} in the environment is no number of torchrun's: unset it")
+    return int(text)
+
+
 def rank():
     """Return the number of this process, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -51,12 +59,12 @@ def world_size():
 
 def local_rank():
     """Return the number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return from_launcher("LOCAL_RANK", 0)
 
 
 def local_world_size():
     """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return from_launcher("LOCAL_WORLD_SIZE", 1)
 
 
 def is_main_process():

@@ -13,8 +13,8 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import (add_group_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, add_run_flags, names,
-                    positive_int, script_parser)
+from config import (add_group_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, add_run_flags,
+                    batch_images, names, script_parser)
 
 
 def parse_args(argv=None):
@@ -28,7 +28,7 @@ def parse_args(argv=None):
                         help="part of it (default: val; of another folder without one, all)")
     add_imgsz_flag(parser)
     add_protocol_flags(parser)
-    parser.add_argument("--batch-size", type=positive_int, default=8,
+    parser.add_argument("--batch-size", type=batch_images, default=8,
                         help="images or windows per forward pass (8)")
     parser.add_argument("--report", action="store_true", help="write report.html too")
     add_group_flag(parser)
@@ -256,9 +256,11 @@ def write_results(out_dir, result, total, classes):
     writer.writeheader()
     writer.writerows(utils.finite(result["per_class"]))
     utils.write_atomically(out_dir / "per_class.csv",
-                           lambda path: path.write_text(table.getvalue(), encoding="utf-8", newline=""))
-    visualize.plot_per_class_iou(total.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
-    visualize.plot_confusion(total.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
+                           lambda path: path.write_text(table.getvalue(), encoding="utf-8", newline="",
+                                                        errors="backslashreplace"))
+    with visualize.drawing(f"the pictures in {out_dir}"):
+        visualize.plot_per_class_iou(total.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
+        visualize.plot_confusion(total.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
 
 
 def error_map(image, truth, pred):
@@ -343,7 +345,8 @@ def main():
     print(f"written: {out_dir / 'metrics.json'}, per_class.csv, per_class_iou.png, confusion_matrix.png")
     if args.report:
         page = make_report(result, data, samples, predictor, out_dir, Path(args.model).parent)
-        utils.write_atomically(out_dir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+        utils.write_atomically(out_dir / "report.html", lambda path: path.write_text(
+            page, encoding="utf-8", errors="backslashreplace"))
         print(f"report: {out_dir / 'report.html'} ({len(page) / 1e6:.1f} MB)")
 
 

@@ -15,8 +15,7 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
-from config import (add_model_flag, names, non_negative_int, positive_float, positive_int,
-                    script_parser)
+from config import add_model_flag, any_batch, image_side, names, positive_float, script_parser
 
 
 def parse_args(argv=None):
@@ -24,9 +23,9 @@ def parse_args(argv=None):
     parser = script_parser(__doc__)
     add_model_flag(parser)
     parser.add_argument("--format", choices=names("format"), default="onnx", help="default: onnx")
-    parser.add_argument("--imgsz", nargs=2, type=positive_int, metavar=("H", "W"),
+    parser.add_argument("--imgsz", nargs=2, type=image_side, metavar=("H", "W"),
                         help="size of the images it takes (default: as trained)")
-    parser.add_argument("--batch-size", type=non_negative_int, default=1, metavar="N",
+    parser.add_argument("--batch-size", type=any_batch, default=1, metavar="N",
                         help="images per call; 0 = any number (1)")
     parser.add_argument("--out", metavar="FILE", help="default: beside the model, with the format's ending")
     integers = parser.add_argument_group("--int8, which needs nncf")
@@ -68,7 +67,7 @@ from dataio.torch_datasets import images_for
 from dataio.transforms import resize_image
 from dataio.windows import read_native_image
 from datasets import load_data
-from inference.backends import FORMATS, Graph
+from inference.backends import FORMATS, Graph, first_line
 from inference.predictor import Predictor, choose_protocol, label_map, make_protocol, views_of
 from inference.quantize import import_nncf, quantize
 from metrics import ConfusionMatrix
@@ -225,7 +224,13 @@ def main():
     noise = torch.randint(0, 256, (CHECKED, 3, *size), dtype=torch.uint8, generator=generator)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / path.name
-        FORMATS[args.format].write(Graph(model, size).eval(), args.batch_size, text, written)
+        try:
+            FORMATS[args.format].write(Graph(model, size).eval(), args.batch_size, text, written)
+        except RuntimeError as error:  # OpenVINO's and TorchScript's, of a full disk too
+            if utils.is_out_of_memory(error):
+                raise
+            raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try "
+                             "another --format") from None
         shares = {origin: agreement(model, written, real), "random images": agreement(model, written, noise)}
         said = ", ".join(f"{100 * share:.3f} % on {name}" for name, share in shares.items())
         if np.mean(list(shares.values())) < AGREEMENT:

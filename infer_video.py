@@ -15,7 +15,7 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, positive_int, script_parser)
+                    add_run_flags, batch_images, positive_int, script_parser)
 
 
 def parse_args(argv=None):
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     add_model_flag(parser)
     add_imgsz_flag(parser)
     add_protocol_flags(parser)
-    parser.add_argument("--batch-size", type=positive_int, help="frames per forward pass (default: 1 for "
+    parser.add_argument("--batch-size", type=batch_images, help="frames per forward pass (default: 1 for "
                         "cameras and streams, else 2, on a GPU 8)")
     add_backend_flag(parser)
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
@@ -51,10 +51,11 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError, count_of
+from inference.gpu import FramesOnGpu, Paint
 from inference.outputs import Background, ShareTable, require_background
 from inference.predictor import Predictor, choose_protocol
 from inference.smooth import SIDE, Smoother
-from inference.video import Pipeline, VideoReader, VideoWriter, draw_rate
+from inference.video import Pipeline, VideoReader, VideoWriter, at_once, draw_rate
 
 
 def output_path(reader, out_dir, cutout):
@@ -96,7 +97,8 @@ def main():
             shares.add(pred, seconds)
         if args.cutout:
             return background.replace(frame, pred == keep)
-        visualize.overlay(frame, pred, table, args.alpha, keep, out=frame)
+        if not on_gpu:
+            visualize.overlay(frame, pred, table, args.alpha, keep, out=frame)
         draw_rate(frame, rate)
         return frame
 
@@ -112,9 +114,17 @@ def main():
     with (utils.StopOnSignal() as stop, table_of_shares as shares,
           VideoWriter(path, reader.size, reader.fps, sound) as writer):
         batch_size = args.batch_size or default_batch(predictor, reader.drops or args.show)
-        segment = Smoother(predictor, max(protocol.sizes(*reader.size)[0])) if args.smooth else predictor
+        on_gpu = predictor.device.type == "cuda" and not args.smooth
+        if on_gpu:
+            paint = None if args.cutout else Paint(table, args.alpha, keep, predictor.device)
+            segment = FramesOnGpu(predictor, paint)
+        else:
+            segment = at_once(Smoother(predictor, max(protocol.sizes(*reader.size)[0])) if args.smooth
+                              else predictor)
+        # a GPU has the next batch while the last one is fetched, unless each frame is awaited
+        ahead = int(on_gpu and not (reader.drops or args.show))
         pipeline = Pipeline(reader, segment, draw, writer, batch_size, args.max_frames,
-                            show if args.show else None)
+                            show if args.show else None, ahead)
         try:
             stages, dropped = pipeline.run(stop)
         except OSError as error:

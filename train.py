@@ -337,8 +337,9 @@ def train_epochs(run, config, criterion, train_batches, val_batches, logs):
         better = run.end_epoch(row, matrix.counts.cpu())
         if is_main_process():
             examples = engine.predict_examples(scored, val_batches.dataset, precision, SHOWN)
-            utils.save_image(visualize.side_by_side(examples, run.classes),
-                             run.folder.path / "valid_preds" / f"epoch_{epoch:03d}.png")
+            path = run.folder.path / "valid_preds" / f"epoch_{epoch:03d}.png"
+            with visualize.drawing(path):
+                utils.save_image(visualize.side_by_side(examples, run.classes), path)
             draw(run)
             print_epoch(title, row, better)
             logs.follow(run.history)
@@ -360,7 +361,8 @@ def no_better(config):
 def draw(run):
     """Write history.jsonl and redraw the plots of a Run."""
     utils.save_json_lines(run.history, run.folder.path / "history.jsonl")
-    visualize.plot_run(run.history, run.counts, run.classes, run.folder.path)
+    with visualize.drawing(f"the plots in {run.folder.path}"):
+        visualize.plot_run(run.history, run.counts, run.classes, run.folder.path)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from config import InputError
+from config import InputError, report_error
 from distributed import is_main_process, rank, world_size
 
 try:
@@ -91,21 +91,21 @@ def run_main(main):
     except InputError as error:
         # raised in a loader process, the message comes wrapped in that process's traceback
         process = f"[process {rank()}] " if world_size() > 1 else ""
-        print(f"error: {process}{str(error).strip().split('InputError: ')[-1]}", file=sys.stderr, flush=True)
+        report_error(f"error: {process}{str(error).strip().split('InputError: ')[-1]}")
         sys.exit(2)
     except FloatingPointError as error:
-        print("error:", error, file=sys.stderr)
+        report_error(f"error: {error}")
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory: lower --imgsz or --batch-size", file=sys.stderr)
+        report_error("error: out of memory: lower --imgsz or --batch-size")
         sys.exit(2)
     except OSError as error:
         if error.filename is None and not error.strerror:
             raise
         name = f"{error.filename}: " if error.filename else ""
-        print(f"error: {name}{error.strerror}; nothing that was written before is lost", file=sys.stderr)
+        report_error(f"error: {name}{error.strerror}; nothing that was written before is lost")
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -6,13 +6,14 @@
 import math
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from config import IGNORE, InputError
+from config import IGNORE, InputError, one_line
 from metrics import best_row
 from utils import write_atomically
 
@@ -58,7 +59,8 @@ def short(name):
     """Return a class name as pictures show it: one line, the middle of a long one left out (beginnings are
     often alike).
     """
-    name, head = " ".join(name.split()), LONGEST_NAME // 2
+    name = " ".join(name.encode("utf-8", "replace").decode().split())  # of files, it may be no UTF-8
+    head = LONGEST_NAME // 2
     return name if len(name) <= LONGEST_NAME else f"{name[:head]}…{name[head + 1 - LONGEST_NAME:]}"
 
 
@@ -124,9 +126,26 @@ def show_window(pixels, title, milliseconds):
 # --- plots ------------------------------------------------------------------------------------------------
 def new_figure(width, height, columns=1):
     """Return a matplotlib (figure, axes; several where columns > 1), in inches, without global state."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = plain_figure(width, height)
     return figure, figure.subplots(1, columns)
+
+
+def plain_figure(width, height):
+    """Return a matplotlib figure, in inches, that takes names as they are, dollar signs too."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
+def drawing(what):
+    """Context in which pictures are drawn: where that fails, it is one warning line, and the work goes on."""
+    try:
+        yield
+    except Exception as error:  # of matplotlib, PIL, fonts, the disk: no picture is worth a run
+        print(f"warning: {what} could not be drawn ({one_line(str(error) or type(error).__name__)})",
+              file=sys.stderr, flush=True)
 
 
 def save_figure(figure, path):
@@ -168,8 +187,7 @@ def plot_run(history, counts, classes, out_dir):
 
 def name_ticks(axis, classes, size, **style):
     """Write the short class names along an axis of a matplotlib plot, `size` points high."""
-    axis.set_ticks(range(len(classes)), [short(name) for name, _ in classes], fontsize=size,
-                   parse_math=False, **style)
+    axis.set_ticks(range(len(classes)), [short(name) for name, _ in classes], fontsize=size, **style)
 
 
 def name_inches(classes, size):

@@ -7,15 +7,26 @@
 import atexit
 import os
 import re
+import shutil
 import signal
+import tempfile
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from config import InputError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+LONGEST_TEMPORARY = 66  # characters; a socket's path has 107, of which processes add about 40
+PLENTY = 1 << 30  # bytes of shared memory that need no closer look
 
 
 # --- order ------------------------------------------------------------------------------------------------
@@ -72,6 +83,33 @@ def collate(items):
 
 
 # --- worker processes -------------------------------------------------------------------------------------
+def why_no_workers(dataset, batch_size, workers):
+    """Return why this machine cannot hand batches from worker processes over, "" = it can.
+
+    A batch takes a few open files and lies in shared memory; a socket in the temporary folder hands it over.
+    """
+    if resource:
+        open_files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = 64 + 32 * workers
+        if open_files < needed and most >= needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+        elif open_files < needed:
+            return f"this process may open {open_files} files, and they need {needed} (ulimit -n)"
+    if os.name == "posix" and len(tempfile.gettempdir()) > LONGEST_TEMPORARY:
+        return "the path of the temporary folder is too long for sockets (TMPDIR)"
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free if os.access(shared, os.W_OK) else 0
+        if free < PLENTY:
+            inputs, mask, _ = dataset[0]
+            parts = [*(inputs.values() if isinstance(inputs, dict) else [inputs]), mask]
+            needed = 3 * workers * batch_size * sum(part.numel() * part.itemsize for part in parts)
+            if needed > free:
+                return (f"/dev/shm has {free / 1e6:.0f} MB free, and they need {needed / 1e6:.0f} (docker "
+                        "run --shm-size 8g)")
+    return ""
+
+
 class Noted(Dataset):
     """A dataset that notes, for every worker process, which item it reads; should one die, it is known."""
 
@@ -105,6 +143,9 @@ class Batches:
 
     def __init__(self, dataset, batch_size, sampler, workers, pin_memory):
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
+        if workers and len(dataset) and (reason := why_no_workers(dataset, batch_size, workers)):
+            print(f"note: no worker processes load data (--workers 0): {reason}", flush=True)
+            workers = 0
         self.noted, self.started = Noted(dataset, workers), None
         atexit.register(close_if_alive, weakref.ref(self))
         # a generator of its own, so that starting an epoch early moves no random numbers of the training
@@ -163,11 +204,19 @@ def naming_files(*loaders):
     """
     try:
         yield
-    except RuntimeError as error:
-        text = str(error)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        text, lost = str(error), not isinstance(error, RuntimeError)
         died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)", text)
-        if not died:
+        if not died and not lost:
             raise
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say once more that one died
+        for batches in loaders:
+            if hasattr(batches.dataset, "check"):
+                batches.dataset.check()
+        if lost:
+            raise InputError(f"a process that loads data died ({text or type(error).__name__}): where memory "
+                             "ran out, lower --workers") from None
         processes = [int(number) for number in died[1].split(",")]
         files = [batches.file_read_by(process) for batches in loaders for process in processes]
         named = " and ".join(str(file) for file in files if file) or "no file"

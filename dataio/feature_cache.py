@@ -121,6 +121,13 @@ class CachedDataset(Dataset):
     def __len__(self):
         return len(self.dataset)
 
+    def check(self):
+        """Raise InputError where a file of the cache is gone or cut off."""
+        for file in [*self.parts.values(), *([self.masks] if self.masks else [])]:
+            if not file.is_whole():
+                raise InputError(f"--cache-features: {file.path} was cut off or removed: go on with "
+                                 "--resume, which computes it again")
+
     def picture(self, index):
         """Return what item `index` of validation shows, (3, H, W) uint8."""
         return self.dataset.picture(index)

@@ -228,6 +228,9 @@ def decode_masks(root, samples, masks, class_names=(), listed=None, blurred=Fals
     if path and path != root / "classes.txt":
         notes.append(f"the classes are those of {path}")
     entries = listed or [Entry(name) for name in class_names]
+    if len(entries) > MOST_CLASSES:
+        raise InputError(f"--classes names {len(entries)} classes, and {MOST_CLASSES} can be: masks have 8 "
+                         "bits")
     try:
         classes, table, said = decide_classes(found, entries, colors)
     except InputError as error:

@@ -18,7 +18,8 @@ SHOWN_NAMES = 2  # of each side in a message about names that do not pair
 
 def affix_pattern(words, letters=""):
     """Return a regex that takes one of `words` off the beginning of a name and off its end."""
-    return re.compile(rf"(?:(?:{words})(?:[ _.-]+|(?=\d)))?(.+?)(?:[ _.-]+(?:{words}){letters})?", re.I)
+    return re.compile(rf"(?:(?:{words})(?:[ _.-]+|(?=\d)))?(.+?)(?:[ _.-]+(?:{words}){letters})?",
+                      re.IGNORECASE | re.DOTALL)
 
 
 MASK_AFFIX = affix_pattern(MASK_WORDS, "|_[PL]")

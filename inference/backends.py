@@ -8,6 +8,7 @@ An exported file is one graph: uint8 images in, logits at their size out, with n
 cropping inside, and the checkpoint's plain values as JSON in its metadata. The packages are imported when
 asked for. Nothing here unpickles. A new backend or format is one class, entered in BACKENDS or FORMATS.
 """
+import io
 import json
 import sys
 import warnings
@@ -18,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import schema
 from config import InputError
 from models.logits import Logits, geometry_of
 
-PROTOCOL_KEYS = {"window", "slide", "stride", "scales", "flip"}  # of predictor.Protocol
 STREAMS = 2  # images that OpenVINO computes side by side, where several are given
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
 INSTALL = "{} is not installed: pip install {}"
@@ -235,7 +236,9 @@ class TorchScript(ExportedModel):
         with warnings.catch_warnings(), graph.constants():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(graph, graph.example(batch), check_trace=False)
-            torch.jit.save(torch.jit.freeze(traced.eval()), str(path), _extra_files={METADATA: text})
+            content = io.BytesIO()  # torch ends the process where it finds a disk full itself
+            torch.jit.save(torch.jit.freeze(traced.eval()), content, _extra_files={METADATA: text})
+            Path(path).write_bytes(content.getvalue())
 
     @torch.no_grad()
     def run(self, images):
@@ -290,22 +293,10 @@ def open_exported(path, precise=False):
 
 def check_facts(text, path):
     """Return the metadata of an exported file as a dict. Raises InputError where they are not export.py's."""
-    def are_numbers(values, count, most):
-        return (isinstance(values, list) and len(values) == count
-                and all(type(value) is int and 0 <= value <= most for value in values))
-
     try:
-        facts = json.loads(text)
-        classes = facts["classes"]
-        good = (facts["format"] == "dinoseg" and are_numbers(facts["imgsz"], 2, 1 << 16)
-                and are_numbers([facts["batch"]], 1, 1 << 16) and 0 < len(classes) < 255
-                and all(isinstance(name, str) and are_numbers(color, 3, 255) for name, color in classes)
-                and facts.get("protocol", {}).keys() <= PROTOCOL_KEYS)
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise InputError(f"{path} was not written by export.py: its metadata lack classes and size")
-    return facts
+        return schema.check(schema.EXPORTED, json.loads(text), path)
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(f"{path} was not written by export.py: its metadata lack classes and size") from None
 
 
 def first_line(error):
@@ -315,8 +306,14 @@ def first_line(error):
 
 
 # --- packages ---------------------------------------------------------------------------------------------
+def keep_private():
+    """Keep OpenVINO and NNCF from reporting each use to their makers, as if the package were not there."""
+    sys.modules.setdefault("openvino_telemetry", None)
+
+
 def import_openvino():
     """Import OpenVINO. Raises InputError where it is not installed."""
+    keep_private()
     try:
         import openvino
     except ImportError:

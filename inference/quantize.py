@@ -10,13 +10,14 @@ import logging
 
 from config import InputError
 from inference.backends import (INSTALL, METADATA, ExportedModel, OpenVino, first_line, import_openvino,
-                                onnx_session)
+                                keep_private, onnx_session)
 
 ROUNDS, RANKED = 8, 4  # layers that are brought back at most, images on which they are ranked
 
 
 def import_nncf():
     """Import NNCF. Raises InputError where it is not installed."""
+    keep_private()
     try:
         import nncf
     except ImportError:

@@ -159,6 +159,15 @@ def report_page(result, figures, worst, confused):
 
 
 def existing_figures(folder, names):
-    """Return [(caption, file)] of the pictures {file name: caption} that a folder holds."""
-    found = [(caption, Path(folder) / name) for name, caption in names.items()]
-    return [(caption, path) for caption, path in found if path.is_file()]
+    """Return [(caption, file)] of the pictures {file name: caption} that a folder holds; says which of them
+    are damaged.
+    """
+    found = []
+    for path, caption in ((Path(folder) / name, caption) for name, caption in names.items()):
+        if path.is_file():
+            try:
+                as_jpeg(path)
+                found.append((caption, path))
+            except (OSError, ValueError, SyntaxError) as error:
+                print(f"{path} is damaged ({error}): the report goes without it")
+    return found

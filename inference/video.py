@@ -55,6 +55,7 @@ class VideoReader:
         self.live = self.source.isdecimal() or "://" in self.source or Path(self.source).is_fifo()
         if not self.live and not Path(self.source).is_file():
             raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
+        check_name(self.source)
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         if "://" in self.source:
             limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
@@ -100,6 +101,15 @@ class VideoReader:
         """
         stored = Path(self.source).suffix.lower() in COUNTED
         return stored and self.count is not None and frames + max(2, 0.02 * self.count) < self.count
+
+
+def check_name(path):
+    """Raise InputError for a path that is not UTF-8, at which OpenCV ends the process."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: its name is not UTF-8, which clips need: rename the file or folder"
+                         ) from None
 
 
 def exact_rate(fps):
@@ -170,7 +180,9 @@ class VideoWriter:
 
     def __init__(self, path, size, fps, sound_of=None):
         self.path, self.size, self.fps, self.frames = Path(path), tuple(size), Fraction(fps), 0
-        self.temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
+        temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
+        self.temporary = temporary.absolute()  # a colon in a name would look like a protocol
+        check_name(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.codec, self.sound, self.position = "H.264" if has_h264() else "mp4v", None, -1
         if self.codec == "H.264":
@@ -266,29 +278,40 @@ def batches_of(frames, size):
         yield batch
 
 
+def at_once(predictor):
+    """Return the `segment` of a Pipeline that calls a function of images (n, 3, H, W) uint8 and waits."""
+    def segment(frames):
+        preds = predictor(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))  # (n, H, W) uint8
+        return lambda: list(zip(frames, preds, strict=True))
+
+    return segment
+
+
 @dataclass
 class Pipeline:
     """Reads, predicts, draws and writes the frames of a clip, camera or stream.
 
-    predictor: (n, 3, H, W) uint8 -> label maps (n, H, W); draw: (frame, label map, seconds since the first
-    frame, frames per second so far) -> frame; show: frame -> whether to stop. Decoding, the model, drawing
-    and encoding each have a thread, with short queues between them, so that the slowest alone decides.
+    segment: list of frames (H, W, 3) uint8 -> function that returns [(frame, label map (H, W))], which is
+    called when `ahead` more batches were begun; draw: (frame, label map, seconds since the first frame,
+    frames per second so far) -> frame; show: frame -> whether to stop. Decoding, the model, drawing and
+    encoding each have a thread, with short queues between them, so that the slowest alone decides.
     """
 
     reader: VideoReader
-    predictor: Callable
+    segment: Callable
     draw: Callable
     writer: VideoWriter
     batch_size: int = 1
     max_frames: int = None
     show: Callable = None
+    ahead: int = 0
 
     def run(self, stop):
         """Work until the frames, max_frames or stop.asked end it; the model and show() run in this thread.
 
         Returns ({stage: busy seconds}, number of frames that a live source had to drop).
         """
-        reader, rate, model_seconds = self.reader, Rate(), 0.0
+        reader, rate, begun, model_seconds = self.reader, Rate(), deque(), 0.0
         total = min(filter(None, (reader.count, self.max_frames)), default=None)
         # what a live source drops does not count
         source = reader.timed() if reader.drops else itertools.islice(reader.timed(), self.max_frames)
@@ -301,18 +324,23 @@ class Pipeline:
         with (ReadAhead(source, newest=reader.drops, stop=stop) as frames,
               WriteBehind(self.writer.write) as encode, WriteBehind(finish) as draw,
               tqdm(total=total, unit="frame", leave=False, disable=None) as bar):
-            for batch in batches_of(itertools.islice(frames, self.max_frames), self.batch_size):
+            batches = batches_of(itertools.islice(frames, self.max_frames), self.batch_size)
+            for batch in itertools.chain(batches, [[]] * self.ahead):  # at the end nothing more is begun
                 start = time.perf_counter()
-                images = torch.from_numpy(np.stack([frame for frame, _ in batch])).permute(0, 3, 1, 2)
-                preds = self.predictor(images)  # (n, 3, H, W) -> (n, H, W)
+                if batch:
+                    begun.append(([seconds for _, seconds in batch], self.segment([one for one, _ in batch])))
+                segmented = []
+                if begun and (len(begun) > self.ahead or not batch):
+                    times, wait = begun.popleft()
+                    segmented = [(*pair, seconds) for pair, seconds in zip(wait(), times, strict=True)]
                 model_seconds += time.perf_counter() - start
-                for (frame, seconds), pred in zip(batch, preds, strict=True):
+                for one in segmented:
                     if self.show is None:
-                        draw.put(frame, pred, seconds)
-                    elif self.show(finish(frame, pred, seconds)):
+                        draw.put(*one)
+                    elif self.show(finish(*one)):
                         stop.asked = True
                         break
-                bar.update(len(batch))
+                bar.update(len(segmented))
                 if stop.asked:
                     break
         stages = dict(decode=frames.seconds, model=model_seconds, draw=draw.seconds, encode=encode.seconds)

@@ -5,6 +5,7 @@
 """
 import hashlib
 import pickle
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -76,7 +77,8 @@ def read_weights(path):
     state = torch_load(path)
     for wrapper in ("model", "state_dict", "teacher"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                              for key, value in state.items()):
         raise InputError(f"{path} holds no state dict of tensors: give a weights file of the backbone")
     return state
 
@@ -135,9 +137,13 @@ def is_whole(archive, entry):
 
 def torch_load(path):
     """torch.load to the CPU without unpickling code. Raises InputError for what is not a whole file."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path} is not a file")
     try:
         check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is refused here anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError:
@@ -159,4 +165,20 @@ def load_strictly(module, state, source):
         listed = [f"{len(keys)} {what} such as {min(keys)}" for keys, what in (
             (missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")) if keys]
         raise InputError(f"{source} does not fit the model ({'; '.join(listed)}): it belongs to another one")
+    for key, value in state.items():
+        check_tensor(key, value, source)
     module.load_state_dict(state, strict=True)
+
+
+def check_tensor(key, value, source):
+    """Raise InputError for a tensor that no training leaves: of another kind, or with values that are no
+    numbers.
+    """
+    plain = value.layout is torch.strided and not value.is_quantized and not value.is_complex() and \
+        value.device.type != "meta"
+    if not plain:
+        kind = "quantized" if value.is_quantized else f"{value.device.type}, {value.layout}, {value.dtype}"
+        raise InputError(f"{source}: {key} is not a plain tensor of weights ({kind}): it is not loaded")
+    if value.is_floating_point() and not value.isfinite().all():
+        raise InputError(f"{source}: {key} holds values that are no numbers (nan or inf): it is damaged, or "
+                         "of a training that failed; use another file")

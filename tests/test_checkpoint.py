@@ -163,7 +163,7 @@ def test_checkpoints_of_earlier_versions_load(tmp_path):
 OTHER_VERSION = "{path} was written by another version of this code: use that version"
 
 
-BY_HAND = "{path} is not a checkpoint of train.py, it was made by hand "
+BY_HAND = "{path} was made by hand or is damaged: "
 
 
 def spec(**changes):
@@ -178,10 +178,10 @@ def spec(**changes):
         (dict(spec=spec(no_such_option=4)), OTHER_VERSION),
         (dict(spec=spec(head="no-such-head")), OTHER_VERSION),
         (dict(spec=spec(arch="no_such_arch")), OTHER_VERSION),
-        (dict(spec=[1]), BY_HAND + "('list' object has no attribute 'items')"),
-        (dict(spec=spec(num_classes="3")), BY_HAND + "(num_classes '3')"),
-        (dict(spec=spec(layers=["1"])), BY_HAND + "(layers ('1',), 3 classes)"),
-        (dict(imgsz=[0, 4]), BY_HAND + "(imgsz [0, 4])"),
+        (dict(spec=[1]), BY_HAND + "spec: a list is no dict"),
+        (dict(spec=spec(num_classes="3")), BY_HAND + "spec.num_classes: '3' is no integer from 1 to 254"),
+        (dict(spec=spec(layers=["1"])), BY_HAND + "spec.layers: '1' is no value of it"),
+        (dict(imgsz=[0, 4]), BY_HAND + "imgsz[0]: 0 is no integer from 1 to 65535"),
         (dict(classes=[["a", [0, 0, 0]]]), "{path} names 1 classes, but has 3"),
         (dict(format="x"), "{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)"),
     ],

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,10 +19,17 @@ import torch
 from conftest import real_data, tiny
 
 import infer_video
+import visualize
 from inference import video
+from inference.gpu import FramesOnGpu, Paint
+from inference.predictor import Predictor
+from utils import Precision
 from config import InputError
 from checkpoint import pack_checkpoint
-from inference.video import ReadAhead, VideoReader, VideoWriter, WriteBehind, exact_rate
+from inference.video import Pipeline, ReadAhead, VideoReader, VideoWriter, WriteBehind, exact_rate
+
+
+CLASSES = [("a", (250, 0, 9)), ("b", (0, 180, 0)), ("c", (0, 9, 200))]
 
 
 def frames(count, height=48, width=64):
@@ -398,3 +406,54 @@ def test_a_full_disk_leaves_a_playable_clip(tmp_path, monkeypatch):
         assert 0 < count <= written and [path.name for path in place.iterdir()] == ["a.mp4"]
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("keep", [None, 1])
+def test_paint_on_a_device_is_the_overlay(keep):
+    generator = np.random.default_rng(3)
+    frames = generator.integers(0, 256, (3, 17, 22, 3), dtype=np.uint8)
+    preds = generator.choice([0, 1, 5, 255], (3, 17, 22)).astype(np.uint8)
+    table = generator.integers(0, 256, (256, 3), dtype=np.uint8)
+    paint = Paint(table, 0.3, keep, "cpu")
+    painted = paint(torch.from_numpy(frames), torch.from_numpy(preds)).numpy()
+    for frame, pred, drawn in zip(frames, preds, painted, strict=True):
+        want = visualize.overlay(frame, pred, table, 0.3, keep).astype(int)
+        assert np.abs(drawn - want).max() <= 1
+        assert keep is None or (drawn[pred == keep] == frame[pred == keep]).all()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_batches_begun_ahead_come_back_in_order_and_whole(tmp_path, ahead, count):
+    """As on a GPU: what was begun is waited for later, each frame with its own label map."""
+    predictor = Predictor(tiny().eval(), dict(classes=CLASSES, imgsz=(28, 28)), "cpu")
+    table, seen, waiting = visualize.color_table(CLASSES), [], []
+    reader = VideoReader(write_clip(tmp_path / "clip.mp4", count, size=(30, 41)))
+    originals = [frame.copy() for frame in VideoReader(tmp_path / "clip.mp4")]
+    predictor.precision = Precision("off", predictor.device)
+    on_gpu = FramesOnGpu(predictor, Paint(table, 0.5, None, "cpu"))
+
+    def segment(batch):
+        wait, begun = on_gpu(batch), len(waiting)
+        waiting.append(True)
+
+        def done():
+            assert sum(waiting) <= ahead + 1
+            waiting[begun] = False
+            return wait()
+
+        return done
+
+    def draw(frame, pred, seconds, rate):
+        seen.append((frame, pred))
+        return frame
+
+    with VideoWriter(tmp_path / "out.mp4", reader.size, reader.fps) as writer:
+        pipeline = Pipeline(reader, segment, draw, writer, batch_size=2, ahead=ahead)
+        pipeline.run(SimpleNamespace(asked=0))
+    assert len(seen) == len(originals) == writer.frames and not any(waiting)
+    for (drawn, pred), frame in zip(seen, originals, strict=True):
+        want = predictor(torch.from_numpy(frame).permute(2, 0, 1)[None])[0]
+        assert (pred == want).all()
+        assert np.abs(drawn - visualize.overlay(frame, want, table).astype(int)).max() <= 1
