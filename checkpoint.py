@@ -96,6 +96,8 @@ def read_spec(stored, path):
     if stored.keys() - known.keys() or (head if arch == "dinov2" else arch) not in list(options):
         raise InputError(f"{path} was written by another version of this code: use that version")
     schema.check({"spec": schema.SPEC}, {"spec": stored}, path)
+    if arch == "dinov2" and stored.get("backbone") == "":
+        raise InputError(f"{path} was made by hand or is damaged: spec.backbone is missing")
     return ModelSpec(**{name: tuple(value) if known[name] is tuple else value
                         for name, value in stored.items()})
 

@@ -10,6 +10,8 @@ wrong with a value, "" = nothing. A dict may hold more than is asked for: later 
 import argparse
 import math
 
+import torch
+
 from config import FIELDS, RECIPES, InputError, ModelOptions, names
 
 MOST_CLASSES = 254  # masks are 8 bit: 255 is IGNORE
@@ -109,8 +111,7 @@ def class_name(value):
 
 def tensor(value):
     """The form of a tensor."""
-    return "" if type(value).__module__.startswith("torch") and hasattr(value, "layout") else \
-        f": {shown(value)} is no tensor"
+    return "" if isinstance(value, torch.Tensor) else f": {shown(value)} is no tensor"
 
 
 def or_none(form):

@@ -294,9 +294,12 @@ def open_exported(path, precise=False):
 def check_facts(text, path):
     """Return the metadata of an exported file as a dict. Raises InputError where they are not export.py's."""
     try:
-        return schema.check(schema.EXPORTED, json.loads(text), path)
+        facts = json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        raise InputError(f"{path} was not written by export.py: its metadata lack classes and size") from None
+        facts = None
+    if not isinstance(facts, dict) or facts.get("format") != "dinoseg":
+        raise InputError(f"{path} was not written by export.py: its metadata lack classes and size")
+    return schema.check(schema.EXPORTED, facts, path)
 
 
 def first_line(error):

@@ -59,13 +59,16 @@ def quantize(path, target, text, like, images, validate, max_drop):
     def score(running, _):
         return validate(Running(like, runner(running))), None
 
+    # weights of 7 bits: processors without VNNI add 8 bit products in 16 bits, which run over
+    safe = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
     restorer = nncf.AdvancedAccuracyRestorerParameters(max_num_iterations=ROUNDS, ranking_subset_size=RANKED)
     try:
         found = nncf.quantize_with_accuracy_control(
             model, nncf.Dataset(images, lambda part: {names: part} if names else part),
             nncf.Dataset(images[:1], lambda part: {names: part} if names else part), score,
             max_drop=max_drop, drop_type=nncf.DropType.ABSOLUTE, subset_size=len(images),
-            model_type=nncf.ModelType.TRANSFORMER, advanced_accuracy_restorer_parameters=restorer)
+            model_type=nncf.ModelType.TRANSFORMER, advanced_quantization_parameters=safe,
+            advanced_accuracy_restorer_parameters=restorer)
     except InputError:
         raise
     except Exception as error:  # of three packages

@@ -61,6 +61,7 @@ class Attack:
 
 
 FAMILIES = {}
+EXPORTED = {"exported", "damaged_onnx", "damaged_openvino"}  # families of exported files
 
 
 def family(function):
@@ -90,8 +91,8 @@ class World:
             "--workers", "0", "--device", "cpu",
         ]
 
-    def build(self):
-        """Make all of it."""
+    def build(self, exports):
+        """Make all of it; exports: exported files too, which take longest."""
         import cv2
         import numpy as np
         from PIL import Image
@@ -112,8 +113,9 @@ class World:
         writer.release()
         self.command("train", *self.train_flags(), "--out-dir", self.run)
         self.command("evaluate", "--model", self.last, "--out-dir", self.run, "--device", "cpu")
-        self.command("export", "--model", self.best, "--format", "onnx", "--out", self.onnx)
-        self.command("export", "--model", self.best, "--format", "openvino", "--out", self.root / "m.xml")
+        for kind, ending in (("onnx", "onnx"), ("openvino", "xml")) if exports else ():
+            path = self.root / f"m.{ending}"
+            self.command("export", "--model", self.best, "--format", kind, "--out", path)
 
     def command(self, script, *flags):
         """Run a script. Raises CalledProcessError."""
@@ -137,6 +139,8 @@ def watch(allowed, report):
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     allowed, temporary = tuple(str(Path(path).resolve()) for path in allowed), tempfile.gettempdir()
 
+    known = (*allowed, "/dev/", "/proc/", temporary + "/pymp-")
+
     def hook(event, args):
         found = None
         if event in ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.system"):
@@ -154,12 +158,11 @@ def watch(allowed, report):
             and args[2] & writing
         ):
             path = os.path.realpath(os.path.abspath(os.fsdecode(args[0])))
-            known = (*allowed, "/dev/", "/proc/", temporary + "/pymp-")
             found = None if path.startswith(known) else f"wrote {path}"
         elif event in ("os.remove", "os.rename", "os.rmdir") and args[0] is not None:
             path = os.path.realpath(os.path.abspath(os.fsdecode(args[0])))
             found = (
-                None if path.startswith((*allowed, "/dev/shm", temporary + "/pymp-")) else f"{event} {path}"
+                None if path.startswith((*known, "/sys/")) else f"{event} {path}"
             )
         if found:
             os.write(report, f"{found[:200]}\n".encode(errors="replace"))
@@ -891,7 +894,7 @@ def limits(world, rng):
     for (script, flags), (what, value) in itertools.product(
         small_commands(world),
         (
-            (resource.RLIMIT_NOFILE, 30), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_FSIZE, 5000),
+            (resource.RLIMIT_NOFILE, 30), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_FSIZE, 20_000),
             (resource.RLIMIT_FSIZE, 200_000), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_STACK, 1 << 20),
         ),
     ):
@@ -1018,7 +1021,7 @@ def main():
     warm_up()
     with tempfile.TemporaryDirectory(prefix="attacks") as folder:
         world = World(Path(folder))
-        world.build()
+        world.build(exports=EXPORTED & set(args.family or FAMILIES))
         results = carry_out_all(
             world,
             args.family or list(FAMILIES),

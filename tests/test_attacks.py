@@ -1,25 +1,40 @@
-"""One attack of every family (tests/attacks.py has all of them), and the forms that files are checked by."""
+"""A few attacks (tests/attacks.py has all of them), and the forms that files are checked by."""
 
 import dataclasses
+import json
 import math
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny
+from conftest import ROOT, tiny, write_folder
 
 import schema
-from checkpoint import pack_checkpoint
-from config import FIELDS, RECIPES, TrainConfig, names, one_line, recipe_settings
-from config import InputError
+import train
+import visualize
+from checkpoint import load_model, pack_checkpoint
+from config import FIELDS, RECIPES, InputError, TrainConfig, names, one_line, recipe_settings, script_parser
+from dataio import dataloader
+from dataio.feature_cache import CachedDataset, EntryFile
+from inference.backends import keep_private
 from inference.predictor import Protocol, make_protocol
 
 CLASSES = [("a", (1, 2, 3)), ("b", (4, 5, 6)), ("c", (7, 8, 9))]
 
 
-def test_one_attack_of_every_family_is_survived():
-    command = [sys.executable, "tests/attacks.py", "--each", "1", "--seed", "5"]
+QUICK = (
+    "flags_train flags_infer_image checkpoint_classes checkpoint_protocol checkpoint_of_spec tensors pickles "
+    "backbones json_metrics damaged_mask wrong_formats no_files class_names file_names streams limits"
+)
+
+
+def test_attacks_are_survived():
+    command = [sys.executable, "tests/attacks.py", "--each", "1", "--seed", "5", "--family", *QUICK.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and ", 0 not survived" in done.stdout.splitlines()[-1], done.stdout[-3000:]
 
@@ -97,3 +112,121 @@ def test_what_is_wrong_is_named(form, value, wrong):
 def test_errors_are_one_line_whatever_they_hold():
     assert one_line("a\nb\x1b[31m\udce9é名") == r"a\nb\x1b[31m\udce9é名"
     assert len(one_line("x" * 10**6)) < 1300
+
+
+# --- what no failure may cost -----------------------------------------------------------------------------
+@pytest.mark.plots
+@pytest.mark.parametrize("part", ["plot_run", "side_by_side"])
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, run, monkeypatch, part):
+    def broken(*args):
+        raise ValueError("no such font\nanywhere")
+
+    monkeypatch.setattr(visualize, part, broken)
+    data = write_folder(tmp_path / "data", count=4)
+    flags = [
+        "--dataset",
+        "folder",
+        "--data-root",
+        data,
+        "--backbone",
+        "vit_tiny",
+        "--weights",
+        "none",
+        "--head",
+    ]
+    flags += [
+        "bn",
+        "--imgsz",
+        28,
+        28,
+        "--epochs",
+        2,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+        "--out-dir",
+        tmp_path,
+    ]
+    code, text, err = run(train, *flags)
+    assert code == 0 and "best epoch" in text and (tmp_path / "best_model_iou.pth").exists()
+    assert err.count("warning: ") == 2 and r"no such font\nanywhere" in err and "Traceback" not in err
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
+    classes = [("$\\foo$", (0, 0, 0)), ("caf\udce9 $", (9, 9, 200))]
+    visualize.plot_per_class_iou([0.5, math.nan], classes, tmp_path / "iou.png")
+    visualize.plot_confusion(torch.eye(2).numpy(), classes, tmp_path / "confusion.png")
+    assert visualize.legend(classes).shape[2] == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value):
+    packed = pack_checkpoint(tiny(), CLASSES, (28, 28))
+    key = sorted(packed["model"])[5]
+    packed["model"][key].view(-1)[-1] = value
+    torch.save(packed, tmp_path / "m.pth")
+    with pytest.raises(InputError, match=f"m.pth: {key} holds values that are no numbers"):
+        load_model(tmp_path / "m.pth")
+
+
+# --- limits of the machine --------------------------------------------------------------------------------
+def items(count=4, side=100):
+    """Return a list as a dataset of images."""
+    return [
+        (torch.zeros(3, side, side, dtype=torch.uint8), torch.zeros(side, side, dtype=torch.uint8), "x")
+    ] * count
+
+
+@pytest.mark.parametrize("kind", ["plenty", "few files", "raised", "long name", "full", "read-only"])
+def test_workers_are_left_out_where_the_machine_cannot_have_them(monkeypatch, kind):
+    files = {"few files": (40, 60), "raised": (40, 4096)}.get(kind, (4096, 4096))
+    free, set_to = 50_000 if kind == "full" else 1 << 20, []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: files)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: set_to.append(limits))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/tmp/" + "x" * (100 if kind == "long name" else 3))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(dataloader.os, "access", lambda path, mode: kind != "read-only")
+    reason = dataloader.why_no_workers(items(), 2, 2)
+    said = {
+        "few files": "may open 40 files",
+        "long name": "TMPDIR",
+        "full": "has 0 MB free",
+        "read-only": "has 0 MB",
+    }
+    assert said[kind] in reason if kind in said else reason == ""
+    assert set_to == ([(128, 4096)] if kind == "raised" else [])
+
+
+def test_a_cache_that_was_cut_off_is_named(tmp_path):
+    files = {"map 1": EntryFile(tmp_path / "map.bin", 3, (4, 5), torch.bfloat16)}
+    files["map 1"].create({})
+    dataset = SimpleNamespace(samples=[], augments=None, seed=0)
+    cached = CachedDataset(dataset, files, None, 1)
+    cached.check()
+    with open(tmp_path / "map.bin", "r+b") as file:
+        file.truncate(7)
+    with pytest.raises(InputError, match="map.bin was cut off or removed: go on with --resume"):
+        cached.check()
+
+
+# --- one line, once ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("3", False)])
+def test_of_many_processes_one_names_the_wrong_flag(tmp_path, monkeypatch, capsys, rank, printed):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    parser = script_parser("text")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--nonsense\nx"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and (r"error: unrecognized arguments: --nonsense\nx" in err) == printed
+    assert (tmp_path / "error.json").exists() == printed
+    if printed:
+        content = json.loads((tmp_path / "error.json").read_text())["message"]
+        assert content["message"] in err and content["extraInfo"]["timestamp"].isdecimal()
+
+
+def test_nothing_reports_that_it_is_used():
+    keep_private()
+    with pytest.raises(ImportError):
+        import openvino_telemetry  # noqa: F401

@@ -181,6 +181,7 @@ def spec(**changes):
         (dict(spec=[1]), BY_HAND + "spec: a list is no dict"),
         (dict(spec=spec(num_classes="3")), BY_HAND + "spec.num_classes: '3' is no integer from 1 to 254"),
         (dict(spec=spec(layers=["1"])), BY_HAND + "spec.layers: '1' is no value of it"),
+        (dict(spec=spec(backbone="")), BY_HAND + "spec.backbone is missing"),
         (dict(imgsz=[0, 4]), BY_HAND + "imgsz[0]: 0 is no integer from 1 to 65535"),
         (dict(classes=[["a", [0, 0, 0]]]), "{path} names 1 classes, but has 3"),
         (dict(format="x"), "{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)"),

@@ -216,7 +216,7 @@ def test_absent_classes_are_named_and_left_out(trained, tmp_path, run):
             ["--dataset", "aeroscapes", "--data-root", "TREE"],
             "the model's classes are not those of --dataset aer",
         ),
-        (["--imgsz", "0", "5"], "at least 1"),
+        (["--imgsz", "0", "5"], "from 1 to 65,535"),
         (["--protocol", "window"], "slide"),
         (["--group-by", "("], "--group-by ( is no regular expression"),
     ],

@@ -328,7 +328,7 @@ BAD_TRAINING = {
     "weights": "none.pth does not exist",
     "device": "cuda:9",
     "unfreeze": "has 6 blocks",
-    "size": "at least 1",
+    "size": "from 1 to 65,535",
     "head": "linear",
 }
 
@@ -469,7 +469,7 @@ def test_a_corrupt_image_is_passed_over(model_file, tmp_path, run):
         (["--input", "nothing/*.png"], "nothing/*.png is not a file"),
         (["--input", "{tmp}"], "folder without images"),
         (["--input", "x.png", "--model", "none.pth"], "none.pth does not exist"),
-        (["--imgsz", "0", "4"], "at least 1"),
+        (["--imgsz", "0", "4"], "from 1 to 65,535"),
         (["--input", "{tmp}", "--alpha", "2"], "between 0 and 1"),
     ],
 )
