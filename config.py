@@ -123,6 +123,11 @@ def non_negative_int(text):
     return whole(text, 0, 2 ** 32 - 1)
 
 
+def step_count(text):
+    """argparse type: optimizer steps of a run."""
+    return whole(text, 0, 10 ** 7)
+
+
 def image_side(text):
     """argparse type: a side of an image in pixels."""
     return whole(text, 1, 2 ** 16 - 1)
@@ -321,7 +326,7 @@ class TrainConfig(ModelOptions, DataOptions):
                             "never", type=non_negative_int, metavar="N", may_change=True)
     steps: int = setting(0, "training", "optimizer steps of the whole run, shared out equally among the "
                          "--epochs, after each of which it validates; 0 = an epoch is a pass over the images",
-                         type=non_negative_int)
+                         type=step_count)
     batch_size: int = setting(8, "training", "images per forward pass", type=batch_images)
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
                               "ce and focal, whose terms are means over pixels", type=positive_int)

@@ -56,6 +56,8 @@ class VideoReader:
         if not self.live and not Path(self.source).is_file():
             raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
         check_name(self.source)
+        if self.source.isdecimal() and len(self.source) > 4:
+            raise InputError(f"--input {source} is no number of a camera: they count from 0")
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         if "://" in self.source:
             limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]

@@ -139,7 +139,7 @@ def watch(allowed, report):
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     allowed, temporary = tuple(str(Path(path).resolve()) for path in allowed), tempfile.gettempdir()
 
-    known = (*allowed, "/dev/", "/proc/", temporary + "/pymp-")
+    known = (*allowed, "/dev/", "/proc/", temporary + "/pymp-", temporary + "/tmp")  # tempfile's own
 
     def hook(event, args):
         found = None

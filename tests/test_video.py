@@ -457,3 +457,8 @@ def test_batches_begun_ahead_come_back_in_order_and_whole(tmp_path, ahead, count
         want = predictor(torch.from_numpy(frame).permute(2, 0, 1)[None])[0]
         assert (pred == want).all()
         assert np.abs(drawn - visualize.overlay(frame, want, table).astype(int)).max() <= 1
+
+
+def test_a_number_that_is_no_camera_is_one_line():
+    with pytest.raises(InputError, match="4294967295 is no number of a camera"):
+        VideoReader("4294967295")
