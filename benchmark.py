@@ -586,9 +586,10 @@ def benchmark_infer(args):
                                              first.protocol.window, table, first.device, args.images)
 
         def pipeline(name):
-            colors, gpu = visualize.color_table(first.classes), device.type == "cuda"
-            paint = Paint(colors, 0.5, None, device)
-            segment = FramesOnGpu(predictors[name], paint) if gpu else at_once(predictors[name])
+            predictor, colors = predictors[name], visualize.color_table(first.classes)
+            gpu = predictor.device.type == "cuda"  # an exported file runs on the CPU
+            segment = FramesOnGpu(predictor, Paint(colors, 0.5, None, predictor.device)) if gpu else \
+                at_once(predictor)
             reader, segment = VideoReader(args.input), Kept(segment)
             kept[name] = segment
 

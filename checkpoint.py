@@ -273,11 +273,14 @@ class Run:
     """A run as it stands: what it trains, how far it has come, how that is saved and resumed.
 
     settings: those of train.py as a dict of plain values; origins: where the weights came from, to be
-    recorded; folder: the utils.RunFolder it writes to.
+    recorded; folder: the utils.RunFolder it writes to. Raises InputError for settings and class names with
+    which a checkpoint could not be read again, such as a folder with a line break.
     """
 
     def __init__(self, settings, data, model, optimization, folder, origins=None):
         self.settings, self.classes, self.folder = utils.finite(settings), data.classes, folder
+        if wrong := schema.fault(schema.KEPT, dict(config=self.settings, classes=self.classes)):
+            raise InputError(f"no checkpoint can hold {wrong.lstrip('.')}: rename it")
         self.model, self.optimization, self.origins = model, optimization, origins or {}
         self.facts = dict(data.fingerprints(), processes=world_size())
         self.images = data.counts

@@ -52,6 +52,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,19 @@ def total_size(path):
 
 
 # --- the command ------------------------------------------------------------------------------------------
+@contextmanager
+def naming_file(path):
+    """Context in which an error of OpenVINO or TorchScript, of a full disk too, is an InputError with a file.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if utils.is_out_of_memory(error):
+            raise
+        raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try another "
+                         "--format") from None
+
+
 def main():
     """Export, check, move into place."""
     args = parse_args()
@@ -224,13 +238,8 @@ def main():
     noise = torch.randint(0, 256, (CHECKED, 3, *size), dtype=torch.uint8, generator=generator)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / path.name
-        try:
+        with naming_file(path):
             FORMATS[args.format].write(Graph(model, size).eval(), args.batch_size, text, written)
-        except RuntimeError as error:  # OpenVINO's and TorchScript's, of a full disk too
-            if utils.is_out_of_memory(error):
-                raise
-            raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try "
-                             "another --format") from None
         shares = {origin: agreement(model, written, real), "random images": agreement(model, written, noise)}
         said = ", ".join(f"{100 * share:.3f} % on {name}" for name, share in shares.items())
         if np.mean(list(shares.values())) < AGREEMENT:
@@ -240,7 +249,8 @@ def main():
             )
         if args.int8:
             text = json.dumps(utils.finite(dict(facts, int8=True)))
-            written, more = write_int8(written, text, args, data, paths, facts)
+            with naming_file(path):
+                written, more = write_int8(written, text, args, data, paths, facts)
         for file in written.parent.iterdir():
             if file.is_file():
                 shutil.move(file, path.parent / file.name)

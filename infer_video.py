@@ -114,7 +114,8 @@ def main():
     with (utils.StopOnSignal() as stop, table_of_shares as shares,
           VideoWriter(path, reader.size, reader.fps, sound) as writer):
         batch_size = args.batch_size or default_batch(predictor, reader.drops or args.show)
-        on_gpu = predictor.device.type == "cuda" and not args.smooth
+        # frames that are cut into tiles may be too large to stay there
+        on_gpu = predictor.device.type == "cuda" and not (args.smooth or protocol.tile)
         if on_gpu:
             paint = None if args.cutout else Paint(table, args.alpha, keep, predictor.device)
             segment = FramesOnGpu(predictor, paint)

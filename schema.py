@@ -8,7 +8,6 @@ of which those with `?` may be missing, {str: form} = a dict of any texts, or a 
 wrong with a value, "" = nothing. A dict may hold more than is asked for: later versions add entries.
 """
 import argparse
-import math
 
 import torch
 
@@ -94,8 +93,8 @@ def number(value):
 
 
 def score(value):
-    """The form of a number that may be unknown: null in JSON, NaN elsewhere."""
-    return "" if value is None or isinstance(value, float) and math.isnan(value) else number(value)
+    """The form of a number that may be unknown, null in JSON and NaN elsewhere, or infinite, as a loss is."""
+    return "" if value is None or isinstance(value, float) else number(value)
 
 
 def text(value, most=LONGEST_TEXT):
@@ -193,6 +192,7 @@ FACTS = {  # of a model: what checkpoints and exported files share
     "data_fingerprint?": class_name,
 }
 EXPORTED = {**FACTS, "batch": integer(0, LARGEST_SIDE), "int8?": bool}
+KEPT = {name: FACTS[name] for name in ("config?", "classes")}  # of these, what a user names
 CHECKPOINT = {**FACTS, "spec": dict, "model": {str: tensor}, "backbone_sha256?": class_name}
 LOGGED = {"epoch": integer(1), "seconds": number, "val_miou": score}  # of a row of history.jsonl, to compare
 ROW = {  # to go on with
@@ -202,7 +202,7 @@ ROW = {  # to go on with
     "per_class_iou": [score],
 }
 RESUMED = {  # what last.pth has beside CHECKPOINT
-    "config": settings,
+    "config": dict,
     "epoch": integer(0),
     "optimizer": {"state": dict, "param_groups": [dict]},
     "scaler": dict,
@@ -210,7 +210,7 @@ RESUMED = {  # what last.pth has beside CHECKPOINT
     "history": [ROW],
     "counts": or_none(tensor),
     "random": dict,
-    "progress": or_none({"batches": integer(0), "images": integer(0), "sums": {str: number},
+    "progress": or_none({"batches": integer(0), "images": integer(0), "sums": {str: score},
                          "counts": tensor}),
     "origins": {str: or_none(text)},
     "processes": integer(1, 1 << 16),

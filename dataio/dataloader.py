@@ -204,7 +204,7 @@ def naming_files(*loaders):
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         text, lost = str(error), not isinstance(error, RuntimeError)
         died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)", text)
         if not died and not lost:

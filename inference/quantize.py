@@ -2,9 +2,10 @@
 
     quantize(Path("model.xml"), Path("model_int8.xml"), like, images, validate, max_drop=0.005)
 
-Weights and activations of the layers become 8-bit integers, their ranges measured on images; SmoothQuant
-(Xiao et al., ICML 2023) moves the outliers of a transformer's activations into its weights first. Where the
-score drops too far, the layers that cost most are brought back to floating point, one after the other.
+Weights and activations of the layers become 8-bit integers, their ranges measured on images (weights use
+7 of the 8 bits, see below); SmoothQuant (Xiao et al., ICML 2023) moves the outliers of a transformer's
+activations into its weights first. Where the score drops too far, the layers that cost most are brought back
+to floating point, one after the other.
 """
 import logging
 

@@ -70,11 +70,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 
 def as_jpeg(picture, width=None):
-    """Return a picture, (H, W, 3) uint8 or a file, as a data URL of a JPEG at most `width` pixels wide."""
-    if isinstance(picture, np.ndarray):
-        image = Image.fromarray(picture)
-    else:
-        image = Image.open(picture, formats=["PNG"]).convert("RGB")
+    """Return a picture (H, W, 3) uint8 as a data URL of a JPEG at most `width` pixels wide."""
+    image = Image.fromarray(picture)
     if width and image.width > width:
         image = image.resize(
             (width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS
@@ -132,13 +129,14 @@ def picture_rows(rows):
 def report_page(result, figures, worst, confused):
     """Return the whole page.
 
-    result: as in metrics.json. figures: [(caption, picture file)]. worst, confused: rows as in picture_rows.
+    result: as in metrics.json. figures: [(caption, picture)]. worst, confused: rows as in picture_rows.
     """
     facts = [f"<div>{label}<b>{number(result[key])}</b></div>" for key, label in SCORES.items()]
     low, high = result["miou_interval"]
     protocol = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>"
                        for key, value in result["protocol"].items())
     absent = escape(", ".join(result["absent"]))
+    curves = "".join(figure(caption, picture, 1400) for caption, picture in figures)
     title = f"{result['protocol']['dataset']} {result['protocol']['split']}: mIoU {number(result['miou'])}"
     sections = [
         f"<h1>{escape(title)}</h1>",
@@ -148,7 +146,7 @@ def report_page(result, figures, worst, confused):
         f"<p>Absent from truth and prediction, left out of the means: {absent}.</p>" if absent else "",
         "<h2>Classes</h2>", class_table(result["per_class"]),
         "<h2>Curves and confusion</h2>",
-        f'<div class="figures">{"".join(figure(caption, file, 1400) for caption, file in figures)}</div>',
+        f'<div class="figures">{curves}</div>',
         f"<h2>The {len(worst)} worst images</h2>", picture_rows(worst),
         "<h2>Most confused classes</h2>", picture_rows(confused),
         "<h2>Protocol</h2>", f'<div class="scroll"><table>{protocol}</table></div>']
@@ -159,15 +157,15 @@ def report_page(result, figures, worst, confused):
 
 
 def existing_figures(folder, names):
-    """Return [(caption, file)] of the pictures {file name: caption} that a folder holds; says which of them
-    are damaged.
+    """Return [(caption, picture (H, W, 3) uint8)] of the PNG files {name: caption} that a folder holds; says
+    which of them are damaged.
     """
     found = []
     for path, caption in ((Path(folder) / name, caption) for name, caption in names.items()):
         if path.is_file():
             try:
-                as_jpeg(path)
-                found.append((caption, path))
+                picture = Image.open(path, formats=["PNG"]).convert("RGB")
+                found.append((caption, np.asarray(picture)))
             except (OSError, ValueError, SyntaxError) as error:
                 print(f"{path} is damaged ({error}): the report goes without it")
     return found

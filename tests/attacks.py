@@ -779,6 +779,11 @@ def copied(world, change):
     return prepare
 
 
+def with_classes(world, lines):
+    """Return a function that copies the data set to an attack's folder and writes another classes.txt."""
+    return copied(world, lambda folder: (folder / "data/classes.txt").write_text(lines))
+
+
 # --- names --------------------------------------------------------------------------------------------------
 CLASS_NAMES = [
     "$\\foo$", "$x^2$", "$", "$$", "\\frac", "_nolegend_", "a" * 5000, "<script>alert(1)</script>", "{x}",
@@ -791,33 +796,15 @@ CLASS_NAMES = [
 def class_names(world, rng):
     """Names of classes in classes.txt and in --classes."""
     for name, (script, flags) in itertools.product(CLASS_NAMES, on_data(world)[:2]):
-        yield Attack(
-            "class_names",
-            script,
-            flags,
-            copied(
-                world,
-                lambda folder, name=name: (folder / "data/classes.txt").write_text(
-                    f"background 0 0 0\n{name} 255 0 0\nb 0 255 0\n"
-                ),
-            ),
-        )
+        lines = f"background 0 0 0\n{name} 255 0 0\nb 0 255 0\n"
+        yield Attack("class_names", script, flags, with_classes(world, lines))
         yield Attack(
             "class_names", script, [*flags, "--classes", "background", name, "b"],
             copied(world, lambda folder: (folder / "data/classes.txt").unlink()),
         )
     for count, (script, flags) in itertools.product((0, 1, 2, 254, 255, 256, 300, 5000), on_data(world)[:2]):
-        yield Attack(
-            "class_names",
-            script,
-            flags,
-            copied(
-                world,
-                lambda folder, count=count: (folder / "data/classes.txt").write_text(
-                    "".join(f"name {index}\n" for index in range(count))
-                ),
-            ),
-        )
+        lines = "".join(f"name {index}\n" for index in range(count))
+        yield Attack("class_names", script, flags, with_classes(world, lines))
 
 
 FILE_NAMES = [

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import resource
 import shutil
 import subprocess
 import sys
@@ -33,12 +32,17 @@ QUICK = (
 )
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="attacks use what Linux has: /dev/full, fork")
+
+
+@on_linux
 def test_attacks_are_survived():
     command = [sys.executable, "tests/attacks.py", "--each", "1", "--seed", "5", "--family", *QUICK.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and ", 0 not survived" in done.stdout.splitlines()[-1], done.stdout[-3000:]
 
 
+@on_linux
 @pytest.mark.long
 def test_ten_attacks_of_every_family_are_survived():
     command = [sys.executable, "tests/attacks.py", "--each", "10", "--seed", "6"]
@@ -88,6 +92,7 @@ def test_every_setting_takes_its_choices_and_refuses_other_types(name):
         (schema.number, math.inf, ": inf is no finite number"),
         (schema.number, 10**400, None),
         (schema.score, math.nan, ""),
+        (schema.score, math.inf, ""),  # a loss in half precision
         (schema.score, None, ""),
         (schema.class_list, [["a", [1, 2, 256]]], "[0][1][2]: 256 is no integer from 0 to 255"),
         (schema.class_list, [], ": 0 classes, and 1 to 254 can be"),
@@ -112,6 +117,13 @@ def test_what_is_wrong_is_named(form, value, wrong):
 def test_errors_are_one_line_whatever_they_hold():
     assert one_line("a\nb\x1b[31m\udce9é名") == r"a\nb\x1b[31m\udce9é名"
     assert len(one_line("x" * 10**6)) < 1300
+
+
+def test_what_a_checkpoint_could_not_hold_is_refused_before_training(tmp_path, run):
+    flags = ["--recipe", "demo", "--train-images", "4", "--epochs", "1", "--out-dir", str(tmp_path / "a\nb")]
+    code, _, err = run(train, *flags)
+    assert code == 2 and "no checkpoint can hold config.out_dir: '" in err and "is no text of" in err
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 # --- what no failure may cost -----------------------------------------------------------------------------
@@ -180,6 +192,7 @@ def items(count=4, side=100):
 
 @pytest.mark.parametrize("kind", ["plenty", "few files", "raised", "long name", "full", "read-only"])
 def test_workers_are_left_out_where_the_machine_cannot_have_them(monkeypatch, kind):
+    resource = pytest.importorskip("resource")
     files = {"few files": (40, 60), "raised": (40, 4096)}.get(kind, (4096, 4096))
     free, set_to = 50_000 if kind == "full" else 1 << 20, []
     monkeypatch.setattr(resource, "getrlimit", lambda which: files)

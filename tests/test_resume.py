@@ -337,8 +337,11 @@ def test_the_ends_of_workers_are_told_apart(text, reason):
     with pytest.raises(InputError, match="no file") as error, loading.naming_files():
         raise RuntimeError(text)
     assert reason in str(error.value)
-    with pytest.raises(RuntimeError, match="other"), loading.naming_files():
-        raise RuntimeError("other")
+    with pytest.raises(InputError, match="a process that loads data died"), loading.naming_files():
+        raise ConnectionResetError
+    for other in (RuntimeError("other"), BrokenPipeError("other")):  # `train.py | head` breaks a pipe
+        with pytest.raises(type(other), match="other"), loading.naming_files():
+            raise other
 
 
 @pytest.mark.long
