@@ -30,8 +30,8 @@ def parse_args(argv=None):
     parser.add_argument("--images", type=positive_int, default=100,
                         help="training images of it; infer, smooth: frames of a clip (100)")
     parser.add_argument("--input", metavar="FILE", help="infer: a clip")
-    parser.add_argument("--imgsz", nargs=2, type=image_side, default=(640, 640), metavar=("H", "W"),
-                        help="size that images are brought to (640 640)")
+    parser.add_argument("--imgsz", nargs=2, type=image_side, metavar=("H", "W"), help="size that images are "
+                        "brought to (640 640); infer: a size to compare too, beside that of training")
     parser.add_argument("--backbone", type=backbone_name, default="dinov2_vits14", metavar="NAME",
                         help="train, memory: as in train.py (dinov2_vits14)")
     parser.add_argument("--weights", default="auto", help="train, memory: as in train.py (auto)")
@@ -49,7 +49,10 @@ def parse_args(argv=None):
                         help="memory: of a drawn GeoTIFF of NxN pixels that is segmented in tiles (4000)")
     parser.add_argument("--small", action="store_true", help="gpu: a tenth of the work, also on a CPU")
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.mode != "infer":
+        args.imgsz = args.imgsz or (640, 640)
+    return args
 
 
 if __name__ == "__main__":
@@ -92,7 +95,7 @@ from datasets import STREETS, load_data
 from gpu_cases import Cases
 from inference.backends import BACKENDS, is_installed
 from inference.gpu import FramesOnGpu, Paint
-from inference.predictor import Predictor, Protocol, make_protocol, views_of
+from inference.predictor import Predictor, Protocol, choose_protocol, make_protocol, views_of
 from inference.rasters import MaskFile, save_polygons, segment
 from inference.smooth import Smoother
 from inference.video import Pipeline, VideoReader, VideoWriter, at_once, draw_rate
@@ -546,8 +549,9 @@ class Kept:
         return keep
 
 
-def model_rate(predictor, size, batch_size, calls=5):
-    """Return images/s of the network alone on images of `size`, the best of a few calls."""
+def model_rate(predictor, batch_size, calls=5):
+    """Return images/s of the network alone at the size of its protocol, the best of a few calls."""
+    size = predictor.protocol.window
     images = torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=predictor.device)
 
     def once():
@@ -578,6 +582,11 @@ def benchmark_infer(args):
     if args.exported:
         other = Predictor(*load_model(args.exported), device)
         predictors[other.model.name] = other
+    if args.imgsz:
+        model, checkpoint = load_model(args.model)
+        backend = backends[:2][-1]  # OpenVINO if it is there
+        other = Predictor(model, checkpoint, device, choose_protocol(checkpoint, args.imgsz), backend)
+        predictors["{}, {}x{}".format(backend, *args.imgsz)] = other
     table = [color for _, color in first.classes]
     kept, alone = {}, {name: [] for name in predictors}
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
@@ -604,7 +613,7 @@ def benchmark_infer(args):
                          ahead=int(gpu)).run(segment)
 
         def network(name):
-            alone[name].append(model_rate(predictors[name], first.protocol.window, args.batch_size))
+            alone[name].append(model_rate(predictors[name], args.batch_size))
 
         variants = {"plain loop": plain}
         for name in predictors:

@@ -118,11 +118,14 @@ class World:
             self.command("export", "--model", self.best, "--format", kind, "--out", path)
 
     def command(self, script, *flags):
-        """Run a script. Raises CalledProcessError."""
-        subprocess.run(
-            [sys.executable, f"{script}.py", *map(str, flags)], cwd=ROOT, check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        """Run a script in a process of its own. Raises RuntimeError where it fails."""
+        folder = self.root / "built"
+        folder.mkdir(exist_ok=True)
+        process = os.fork()
+        if process == 0:
+            carry_out(Attack("world", script, flags, folder=folder))
+        if os.waitpid(process, 0)[1]:
+            raise RuntimeError(f"{script}.py failed: {Path(f'{folder}.output').read_text()}")
 
     def files(self):
         """Return {path: (size, time of change)} of all files."""

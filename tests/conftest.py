@@ -133,12 +133,26 @@ def run(monkeypatch, capsys):
     return call
 
 
+def call(module, *flags, plots=False):
+    """Run a script's main with flags, as a fixture of a whole file can; `plots`: draw them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags)])
+        if not plots:
+            leave_out_plots(patch)
+        assert not module.main()
+
+
+def leave_out_plots(patch):
+    """Leave out the plots of training runs and check.png, half a second each."""
+    patch.setattr(visualize, "plot_run", lambda *args: None)
+    patch.setattr(check_data, "draw", lambda *args: None)
+
+
 @pytest.fixture(autouse=True)
 def plots(request, monkeypatch):
-    """Leave out the plots of training runs and check.png, half a second each; fixtures' runs are drawn."""
+    """Draw plots only in tests that are marked so."""
     if not request.node.get_closest_marker("plots"):
-        monkeypatch.setattr(visualize, "plot_run", lambda *args: None)
-        monkeypatch.setattr(check_data, "draw", lambda *args: None)
+        leave_out_plots(monkeypatch)
 
 
 HUBCONF = """

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_images, tiny, write_folder
+from conftest import ROOT, call, random_images, tiny, write_folder
 from PIL import Image
 
 import evaluate
@@ -45,14 +45,10 @@ def trained(tmp_path_factory):
     ]
     flags += ["--imgsz", *SIZE, "--epochs", 3, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
     flags += ["--out-dir", place]
-    made = [["train.py", *flags]]
+    call(train, *flags)
     for kind, batch in (("onnx", 0), ("openvino", 1), ("torchscript", 2)):
-        made.append(["export.py", "--model", place / "best_model_iou.pth", "--format", kind])
-        made[-1] += ["--batch-size", batch]
-    for module, command in zip((train, export, export, export), made, strict=True):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [str(part) for part in command])
-            assert not module.main()
+        model = ["--model", place / "best_model_iou.pth"]
+        call(export, *model, "--format", kind, "--batch-size", batch)
     return place
 
 

@@ -28,7 +28,7 @@ def build(arch, **options):
 
 
 @pytest.mark.parametrize("arch", ["fcn_resnet50", "deeplabv3_resnet101"])
-@pytest.mark.parametrize("size", [(64, 64), (45, 71)], ids=str)
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.long), (45, 71)], ids=str)
 def test_torchvision_networks_give_torchvisions_logits(arch, size):
     net = build(arch).eval()
     plain = getattr(segmentation, arch)(weights=None, weights_backbone=None, num_classes=3).eval()

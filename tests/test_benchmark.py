@@ -53,11 +53,12 @@ def test_infer_compares_the_same_frames(tmp_path, run, monkeypatch):
     torch.save(pack_checkpoint(tiny(), classes, (28, 42)), tmp_path / "m.pth")
     flags = ["--model", tmp_path / "m.pth", "--device", "cpu", "--rounds", 1, "--out-dir", tmp_path]
     clip = write_clip(tmp_path / "clip.mp4", 7)
-    code, _, err = run(benchmark, "infer", *flags, "--input", clip, "--batch-size", 2)
+    code, _, err = run(benchmark, "infer", *flags, "--input", clip, "--batch-size", 2, "--imgsz", 14, 28)
     assert code == 0, err
     result = json.loads((tmp_path / "benchmark_infer.json").read_text())
     equal = {row["name"]: row["equal"] for row in result["rows"]}
-    assert list(equal) == ["plain loop", "torch, float32", "torch", "onnxruntime"]
+    assert list(equal) == ["plain loop", "torch, float32", "torch", "onnxruntime", "onnxruntime, 14x28"]
+    assert equal.pop("onnxruntime, 14x28") < 1
     assert result["frames"] == 7 and all(share > 0.9 for share in equal.values())
     assert equal["torch, float32"] == 1 and equal["onnxruntime"] > 0.9999  # float32 too, the same pixels
     assert run(benchmark, "infer", *flags)[0] == 2  # which clip?

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
+from conftest import call, write_folder
 from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.metrics import jaccard_score
@@ -22,13 +22,6 @@ from models.weights import hash_model_file
 
 SHORT = ["--imgsz", "28", "42", "--epochs", "2", "--lr", "0.001", "--batch-size", "4", "--workers", "0"]
 TINY = ["--backbone", "vit_tiny", "--head", "bn", "--weights", "none", "--unfreeze", "all"]
-
-
-def call(module, *arguments):
-    """Run a script's main with arguments, as a module fixture can."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, arguments)])
-        module.main()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """demo.py: what it computes, and the page in a real browser without a window."""
+import importlib
 import shutil
 import socket
 import subprocess
@@ -13,12 +14,17 @@ import torch
 from conftest import ROOT, tiny, write_folder
 from PIL import Image
 
-import demo
 import visualize
 from checkpoint import load_model, pack_checkpoint
 from inference.predictor import Predictor
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("big dog", (0, 255, 0))]
+
+
+@pytest.fixture
+def demo():
+    """The module, whose gradio takes seconds to import: in the process that runs these tests alone."""
+    return importlib.import_module("demo")
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def model_file(tmp_path):
     return tmp_path / "model.pth"
 
 
-def test_what_is_shown_is_what_the_predictor_says(tmp_path, model_file):
+def test_what_is_shown_is_what_the_predictor_says(demo, tmp_path, model_file):
     path = next((write_folder(tmp_path / "data", count=1) / "images").iterdir())
     predictor = Predictor(*load_model(model_file), "cpu")
     drawn, shares = demo.segment(predictor, path, 0.4)
@@ -40,7 +46,7 @@ def test_what_is_shown_is_what_the_predictor_says(tmp_path, model_file):
     assert shares == {name: (pred == id).mean() for id, (name, _) in enumerate(CLASSES) if (pred == id).any()}
 
 
-def test_without_gradio_and_with_a_wrong_flag_it_is_one_line(run, monkeypatch):
+def test_without_gradio_and_with_a_wrong_flag_it_is_one_line(demo, run, monkeypatch):
     monkeypatch.setattr(demo, "gradio", None)
     code, _, err = run(demo)
     assert code == 2 and "demo.py needs the package gradio: pip install gradio" in err
@@ -90,7 +96,7 @@ def wait_for(found, seconds=60):
 
 
 @pytest.mark.long
-def test_an_image_dropped_into_a_browser(tmp_path, served, model_file):
+def test_an_image_dropped_into_a_browser(demo, tmp_path, served, model_file):
     """The page shows the overlay that the predictor gives, pixel by pixel, and its shares."""
     port, command = served
     paths = sorted((write_folder(tmp_path / "data", count=1) / "images").iterdir())

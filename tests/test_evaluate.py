@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, blocks, load, random_images, write_folder, write_pair, write_tree
+from conftest import ROOT, blocks, call, load, random_images, write_folder, write_pair, write_tree
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -50,9 +50,7 @@ def trained(tmp_path_factory):
         "--lr",
         5e-4,
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train.py", *map(str, flags)])
-        train.main()
+    call(train, *flags)
     return data, out
 
 

@@ -30,7 +30,9 @@ def sizes_of(module, kind):
 
 
 @pytest.mark.parametrize("head", list(HEADS))
-@pytest.mark.parametrize("size", [(70, 98), (61, 90), (14, 14), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "size", [pytest.param((70, 98), marks=pytest.mark.long), (61, 90), (14, 14), (1, 1)], ids=str
+)
 def test_every_head_gives_logits_of_any_image_and_gradients_to_all_it_holds(head, size):
     net = tiny(head=head, unfreeze="all").train()
     logits = net(random_images(2, 3, *size))

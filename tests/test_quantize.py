@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, write_folder
+from conftest import call, tiny, write_folder
 from PIL import Image
 
 import evaluate
@@ -63,12 +63,10 @@ def trained(tmp_path_factory):
     """A folder with data/ and a model that was trained on it."""
     place = tmp_path_factory.mktemp("quantized")
     write_folder(place / "data", count=12)
-    command = ["train.py", "--dataset", "folder", "--data-root", place / "data", "--backbone", "vit_tiny",
-               "--unfreeze", "all", "--imgsz", 42, 56, "--epochs", 4, "--batch-size", 4, "--workers", 0,
-               "--device", "cpu", "--head", "bn", "--out-dir", place]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(part) for part in command])
-        assert not train.main()
+    flags = ["--dataset", "folder", "--data-root", place / "data", "--backbone", "vit_tiny", "--unfreeze",
+             "all", "--imgsz", 42, 56, "--epochs", 4, "--batch-size", 4, "--workers", 0, "--device", "cpu",
+             "--head", "bn", "--out-dir", place]
+    call(train, *flags)
     return place
 
 

@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import real_data, write_folder
+from conftest import call, real_data, write_folder
 from PIL import Image
 
 import evaluate
@@ -67,12 +67,9 @@ def evaluated(tmp_path_factory):
     data = write_folder(root / "data", count=8)
     flags = ["--dataset", "folder", "--data-root", data, "--out-dir", root, "--backbone", "vit_tiny"]
     flags += ["--unfreeze", "all", "--imgsz", 28, 42, "--epochs", 1, "--workers", 0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train.py", *map(str, flags)])
-        train.main()
-        more = ["--model", root / "best_model_iou.pth", "--out-dir", root, "--report", "--split", "train"]
-        patch.setattr("sys.argv", ["evaluate.py", *map(str, more)])
-        evaluate.main()
+    call(train, *flags, plots=True)
+    more = ["--model", root / "best_model_iou.pth", "--out-dir", root, "--report", "--split", "train"]
+    call(evaluate, *more)
     place = root / "evaluation"
     return (
         (place / "report.html").read_text(encoding="utf-8"),

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_folder
+from conftest import ROOT, call, write_folder
 from kill import same_run
 
 from dataio import dataloader as loading
@@ -48,10 +48,7 @@ def straight(data, tmp_path_factory):
     def get(*more):
         if more not in runs:
             out = tmp_path_factory.mktemp("straight")
-            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-                patch.setattr("sys.argv", ["train.py", *map(str, flags_of(data, out, *more))])
-                utils.run_main(train.main)
-            assert stop.value.code == 0
+            call(train, *flags_of(data, out, *more))
             runs[more] = out
         return runs[more]
 
@@ -80,7 +77,9 @@ def send(number):
     [
         (1, signal.SIGTERM, ()),
         pytest.param(4, signal.SIGINT, ("--workers", 2), marks=pytest.mark.long),
-        (3, signal.SIGINT, ("--accumulate", 2, "--batch-size", 2)),
+        pytest.param(
+            3, signal.SIGINT, ("--accumulate", 2, "--batch-size", 2), marks=pytest.mark.long
+        ),
         pytest.param(2, signal.SIGTERM, ("segformer",), marks=pytest.mark.long),  # drops paths at random
         (3, signal.SIGTERM, ("--steps", 8, "--train-images", 5)),  # an epoch ends within a pass
         (4, signal.SIGTERM, ("--head", "split-detail", "--split-blocks", 1, "--unfreeze", 2,

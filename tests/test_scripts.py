@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, blocks, load, real_data, write_folder
+from conftest import ROOT, blocks, call, load, real_data, write_folder
 from PIL import Image
 from test_video import write_clip
 
@@ -79,10 +79,7 @@ def train_flags(data, out, *more):
 def trained(tmp_path_factory):
     """A folder data set and a finished run of two epochs: (data, out)."""
     data, out = write_folder(tmp_path_factory.mktemp("data"), count=10), tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr("sys.argv", ["train.py", *map(str, train_flags(data, out, "--epochs", 2))])
-        utils.run_main(train.main)
-    assert stop.value.code == 0
+    call(train, *train_flags(data, out, "--epochs", 2), plots=True)
     return data, out
 
 
