@@ -37,6 +37,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="attacks use what 
 
 @on_linux
 def test_attacks_are_survived():
+    """Slow, since its process imports torch and trains what is attacked."""
     command = [sys.executable, "tests/attacks.py", "--each", "1", "--seed", "5", "--family", *QUICK.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and ", 0 not survived" in done.stdout.splitlines()[-1], done.stdout[-3000:]

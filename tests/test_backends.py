@@ -30,7 +30,9 @@ KINDS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with data/, a model that was trained on it, and its exported forms."""
+    """A folder with data/, a model that was trained on it, and its exported forms, for which torch's ONNX
+    exporter takes most of the seconds.
+    """
     place = tmp_path_factory.mktemp("exported")
     write_folder(place / "data", count=10)
     flags = [
@@ -269,6 +271,7 @@ except Exception as error:
 
 
 def test_three_lines_in_another_program_that_has_modules_of_the_same_names(trained, tmp_path):
+    """In a process of its own, which imports torch and ONNX Runtime anew."""
     files = [ROOT, trained / "best_model_iou.pth", trained / "data/images/00.png",
              trained / "best_model_iou.onnx"]
     done = subprocess.run([sys.executable, "-c", HUB, *map(str, files)], cwd=tmp_path, capture_output=True,

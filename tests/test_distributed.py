@@ -39,6 +39,7 @@ def flags(data, out, batch_size, *more):
     pytest.param(("--unfreeze", 1, "--cache-features", "CACHE", "--cache-views", 2), id="tokens",
                  marks=pytest.mark.long)])
 def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path, run, more):
+    """Slow, since torchrun and both of its processes import torch."""
     data = write_folder(tmp_path / "data", count=15)  # 12 train, 3 validate: an odd number for two
     more = [tmp_path / "cache" if flag == "CACHE" else flag for flag in more]
     two = torchrun(2, *flags(data, tmp_path / "two", 2, *more))

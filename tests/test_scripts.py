@@ -600,6 +600,7 @@ def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
+    """In a process of its own, the only one whose signals are those of a terminal."""
     clip = write_clip(tmp_path / "clip.mp4", 1000)
     process = subprocess.Popen(
         [
