@@ -251,10 +251,11 @@ def main():
             text = json.dumps(utils.finite(dict(facts, int8=True)))
             with naming_file(path):
                 written, more = write_int8(written, text, args, data, paths, facts)
+        megabytes = total_size(written) / 1e6
         for file in written.parent.iterdir():
             if file.is_file():
                 shutil.move(file, path.parent / file.name)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images of {size[0]}x{size[1]}, "
+    print(f"{path}: {megabytes:.1f} MB, images of {size[0]}x{size[1]}, "
           f"batches of {args.batch_size or 'any size'}; {'before INT8 ' * args.int8}it agrees with PyTorch "
           f"in {said} (float32)")
     if args.int8:
