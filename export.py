@@ -114,6 +114,19 @@ def agreement(model, path, images):
     return torch.stack(same).mean().item()
 
 
+@contextmanager
+def naming_file(path):
+    """Context in which an error of OpenVINO or TorchScript, of a full disk too, is an InputError with a file.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if utils.is_out_of_memory(error):
+            raise
+        raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try another "
+                         "--format") from None
+
+
 # --- INT8 -------------------------------------------------------------------------------------------------
 def calibration_images(paths, protocol, batch):
     """Return [(batch, 3, h, w) uint8 numpy] of image files as the network sees them under a Protocol: the
@@ -181,7 +194,8 @@ def write_int8(written, text, args, data, paths, facts):
     def miou(model):
         return compare([model], dataset, facts, protocol)[0][0]
 
-    quantize(written, target, text, like, images, miou, most)
+    with naming_file(target.name):
+        quantize(written, target, text, like, images, miou, most)
     (before, after), same = compare([like, load_model(target)[0]], dataset, facts, protocol)
     line = (f"mIoU on {count_of(len(dataset), 'validation image')} {before:.4f} -> {after:.4f}, the same "
             f"class in {100 * same:.2f} % of the pixels")
@@ -205,19 +219,6 @@ def total_size(path):
 
 
 # --- the command ------------------------------------------------------------------------------------------
-@contextmanager
-def naming_file(path):
-    """Context in which an error of OpenVINO or TorchScript, of a full disk too, is an InputError with a file.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if utils.is_out_of_memory(error):
-            raise
-        raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try another "
-                         "--format") from None
-
-
 def main():
     """Export, check, move into place."""
     args = parse_args()
@@ -249,8 +250,7 @@ def main():
             )
         if args.int8:
             text = json.dumps(utils.finite(dict(facts, int8=True)))
-            with naming_file(path):
-                written, more = write_int8(written, text, args, data, paths, facts)
+            written, more = write_int8(written, text, args, data, paths, facts)
         megabytes = total_size(written) / 1e6
         for file in written.parent.iterdir():
             if file.is_file():

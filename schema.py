@@ -8,6 +8,7 @@ of which those with `?` may be missing, {str: form} = a dict of any texts, or a 
 wrong with a value, "" = nothing. A dict may hold more than is asked for: later versions add entries.
 """
 import argparse
+import math
 
 import torch
 
@@ -93,8 +94,13 @@ def number(value):
 
 
 def score(value):
-    """The form of a number that may be unknown, null in JSON and NaN elsewhere, or infinite, as a loss is."""
-    return "" if value is None or isinstance(value, float) else number(value)
+    """The form of a number that may be unknown: null in JSON, NaN elsewhere."""
+    return "" if value is None or isinstance(value, float) and math.isnan(value) else number(value)
+
+
+def loss(value):
+    """The form of a score that may be infinite too, as losses in half precision are."""
+    return "" if isinstance(value, float) else score(value)
 
 
 def text(value, most=LONGEST_TEXT):
@@ -188,7 +194,7 @@ FACTS = {  # of a model: what checkpoints and exported files share
     "config?": settings,
     "protocol?": PROTOCOL,
     "epoch?": integer(0),
-    "metrics?": {str: lambda value: "" if isinstance(value, list) else score(value)},
+    "metrics?": {str: lambda value: "" if isinstance(value, list) else loss(value)},
     "data_fingerprint?": class_name,
 }
 EXPORTED = {**FACTS, "batch": integer(0, LARGEST_SIDE), "int8?": bool}
@@ -197,7 +203,8 @@ CHECKPOINT = {**FACTS, "spec": dict, "model": {str: tensor}, "backbone_sha256?":
 LOGGED = {"epoch": integer(1), "seconds": number, "val_miou": score}  # of a row of history.jsonl, to compare
 ROW = {  # to go on with
     **LOGGED,
-    **{f"{part}_{name}": score for part in ("train", "val") for name in ("loss", "accuracy", "miou")},
+    **{f"{part}_{name}": loss if name == "loss" else score
+       for part in ("train", "val") for name in ("loss", "accuracy", "miou")},
     "val_dice": score,
     "per_class_iou": [score],
 }
@@ -210,7 +217,7 @@ RESUMED = {  # what last.pth has beside CHECKPOINT
     "history": [ROW],
     "counts": or_none(tensor),
     "random": dict,
-    "progress": or_none({"batches": integer(0), "images": integer(0), "sums": {str: score},
+    "progress": or_none({"batches": integer(0), "images": integer(0), "sums": {str: loss},
                          "counts": tensor}),
     "origins": {str: or_none(text)},
     "processes": integer(1, 1 << 16),

@@ -54,7 +54,7 @@ def test_ten_attacks_of_every_family_are_survived():
 def test_what_is_written_is_as_its_form_says():
     """A form that refuses what this version writes would lose work."""
     packed = pack_checkpoint(tiny(), CLASSES, (28, 28), config=dataclasses.asdict(TrainConfig()), epoch=3)
-    packed["metrics"] = dict(miou=math.nan, loss=None, dice=0.5)
+    packed["metrics"] = dict(miou=math.nan, loss=math.inf, dice=0.5)
     assert schema.check(schema.CHECKPOINT, packed, "m.pth") is packed
     assert schema.fault(schema.SPEC, packed["spec"]) == ""
     for kind, tta in (("whole", ""), ("slide", "ms,flip"), ("tile", "flip")):
@@ -93,7 +93,10 @@ def test_every_setting_takes_its_choices_and_refuses_other_types(name):
         (schema.number, math.inf, ": inf is no finite number"),
         (schema.number, 10**400, None),
         (schema.score, math.nan, ""),
-        (schema.score, math.inf, ""),  # a loss in half precision
+        (schema.score, math.inf, ": inf is no finite number"),
+        (schema.loss, math.inf, ""),
+        (schema.loss, None, ""),
+        (schema.loss, "x", ": 'x' is no finite number"),
         (schema.score, None, ""),
         (schema.class_list, [["a", [1, 2, 256]]], "[0][1][2]: 256 is no integer from 0 to 255"),
         (schema.class_list, [], ": 0 classes, and 1 to 254 can be"),
