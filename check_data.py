@@ -245,17 +245,20 @@ def decode(data, source, report):
 
 def check_registered(data, report):
     """Report masks that are not as those of a registered data set; `data` has no classes then."""
-    wrong = [sample for sample in data.samples if data.masks[sample].values is None
-             or (data.table[data.masks[sample].values] == OUTSIDE).any()]
+    values = {sample: stored(data.masks[sample], data.table) for sample in data.samples}
+    wrong = [sample for sample, found in values.items()
+             if found is None or (data.table[found] == OUTSIDE).any()]
     if not wrong:
         return
-    path, mask = wrong[0].mask, data.masks[wrong[0]]
-    if mask.values is None:
+    path, mask, found = wrong[0].mask, data.masks[wrong[0]], values[wrong[0]]
+    if found is None and len(data.table) > 65536:
+        text = f"{path} holds class numbers, {data.name} has masks painted in colors"
+    elif found is None:
         text = (f"{path} is painted in colors, {data.name} has masks of class numbers; for masks in colors "
                 "of your own, give --dataset folder")
     else:
-        outside = data.table[mask.values] == OUTSIDE
-        text = outside_message(path, mask.values[outside], mask.counts[outside], data.table)
+        outside = data.table[found] == OUTSIDE
+        text = outside_message(path, found[outside], mask.counts[outside], data.table)
     report.problem(f"{{mask holds|masks hold}} values that are no class: {text}",
                    [sample.mask for sample in wrong])
     data.classes = data.table = None

@@ -35,6 +35,10 @@ PROTOCOL = {  # of validation
     "fit": "whole image resized to {}x{}, scored at the size of each mask, 255 ignored",
     "native": "tiles of {}x{} at the image's own resolution, one by one, 255 ignored",
 }
+NUMBERS = (  # the code that decides the numbers of a run
+    "train.py", "config.py", "datasets.py", "engine.py", "losses.py", "metrics.py", "model.py", "utils.py",
+    "dataio/*.py", "models/*.py",
+)
 SAVE_MINUTES = 10  # the most that is lost where the power fails
 OFFICIAL_NAME = re.compile(r"(dinov2_vit[sblg]14)_(voc2012|ade20k)_(linear|ms)")
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2/{backbone}/{name}_head.pth"
@@ -44,6 +48,7 @@ OFFICIAL_PROTOCOLS = {  # of the configurations published beside the heads
     "ms": dict(window=(640, 640), slide=True, stride=(320, 320), scales=(1.0, 1.32, 1.73, 2.28, 3.0),
                flip=True),
 }
+OF_BACKBONE = {"arch", "backbone", "aux_weight", "num_classes"}  # options with no part in a head
 # The same architectures in timm: a trained checkpoint runs where the hub code is not at hand.
 TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_patch14",
               "dinov2_vitl14": "vit_large_patch14", "dinov2_vitg14": "vit_giant_patch14"}
@@ -194,8 +199,11 @@ def load_head(model, path):
     for name, value in checkpoint["model"].items():
         part, _, inner = name.partition(".")
         parts.setdefault(part, {})[inner] = value
-    for flag in ("head", "layers", "normalize", *(["split_blocks"] if model.head.copies_blocks() else [])):
-        theirs, ours = getattr(spec, flag) or spec.arch, getattr(model.spec, flag)
+    free = {*OF_BACKBONE, *([] if model.head.copies_blocks() else ["split_blocks"])}
+    flags = [field.name for field in dataclasses.fields(spec) if field.name not in free]
+    for flag in sorted(flags, key=lambda flag: flag != "head"):  # the blocks differ with the head
+        theirs, ours = getattr(spec, flag), getattr(model.spec, flag)
+        theirs = spec.arch if flag == "head" and not theirs else theirs
         if theirs != ours:
             raise InputError(f"--head-weights {path} was trained with --{flag.replace('_', '-')} {theirs}, "
                              f"and this run has {ours}: give both the same")
@@ -313,7 +321,7 @@ class Run:
                              ) from None
         for name, now in circumstances.items():
             if now != saved.get(name, now):
-                print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ a little")
+                print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ")
         if self.settings["epochs"] != saved["config"]["epochs"] and self.settings["scheduler"] != "none":
             epochs = count_of(self.settings["epochs"], "epoch")
             print(f"note: the learning rate follows {epochs} from here on")
@@ -334,13 +342,14 @@ class Run:
             self.so_far = lambda: self.progress
 
     def circumstances(self):
-        """Return what may change when a run is resumed, but moves its last digits."""
+        """Return what may change when a run is resumed, but moves its numbers."""
         return dict(device=str(self.model.mean.device), precision=str(self.optimization.precision),
-                    torch=str(torch.__version__), hub_code=self.origins.get("hub_code"))
+                    torch=str(torch.__version__), hub_code=self.origins.get("hub_code"),
+                    code=utils.hash_code(*NUMBERS))
 
     def write_config(self):
         """Write config.json: all settings, what the run depends on, where it runs."""
-        facts = dict(self.settings, **self.facts, **self.origins,
+        facts = dict(self.settings, **self.facts, **self.origins, code=utils.hash_code(*NUMBERS),
                      protocol=PROTOCOL[self.settings["train_scale"]].format(*self.settings["imgsz"]),
                      class_names=[name for name, _ in self.classes], images=self.images,
                      parameters=self.model.parameter_counts(),
@@ -377,8 +386,9 @@ class Run:
 
     def end_epoch(self, row, counts):
         """Note an epoch, its row of the history and confusion counts, and save it; return whether it is the
-        best so far.
+        best so far. Raises TypeError, with nothing written, for a row that is not of plain values.
         """
+        row = json.loads(json.dumps(row))  # numpy's numbers pass for Python's until a checkpoint is read
         self.history.append(row)
         self.counts = counts
         self.so_far = self.progress = None

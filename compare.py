@@ -54,6 +54,7 @@ from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images,
 from models.weights import hash_model_file
 
 REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
+ASIDE = {"cache_images", "extra", "workers", "patience", "log", "resume", "out_dir", "device"}  # as these may
 ROUNDS = 12  # timed forward passes of each model, after two that are not
 
 
@@ -98,11 +99,11 @@ class Run:
         """Return all settings `but` some as text, equal for the runs of one model."""
         if not self.config:
             return str(self.folder)
-        shared = {name: value for name, value in self.config.items() if name in FIELDS and name not in but
-                  and (name in ("data_root", "epochs") or not FIELDS[name].metadata.get("may_change"))}
         protocol, config = self.metrics["protocol"], self.config
+        shared = {name: config.get(name, utils.finite(field.default)) for name, field in FIELDS.items()
+                  if name not in {*but, *ASIDE}}
         scored = [protocol[name] for name in ("views", "split", "dataset")]
-        trained = [config.get(name) for name in ("processes", "data_fingerprint")]
+        trained = [config.get(name) for name in ("processes", "data_fingerprint", "extra_fingerprint")]
         return repr((shared, self.model.name, scored, trained, config.get("fold", ())[1:]))
 
 
@@ -124,6 +125,8 @@ class Column:
         seeds = {}
         for run in runs:
             seeds.setdefault(run.config.get("seed"), []).append(run)
+        if len({run.config.get("code") for run in runs} - {None}) > 1:
+            print(f"note: {self.folders()} count as one model, but the code was changed between them")
         tables = [self.one_seed(part) for part in seeds.values()]
         self.names = tables[0][0]
         for names, counts, _ in tables:

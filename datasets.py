@@ -239,8 +239,13 @@ def classes_in(sample, source):
 
 
 def check_trainable(source):
-    """Raise InputError where the training masks hold no two classes. Reads until it has found two."""
+    """Raise InputError where a part is empty, or the training masks hold no two classes; reads until it has
+    found two.
+    """
     samples, found = source.splits["train"], set()
+    if not source.splits["val"]:
+        raise InputError(f"{source.name} has no validation image: complete the data set, or split what it "
+                         "has with --resplit")
     if not samples:
         raise InputError(f"{source.name} has no training image of its own: complete the data set, or correct "
                          "its lists")
@@ -255,8 +260,8 @@ def check_trainable(source):
 
 def without_leaks(source):
     """Return a DataSource that trains on no validation or test image, with a note where it did."""
-    val = {sample.image for split in ("val", "test") for sample in source.splits.get(split, [])}
-    kept = [sample for sample in source.splits["train"] if sample.image not in val]
+    val = {sample.image.resolve() for split in ("val", "test") for sample in source.splits.get(split, [])}
+    kept = [sample for sample in source.splits["train"] if sample.image.resolve() not in val]
     leaks = len(source.splits["train"]) - len(kept)
     if not leaks:
         return source
@@ -300,8 +305,11 @@ def without_background(source):
 
 def check_source(source, classes):
     """Raise InputError where a DataSource decodes masks to an id that is not a class, has other classes than
-    DATASETS says (None: whatever it has), or names that no checkpoint may hold.
+    DATASETS says (None: whatever it has), names that no checkpoint may hold, or other parts than it should.
     """
+    if missing := {"train", "val"} - source.splits.keys():
+        raise InputError(f"--dataset {source.name} has no part called {' or '.join(sorted(missing))}: its "
+                         "function has to name one, if only an empty one")
     if wrong := schema.class_list(source.classes):
         raise InputError(f"--dataset {source.name}: its class{wrong}; correct the class list")
     if classes is not None and [name for name, _ in classes] != [name for name, _ in source.classes]:

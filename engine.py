@@ -95,20 +95,18 @@ def lr_lambda(scheduler, total_steps, steps_per_epoch):
 
 
 # --- optimizer --------------------------------------------------------------------------------------------
-def is_pretrained(name):
-    """Return whether a parameter is the backbone's, or of a copy of its blocks: the `tail` of a head."""
-    return name.startswith("backbone.") or ".tail." in name
-
-
-def backbone_scale(scale):
-    """Return f(name of a parameter) -> factor on its learning rate: `scale` where it is_pretrained or 1."""
-    return lambda name: scale if is_pretrained(name) else 1.0
+def backbone_scale(model, scale):
+    """Return f(name of a parameter) -> factor on its learning rate: `scale` where it is one of
+    Segmenter.pretrained(), else 1.
+    """
+    pretrained = model.pretrained()
+    return lambda name: scale if name in pretrained else 1.0
 
 
 def parameter_groups(model, lr, weight_decay, lr_scale=lambda name: 1.0):
     """Return optimizer groups of the parameters that train; `base_lr` is what the schedule multiplies.
 
-    lr_scale: a pure function name -> factor on lr, such as backbone_scale(0.1) or a decay per layer. Three
+    lr_scale: a pure function name -> factor on lr, such as that of backbone_scale or a decay per layer. Three
     groups at each learning rate: weights with weight decay, weights of norms (one dimension) and biases
     without.
     """

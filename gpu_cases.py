@@ -124,7 +124,7 @@ class Cases:
 
     def optimization(self, model, precision):
         """Return the Optimization of a training."""
-        groups = engine.parameter_groups(model, LR, 0.01, engine.backbone_scale(0.1))
+        groups = engine.parameter_groups(model, LR, 0.01, engine.backbone_scale(model, 0.1))
         return engine.Optimization(engine.OPTIMIZERS["adamw"](groups), precision)
 
     def training(self, unfreeze, cache=None, compiled=False):

@@ -21,10 +21,16 @@ def at_least_float32(logits):
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def per_pixel(loss):
-    """Mark a loss as a mean over pixels: it is taken a block at a time, and takes class weights."""
-    loss.per_pixel = True
+def weighted(loss):
+    """Mark a loss that makes use of class weights: --class-weights is refused for others."""
+    loss.weighted = True
     return loss
+
+
+def per_pixel(loss):
+    """Mark a loss as a mean over pixels that is `weighted`: it is taken a block at a time."""
+    loss.per_pixel = True
+    return weighted(loss)
 
 
 @per_pixel
@@ -115,24 +121,19 @@ class Criterion:
 
     def __init__(self, name, class_weights=None):
         self.names, self.class_weights = name.split("+"), class_weights
-        self.per_pixel = all(is_per_pixel(LOSSES[part]) for part in self.names)
+        self.per_pixel = all(hasattr(LOSSES[part], "per_pixel") for part in self.names)
 
     def __call__(self, logits, masks):
         terms = {name: LOSSES[name](logits, masks, self.class_weights) for name in self.names}
         return sum(terms.values()), terms
 
 
-def is_per_pixel(loss):
-    """Return whether a loss is marked as a mean over pixels, which takes class weights."""
-    return getattr(loss, "per_pixel", False)
-
-
 def check_class_weights(loss, name):
     """Raise InputError where class weights `name` would have no effect on the loss called `loss`."""
-    weighted = [key for key, function in LOSSES.items() if is_per_pixel(function)]
-    if name != "none" and not set(weighted) & set(loss.split("+")):
-        raise InputError(f"--class-weights acts on {' and '.join(weighted)}, and --loss {loss} has none of "
-                         f"them: leave it out, or add one (such as --loss {weighted[0]}+dice)")
+    takers = [key for key, function in LOSSES.items() if hasattr(function, "weighted")]
+    if name != "none" and not set(takers) & set(loss.split("+")):
+        raise InputError(f"--class-weights acts on {' and '.join(takers)}, and --loss {loss} has none of "
+                         f"them: leave it out, or add one (such as --loss {takers[0]}+dice)")
 
 
 # --- mask classification -----------------------------------------------------------------------------------

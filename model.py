@@ -22,11 +22,15 @@ import torch
 from torch import nn
 
 import utils
-from models.backbones import Features, build_backbone
+from models.backbones import Features, Tail, build_backbone, origin_code
 from models.baselines import build_baseline
 from models.heads import HEADS
 from models.logits import geometry_of, pad
 from models.weights import hash_state
+
+
+# Options that the features of a backbone do not depend on: caches of them are shared by all their values.
+OF_HEADS = {"layers", "head", "split_blocks", "aux_weight", "num_classes"}
 
 
 @dataclass
@@ -133,8 +137,11 @@ class Segmenter(SegmentationModel):
 
     def part_facts(self, parts):
         """Return {part: what it depends on beside the image at the size of training, as plain values}."""
-        shared = dict(backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
-                      std=self.std.flatten().tolist())
+        code = utils.hash_code("model.py", "models/backbones.py", "models/logits.py")
+        options = {field.name: getattr(self.spec, field.name) for field in dataclasses.fields(self.spec)
+                   if field.name not in OF_HEADS and getattr(self.spec, field.name) != field.default}
+        shared = dict(options, backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
+                      std=self.std.flatten().tolist(), code=[code, origin_code(self.spec.backbone)])
         whole, facts = None, {}
         for part in parts:
             kind, _, block = part.partition(" ")
@@ -149,6 +156,12 @@ class Segmenter(SegmentationModel):
         """Compile backbone and head (torch.compile) the first time each is called."""
         self.backbone.features = torch.compile(self.backbone.features)
         self.head.compile()
+
+    def pretrained(self):
+        """Return the names of the parameters of the backbone and of the copies of its blocks in the head."""
+        parts = {"backbone": self.backbone, **{name: module for name, module in self.named_modules()
+                                               if isinstance(module, Tail)}}
+        return {f"{prefix}.{name}" for prefix, part in parts.items() for name, _ in part.named_parameters()}
 
     def parameter_counts(self):
         """Return (trained, all) numbers of parameters."""

@@ -147,7 +147,8 @@ def fault_of_setting(field, value):
     items, default = list(value) if many else [value], list(field.default) if many else [field.default]
     types = {int: int, float: (int, float), bool: bool, str: str}.get(field.type, (int, str))
     if many:
-        types = int if options.get("type") or field.name == "layers" else str
+        types = (int, float) if float in map(type, field.default) else \
+            int if options.get("type") or field.name == "layers" else str
     for item in items:
         if not isinstance(item, types) or isinstance(item, bool) != (field.type is bool):
             return f": {shown(item)} is no value of it"
@@ -230,7 +231,9 @@ RUN = {  # config.json, as it is compared: names may be of another version
     "parameters": (integer(0), integer(0)),
     "images?": {str: integer(0)},
     "data_fingerprint?": class_name,
+    "extra_fingerprint?": class_name,
     "processes?": integer(1, 1 << 16),
+    "code?": class_name,
 }
 METRICS = {  # metrics.json of evaluate.py
     "protocol": {"imgsz": SIZE, "weights_sha256": class_name, "data_fingerprint?": class_name,

@@ -67,7 +67,7 @@ def build_training(config, num_classes, device):
     model = model.to(device)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    lr_scale = engine.backbone_scale(config.backbone_lr_scale)
+    lr_scale = engine.backbone_scale(model, config.backbone_lr_scale)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, lr_scale)
     optimizer = engine.OPTIMIZERS[config.optimizer](groups)
     return model, engine.Optimization(optimizer, utils.Precision(config.amp, device),
@@ -154,9 +154,8 @@ def check_effects(given, config, model):
     if "save_head_only" in given and (model.backbone.trains() or not model.backbone.pretrained):
         raise InputError("--save-head-only leaves out a backbone that can be had again, and this one "
                          f"{'trains' if model.backbone.trains() else 'is random'}: leave it out")
-    scaled = [name for name, parameter in model.named_parameters()
-              if parameter.requires_grad and engine.is_pretrained(name)]
-    if "backbone_lr_scale" in given and not scaled:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if "backbone_lr_scale" in given and not trained & model.pretrained():
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
     if model.head.tokens_alone and config.unfreeze != "all" and 0 < config.unfreeze <= config.split_blocks:
         raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} trains copies of "

@@ -3,6 +3,7 @@
     device = pick_device("auto")
     write_atomically("outputs/metrics.json", lambda path: path.write_text(text))
 """
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -383,6 +385,17 @@ def move(names, source, target):
     target.mkdir(parents=True, exist_ok=True)
     for name in sorted(names):
         (source / name).rename(target / name)
+
+
+@lru_cache
+def hash_code(*patterns):
+    """Return a short hash of source files of this code, such as "model.py" or "dataio/*.py": what they made
+    is kept under it, and made anew where they were changed.
+    """
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def run_facts(device):

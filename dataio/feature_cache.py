@@ -27,7 +27,8 @@ from dataio.dataloader import Batches, naming_files
 from distributed import barrier, local_rank, local_world_size
 from utils import is_out_of_memory, lock_file, write_atomically
 
-VERSION = 3  # of the format, and of how images are read
+VERSION = 3  # of the format
+OUTDATES = "contents", "reading", "code"  # facts that make an older cache of the same files useless
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images per pass of the backbone; halved while they do not fit
 SPARE = 1 << 28  # bytes of disk that stay free
 
@@ -190,9 +191,9 @@ def plan_files(model, parts, dataset, folder, precision, views):
 
 def file_facts(samples):
     """Return the hashes of a file list: its names, and its sizes and times of change."""
-    base = os.path.commonpath([path.parent for sample in samples for path in sample])
-    stats = [path.stat() for sample in samples for path in sample]
-    names = [os.path.relpath(path, base) for sample in samples for path in sample]
+    paths = [os.path.abspath(path) for sample in samples for path in sample]
+    base, stats = os.path.commonpath(map(os.path.dirname, paths)), list(map(os.stat, paths))
+    names = [os.path.relpath(path, base) for path in paths]
     changes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
             for key, value in (("names", names), ("contents", changes))}
@@ -233,17 +234,20 @@ def reserve(files, facts, folder):
 
 
 def remove_outdated(facts, folder):
-    """Remove a cache of the same files as they were before they changed."""
-    def same_but_contents(path):
+    """Remove a cache of the same files as they were, or as other code read them, before it changed."""
+    def lasting(known):
+        return {key: value for key, value in known.items() if key not in OUTDATES}
+
+    wanted = json.loads(json.dumps(facts))
+    for path in folder.glob("*.json"):
         try:
             other = json.loads(path.read_text())
-            return other.pop("contents") and other == json.loads(json.dumps(
-                {key: value for key, value in facts.items() if key != "contents"}))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return False
-
-    for path in filter(same_but_contents, folder.glob("*.json")):
-        print(f"the data set has changed: {path.with_suffix('.bin')} is removed and computed again")
+            if lasting(other) != lasting(wanted):
+                continue
+            changed = "data set" if other["contents"] != wanted["contents"] else "code"
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+        print(f"the {changed} has changed: {path.with_suffix('.bin')} is removed and computed again")
         for ending in (".json", ".bin", ".sums"):
             path.with_suffix(ending).unlink(missing_ok=True)
 

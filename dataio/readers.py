@@ -89,14 +89,15 @@ class DataSource:
         --extra where there is one.
         """
         pairs = [sample for samples in self.splits.values() for sample in samples]
-        paths, drawn = sorted({path for pair in pairs for path in pair}), drawn_folder()
+        paths, drawn = {absolute(path) for pair in pairs for path in pair}, absolute(drawn_folder())
         # the data may move as a whole, and masks that were drawn lie elsewhere
         base = os.path.commonpath([path.parent for path in paths if drawn not in path.parents])
 
         def name(path):
-            return str(path.relative_to(drawn)) if drawn in path.parents else os.path.relpath(path, base)
+            path = absolute(path)
+            return str(path.relative_to(drawn if drawn in path.parents else base))
 
-        files = [(name(path), path.stat().st_size) for path in paths]
+        files = [(name(path), path.stat().st_size) for path in sorted(paths, key=lambda one: Path(name(one)))]
         files.append(hashlib.sha256(self.table).hexdigest())
         splits = [(split, sorted(name(image) for image, _ in samples))
                   for split, samples in sorted(self.splits.items())]
@@ -105,6 +106,11 @@ class DataSource:
             facts["extra"] = [(image.name, image.stat().st_size, name(mask)) for image, mask in self.extra]
         return {f"{name}_fingerprint": hashlib.sha256(repr(part).encode()).hexdigest()[:16]
                 for name, part in facts.items()}
+
+
+def absolute(path):
+    """Return the absolute Path without `..`, however it was spelled; links are not followed."""
+    return Path(os.path.abspath(path))
 
 
 def drawn_folder():

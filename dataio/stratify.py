@@ -14,15 +14,16 @@ from tqdm import tqdm
 from config import IGNORE, InputError, count_of
 from dataio.readers import read_mask
 from dataio.scan import in_parallel, scan_image
-from utils import read_kept, write_atomically
+from utils import hash_code, read_kept, write_atomically
 
 SEQUENCE, PLACES = 8, 8  # images that make a sequence, and where two neighbors are compared
 ALIKE = 40  # bits of 256 in which the looks of neighboring frames may differ; of other images 75 to 140 do
 
 
 def digest_of_masks(samples, table):
-    """Return a SHA-256 over the names, sizes and times of the masks of Samples, and their table."""
+    """Return a SHA-256 over the names, sizes and times of the masks of Samples, and how they are read."""
     digest = hashlib.sha256(np.ascontiguousarray(table))
+    digest.update(hash_code("dataio/readers.py").encode())
     for sample in samples:
         facts = sample.mask.stat()
         digest.update(repr((str(sample.mask.resolve()), facts.st_size, facts.st_mtime_ns)).encode())
@@ -32,8 +33,8 @@ def digest_of_masks(samples, table):
 def count_pixels(samples, table, num_classes, cache_dir):
     """Return (N, K) int64: pixels of every class in the mask of every sample; read once, then from cache_dir.
 
-    The file kept is named by a hash over the masks' names, sizes and times and the table, so that a changed
-    data set is counted anew. Raises InputError for a mask that does not fit the table.
+    The file kept is named by a hash over the masks' names, sizes and times and how they are read, so that a
+    changed data set is counted anew. Raises InputError for a mask that does not fit the table.
     """
     digest = digest_of_masks(samples, table)
     kept = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"

@@ -10,7 +10,6 @@ Every item is a triple (image (3, h, w) uint8, mask (h, w) uint8, file name).
 import hashlib
 import math
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,20 +17,12 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from config import IGNORE
-from dataio import rasters, transforms, windows
 from dataio.dataloader import mixed_seed
 from dataio.readers import read_image, read_mask, read_orientation, read_pair, rotate_like
 from dataio.transforms import augment, continued, fingerprint, resize_image, wanted_size, window_starts
-from dataio.windows import read_native
+from dataio.windows import read_native, reading_code
 
 SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel of the image
-
-
-def code_hash():
-    """Return a hash of the code that windows and tiles depend on, and of whether rasterio is there."""
-    files = __file__, windows.__file__, rasters.__file__, transforms.__file__
-    code = [Path(file).read_bytes() for file in files] + [str(rasters.rasterio is not None).encode()]
-    return hashlib.sha256(b"".join(code)).hexdigest()[:16]
 
 
 class SegmentationDataset(Dataset):
@@ -61,7 +52,8 @@ class SegmentationDataset(Dataset):
 
     def facts(self):
         """Return a dict of all that the items depend on beside the files and the table."""
-        facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size))
+        facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size),
+                     reading=reading_code())
         if self.augments:
             facts.update(augment=fingerprint(self.augments), seed=self.seed)
         return facts
@@ -124,7 +116,7 @@ class WindowDataset(SegmentationDataset):
     def facts(self):
         """As of the base."""
         points = hashlib.sha256(np.ascontiguousarray(self.points)).hexdigest() if self.balance else ""
-        return dict(super().facts(), seed=self.seed, windows=[SCALES, self.balance, points, code_hash()])
+        return dict(super().facts(), seed=self.seed, windows=[SCALES, self.balance, points])
 
     def __getitem__(self, item):
         with self.drawing(item) as index:
@@ -173,7 +165,7 @@ class TileDataset(SegmentationDataset):
 
     def facts(self):
         """As of the base."""
-        return dict(super().facts(), tiles=code_hash())
+        return dict(super().facts(), tiles=True)
 
     def read(self, item):
         """Return image (3, h, w) and mask (h, w) of a tile."""

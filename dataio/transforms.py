@@ -247,13 +247,17 @@ def augment(image, mask, size, names):
     """Bring a training pair to `size` = (h, w) with the augmentations in `names`, in the order of AUGMENTS.
 
     image (3, H, W) uint8, mask (H, W) uint8 of any size -> both at `size`. Random numbers come from torch's
-    global generator.
+    global generator. Raises ValueError where an augmentation returns anything else.
     """
     steps = [step for name, step in AUGMENTS.items() if name in names]
     if not any(step.resizes for step in steps):
         image, mask = resize_image(image, size), resize_mask(mask, size)
     for step in steps:
         image, mask = step(image, mask, size)
+    forms = [(tuple(part.shape), part.dtype) for part in (image, mask)]
+    if forms != [((3, *size), torch.uint8), (tuple(size), torch.uint8)]:
+        raise ValueError(f"--augment {' '.join(names)} made image and mask {forms}: they have to be uint8 of "
+                         f"the size {tuple(size)}")
     return image, mask
 
 

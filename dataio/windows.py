@@ -25,14 +25,19 @@ from dataio.readers import (class_ids_of, read_image, read_mask, read_orientatio
 from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
 from dataio.transforms import PADDING_COLOR, resize_mask
-from utils import read_kept, write_atomically
+from utils import hash_code, read_kept, write_atomically
 
-VERSION = 1  # of what is kept of an image
 SPARE = 1 << 28  # bytes of disk that stay free
 POINTS = 16  # pixels of every class in every image that windows may be drawn around
 LARGE_BLOCK = 1 << 22  # pixels that a TIFF decodes at once, above which it is kept decoded
 OLD = 600  # seconds after which an unfinished file is a leftover
 NOTHING = (*PADDING_COLOR, IGNORE)
+
+
+def reading_code():
+    """Return a hash of the code that reads images and masks, and of whether rasterio is there."""
+    files = "readers", "rasters", "transforms", "windows", "torch_datasets"
+    return f"{hash_code(*(f'dataio/{name}.py' for name in files))} {rasterio is not None}"
 
 
 # --- one pair ---------------------------------------------------------------------------------------------
@@ -149,7 +154,7 @@ class WindowReader:
         """Return the file that holds a decoded pair; its name is a hash of all that it depends on."""
         sample = self.samples[index]
         facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sample]
-        how = VERSION, facts, self.sizes[index], is_raster(sample.image)
+        how = reading_code(), facts, self.sizes[index], is_raster(sample.image)
         state = hashlib.sha256(repr(how).encode() + self.table.tobytes())
         return self.folder / f"decoded-{state.hexdigest()[:16]}.npy"
 
@@ -192,7 +197,7 @@ class WindowReader:
         """
         state = digest_of_masks(self.samples, self.table)
         changes = [sample.image.stat().st_mtime_ns for sample in self.samples]
-        state.update(repr((VERSION, POINTS, num_classes, self.sizes, changes)).encode())
+        state.update(repr((reading_code(), POINTS, num_classes, self.sizes, changes)).encode())
         kept = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
         rows = read_kept(kept)
         if rows is not None and rows.ndim == 2 and rows.shape[1] == 4:

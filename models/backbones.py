@@ -10,6 +10,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -371,16 +372,23 @@ def origins(name, weights):
     file = None if weights in ("auto", "none") else Path(weights)
     if hub and weights == "auto":
         file = cached_file(dinov2_url(name))
-    code = hashlib.sha256()
-    for path in sorted(hub_folder().rglob("*.py")) if hub else []:
-        code.update(path.relative_to(hub_folder()).as_posix().encode() + path.read_bytes())
     found = file is not None and file.is_file()  # not needed where a run is resumed
     return dict(
         hub=":".join(hub_reference()) if hub else None,
-        hub_code=code.hexdigest()[:16] if hub else None,
+        hub_code=origin_code(name) if hub else None,
         weights_file=str(file) if found else None,
         weights_sha256=hash_files(file) if found else None,
     )
+
+
+def origin_code(name):
+    """Return which code a backbone is made of: a hash of torch.hub's, else the version of timm."""
+    if BACKBONES.get(name) is not build_hub:
+        return f"timm {version('timm')}"
+    code = hashlib.sha256()
+    for path in sorted(hub_folder().rglob("*.py")):
+        code.update(path.relative_to(hub_folder()).as_posix().encode() + path.read_bytes())
+    return code.hexdigest()[:16]
 
 
 def dinov2_url(name):

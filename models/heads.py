@@ -65,7 +65,7 @@ class Head(nn.Module):
         return cls(backbone.channels, spec.num_classes)
 
     def copies_blocks(self):
-        """Return whether it trains copies of the backbone's blocks, a module called `tail`."""
+        """Return whether it trains copies of the backbone's blocks, as a Tail."""
         return any(isinstance(module, Tail) for module in self.modules())
 
     def forward(self, features, size):

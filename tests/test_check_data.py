@@ -17,7 +17,7 @@ import check_data
 from config import DataOptions
 import datasets
 
-from dataio.readers import read_mask
+from dataio.readers import DataSource, Sample, pack_color, read_mask, value_table
 
 
 def check(run, root, out, *flags):
@@ -386,6 +386,28 @@ def test_painted_masks_of_a_registered_data_set(tmp_path, run):
     code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
     assert code == 1 and "is painted in colors, voc has masks of class numbers" in text
     assert "give --dataset folder" in text
+
+
+def test_a_registered_data_set_of_painted_masks(tmp_path, run, monkeypatch):
+    """As the data set of a researcher may be; then one mask has a color too many, and one has numbers."""
+    for index in range(8):
+        labels = blocks(20, 30, (0, 1), seed=index)
+        write_pair(tmp_path / f"data/{index}.png", tmp_path / f"data/m/{index}.png", labels)
+        Image.fromarray(painted(labels)).save(tmp_path / f"data/m/{index}.png")
+    colors = [tuple(int(part) for part in color) for color in painted(np.array([[0, 1]], np.uint8))[0]]
+    table = value_table({pack_color(*color): id for id, color in enumerate(colors)}, size=1 << 24)
+    samples = [Sample(tmp_path / f"data/{index}.png", tmp_path / f"data/m/{index}.png") for index in range(8)]
+    source = DataSource("mine", [("a", colors[0]), ("b", colors[1])],
+                        {"train": samples[:6], "val": samples[6:]}, table)
+    monkeypatch.setitem(datasets.DATASETS, "voc", (lambda *_: source, None))
+    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
+    assert code == 0, text
+    Image.new("RGB", (30, 20), (1, 2, 3)).save(samples[0].mask)
+    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
+    assert code == 1 and "0.png has the color (1, 2, 3) (600 pixels)" in text, text
+    Image.new("I;16", (30, 20), 300).save(samples[0].mask)
+    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
+    assert code == 1 and "0.png holds class numbers" in text, text
 
 
 @pytest.mark.parametrize("values", [(0, 1, 2), (0, 7, 8)])

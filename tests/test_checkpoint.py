@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import build, random_images, tiny, write_folder
@@ -13,7 +15,7 @@ import evaluate
 import export
 import train
 import utils
-from checkpoint import data_options, hash_backbone, load_model, pack_checkpoint, read_checkpoint
+from checkpoint import data_options, hash_backbone, load_head, load_model, pack_checkpoint, read_checkpoint
 from config import InputError
 from model import ModelSpec
 from models.backbones import build_backbone
@@ -63,6 +65,30 @@ def test_the_best_file_is_the_model_that_was_validated(name, tmp_path, run, monk
     scored = json.loads((tmp_path / "evaluation/metrics.json").read_text())
     assert scored["miou"] == pytest.approx(best["val_miou"], abs=3e-3)  # a tie or two may fall otherwise
     assert [row["iou"] for row in scored["per_class"]] == pytest.approx(best["per_class_iou"], abs=6e-3)
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), torch.tensor(0.5)], ids=["numpy", "tensor"])
+def test_a_new_score_of_another_type_costs_no_checkpoint(value, tmp_path, run, monkeypatch):
+    """numpy's float is a float to all but the reader of the file."""
+    original = engine.evaluate
+
+    def validate(model, *args, **options):
+        scores, matrix = original(model, *args, **options)
+        return dict(scores, new=value), matrix
+
+    monkeypatch.setattr(engine, "evaluate", validate)
+    data = write_folder(tmp_path / "data", count=4)
+    flags = ["--dataset", "folder", "--data-root", data, "--weights", "none", "--backbone", "vit_tiny"]
+    flags += ["--imgsz", 28, 28, "--epochs", 1, "--workers", 0, "--out-dir", tmp_path / "out"]
+    if torch.is_tensor(value):
+        with pytest.raises(TypeError, match="Tensor is not JSON"):
+            run(train, *flags)
+        assert not list((tmp_path / "out").glob("*.pth"))
+        return
+    code, _, err = run(train, *flags)
+    assert code == 0, err
+    for name in ("last.pth", "best_model_iou.pth"):
+        assert read_checkpoint(tmp_path / "out" / name)["metrics"]["new"] == 0.5
 
 
 # --- heads that want more ----------------------------------------------------------------------------------
@@ -290,6 +316,22 @@ def test_a_head_starts_from_a_trained_one(tmp_path, run, backbone_file):
     ):
         code, _, err = run(train, *flags, "--head-weights", first / "last.pth", *wrong, "--out-dir", tmp_path)
         assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_a_trained_head_is_taken_with_all_of_its_options(tmp_path):
+    """Those of a head that is written later too."""
+    fields = [("act", str, "gelu"), ("rate", float, 0.0)]
+    spec = dataclasses.make_dataclass("Spec", fields, bases=(ModelSpec,))
+    net, path = tiny(), tmp_path / "head.pth"
+    torch.save(pack_checkpoint(net, CLASSES, (28, 28)), path)
+    plain = net.spec
+    for options in (dict(act="tanh"), dict(rate=0.5)):
+        net.spec = spec(**dataclasses.asdict(plain), **options)
+        with (mock.patch("checkpoint.read_spec", lambda stored, path: spec(**dataclasses.asdict(plain))),
+              pytest.raises(InputError, match=f"trained with --{list(options)[0]} (gelu|0.0), and")):
+            load_head(net, path)
+    net.spec = dataclasses.replace(plain, split_blocks=1)  # it copies no blocks
+    assert load_head(net, path) == ["background", "cat", "dog"]
 
 
 @pytest.mark.parametrize(

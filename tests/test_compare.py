@@ -218,7 +218,10 @@ def test_seeds_with_and_without_a_class_are_averaged_one_by_one(tmp_path, run, u
 
 
 @pytest.mark.parametrize(
-    "other", [dict(processes=4), dict(data_fingerprint="x"), dict(fold=[1, 5]), dict(lr=2)], ids=str
+    "other",
+    [dict(processes=4), dict(data_fingerprint="x"), dict(fold=[1, 5]), dict(lr=2),
+     dict(extra="more", extra_fingerprint="x"), dict(epochs=2)],
+    ids=str,
 )
 @pytest.mark.long
 def test_runs_that_differ_in_more_than_their_seed_are_two_models(tmp_path, run, unmeasured, truths, other):
@@ -230,6 +233,19 @@ def test_runs_that_differ_in_more_than_their_seed_are_two_models(tmp_path, run, 
     same = write_run(tmp_path / "a-12", records, seed=3)
     code, text, _ = run(compare, folders[0], same, "--out-dir", tmp_path)
     assert table_of(text)[""] == ["a (b + h, random weights)"]
+
+
+def test_a_run_from_before_an_option_existed_had_its_default(tmp_path, run, unmeasured, truths):
+    """And a column of runs between which the code was changed says so."""
+    records = records_of(truths, truths)
+    known = dict(split_blocks=3, layers=[], code="x", workers=7, out_dir="elsewhere")
+    folders = [write_run(tmp_path / "a-1", records, seed=1),
+               write_run(tmp_path / "a-2", records, seed=2, **known)]  # fmt: skip
+    code, text, _ = run(compare, *folders, "--out-dir", tmp_path)
+    assert code == 0 and table_of(text)["seeds"] == ["2"] and "code was changed" not in text
+    folders.append(write_run(tmp_path / "a-3", records, seed=3, code="y"))
+    code, text, _ = run(compare, *folders, "--out-dir", tmp_path)
+    assert table_of(text)["seeds"] == ["3"] and "one model, but the code was changed between them" in text
 
 
 @pytest.mark.parametrize("kind", ["classes", "images", "masks"])

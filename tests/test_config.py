@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from config import RECIPES, REGISTRIES, InputError, TrainConfig, count_of, names, parse_train_args, resolve
+import schema
+from config import (RECIPES, REGISTRIES, InputError, TrainConfig, count_of, names, non_negative_float,
+                    parse_train_args, resolve, setting)
 from dataio.transforms import AUGMENTS
 from datasets import DATASETS
 from engine import lr_lambda
@@ -225,6 +227,14 @@ def test_a_run_of_steps_keeps_its_epochs_when_resumed():
     for name, value in (("steps", 60), ("fold", (1, 3))):
         with pytest.raises(InputError, match=f"--{name} is .* but the run to resume has [0(]"):
             resolve({name: value, "resume": True}, old)
+
+
+@pytest.mark.parametrize("default", [(0.1, 0.2), (1, 2)], ids=str)
+def test_a_new_setting_of_several_values_can_be_kept(default):
+    field = setting(default, "model", "", nargs="+", type=non_negative_float)
+    field.name, field.type = "rates", tuple
+    assert schema.fault_of_setting(field, list(default)) == ""
+    assert schema.fault_of_setting(field, [None]) != ""
 
 
 def test_augment_none_is_empty():

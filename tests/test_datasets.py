@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import datasets
 import model
 from config import InputError
 from dataio.classes import ADE20K
+from dataio.feature_cache import file_facts
 from dataio.torch_datasets import SegmentationDataset
 from dataio.transforms import resize_mask
 from dataio.dataloader import EpochSampler, make_loader
@@ -374,6 +376,37 @@ def test_fingerprints_tell_folders_and_decoding_apart(tmp_path):
         for split, sample in (("train", one), ("val", two))
     }
     assert DataSource("x", [], moved, index_table(2)).fingerprints() == a
+
+
+def test_a_file_is_the_same_however_its_path_is_spelled(tmp_path, monkeypatch):
+    """Else a model would be scored on images that it was trained on."""
+    for name in ("a", "b", "c"):
+        write_pair(tmp_path / f"s/{name}.png", tmp_path / f"s/m/{name}.png", blocks(8, 8, (0, 1)))
+    monkeypatch.chdir(tmp_path)
+
+    def samples(root, *names):
+        return [Sample(Path(root, f"{name}.png"), Path(root, "m", f"{name}.png")) for name in names]
+
+    sources = [DataSource("x", [], {"train": samples(root, "a", "b"), "val": samples("s", "b", "c")},
+                          index_table(2)) for root in ("s", "s/../s", tmp_path / "s")]
+    for source in sources:
+        kept = datasets.without_leaks(source)
+        assert [sample.image.name for sample in kept.splits["train"]] == ["a.png"] and len(kept.notes) == 1
+        assert source.fingerprints() == sources[0].fingerprints()
+        assert file_facts([*source.splits["train"], *source.splits["val"]])
+
+
+def test_a_data_set_without_a_part_is_refused(tmp_path, monkeypatch):
+    write_tree("aeroscapes", tmp_path)
+    whole = datasets.aeroscapes(tmp_path, None, False)
+    for splits, said in (
+        ({"train": whole.splits["train"], "valid": whole.splits["val"]}, "no part called val: its"),
+        ({"train": whole.splits["train"], "val": []}, "no validation image"),
+    ):
+        monkeypatch.setitem(datasets.DATASETS, "aeroscapes", (lambda *_, splits=splits: dataclasses.replace(
+            whole, splits=splits), None))
+        with pytest.raises(InputError, match=said):
+            datasets.check_trainable(load("aeroscapes", tmp_path))
 
 
 @pytest.mark.parametrize(("name", "gone"), [("aeroscapes", 0), ("pet", 1)])

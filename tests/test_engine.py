@@ -249,7 +249,7 @@ def test_short_runs_have_a_rate(scheduler):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_take_the_step_of_their_formula(name):
     net = tiny(unfreeze=1)
-    optimizer = OPTIMIZERS[name](parameter_groups(net, 1e-2, 0.1, backbone_scale(0.5)))
+    optimizer = OPTIMIZERS[name](parameter_groups(net, 1e-2, 0.1, backbone_scale(net, 0.5)))
     before = {id(p): p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
     for p in net.parameters():
         if p.requires_grad:
@@ -283,7 +283,7 @@ def test_norms_and_biases_are_not_decayed_and_groups_are_three_at_one_rate():
 
 def test_parameter_groups_cover_what_trains_once():
     net = tiny(unfreeze=2)
-    groups = parameter_groups(net, lr=1e-3, weight_decay=0.1, lr_scale=backbone_scale(0.5))
+    groups = parameter_groups(net, lr=1e-3, weight_decay=0.1, lr_scale=backbone_scale(net, 0.5))
     ids = [id(p) for group in groups for p in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in net.parameters() if p.requires_grad}
     head = {id(p) for p in net.head.parameters()}
@@ -294,6 +294,16 @@ def test_parameter_groups_cover_what_trains_once():
             if group["weight_decay"]
             else all(p.ndim == 1 for p in group["params"])
         )
+
+
+def test_the_lower_rate_is_of_the_backbone_and_of_copies_of_its_blocks_whatever_they_are_called():
+    net = tiny(head="split", unfreeze=2)
+    net.head.tail = nn.Conv2d(3, 3, 1)  # a new head may call its own layers so
+    copied = {f"head.split.tail.{name}" for name, _ in net.head.split.tail.named_parameters()}
+    backbone = {name for name, _ in net.named_parameters() if name.startswith("backbone.")}
+    assert copied and net.pretrained() == copied | backbone
+    rate = backbone_scale(net, 0.5)
+    assert rate("head.tail.weight") == 1 and {rate(name) for name in copied | backbone} == {0.5}
 
 
 # --- prediction -------------------------------------------------------------------------------------------

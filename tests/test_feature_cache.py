@@ -1,5 +1,6 @@
 """The feature cache: the same features, the same training, nothing computed twice, damage noticed."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from dataio.feature_cache import cache_features
 from dataio.transforms import AUGMENTS, ScaleCrop
 from config import InputError
 from dataio.torch_datasets import SegmentationDataset
-from model import CachedSegmenter
+from model import CachedSegmenter, ModelSpec
 from models.weights import hash_state
 from dataio.readers import Sample, index_table
 from utils import Precision
@@ -163,6 +164,34 @@ def test_whatever_the_features_depend_on_makes_another_cache(samples, tmp_path, 
     passes.clear()
     cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)  # the first one is still there
     assert not passes
+
+
+@pytest.mark.parametrize("where", ["dataio.windows.hash_code", "utils.hash_code", "model.origin_code"])
+def test_changed_code_makes_another_cache_in_place_of_the_old_one(
+    samples, tmp_path, passes, where, monkeypatch, capsys
+):
+    """Of what reads images, of the backbone, of torch.hub's DINOv2."""
+    folder = tmp_path / "cache"
+    cache_features(tiny(), training_set(samples), folder, FLOAT32)
+    before = set(folder.glob("map_*"))
+    passes.clear()
+    monkeypatch.setattr(where, lambda *files: "changed")
+    cache_features(tiny(), training_set(samples), folder, FLOAT32)
+    assert sum(passes) == 7 and "the code has changed" in capsys.readouterr().out
+    assert not before & set(folder.glob("map_*"))
+
+
+@pytest.mark.parametrize("part", ["map 5", "tokens 3"])
+def test_a_new_option_of_a_model_makes_another_cache_unless_it_has_its_default(samples, tmp_path, part):
+    def path(**options):
+        fields = [("scale", float, dataclasses.field(default=1.0))]
+        spec = dataclasses.make_dataclass("Spec", fields, bases=(ModelSpec,))
+        net = tiny()
+        if options:
+            net.spec = spec(**dataclasses.asdict(net.spec), **options)
+        return cache.plan_files(net, [part], training_set(samples), tmp_path, FLOAT32, 1)[0][0].path
+
+    assert path() == path(scale=1.0) != path(scale=8.0)
 
 
 def test_an_interrupted_cache_is_gone_on_with(samples, tmp_path, monkeypatch, passes):

@@ -16,6 +16,7 @@ from losses import (
     dice,
     focal,
     lovasz,
+    weighted,
 )
 
 EVERY = [*LOSSES, "focal+dice", "ce+dice", "lovasz+ce"]
@@ -127,13 +128,22 @@ def test_ignored_pixels_are_as_if_they_were_not_there(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_losses_are_finite_where_the_network_is_sure_and_wrong_or_right(name):
+    losses = []
     for guess in (0, 1):
         logits = torch.zeros(1, 2, 6, 6)
         logits[:, guess] = 300.0
         logits.requires_grad_()
         loss, _ = Criterion(name)(logits, torch.ones(1, 6, 6, dtype=torch.int64))
         loss.backward()
-        assert loss.isfinite() and logits.grad.isfinite().all() and (loss.item() < 1e-5) == (guess == 1)
+        assert loss.isfinite() and logits.grad.isfinite().all()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["ce", "focal", "dice", "lovasz"])
+def test_a_sure_and_right_network_loses_nothing(name):
+    logits = torch.tensor([-300.0, 300.0]).view(1, 2, 1, 1).expand(1, 2, 6, 6)
+    assert Criterion(name)(logits, torch.ones(1, 6, 6, dtype=torch.int64))[0].item() < 1e-5
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -160,6 +170,12 @@ def test_class_weights_need_a_loss_that_uses_them():
     check_class_weights("dice", "none")
     with pytest.raises(InputError, match="acts on ce and focal.*, and --loss dice has none of"):
         check_class_weights("dice", "median")
+
+
+def test_a_loss_over_regions_may_take_class_weights_too(monkeypatch):
+    monkeypatch.setitem(LOSSES, "wdice", weighted(lambda *args: dice(*args)))
+    check_class_weights("wdice", "enet")
+    assert not Criterion("wdice+ce").per_pixel and Criterion("ce+focal").per_pixel
 
 
 # --- class weights ----------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ def test_masks_keep_their_ids_their_place_and_255(names, size):
         assert out.shape == (3, *size) and labels.shape == size
         assert out.dtype == labels.dtype == torch.uint8
         assert set(labels.unique().tolist()) <= {*ids, 255}
-        if len(names) > 1:  # each alone says where pixels go; together they blur small parts
-            continue
+        plain = augment(image, mask, size, ())[1]
+        if len(names) > 1 or torch.equal(labels, plain):
+            continue  # those that leave pixels where they are may do with them what they like
         counted = labels != 255
         gray = out.float().mean(0)
         shades = torch.stack([gray[labels == id].median() for id in ids if (labels == id).any()])
@@ -73,10 +74,23 @@ def test_a_fingerprint_holds_every_parameter_of_an_augmentation(name, monkeypatc
     seen = {before}
     for field in dataclasses.fields(step):
         value = getattr(step, field.name)
-        other = tuple(2 * part for part in value) if isinstance(value, tuple) else repr(value)
+        other = (*value, 1) if isinstance(value, tuple) else repr(value)
         monkeypatch.setitem(AUGMENTS, name, dataclasses.replace(step, **{field.name: other}))
         seen.add(fingerprint((name,)))
     assert len(seen) == 1 + len(dataclasses.fields(step))
+
+
+@pytest.mark.parametrize("wrong", ["size", "type"])
+def test_an_augmentation_that_returns_something_else_is_stopped(wrong, monkeypatch):
+    """It would train at another size, or on images that are almost black."""
+    def step(image, mask, size):
+        return (image[:, ::2, ::2], mask[::2, ::2]) if wrong == "size" else (image / 255, mask)
+
+    step.resizes, step.zoom = False, 1.0
+    monkeypatch.setitem(AUGMENTS, "new", step)
+    with pytest.raises(ValueError, match="--augment new made image and mask .*have to be uint8"):
+        augment(torch.zeros(3, 60, 80, dtype=torch.uint8), torch.zeros(60, 80, dtype=torch.uint8), (48, 56),
+                ("new",))
 
 
 # --- each of them -----------------------------------------------------------------------------------------
