@@ -9,8 +9,8 @@
     python benchmark.py model                # the network alone, and its share of the arithmetic limit
     python benchmark.py gpu                  # all that a CUDA GPU changes, within nine minutes
 
-Absolute times depend on the machine and on what else it does; the ratios are what the README quotes. Prints
-a table and writes OUT_DIR/benchmark_<mode>.json.
+Absolute times depend on the machine and on what else it does; the ratios are what docs/evaluation.md quotes.
+Prints a table and writes OUT_DIR/benchmark_<mode>.json.
 """
 import os
 

@@ -49,7 +49,7 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import FIELDS, InputError, count_of
-from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images, mean_of_known,
+from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images, has_stalled, mean_of_known,
                      mean_over_images, miou_of_counts, paired_bootstrap, scores_of_counts, sum_groups)
 from models.weights import hash_model_file
 
@@ -200,7 +200,7 @@ def read_run(folder):
         return Run(folder, metrics, model, {}, [])
     config = schema.check(schema.RUN, read_json(folder / "config.json"), folder / "config.json")
     history = read_history(folder / "history.jsonl")
-    if len(history) < config["epochs"]:
+    if len(history) < config["epochs"] and not has_stalled(history, config.get("patience", 0)):
         epochs = count_of(config["epochs"], "epoch")
         raise InputError(f"{folder} has {len(history)} of its {epochs}: finish it first "
                          f"(python train.py --resume --out-dir {folder})")

@@ -394,7 +394,7 @@ RECIPES = {
                 dict(SMALL_BASELINE, dataset="pet", arch="fcn_resnet50")),
     "pet-segformer": ("Oxford-IIIT Pet, SegFormer-B0 from scratch (or --weights auto), 64x64",
                       dict(SMALL_BASELINE, dataset="pet", arch="segformer_b0")),
-    "pet-dinov2": ("Oxford-IIIT Pet at full size, frozen ViT-S/14 + bn: the sibling of pet-fcn",
+    "pet-dinov2": ("Oxford-IIIT Pet at 448x448, frozen ViT-S/14 + bn: the sibling of pet-fcn",
                    dict(DINOV2_FROZEN, dataset="pet", imgsz=(448, 448), batch_size=16, epochs=30)),
     "cityscapes-dinov2": ("Cityscapes at half its size, ViT-S/14 with its last two blocks trained (or "
                           "--unfreeze 0)",
@@ -456,11 +456,11 @@ def train_parser(description):
     return parser
 
 
-def add_model_flag(parser):
-    """Add --model, the same in every script that takes a trained model."""
+def add_model_flag(parser, exported=True):
+    """Add --model, the same in every script that takes a trained model, `exported` or not."""
     parser.add_argument("--model", default="outputs/best_model_iou.pth", metavar="FILE|NAME",
-                        help="checkpoint of train.py, file of export.py, or an official DINOv2 head such as "
-                        "dinov2_vits14_voc2012_linear (outputs/best_model_iou.pth)")
+                        help=f"checkpoint of train.py, {'file of export.py, ' * exported}or an official "
+                        "DINOv2 head such as dinov2_vits14_voc2012_linear (outputs/best_model_iou.pth)")
 
 
 def add_backend_flag(parser):

@@ -243,7 +243,7 @@ def check_trainable(source):
     found two.
     """
     samples, found = source.splits["train"], set()
-    if not source.splits["val"]:
+    if not source.splits.get("val"):
         raise InputError(f"{source.name} has no validation image: complete the data set, or split what it "
                          "has with --resplit")
     if not samples:
@@ -271,7 +271,7 @@ def without_leaks(source):
 
 def split_anew(source, options, cache_dir):
     """Return a DataSource with training and validation images pooled and split anew, stratified."""
-    samples = sorted({*source.splits["train"], *source.splits["val"]})
+    samples = sorted({*source.splits["train"], *source.splits.get("val", [])})
     pixels = count_pixels(samples, source.table, len(source.classes), cache_dir)
     splits, said = split_samples(samples, pixels, options.val_fraction, options.fold)
     notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate, {said}",
@@ -307,9 +307,9 @@ def check_source(source, classes):
     """Raise InputError where a DataSource decodes masks to an id that is not a class, has other classes than
     DATASETS says (None: whatever it has), names that no checkpoint may hold, or other parts than it should.
     """
-    if missing := {"train", "val"} - source.splits.keys():
-        raise InputError(f"--dataset {source.name} has no part called {' or '.join(sorted(missing))}: its "
-                         "function has to name one, if only an empty one")
+    if "train" not in source.splits or source.splits.keys() - {"train", "val", "test"}:
+        raise InputError(f"--dataset {source.name} has the parts {', '.join(source.splits)}: its function "
+                         "has to call them train, val and test (train may be empty)")
     if wrong := schema.class_list(source.classes):
         raise InputError(f"--dataset {source.name}: its class{wrong}; correct the class list")
     if classes is not None and [name for name, _ in classes] != [name for name, _ in source.classes]:

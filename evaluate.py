@@ -62,12 +62,11 @@ from dataio.stratify import blocks_of
 from dataio.torch_datasets import SegmentationDataset, images_for
 from datasets import load_data
 from inference.predictor import Predictor, choose_protocol, views_of
-from inference.report import existing_figures, report_page
+from inference.report import SCORES, existing_figures, report_page
 from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, FEW, bootstrap_interval, boundary_f1, counts_of,
                      group_images, mean_of_known, mean_over_images, miou_of_counts, sum_groups)
 from models.weights import hash_model_file, hash_state
 
-KEYS = ("miou", "mean_dice", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou", "boundary_f1")
 WORST, PAIRS = 20, 8  # images and pairs of classes that a report shows
 CURVES = {"loss.png": "loss", "accuracy.png": "pixel accuracy", "miou.png": "mIoU"}  # of the run
 FIGURES = {"per_class_iou.png": "IoU of every class", "confusion_matrix.png": "confusion matrix"}
@@ -214,17 +213,14 @@ def describe(args, data, split, samples, predictor):
 
 
 # --- output -----------------------------------------------------------------------------------------------
-SHOWN_OF_PROTOCOL = ("dataset", "split", "images", "classes", "ignore", "views", "precision", "scored",
-                     "boundary_tolerance", "weights_sha256")
-
-
 def protocol_line(protocol):
     """Return the protocol dict as one line."""
     return (
         f"protocol: {protocol['dataset']} {protocol['split']}, {protocol['images']} images, "
         f"{protocol['classes']} classes, ignore {protocol['ignore']}, {protocol['views']}, "
         f"{protocol['precision']}, {protocol['scored']}, boundary tolerance "
-        f"{protocol['boundary_tolerance']}, weights {protocol['weights_sha256']}"
+        f"{protocol['boundary_tolerance']}, files {protocol['data_fingerprint'][:8]} split "
+        f"{protocol['split_fingerprint'][:8]}, weights {protocol['weights_sha256']}"
     )
 
 
@@ -234,7 +230,7 @@ def print_scores(scores):
     print(f"mIoU {scores['miou']:.4f} (95 % interval over {scores['interval_over']} {low:.4f} to {high:.4f})")
     if scores["units"] < FEW:
         print(f"note: the interval over {scores['interval_over']} is much too narrow, it takes {FEW} or more")
-    print(", ".join(f"{key.replace('_', ' ')} {scores[key]:.4f}" for key in KEYS[1:]))
+    print(", ".join(f"{key.replace('_', ' ')} {scores[key]:.4f}" for key in [*SCORES][1:]))
     width = max(len(row["name"]) for row in scores["per_class"])
     columns = ("iou", "dice", "precision", "recall", "boundary_f1")
     print(" " * width + "".join(f"{column.replace('_', ' '):>13}" for column in columns) + "       pixels")

@@ -21,7 +21,7 @@ from config import add_model_flag, any_batch, image_side, names, positive_float,
 def parse_args(argv=None):
     """Return the flags."""
     parser = script_parser(__doc__)
-    add_model_flag(parser)
+    add_model_flag(parser, exported=False)
     parser.add_argument("--format", choices=names("format"), default="onnx", help="default: onnx")
     parser.add_argument("--imgsz", nargs=2, type=image_side, metavar=("H", "W"),
                         help="size of the images it takes (default: as trained)")
@@ -68,7 +68,7 @@ from dataio.torch_datasets import images_for
 from dataio.transforms import resize_image
 from dataio.windows import read_native_image
 from datasets import load_data
-from inference.backends import FORMATS, Graph, first_line
+from inference.backends import FORMATS, Graph, first_line, is_exported
 from inference.predictor import Predictor, choose_protocol, label_map, make_protocol, views_of
 from inference.quantize import import_nncf, quantize
 from metrics import ConfusionMatrix
@@ -223,6 +223,8 @@ def main():
     """Export, check, move into place."""
     args = parse_args()
     path = output_path(args)
+    if is_exported(args.model):
+        raise InputError(f"--model {args.model} is exported already: give the checkpoint of train.py (.pth)")
     model, checkpoint = load_model(args.model)
     size = tuple(args.imgsz or checkpoint["imgsz"])
     facts = {key: checkpoint[key] for key in PLAIN_KEYS if key in checkpoint}

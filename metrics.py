@@ -107,6 +107,11 @@ def best_row(history):
     return max(history, key=lambda row: row["val_miou"] if math.isfinite(row["val_miou"]) else -1.0)
 
 
+def has_stalled(history, patience):
+    """Return whether the last `patience` epochs of a history (0: never) brought no better val_miou."""
+    return bool(patience and history) and len(history) - best_row(history)["epoch"] >= patience
+
+
 # --- boundaries -------------------------------------------------------------------------------------------
 def boundary_f1(pred, truth, num_classes):
     """Return the boundary F1 of one image, (K,) float64; NaN for a class in neither pred nor truth, or

@@ -98,7 +98,8 @@ class Segmenter(SegmentationModel):
 
     def decode(self, features, geometry):
         """Features of images of `geometry` -> what the head returns."""
-        # the layout of tokens: heads are two to three times as fast in it, above all in bfloat16
+        # the layout of tokens: in bfloat16 heads are two to three times as fast in it, in float32 up to 1.6
+        # (but a U-Net trains 1.3 times as fast in the other)
         maps = [one if one.stride(1) == 1 else one.contiguous(memory_format=torch.channels_last)
                 for one in features]
         return self.head(Features(maps, features.tokens, features.images), geometry.padded)

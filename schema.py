@@ -227,6 +227,7 @@ RUN = {  # config.json, as it is compared: names may be of another version
     **dict.fromkeys(("weights", "arch", "backbone", "head", "device"), text),
     "seed": integer(0),
     "epochs": integer(1),
+    "patience?": integer(0),
     "fold?": [integer(1)],
     "parameters": (integer(0), integer(0)),
     "images?": {str: integer(0)},

@@ -47,7 +47,7 @@ from dataio.windows import WindowReader, check_room
 from datasets import check_trainable, load_data
 from distributed import init_distributed, is_main_process, main_process_first, rank, world_size
 from losses import Criterion, check_class_weights, class_weights
-from metrics import best_row
+from metrics import best_row, has_stalled
 from model import CachedSegmenter, ModelSpec, build_model
 from models.backbones import origins
 
@@ -345,11 +345,6 @@ def train_epochs(run, config, criterion, train_batches, val_batches, logs):
         if has_stalled(run.history, config.patience):
             print(f"{no_better(config)}: stopped after epoch {epoch} of {config.epochs}")
             return
-
-
-def has_stalled(history, patience):
-    """Return whether the last `patience` epochs (0: never) brought no better validation mIoU."""
-    return bool(patience and history) and len(history) - best_row(history)["epoch"] >= patience
 
 
 def no_better(config):

@@ -6,7 +6,7 @@ dataio/layout.py says which layouts are known, dataio/labels.py how classes are 
 """
 import numpy as np
 
-from config import IGNORE, InputError, count_of
+from config import IGNORE, DataOptions, InputError, count_of
 from dataio.annotations import find_masks
 from dataio.labels import class_pixels, decode_masks, in_order, says, stored
 from dataio.pairs import refuse_lonely
@@ -52,6 +52,9 @@ def folder(root, options, download=False):
     if "val" in splits and options.fold and not options.resplit:
         raise InputError(f"--fold has no effect, {root} has a validation part: add --resplit to split all "
                          "images anew")
+    if "val" in splits and not options.resplit and options.val_fraction not in (0, DataOptions.val_fraction):
+        notes.append(f"warning: --val-fraction has no effect, {root} has a validation part: add --resplit to "
+                     "split all images anew")
     if "val" not in splits and options.val_fraction and splits["train"]:
         train = splits["train"]
         counts = np.stack([pixels[sample] for sample in train])

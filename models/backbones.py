@@ -359,7 +359,7 @@ def load_hub_net(name):
     except Exception as error:  # whatever the code of another version or repository raises
         reason = str(error).split("\n")[0][:200]
         raise InputError(f"the DINOv2 code could not be loaded through torch.hub ({reason}): unpack "
-                         f"github.com/{repo} ({ref}) as {hub_folder()}, or choose another one: --backbone "
+                         f"github.com/{repo} ({ref}) as {hub_folder()}, or train another one: --backbone "
                          "timm/vit_small_patch14_dinov2.lvd142m, or --backbone vit_tiny --unfreeze all"
                          ) from None
 

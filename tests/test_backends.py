@@ -141,6 +141,8 @@ def test_backends_that_cannot_be(trained, tmp_path, run, monkeypatch):
     ):
         code, _, err = run(infer_image, *exported, *more)
         assert code == 2 and message in err and err.count("\n") == 1, err
+    code, _, err = run(export, "--model", trained / "best_model_iou.onnx", "--out", tmp_path / "again.onnx")
+    assert code == 2 and "is exported already" in err and err.count("\n") == 1, err
     code, _, err = run(infer_image, *flags, "--model", trained / "best_model_iou.pth", "--tta", "ms",
                        "--backend", "openvino")
     assert code == 2 and "at one size" in err and err.count("\n") == 1

@@ -248,6 +248,15 @@ def test_a_run_from_before_an_option_existed_had_its_default(tmp_path, run, unme
     assert table_of(text)["seeds"] == ["3"] and "one model, but the code was changed between them" in text
 
 
+@pytest.mark.parametrize("patience", [0, 1, 2])
+def test_a_run_that_stopped_by_its_patience_is_finished(tmp_path, run, unmeasured, truths, patience):
+    folder = write_run(tmp_path / "a", records_of(truths, truths), epochs=9, patience=patience)
+    rows = [dict(epoch=epoch, seconds=1, val_miou=0.5) for epoch in (1, 2)]
+    (folder / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    code, text, err = run(compare, folder, "--out-dir", tmp_path)
+    assert code == (0 if patience == 1 else 2) and ("has 2 of its 9 epochs" in err) == (patience != 1)
+
+
 @pytest.mark.parametrize("kind", ["classes", "images", "masks"])
 def test_what_cannot_be_ranked_is_refused(tmp_path, run, unmeasured, truths, kind):
     one = write_scores(tmp_path / "one", records_of(truths, truths))

@@ -400,13 +400,21 @@ def test_a_data_set_without_a_part_is_refused(tmp_path, monkeypatch):
     write_tree("aeroscapes", tmp_path)
     whole = datasets.aeroscapes(tmp_path, None, False)
     for splits, said in (
-        ({"train": whole.splits["train"], "valid": whole.splits["val"]}, "no part called val: its"),
+        ({"train": whole.splits["train"], "valid": whole.splits["val"]}, "has the parts train, valid: its"),
         ({"train": whole.splits["train"], "val": []}, "no validation image"),
+        ({"train": whole.splits["train"]}, "no validation image"),
+        ({"val": whole.splits["val"]}, "has the parts val: its function"),
     ):
         monkeypatch.setitem(datasets.DATASETS, "aeroscapes", (lambda *_, splits=splits: dataclasses.replace(
             whole, splits=splits), None))
         with pytest.raises(InputError, match=said):
             datasets.check_trainable(load("aeroscapes", tmp_path))
+    alone = {"train": whole.splits["train"]}  # the advice, followed
+    monkeypatch.setitem(datasets.DATASETS, "aeroscapes", (lambda *_: dataclasses.replace(
+        whole, splits=alone), None))
+    again = load("aeroscapes", tmp_path, cache_dir=tmp_path / "cache", resplit=True)
+    datasets.check_trainable(again)
+    assert sum(again.counts.values()) == len(alone["train"]) and all(again.counts.values())
 
 
 @pytest.mark.parametrize(("name", "gone"), [("aeroscapes", 0), ("pet", 1)])

@@ -119,7 +119,8 @@ def test_the_protocol_says_all_a_score_depends_on(trained, tmp_path, run):
     assert protocol["weights_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()[:16]
     line = next(line for line in text.splitlines() if line.startswith("protocol: "))
     for part in ("folder val", "2 images", "3 classes", "ignore 255", "window 42x56, stride 28x37", "flip",
-                 "float32", "0.75 % of the diagonal", protocol["weights_sha256"]):  # fmt: skip
+                 "float32", "0.75 % of the diagonal", protocol["data_fingerprint"][:8],
+                 protocol["split_fingerprint"][:8], protocol["weights_sha256"]):  # fmt: skip
         assert part in line
     _, other = score(run, tmp_path, "--model", model, "--imgsz", 28, 28, "--split", "train")
     assert other["protocol"]["views"] == "whole image at 28x28" and other["protocol"]["images"] == 8

@@ -472,6 +472,9 @@ def test_folds_of_a_clip_are_blocks_that_score_every_frame_once(tmp_path):
         (root / f"train_{kind}").rename(root / "train" / kind)
     with pytest.raises(InputError, match="--fold has no effect, .* has a validation part: add --resplit"):
         load("folder", root, fold=(1, 4))
+    for fraction, warned in ((0.2, False), (0.4, True), (0, False)):  # 0.2 is the default, 0 for scoring
+        notes = " ".join(load("folder", root, val_fraction=fraction).notes)
+        assert ("warning: --val-fraction has no effect" in notes) == warned
 
 
 def test_frames_of_a_clip_are_split_in_blocks(tmp_path):

@@ -18,6 +18,7 @@ from dataio import dataloader as loading
 from dataio import feature_cache
 from dataio import readers
 import checkpoint
+import metrics
 import train
 import utils
 from config import InputError, count_of
@@ -409,4 +410,4 @@ def test_patience_ends_a_run_that_no_longer_gets_better_and_more_of_it_continues
     ([0.2, 0.1, 0.2], 2, True), ([0.2, 0.1, 0.2], 0, False), ([float("nan")] * 3, 2, True)], ids=str)
 def test_a_run_has_stalled_after_epochs_without_a_better_miou(mious, patience, stalled):
     history = [dict(epoch=number, val_miou=miou) for number, miou in enumerate(mious, 1)]
-    assert train.has_stalled(history, patience) == stalled
+    assert metrics.has_stalled(history, patience) == stalled
