@@ -287,9 +287,9 @@ def test_what_may_not_change_on_resume_is_refused_and_what_may_is_named(data, st
     utils.save_checkpoint(dict(state, optimizer={"state": {}, "param_groups": []}), path)
     code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
     assert code == 2 and "last.pth does not fit the run" in err
-    utils.save_checkpoint(dict(state, torch="1.0"), path)
+    utils.save_checkpoint(dict(state, torch="1.0", code="abc"), path)
     code, out, _ = run(train, "--resume", "--epochs", 3, "--out-dir", tmp_path / "out")
-    assert code == 0 and "note: torch is" in out and "it was 1.0" in out
+    assert code == 0 and "note: torch is" in out and "it was 1.0" in out and "it was abc" in out
 
 
 @pytest.mark.plots

@@ -84,6 +84,10 @@ def test_pixels_are_counted_once_and_again_when_a_mask_or_the_table_changes(tmp_
     with monkeypatch.context() as patch:
         patch.setattr(stratify, "read_mask", None)  # reading would fail
         assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(stratify, "hash_code", lambda *files: "changed")
+        patch.setattr(stratify, "read_mask", lambda *_: np.zeros((2, 2), np.uint8))
+        assert count_pixels(samples, table, 3, tmp_path / "cache")[1].tolist() == [4, 0, 0]
     without_zero = index_table(3)
     without_zero[0] = 255
     assert count_pixels(samples, without_zero, 3, tmp_path / "cache")[:, 0].sum() == 0

@@ -132,6 +132,15 @@ def test_what_is_kept_is_of_these_files_and_of_this_table(tmp_path):
     assert (again == 255 - before).all()
 
 
+def test_what_is_kept_is_of_the_code_that_read_it(tmp_path, monkeypatch):
+    reader = WindowReader(samples_of(tmp_path, "png"), TABLE, tmp_path / "kept")
+    paths, points = {reader.kept_path(0)}, tmp_path / "points"
+    reader.points(3, points)
+    monkeypatch.setattr(windows, "hash_code", lambda *files: "changed")
+    reader.points(3, points)
+    assert len({*paths, reader.kept_path(0)}) == 2 == len(list(points.iterdir()))
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     samples = samples_of(tmp_path, "png")
     readers = [WindowReader(samples, TABLE, tmp_path / "kept") for _ in range(2)]
