@@ -290,6 +290,7 @@ class Run:
         if wrong := schema.fault(schema.KEPT, dict(config=self.settings, classes=self.classes)):
             raise InputError(f"no checkpoint can hold {wrong.lstrip('.')}: rename it")
         self.model, self.optimization, self.origins = model, optimization, origins or {}
+        self.code = utils.hash_code(*NUMBERS)  # now: it may be edited while the run goes on
         self.facts = dict(data.fingerprints(), processes=world_size())
         self.images = data.counts
         alone = settings["save_head_only"]
@@ -321,7 +322,7 @@ class Run:
                              ) from None
         for name, now in circumstances.items():
             if now != saved.get(name, now):
-                print(f"note: {name} is {now} now, it was {saved[name]}: numbers will differ")
+                print(f"note: {name} is {now} now, it was {saved[name]}: numbers may differ")
         if self.settings["epochs"] != saved["config"]["epochs"] and self.settings["scheduler"] != "none":
             epochs = count_of(self.settings["epochs"], "epoch")
             print(f"note: the learning rate follows {epochs} from here on")
@@ -342,14 +343,14 @@ class Run:
             self.so_far = lambda: self.progress
 
     def circumstances(self):
-        """Return what may change when a run is resumed, but moves its numbers."""
+        """Return what may change when a run is resumed, but may move its numbers."""
         return dict(device=str(self.model.mean.device), precision=str(self.optimization.precision),
                     torch=str(torch.__version__), hub_code=self.origins.get("hub_code"),
-                    code=utils.hash_code(*NUMBERS))
+                    code=self.code)
 
     def write_config(self):
         """Write config.json: all settings, what the run depends on, where it runs."""
-        facts = dict(self.settings, **self.facts, **self.origins, code=utils.hash_code(*NUMBERS),
+        facts = dict(self.settings, **self.facts, **self.origins, code=self.code,
                      protocol=PROTOCOL[self.settings["train_scale"]].format(*self.settings["imgsz"]),
                      class_names=[name for name, _ in self.classes], images=self.images,
                      parameters=self.model.parameter_counts(),

@@ -394,7 +394,7 @@ def hash_code(*patterns):
     """
     folder, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+        digest.update((path.relative_to(folder).as_posix() + path.read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from distributed import barrier, local_rank, local_world_size
 from utils import is_out_of_memory, lock_file, write_atomically
 
 VERSION = 3  # of the format
-OUTDATES = "contents", "reading", "code"  # facts that make an older cache of the same files useless
+MOVING = "contents", "reading", "code"  # facts in which a cache of the same files, once, may differ
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images per pass of the backbone; halved while they do not fit
 SPARE = 1 << 28  # bytes of disk that stay free
 
@@ -192,8 +192,10 @@ def plan_files(model, parts, dataset, folder, precision, views):
 def file_facts(samples):
     """Return the hashes of a file list: its names, and its sizes and times of change."""
     paths = [os.path.abspath(path) for sample in samples for path in sample]
-    base, stats = os.path.commonpath(map(os.path.dirname, paths)), list(map(os.stat, paths))
-    names = [os.path.relpath(path, base) for path in paths]
+    names, stats = paths, list(map(os.stat, paths))
+    with suppress(ValueError):  # Windows: data and drawn masks on two drives
+        base = os.path.commonpath(list(map(os.path.dirname, paths)))
+        names = [os.path.relpath(path, base) for path in paths]
     changes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
             for key, value in (("names", names), ("contents", changes))}
@@ -234,22 +236,22 @@ def reserve(files, facts, folder):
 
 
 def remove_outdated(facts, folder):
-    """Remove a cache of the same files as they were, or as other code read them, before it changed."""
+    """Remove a cache of the same files as they were before they changed; name one that is of other code."""
     def lasting(known):
-        return {key: value for key, value in known.items() if key not in OUTDATES}
+        return {key: value for key, value in known.items() if key not in MOVING}
 
     wanted = json.loads(json.dumps(facts))
     for path in folder.glob("*.json"):
-        try:
-            other = json.loads(path.read_text())
+        with suppress(OSError, ValueError, KeyError, AttributeError):
+            other, file = json.loads(path.read_text()), path.with_suffix(".bin")
             if lasting(other) != lasting(wanted):
                 continue
-            changed = "data set" if other["contents"] != wanted["contents"] else "code"
-        except (OSError, ValueError, KeyError, AttributeError):
-            continue
-        print(f"the {changed} has changed: {path.with_suffix('.bin')} is removed and computed again")
-        for ending in (".json", ".bin", ".sums"):
-            path.with_suffix(ending).unlink(missing_ok=True)
+            if other["contents"] == wanted["contents"]:  # another branch or checkout may have a use for it
+                print(f"the code has changed: {file} is of other code and can be deleted")
+                continue
+            for ending in (".json", ".bin", ".sums"):
+                path.with_suffix(ending).unlink(missing_ok=True)
+            print(f"the data set has changed: {file} is removed and computed again")
 
 
 def fill(model, parts, dataset, files, missing, precision, workers):

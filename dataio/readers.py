@@ -89,15 +89,16 @@ class DataSource:
         --extra where there is one.
         """
         pairs = [sample for samples in self.splits.values() for sample in samples]
-        paths, drawn = {absolute(path) for pair in pairs for path in pair}, absolute(drawn_folder())
+        known, drawn = {path: absolute(path) for pair in pairs for path in pair}, absolute(drawn_folder())
         # the data may move as a whole, and masks that were drawn lie elsewhere
-        base = os.path.commonpath([path.parent for path in paths if drawn not in path.parents])
+        base = os.path.commonpath([path.parent for path in known.values() if drawn not in path.parents])
 
         def name(path):
-            path = absolute(path)
+            path = known.get(path) or absolute(path)
             return str(path.relative_to(drawn if drawn in path.parents else base))
 
-        files = [(name(path), path.stat().st_size) for path in sorted(paths, key=lambda one: Path(name(one)))]
+        paths = sorted({*known.values()}, key=lambda path: (drawn not in path.parents, path))
+        files = [(name(path), path.stat().st_size) for path in paths]
         files.append(hashlib.sha256(self.table).hexdigest())
         splits = [(split, sorted(name(image) for image, _ in samples))
                   for split, samples in sorted(self.splits.items())]

@@ -21,6 +21,7 @@ from dataio.dataloader import mixed_seed
 from dataio.readers import read_image, read_mask, read_orientation, read_pair, rotate_like
 from dataio.transforms import augment, continued, fingerprint, resize_image, wanted_size, window_starts
 from dataio.windows import read_native, reading_code
+from utils import hash_code
 
 SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel of the image
 
@@ -53,7 +54,7 @@ class SegmentationDataset(Dataset):
     def facts(self):
         """Return a dict of all that the items depend on beside the files and the table."""
         facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size),
-                     reading=reading_code())
+                     reading=[reading_code(), hash_code("dataio/torch_datasets.py")])
         if self.augments:
             facts.update(augment=fingerprint(self.augments), seed=self.seed)
         return facts

@@ -8,11 +8,13 @@ in the folder of a cache they are kept as they are decoded, and windows of them 
 """
 import errno
 import hashlib
+import inspect
 import math
 import os
 import shutil
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from dataio.readers import (class_ids_of, read_image, read_mask, read_orientatio
                             rotate_like)
 from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
-from dataio.transforms import PADDING_COLOR, resize_mask
+from dataio.transforms import PADDING_COLOR, continued, nearest, resize_image, resize_mask, window_starts
 from utils import hash_code, read_kept, write_atomically
 
 SPARE = 1 << 28  # bytes of disk that stay free
@@ -34,10 +36,12 @@ OLD = 600  # seconds after which an unfinished file is a leftover
 NOTHING = (*PADDING_COLOR, IGNORE)
 
 
+@lru_cache
 def reading_code():
-    """Return a hash of the code that reads images and masks, and of whether rasterio is there."""
-    files = "readers", "rasters", "transforms", "windows", "torch_datasets"
-    return f"{hash_code(*(f'dataio/{name}.py' for name in files))} {rasterio is not None}"
+    """Return a hash of the code that reads and resizes images and masks, and whether rasterio is there."""
+    resizing = "".join(map(inspect.getsource, (resize_image, resize_mask, nearest, continued, window_starts)))
+    code = hash_code("dataio/readers.py", "dataio/rasters.py", "dataio/windows.py")
+    return f"{code} {hashlib.sha256(resizing.encode()).hexdigest()[:16]} {rasterio is not None}"
 
 
 # --- one pair ---------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import evaluate
 import export
 import train
 import utils
-from checkpoint import data_options, hash_backbone, load_head, load_model, pack_checkpoint, read_checkpoint
+from checkpoint import (NUMBERS, data_options, hash_backbone, load_head, load_model, pack_checkpoint,
+                        read_checkpoint)
 from config import InputError
 from model import ModelSpec
 from models.backbones import build_backbone
@@ -89,6 +90,22 @@ def test_a_new_score_of_another_type_costs_no_checkpoint(value, tmp_path, run, m
     assert code == 0, err
     for name in ("last.pth", "best_model_iou.pth"):
         assert read_checkpoint(tmp_path / "out" / name)["metrics"]["new"] == 0.5
+
+
+def test_the_code_that_is_noted_is_the_one_that_ran(tmp_path, run, monkeypatch):
+    """Not the one that lies there when the run first saves."""
+    original, before = engine.evaluate, utils.hash_code(*NUMBERS)
+
+    def edited(*args, **options):
+        monkeypatch.setattr(utils, "hash_code", lambda *files: "edited")
+        return original(*args, **options)
+
+    monkeypatch.setattr(engine, "evaluate", edited)
+    data = write_folder(tmp_path / "data", count=4)
+    flags = ["--dataset", "folder", "--data-root", data, "--weights", "none", "--backbone", "vit_tiny"]
+    assert run(train, *flags, "--imgsz", 28, 28, "--epochs", 1, "--workers", 0, "--out-dir", tmp_path)[0] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["code"] == before
+    assert torch.load(tmp_path / "last.pth")["code"] == before
 
 
 # --- heads that want more ----------------------------------------------------------------------------------

@@ -396,6 +396,20 @@ def test_a_file_is_the_same_however_its_path_is_spelled(tmp_path, monkeypatch):
         assert file_facts([*source.splits["train"], *source.splits["val"]])
 
 
+def test_a_fingerprint_does_not_depend_on_where_masks_are_drawn(tmp_path, monkeypatch):
+    found = []
+    for cache in ("A", "z"):  # before and behind the data in the alphabet
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        samples = []
+        for name in ("a", "b"):
+            drawn = tmp_path / cache / f"dinoseg/masks/x/{name}.png"
+            samples.append(Sample(tmp_path / f"m/{name}.png", drawn))
+            write_pair(*samples[-1], blocks(8, 8, (0, 1)))
+        parts = {"train": samples[:1], "val": samples[1:]}
+        found.append(DataSource("x", [], parts, index_table(2)).fingerprints())
+    assert found[0] == found[1]
+
+
 def test_a_data_set_without_a_part_is_refused(tmp_path, monkeypatch):
     write_tree("aeroscapes", tmp_path)
     whole = datasets.aeroscapes(tmp_path, None, False)

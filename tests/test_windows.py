@@ -136,7 +136,7 @@ def test_what_is_kept_is_of_the_code_that_read_it(tmp_path, monkeypatch):
     reader = WindowReader(samples_of(tmp_path, "png"), TABLE, tmp_path / "kept")
     paths, points = {reader.kept_path(0)}, tmp_path / "points"
     reader.points(3, points)
-    monkeypatch.setattr(windows, "hash_code", lambda *files: "changed")
+    monkeypatch.setattr(windows, "reading_code", lambda: "changed")
     reader.points(3, points)
     assert len({*paths, reader.kept_path(0)}) == 2 == len(list(points.iterdir()))
 
