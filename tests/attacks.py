@@ -396,7 +396,7 @@ ENTRIES = {
         [key]
         for key in (
             "optimizer", "scaler", "step", "history", "counts", "progress", "random", "origins",
-            "processes", "epoch", "config", "device", "precision", "torch", "mask_fingerprint",
+            "processes", "epoch", "config", "device", "precision", "torch", "code", "mask_fingerprint",
         )
     ],
     "resumed_config": [
