@@ -372,7 +372,7 @@ def draw(data, path):
     figure = visualize.plain_figure(4 * columns, 6 + bars)
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
-    for position, sample in enumerate(utils.spread(samples, SHOWN)):
+    for position, sample in enumerate(utils.evenly_sampled(samples, SHOWN)):
         image, mask = (part.numpy() for part in read_pair(sample, data.table))
         image = image.transpose(1, 2, 0)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)

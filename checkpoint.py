@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import schema
+from dataio import schema
 import utils
 from config import DataOptions, InputError, count_of
 from dataio.classes import ADE20K, VOC
-from distributed import all_reduce, is_main_process, world_size
+from utils import all_reduce, is_main_process, world_size
 from engine import LOG_EVERY
 from inference.backends import is_exported, open_exported
 from metrics import best_row

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import schema
+from dataio import schema
 import utils
 import visualize
 from checkpoint import load_model

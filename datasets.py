@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-import schema
+from dataio import schema
 from config import IGNORE, InputError, count_of
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
@@ -19,7 +19,7 @@ from dataio.folder import folder, refuse_file
 from dataio.pairs import existing, list_images, pair_files, read_list
 from dataio.readers import OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask, value_table
 from dataio.stratify import count_pixels, share_table, split_samples
-from utils import spread
+from utils import evenly_sampled
 
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
 
@@ -218,7 +218,7 @@ def quick_check(source, count=8):
     Reads on where those few hold no class, as a part of a sparsely labeled set may; check_data.py says more.
     """
     for split, samples in source.splits.items():
-        labeled = [classes_in(sample, source) for sample in spread(samples, count)]
+        labeled = [classes_in(sample, source) for sample in evenly_sampled(samples, count)]
         if samples and not any(labeled) and not any(classes_in(sample, source) for sample in samples):
             raise InputError(
                 f"the masks of {split}, such as {samples[0].mask}, hold nothing but ignored pixels: "

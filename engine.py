@@ -14,10 +14,10 @@ from torch.utils.data import default_collate
 
 from config import IGNORE
 from dataio.transforms import resize_mask
-from distributed import all_gather, all_reduce, broadcast_buffers, is_main_process, world_size
 from inference.predictor import label_maps
 from metrics import ConfusionMatrix
-from utils import Precision, spread, to_device
+from utils import (Precision, all_gather, all_reduce, broadcast_buffers, evenly_sampled, is_main_process,
+                   to_device, world_size)
 
 MAX_GRAD_NORM = 1.0
 MOMENTUM = 0.937  # of sgd
@@ -352,7 +352,7 @@ def predict_examples(model, dataset, precision, count):
     mask and pred are label maps (H, W) uint8, of the mask's and of the image's own size.
     """
     rows, device = [], next(model.parameters()).device
-    for index in spread(range(len(dataset)), count):
+    for index in evenly_sampled(range(len(dataset)), count):
         inputs, mask, _ = dataset[index]
         image = dataset.picture(index)
         with precision.autocast():

@@ -186,8 +186,8 @@ def write_int8(written, text, args, data, paths, facts):
     """
     like, _ = load_model(written)
     protocol = choose_protocol(facts)
-    images = calibration_images(utils.spread(paths, CALIBRATED), protocol, args.batch_size or 1)
-    dataset = images_for(protocol, utils.spread(data.splits["val"], VALIDATED), data.table)
+    images = calibration_images(utils.evenly_sampled(paths, CALIBRATED), protocol, args.batch_size or 1)
+    dataset = images_for(protocol, utils.evenly_sampled(data.splits["val"], VALIDATED), data.table)
     most, size = (args.max_drop or MAX_DROP) / 100, total_size(written)
     target = Path(tempfile.mkdtemp(dir=written.parent)) / written.name
 

@@ -45,7 +45,7 @@ from dataio.transforms import AUGMENTS
 from dataio.torch_datasets import SegmentationDataset, TileDataset, WindowDataset
 from dataio.windows import WindowReader, check_room
 from datasets import check_trainable, load_data
-from distributed import init_distributed, is_main_process, main_process_first, rank, world_size
+from utils import init_distributed, is_main_process, main_process_first, rank, world_size
 from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row, has_stalled
 from model import CachedSegmenter, ModelSpec, build_model

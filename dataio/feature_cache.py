@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import InputError, count_of
 from dataio.dataloader import Batches, naming_files
-from distributed import barrier, local_rank, local_world_size
+from utils import barrier, local_rank, local_world_size
 from utils import is_out_of_memory, lock_file, write_atomically
 
 VERSION = 3  # of the format

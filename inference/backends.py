@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import schema
+from dataio import schema
 from config import InputError
 from models.logits import Logits, geometry_of
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny, write_folder
 
-import schema
+from dataio import schema
 import train
 import visualize
 from checkpoint import load_model, pack_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import schema
+from dataio import schema
 from config import (RECIPES, REGISTRIES, InputError, TrainConfig, count_of, names, non_negative_float,
                     parse_train_args, resolve, setting)
 from dataio.transforms import AUGMENTS

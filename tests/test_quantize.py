@@ -18,7 +18,7 @@ from dataio.transforms import resize_image
 from export import calibration_images
 from inference import quantize
 from inference.predictor import make_protocol
-from utils import spread
+from utils import evenly_sampled
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_ranges_are_measured_on_what_the_network_sees(paths, batch):
 
 
 def test_spread_takes_from_everywhere_and_no_more_than_there_are():
-    assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([5, 7], 9) == [5, 7]
+    assert evenly_sampled(list(range(10)), 4) == [0, 3, 6, 9] and evenly_sampled([5, 7], 9) == [5, 7]
 
 
 @pytest.mark.parametrize(("flags", "says"), [
