@@ -1,7 +1,7 @@
 """Checkpoints: packed, read and checked, loaded as models, and a run that is saved and resumed.
 
     model, checkpoint = load_model("outputs/best_model_iou.pth")    # or an exported file, an official head
-    run = Run(settings, data, model, optimization, folder)          # in train.py
+    run = Run(state, settings, data, folder)                        # in train.py
     run.save()                                                      # last.pth, from which --resume continues
 """
 import dataclasses
@@ -16,28 +16,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataio import schema
 import utils
-from config import DataOptions, InputError, count_of
+from config import DataOptions, InputError, count_of, fields_affecting
+from dataio import schema
 from dataio.classes import ADE20K, VOC
-from utils import all_reduce, is_main_process, world_size
 from engine import LOG_EVERY
-from inference.backends import is_exported, open_exported
 from metrics import best_row
 from model import ModelSpec, build_model
 from models.backbones import TimmBackbone, create_timm
 from models.baselines import BASELINES
 from models.heads import HEADS
 from models.weights import INSTEAD, hash_state, load_strictly, published_weights, torch_load
+from utils import all_reduce, is_main_process, world_size
 
 VERSION = 1  # of the checkpoint format
+EXPORTED_ENDINGS = (".onnx", ".xml")  # of inference/backends.py, which training does not import
 PROTOCOL = {  # of validation
     "fit": "whole image resized to {}x{}, scored at the size of each mask, 255 ignored",
     "native": "tiles of {}x{} at the image's own resolution, one by one, 255 ignored",
 }
 NUMBERS = (  # the code that decides the numbers of a run
     "train.py", "config.py", "datasets.py", "engine.py", "losses.py", "metrics.py", "model.py", "utils.py",
-    "dataio/*.py", "models/*.py",
+    "dataio/**/*.py", "models/*.py",
 )
 SAVE_MINUTES = 10  # the most that is lost where the power fails
 OFFICIAL_NAME = re.compile(r"(dinov2_vit[sblg]14)_(voc2012|ade20k)_(linear|ms)")
@@ -48,20 +48,21 @@ OFFICIAL_PROTOCOLS = {  # of the configurations published beside the heads
     "ms": dict(window=(640, 640), slide=True, stride=(320, 320), scales=(1.0, 1.32, 1.73, 2.28, 3.0),
                flip=True),
 }
-OF_BACKBONE = {"arch", "backbone", "aux_weight", "num_classes"}  # options with no part in a head
 # The same architectures in timm: a trained checkpoint runs where the hub code is not at hand.
 TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_patch14",
               "dinov2_vitl14": "vit_large_patch14", "dinov2_vitg14": "vit_giant_patch14"}
 
 
 # --- files ------------------------------------------------------------------------------------------------
-def pack_checkpoint(model, classes, imgsz, backbone_sha256=None, **more):
+def pack_checkpoint(model, classes, imgsz, backbone_sha256=None, weights=None, **more):
     """Return a self-contained checkpoint: tensors and plain JSON types only.
 
-    backbone_sha256: the hash_backbone of the model's backbone, whose weights are then left out.
+    backbone_sha256: the hash_backbone of the model's backbone, whose weights are then left out; weights: a
+    state dict in place of the model's own.
     """
     classes = [[name, list(color)] for name, color in classes]
-    spec, state = dict(dataclasses.asdict(model.spec), layers=list(model.spec.layers)), model.state_dict()
+    spec = dict(dataclasses.asdict(model.spec), layers=list(model.spec.layers))
+    state = model.state_dict() if weights is None else weights
     if backbone_sha256:
         state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
         more["backbone_sha256"] = backbone_sha256
@@ -95,15 +96,15 @@ def read_spec(stored, path):
 
     Raises InputError for options, architectures and heads that this version does not have, or of other types.
     """
-    known = {field.name: field.type for field in dataclasses.fields(ModelSpec)}
+    types = {field.name: field.type for field in dataclasses.fields(ModelSpec)}
     arch, head = stored.get("arch", "dinov2"), stored.get("head")
-    options = [*BASELINES, "dinov2"] if arch != "dinov2" else HEADS
-    if stored.keys() - known.keys() or (head if arch == "dinov2" else arch) not in list(options):
+    is_known = head in list(HEADS) if arch == "dinov2" else arch in list(BASELINES)
+    if stored.keys() - types.keys() or not is_known:
         raise InputError(f"{path} was written by another version of this code: use that version")
     schema.check({"spec": schema.SPEC}, {"spec": stored}, path)
     if arch == "dinov2" and stored.get("backbone") == "":
         raise InputError(f"{path} was made by hand or is damaged: spec.backbone is missing")
-    return ModelSpec(**{name: tuple(value) if known[name] is tuple else value
+    return ModelSpec(**{name: tuple(value) if types[name] is tuple else value
                         for name, value in stored.items()})
 
 
@@ -116,7 +117,8 @@ def load_model(path, precise=False):
     """
     if OFFICIAL_NAME.fullmatch(str(path)) and not Path(path).exists():
         return load_official(str(path))
-    if is_exported(path):
+    if Path(path).suffix.lower() in EXPORTED_ENDINGS:
+        from inference.backends import open_exported  # training has no use for what runs these
         return open_exported(path, precise)
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
@@ -142,14 +144,14 @@ def data_options(checkpoint, dataset=None, data_root=None):
 
     dataset, data_root: as the flags, None = as in training. Raises InputError where that is not known.
     """
-    trained = checkpoint.get("config", {})
-    dataset = dataset or trained.get("dataset")
+    settings = checkpoint.get("config", {})
+    dataset = dataset or settings.get("dataset")
     if not dataset:
         raise InputError("--dataset is missing: this model does not say what it was trained on")
-    if dataset != trained.get("dataset"):
+    if dataset != settings.get("dataset"):
         return DataOptions(dataset=dataset, data_root=data_root or "data")
     names = {field.name for field in dataclasses.fields(DataOptions)}
-    options = DataOptions(**{name: value for name, value in trained.items() if name in names})
+    options = DataOptions(**{name: value for name, value in settings.items() if name in names})
     return dataclasses.replace(options, data_root=data_root or options.data_root)
 
 
@@ -183,11 +185,11 @@ def with_backbone(checkpoint, model, path):
     return {**{f"backbone.{name}": value for name, value in state.items()}, **checkpoint["model"]}
 
 
-def check_backbone(found, wanted, spec, path):
+def check_backbone(hash_here, hash_in_training, spec, path):
     """Raise InputError where two results of hash_backbone differ."""
-    if found != wanted:
+    if hash_here != hash_in_training:
         raise InputError(f"{path} holds a head for {spec.backbone} with other weights (SHA-256 "
-                         f"{wanted[:16]}, here {found[:16]}): it needs those that it was trained with")
+                         f"{hash_in_training[:16]}, here {hash_here[:16]}): it needs those of its training")
 
 
 def load_head(model, path):
@@ -195,21 +197,23 @@ def load_head(model, path):
     it was trained on. Raises InputError where head or backbone are others.
     """
     checkpoint = read_checkpoint(path)
-    spec, parts = checkpoint["spec"], {"head": {}, "backbone": {}}
-    for name, value in checkpoint["model"].items():
-        part, _, inner = name.partition(".")
-        parts.setdefault(part, {})[inner] = value
-    free = {*OF_BACKBONE, *([] if model.head.copies_blocks() else ["split_blocks"])}
-    flags = [field.name for field in dataclasses.fields(spec) if field.name not in free]
-    for flag in sorted(flags, key=lambda flag: flag != "head"):  # the blocks differ with the head
-        theirs, ours = getattr(spec, flag), getattr(model.spec, flag)
-        theirs = spec.arch if flag == "head" and not theirs else theirs
+    spec, state = checkpoint["spec"], checkpoint["model"]
+    options = [name for name in fields_affecting("head") if hasattr(spec, name)]
+    for name in sorted(options, key=lambda name: name != "head"):  # with the head, the blocks it reads differ
+        theirs, ours = getattr(spec, name) or spec.arch, getattr(model.spec, name) or model.spec.arch
         if theirs != ours:
-            raise InputError(f"--head-weights {path} was trained with --{flag.replace('_', '-')} {theirs}, "
+            raise InputError(f"--head-weights {path} was trained with --{name.replace('_', '-')} {theirs}, "
                              f"and this run has {ours}: give both the same")
-    wanted = checkpoint.get("backbone_sha256") or hash_backbone(parts["backbone"])
-    check_backbone(hash_backbone(model.backbone.state_dict()), wanted, spec, path)
-    load_strictly(model.head, parts["head"], path)
+    of_module = {"head": {}, "backbone": {}}
+    for name, value in state.items():
+        module, _, inner_name = name.partition(".")
+        of_module.setdefault(module, {})[inner_name] = value
+    hash_in_training = checkpoint.get("backbone_sha256") or hash_backbone(of_module["backbone"])
+    check_backbone(hash_backbone(model.backbone.state_dict()), hash_in_training, spec, path)
+    for name in ("mean", "std"):
+        if not torch.equal(state[name], getattr(model, name).cpu()):
+            raise InputError(f"--head-weights {path} was trained with another --normalize: give the same one")
+    load_strictly(model.head, of_module["head"], path)
     return [name for name, _ in checkpoint["classes"]]
 
 
@@ -230,7 +234,7 @@ def load_official(name):
     spec = ModelSpec(backbone=backbone, head="bn", layers=layers, num_classes=len(classes))
     model = build_model(spec, weights="auto")
     load_strictly(model.head, state, f"{name}_head.pth")
-    model.head.crops = False
+    model.stretched = True
     window = (512, 512) if kind == "linear" else (640, 640)
     checkpoint = pack_checkpoint(model, classes, window, protocol=OFFICIAL_PROTOCOLS[kind])
     return model.requires_grad_(False).eval(), checkpoint
@@ -246,7 +250,7 @@ def timm_twin(spec, state):
         backbone.positions.offset, backbone.positions.antialias = 0.1, False
     prefix = "backbone.net."
     inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    # timm has other names for the parts of SwiGLU, in a head's copies of blocks too
+    # timm has other names inside SwiGLU, in a head's copies of blocks too
     outer = {key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): value
              for key, value in state.items() if not key.startswith(prefix)}
     inner = {prefix + key: value for key, value in checkpoint_filter_fn(inner, backbone.net).items()}
@@ -278,132 +282,145 @@ def restore_random_state(state):
 
 # --- runs -------------------------------------------------------------------------------------------------
 class Run:
-    """A run as it stands: what it trains, how far it has come, how that is saved and resumed.
+    """A run of train.py: its TrainState, what is recorded of it, and when it is saved.
 
-    settings: those of train.py as a dict of plain values; origins: where the weights came from, to be
-    recorded; folder: the utils.RunFolder it writes to. Raises InputError for settings and class names with
-    which a checkpoint could not be read again, such as a folder with a line break.
+    settings: those of train.py as a dict of plain values; data: its DataSource; folder: the utils.RunFolder it
+    writes to; origins: where the weights came from, to be recorded. confusion: the counts (K, K) of the last
+    validation. stop: the utils.StopOnSignal that asks the run to end. Raises InputError for settings and class
+    names with which a checkpoint could not be read again, such as a folder with a line break.
     """
 
-    def __init__(self, settings, data, model, optimization, folder, origins=None):
-        self.settings, self.classes, self.folder = utils.finite(settings), data.classes, folder
+    def __init__(self, state, settings, data, folder, origins=None):
+        self.state, self.settings, self.classes = state, utils.finite(settings), data.classes
+        self.folder, self.origins, self.image_counts = folder, origins or {}, data.counts
         if wrong := schema.fault(schema.KEPT, dict(config=self.settings, classes=self.classes)):
             raise InputError(f"no checkpoint can hold {wrong.lstrip('.')}: rename it")
-        self.model, self.optimization, self.origins = model, optimization, origins or {}
         self.code = utils.hash_code(*NUMBERS)  # now: it may be edited while the run goes on
         self.facts = dict(data.fingerprints(), processes=world_size())
-        self.images = data.counts
-        alone = settings["save_head_only"]
-        self.backbone_sha256 = hash_backbone(model.backbone.state_dict()) if alone else None
-        self.history, self.counts, self.step = [], None, 0
-        self.so_far, self.progress = None, None  # of the epoch that trains: as of train_one_epoch
-        self.described, self.saved_at, self.stop = False, time.monotonic(), None
+        backbone = state.model.backbone
+        self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None
+        self.confusion, self.stop, self.saved_at = None, None, time.monotonic()
+        self.progress = None  # of train_one_epoch: a function that returns how far the epoch has come
 
+    def circumstances(self):
+        """Return what may change when a run is resumed, but may move its numbers."""
+        return dict(device=str(self.state.model.mean.device), precision=str(self.state.precision),
+                    torch=str(torch.__version__), hub_code=self.origins.get("hub_code"), code=self.code)
+
+    # --- resuming
     def restore(self, saved):
         """Continue a saved run. Raises InputError where the data or the number of processes are others."""
         if missing := {*schema.RESUMED, *self.facts} - saved.keys():
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
         schema.check(schema.RESUMED, saved, "last.pth")
-        processes = saved["processes"]
-        if processes != self.facts["processes"]:
-            raise InputError(f"the run made its steps from the batches of {processes} "
-                             f"process{'es' * (processes > 1)}, and would now of {self.facts['processes']}: "
-                             f"torchrun --nproc-per-node {processes}")
-        if any(saved[name] != value for name, value in self.facts.items()):
-            raise InputError("the data set is not the one the run was trained on (files were added, removed "
-                             "or changed): restore it, or start a new run without --resume")
-        state = with_backbone(saved, self.model, "last.pth") if is_head_alone(saved) else saved["model"]
-        load_strictly(self.model, state, "last.pth")
-        circumstances = self.circumstances()
+        self.check_facts(saved)
+        model = self.state.model
+        weights = with_backbone(saved, model, "last.pth") if is_head_alone(saved) else saved["model"]
+        load_strictly(model, weights, "last.pth")
+        before, now = saved, self.circumstances()
         try:
             self.restore_state(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"last.pth does not fit the run ({error}): start a new one without --resume"
                              ) from None
-        for name, now in circumstances.items():
-            if now != saved.get(name, now):
-                print(f"note: {name} is {now} now, it was {saved[name]}: numbers may differ")
+        for name, value in now.items():
+            if value != before.get(name, value):
+                print(f"note: {name} is {value} now, it was {before[name]}: numbers may differ")
         if self.settings["epochs"] != saved["config"]["epochs"] and self.settings["scheduler"] != "none":
             epochs = count_of(self.settings["epochs"], "epoch")
             print(f"note: the learning rate follows {epochs} from here on")
-        within = f" and batch {self.progress['batches']} of the next" if self.progress else ""
+        progress = self.state.progress
+        within = f" and batch {progress['batches']} of the next" if progress else ""
         print(f"resumed after epoch {saved['epoch']}{within}")
+
+    def check_facts(self, saved):
+        """Raise InputError where the number of processes or the data are not those of the saved run."""
+        processes = saved["processes"]
+        if processes != self.facts["processes"]:
+            raise InputError(f"the run made its steps from the batches of {count_of(processes, 'process')}, "
+                             f"and would now of {self.facts['processes']}: torchrun --nproc-per-node "
+                             f"{processes}")
+        if any(saved[name] != value for name, value in self.facts.items()):
+            raise InputError("the data set is not the one the run was trained on (files were added, removed "
+                             "or changed): restore it, or start a new run without --resume")
 
     def restore_state(self, saved):
         """Take over all of a saved run but the weights."""
-        self.optimization.optimizer.load_state_dict(saved["optimizer"])
-        scaler = self.optimization.precision.scaler
+        state = self.state
+        state.optimizer.load_state_dict(saved["optimizer"])
+        scaler = state.precision.scaler
         if saved["scaler"] and scaler.is_enabled():  # empty where the run had no fp16
             scaler.load_state_dict(saved["scaler"])
+        for name, item in state.kept.items():
+            item.load_state_dict(saved["kept"][name])
         restore_random_state(saved["random"])
-        self.origins = saved["origins"]
-        self.history, self.counts, self.step = saved["history"], saved["counts"], saved["step"]
-        self.progress = saved["progress"]
-        if self.progress:  # until the next step, this is how far it has come
-            self.so_far = lambda: self.progress
+        self.origins, self.confusion = saved["origins"], saved["counts"]
+        state.history, state.step, state.progress = saved["history"], saved["step"], saved["progress"]
 
-    def circumstances(self):
-        """Return what may change when a run is resumed, but may move its numbers."""
-        return dict(device=str(self.model.mean.device), precision=str(self.optimization.precision),
-                    torch=str(torch.__version__), hub_code=self.origins.get("hub_code"),
-                    code=self.code)
-
+    # --- saving
     def write_config(self):
         """Write config.json: all settings, what the run depends on, where it runs."""
+        model = self.state.model
         facts = dict(self.settings, **self.facts, **self.origins, code=self.code,
                      protocol=PROTOCOL[self.settings["train_scale"]].format(*self.settings["imgsz"]),
-                     class_names=[name for name, _ in self.classes], images=self.images,
-                     parameters=self.model.parameter_counts(),
-                     **utils.run_facts(self.model.mean.device))
+                     class_names=[name for name, _ in self.classes], images=self.image_counts,
+                     parameters=model.parameter_counts(), **utils.run_facts(model.mean.device))
         text = json.dumps(facts, indent=1)
         utils.write_atomically(self.folder.path / "config.json", lambda path: path.write_text(text))
-        self.described = True
 
-    def pack(self, **more):
-        """Return the model as a checkpoint, with the settings, the data it was trained on, the latest scores.
+    def pack(self, weights=None, **more):
+        """Return the model (or `weights`, its state dict) as a checkpoint, with the settings, the data it was
+        trained on, the latest scores.
         """
-        scores = self.history[-1] if self.history else {}
+        history = self.state.history
+        scores = history[-1] if history else {}
         return pack_checkpoint(
-            self.model, self.classes, self.settings["imgsz"], self.backbone_sha256,
-            epoch=len(self.history), config=self.settings,
+            self.state.model, self.classes, self.settings["imgsz"], self.backbone_sha256, weights,
+            epoch=len(history), config=self.settings,
             metrics={name.removeprefix("val_"): scores[name] for name in scores if name.startswith("val_")},
             **self.facts, **more)
 
+    def claim_folder(self):
+        """Make the folder that of this run, before it writes there for the first time."""
+        if not self.folder.saved:
+            self.folder.save()
+            self.write_config()
+
     def save(self):
         """Write last.pth, from which --resume continues, within an epoch too."""
-        progress = self.so_far() if self.so_far else None
-        self.saved_at = time.monotonic()
+        state, self.saved_at = self.state, time.monotonic()
+        if self.progress:
+            state.progress = self.progress()
         if not is_main_process():
             return
-        if not self.described:
-            self.write_config()
-        optimization = self.optimization
-        state = self.pack(
-            optimizer=optimization.optimizer.state_dict(), scaler=optimization.precision.scaler.state_dict(),
-            step=self.step, history=self.history, counts=self.counts, progress=progress,
-            random=random_state(), origins=self.origins, **self.circumstances())
-        utils.save_checkpoint(state, self.folder.path / "last.pth")
-        self.folder.save()
+        self.claim_folder()
+        utils.save_checkpoint(self.pack(
+            state.live_weights, optimizer=state.optimizer.state_dict(), step=state.step,
+            scaler=state.precision.scaler.state_dict(), history=state.history, counts=self.confusion,
+            progress=state.progress, kept={name: item.state_dict() for name, item in state.kept.items()},
+            random=random_state(), origins=self.origins, **self.circumstances(),
+        ), self.folder.path / "last.pth")
 
-    def end_epoch(self, row, counts):
+    def end_epoch(self, row, confusion):
         """Note an epoch, its row of the history and confusion counts, and save it; return whether it is the
-        best so far. Raises TypeError, with nothing written, for a row that is not of plain values.
+        best yet. Raises TypeError, with nothing written, for a row that is not of plain values.
         """
         row = json.loads(json.dumps(row))  # numpy's numbers pass for Python's until a checkpoint is read
-        self.history.append(row)
-        self.counts = counts
-        self.so_far = self.progress = None
-        better = best_row(self.history) is row
+        self.state.history.append(row)
+        self.state.progress, self.progress, self.confusion = None, None, confusion
+        better = best_row(self.state.history) is row
         if better and is_main_process():
+            self.claim_folder()
             utils.save_checkpoint(self.pack(), self.folder.path / "best_model_iou.pth")
         self.save()
         return better
 
-    def after_step(self, step, so_far):
-        """Keep what train_one_epoch says after a step; save it, and stop, where it is time."""
-        self.step, self.so_far = step, so_far
-        waits = self.model.mean.device.type == "cpu"  # a GPU must not wait for the others at every step
-        if world_size() == 1 or waits or step % LOG_EVERY == 0:
+    # --- stopping
+    def after_step(self, progress):
+        """Save and stop where it is time; progress: of train_one_epoch."""
+        self.progress = progress
+        waits = self.state.model.mean.device.type == "cpu"  # a GPU must not wait for the others at every step
+        if world_size() == 1 or waits or self.state.step % LOG_EVERY == 0:
             self.save_if_due()
 
     def after_batch(self):
@@ -420,18 +437,18 @@ class Run:
         try:
             yield
         except InputError:
-            if self.so_far and (validating or self.optimization.accumulate == 1) and world_size() == 1:
+            between_steps = validating or self.settings["accumulate"] == 1
+            if self.progress and between_steps and world_size() == 1:
                 self.save()
-                epoch = len(self.history) + 1
-                print(f"saved in epoch {epoch} after {count_of(self.step, 'step')}: --resume continues there",
-                      flush=True)
+                print(f"saved in epoch {len(self.state.history) + 1} after "
+                      f"{count_of(self.state.step, 'step')}: --resume continues there", flush=True)
             raise
 
     def save_if_due(self):
         """Save where a signal or SAVE_MINUTES ask for it. Raises Stopped."""
         due = time.monotonic() - self.saved_at > 60 * SAVE_MINUTES
         if world_size() > 1:  # one process's wish is all processes'
-            wishes = torch.tensor([self.stop.asked, due], device=self.model.mean.device)
+            wishes = torch.tensor([self.stop.asked, due], device=self.state.model.mean.device)
             asked, due = all_reduce(wishes).tolist()
         else:
             asked = self.stop.asked
@@ -439,5 +456,5 @@ class Run:
             self.save()
         if asked:
             raise utils.Stopped(self.stop.asked or signal.SIGTERM,
-                                f"stopped in epoch {len(self.history) + 1} after "
-                                f"{count_of(self.step, 'step')} in all; --resume continues there")
+                                f"stopped in epoch {len(self.state.history) + 1} after "
+                                f"{count_of(self.state.step, 'step')} in all; --resume continues there")

@@ -1,21 +1,26 @@
 """One training: optimizer groups, learning rate schedule, the step, the validation pass.
 
+    state = TrainState(model, optimizer, Precision("auto", device))
+    scores = train_one_epoch(Objective(model, Criterion("ce")), batches, state, schedule=lambda step: 1.0)
+    scores, matrix = evaluate(model, validation_batches, state.precision)
+
 Functions here take models, tensors and numbers, never the config. train.py calls train_one_epoch and
 evaluate; evaluate.py calls evaluate with another protocol, so both score by the same loop.
 """
 import math
 import time
-from dataclasses import dataclass
-from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils.data import default_collate
 
 from config import IGNORE
-from dataio.transforms import resize_mask
-from inference.predictor import label_maps
+from dataio.dataloader import collate
+from dataio.transforms import resize_target
 from metrics import ConfusionMatrix
+from models.heads import logits_of
+from models.upsampling import label_maps, pixel_loss
 from utils import (Precision, all_gather, all_reduce, broadcast_buffers, evenly_sampled, is_main_process,
                    to_device, world_size)
 
@@ -96,9 +101,7 @@ def lr_lambda(scheduler, total_steps, steps_per_epoch):
 
 # --- optimizer --------------------------------------------------------------------------------------------
 def backbone_scale(model, scale):
-    """Return f(name of a parameter) -> factor on its learning rate: `scale` where it is one of
-    Segmenter.pretrained(), else 1.
-    """
+    """Return f(parameter name) -> factor on its learning rate: `scale` for Segmenter.pretrained(), else 1."""
     pretrained = model.pretrained()
     return lambda name: scale if name in pretrained else 1.0
 
@@ -143,19 +146,99 @@ OPTIMIZERS = {
 }
 
 
-# --- the step ---------------------------------------------------------------------------------------------
-@dataclass
-class Optimization:
-    """How a model is trained: the optimizer, autocast and scaler, f(step) -> factor on the learning rates,
-    batches per step.
+# --- the objective ----------------------------------------------------------------------------------------
+class Objective(nn.Module):
+    """A model and its loss as one module, so that DDP sees a whole step.
+
+    Another objective, such as distillation, is a subclass with a forward of its own. Modules it holds beside
+    `model`, such as a teacher, stay in eval mode.
     """
 
+    def __init__(self, model, criterion):
+        super().__init__()
+        self.model, self.criterion, self.num_classes = model, criterion, model.num_classes
+
+    def train(self, mode=True):
+        """Switch the model alone to training mode."""
+        super().train(False)
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    def forward(self, images, targets):
+        """images (B, 3, H, W) uint8 or Features of a cache, targets {"mask": (B, H, W) uint8, ...} -> loss,
+        {name: term}, preds (B, H, W) uint8, weight.
+
+        weight: how many images' worth of pixels the loss is a mean of, so that accumulated batches equal one
+        large batch. A loss that is not zero must have a weight.
+        """
+        output, geometry = self.model.output(images)
+        loss, terms, preds = self.loss(output, targets, geometry)
+        return loss, terms, preds, counted_images(targets["mask"])
+
+    def loss(self, output, targets, geometry):
+        """What the head returned, targets of the images' size -> loss, {name: term}, preds (B, H, W) uint8.
+
+        Pixels of 255 do not count; a batch in which none counts gives 0.
+        """
+        head, targets = self.model.head, dict(targets, mask=targets["mask"].long())
+        if hasattr(head, "loss"):
+            terms = head.loss(output, targets, geometry)
+            with torch.no_grad():
+                preds = label_maps(logits_of(output), geometry, [geometry.size] * len(targets["mask"]))
+            return sum(terms.values()), terms, torch.stack(preds)
+        loss, terms, preds = pixel_loss(self.criterion, logits_of(output), geometry, targets["mask"])
+        for name, weight in head.auxiliary.items():
+            if name in output:
+                terms[name], _, _ = pixel_loss(self.criterion, output[name], geometry, targets["mask"])
+                loss = loss + weight * terms[name]
+        return loss, terms, preds
+
+
+def counted_images(masks):
+    """Return the number of pixels of masks (B, H, W) that count, in images: a scalar tensor."""
+    return (masks != IGNORE).sum() / masks[0].numel()
+
+
+# --- the step ---------------------------------------------------------------------------------------------
+@dataclass
+class TrainState:
+    """All that changes while a run trains, and that a resumed run goes on with.
+
+    step: optimizer steps done; history: a dict per epoch; progress: of an epoch that is not at its end,
+    dict(batches, images, sums, counts) as EpochLog.progress returns it; kept: objects with a state_dict.
+    """
+
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
-    lr_lambda: Callable = lambda step: 1.0
-    accumulate: int = 1
+    step: int = 0
+    history: list = field(default_factory=list)
+    progress: dict = None
+    kept: dict = field(default_factory=dict)
+    live_weights: dict = None
 
-    def step(self, weight):
+    def keep(self, name, item):
+        """Save an object with state_dict and load_state_dict, such as an average of weights or a queue, in
+        last.pth; a resumed run loads it. Returns the object.
+        """
+        self.kept[name] = item
+        return item
+
+    @contextmanager
+    def scored_with(self, average):
+        """Context in which the model has the weights of `average`, a module with its state dict: these are
+        scored and become best_model_iou.pth. last.pth holds the live ones, whenever it is written.
+        """
+        self.live_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(average.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(self.live_weights)
+            self.live_weights = None
+
+    def optimizer_step(self, weight):
         """Divide the summed gradients by `weight`, clip them, step, and clear them."""
         optimizer, scaler = self.optimizer, self.precision.scaler
         scaler.unscale_(optimizer)
@@ -165,184 +248,218 @@ class Optimization:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def learning_rates(self):
+        """Return {"lr": that of the head, "backbone_lr": that of the backbone where it trains at another}."""
+        head = {id(parameter) for parameter in self.model.head.parameters()}
+        rates = {}
+        for group in self.optimizer.param_groups:
+            in_head = any(id(parameter) in head for parameter in group["params"])
+            rates.setdefault("lr" if in_head else "backbone_lr", []).append(group["lr"])
+        rates = {name: max(values) for name, values in rates.items()}  # copied blocks have a lower one
+        return {"lr": rates.get("lr", max(rates.values())), **rates}
 
 
-class LossLog:
-    """Keeps every step's losses on the device and reads them every LOG_EVERY steps, so that no step waits."""
+class EpochLog:
+    """Losses of an epoch, kept on the device and read every LOG_EVERY batches, so that no step waits.
+
+    progress: of a TrainState, from which the epoch goes on.
+    """
 
     def __init__(self, bar, progress=None):
-        self.bar, self.waiting, self.waited = bar, [], 0.0
+        self.bar, self.unread, self.seconds_waited = bar, [], 0.0
         progress = progress if progress and is_main_process() else dict(sums={}, images=0)
         self.sums, self.images = dict(progress["sums"]), progress["images"]
-        self.before, self.start = self.images, time.perf_counter()
+        self.images_before, self.start = self.images, time.perf_counter()
 
-    def watch(self, batches):
+    def timed(self, batches):
         """Yield the batches, adding up the seconds in which none was ready."""
         batches = iter(batches)
         while True:
-            asked = time.perf_counter()
+            start = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
+            self.seconds_waited += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
-    def add(self, loss, terms, names, step, lr):
-        """Note one batch: scalar tensors loss and terms, its file names, optimizer step and learning rate."""
-        values = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
-        values = {name: value.detach() for name, value in values.items()}
-        self.waiting.append((values, names, step, lr))
-        if len(self.waiting) >= LOG_EVERY:
+    def add(self, loss, terms, names, step=0, lr=0.0, weight=None):
+        """Note a batch: scalar tensors loss, terms and weight, file names, optimizer step, learning rate."""
+        terms = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
+        values = {name: value.detach() for name, value in terms.items()}
+        weight = torch.ones_like(values["loss"]) if weight is None else weight.to(values["loss"])
+        self.unread.append((values, weight, names, step, lr))
+        if len(self.unread) >= LOG_EVERY:
             self.read()
 
     def read(self):
-        """Fetch the waiting losses. Raises FloatingPointError naming the batch where one is not finite."""
-        if not self.waiting:
+        """Fetch the losses that were not read yet. Raises FloatingPointError that names the batch whose loss
+        is not finite, ValueError for a loss that a weight of 0 leaves without effect.
+        """
+        if not self.unread:
             return
-        keys = list(self.waiting[0][0])
-        table = torch.stack([torch.stack(list(values.values())) for values, *_ in self.waiting]).tolist()
-        for values, (_, names, step, lr) in zip(table, self.waiting, strict=True):
-            if not math.isfinite(values[0]):
-                raise FloatingPointError(f"the loss is {values[0]} at step {step} (lr {lr:.2e}) in the batch "
+        rows = [torch.stack([weight, *values.values()]) for values, weight, *_ in self.unread]
+        rows = torch.stack(rows).tolist()
+        for numbers, (values, _, names, step, lr) in zip(rows, self.unread, strict=True):
+            weight, loss = numbers[:2]
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step} (lr {lr:.2e}) in the batch "
                                          f"{' '.join(names)}: check these files, lower --lr or try --amp off")
+            if weight == 0 and loss != 0:
+                raise ValueError(f"the objective returned the loss {loss} with the weight 0 at step {step}, "
+                                 "which changes nothing: return how many images it is a mean of")
             self.images += len(names)
-            for key, value in zip(keys, values, strict=True):
-                self.sums[key] = self.sums.get(key, 0.0) + value * len(names)
-        self.waiting.clear()
-        self.bar.set_postfix_str(f"loss {values[0]:.3f}, {self.rate():.1f} images/s", refresh=False)
+            for name, value in zip(values, numbers[1:], strict=True):
+                self.sums[name] = self.sums.get(name, 0.0) + value * len(names)
+        self.unread.clear()
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.rate():.1f} images/s", refresh=False)
 
     def seconds(self):
         """Seconds since the start."""
         return time.perf_counter() - self.start
 
     def rate(self):
-        """Images per second so far, of all processes."""
-        return (self.images - self.before) * world_size() / self.seconds()
+        """Images per second, of all processes."""
+        return (self.images - self.images_before) * world_size() / self.seconds()
 
     def totals(self):
         """Return dict(sums={name: sum over the images of all processes}, images), names loss, loss_ce, ..."""
         self.read()
-        parts = all_gather((self.sums, self.images))
-        keys = max((sums for sums, _ in parts), key=len)  # a process without an image has none
-        return dict(sums={key: sum(sums.get(key, 0.0) for sums, _ in parts) for key in keys},
-                    images=sum(images for _, images in parts))
+        processes = all_gather((self.sums, self.images))
+        names = max((sums for sums, _ in processes), key=len)  # a process without an image has none
+        return dict(sums={name: sum(sums.get(name, 0.0) for sums, _ in processes) for name in names},
+                    images=sum(images for _, images in processes))
 
     def means(self):
         """Return the mean over the images of all processes of the loss and its terms."""
         totals = self.totals()
-        return {key: value / max(1, totals["images"]) for key, value in totals["sums"].items()}
+        return {name: value / max(1, totals["images"]) for name, value in totals["sums"].items()}
 
 
-class Objective(nn.Module):
-    """A model and its loss as one module, so that DDP sees a whole step.
+def train_one_epoch(objective, batches, state, schedule, accumulate=1, after_step=None):
+    """Train once over `batches`, a tqdm bar over a dataloader, from where a TrainState stands.
 
-    model: a Segmenter, or a CachedSegmenter, which takes what a cache holds in place of images.
-    """
-
-    def __init__(self, model, criterion):
-        super().__init__()
-        self.model, self.criterion, self.num_classes = model, criterion, model.num_classes
-
-    def forward(self, images, masks):
-        """images as the model takes them, masks (B, H, W) int64 -> loss, {name: term}, preds (B, H, W)."""
-        return self.model.loss(images, masks, self.criterion)
-
-
-def train_one_epoch(objective, batches, optimization, step, progress=None, after_step=None):
-    """Train once over `batches` (a tqdm bar over a dataloader) from optimizer step `step` on.
-
-    objective: an Objective, or DDP around one. after_step(step, so_far) is called after every optimizer step;
-    so_far() returns the `progress` with which a later call continues from there, over batches without those
-    that are done: dict(batches, images, sums, counts). In every process, so_far() must be called or in none.
+    objective: an Objective, or DDP around one; schedule: f(step) -> factor on the learning rates; accumulate:
+    batches per step. after_step(progress) is called after every optimizer step; progress() returns the
+    `progress` with which a later call goes on from there, over the batches that are left; it is called in all
+    processes or in none.
 
     Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the
     network saw them, images_per_s, data_wait (share of the time in which the next batch was not ready; both
-    None where `progress` left no batch), step (the next optimizer step). Raises FloatingPointError for a loss
-    that is not finite.
+    None where `progress` left no batch). Raises FloatingPointError for a loss that is not finite.
     """
-    device, precision = next(objective.parameters()).device, optimization.precision
+    device = next(objective.parameters()).device
     matrix = ConfusionMatrix(getattr(objective, "module", objective).num_classes, device)
-    if progress and is_main_process():
-        matrix.counts += progress["counts"].to(device)
-    log, weights, before = LossLog(batches, progress), 0.0, progress["batches"] if progress else 0
-    done = before
+    batches_before = batches_done = state.progress["batches"] if state.progress else 0
+    if state.progress and is_main_process():
+        matrix.counts += state.progress["counts"].to(device)
+    log, weight_sum = EpochLog(batches, state.progress), 0.0
 
-    def so_far():
-        return dict(log.totals(), batches=done, counts=all_reduce(matrix.counts).cpu())
+    def progress():
+        return dict(log.totals(), batches=batches_done, counts=all_reduce(matrix.counts).cpu())
 
     objective.train()
-    for images, masks, names in log.watch(batches):
-        images = to_device(images, device)  # (B, 3, H, W) uint8, or what a cache holds
-        masks = masks.to(device, non_blocking=True).long()  # (B, H, W) int64, 255 = ignore
-        lr = set_lr(optimization.optimizer, optimization.lr_lambda(step))
-        with precision.autocast():
-            loss, terms, preds = objective(images, masks)
-        weight = (masks != IGNORE).sum() / masks[0].numel()  # accumulated means over pixels = one large batch
-        precision.scaler.scale(loss * weight).backward()
-        weights = weights + weight
-        log.add(loss, terms, names, step, lr)
-        matrix.update(preds, masks)
-        done += 1
-        if done % optimization.accumulate == 0 or done == len(batches):
-            weights = all_reduce(weights) / world_size()  # DDP averages the gradients
-            optimization.step(torch.clamp(weights, min=1e-6))
-            step, weights = step + 1, 0.0
+    for images, targets, names in log.timed(batches):
+        images = to_device(images, device)  # (B, 3, H, W) uint8, or Features of a cache
+        targets = to_device(targets, device)  # {"mask": (B, H, W) uint8, 255 = ignore, ...}
+        lr = set_learning_rates(state.optimizer, schedule(state.step))
+        with state.precision.autocast():
+            loss, terms, preds, weight = objective(images, targets)
+        state.precision.scaler.scale(loss * weight).backward()
+        weight_sum = weight_sum + weight
+        log.add(loss, terms, names, state.step, lr, weight)
+        matrix.update(preds, targets["mask"])
+        batches_done += 1
+        if batches_done % accumulate == 0 or batches_done == len(batches):
+            weight_sum = all_reduce(weight_sum) / world_size()  # DDP averages the gradients
+            state.optimizer_step(torch.clamp(weight_sum, min=1e-6))
+            weight_sum = 0.0
             if after_step:
-                after_step(step, so_far)
+                after_step(progress)
     broadcast_buffers(objective)
     matrix.counts = all_reduce(matrix.counts)
-    means, trained = log.means(), done > before  # the means read the last losses, which the rate counts
+    means, trained = log.means(), batches_done > batches_before  # the means read the last losses
     return dict(means, accuracy=matrix.pixel_accuracy(), miou=matrix.miou(),
                 images_per_s=log.rate() if trained else None,
-                data_wait=log.waited / log.seconds() if trained else None, step=step)
+                data_wait=log.seconds_waited / log.seconds() if trained else None)
 
 
-def set_lr(optimizer, factor):
-    """Set every group's learning rate to factor x its base rate; return that of the first group."""
+def set_learning_rates(optimizer, factor):
+    """Set every group's learning rate to factor x its base rate; return the largest."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 # --- the validation pass ----------------------------------------------------------------------------------
 @torch.inference_mode()
-def evaluate(model, batches, precision, criterion=None, views=None, on_image=None, after_batch=None):
-    """Score a SegmentationModel on the batches of a validation dataloader, each mask at its own size.
+def evaluate(model, batches, precision, objective=None, predict=None, on_image=None, after_batch=None):
+    """Score a model on the batches of a validation dataloader, each mask at its own size.
 
-    The batches have the network's size, and with a criterion the loss is taken there, as in training; or
-    views(images) -> iterable of Logits brings images of any size to the network, as views_of does.
+    The batches have the network's size, and with an Objective the loss is taken there, as in training; or
+    predict(images, sizes) -> label maps brings images of any size to the network, as a Predictor does.
     on_image(name, pred, mask, matrix), pred and mask (H, W), matrix its own ConfusionMatrix, is called for
     every image, after_batch() after every batch.
 
-    Of several processes, each brings its own part of the batches and all get the scores of the whole. Returns
-    (dict of loss and its terms, accuracy, miou, dice; the ConfusionMatrix). Leaves the model in eval mode.
+    Of several processes, each brings its own share of the batches and all get the same scores. Returns (dict
+    of loss and its terms, accuracy, miou, dice, the head's own scores; the ConfusionMatrix). Leaves the model
+    in eval mode.
     """
     device = next(model.parameters()).device
-    matrix, log = ConfusionMatrix(model.num_classes, device), LossLog(batches)
+    matrix, log, head_scores = ConfusionMatrix(model.num_classes, device), EpochLog(batches), {}
     model.eval()
-    for images, masks, names in batches:
-        if views:
-            logits = views(images)
+    for images, targets, names in batches:
+        masks = targets["mask"]
+        sizes = [tuple(mask.shape) for mask in masks]
+        if predict:
+            preds = predict(images, sizes)
         else:
             with precision.autocast():
                 output, geometry = model.output(to_device(images, device))
-                logits = [model.head.logits(output, geometry)]
-                if criterion:
-                    small = torch.stack([resize_mask(mask, geometry.size) for mask in masks])  # (B, h, w)
-                    loss, terms, _ = model.head.loss(output, small.to(device).long(), geometry, criterion)
-                    log.add(loss, terms, names, 0, 0.0)
-        preds = label_maps(logits, [mask.shape for mask in masks])
+                if objective:
+                    small = to_device(targets_at(targets, geometry.size), device)
+                    loss, terms, _ = objective.loss(output, small, geometry)
+                    log.add(loss, terms, names)
+                    add_head_scores(head_scores, model.head, output, small, geometry)
+                preds = label_maps(logits_of(output), geometry, sizes)
         for pred, mask, name in zip(preds, masks, names, strict=True):
-            single = ConfusionMatrix(model.num_classes, device)
-            single.update(pred, mask.to(device))
-            matrix.merge(single)
+            image_matrix = ConfusionMatrix(model.num_classes, device)
+            image_matrix.update(pred, mask.to(device))
+            matrix.merge(image_matrix)
             if on_image:
-                on_image(name, pred, mask, single)
+                on_image(name, pred, mask, image_matrix)
         if after_batch:
             after_batch()
     matrix.counts = all_reduce(matrix.counts)
-    scores = dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice())
+    scores = dict(log.means(), accuracy=matrix.pixel_accuracy(), miou=matrix.miou(), dice=matrix.mean_dice(),
+                  **mean_head_scores(head_scores))
     return scores, matrix
+
+
+def targets_at(targets, size):
+    """Return validation targets, each of its own size, at `size` = (H, W): {name: (B, H, W)}."""
+    return {name: torch.stack([resize_target(value, size) for value in values])
+            for name, values in targets.items()}
+
+
+def add_head_scores(totals, head, output, targets, geometry):
+    """Add what head.scores() says of a batch, where it has any, to totals {name: [sum, count]}."""
+    if hasattr(head, "scores"):
+        for name, values in head.scores(output, targets, geometry).items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            for index, value in enumerate(values):
+                total[index] += float(value)
+
+
+def mean_head_scores(totals):
+    """Return {name: sum / count} over all processes, NaN where nothing was counted."""
+    sums = {}
+    for process_totals in all_gather(totals):
+        for name, (value, count) in process_totals.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + value, before[1] + count
+    return {name: value / count if count else math.nan for name, (value, count) in sums.items()}
 
 
 @torch.inference_mode()
@@ -352,11 +469,12 @@ def predict_examples(model, dataset, precision, count):
     mask and pred are label maps (H, W) uint8, of the mask's and of the image's own size.
     """
     rows, device = [], next(model.parameters()).device
+    stack = getattr(dataset, "collate", collate)
     for index in evenly_sampled(range(len(dataset)), count):
-        inputs, mask, _ = dataset[index]
-        image = dataset.picture(index)
+        images, targets, _ = stack([dataset[index]])
+        picture = dataset.picture(index)
         with precision.autocast():
-            logits = model.logits(to_device(default_collate([inputs]), device))
-        (pred,) = label_maps([logits], [image.shape[1:]])
-        rows.append((image.permute(1, 2, 0).numpy(), mask.numpy(), pred.cpu().numpy()))
+            logits, geometry = model.logits(to_device(images, device))
+        (pred,) = label_maps(logits, geometry, [tuple(picture.shape[1:])])
+        rows.append((picture.permute(1, 2, 0).numpy(), targets["mask"][0].numpy(), pred.cpu().numpy()))
     return rows

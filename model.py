@@ -13,7 +13,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 import dataclasses
 from dataclasses import dataclass
 
-from config import InputError, ModelOptions, parse_train_args, resolve
+from config import FIELDS, InputError, ModelOptions, fields_affecting, parse_train_args, resolve
 
 if __name__ == "__main__":
     parse_train_args()  # --help and wrong flags are answered before torch is imported
@@ -22,15 +22,11 @@ import torch
 from torch import nn
 
 import utils
-from models.backbones import Features, Tail, build_backbone, origin_code
+from models.backbones import Features, Part, Tail, build_backbone, origin_code
 from models.baselines import build_baseline
-from models.heads import HEADS
-from models.logits import geometry_of, pad
+from models.heads import HEADS, logits_of
+from models.upsampling import geometry_of, pad, pixels
 from models.weights import hash_state
-
-
-# Options that the features of a backbone do not depend on: caches of them are shared by all their values.
-OF_HEADS = {"layers", "head", "split_blocks", "aux_weight", "num_classes"}
 
 
 @dataclass
@@ -49,168 +45,138 @@ class ModelSpec(ModelOptions):
         return cls(**fields, num_classes=num_classes)
 
 
-class SegmentationModel(nn.Module):
-    """Base of what is trained and scored: from output() of the inputs the head makes logits or a loss."""
+class Segmenter(nn.Module):
+    """Images in, logits at the same size out. `spec` is what build_model needs to make it again.
 
-    def output(self, inputs):
-        """Inputs of the model -> (what the head returns, the Geometry of the images)."""
-        raise NotImplementedError
-
-    def logits(self, inputs):
-        """Inputs of the model -> Logits, before anything is made large."""
-        return self.head.logits(*self.output(inputs))
-
-    def loss(self, inputs, masks, criterion):
-        """Inputs of the model, masks (B, H, W) int64 -> loss, {name: term}, preds (B, H, W)."""
-        output, geometry = self.output(inputs)
-        return self.head.loss(output, masks, geometry, criterion)
-
-
-class Segmenter(SegmentationModel):
-    """Images in, logits at the same size out. `spec` is what build_model needs to make it again."""
+    Wherever it takes images, it takes the Features of a feature cache, in which what is frozen is done.
+    stretched: whether logits are stretched over the images instead of cropped, as in geometry_of.
+    """
 
     def __init__(self, backbone, head, spec):
         super().__init__()
         self.backbone, self.head, self.spec, self.num_classes = backbone, head, spec, spec.num_classes
+        self.stretched = False
+        self.trained_tail = ()  # the Tail that trains on cached tokens; in a tuple, for its blocks are not new
         mean, std = backbone.normalization if spec.normalize == "auto" else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
 
     def forward(self, images):
         """(B, 3, H, W) uint8 RGB of any H, W -> (B, K, H, W) float32 logits."""
-        return self.logits(images).pixels()
+        return pixels(*self.logits(images))
+
+    def logits(self, images):
+        """(B, 3, H, W) uint8 RGB, or Features of a cache -> logits (B, K, h, w), their Geometry."""
+        output, geometry = self.output(images)
+        return logits_of(output), geometry
 
     def output(self, images, geometry=None):
-        """(B, 3, H, W) uint8 RGB -> (what the head returns, Geometry)."""
-        geometry = geometry or geometry_of(images.shape[-2:], self.backbone.size_divisor)
-        return self.decode(self.features(images, geometry), geometry), geometry
+        """(B, 3, H, W) uint8 RGB, or Features of a cache -> (what the head returns, Geometry)."""
+        cached = isinstance(images, Features)
+        features = self.finish(images) if cached else self.features(images, geometry)
+        # the layout of tokens: in bfloat16 heads are two to three times as fast in it, in float32 up to 1.6
+        # (but a U-Net trains 1.3 times as fast in the other)
+        features.maps = [values if values.stride(1) == 1 else
+                         values.contiguous(memory_format=torch.channels_last) for values in features.maps]
+        return self.head(features), features.geometry
 
     def features(self, images, geometry=None):
         """(B, 3, H, W) uint8 RGB -> Features of the normalized, padded images."""
+        geometry = geometry or self.geometry(images.shape[-2:])
         images = self.normalized(images, geometry)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone.trains()):
-            return self.backbone.features(images, self.head.token_blocks)
+            maps, tokens = self.backbone(images, self.head.reads.tokens)
+        return Features(maps, tokens, images, geometry)
 
-    def normalized(self, images, geometry=None):
+    def geometry(self, size):
+        """Return the Geometry of images of `size` = (H, W)."""
+        return geometry_of(size, self.backbone.size_divisor, self.head.logits_multiple, self.stretched)
+
+    def normalized(self, images, geometry):
         """(B, 3, H, W) uint8 RGB -> (B, 3, *geometry.padded) float32, normalized, then padded with zeros."""
-        geometry = geometry or geometry_of(images.shape[-2:], self.backbone.size_divisor)
         return pad((images.float() - self.mean) / self.std, geometry)
-
-    def decode(self, features, geometry):
-        """Features of images of `geometry` -> what the head returns."""
-        # the layout of tokens: in bfloat16 heads are two to three times as fast in it, in float32 up to 1.6
-        # (but a U-Net trains 1.3 times as fast in the other)
-        maps = [one if one.stride(1) == 1 else one.contiguous(memory_format=torch.channels_last)
-                for one in features]
-        return self.head(Features(maps, features.tokens, features.images), geometry.padded)
 
     # --- for the feature cache
     def cached_parts(self):
-        """Return the names of what CachedSegmenter needs of an image. Raises InputError where no training can
-        start from what a frozen part of the backbone computes.
+        """Return the Parts of an image that a training needs. Raises InputError where no training can start
+        from what a frozen part of the backbone computes.
         """
-        backbone, head = self.backbone, self.head
-        image = ["image"] * head.sees_image
+        backbone, reads = self.backbone, self.head.reads
+        image = [Part("image")] * reads.image
         if not backbone.layers:
             raise InputError("--cache-features keeps what the blocks of a backbone compute, and "
                              f"{self.spec.arch} has none: leave it out, or give --arch dinov2")
-        asked = {block % len(backbone.blocks) for block in head.token_blocks}
+        token_blocks = {block % len(backbone.blocks) for block in reads.tokens}
         if not backbone.trains():
-            return [*(f"map {layer}" for layer in backbone.layers),
-                    *(f"tokens {block}" for block in sorted(asked)), *image]
+            return [*(Part("map", layer) for layer in backbone.layers),
+                    *(Part("tokens", block) for block in sorted(token_blocks)), *image]
         first = backbone.first_trained()
         if first is None:
             raise InputError("--cache-features keeps what enters the first block that trains, and parameters "
                              "before the blocks train too: leave it out, or give --unfreeze N")
-        backbone.tail(first)  # says where that cannot be
-        asked |= {first, *(layer + 1 for layer in backbone.layers)}
-        return [*(f"tokens {block}" for block in sorted(asked) if block <= first), *image]
+        self.trained_tail = (backbone.tail(first),)  # raises where that cannot be
+        token_blocks |= {first, *(layer + 1 for layer in backbone.layers)}
+        return [*(Part("tokens", block) for block in sorted(token_blocks) if block <= first), *image]
 
     def compute_parts(self, parts, images):
-        """(B, 3, H, W) uint8 RGB -> {part: (B, ...)} as CachedSegmenter takes them."""
-        blocks = [int(part.partition(" ")[2]) for part in parts if part.startswith("tokens")]
-        features = self.backbone.features(self.normalized(images), blocks)
-        known = {f"map {layer}": values.permute(0, 2, 3, 1)
-                 for layer, values in zip(self.backbone.layers, features, strict=True)}
-        known.update({f"tokens {block}": values for block, values in features.tokens.items()})
-        known["image"] = images.permute(0, 2, 3, 1)
-        return {part: known[part] for part in parts}
+        """(B, 3, H, W) uint8 RGB -> {Part: (B, ...)}, maps and tokens as the backbone computes them."""
+        blocks = [part.block for part in parts if part.kind == "tokens"]
+        maps, tokens = self.backbone(self.normalized(images, self.geometry(images.shape[-2:])), blocks)
+        values = {Part("map", layer): values.permute(0, 2, 3, 1)  # (B, h, w, D)
+                  for layer, values in zip(self.backbone.layers, maps, strict=True)}
+        values.update({Part("tokens", block): values for block, values in tokens.items()})
+        values[Part("image")] = images.permute(0, 2, 3, 1)  # (B, H, W, 3)
+        return {part: values[part] for part in parts}
+
+    def finish(self, cached):
+        """Features of a cache, in bfloat16 -> Features that the head takes: runs the blocks that train."""
+        depth, token_blocks = len(self.backbone.blocks), self.head.reads.tokens
+        maps = [as_autocast(values) for values in cached.maps]
+        tokens = {block: values.float() for block, values in cached.tokens.items()}
+        if maps:
+            tokens = {block: tokens[block % depth] for block in token_blocks}
+        for tail in self.trained_tail:
+            grid = tuple(side // self.backbone.size_divisor for side in cached.geometry.padded)
+            maps, tokens = tail.maps_and_tokens(tokens, grid, self.backbone.layers, token_blocks)
+        image = None if cached.image is None else self.normalized(cached.image, cached.geometry)
+        return Features(maps, tokens, image, cached.geometry)
 
     def part_facts(self, parts):
-        """Return {part: what it depends on beside the image at the size of training, as plain values}."""
-        code = utils.hash_code("model.py", "models/backbones.py", "models/logits.py")
-        options = {field.name: getattr(self.spec, field.name) for field in dataclasses.fields(self.spec)
-                   if field.name not in OF_HEADS and getattr(self.spec, field.name) != field.default}
+        """Return {Part: what it depends on beside the image at the size of training, as plain values}."""
+        code = utils.hash_code("model.py", "models/backbones.py", "models/upsampling.py")
+        options = {name: getattr(self.spec, name) for name in fields_affecting("features")
+                   if hasattr(self.spec, name) and getattr(self.spec, name) != FIELDS[name].default}
         shared = dict(options, backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
                       std=self.std.flatten().tolist(), code=[code, origin_code(self.spec.backbone)])
-        whole, facts = None, {}
+        all_weights, facts = None, {}
         for part in parts:
-            kind, _, block = part.partition(" ")
-            if kind == "map":  # one hash for all of them: a backbone may have gigabytes
-                whole = whole or hash_state(self.backbone.state_dict())
-            state = self.backbone.frozen_state(int(block)) if kind == "tokens" else {}
-            facts[part] = {} if kind == "image" else dict(shared, block=int(block), weights=hash_state(state)
-                                                          if kind == "tokens" else whole)
+            if part.kind == "image":
+                facts[part] = {}
+                continue
+            if part.kind == "tokens":
+                weights = hash_state(self.backbone.frozen_state(part.block))
+            else:  # one hash for all of them: a backbone may have gigabytes
+                weights = all_weights = all_weights or hash_state(self.backbone.state_dict())
+            facts[part] = dict(shared, block=part.block, weights=weights)
         return facts
 
+    # --- what it consists of
     def compile_parts(self):
         """Compile backbone and head (torch.compile) the first time each is called."""
-        self.backbone.features = torch.compile(self.backbone.features)
-        self.head.compile()
+        for module in (*(self.trained_tail or [self.backbone]), self.head):
+            module.compile()
 
     def pretrained(self):
         """Return the names of the parameters of the backbone and of the copies of its blocks in the head."""
-        parts = {"backbone": self.backbone, **{name: module for name, module in self.named_modules()
-                                               if isinstance(module, Tail)}}
-        return {f"{prefix}.{name}" for prefix, part in parts.items() for name, _ in part.named_parameters()}
+        modules = {"backbone": self.backbone, **{name: module for name, module in self.named_modules()
+                                                 if isinstance(module, Tail)}}
+        return {f"{prefix}.{name}" for prefix, module in modules.items()
+                for name, _ in module.named_parameters()}
 
     def parameter_counts(self):
         """Return (trained, all) numbers of parameters."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-
-class CachedSegmenter(SegmentationModel):
-    """A Segmenter from where its training begins: its inputs are what the feature cache keeps of an image.
-
-    Segmenter.cached_parts() names them: `map L`, the normed map (h, w, D) of block L of a frozen backbone;
-    `tokens L`, (prefix + h * w, D), un-normed, as they enter block L; `image`, (H, W, 3) uint8. Where blocks
-    of the backbone train, they are run on the tokens that enter the first of them. For one size.
-    """
-
-    def __init__(self, model, size):
-        super().__init__()
-        self.model, self.num_classes = model, model.num_classes
-        self.geometry = geometry_of(size, model.backbone.size_divisor)
-        # in a list, because these are the backbone's own modules and not once more those of this one
-        self.tails = [model.backbone.tail(model.backbone.first_trained())] if model.backbone.trains() else []
-
-    @property
-    def head(self):
-        """The head of the Segmenter."""
-        return self.model.head
-
-    def compile_parts(self):
-        """Compile the trained blocks and the head (torch.compile) the first time each is called."""
-        for part in (*self.tails, self.head):
-            part.compile()
-
-    def output(self, inputs):
-        """{part: (B, ...)}, maps and tokens in bfloat16 -> (what the head returns, Geometry)."""
-        backbone, parts = self.model.backbone, {kind: {} for kind in ("map", "tokens", "image")}
-        for part, values in inputs.items():
-            kind, _, block = part.partition(" ")
-            parts[kind][int(block or 0)] = values
-        maps = [as_autocast(values).permute(0, 3, 1, 2) for values in parts["map"].values()]
-        tokens = {block: values.float() for block, values in parts["tokens"].items()}
-        features = Features(maps, {block: tokens[block % len(backbone.blocks)]
-                                   for block in self.head.token_blocks if maps})
-        for tail in self.tails:
-            grid = tuple(side // backbone.size_divisor for side in self.geometry.padded)
-            features = tail.features(tokens, grid, backbone.layers, self.head.token_blocks)
-        for values in parts["image"].values():
-            features.images = self.model.normalized(values.permute(0, 3, 1, 2), self.geometry)
-        return self.model.decode(features, self.geometry), self.geometry
 
 
 def as_autocast(values):
@@ -229,7 +195,7 @@ def build_model(spec, weights="none", unfreeze=0, backbone=None):
     """
     if spec.arch == "dinov2":
         head = HEADS[spec.head]
-        backbone = backbone or build_backbone(spec.backbone, weights, spec.layers or head.reads)
+        backbone = backbone or build_backbone(spec.backbone, weights, spec.layers or head.reads.maps)
         spec = dataclasses.replace(spec, layers=tuple(backbone.layers))
         decoder = head.build(backbone, spec)
     else:

@@ -5,10 +5,10 @@
     python train.py --cache-features --cache-views 4    # four augmented views of every image
     python train.py --cache-features --unfreeze 3       # what enters the first of the blocks that train
 
-A cache is one memory-mapped file for every part that the training starts from (maps and tokens of blocks in
-bfloat16, images), one of masks for training, and beside each a file of checksums, one per entry, written
-after the entry: an interrupted cache is completed, a damaged entry computed again. The file's name is a hash
-of all that its content depends on.
+A cache is a memory-mapped file for every Part that the training starts from (maps and tokens of blocks in
+bfloat16, images), one for every target of training images, and beside each a file of checksums, of which an
+entry's is written after it: an interrupted cache is completed, a damaged entry computed again. The file's name
+is a hash of all that its content depends on.
 """
 import hashlib
 import json
@@ -19,15 +19,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import InputError, count_of
-from dataio.dataloader import Batches, naming_files
-from utils import barrier, local_rank, local_world_size
-from utils import is_out_of_memory, lock_file, write_atomically
+from dataio.dataloader import Batches, collate, naming_files
+from models.backbones import features_of_parts
+from utils import barrier, is_out_of_memory, local_rank, local_world_size, write_atomically
 
-VERSION = 3  # of the format
+VERSION = 4  # of the format
 MOVING = "contents", "reading", "code"  # facts in which a cache of the same files, once, may differ
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images per pass of the backbone; halved while they do not fit
 SPARE = 1 << 28  # bytes of disk that stay free
@@ -38,24 +39,24 @@ class EntryFile:
 
     def __init__(self, path, count, shape, dtype):
         self.path, self.count, self.shape, self.dtype = Path(path), count, tuple(shape), dtype
-        self.maps = None
+        self.arrays = None  # (values, checksums), once it is open
 
     def __getstate__(self):  # a worker process maps the file itself
-        return {**self.__dict__, "maps": None}
+        return {**self.__dict__, "arrays": None}
 
     def open(self):
         """Map the file and its checksums. Returns (values (N, *shape), checksums (N,) int64, 0 = none).
 
         Raises InputError where the files are gone. On a medium that is read-only, nothing can be written.
         """
-        if self.maps is None:
-            if not self.is_whole():
+        if self.arrays is None:
+            if not self.is_complete():
                 raise InputError(f"--cache-features: {self.path} is gone: start again")
             size, shared = self.count * torch.Size(self.shape).numel(), self.is_writable()
             values = torch.from_file(str(self.path), shared=shared, size=size, dtype=self.dtype)
             sums = torch.from_file(str(self.sums_path), shared=shared, size=self.count, dtype=torch.int64)
-            self.maps = values.view(self.count, *self.shape), sums
-        return self.maps
+            self.arrays = values.view(self.count, *self.shape), sums
+        return self.arrays
 
     @property
     def sums_path(self):
@@ -70,7 +71,7 @@ class EntryFile:
         """Return the size of the whole file."""
         return self.count * torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def is_whole(self):
+    def is_complete(self):
         """Return whether both files have the size that they should have."""
         return all(path.is_file() and path.stat().st_size == size
                    for path, size in ((self.path, self.bytes()), (self.sums_path, 8 * self.count)))
@@ -92,8 +93,14 @@ class EntryFile:
         write_atomically(self.path.with_suffix(".json"), lambda path: path.write_text(text))
 
     def write(self, number, value):
-        """Store one entry, then its checksum: a process that dies between the two leaves no checksum."""
+        """Store an entry, then its checksum: a process that dies between the two leaves no checksum.
+
+        Raises InputError for another type or shape, which torch would convert without a word.
+        """
         values, sums = self.open()
+        if value.dtype != self.dtype or tuple(value.shape) != self.shape:
+            raise InputError(f"--cache-features: {self.path} holds {self.dtype} {self.shape} and cannot hold "
+                             f"{value.dtype} {tuple(value.shape)}: leave it out")
         values[number] = value
         sums[number] = checksum(values[number])
 
@@ -109,23 +116,25 @@ def checksum(values):
 
 
 class CachedDataset(Dataset):
-    """Triples ({part: values}, mask, file name) in place of the (image, mask, name) of a dataset.
+    """Items ({Part: values}, targets, file name) in place of the (image, targets, name) of a dataset, and
+    batches of Features in place of images.
 
-    Masks as in the dataset: at its `size` for training, else as they are stored. Pass e of training over the
-    images reads view e % views.
+    Targets as in the dataset: at its `size` for training, else as they are stored. Pass e of training over
+    the images reads view e % views. parts, targets: {Part or name: EntryFile}.
     """
 
-    def __init__(self, dataset, parts, masks, views):
-        self.dataset, self.parts, self.masks, self.views = dataset, parts, masks, views
+    def __init__(self, dataset, model, parts, targets, views):
+        self.dataset, self.parts, self.targets, self.views = dataset, parts, targets, views
         self.samples, self.augments, self.seed = dataset.samples, dataset.augments, dataset.seed
+        self.geometry = model.geometry(dataset.size)
 
     def __len__(self):
         return len(self.dataset)
 
     def check(self):
         """Raise InputError where a file of the cache is gone or cut off."""
-        for file in [*self.parts.values(), *([self.masks] if self.masks else [])]:
-            if not file.is_whole():
+        for file in (*self.parts.values(), *self.targets.values()):
+            if not file.is_complete():
                 raise InputError(f"--cache-features: {file.path} was cut off or removed: go on with "
                                  "--resume, which computes it again")
 
@@ -134,11 +143,16 @@ class CachedDataset(Dataset):
         return self.dataset.picture(index)
 
     def __getitem__(self, item):
-        turn, index = divmod(item, len(self))
-        number = turn % self.views * len(self) + index
-        inputs = {part: file.open()[0][number] for part, file in self.parts.items()}
-        mask = self.masks.open()[0][number] if self.masks else self.dataset.mask(index)
-        return inputs, mask, str(self.samples[index].image)
+        epoch, index = divmod(item, len(self))
+        number = epoch % self.views * len(self) + index
+        values = {part: file.open()[0][number] for part, file in self.parts.items()}
+        targets = {name: file.open()[0][number] for name, file in self.targets.items()}
+        return values, targets or self.dataset.targets(index), str(self.samples[index].image)
+
+    def collate(self, items):
+        """Return (Features, targets, names) of items."""
+        values, targets, names = collate(items)
+        return features_of_parts(values, self.geometry), targets, names
 
 
 def cache_features(model, dataset, folder, precision, views=1, workers=0):
@@ -149,15 +163,15 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     for a model whose training does not start from what a frozen part of its backbone computes.
     """
     parts, folder = model.cached_parts(), Path(folder)
-    model.eval()  # BatchNorm of a frozen backbone must not learn from the images it is asked about
+    model.eval()  # BatchNorm of a frozen backbone must not learn from the images that are cached
     files, facts = plan_files(model, parts, dataset, folder, precision, views)
     if local_rank() == 0:
         with alone_in(folder):
-            reserve(files, facts, folder)
+            reserve(list(files.values()), list(facts.values()), folder)
     barrier()
     missing = [number for number in range(local_rank(), len(dataset) * views, local_world_size())
-               if not all(file.has(number) for file in files)]
-    if missing and not all(file.is_writable() for file in files):
+               if not all(file.has(number) for file in files.values())]
+    if missing and not all(file.is_writable() for file in files.values()):
         raise InputError(
             f"--cache-features: the features of {count_of(len(missing), 'view')} are missing or damaged, and "
             f"{folder} cannot be written: name another folder"
@@ -165,33 +179,38 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     if missing:
         fill(model, parts, dataset, files, missing, precision, workers)
     barrier()
-    masks = files.pop() if dataset.augments is not None else None
-    return CachedDataset(dataset, dict(zip(parts, files, strict=True)), masks, views)
+    targets = {name: file for name, file in files.items() if name not in parts}
+    return CachedDataset(dataset, model, {part: files[part] for part in parts}, targets, views)
 
 
 def plan_files(model, parts, dataset, folder, precision, views):
-    """Return ([EntryFile of every part, and of masks for training], [the facts each depends on])."""
+    """Return ({Part, or name of a target of training images: its EntryFile}, {the same: the facts on which its
+    content depends}).
+    """
     count = len(dataset) * views
+    image, targets, _ = dataset[0]
     with torch.inference_mode(), precision.autocast():
-        first = model.compute_parts(parts, dataset[0][0][None].to(model.mean.device))  # {part: (1, ...)}
+        first = model.compute_parts(parts, image[None].to(model.mean.device))  # {Part: (1, ...)}
     shared = dict(version=VERSION, views=views, **dataset.facts(), **file_facts(dataset.samples))
-    files, facts, of_model = [], [], model.part_facts(parts)
+    entries, facts, model_facts = {}, {}, model.part_facts(parts)
     for part, values in first.items():
         exact = values.dtype == torch.uint8
-        facts.append(dict(shared, part=part, shape=list(values.shape[1:]), **of_model[part],
-                          precision="" if exact else str(precision)))
-        files.append((part, values.shape[1:], torch.uint8 if exact else torch.bfloat16))
-    if dataset.augments is not None:
-        facts.append(dict(shared, part="masks", table=hashlib.sha256(dataset.table).hexdigest()))
-        files.append(("masks", dataset.size, torch.uint8))
-    names = [hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).hexdigest()[:16] for fact in facts]
-    return [EntryFile(folder / f"{part.replace(' ', '_')}_{name}.bin", count, shape, kind)
-            for (part, shape, kind), name in zip(files, names, strict=True)], facts
+        entries[part] = values.shape[1:], torch.uint8 if exact else torch.bfloat16
+        facts[part] = dict(shared, part=str(part), shape=list(values.shape[1:]), **model_facts[part],
+                           precision="" if exact else str(precision))
+    for name, target in targets.items() if dataset.augments is not None else ():
+        entries[name] = target.shape, target.dtype
+        facts[name] = dict(shared, part=f"target {name}", table=hashlib.sha256(dataset.table).hexdigest())
+    files = {}
+    for key, (shape, dtype) in entries.items():
+        digest = hashlib.sha256(json.dumps(facts[key], sort_keys=True).encode()).hexdigest()[:16]
+        files[key] = EntryFile(folder / f"{key}_{digest}.bin", count, shape, dtype)
+    return files, facts
 
 
 def file_facts(samples):
     """Return the hashes of a file list: its names, and its sizes and times of change."""
-    paths = [os.path.abspath(path) for sample in samples for path in sample]
+    paths = [os.path.abspath(path) for sample in samples for path in sample.files()]
     names, stats = paths, list(map(os.stat, paths))
     with suppress(ValueError):  # Windows: data and drawn masks on two drives
         base = os.path.commonpath(list(map(os.path.dirname, paths)))
@@ -206,20 +225,23 @@ def alone_in(folder):
     """Context in which no other run makes files in a cache folder, which is created. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / ".cache.lock", wait=True)
+        lock = FileLock(folder / ".cache.lock")
+        lock.acquire()
     except OSError as error:
         if folder.is_dir() and not os.access(folder, os.W_OK):  # all may be there already
             yield
             return
-        raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
+        raise InputError(f"--cache-features: cannot write to {folder} ({error.strerror}); name another "
                          "folder") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def reserve(files, facts, folder):
     """Create the files that are missing; say how large they are. Raises InputError where the disk is full."""
-    missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_whole()]
+    missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_complete()]
     for _, fact in missing:
         remove_outdated(fact, folder)
     needed, free = sum(file.bytes() for file, _ in missing), shutil.disk_usage(folder).free
@@ -237,21 +259,23 @@ def reserve(files, facts, folder):
 
 def remove_outdated(facts, folder):
     """Remove a cache of the same files as they were before they changed; name one that is of other code."""
-    def lasting(known):
-        return {key: value for key, value in known.items() if key not in MOVING}
-
-    wanted = json.loads(json.dumps(facts))
+    facts = json.loads(json.dumps(facts))
     for path in folder.glob("*.json"):
         with suppress(OSError, ValueError, KeyError, AttributeError):
             other, file = json.loads(path.read_text()), path.with_suffix(".bin")
-            if lasting(other) != lasting(wanted):
+            if lasting(other) != lasting(facts):
                 continue
-            if other["contents"] == wanted["contents"]:  # another branch or checkout may have a use for it
+            if other["contents"] == facts["contents"]:  # another branch or checkout may have a use for it
                 print(f"the code has changed: {file} is of other code and can be deleted")
                 continue
             for ending in (".json", ".bin", ".sums"):
                 path.with_suffix(ending).unlink(missing_ok=True)
             print(f"the data set has changed: {file} is removed and computed again")
+
+
+def lasting(facts):
+    """Return the facts of a cache file but those in which an outdated one differs."""
+    return {key: value for key, value in facts.items() if key not in MOVING}
 
 
 def fill(model, parts, dataset, files, missing, precision, workers):
@@ -263,31 +287,29 @@ def fill(model, parts, dataset, files, missing, precision, workers):
     model.eval()
     bar = tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None)
     with bar, naming_files(loader):
-        for images, masks, _ in loader:
+        for images, targets, _ in loader:
             values, size = parts_that_fit(model, parts, images, precision, size)
-            if dataset.augments is not None:
-                values.append(masks)
+            values.update((name, target) for name, target in targets.items() if name in files)
             for index in range(len(images)):
                 number = next(numbers)
-                for file, batch in zip(files, values, strict=True):
-                    file.write(number, batch[index])
+                for key, file in files.items():
+                    file.write(number, values[key][index])
             bar.update(len(images))
 
 
 @torch.inference_mode()
 def parts_that_fit(model, parts, images, precision, size):
-    """Return (the values of every part, (B, ...) on the CPU, size): `size` images per pass, halved until they
-    fit.
-    """
+    """Return ({Part: (B, ...) on the CPU}, size): `size` images per pass, halved until they fit."""
     while True:
         try:
-            batches = []
+            batches = {part: [] for part in parts}
             for batch in images.split(size):
                 with precision.autocast():
                     values = model.compute_parts(parts, batch.to(model.mean.device, non_blocking=True))
-                batches.append([value.to(torch.bfloat16 if value.is_floating_point() else value.dtype).cpu()
-                                for value in values.values()])
-            return [torch.cat(values) for values in zip(*batches, strict=True)], size
+                for part, value in values.items():
+                    dtype = torch.bfloat16 if value.is_floating_point() else value.dtype
+                    batches[part].append(value.to(dtype).cpu())
+            return {part: torch.cat(values) for part, values in batches.items()}, size
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise

@@ -21,7 +21,8 @@ from torch import nn
 
 from dataio import schema
 from config import InputError
-from models.logits import Logits, geometry_of
+from models.heads import logits_of
+from models.upsampling import geometry_of, pixels
 
 STREAMS = 2  # images that OpenVINO computes side by side, where several are given
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
@@ -31,17 +32,17 @@ INSTALL = "{} is not installed: pip install {}"
 class Graph(nn.Module):
     """What is exported of a Segmenter, for images of one size: (B, 3, H, W) uint8 -> logits.
 
-    coarse: the values of its Logits, cheaper to bring to another size; else the pixels (B, K, H, W).
+    coarse: its logits on the head's grid, cheaper to bring to another size; else the pixels (B, K, H, W).
     """
 
     def __init__(self, model, size, coarse=False):
         super().__init__()
         self.model, self.size, self.coarse = model, tuple(size), coarse
-        self.geometry = geometry_of(size, model.backbone.size_divisor)
+        self.geometry = model.geometry(self.size)
 
     def forward(self, images):
-        logits = self.model.head.logits(*self.model.output(images, self.geometry))
-        return logits.values.float() if self.coarse else logits.pixels()
+        logits = logits_of(self.model.output(images, self.geometry)[0])
+        return logits.float() if self.coarse else pixels(logits, self.geometry)
 
     def example(self, batch=1):
         """Return images to trace with; runs them once, so that what depends on the size is there already."""
@@ -92,7 +93,7 @@ class ExportedModel(nn.Module):
         except Exception as error:  # each package has error classes of its own
             raise InputError(f"the exported model does not run ({first_line(error)}): re-export it") from None
         values = torch.cat([torch.from_numpy(part) for part in values])[:len(images)].float()
-        return self.template.with_values(values) if self.template else Logits(values)
+        return values, self.geometry
 
     def run_all(self, parts):
         """run() of several batches."""
@@ -100,7 +101,7 @@ class ExportedModel(nn.Module):
 
     def forward(self, images):
         """(B, 3, H, W) uint8 -> (B, K, H, W) float32."""
-        return self.logits(images).pixels()
+        return pixels(*self.logits(images))
 
 
 class OnnxRuntime(ExportedModel):

@@ -3,31 +3,35 @@
     predictor = Predictor(*load_model("outputs/best_model_iou.pth"))     # checkpoint.load_model
     label_map = predictor.predict("photo.jpg")                           # (H, W) uint8 class ids
 
-evaluate.py scores through the same functions, so a score is of what the inference scripts write.
+evaluate.py scores through the same functions, so a score is of what the inference scripts write. For large
+images in tiles, memory grows with the width alone: one row of tiles is in memory, K x side x W values.
 """
-import itertools
 import math
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from config import InputError
 from dataio.readers import read_image
-from dataio.transforms import resize_image, window_starts
+from dataio.transforms import continued, resize_image, window_starts
 from dataio.windows import read_native_image
 from inference.backends import ExportedModel, convert, is_installed
-from inference.tiles import Tiles, overlap_pixels
-from models.logits import Logits, class_ids
+from models.upsampling import BLOCK_VALUES, block_slices, class_ids, geometry_of, pixels
 from utils import Precision, pick_device, shortest_time
 
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
-LARGE = 1 << 28  # probabilities that are summed at full size, 1 GB
+LARGE_SUM = 1 << 28  # probabilities that are summed at full size, 1 GB
 WORTH_CONVERTING = 200  # images that pay for the seconds OpenVINO takes to start
 OVERLAP = 0.25  # of tiles, share of their sides
+TILES_WITH_BAR = 50  # tiles from which a progress bar is worth its lines
+SMALLEST = 1e-12  # of a probability, so that it has a logarithm
 
 
+# --- protocols --------------------------------------------------------------------------------------------
 class Protocol(NamedTuple):
     """How images are brought to a network and its outputs back to their own size.
 
@@ -56,10 +60,10 @@ class Protocol(NamedTuple):
         """Return the sizes (h, w) that an image of height x width is resized to, one per scale."""
         if self.slide:
             fit = max(self.window[0] / height, self.window[1] / width)
-            whole = height * fit, width * fit
+            height, width = height * fit, width * fit
         else:
-            whole = self.window
-        return [(max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))) for scale in self.scales]
+            height, width = self.window
+        return [(max(1, round(height * scale)), max(1, round(width * scale))) for scale in self.scales]
 
     def __str__(self):
         text = f"whole image at {self.window[0]}x{self.window[1]}"
@@ -83,152 +87,17 @@ def make_protocol(kind, tta, imgsz, tile_scale=1.0, overlap=OVERLAP):
     scales = MS_SCALES if "ms" in tta else (1.0,)
     if kind == "tile":
         if "ms" in tta:
-            raise InputError("--tta ms has no place in --protocol tile, which has --tile-scale: leave it out")
+            raise InputError("--tta ms is not for --protocol tile, which has --tile-scale: leave it out")
         protocol = Protocol(tuple(imgsz), flip="flip" in tta, tile=tile_scale)
-        stride = [side - less for side, less in zip(protocol.side, overlap_pixels(overlap, protocol.side),
-                                                    strict=True)]
+        stride = tuple(side - (round(overlap * side) if overlap < 1 else math.floor(overlap))
+                       for side in protocol.side)
         if min(stride) < 1:
             high, wide = protocol.side
             raise InputError(f"--overlap {overlap:g} is not smaller than the tiles of {high}x{wide} pixels: "
                              "give less")
-        return protocol._replace(stride=tuple(stride))
+        return protocol._replace(stride=stride)
     stride = tuple(max(1, round(side * 2 / 3)) for side in imgsz)
     return Protocol(tuple(imgsz), kind == "slide", stride if kind == "slide" else (), scales, "flip" in tta)
-
-
-def slide_logits(model, images, window, stride, batch_size):
-    """Average the logits of overlapping windows: images (B, 3, H, W) uint8 -> (B, K, H, W) float32."""
-    height, width = images.shape[-2:]
-    high, wide = min(window[0], height), min(window[1], width)
-    corners = [(top, left) for top in window_starts(height, high, stride[0])
-               for left in window_starts(width, wide, stride[1])]
-    total = count = None
-    step = max(1, batch_size // len(images))
-    for start in range(0, len(corners), step):
-        part = corners[start:start + step]
-        crops = torch.stack([images[..., top:top + high, left:left + wide] for top, left in part])
-        logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, H, W)
-        if total is None:
-            total = logits.new_zeros(len(images), logits.shape[2], height, width)
-            count = logits.new_zeros(height, width)
-        for (top, left), one in zip(part, logits, strict=True):
-            total[..., top:top + high, left:left + wide] += one
-            count[top:top + high, left:left + wide] += 1
-    return total.div_(count)
-
-
-@torch.inference_mode()
-def views_of(model, images, protocol, precision, batch_size=8):
-    """Yield the Logits of every view of `images` (B, 3, H, W) uint8, B x K x h x w, none mirrored.
-
-    model in eval mode; batch_size: windows per forward pass. One view is alive at a time, unless
-    the caller keeps them. Of tiles, B is 1 and the one view is Tiles; images may be a Raster then.
-    """
-    if protocol.tile:
-        whole = protocol._replace(tile=0.0, stride=())
-
-        def probabilities(crops):
-            return mean_probabilities(views_of(model, crops, whole, precision), protocol.side)
-
-        yield Tiles(probabilities, images, protocol.side, protocol.stride, model.num_classes, batch_size)
-        return
-    images = images.to(next(model.parameters()).device, non_blocking=True)
-    for size in protocol.sizes(*images.shape[-2:]):
-        resized = resize_image(images, size)
-        for mirrored in (False, True)[:1 + protocol.flip]:
-            seen = resized.flip(-1) if mirrored else resized
-            with precision.autocast():
-                if protocol.slide:
-                    logits = Logits(slide_logits(model, seen, protocol.window, protocol.stride, batch_size))
-                else:
-                    logits = model.logits(seen)
-            yield logits.flip() if mirrored else logits
-
-
-def mean_probabilities(views, size):
-    """Return the mean softmax (B, K, h, w) float32 of views, an iterable of Logits, at `size` = (h, w)."""
-    first, *others = [view.at(size).pixels().softmax(1) for view in views]
-    return sum(others, first) / (1 + len(others)) if others else first
-
-
-def blocks_of(views, size):
-    """Yield (rows, logits (1, K, r, W), None) that cover the image of one view, an iterable of Logits with
-    B = 1, or (rows, None, probabilities (1, K, r, W)), of Tiles or the mean of several views.
-
-    Logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K. Several
-    views are summed as probabilities at H x W where that stays below LARGE, else all of them are kept.
-    """
-    views = (view.at(size) for view in views)
-    first, second = next(views), next(views, None)
-    if second is None:
-        for _, rows in first.slices():
-            tiled = isinstance(first, Tiles)
-            yield rows, None if tiled else first.pixels(rows), first.shares(rows) if tiled else None
-        return
-    views = itertools.chain([first, second], views)
-    if math.prod(first.shape) > LARGE:
-        views = list(views)
-        for _, rows in first.slices():
-            yield rows, None, sum(view.pixels(rows).softmax(1) for view in views) / len(views)
-        return
-    total, count = torch.zeros(first.shape, device=first.values.device), 0
-    del first, second
-    for view in views:
-        count += 1
-        for _, rows, pixels in view.blocks():
-            total[..., rows, :] += pixels.softmax(1)
-    yield slice(None), None, total.div_(count)
-
-
-def label_map(views, size):
-    """Return class ids (H, W) uint8 from the views of one image, an iterable of Logits with B = 1."""
-    pred = None
-    for rows, logits, probabilities in blocks_of(views, size):
-        values = probabilities if logits is None else logits
-        if pred is None:
-            pred = torch.empty(tuple(size), dtype=torch.uint8, device=values.device)
-        pred[rows] = class_ids(values)[0]
-    return pred
-
-
-class Scores(NamedTuple):
-    """Of one image: pred (H, W) uint8; confidence (H, W) float32, the probability of its class;
-    probabilities (K, H, W) float16 of all classes, or None.
-    """
-
-    pred: np.ndarray
-    confidence: np.ndarray
-    probabilities: np.ndarray
-
-
-def scores_of(views, size, every_class=False):
-    """Return the Scores of one image from its views, as label_map takes them."""
-    pred, confidence, probabilities = np.empty(size, np.uint8), np.empty(size, np.float32), None
-    for rows, logits, shares in blocks_of(views, size):
-        shares = logits.softmax(1) if shares is None else shares
-        ids = class_ids(shares if logits is None else logits)
-        pred[rows], confidence[rows] = ids[0].cpu().numpy(), shares.amax(1)[0].cpu().numpy()
-        if every_class:
-            if probabilities is None:
-                probabilities = np.empty((shares.shape[1], *size), np.float16)
-            probabilities[:, rows] = shares[0].cpu().numpy()
-    return Scores(pred, confidence, probabilities)
-
-
-def label_maps(views, sizes):
-    """Return the class ids of a batch, a list of (H, W) uint8, from an iterable of views (Logits)."""
-    if len(sizes) == 1:  # the views of a single image need not be kept
-        return [label_map(views, sizes[0])]
-    views = list(views)
-    return [label_map((view[index:index + 1] for view in views), size) for index, size in enumerate(sizes)]
-
-
-@torch.inference_mode()
-def predict(model, images, protocol, precision, batch_size=8):
-    """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the model's device."""
-    parts = images.split(1) if protocol.tile else [images]
-    return torch.stack([pred for part in parts for pred in label_maps(
-        views_of(model, part, protocol, precision, batch_size), [images.shape[-2:]] * len(part))])
 
 
 def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, overlap=None):
@@ -256,6 +125,273 @@ def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, ov
     return own
 
 
+# --- views ------------------------------------------------------------------------------------------------
+# A view of images is (logits (B, K, h, w), their Geometry), of which models/upsampling.py makes pixels.
+def slide_logits(model, images, window, stride, batch_size):
+    """Average the logits of overlapping windows: images (B, 3, H, W) uint8 -> (B, K, H, W) float32."""
+    height, width = images.shape[-2:]
+    high, wide = min(window[0], height), min(window[1], width)
+    corners = [(top, left) for top in window_starts(height, high, stride[0])
+               for left in window_starts(width, wide, stride[1])]
+    total = count = None
+    step = max(1, batch_size // len(images))
+    for start in range(0, len(corners), step):
+        batch = corners[start:start + step]
+        crops = torch.stack([images[..., top:top + high, left:left + wide] for top, left in batch])
+        logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, H, W)
+        if total is None:
+            total = logits.new_zeros(len(images), logits.shape[2], height, width)
+            count = logits.new_zeros(height, width)
+        for (top, left), window_logits in zip(batch, logits, strict=True):
+            total[..., top:top + high, left:left + wide] += window_logits
+            count[top:top + high, left:left + wide] += 1
+    return total.div_(count)
+
+
+@torch.inference_mode()
+def views_of(model, images, protocol, precision, batch_size=8):
+    """Yield every view of `images` (B, 3, H, W) uint8 under a Protocol without tiles.
+
+    model in eval mode; batch_size: windows per forward pass. A single view is alive at a time, unless the
+    caller keeps them.
+    """
+    images = images.to(next(model.parameters()).device, non_blocking=True)
+    for size in protocol.sizes(*images.shape[-2:]):
+        resized = resize_image(images, size)
+        for mirrored in (False, True)[:1 + protocol.flip]:
+            inputs = resized.flip(-1) if mirrored else resized
+            with precision.autocast():
+                if protocol.slide:
+                    logits = slide_logits(model, inputs, protocol.window, protocol.stride, batch_size)
+                    geometry = geometry_of(size)
+                else:
+                    logits, geometry = model.logits(inputs)
+            yield logits, geometry._replace(mirrored=mirrored)
+
+
+def mean_probabilities(views, size):
+    """Return the mean softmax (B, K, h, w) float32 of views at `size` = (h, w)."""
+    total, count = None, 0
+    for logits, geometry in views:
+        probabilities = pixels(logits, geometry, size).softmax(1)
+        total, count = probabilities if total is None else total + probabilities, count + 1
+    return total / count if count > 1 else total
+
+
+# --- tiles ------------------------------------------------------------------------------------------------
+def edge_weights(starts, index, length):
+    """Return the weights (length,) of the tile `index` of those that begin at `starts`, along one side: 0 in
+    the outer quarter of what it shares with a neighbor, 1 where it shares nothing, a straight line between.
+
+    The weights of two neighbors add up to 1. What a network says near the edge of a tile, where it sees the
+    surroundings of one side alone, counts for nothing.
+    """
+    shared_before = starts[index - 1] + length - starts[index] if index else 0
+    shared_after = starts[index] + length - starts[index + 1] if index + 1 < len(starts) else 0
+    centers = torch.arange(length) + 0.5
+    weights = torch.ones(length)
+    for shared, distance in ((shared_before, centers), (shared_after, length - centers)):
+        if shared:
+            weights *= ((distance - shared / 4) / (shared / 2)).clamp(0, 1)
+    return weights
+
+
+class Tiles:
+    """One image as overlapping tiles, whose probabilities are blended: rows() yields them from the top.
+
+    probabilities: (n, 3, h, w) uint8 crops -> (n, K, h, w) float32; image: (1, 3, H, W) uint8, on any device,
+    or a Raster: an object with its `shape` and read(top, left, h, w) -> (1, 3, h, w), None where it has no
+    data; side: (h, w) of a tile, stride: (h, w) between two, in pixels of the image.
+    """
+
+    def __init__(self, probabilities, image, side, stride, num_classes, batch_size=8):
+        self.probabilities, self.num_classes, self.batch_size = probabilities, num_classes, batch_size
+        self.image, self.size, self.side = image, tuple(image.shape[-2:]), tuple(side)
+        self.width = max(self.size[1], self.side[1])
+        self.tops, self.lefts = (window_starts(*lengths) for lengths in
+                                 zip(self.size, self.side, stride, strict=True))
+        self.top = 0  # the first row of the sums
+        self.sums = self.weights = None  # (K, side, W) and (side, W), from the first tile with data on
+
+    def rows(self):
+        """Yield (rows, probabilities (1, K, r, W) float32); 0 where the image has no data."""
+        count = len(self.tops) * len(self.lefts)
+        with tqdm(total=count, desc="tiles", leave=False,
+                  disable=None if count >= TILES_WITH_BAR else True) as bar:
+            for index, top in enumerate(self.tops):
+                self.move_to(top)
+                self.add_row_of_tiles(index, bar)
+                end = self.tops[index + 1] if index + 1 < len(self.tops) else self.size[0]
+                step = max(1, BLOCK_VALUES["cpu"] // (self.num_classes * self.width))
+                for first in range(top, end, step):
+                    rows = slice(first, min(end, first + step))
+                    yield rows, self.blended(rows)
+
+    def move_to(self, top):
+        """Keep, of the sums over the rows from self.top on, those from `top` on."""
+        if self.sums is not None:
+            for plane in (*self.sums, self.weights):  # (h, W), one after the other: they are large
+                remaining = plane[top - self.top:].clone()
+                plane.zero_()
+                plane[:len(remaining)] = remaining
+        self.top = top
+
+    def crop(self, top, left):
+        """Return a tile (1, 3, h, w) of the image, which its last pixels continue where it is smaller than
+        that; None where it has no data.
+        """
+        sides = [min(side, length) for side, length in zip(self.side, self.size, strict=True)]
+        if isinstance(self.image, torch.Tensor):
+            crop = self.image[..., top:top + sides[0], left:left + sides[1]]
+        else:
+            crop = self.image.read(top, left, *sides)
+        return None if crop is None else continued(crop, self.side)
+
+    def add_row_of_tiles(self, row, bar):
+        """Add the probabilities of a row of tiles to the sums."""
+        high, wide = self.side
+        vertical = edge_weights(self.tops, row, high)
+        for first in range(0, len(self.lefts), self.batch_size):
+            columns = range(first, min(first + self.batch_size, len(self.lefts)))
+            crops = {column: self.crop(self.tops[row], self.lefts[column]) for column in columns}
+            bar.update(len(columns))
+            crops = {column: crop for column, crop in crops.items() if crop is not None}
+            if not crops:
+                continue
+            probabilities = self.probabilities(torch.cat(list(crops.values())))  # (n, K, h, w)
+            if self.sums is None:
+                self.sums = probabilities.new_zeros(self.num_classes, high, self.width)
+                self.weights = probabilities.new_zeros(high, self.width)
+            for column, tile in zip(crops, probabilities, strict=True):
+                left = self.lefts[column]
+                weight = vertical[:, None] * edge_weights(self.lefts, column, wide)  # (h, w)
+                weight = weight.to(tile.device)
+                self.sums[..., left:left + wide].addcmul_(tile, weight)
+                self.weights[:, left:left + wide] += weight
+
+    def blended(self, rows):
+        """Return the probabilities (1, K, r, W) of rows that are complete."""
+        if self.sums is None:
+            return torch.zeros(1, self.num_classes, rows.stop - rows.start, self.size[1])
+        inside = slice(rows.start - self.top, rows.stop - self.top)
+        weights = self.weights[inside, :self.size[1]].clamp(min=SMALLEST)
+        return (self.sums[:, inside, :self.size[1]] / weights)[None]
+
+
+def tiles_of(model, image, protocol, precision, batch_size=8):
+    """Return the Tiles of an image (1, 3, H, W) uint8, or of a Raster, under a Protocol with tiles."""
+    resized_tiles = protocol._replace(tile=0.0, stride=())
+
+    def probabilities(crops):
+        return mean_probabilities(views_of(model, crops, resized_tiles, precision), protocol.side)
+
+    return Tiles(probabilities, image, protocol.side, protocol.stride, model.num_classes, batch_size)
+
+
+# --- from views and tiles to label maps -------------------------------------------------------------------
+def scored_rows(views, size):
+    """Yield (rows, values (1, K, r, W), whether they are probabilities) that cover an image at `size` (H, W).
+
+    views: an iterable, of B = 1. The values are logits of a single view, the mean probabilities of several.
+    Logits are upsampled (bilinear) a few rows at a time, so that memory does not grow with H x W x K. Several
+    views are summed as probabilities at H x W where that stays below LARGE_SUM, else all of them are kept.
+    """
+    views = iter(views)
+    first, second = next(views), next(views, None)
+    logits, geometry = first
+    shape = 1, logits.shape[1], *size
+    if second is None:
+        for _, rows in block_slices(shape, logits.device):
+            yield rows, pixels(logits, geometry, size, rows), False
+        return
+    views = chain([first, second], views)
+    if math.prod(shape) > LARGE_SUM:
+        views = list(views)
+        for _, rows in block_slices(shape, logits.device):
+            probabilities = [pixels(*view, size, rows).softmax(1) for view in views]
+            yield rows, sum(probabilities) / len(views), True
+        return
+    total, count = torch.zeros(shape, device=logits.device), 0
+    del first, second, logits
+    for view in views:
+        count += 1
+        for _, rows in block_slices(shape, total.device):
+            total[..., rows, :] += pixels(*view, size, rows).softmax(1)
+    yield slice(0, size[0]), total.div_(count), True
+
+
+def scored_tile_rows(tiles, size):
+    """As scored_rows, of Tiles; at another size than the image's, all of it is kept."""
+    if tuple(size) == tiles.size:
+        for rows, probabilities in tiles.rows():
+            yield rows, probabilities, True
+        return
+    logits = torch.cat([probabilities.clamp(min=SMALLEST).log() for _, probabilities in tiles.rows()], 2)
+    yield from scored_rows([(logits, geometry_of(tiles.size))], size)
+
+
+def image_rows(model, image, protocol, precision, size, batch_size=8):
+    """Yield what scored_rows yields, of one image (1, 3, H, W) uint8 or a Raster under any Protocol."""
+    if protocol.tile:
+        return scored_tile_rows(tiles_of(model, image, protocol, precision, batch_size), size)
+    return scored_rows(views_of(model, image, protocol, precision, batch_size), size)
+
+
+def label_map(scored, size):
+    """Return class ids (H, W) uint8 from what scored_rows yields."""
+    pred = None
+    for rows, values, _ in scored:
+        if pred is None:
+            pred = torch.empty(tuple(size), dtype=torch.uint8, device=values.device)
+        pred[rows] = class_ids(values)[0]
+    return pred
+
+
+@torch.inference_mode()
+def predict_at(model, images, sizes, protocol, precision, batch_size=8):
+    """Return the class ids of images (B, 3, H, W) uint8, a list of (H, W) uint8 of `sizes`, on the device."""
+    if protocol.tile or len(images) == 1:  # the views of a single image need not be kept
+        return [label_map(image_rows(model, image, protocol, precision, size, batch_size), size)
+                for image, size in zip(images.split(1), sizes, strict=True)]
+    views = list(views_of(model, images, protocol, precision, batch_size))
+    preds = []
+    for index, size in enumerate(sizes):
+        views_of_image = [(logits[index:index + 1], geometry) for logits, geometry in views]
+        preds.append(label_map(scored_rows(views_of_image, size), size))
+    return preds
+
+
+def predict(model, images, protocol, precision, batch_size=8):
+    """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the model's device."""
+    sizes = [tuple(images.shape[-2:])] * len(images)
+    return torch.stack(predict_at(model, images, sizes, protocol, precision, batch_size))
+
+
+class Scores(NamedTuple):
+    """Of one image: pred (H, W) uint8; confidence (H, W) float32, the probability of its class;
+    probabilities (K, H, W) float16 of all classes, or None.
+    """
+
+    pred: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray
+
+
+def scores_of(scored, size, every_class=False):
+    """Return the Scores of one image from what scored_rows yields."""
+    pred, confidence, all_classes = np.empty(size, np.uint8), np.empty(size, np.float32), None
+    for rows, values, are_probabilities in scored:
+        probabilities = values if are_probabilities else values.softmax(1)
+        pred[rows] = class_ids(values)[0].cpu().numpy()
+        confidence[rows] = probabilities.amax(1)[0].cpu().numpy()
+        if every_class:
+            if all_classes is None:
+                all_classes = np.empty((probabilities.shape[1], *size), np.float16)
+            all_classes[:, rows] = probabilities[0].cpu().numpy()
+    return Scores(pred, confidence, all_classes)
+
+
+# --- the predictor ----------------------------------------------------------------------------------------
 class Predictor:
     """A model ready to use: predictor(images (B, 3, H, W) uint8) -> label maps (B, H, W) uint8 numpy.
 
@@ -284,8 +420,8 @@ class Predictor:
         """Return the model that --backend means: auto tries OpenVINO on a CPU where its start may pay."""
         one_size = self.protocol.scales == (1.0,)
         if backend == "auto":
-            worth = expected is None or expected >= WORTH_CONVERTING
-            if self.device.type != "cpu" or not (worth and one_size and is_installed("openvino")):
+            worth_it = expected is None or expected >= WORTH_CONVERTING
+            if self.device.type != "cpu" or not (worth_it and one_size and is_installed("openvino")):
                 return self.model
             other = convert(self.model, self.protocol.window, "openvino")
             images = torch.zeros(1, 3, *self.protocol.window, dtype=torch.uint8)
@@ -319,19 +455,21 @@ class Predictor:
     @torch.inference_mode()
     def scores(self, images, every_class=False):
         """Return the Scores of one image (1, 3, H, W) uint8; every_class: with the probabilities of all."""
-        views = views_of(self.model, images, self.protocol, self.precision)
-        return scores_of(views, tuple(images.shape[-2:]), every_class)
+        size = tuple(images.shape[-2:])
+        return scores_of(self.rows(images, size), size, every_class)
 
-    @torch.inference_mode()
-    def probabilities(self, images, size):
-        """Return (n, K, h, w) float32 at `size` = (h, w) of images (n, 3, H, W) uint8, on the device."""
-        parts = images.split(1) if self.protocol.tile else [images]
-        return torch.cat([mean_probabilities(views_of(self.model, part, self.protocol, self.precision), size)
-                          for part in parts])
+    def predict_at(self, images, sizes, batch_size=8):
+        """Return the class ids of images (B, 3, H, W) uint8, a list of (H, W) uint8 of the `sizes`."""
+        return predict_at(self.model, images, sizes, self.protocol, self.precision, batch_size)
+
+    def rows(self, image, size, batch_size=8):
+        """Yield what scored_rows yields, of an image (1, 3, H, W) uint8 or a Raster, at `size` = (H, W)."""
+        return image_rows(self.model, image, self.protocol, self.precision, size, batch_size)
 
     def __call__(self, images):
         return predict(self.model, images, self.protocol, self.precision).cpu().numpy()
 
     def __str__(self):
-        own = isinstance(self.model, ExportedModel)
-        return f"{self.protocol} on " + (self.model.name if own else f"{self.device}, torch {self.precision}")
+        exported = isinstance(self.model, ExportedModel)
+        runs_on = self.model.name if exported else f"{self.device}, torch {self.precision}"
+        return f"{self.protocol} on {runs_on}"

@@ -1,7 +1,7 @@
 """Backbones: DINOv2 through torch.hub, any timm model, and the position embedding of both at any size.
 
     backbone = build_backbone("dinov2_vits14", weights="auto")       # the last four blocks
-    maps = backbone.features(images)                   # normalized, (B, 3, H, W) -> 4 x (B, D, H/14, W/14)
+    maps, tokens = backbone(images)                    # normalized, (B, 3, H, W) -> 4 x (B, D, H/14, W/14)
 """
 import hashlib
 import math
@@ -9,15 +9,18 @@ import os
 import re
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from config import InputError
+from models.upsampling import Geometry
 from models.weights import cached_file, hash_files, load_strictly, published_weights, read_weights
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB, as DINOv2 was trained
@@ -80,16 +83,65 @@ class PositionEmbedding:
 
 
 # --- backbones --------------------------------------------------------------------------------------------
-class Features(list):
-    """The maps n x (B, D, h, w) that a head reads, deepest last, and what else it may have asked for.
+@dataclass
+class Features:
+    """What a head reads of a batch of images; a feature cache gives them in place of images.
 
-    tokens: {block: (B, prefix + h * w, D)}, un-normed, as they enter that block, class and register tokens
-    first; images: (B, 3, H, W), normalized and padded.
+    maps: (B, D, h, w) of the blocks it reads, deepest last. tokens: {block: (B, prefix + h * w, D)}, un-normed,
+    as they enter it, class and register tokens first. image: (B, 3, *size), normalized and padded, or
+    None; of a cache (B, 3, H, W) uint8. geometry: where the images lie in the padded ones.
     """
 
-    def __init__(self, maps, tokens=None, images=None):
-        super().__init__(maps)
-        self.tokens, self.images = tokens or {}, images
+    maps: list
+    tokens: dict
+    image: torch.Tensor | None
+    geometry: Geometry
+
+    @property
+    def size(self):
+        """The (H, W) of the padded images."""
+        return self.geometry.padded
+
+    @property
+    def grid(self):
+        """The (h, w) of the maps."""
+        return tuple(self.maps[0].shape[-2:])
+
+    def each(self, function):
+        """Return Features of function(tensor) of all tensors."""
+        return Features([function(values) for values in self.maps],
+                        {block: function(values) for block, values in self.tokens.items()},
+                        None if self.image is None else function(self.image), self.geometry)
+
+    def to(self, device, non_blocking=False):
+        """Return the Features on a device."""
+        return self.each(lambda values: values.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        """Return the Features in memory from which a GPU copies faster; torch's DataLoader asks for it."""
+        return self.each(torch.Tensor.pin_memory)
+
+
+class Part(NamedTuple):
+    """A part of what a feature cache keeps of an image.
+
+    kind: `map`, the normed map (h, w, D) that leaves a block; `tokens`, (prefix + h * w, D), un-normed, as they
+    enter it; `image`, (H, W, 3) uint8.
+    """
+
+    kind: str
+    block: int = -1
+
+    def __str__(self):
+        return self.kind if self.kind == "image" else f"{self.kind}_{self.block}"
+
+
+def features_of_parts(parts, geometry):
+    """{Part: (B, ...)} of a feature cache, images of `geometry` -> Features as a Segmenter takes them."""
+    maps = [values.permute(0, 3, 1, 2) for part, values in parts.items() if part.kind == "map"]
+    tokens = {part.block: values for part, values in parts.items() if part.kind == "tokens"}
+    image = parts[Part("image")].permute(0, 3, 1, 2) if Part("image") in parts else None
+    return Features(maps, tokens, image, geometry)
 
 
 class Tail(nn.Module):
@@ -106,22 +158,25 @@ class Tail(nn.Module):
 
     def forward(self, tokens, grid):
         """(B, prefix + h * w, D) entering block `first`, grid (h, w) -> {block: tokens that leave it}."""
-        left = {}
+        outputs = {}
         angles = None if self.rope is None else self.rope.get_embed(shape=grid)
         for block, module in enumerate(self.blocks, start=self.first):
             if angles is None:
                 tokens = module(tokens)
             else:
                 tokens = module(tokens, rope=angles[block] if self.rope_mixed else angles)
-            left[block] = tokens
-        return left
+            outputs[block] = tokens
+        return outputs
 
-    def features(self, tokens, grid, layers, token_blocks=()):
-        """{block: tokens that enter it}, up to block `first`, grid (h, w) -> Features, maps of `layers`."""
-        left, depth = {block - 1: values for block, values in tokens.items()}, self.first + len(self.blocks)
-        left.update(self(tokens[self.first], grid))
-        return Features([self.as_map(left[layer], grid) for layer in layers],
-                        {block: left[block % depth - 1] for block in token_blocks})  # -1 = the last block
+    def maps_and_tokens(self, tokens, grid, layers, token_blocks=()):
+        """{block: tokens that enter it}, up to block `first`, grid (h, w) -> as Backbone.forward: the maps of
+        the blocks `layers`, {block: tokens that enter it} of token_blocks.
+        """
+        depth = self.first + len(self.blocks)
+        outputs = {block - 1: values for block, values in tokens.items()}
+        outputs.update(self(tokens[self.first], grid))
+        return ([self.as_map(outputs[layer], grid) for layer in layers],
+                {block: outputs[block % depth - 1] for block in token_blocks})  # -1 = the last block
 
     def as_map(self, tokens, grid):
         """(B, prefix + h * w, D) that left a block -> its map (B, D, h, w), normed."""
@@ -130,7 +185,7 @@ class Tail(nn.Module):
 
 class Backbone(nn.Module):
     """What a Segmenter needs of a backbone: `net`, `size_divisor`, `layers`, `channels` of each map,
-    features(), and the `normalization` (mean, std) of RGB in 0..1 that its weights were trained with.
+    forward(), and the `normalization` (mean, std) of RGB in 0..1 that its weights were trained with.
 
     size_divisor: what image sizes are padded to a multiple of, in pixels. stride: image pixels per pixel of
     the maps (default: size_divisor). positions: the PositionEmbedding, or None. pretrained: whether the
@@ -156,16 +211,15 @@ class Backbone(nn.Module):
         """(B, 3, H, W) normalized, H and W multiples of size_divisor -> list of maps (B, D, h, w)."""
         raise NotImplementedError
 
-    def features(self, images, token_blocks=()):
-        """(B, 3, H, W) normalized, H and W multiples of size_divisor -> Features.
-
-        token_blocks: the blocks whose entering tokens are wanted too.
+    def forward(self, images, token_blocks=()):
+        """(B, 3, H, W) normalized, H and W multiples of size_divisor -> the maps (B, D, h, w), {block: tokens
+        (B, prefix + h * w, D) that enter it} of the token_blocks.
         """
         tokens = {}
         hooks = [self.blocks[block].register_forward_pre_hook(partial(keep_tokens, tokens, block))
                  for block in token_blocks]
         try:
-            return Features(self.maps(images), tokens, images)
+            return self.maps(images), tokens
         finally:
             for hook in hooks:
                 hook.remove()
@@ -184,13 +238,13 @@ class Backbone(nn.Module):
         parameter before the blocks trains.
         """
         blocks = self.blocks
-        of_blocks = [{id(parameter) for parameter in block.parameters() if parameter.requires_grad}
-                     for block in blocks]
-        behind = {id(parameter) for parameter in getattr(self.net, "norm", nn.Identity()).parameters()}
-        known = behind.union(*of_blocks)
-        if any(parameter.requires_grad and id(parameter) not in known for parameter in self.parameters()):
+        trained = [{id(parameter) for parameter in block.parameters() if parameter.requires_grad}
+                   for block in blocks]
+        norm = {id(parameter) for parameter in getattr(self.net, "norm", nn.Identity()).parameters()}
+        in_blocks = norm.union(*trained)
+        if any(parameter.requires_grad and id(parameter) not in in_blocks for parameter in self.parameters()):
             return None
-        return next((number for number, trained in enumerate(of_blocks) if trained), len(blocks) - 1)
+        return next((number for number, parameters in enumerate(trained) if parameters), len(blocks) - 1)
 
     def frozen_state(self, first):
         """Return the part of the state dict on which the tokens that enter block `first` depend."""
@@ -212,18 +266,18 @@ class Backbone(nn.Module):
         if count in ("all", 0):
             return
         if count > len(self.blocks):
-            known = f"0 to {len(self.blocks)}, or all" if self.blocks else "0 or all"
-            raise InputError(f"--unfreeze {count}: the backbone has {len(self.blocks)} blocks; give {known}")
-        for part in [*self.blocks[-count:], *([self.net.norm] if hasattr(self.net, "norm") else [])]:
-            part.requires_grad_(True)
+            counts = f"0 to {len(self.blocks)}, or all" if self.blocks else "0 or all"
+            raise InputError(f"--unfreeze {count}: the backbone has {len(self.blocks)} blocks; give {counts}")
+        for module in [*self.blocks[-count:], *([self.net.norm] if hasattr(self.net, "norm") else [])]:
+            module.requires_grad_(True)
 
     def train(self, mode=True):
         """Switch to training mode; frozen parts stay in eval mode, with the dropout that is in them."""
         super().train(mode)
-        for part in self.net.modules():
-            trains = [parameter.requires_grad for parameter in part.parameters()]
+        for module in self.net.modules():
+            trains = [parameter.requires_grad for parameter in module.parameters()]
             if trains and not any(trains):
-                part.eval()
+                module.eval()
         return self
 
 
@@ -329,10 +383,10 @@ def hub_reference():
     Raises InputError.
     """
     text = os.environ.get("DINOSEG_HUB") or f"{HUB_REPO}:{HUB_REF}"
-    parts = re.fullmatch(r"([\w.-]+/[\w.-]+):([\w./-]+)", text)
-    if not parts or ".." in text:
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+):([\w./-]+)", text)
+    if not match or ".." in text:
         raise InputError(f"DINOSEG_HUB is {text!r}: give owner/name:ref, such as {HUB_REPO}:{HUB_REF}")
-    return parts.groups()
+    return match.groups()
 
 
 def hub_folder():
@@ -366,18 +420,19 @@ def load_hub_net(name):
 
 def origins(name, weights):
     """Return where a backbone came from, for a run to record: the torch.hub reference and a hash of its code,
-    the weights file and its SHA-256; None for what there is not.
+    the weights file and its SHA-256; None for what does not apply.
     """
     hub = BACKBONES.get(name) is build_hub
     file = None if weights in ("auto", "none") else Path(weights)
     if hub and weights == "auto":
         file = cached_file(dinov2_url(name))
-    found = file is not None and file.is_file()  # not needed where a run is resumed
+    if file is not None and not file.is_file():  # not needed where a run is resumed
+        file = None
     return dict(
         hub=":".join(hub_reference()) if hub else None,
         hub_code=origin_code(name) if hub else None,
-        weights_file=str(file) if found else None,
-        weights_sha256=hash_files(file) if found else None,
+        weights_file=str(file) if file else None,
+        weights_sha256=hash_files(file) if file else None,
     )
 
 
@@ -402,7 +457,7 @@ def create_timm(name, **options):
     import timm  # it takes as long to import as torch, and DINOv2's own code has no need of it
     if not (re.fullmatch(r"[A-Za-z0-9_.]+", name) and timm.is_model(name.split(".")[0])):
         close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[-1]}*")[:5])
-        raise InputError(f"--backbone timm/{name[:80]} is no model of timm, whose list_models() names all"
+        raise InputError(f"--backbone timm/{name[:80]} is not a model of timm, whose list_models() names all"
                          + (f" (such as {close})" if close else ""))
     try:
         try:

@@ -61,38 +61,28 @@ class SegformerHead(Head):
         super().__init__()
         self.net = net
 
-    def forward(self, maps, size):
-        """4 x (B, D, h, w) -> (B, K, h, w) of the finest map."""
-        return self.net(maps)
+    def forward(self, features):
+        """4 maps (B, D, h, w) -> (B, K, h, w) of the finest of them."""
+        return self.net(features.maps)
 
 
 class TorchvisionHead(Head):
     """The decoder of a torchvision network on the last stage and, in training, its auxiliary classifier.
 
     aux: a classifier on the stage before, or None; its loss counts aux_weight times (Zhao et al., Pyramid
-    Scene Parsing Network, CVPR 2017). Without any part in the validation loss or in a prediction.
+    Scene Parsing Network, CVPR 2017). It has no effect on the validation loss or on a prediction.
     """
 
     def __init__(self, net, aux, aux_weight):
         super().__init__()
-        self.net, self.aux, self.aux_weight = net, aux, aux_weight
+        self.net, self.aux, self.auxiliary = net, aux, {"aux": aux_weight}
 
-    def forward(self, maps, size):
-        """The maps of a ResNetBackbone -> [(B, K, h, w)], in training with the auxiliary logits after it."""
-        outputs = [self.net(maps[-1])]
-        return [*outputs, self.aux(maps[0])] if self.aux and self.training else outputs
-
-    def logits(self, output, geometry):
-        """What forward returned -> Logits of images of `geometry`."""
-        return super().logits(output[0], geometry)
-
-    def loss(self, output, masks, geometry, criterion):
-        """As Head.loss, with the term `aux` in training."""
-        loss, terms, preds = super().loss(output, masks, geometry, criterion)
-        if len(output) == 1:
-            return loss, terms, preds
-        aux, _, _ = super().loss(output[1:], masks, geometry, criterion)
-        return loss + self.aux_weight * aux, {**terms, "aux": aux}, preds
+    def forward(self, features):
+        """The maps of a ResNetBackbone -> dict(logits (B, K, h, w)), in training with the auxiliary `aux`."""
+        output = dict(logits=self.net(features.maps[-1]))
+        if self.aux and self.training:
+            output["aux"] = self.aux(features.maps[0])
+        return output
 
 
 def build_baseline(spec, weights="none"):

@@ -1,12 +1,12 @@
 """Heads: they turn the feature maps of a backbone into class logits.
 
     head = HEADS["unet"](channels=[768], num_classes=21)
-    output = head(features, size)              # n x (B, D, h, w), (H, W) -> (B, K, any size up to H, W)
-    logits = head.logits(output, geometry)     # Logits of the images
+    output = head(features)                    # Features -> (B, K, any size up to the images')
 
 A new head is one class here, entered in HEADS.
 """
 import copy
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -15,8 +15,7 @@ from torch import nn
 
 from config import IGNORE, InputError
 from losses import mask_classification
-from models.backbones import Tail
-from models.logits import Logits, class_ids, pad, pixel_loss
+from models.upsampling import pad
 
 UP_WIDTHS = (512, 256, 128, 64)  # channels after each of the four up-blocks of the U-Net
 DECONV_WIDTHS = (256, 128, 64, 32)
@@ -39,22 +38,34 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(features)
 
 
-class Head(nn.Module):
-    """What a Segmenter asks of a head. The defaults serve a head that returns one map of logits.
+@dataclass(frozen=True)
+class Reads:
+    """What a head reads of a backbone.
 
-    reads: how many of the last blocks it reads, or f(depth) -> blocks, where --layers does not say.
-    token_blocks: the blocks whose entering tokens it wants in features.tokens. sees_image: whether it reads
-    features.images. crops: whether the logits of the padded image are cropped back, or resized onto the
-    image, as mmsegmentation did when the official heads were trained. own_loss: whether loss() leaves the
-    losses of --loss aside. tokens_alone: whether its logits depend on the tokens and not on the maps.
+    maps: how many of the last blocks, or f(depth) -> blocks, where --layers does not say. tokens: the blocks
+    (-1 = the last) whose entering tokens it finds in features.tokens. image: whether it reads features.image.
     """
 
-    reads = 4
-    token_blocks = ()
-    sees_image = False
-    crops = True
-    own_loss = False
-    tokens_alone = False
+    maps: object = 4
+    tokens: tuple = ()
+    image: bool = False
+
+
+class Head(nn.Module):
+    """Base of the heads: forward(features) returns logits (B, K, h, w), or a dict of them as `logits` and of
+    whatever else its own loss or scores take.
+
+    reads: what it reads. logits_multiple: its logits cover the padded images, continued to multiples of this
+    in pixels. auxiliary: {name: weight} of further logits in the dict, of which --loss is taken in training.
+
+    A head may define loss(output, targets, geometry) -> {name: term}, which stands in for --loss; targets:
+    {"mask": (B, H, W) int64, ...}, geometry: of models/upsampling.py. It may define scores(output, targets,
+    geometry) -> {name: (sum, count)}, which validation adds up and reports as sum / count.
+    """
+
+    reads = Reads()
+    logits_multiple = 1
+    auxiliary = {}
 
     @classmethod
     def build(cls, backbone, spec):
@@ -64,30 +75,14 @@ class Head(nn.Module):
         """
         return cls(backbone.channels, spec.num_classes)
 
-    def copies_blocks(self):
-        """Return whether it trains copies of the backbone's blocks, as a Tail."""
-        return any(isinstance(module, Tail) for module in self.modules())
-
-    def forward(self, features, size):
-        """Features of padded images of `size` = (H, W) -> whatever logits() and loss() take, such as
-        (B, K, h, w).
-        """
+    def forward(self, features):
+        """Features of padded images -> logits (B, K, h, w), or a dict that holds them."""
         raise NotImplementedError
 
-    def logits(self, output, geometry):
-        """What forward returned -> Logits of images of `geometry`."""
-        logits = Logits(output)
-        if not self.crops:
-            return logits.at(geometry.size)
-        return logits.at(geometry.padded).crop(geometry.top, geometry.left, *geometry.size)
 
-    def loss(self, output, masks, geometry, criterion):
-        """What forward returned, masks (B, H, W) int64 -> loss, {name: term}, preds (B, H, W) uint8.
-
-        criterion: the losses of --loss; a head with `own_loss` leaves it aside. Pixels of 255 do not count;
-        a batch in which none counts gives 0.
-        """
-        return pixel_loss(criterion, self.logits(output, geometry), masks)
+def logits_of(output):
+    """Return the logits (B, K, h, w) of what a head returned."""
+    return output["logits"] if isinstance(output, dict) else output
 
 
 class BNHead(Head):
@@ -100,23 +95,27 @@ class BNHead(Head):
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.bias)
 
-    def forward(self, maps, size):
-        """n x (B, D, h, w) -> (B, K, h, w)."""
-        return self.conv_seg(self.bn(torch.cat(maps, dim=1)))
+    def forward(self, features):
+        """n maps (B, D, h, w) -> (B, K, h, w)."""
+        return self.classify(torch.cat(features.maps, dim=1))
+
+    def classify(self, maps):
+        """(B, n * D, h, w) -> (B, K, h, w)."""
+        return self.conv_seg(self.bn(maps))
 
 
 class LinearHead(Head):
     """1x1 convolution on the last map, without normalization."""
 
-    reads = 1
+    reads = Reads(maps=1)
 
     def __init__(self, channels, num_classes):
         super().__init__()
         self.conv_seg = nn.Conv2d(sum(channels), num_classes, kernel_size=1)
 
-    def forward(self, maps, size):
-        """n x (B, D, h, w) -> (B, K, h, w)."""
-        return self.conv_seg(torch.cat(maps, dim=1))
+    def forward(self, features):
+        """n maps (B, D, h, w) -> (B, K, h, w)."""
+        return self.conv_seg(torch.cat(features.maps, dim=1))
 
 
 def double_conv(inputs, outputs):
@@ -136,7 +135,7 @@ class UNetHead(Head):
     37 > 74 > 148 > 296 > 518.
     """
 
-    reads = 1
+    reads = Reads(maps=1)
 
     def __init__(self, channels, num_classes, skips=()):
         super().__init__()
@@ -148,23 +147,23 @@ class UNetHead(Head):
                                     for (before, after), skip in zip(widths, joined, strict=True))
         self.conv_seg = nn.Conv2d(UP_WIDTHS[-1], num_classes, kernel_size=1)
 
-    def forward(self, maps, size):
-        """n x (B, D, h, w) -> (B, K, *size)."""
-        return self.decode(torch.cat(maps, dim=1), [], size)
+    def forward(self, features):
+        """n maps (B, D, h, w) -> (B, K, *features.size)."""
+        return self.decode(torch.cat(features.maps, dim=1), [], features.size)
 
-    def decode(self, features, skips, size):
+    def decode(self, values, skips, size):
         """(B, D, h, w) and a map for each of self.skips -> (B, K, *size)."""
-        grid = features.shape[-2:]
+        grid = values.shape[-2:]
         for number, block in enumerate(self.blocks):
             last = number + 1 == len(self.blocks)
             target = [full if last else min(full, side * 2 ** (number + 1))
                       for side, full in zip(grid, size, strict=True)]
-            features = F.interpolate(features, size=target, mode="bilinear")  # (B, C, 2h, 2w)
+            values = F.interpolate(values, size=target, mode="bilinear")  # (B, C, 2h, 2w)
             if number < len(self.skips):
                 skip = self.skips[number](skips[number])  # (B, C', h, w): cheaper before the upsampling
-                features = torch.cat([features, F.interpolate(skip, size=target, mode="bilinear")], dim=1)
-            features = block(features)
-        return self.conv_seg(features)
+                values = torch.cat([values, F.interpolate(skip, size=target, mode="bilinear")], dim=1)
+            values = block(values)
+        return self.conv_seg(values)
 
 
 class UNetSkipHead(UNetHead):
@@ -174,7 +173,7 @@ class UNetSkipHead(UNetHead):
     resolution, so each is upsampled to the block it joins.
     """
 
-    reads = 4
+    reads = Reads(maps=4)
 
     def __init__(self, channels, num_classes):
         if not 2 <= len(channels) <= 4:
@@ -182,9 +181,9 @@ class UNetSkipHead(UNetHead):
                              "change --layers, or use --head unet")
         super().__init__(channels[-1:], num_classes, skips=channels[-2::-1])
 
-    def forward(self, maps, size):
-        """n x (B, D, h, w), the last one the deepest -> (B, K, *size)."""
-        return self.decode(maps[-1], maps[-2::-1], size)
+    def forward(self, features):
+        """n maps (B, D, h, w), the last of them the deepest -> (B, K, *features.size)."""
+        return self.decode(features.maps[-1], features.maps[-2::-1], features.size)
 
 
 class DeconvResizeHead(Head):
@@ -193,7 +192,7 @@ class DeconvResizeHead(Head):
     With patches of 14 and an image of 518: 37 > 74 > 148 > 296 > 592, resized to 518.
     """
 
-    reads = 1
+    reads = Reads(maps=1)
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -204,9 +203,10 @@ class DeconvResizeHead(Head):
         self.up = nn.Sequential(*layers)
         self.conv_seg = nn.Conv2d(DECONV_WIDTHS[-1], num_classes, kernel_size=1)
 
-    def forward(self, maps, size):
-        """n x (B, D, h, w) -> (B, K, *size)."""
-        return self.fit(self.conv_seg(self.up(torch.cat(maps, dim=1))), size)  # (B, K, 16h, 16w)
+    def forward(self, features):
+        """n maps (B, D, h, w) -> (B, K, *features.size)."""
+        logits = self.conv_seg(self.up(torch.cat(features.maps, dim=1)))  # (B, K, 16h, 16w)
+        return self.fit(logits, features.size)
 
     def fit(self, logits, size):
         """Resize (B, K, 16h, 16w) to `size` (bilinear)."""
@@ -234,9 +234,9 @@ class DeconvHead(DeconvResizeHead):
         return logits[..., top:top + height, left:left + width]
 
 
-def spread(depth):
-    """Return four blocks at equal distances, the last one of them: 2 5 8 11 of 12."""
-    return sorted({max(0, depth * part // 4 - 1) for part in (1, 2, 3, 4)})
+def four_quarters(depth):
+    """Return the last block of each quarter of them: 2 5 8 11 of 12."""
+    return sorted({max(0, depth * quarter // 4 - 1) for quarter in (1, 2, 3, 4)})
 
 
 def copied_tail(backbone, count):
@@ -248,7 +248,7 @@ def copied_tail(backbone, count):
     return tail
 
 
-def groups_of(channels):
+def norm_groups(channels):
     """Return for GroupNorm the largest number of groups, up to 32, that divides the channels."""
     return max(count for count in range(1, 33) if channels % count == 0)
 
@@ -269,43 +269,41 @@ class Split(nn.Module):
         self.fusion = nn.Sequential(nn.Conv2d(2 * width, width, kernel_size=1), nn.GELU(),
                                     nn.Conv2d(width, width, kernel_size=3, padding=1), nn.GELU())
 
-    @property
-    def token_blocks(self):
-        """The block whose entering tokens it wants."""
-        return self.tail.first,
-
     def forward(self, features):
         """Features of n maps (B, D, h, w) and tokens -> (B, width, h, w)."""
-        grid = features[0].shape[-2:]
-        left = self.tail(features.tokens[self.tail.first], grid)
-        task = self.tail.as_map(left[max(left)], grid)  # (B, D, h, w)
-        return self.fusion(torch.cat([self.prior(torch.cat(features, dim=1)), task], dim=1))
+        outputs = self.tail(features.tokens[self.tail.first], features.grid)
+        task = self.tail.as_map(outputs[max(outputs)], features.grid)  # (B, D, h, w)
+        return self.fusion(torch.cat([self.prior(torch.cat(features.maps, dim=1)), task], dim=1))
 
 
-def build_on_split(head, backbone, spec):
-    """As Head.build, for heads made of a Split, the channels of its map and the number of classes."""
-    width = backbone.channels[-1]
-    split = Split(copied_tail(backbone, spec.split_blocks), backbone.channels, width)
-    return head(split, width, spec.num_classes)
+class OnSplit(Head):
+    """Base of the heads on what the two branches of a Split make of the maps."""
+
+    reads = Reads(maps=four_quarters)
+
+    @classmethod
+    def build(cls, backbone, spec):
+        """As Head.build."""
+        width = backbone.channels[-1]
+        return cls(Split(copied_tail(backbone, spec.split_blocks), backbone.channels, width), width,
+                   spec.num_classes)
 
 
-class SplitHead(Head):
+class SplitHead(OnSplit):
     """A trained copy of the last blocks beside the frozen ones (ViT-Split), at four times the patch grid."""
-
-    reads = staticmethod(spread)
-    build = classmethod(build_on_split)
 
     def __init__(self, split, width, num_classes):
         super().__init__()
-        self.split, self.token_blocks = split, split.token_blocks
+        self.split = split
+        self.reads = replace(self.reads, tokens=(split.tail.first,))
         layers = []
         for before, after in ((width, width // 2), (width // 2, width // 4)):
             layers += [nn.ConvTranspose2d(before, after, kernel_size=2, stride=2),
-                       nn.GroupNorm(groups_of(after), after), nn.GELU()]
+                       nn.GroupNorm(norm_groups(after), after), nn.GELU()]
         self.up = nn.Sequential(*layers, BatchNorm2d(width // 4))
         self.conv_seg = nn.Conv2d(width // 4, num_classes, kernel_size=1)
 
-    def forward(self, features, size):
+    def forward(self, features):
         """Features of n maps (B, D, h, w) and tokens -> (B, K, 4h, 4w)."""
         return self.conv_seg(self.up(self.split(features)))
 
@@ -327,7 +325,8 @@ class DetailHead(Head):
     are no multiple of 4 the maps are stretched by up to a pixel at the edges, the stem is not.
     """
 
-    sees_image = True
+    reads = Reads(maps=4, image=True)
+    logits_multiple = 4
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -340,43 +339,37 @@ class DetailHead(Head):
         nn.init.zeros_(self.conv_seg.weight)
         nn.init.zeros_(self.conv_seg.bias)
 
-    def forward(self, features, size):
+    def forward(self, features):
         """Features of padded images (B, 3, H, W) -> (B, K, H/4, W/4), rounded up."""
-        maps = self.direct.bn(self.maps(features))
-        detail = self.stem(quartered(features.images))
-        direct, coarse = (F.interpolate(part(maps), size=detail.shape[-2:], mode="bilinear")
-                          for part in (self.direct.conv_seg, self.project))
+        maps = self.direct.bn(self.joined_maps(features))
+        detail = self.stem(continued_to_fours(features.image))
+        direct, coarse = (F.interpolate(layer(maps), size=detail.shape[-2:], mode="bilinear")
+                          for layer in (self.direct.conv_seg, self.project))
         return direct + self.conv_seg(self.join(torch.cat([coarse, detail], dim=1)))
 
-    def maps(self, features):
+    def joined_maps(self, features):
         """Features of n maps (B, D, h, w) -> (B, n * D, h, w)."""
-        return torch.cat(features, dim=1)
-
-    def logits(self, output, geometry):
-        """As Head.logits: the output covers what quartered() made of the padded images."""
-        size = tuple(4 * side for side in output.shape[-2:])
-        top, left = ((side - inner) // 2 for side, inner in zip(size, geometry.padded, strict=True))
-        return Logits(output).at(size).crop(top + geometry.top, left + geometry.left, *geometry.size)
+        return torch.cat(features.maps, dim=1)
 
 
-def quartered(images):
+def continued_to_fours(images):
     """(B, C, H, W) -> the same with sides that are multiples of 4: repeats rows and columns at the edges."""
     (height, width) = images.shape[-2:]
     top, left = -height % 4 // 2, -width % 4 // 2
     return F.pad(images, (left, -width % 4 - left, top, -height % 4 - top), mode="replicate")
 
 
-class SplitDetailHead(DetailHead):
+class SplitDetailHead(OnSplit, DetailHead):
     """The detail head on what the two branches of the split head make of the maps."""
 
-    reads = staticmethod(spread)
-    build = classmethod(build_on_split)
+    reads = Reads(maps=four_quarters, image=True)
 
     def __init__(self, split, width, num_classes):
         super().__init__([width], num_classes)
-        self.split, self.token_blocks = split, split.token_blocks
+        self.split = split
+        self.reads = replace(self.reads, tokens=(split.tail.first,))
 
-    def maps(self, features):
+    def joined_maps(self, features):
         """Features of n maps (B, D, h, w) and tokens -> (B, D, h, w)."""
         return self.split(features)
 
@@ -397,12 +390,12 @@ class MaskHead(Head):
     the copied blocks train alone, and every query sees all patches, as in EoMT at inference.
     """
 
-    reads = 1
-    own_loss = tokens_alone = True
+    reads = Reads(maps=1)
 
     def __init__(self, tail, width, num_classes):
         super().__init__()
-        self.tail, self.token_blocks = tail, (tail.first,)
+        self.tail = tail
+        self.reads = replace(self.reads, tokens=(tail.first,))
         tail.prefix += QUERIES  # they go in front, where no rotary embedding turns them
         for block in tail.blocks:
             if hasattr(block.attn, "num_prefix_tokens"):
@@ -418,14 +411,18 @@ class MaskHead(Head):
         """As Head.build."""
         return cls(copied_tail(backbone, spec.split_blocks), backbone.channels[-1], spec.num_classes)
 
-    def forward(self, features, size):
-        """Features of one map (B, D, h, w) and tokens -> [(masks (B, Q, 4h, 4w), classes (B, Q, K + 1))],
-        logits, after each of the copied blocks in training, else after the last one.
+    def forward(self, features):
+        """Features of one map (B, D, h, w) and tokens -> dict(logits (B, K, 4h, 4w), predictions [(masks
+        (B, Q, 4h, 4w), classes (B, Q, K + 1))]), after each of the copied blocks in training, else after the
+        last one.
         """
-        grid, tokens = features[0].shape[-2:], features.tokens[self.tail.first]
+        grid, tokens = features.grid, features.tokens[self.tail.first]
         queries = self.queries.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-        left = list(self.tail(torch.cat([queries, tokens], dim=1), grid).values())
-        return [self.predict(tokens, grid) for tokens in (left if self.training else left[-1:])]
+        outputs = list(self.tail(torch.cat([queries, tokens], dim=1), grid).values())
+        predictions = [self.predict(tokens, grid) for tokens in (outputs if self.training else outputs[-1:])]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):  # its loss needs none
+            logits = self.class_logits(*predictions[-1])
+        return dict(logits=logits, predictions=predictions)
 
     def predict(self, tokens, grid):
         """(B, Q + prefix + h * w, D) that left a block -> masks (B, Q, 4h, 4w), classes (B, Q, K + 1)."""
@@ -433,24 +430,21 @@ class MaskHead(Head):
         maps = self.up(self.tail.as_map(tokens, grid))  # (B, D, 4h, 4w)
         return torch.einsum("bqd,bdhw->bqhw", self.mask(queries), maps), self.conv_seg(queries)
 
-    def logits(self, output, geometry):
-        """As Head.logits: the logarithm of how much of each class the masks of all queries hold."""
-        masks, classes = output[-1]
+    def class_logits(self, masks, classes):
+        """Masks and classes of the queries -> (B, K, 4h, 4w): the logarithm of how much of each class all
+        masks hold together.
+        """
         shares = classes.float().softmax(-1)[..., :-1]  # (B, Q, K)
         values = torch.einsum("bqhw,bqk->bkhw", masks.float().sigmoid(), shares)
-        return super().logits(values.float().clamp(min=1e-6).log(), geometry)
+        return values.float().clamp(min=1e-6).log()
 
-    def loss(self, output, masks, geometry, criterion):
-        """As Head.loss: that of losses.mask_classification on the grid of the masks, mean over blocks."""
-        truth = pad(masks[:, None].float(), geometry, IGNORE)
-        truth = F.interpolate(truth, size=output[-1][0].shape[-2:], mode="nearest-exact")
-        of_blocks = [mask_classification(*prediction, truth[:, 0].long()) for prediction in output]
-        terms = {name: sum(block[name] for block in of_blocks) / len(of_blocks) for name in of_blocks[0]}
-        preds = torch.empty(masks.shape, dtype=torch.uint8, device=masks.device)
-        with torch.no_grad():
-            for images, rows, pixels in self.logits(output, geometry).blocks():
-                preds[images, rows] = class_ids(pixels)
-        return sum(terms.values()), terms, preds
+    def loss(self, output, targets, geometry):
+        """As Head: that of losses.mask_classification on the grid of the masks, mean over the blocks."""
+        predictions = output["predictions"]
+        truth = pad(targets["mask"][:, None].float(), geometry, IGNORE)
+        truth = F.interpolate(truth, size=predictions[-1][0].shape[-2:], mode="nearest-exact")
+        terms = [mask_classification(*prediction, truth[:, 0].long()) for prediction in predictions]
+        return {name: sum(block[name] for block in terms) / len(terms) for name in terms[0]}
 
 
 # A new head is one class above and one line here.
