@@ -18,7 +18,7 @@ import torch
 
 from dataio import schema
 import utils
-from config import DataOptions, InputError, count_of
+from config import DataOptions, InputError, ModelOptions, count_of, fields_affecting, flag
 from dataio.classes import ADE20K, VOC
 from utils import all_reduce, is_main_process, world_size
 from engine import LOG_EVERY
@@ -48,7 +48,6 @@ OFFICIAL_PROTOCOLS = {  # of the configurations published beside the heads
     "ms": dict(window=(640, 640), slide=True, stride=(320, 320), scales=(1.0, 1.32, 1.73, 2.28, 3.0),
                flip=True),
 }
-OF_BACKBONE = {"arch", "backbone", "aux_weight", "num_classes"}  # options with no part in a head
 # The same architectures in timm: a trained checkpoint runs where the hub code is not at hand.
 TIMM_TWINS = {"dinov2_vits14": "vit_small_patch14", "dinov2_vitb14": "vit_base_patch14",
               "dinov2_vitl14": "vit_large_patch14", "dinov2_vitg14": "vit_giant_patch14"}
@@ -199,13 +198,13 @@ def load_head(model, path):
     for name, value in checkpoint["model"].items():
         part, _, inner = name.partition(".")
         parts.setdefault(part, {})[inner] = value
-    free = {*OF_BACKBONE, *([] if model.head.copies_blocks() else ["split_blocks"])}
-    flags = [field.name for field in dataclasses.fields(spec) if field.name not in free]
-    for flag in sorted(flags, key=lambda flag: flag != "head"):  # the blocks differ with the head
-        theirs, ours = getattr(spec, flag), getattr(model.spec, flag)
-        theirs = spec.arch if flag == "head" and not theirs else theirs
+    options = [name for name in (*fields_affecting("head", ModelOptions), "normalize")
+               if name != "split_blocks" or model.head.copies_blocks()]
+    for name in sorted(options, key=lambda name: name != "head"):  # the blocks differ with the head
+        theirs, ours = getattr(spec, name), getattr(model.spec, name)
+        theirs = spec.arch if name == "head" and not theirs else theirs
         if theirs != ours:
-            raise InputError(f"--head-weights {path} was trained with --{flag.replace('_', '-')} {theirs}, "
+            raise InputError(f"--head-weights {path} was trained with {flag(name)} {theirs}, "
                              f"and this run has {ours}: give both the same")
     wanted = checkpoint.get("backbone_sha256") or hash_backbone(parts["backbone"])
     check_backbone(hash_backbone(model.backbone.state_dict()), wanted, spec, path)

@@ -13,7 +13,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 import dataclasses
 from dataclasses import dataclass
 
-from config import InputError, ModelOptions, parse_train_args, resolve
+from config import InputError, ModelOptions, fields_affecting, parse_train_args, resolve
 
 if __name__ == "__main__":
     parse_train_args()  # --help and wrong flags are answered before torch is imported
@@ -27,10 +27,6 @@ from models.baselines import build_baseline
 from models.heads import HEADS
 from models.logits import geometry_of, pad
 from models.weights import hash_state
-
-
-# Options that the features of a backbone do not depend on: caches of them are shared by all their values.
-OF_HEADS = {"layers", "head", "split_blocks", "aux_weight", "num_classes"}
 
 
 @dataclass
@@ -139,8 +135,8 @@ class Segmenter(SegmentationModel):
     def part_facts(self, parts):
         """Return {part: what it depends on beside the image at the size of training, as plain values}."""
         code = utils.hash_code("model.py", "models/backbones.py", "models/logits.py")
-        options = {field.name: getattr(self.spec, field.name) for field in dataclasses.fields(self.spec)
-                   if field.name not in OF_HEADS and getattr(self.spec, field.name) != field.default}
+        options = {name: getattr(self.spec, name) for name in fields_affecting("features", ModelOptions)
+                   if getattr(self.spec, name) != getattr(ModelOptions, name)}
         shared = dict(options, backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
                       std=self.std.flatten().tolist(), code=[code, origin_code(self.spec.backbone)])
         whole, facts = None, {}
