@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import utils
-from config import DataOptions, InputError, count_of, fields_affecting
+from config import DataOptions, InputError, ModelOptions, count_of, fields_affecting, flag, has_meaning
 from dataio import schema
 from dataio.classes import ADE20K, VOC
 from engine import LOG_EVERY
@@ -198,11 +198,11 @@ def load_head(model, path):
     """
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
-    options = [name for name in fields_affecting("head") if hasattr(spec, name)]
+    options = [name for name in fields_affecting("head", ModelOptions) if has_meaning(name, model.spec)]
     for name in sorted(options, key=lambda name: name != "head"):  # with the head, the blocks it reads differ
         theirs, ours = getattr(spec, name) or spec.arch, getattr(model.spec, name) or model.spec.arch
         if theirs != ours:
-            raise InputError(f"--head-weights {path} was trained with --{name.replace('_', '-')} {theirs}, "
+            raise InputError(f"--head-weights {path} was trained with {flag(name)} {theirs}, "
                              f"and this run has {ours}: give both the same")
     of_module = {"head": {}, "backbone": {}}
     for name, value in state.items():
@@ -284,10 +284,10 @@ def restore_random_state(state):
 class Run:
     """A run of train.py: its TrainState, what is recorded of it, and when it is saved.
 
-    settings: those of train.py as a dict of plain values; data: its DataSource; folder: the utils.RunFolder it
-    writes to; origins: where the weights came from, to be recorded. confusion: the counts (K, K) of the last
-    validation. stop: the utils.StopOnSignal that asks the run to end. Raises InputError for settings and class
-    names with which a checkpoint could not be read again, such as a folder with a line break.
+    settings: those of train.py as a dict of plain values; data: its DataSource; folder: the utils.RunFolder
+    that it writes to; origins: where the weights came from, to be recorded. confusion: the counts (K, K) of the
+    last validation. stop: the utils.StopOnSignal that asks the run to end. Raises InputError for settings and
+    class names with which a checkpoint could not be read again, such as a folder with a line break.
     """
 
     def __init__(self, state, settings, data, folder, origins=None):

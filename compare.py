@@ -48,13 +48,12 @@ from dataio import schema
 import utils
 import visualize
 from checkpoint import load_model
-from config import FIELDS, InputError, count_of
+from config import FIELDS, InputError, count_of, fields_affecting
 from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images, has_stalled, mean_of_known,
                      mean_over_images, miou_of_counts, paired_bootstrap, scores_of_counts, sum_groups)
 from models.weights import hash_model_file
 
 REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
-ASIDE = {"cache_images", "extra", "workers", "patience", "log", "resume", "out_dir", "device"}  # as these may
 ROUNDS = 12  # timed forward passes of each model, after two that are not
 
 
@@ -101,7 +100,7 @@ class Run:
             return str(self.folder)
         protocol, config = self.metrics["protocol"], self.config
         shared = {name: config.get(name, utils.finite(field.default)) for name, field in FIELDS.items()
-                  if name not in {*but, *ASIDE}}
+                  if name not in {*but, *fields_affecting("nothing")}}
         scored = [protocol[name] for name in ("views", "split", "dataset")]
         trained = [config.get(name) for name in ("processes", "data_fingerprint", "extra_fingerprint")]
         return repr((shared, self.model.name, scored, trained, config.get("fold", ())[1:]))

@@ -7,6 +7,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -57,7 +58,7 @@ REGISTRIES = {"dataset": ("datasets.py", "DATASETS"), "augment": ("dataio/transf
               "baseline": ("models/baselines.py", "BASELINES"), "loss": ("losses.py", "LOSSES"),
               "class_weights": ("losses.py", "CLASS_WEIGHTS"), "optimizer": ("engine.py", "OPTIMIZERS"),
               "scheduler": ("engine.py", "SCHEDULERS"), "amp": ("utils.py", "PRECISIONS"),
-              "tracker": ("trackers.py", "TRACKERS"), "format": ("inference/backends.py", "FORMATS"),
+              "tracker": ("visualize.py", "TRACKERS"), "format": ("inference/backends.py", "FORMATS"),
               "backend": ("inference/backends.py", "BACKENDS")}
 
 
@@ -69,7 +70,7 @@ def names(kind):
 # --- errors -----------------------------------------------------------------------------------------------
 def one_line(text):
     """Return a text in one line that a terminal shows as it is, the middle of a very long one left out."""
-    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE // 2]}…{text[-LONGEST_LINE // 2:]}"
 
 
@@ -105,80 +106,73 @@ def safe_streams():
 
 
 # --- argparse types ---------------------------------------------------------------------------------------
-def whole(text, least, most, what=""):
-    """Return a text as an integer from `least` to `most`. Raises ArgumentTypeError."""
-    if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
-        what = what or f"an integer from {least} to {most:,}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+def integer_between(text, lowest, highest, expected=""):
+    """Return a text as an integer from `lowest` to `highest`. Raises ArgumentTypeError."""
+    if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
+        expected = expected or f"an integer from {lowest} to {highest:,}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return int(text)
 
 
 def positive_int(text):
     """argparse type: an integer of at least 1 that fits 31 bits."""
-    return whole(text, 1, 2 ** 31 - 1)
+    return integer_between(text, 1, 2 ** 31 - 1)
 
 
 def non_negative_int(text):
     """argparse type: an integer of at least 0 that fits 32 bits."""
-    return whole(text, 0, 2 ** 32 - 1)
+    return integer_between(text, 0, 2 ** 32 - 1)
 
 
 def step_count(text):
     """argparse type: optimizer steps of a run."""
-    return whole(text, 0, 10 ** 7)
+    return integer_between(text, 0, 10 ** 7)
 
 
 def image_side(text):
     """argparse type: a side of an image in pixels."""
-    return whole(text, 1, 2 ** 16 - 1)
+    return integer_between(text, 1, 2 ** 16 - 1)
 
 
 def batch_images(text):
     """argparse type: images of a batch."""
-    return whole(text, 1, 2 ** 16 - 1)
+    return integer_between(text, 1, 2 ** 16 - 1)
 
 
 def any_batch(text):
     """argparse type: images of a batch, 0 = any number."""
-    return whole(text, 0, 2 ** 16 - 1)
+    return integer_between(text, 0, 2 ** 16 - 1)
 
 
 def port_number(text):
     """argparse type: a TCP port."""
-    return whole(text, 1, 2 ** 16 - 1, "a port from 1 to 65535")
+    return integer_between(text, 1, 2 ** 16 - 1, "a port from 1 to 65535")
+
+
+def number_where(text, is_valid, expected):
+    """Return a text as a float for which is_valid(float) holds. Raises ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not is_valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
 
 
 def fraction(text):
     """argparse type: a number between 0 and 1, both excluded."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
+    return number_where(text, lambda value: 0.0 < value < 1.0, "a number between 0 and 1")
 
 
 def positive_float(text):
     """argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return number_where(text, lambda value: 0.0 < value < math.inf, "a number above 0")
 
 
 def non_negative_float(text):
     """argparse type: a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
+    return number_where(text, lambda value: 0.0 <= value < math.inf, "a number of at least 0")
 
 
 def fold_of(text):
@@ -205,21 +199,26 @@ def backbone_name(text):
 
 def loss_name(text):
     """argparse type of --loss: a registered loss, or several joined by `+`."""
-    parts, known = text.split("+"), names("loss")
-    if set(parts) <= set(known) and len(set(parts)) == len(parts):
+    terms, known = text.split("+"), names("loss")
+    if set(terms) <= set(known) and len(set(terms)) == len(terms):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is not a loss: give {', '.join(known)}, or a sum of "
                                      "different ones such as focal+dice")
 
 
 # --- settings ---------------------------------------------------------------------------------------------
-def setting(default, group, help, **options):
+def setting(default, group, help, *, affects, **options):
     """One field of TrainConfig: its default, the heading it stands under in --help, its help line.
 
-    options: of argparse's add_argument; kind = of REGISTRIES, whose names are the choices; dinov2_only = has
-    no meaning for other architectures; may_change = may differ between a run and its --resume.
+    affects: what depends on the value: "features" (what a backbone computes of an image), "head" (what the
+    head is), "run" (the numbers of a run in any other way), or "nothing": such a setting may differ between a
+    run and its --resume, and between runs that are compared.
+    options: of argparse's add_argument; besides, kind = the registry of REGISTRIES whose names are the
+    choices; only = (setting, value, ...): without one of these values of that setting, this one has no
+    meaning; may_grow = may differ between a run and its --resume although it affects numbers.
     """
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, **options})
+    metadata = dict(group=group, help=help, affects=affects, **options)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -227,25 +226,28 @@ class DataOptions:
     """What load_data needs to find a data set."""
 
     dataset: str = setting("streets", "data", "data set; streets is drawn by code, nothing to download",
-                           kind="dataset")
-    data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR", may_change=True)
+                           kind="dataset", affects="run")
+    data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR",
+                             affects="nothing")
     val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
-                                  "validation part, and with --resplit (stratified by class)", type=fraction)
+                                  "validation part, and with --resplit (stratified by class)", type=fraction,
+                                  affects="run")
     fold: tuple = setting((), "data", "split into N parts in place of --val-fraction, of which part I "
-                          "validates: N runs score every image once", type=fold_of, metavar="I/N")
+                          "validates: N runs score every image once", type=fold_of, metavar="I/N",
+                          affects="run")
     classes: tuple = setting((), "data", "class names of a folder that has no classes.txt, in the order of "
-                             "the mask values", nargs="+", metavar="NAME")
+                             "the mask values", nargs="+", metavar="NAME", affects="run")
     resplit: bool = setting(False, "data", "pool training and validation images and split them anew, "
-                            "stratified by class", action="store_true")
+                            "stratified by class", action="store_true", affects="run")
     ignore_background: bool = setting(False, "data", "leave the class called background out: its pixels are "
-                                      "not counted", action="store_true")
+                                      "not counted", action="store_true", affects="run")
     unlabelled: str = setting("background", "data", "what has no label in annotation files (COCO, YOLO, "
                               "labelme ...): a class of its own, or not counted",
-                              choices=("background", "ignore"))
+                              choices=("background", "ignore"), affects="run")
     train_images: int = setting(0, "data", "train on so many of the training images, drawn by --seed; 0 = "
-                                "all", type=non_negative_int)
+                                "all", type=non_negative_int, affects="run")
     seed: int = setting(0, "run", "seed of weights, order, augmentation and --train-images",
-                        type=non_negative_int)
+                        type=non_negative_int, affects="run")
 
 
 @dataclass
@@ -254,106 +256,142 @@ class ModelOptions:
 
     arch: str = setting("dinov2", "model", "dinov2 = --backbone + --head, or a whole network to compare with "
                         "it: fcn_resnet50, deeplabv3_resnet101, segformer_b0 ... segformer_b5",
-                        kind="baseline", metavar="NAME")
+                        kind="baseline", metavar="NAME", affects="features")
     backbone: str = setting("dinov2_vits14", "model", "dinov2_vits14 ... dinov2_vitg14_reg (torch.hub), "
                             "dinov3_vits16 ... dinov3_vitl16 (timm), vit_tiny, or timm/<model name>",
-                            type=backbone_name, metavar="NAME",
-                            dinov2_only=True)
+                            type=backbone_name, metavar="NAME", only=("arch", "dinov2"),
+                            affects="features")
     layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last "
-                            "(default: as the head wants)", nargs="+",
-                            type=int, metavar="I", dinov2_only=True)
+                            "(default: as the head wants)", nargs="+", type=int, metavar="I",
+                            only=("arch", "dinov2"), affects="head")
     head: str = setting("detail", "model", "what turns feature maps into classes (listed below)", kind="head",
-                        dinov2_only=True)
+                        only=("arch", "dinov2"), affects="head")
     split_blocks: int = setting(3, "model", "split, split-detail, mask: the head trains a copy of so "
-                                "many last blocks", type=positive_int, dinov2_only=True)
+                                "many last blocks", type=positive_int,
+                                only=("head", "split", "split-detail", "mask"), affects="head")
     aux_weight: float = setting(0.0, "model", "fcn_resnet50, deeplabv3_resnet101: weight of the auxiliary "
                                 "loss on the third stage; torchvision trains them with 0.5",
-                                type=non_negative_float)
+                                type=non_negative_float,
+                                only=("arch", "fcn_resnet50", "deeplabv3_resnet101"), affects="head")
     normalize: str = setting("auto", "model", "auto = the mean and std that the weights were trained with, "
-                             "none = pixels / 255 only", choices=("auto", "none"))
+                             "none = pixels / 255 only", choices=("auto", "none"), affects="features")
 
 
 @dataclass
 class TrainConfig(ModelOptions, DataOptions):
     """Every setting of train.py; one field = one flag (`data_root` is `--data-root`). Plain JSON types."""
 
-    recipe: str = setting("", "recipe", "start from the settings of a recipe (listed below)")
+    recipe: str = setting("", "recipe", "start from the settings of a recipe (listed below)", affects="run")
     imgsz: tuple = setting((518, 518), "data", "size the network trains at; any H W works", nargs=2,
-                           type=image_side, metavar=("H", "W"))
+                           type=image_side, metavar=("H", "W"), affects="run")
     augment: tuple = setting(("flip",), "data", "changes of the training images (listed below), or none",
-                             nargs="+", kind="augment")
+                             nargs="+", kind="augment", affects="run")
     train_scale: str = setting("fit", "data", "fit = images are resized to --imgsz; native = random windows "
                                "of that size at the images' own resolution times 0.5 to 2, validated by "
-                               "tiles: for images much larger than --imgsz", choices=("fit", "native"))
+                               "tiles: for images much larger than --imgsz", choices=("fit", "native"),
+                               affects="run")
     balance: float = setting(0.0, "data", "native: share of the windows that are drawn around a pixel of a "
                              "class, all classes of the image alike; without X 0.5", nargs="?", const=0.5,
-                             type=fraction, metavar="X")
+                             type=fraction, metavar="X", affects="run")
     cache_images: str = setting("", "data", "native: keep decoded images in DIR (4 bytes a pixel), so that "
                                 "windows of them are read without decoding the rest (DIR: outputs/cache)",
-                                nargs="?", const="outputs/cache", metavar="DIR", may_change=True)
+                                nargs="?", const="outputs/cache", metavar="DIR", affects="nothing")
     extra: str = setting("", "data", "folder of more images to train on, of the same classes, such as "
-                         "pseudo-labels (infer_image.py --min-confidence)", metavar="DIR", may_change=True)
+                         "pseudo-labels (infer_image.py --min-confidence)", metavar="DIR",
+                         affects="nothing")
     workers: int = setting(2, "data", "processes that load data", type=non_negative_int, metavar="N",
-                           may_change=True)
+                           affects="nothing")
 
     weights: str = setting("auto", "model", "auto = published pretrained weights (of the encoder), none = "
-                           "random, or a file (.pth, .safetensors)", metavar="auto|none|FILE")
+                           "random, or a file (.pth, .safetensors)", metavar="auto|none|FILE",
+                           affects="features")
     head_weights: str = setting("", "model", "start the head from a trained one: a checkpoint with the same "
-                                "head on the same backbone", metavar="FILE", dinov2_only=True)
+                                "head on the same backbone", metavar="FILE", only=("arch", "dinov2"),
+                                affects="run")
     unfreeze: object = setting(0, "model", "number of last transformer blocks that train with the head, or "
                                "all (the default of every --arch but dinov2)", type=block_count,
-                               metavar="N|all")
+                               metavar="N|all", affects="run")
 
     loss: str = setting("ce", "training", "loss (listed below), or a sum such as focal+dice", type=loss_name,
-                        metavar="NAME[+NAME]")
+                        metavar="NAME[+NAME]", affects="run")
     class_weights: str = setting("none", "training", "weight the classes in ce and focal by their share of "
                                  "the training pixels: enet = 1 / ln(1.02 + share), median = "
-                                 "inverse frequency where the class is seen", kind="class_weights")
+                                 "inverse frequency where the class is seen", kind="class_weights",
+                                 affects="run")
     optimizer: str = setting("adamw", "training", "adamw, adam, or sgd = Nesterov momentum 0.937",
-                             kind="optimizer")
-    lr: float = setting(1e-3, "training", "base learning rate (of the head)", type=positive_float)
+                             kind="optimizer", affects="run")
+    lr: float = setting(1e-3, "training", "base learning rate (of the head)", type=positive_float,
+                        affects="run")
     backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen and copied blocks, "
                                        "relative to --lr (1 for every --arch but dinov2)",
-                                       type=positive_float, metavar="X")
+                                       type=positive_float, metavar="X", affects="run")
     weight_decay: float = setting(1e-3, "training", "weight decay; none on norms and biases",
-                                  type=non_negative_float)
+                                  type=non_negative_float, affects="run")
     scheduler: str = setting("cosine", "training", "learning rate over the run; cosine, poly and linear warm "
                              "up, exponential = x 0.98 per epoch, onecycle rises for 30 %% of the steps",
-                             kind="scheduler")
+                             kind="scheduler", affects="run")
     epochs: int = setting(30, "training", "passes over the training images, or parts of --steps",
-                          type=positive_int, may_change=True)
+                          type=positive_int, affects="run", may_grow=True)
     patience: int = setting(0, "training", "stop after so many epochs without a better validation mIoU; 0 = "
-                            "never", type=non_negative_int, metavar="N", may_change=True)
+                            "never", type=non_negative_int, metavar="N", affects="nothing")
     steps: int = setting(0, "training", "optimizer steps of the whole run, shared out equally among the "
                          "--epochs, after each of which it validates; 0 = an epoch is a pass over the images",
-                         type=step_count)
-    batch_size: int = setting(8, "training", "images per forward pass", type=batch_images)
+                         type=step_count, affects="run")
+    batch_size: int = setting(8, "training", "images per forward pass", type=batch_images, affects="run")
     accumulate: int = setting(1, "training", "forward passes per optimizer step; equals one large batch for "
-                              "ce and focal, whose terms are means over pixels", type=positive_int)
+                              "ce and focal, whose terms are means over pixels", type=positive_int,
+                              affects="run")
 
     cache_features: str = setting("", "run", "compute what is frozen in the backbone once and keep it in DIR "
                                   "for every later epoch and run (DIR: outputs/cache)", nargs="?",
-                                  const="outputs/cache", metavar="DIR")
+                                  const="outputs/cache", metavar="DIR", affects="run")
     cache_views: int = setting(1, "run", "views per training image to keep: 1 = as it is, more = "
-                               "augmented", type=positive_int)
+                               "augmented", type=positive_int, affects="run")
     save_head_only: bool = setting(False, "run", "leave the frozen backbone out of the checkpoints, which "
                                    "are then small; who loads one gets the backbone as --weights does, and "
-                                   "its hash is checked",
-                                   action="store_true", dinov2_only=True)
+                                   "its hash is checked", action="store_true",
+                                   only=("arch", "dinov2"), affects="run")
     compile: bool = setting(False, "run", "torch.compile backbone and head: minutes at the start, faster "
-                            "steps, above all on a GPU", action="store_true")
-    amp: str = setting("auto", "run", "autocast: auto = what the device is good at", kind="amp")
+                            "steps, above all on a GPU", action="store_true", affects="run")
+    amp: str = setting("auto", "run", "autocast: auto = what the device is good at", kind="amp",
+                       affects="run")
     device: str = setting("auto", "run", "auto = cuda, else mps, else cpu; or a torch device such as cuda:1",
-                          may_change=True)
+                          affects="nothing")
     log: tuple = setting((), "run", "mirror history.jsonl and the pictures to experiment trackers, where "
-                         "they are installed; none = to none", nargs="+", kind="tracker", may_change=True)
+                         "they are installed; none = to none", nargs="+", kind="tracker", affects="nothing")
     resume: bool = setting(False, "run", "continue from OUT_DIR/last.pth (--epochs may grow)",
-                           action="store_true", may_change=True)
+                           action="store_true", affects="nothing")
     out_dir: str = setting("outputs", "run", "where the run writes; an earlier run moves to previous/",
-                           metavar="DIR", may_change=True)
+                           metavar="DIR", affects="nothing")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+NOT_OF_ARGPARSE = {"group", "kind", "affects", "only", "may_grow"}  # metadata of a field
+
+
+def flag(name):
+    """Return the flag of a setting: "val_fraction" -> "--val-fraction"."""
+    return "--" + name.replace("_", "-")
+
+
+def fields_affecting(kind, options=TrainConfig):
+    """Return the names of the settings that affect `kind` (as in setting()), of all or of ModelOptions."""
+    return [field.name for field in dataclasses.fields(options) if field.metadata.get("affects") == kind]
+
+
+def unmet_condition(name, config):
+    """Return the (setting, values) without which the setting `name` has no meaning in `config`, else None."""
+    unmet = None
+    while only := FIELDS[name].metadata.get("only"):
+        name, *values = only
+        if getattr(config, name) not in values:
+            unmet = name, values
+    return unmet
+
+
+def has_meaning(name, config):
+    """Return whether the setting `name` means something together with the others of `config`."""
+    return unmet_condition(name, config) is None
 
 
 # What two or more recipes share.
@@ -411,11 +449,8 @@ RECIPES = {
                            epochs=80)),
 }
 
-# The settings of every --arch but dinov2, which trains as a whole; and all that a recipe says of its model,
-# which means nothing for an --arch of the other kind.
+# The settings of every --arch but dinov2, which trains as a whole.
 BASELINE_DEFAULTS = dict(unfreeze="all", backbone_lr_scale=1.0)
-WITH_AUXILIARY = ("fcn_resnet50", "deeplabv3_resnet101")  # what --aux-weight means something for
-OF_A_MODEL = {*(field.name for field in dataclasses.fields(ModelOptions)), *BASELINE_DEFAULTS, "weights"}
 GROUPS = ("recipe", "data", "model", "training", "run")  # of flags, as --help lists them
 LISTED = {"heads": "head", "losses": "loss", "augmentations": "augment"}  # headings at the end of --help
 
@@ -438,7 +473,7 @@ def train_parser(description):
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in FIELDS.values():
         options = {key: value for key, value in field.metadata.items()
-                   if key not in ("group", "kind", "dinov2_only", "may_change")}
+                   if key not in NOT_OF_ARGPARSE}
         if kind := field.metadata.get("kind"):
             options["choices"] = names(kind)
         if field.name == "arch":
@@ -452,7 +487,7 @@ def train_parser(description):
             options["help"] += f" (default: {default})"
         if not {"choices", "action"} & options.keys():
             options.setdefault("metavar", {int: "N", float: "X"}.get(field.type, "NAME"))
-        groups[field.metadata["group"]].add_argument("--" + field.name.replace("_", "-"), **options)
+        groups[field.metadata["group"]].add_argument(flag(field.name), **options)
     return parser
 
 
@@ -517,21 +552,11 @@ def resolve(given, saved=None):
     resume. Raises InputError where `given` changes a setting of the saved run that must stay.
     """
     given = {name: as_setting(value) for name, value in given.items()}
-    if saved is not None:
-        defaults = {name: as_setting(value) for name, value in saved.items()}
-        changed = [name for name, value in given.items()
-                   if not FIELDS[name].metadata.get("may_change")
-                   and defaults.get(name, FIELDS[name].default) != value]  # earlier versions had fewer
-        if changed:
-            name = changed[0]
-            before = defaults.get(name, FIELDS[name].default)
-            raise InputError(f"--{name.replace('_', '-')} is {given[name]!r}, but the run to resume has "
-                             f"{before!r}: leave the flag out, or start a new run without --resume")
-        if defaults.get("steps") and given.get("epochs", defaults["epochs"]) != defaults["epochs"]:
-            raise InputError(f"--epochs cannot change, the run to resume has {defaults['steps']} steps in "
-                             f"{defaults['epochs']}: leave it out, or start a new run without --resume")
-    else:
+    if saved is None:
         defaults = recipe_settings(given)
+    else:
+        defaults = {name: as_setting(value) for name, value in saved.items()}
+        check_resumed(given, defaults)
     unknown = defaults.keys() - FIELDS.keys()
     if unknown:
         raise InputError(f"the run to resume has settings unknown here ({', '.join(sorted(unknown))}): "
@@ -539,6 +564,21 @@ def resolve(given, saved=None):
     config = TrainConfig(**{**defaults, **given})
     check_settings(config, given)
     return config
+
+
+def check_resumed(given, saved):
+    """Raise InputError where flags in `given` would make another run of the one with the settings `saved`."""
+    for name, value in given.items():
+        metadata = FIELDS[name].metadata
+        if metadata["affects"] == "nothing" or metadata.get("may_grow"):
+            continue
+        before = saved.get(name, FIELDS[name].default)  # earlier versions had fewer settings
+        if value != before:
+            raise InputError(f"{flag(name)} is {value!r}, but the run to resume has {before!r}: leave the "
+                             "flag out, or start a new run without --resume")
+    if saved.get("steps") and given.get("epochs", saved["epochs"]) != saved["epochs"]:
+        raise InputError(f"--epochs cannot change, the run to resume has {saved['steps']} steps in "
+                         f"{saved['epochs']}: leave it out, or start a new run without --resume")
 
 
 def as_setting(value):
@@ -552,22 +592,30 @@ def recipe_settings(given):
     settings = dict(RECIPES[given["recipe"]][1]) if given.get("recipe") else {}
     if "epochs" in given:  # means passes over the images, unless --steps is given too
         settings.pop("steps", None)
-    own = settings.get("arch", "dinov2")
-    arch = given.get("arch", own)
-    if (arch == "dinov2") != (own == "dinov2"):  # the recipe's data and steps with a model of the other kind
-        settings = {name: value for name, value in settings.items() if name not in OF_A_MODEL}
+    arch_of_recipe = settings.get("arch", "dinov2")
+    arch = given.get("arch", arch_of_recipe)
+    if (arch == "dinov2") != (arch_of_recipe == "dinov2"):  # the recipe's data with a model of the other kind
+        of_model = {*fields_affecting("features"), *fields_affecting("head"), *BASELINE_DEFAULTS}
+        settings = {name: value for name, value in settings.items() if name not in of_model}
     return settings if arch == "dinov2" else {**BASELINE_DEFAULTS, **settings}
 
 
 def check_settings(config, given):
     """Raise InputError for flags in `given` that contradict each other or would have no effect."""
-    misfit = [name for name in given if FIELDS[name].metadata.get("dinov2_only") and config.arch != "dinov2"]
-    if misfit:
-        raise InputError(f"--{misfit[0].replace('_', '-')} belongs to --arch dinov2, and {config.arch} is a "
-                         "whole network: leave it out")
-    for name, value in (("augment", config.augment), ("log", config.log)):
-        if "none" in value:
-            raise InputError(f"--{name} none stands alone: leave out none or the others")
+    for name in given:
+        if unmet := unmet_condition(name, config):
+            option, values = unmet
+            raise InputError(f"{flag(name)} belongs to {flag(option)} {', '.join(values)}, and this run has "
+                             f"{flag(option)} {getattr(config, option)}: leave it out")
+    for name in ("augment", "log"):
+        if "none" in getattr(config, name):
+            raise InputError(f"{flag(name)} none stands alone: leave out none or the others")
+    check_data_settings(config, given)
+    check_training_settings(config, given)
+
+
+def check_data_settings(config, given):
+    """Raise InputError for flags of the data set and its images that contradict each other."""
     if given.get("classes") and config.dataset != "folder":
         raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
                          "own: leave it out")
@@ -576,27 +624,35 @@ def check_settings(config, given):
                          f"{config.dataset} has masks: leave it out")
     splitting = [name for name in ("val_fraction", "fold") if name in given]
     if splitting and config.dataset != "folder" and not config.resplit:
-        raise InputError(f"--{splitting[0].replace('_', '-')} has no effect, {config.dataset} has a "
-                         "validation part: add --resplit to split all images anew")
+        raise InputError(f"{flag(splitting[0])} has no effect, {config.dataset} has a validation part: add "
+                         "--resplit to split all images anew")
     if len(splitting) == 2:
         raise InputError("--fold I/N has a validation part of 1/N: leave out --val-fraction")
-    if config.aux_weight and config.arch not in WITH_AUXILIARY:
-        raise InputError(f"--aux-weight belongs to {' and '.join(WITH_AUXILIARY)}, and {config.arch} has no "
-                         "auxiliary classifier: leave it out")
+    for name in ("balance", "cache_images"):
+        if given.get(name) and config.train_scale != "native":
+            raise InputError(f"{flag(name)} belongs to windows of large images: add --train-scale native, or "
+                             "leave it out")
+
+
+def check_training_settings(config, given):
+    """Raise InputError for flags of model, training and caches that contradict each other."""
     if config.steps % config.epochs:
         counts = range(min(config.epochs, config.steps), 0, -1)
         fitting = next(count for count in counts if not config.steps % count)
         raise InputError(f"--steps {config.steps} cannot be shared out equally among {config.epochs} epochs: "
                          f"give a multiple of them, or --epochs {fitting}")
-    for name in ("balance", "cache_images"):
-        if given.get(name) and config.train_scale != "native":
-            raise InputError(f"--{name.replace('_', '-')} belongs to windows of large images: add "
-                             "--train-scale native, or leave it out")
     if "cache_views" in given and not config.cache_features:
         raise InputError("--cache-views has no effect without --cache-features: add it")
     if config.cache_features and config.cache_views == 1 and given.get("augment"):
         raise InputError("--augment has no effect on the one view that is cached: give --cache-views K to "
                          "keep K augmented ones, or leave out --augment")
+    if "save_head_only" in given and (config.unfreeze != 0 or config.weights == "none"):
+        reason = "trains" if config.unfreeze != 0 else "is random"
+        raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one "
+                         f"{reason}: leave it out")
+    copies_blocks = has_meaning("split_blocks", config)
+    if "backbone_lr_scale" in given and config.unfreeze == 0 and not copies_blocks:
+        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
 
 
 def parse_train_args(argv=None, description="Train a segmentation model."):

@@ -13,7 +13,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 import dataclasses
 from dataclasses import dataclass
 
-from config import FIELDS, InputError, ModelOptions, fields_affecting, parse_train_args, resolve
+from config import InputError, ModelOptions, fields_affecting, parse_train_args, resolve
 
 if __name__ == "__main__":
     parse_train_args()  # --help and wrong flags are answered before torch is imported
@@ -144,8 +144,8 @@ class Segmenter(nn.Module):
     def part_facts(self, parts):
         """Return {Part: what it depends on beside the image at the size of training, as plain values}."""
         code = utils.hash_code("model.py", "models/backbones.py", "models/upsampling.py")
-        options = {name: getattr(self.spec, name) for name in fields_affecting("features")
-                   if hasattr(self.spec, name) and getattr(self.spec, name) != FIELDS[name].default}
+        options = {name: getattr(self.spec, name) for name in fields_affecting("features", ModelOptions)
+                   if getattr(self.spec, name) != getattr(ModelOptions, name)}
         shared = dict(options, backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
                       std=self.std.flatten().tolist(), code=[code, origin_code(self.spec.backbone)])
         all_weights, facts = None, {}

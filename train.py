@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from shlex import join, quote
 
-from config import FIELDS, InputError, count_of, parse_train_args, resolve
+from config import InputError, count_of, has_meaning, parse_train_args, resolve
 
 if __name__ == "__main__":
     parse_train_args(description=__doc__)  # --help and wrong flags are answered before torch is imported
@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import engine
-import trackers
 import utils
 import visualize
 from checkpoint import Run, load_head, read_checkpoint
@@ -160,16 +159,13 @@ def check_effects(given, config, model):
     if model.head.tokens_alone and config.unfreeze != "all" and 0 < config.unfreeze <= config.split_blocks:
         raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} trains copies of "
                          f"the last {config.split_blocks} blocks in their place: leave it out, or give more")
-    if "split_blocks" in given and not model.head.copies_blocks():
-        raise InputError(f"--split-blocks has no effect, --head {model.spec.head} copies no blocks: give "
-                         "--head split, split-detail or mask")
 
 
 # --- what is printed --------------------------------------------------------------------------------------
 def print_settings(config):
     """Print every setting that has a part in the run."""
     shown = {key: value for key, value in dataclasses.asdict(config).items()
-             if config.arch == "dinov2" or not FIELDS[key].metadata.get("dinov2_only")}
+             if has_meaning(key, config)}
     print("settings: " + " ".join(f"{key}={value}" for key, value in shown.items()))
 
 
@@ -272,7 +268,7 @@ def main():
     utils.seed_everything(config.seed)
     model, optimization = build_training(config, len(data.classes), device)
     check_effects(given, config, model)
-    trackers.require(config.log)
+    visualize.require_trackers(config.log)
     folder = utils.RunFolder(out_dir, config.resume)
     origin = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
     run = Run(dataclasses.asdict(config), data, model, optimization, folder, origin)
@@ -283,7 +279,7 @@ def main():
         if run.history and is_main_process():  # a run may have been killed before it drew
             draw(run)
         names = config.log if is_main_process() else ()
-        with trackers.Trackers(names, folder.path, run.settings, run.classes, config.resume) as logs:
+        with visualize.Trackers(names, folder.path, run.settings, run.classes, config.resume) as logs:
             if run.history:
                 logs.follow(run.history)
             if has_stalled(run.history, config.patience):

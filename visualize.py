@@ -1,11 +1,17 @@
-"""Overlays, legends, masks with a palette, windows, and the plots of a run.
+"""Overlays, legends, masks with a palette, windows, the plots of a run, and the trackers of --log.
 
     drawn = overlay(image, pred, color_table(classes), alpha=0.5, keep=background_id(classes))
     plot_history(rows, "outputs")
+    with Trackers(["tensorboard", "wandb"], "outputs", settings, classes) as trackers:
+        trackers.follow(history)                     # the rows that they do not have yet, and the pictures
 """
+import importlib
+import json
 import math
 import os
+import re
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +26,7 @@ from utils import write_atomically
 IGNORE_COLOR = (224, 224, 192)  # as in Pascal VOC
 LONGEST_NAME = 32  # characters of a class name that pictures show
 LARGEST_PLOT = 25  # inches that the rows of a plot may take: with many classes they get smaller
+PLOTS = ("loss", "accuracy", "miou", "per_class_iou", "confusion_matrix")  # PNGs of plot_run
 
 
 # --- color -----------------------------------------------------------------------------------------------
@@ -144,8 +151,12 @@ def drawing(what):
     try:
         yield
     except Exception as error:  # of matplotlib, PIL, fonts, the disk: no picture is worth a run
-        print(f"warning: {what} could not be drawn ({one_line(str(error) or type(error).__name__)})",
-              file=sys.stderr, flush=True)
+        print(f"warning: {what} could not be drawn ({error_text(error)})", file=sys.stderr, flush=True)
+
+
+def error_text(error):
+    """Return what an exception says, in one line."""
+    return one_line(str(error) or type(error).__name__)
 
 
 def save_figure(figure, path):
@@ -162,12 +173,12 @@ def plot_history(history, out_dir):
     best = best_row(history)
     for name, label in (("loss", "loss"), ("accuracy", "pixel accuracy"), ("miou", "mean IoU")):
         figure, axes = new_figure(7, 4.5)
-        for part, color in (("train", "tab:blue"), ("val", "tab:orange")):
-            axes.plot(epochs, [row[f"{part}_{name}"] for row in history], "o-", ms=3, color=color,
-                      label={"train": "training", "val": "validation"}[part])
-        value = best[f"val_{name}"]
-        axes.plot(best["epoch"], value, "*", ms=14, color="tab:red",
-                  label=f"best mIoU: epoch {best['epoch']}, {label} {value:.4f}")
+        for split, title, color in (("train", "training", "tab:blue"), ("val", "validation", "tab:orange")):
+            values = [row[f"{split}_{name}"] for row in history]
+            axes.plot(epochs, values, "o-", ms=3, color=color, label=title)
+        best_value = best[f"val_{name}"]
+        axes.plot(best["epoch"], best_value, "*", ms=14, color="tab:red",
+                  label=f"best mIoU: epoch {best['epoch']}, {label} {best_value:.4f}")
         axes.set(xlabel="epoch", ylabel=label)
         if name != "loss":
             axes.set_ylim(0, 1)
@@ -230,3 +241,156 @@ def plot_confusion(counts, classes, path):
     name_ticks(axes.yaxis, classes, size)
     axes.set(xlabel="prediction", ylabel="truth (row = 100 %)")
     save_figure(figure, path)
+
+
+# --- trackers ---------------------------------------------------------------------------------------------
+# Each takes everything through its own library, whose environment variables say where to.
+class TensorBoard:
+    """Event files in OUT_DIR/tensorboard, for `tensorboard --logdir OUT_DIR`."""
+
+    module, package = "torch.utils.tensorboard", "tensorboard"
+
+    def __init__(self, folder, settings):
+        library = importlib.import_module(self.module)
+        started = time.strftime("%Y-%m-%d_%H-%M-%S")
+        self.writer = library.SummaryWriter(folder / "tensorboard" / started)
+        self.writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
+
+    def add_numbers(self, epoch, numbers):
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, epoch)
+
+    def add_picture(self, epoch, name, path):
+        pixels = np.array(Image.open(path, formats=["PNG"]).convert("RGB"))
+        self.writer.add_image(name, pixels, epoch, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self, failed):
+        self.writer.close()
+
+
+class WandB:
+    """Weights & Biases, project WANDB_PROJECT or dinoseg; WANDB_MODE=offline keeps all in OUT_DIR/wandb."""
+
+    module = package = "wandb"
+
+    def __init__(self, folder, settings):
+        self.wandb = importlib.import_module(self.module)
+        self.run = self.wandb.init(project=os.environ.get("WANDB_PROJECT", "dinoseg"), dir=str(folder),
+                                   name=folder.resolve().name, config=settings)
+
+    def add_numbers(self, epoch, numbers):
+        self.run.log(numbers, step=epoch)
+
+    def add_picture(self, epoch, name, path):
+        self.run.log({name: self.wandb.Image(str(path))}, step=epoch)
+
+    def close(self, failed):
+        self.run.finish(exit_code=int(failed))
+
+
+class MLflow:
+    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where to, else MLflow's own default."""
+
+    module = package = "mlflow"
+
+    def __init__(self, folder, settings):
+        self.mlflow = importlib.import_module(self.module)
+        self.mlflow.start_run(run_name=folder.resolve().name)
+        self.mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
+
+    def add_numbers(self, epoch, numbers):  # class names lose what MLflow does not allow
+        allowed = {re.sub(r"[^\w\-. /]", "_", name): value for name, value in numbers.items()}
+        self.mlflow.log_metrics(allowed, step=epoch)
+
+    def add_picture(self, epoch, name, path):
+        self.mlflow.log_artifact(str(path), name)
+
+    def close(self, failed):
+        self.mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+# A new tracker is one class above and one line here.
+TRACKERS = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
+
+
+def require_trackers(names):
+    """Raise InputError where the library of a tracker is missing."""
+    for name in names:
+        tracker = TRACKERS[name]
+        try:
+            # wandb leaves a folder called so where it ran, which Python would import as an empty package
+            if importlib.import_module(tracker.module).__file__ is None:
+                raise ImportError
+        except ImportError:
+            raise InputError(f"--log {name} needs the package {tracker.package}: pip install "
+                             f"{tracker.package}, or leave it out") from None
+
+
+def numbers_of(row, classes):
+    """Return {name: number} of a row of the history: train/loss, val/miou, iou/<class> ..., without None."""
+    numbers = {re.sub(r"^(train|val)_", r"\1/", name): value for name, value in row.items()}
+    ious = numbers.pop("per_class_iou")
+    numbers |= {f"iou/{name}": iou for (name, _), iou in zip(classes, ious, strict=True)}
+    del numbers["epoch"]
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+class Trackers:
+    """The trackers called `names` of a run that writes to `folder`; settings: {setting: value}.
+
+    A resumed run is a new run of each tracker and hands it the whole history. Raises InputError for a tracker
+    that does not start, unless the run is resumed; one that fails later is left out with a warning.
+    """
+
+    def __init__(self, names, folder, settings, classes, resumed=False):
+        self.folder, self.classes, self.rows_logged, self.running = Path(folder), classes, 0, {}
+        for name in dict.fromkeys(names):
+            try:
+                self.running[name] = TRACKERS[name](self.folder, settings)
+            except Exception as error:  # of another library: it could be any
+                if not resumed:
+                    self.close(failed=True)
+                    raise InputError(f"--log {name} does not start: {error_text(error)}") from None
+                print(f"warning: --log {name} does not start and is left out: {error_text(error)}")
+        if resumed and self.running:
+            print(f"the resumed run is a new run in {', '.join(self.running)}, with all of its epochs")
+
+    def follow(self, history):
+        """Hand over the rows of the history that are new, and the pictures of the last."""
+        epoch, new_rows = history[-1]["epoch"], history[self.rows_logged:]
+        pictures = {"predictions": self.folder / f"valid_preds/epoch_{epoch:03d}.png",
+                    **{name: self.folder / f"{name}.png" for name in PLOTS}}
+        for name in list(self.running):
+            with self.guarded(name) as tracker:
+                for row in new_rows:
+                    tracker.add_numbers(row["epoch"], numbers_of(row, self.classes))
+                for title, path in pictures.items():
+                    if new_rows and path.exists():
+                        tracker.add_picture(epoch, title, path)
+        self.rows_logged = len(history)
+
+    def close(self, failed=False):
+        """End all; failed: the run did not come to its end."""
+        for name in list(self.running):
+            with self.guarded(name) as tracker:
+                tracker.close(failed)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(failed=kind is not None)
+
+    @contextmanager
+    def guarded(self, name):
+        """Yield a tracker; an error within the `with` block costs that tracker, and no more."""
+        try:
+            yield self.running[name]
+        except Exception as error:  # of another library: it could be any
+            del self.running[name]
+            print(f"warning: --log {name} failed and is left out from here on: {error_text(error)}")

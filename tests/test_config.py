@@ -8,14 +8,15 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny
 
-from dataio import schema
-from config import (RECIPES, REGISTRIES, InputError, TrainConfig, count_of, names, non_negative_float,
-                    parse_train_args, resolve, setting)
+import config
+from config import (FIELDS, RECIPES, REGISTRIES, InputError, ModelOptions, TrainConfig, count_of,
+                    fields_affecting, has_meaning, names, parse_train_args, resolve)
 from dataio.transforms import AUGMENTS
 from datasets import DATASETS
 from engine import lr_lambda
+from models.heads import HEADS
 
 
 def test_explicit_flags_beat_the_recipe_and_the_recipe_beats_the_defaults():
@@ -35,34 +36,66 @@ def test_every_recipe_is_made_of_known_settings_and_json(name):
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    "flags",
     [
-        (["--imgsz", "0", "640"], "'0' is not an integer from 1 to 65,535"),
-        (["--imgsz", "640"], "2 arguments"),
-        (["--imgsz", "-5", "3"], "imgsz"),
-        (["--dataset", "coco"], "voc"),
-        (["--head", "big"], "linear"),
-        (["--backbone", "resnet"], "dinov2_vitg14_reg"),
-        (["--recipe", "x"], "person-bn"),
-        (["--epoch", "3"], "--epoch"),
-        (["--lr", "nan"], "above 0"),
-        (["--lr", "fast"], "above 0"),
-        (["--unfreeze", "-1"], "unfreeze"),
-        (["--val-fraction", "1"], "between 0 and 1"),
-        (["--seed", "1.5"], "an integer from 0 to 4,294,967,295"),
-        (["--seed", "4294967296"], "an integer from 0 to 4,294,967,295"),
-        (["--weight-decay", "-0.1"], "at least 0"),
-        (["--amp", "fp8"], "bf16"),
-        (["--arch", "unet"], "segformer_b5"),
-        (["--loss", "ce+ce"], "or a sum of different ones such as focal+dice"),
-        (["--loss", "hinge"], "'hinge' is not a loss"),
-        (["--optimizer", "lion"], "sgd"),
+        "--imgsz 0 640", "--imgsz 640", "--imgsz -5 3", "--dataset coco", "--head big", "--backbone resnet",
+        "--recipe x", "--epoch 3", "--lr nan", "--lr fast", "--unfreeze -1", "--val-fraction 1",
+        "--seed 1.5", "--seed 4294967296", "--weight-decay -0.1", "--amp fp8", "--arch unet",
+        "--loss ce+ce", "--loss nonsense", "--optimizer nonsense", "--fold 0/5", "--fold 6/5", "--fold 1/1",
+        "--fold 1", "--fold a/b", "--fold 1/5/2", "--fold 5/-1", "--augment",
     ],
 )
-def test_wrong_flags_exit_with_2_and_list_what_is_known(capsys, flags, reason):
+def test_wrong_flags_exit_with_2_and_are_named(capsys, flags):
     with pytest.raises(SystemExit) as stop:
-        parse_train_args(flags)
-    assert stop.value.code == 2 and reason in capsys.readouterr().err
+        parse_train_args(flags.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and flags.split()[0] in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind"), [("dataset", "dataset"), ("head", "head"), ("amp", "amp"), ("arch", "baseline"),
+                       ("loss", "loss"), ("optimizer", "optimizer"), ("backbone", "backbone")],
+)
+def test_a_wrong_name_is_answered_with_those_that_are_known(capsys, flag, kind):
+    with pytest.raises(SystemExit):
+        parse_train_args([f"--{flag}", "nonsense"])
+    err = capsys.readouterr().err
+    assert all(name in err for name in names(kind))
+
+
+# --- what an option says of itself ------------------------------------------------------------------------
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_option_says_what_it_affects_and_where_it_has_meaning(name):
+    metadata = FIELDS[name].metadata
+    assert metadata["affects"] in ("features", "head", "run", "nothing") and metadata["help"]
+    if "only" in metadata:
+        option, *values = metadata["only"]
+        known = {"arch": [*names("baseline"), "dinov2"], "head": names("head")}[option]
+        assert set(values) <= set(known)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_affects_nothing_may_differ_when_a_run_is_resumed_and_nothing_else(name):
+    saved, metadata = dataclasses.asdict(TrainConfig()), FIELDS[name].metadata
+    given = {name: "another value"}
+    if metadata["affects"] == "nothing" or metadata.get("may_grow"):
+        config.check_resumed(given, saved)
+    else:
+        with pytest.raises(InputError, match=config.flag(name)):
+            config.check_resumed(given, saved)
+    config.check_resumed({name: saved[name]}, saved)
+
+
+def test_options_of_a_model_affect_its_features_or_its_head():
+    of_model = {field.name for field in dataclasses.fields(ModelOptions)}
+    parts = [fields_affecting(kind, ModelOptions) for kind in ("features", "head")]
+    assert set(parts[0]) | set(parts[1]) == of_model and not set(parts[0]) & set(parts[1])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_split_blocks_belongs_to_the_heads_that_copy_blocks(head):
+    assert has_meaning("split_blocks", TrainConfig(head=head)) == tiny(head=head).head.copies_blocks()
+    assert not has_meaning("split_blocks", TrainConfig(head=head, arch="fcn_resnet50"))
 
 
 def test_help_lists_every_flag_with_help_and_every_recipe(capsys):
@@ -79,17 +112,14 @@ def test_a_resumed_run_may_grow_but_not_change_shape():
     grown = resolve({"epochs": 99, "workers": 0, "resume": True}, saved)
     assert grown.epochs == 99 and grown.backbone == "vit_tiny" and grown.resume
     assert resolve({"recipe": "demo", "resume": True}, saved).epochs == saved["epochs"]
-    with pytest.raises(InputError, match="--head is 'linear', but the run to resume has 'bn'"):
+    with pytest.raises(InputError, match="--head .*linear.*bn"):
         resolve({"head": "linear"}, saved)
 
 
-def test_other_architectures_train_as_a_whole_and_refuse_the_flags_of_ours():
+def test_other_architectures_train_as_a_whole():
     plain = resolve(parse_train_args(["--arch", "fcn_resnet50"]))
     assert plain.unfreeze == "all" and plain.backbone_lr_scale == 1.0
     assert resolve(parse_train_args(["--arch", "fcn_resnet50", "--unfreeze", "0"])).unfreeze == 0
-    for flags in (["--head", "unet"], ["--backbone", "vit_tiny"], ["--layers", "1"]):
-        with pytest.raises(InputError, match=f"{flags[0]} belongs to --arch dinov2, and fcn_resnet50 is"):
-            resolve(parse_train_args(["--arch", "fcn_resnet50", *flags]))
 
 
 def test_a_recipe_with_another_architecture_keeps_its_data_and_steps():
@@ -121,28 +151,50 @@ def test_a_run_resumes_with_its_own_flags_and_with_some_of_them(flags):
 
 def test_another_recipe_is_refused_on_resume():
     saved = dataclasses.asdict(resolve({"recipe": "voc-unet"}))
-    with pytest.raises(InputError, match="--recipe is 'demo', but the run to resume has 'voc-unet'"):
+    with pytest.raises(InputError, match="--recipe .*demo.*voc-unet"):
         resolve({"recipe": "demo", "resume": True}, saved)
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flags", "named"),
     [
-        (["--dataset", "voc", "--classes", "a", "b"], "--classes names the classes of a folder"),
-        (["--fold", "1/5", "--dataset", "camvid"], "--fold has no effect, camvid has a validation part"),
-        (["--fold", "1/5", "--val-fraction", "0.3", "--dataset", "folder"], "leave out --val-fraction"),
-        (["--aux-weight", "0.4"], "--aux-weight belongs to fcn_resnet50 and deeplabv3_resnet101"),
-        (["--aux-weight", "0.4", "--arch", "segformer_b0"], "segformer_b0 has no auxiliary classifier"),
-        (["--steps", "3", "--epochs", "4"], "--steps 3 cannot be shared out .* or --epochs 3"),
-        (["--steps", "31"], "among 30 epochs: give a multiple of them, or --epochs 1"),
-        (["--head-weights", "x", "--arch", "segformer_b0"], "--head-weights belongs to --arch dinov2"),
-        (["--dataset", "voc", "--val-fraction", "0.3"], "--val-fraction has no effect.*add --resplit"),
-        (["--augment", "none", "flip"], "--augment none stands alone"),
+        ("--dataset voc --classes a b", "--classes"),
+        ("--dataset voc --unlabelled ignore", "--unlabelled"),
+        ("--fold 1/5 --dataset camvid", "--fold .*--resplit"),
+        ("--dataset voc --val-fraction 0.3", "--val-fraction .*--resplit"),
+        ("--fold 1/5 --val-fraction 0.3 --dataset folder", "--val-fraction"),
+        ("--aux-weight 0.4", "--aux-weight .*fcn_resnet50"),
+        ("--aux-weight 0.4 --arch segformer_b0", "--aux-weight .*segformer_b0"),
+        ("--steps 3 --epochs 4", "--steps 3 .*--epochs 3"),
+        ("--steps 31", "--epochs 1"),
+        ("--head-weights x --arch segformer_b0", "--head-weights .*segformer_b0"),
+        ("--arch fcn_resnet50 --head unet", "--head .*dinov2.*fcn_resnet50"),
+        ("--arch fcn_resnet50 --backbone vit_tiny", "--backbone "),
+        ("--arch fcn_resnet50 --layers 1", "--layers "),
+        ("--arch fcn_resnet50 --split-blocks 1", "--split-blocks .*fcn_resnet50"),
+        ("--head bn --split-blocks 1", "--split-blocks .*--head split.*bn"),
+        ("--augment none flip", "--augment none"),
+        ("--balance", "--balance .*--train-scale native"),
+        ("--cache-images", "--cache-images .*--train-scale native"),
+        ("--cache-views 2", "--cache-views .*--cache-features"),
+        ("--cache-features --augment crop", "--augment .*--cache-views"),
+        ("--save-head-only --unfreeze 1", "--save-head-only"),
+        ("--save-head-only --weights none", "--save-head-only"),
+        ("--backbone-lr-scale 0.5", "--backbone-lr-scale .*--unfreeze"),
     ],
 )
-def test_flags_without_effect_are_refused(flags, reason):
-    with pytest.raises(InputError, match=reason):
-        resolve(parse_train_args(flags))
+def test_flags_that_contradict_each_other_are_refused(flags, named):
+    with pytest.raises(InputError, match=named):
+        resolve(parse_train_args(flags.split()))
+
+
+@pytest.mark.parametrize("flags", [
+    "--head split --split-blocks 1 --backbone-lr-scale 0.5", "--unfreeze 1 --backbone-lr-scale 0.5",
+    "--save-head-only", "--head split --save-head-only", "--arch fcn_resnet50 --aux-weight 0.5",
+    "--arch fcn_resnet50 --backbone-lr-scale 0.5", "--cache-features --cache-views 2 --augment crop",
+    "--train-scale native --balance --cache-images", "--dataset voc --resplit --fold 1/5"])
+def test_flags_that_go_together_are_taken(flags):
+    resolve(parse_train_args(flags.split()))
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)
@@ -183,7 +235,7 @@ RECIPE_TABLE = {  # data set, model, unfreeze, loss, optimizer, schedule, size, 
 
 def test_recipes_are_those_of_the_write_ups():
     found = {}
-    for name in RECIPE_TABLE:  # a new recipe is no fault
+    for name in RECIPE_TABLE:
         c = resolve({"recipe": name})
         model = f"{c.backbone}+{c.head}" if c.arch == "dinov2" else c.arch
         steps = (c.loss, c.optimizer, c.scheduler, c.imgsz[0], c.batch_size, c.epochs)
@@ -211,30 +263,15 @@ def test_dinov2_recipes_follow_the_published_configurations():
     assert resolve({"recipe": "voc-ms", "epochs": 3, "steps": 9}).steps == 9
 
 
-@pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "1", "a/b", "1/5/2", "5/-1", ""])
-def test_folds_that_do_not_exist_are_refused(text, capsys):
-    with pytest.raises(SystemExit):
-        parse_train_args(["--fold", text])
-    assert "is not I/N" in capsys.readouterr().err
-
-
 def test_a_run_of_steps_keeps_its_epochs_when_resumed():
     saved = {**dataclasses.asdict(TrainConfig()), "steps": 60, "epochs": 3}
-    with pytest.raises(InputError, match="--epochs cannot change, the run to resume has 60 steps in 3"):
+    with pytest.raises(InputError, match="--epochs .*60.*3"):
         resolve({"epochs": 4, "resume": True}, saved)
     assert resolve({"epochs": 3, "resume": True}, saved).steps == 60
     old = {name: value for name, value in saved.items() if name not in ("steps", "fold")}  # had no such flag
     for name, value in (("steps", 60), ("fold", (1, 3))):
-        with pytest.raises(InputError, match=f"--{name} is .* but the run to resume has [0(]"):
+        with pytest.raises(InputError, match=f"--{name} "):
             resolve({name: value, "resume": True}, old)
-
-
-@pytest.mark.parametrize("default", [(0.1, 0.2), (1, 2)], ids=str)
-def test_a_new_setting_of_several_values_can_be_kept(default):
-    field = setting(default, "model", "", nargs="+", type=non_negative_float)
-    field.name, field.type = "rates", tuple
-    assert schema.fault_of_setting(field, list(default)) == ""
-    assert schema.fault_of_setting(field, [None]) != ""
 
 
 def test_augment_none_is_empty():
