@@ -28,6 +28,7 @@ from config import InputError, count_of, has_meaning, parse_train_args, resolve
 if __name__ == "__main__":
     parse_train_args(description=__doc__)  # --help and wrong flags are answered before torch is imported
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -36,28 +37,26 @@ import engine
 import utils
 import visualize
 from checkpoint import Run, load_head, read_checkpoint
-from dataio.dataloader import make_loader, naming_files
-from dataio.extra import with_extra
+from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, make_loader, naming_files
 from dataio.feature_cache import cache_features
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
-from dataio.torch_datasets import SegmentationDataset, TileDataset, WindowDataset
 from dataio.windows import WindowReader, check_room
-from datasets import check_trainable, load_data
-from utils import init_distributed, is_main_process, main_process_first, rank, world_size
+from datasets import check_trainable, load_data, with_extra
 from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row, has_stalled
-from model import CachedSegmenter, ModelSpec, build_model
+from model import ModelSpec, build_model
 from models.backbones import origins
+from utils import init_distributed, is_main_process, main_process_first, rank, world_size
 
-SHOWN = 4  # validation images drawn after every epoch
+EXAMPLES = 4  # validation images drawn after every epoch
 
 
-# --- the parts of a run -----------------------------------------------------------------------------------
-def build_training(config, num_classes, device):
-    """Return the model and the Optimization that a TrainConfig describes; the schedule is not known yet."""
-    brought = config.resume and not config.save_head_only  # last.pth brings its own
-    weights = "none" if brought else config.weights
+# --- what a run consists of ---------------------------------------------------------------------------------
+def build_state(config, num_classes, device):
+    """Return the TrainState that a TrainConfig describes, at its beginning."""
+    in_checkpoint = config.resume and not config.save_head_only  # last.pth holds all weights
+    weights = "none" if in_checkpoint else config.weights
     with main_process_first():  # it may download
         model = build_model(ModelSpec.of(config, num_classes), weights, config.unfreeze)
     if config.head_weights and not config.resume:
@@ -69,8 +68,7 @@ def build_training(config, num_classes, device):
     lr_scale = engine.backbone_scale(model, config.backbone_lr_scale)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, lr_scale)
     optimizer = engine.OPTIMIZERS[config.optimizer](groups)
-    return model, engine.Optimization(optimizer, utils.Precision(config.amp, device),
-                                      accumulate=config.accumulate)
+    return engine.TrainState(model, optimizer, utils.Precision(config.amp, device))
 
 
 def build_criterion(config, data, device):
@@ -87,9 +85,9 @@ def build_criterion(config, data, device):
 
 
 def build_datasets(config, data):
-    """Return the datasets to train and to validate on: whole images, or windows at their own resolution."""
-    one_view = config.cache_features and config.cache_views == 1
-    table, size, augments = data.table, config.imgsz, () if one_view else config.augment
+    """Return the datasets to train and to validate on: resized images, or windows at their own resolution."""
+    single_view = config.cache_features and config.cache_views == 1
+    table, size, augments = data.table, config.imgsz, () if single_view else config.augment
     if config.train_scale == "fit":
         return [SegmentationDataset(data.training, table, size, augments, config.seed),
                 SegmentationDataset(data.splits["val"], table, size)]
@@ -110,38 +108,32 @@ def build_datasets(config, data):
 
 def build_batches(config, data, model, precision):
     """Return the training and the validation Batches: of images, or of cached features."""
-    sets = build_datasets(config, data)
+    datasets = build_datasets(config, data)
     if config.cache_features:
-        sets = [cache_features(model, part, config.cache_features, precision, views, config.workers)
-                for part, views in zip(sets, (config.cache_views, 1), strict=True)]
+        datasets = [cache_features(model, dataset, config.cache_features, precision, views, config.workers)
+                    for dataset, views in zip(datasets, (config.cache_views, 1), strict=True)]
     pin_memory = model.mean.device.type == "cuda"
     images = config.steps // config.epochs * config.accumulate * config.batch_size * world_size()
-    return [make_loader(part, config.batch_size, config.workers, pin_memory, rank(), world_size(), images)
-            for part in sets]
+    return [make_loader(dataset, config.batch_size, config.workers, pin_memory, rank(), world_size(), images)
+            for dataset in datasets]
 
 
 def build_objective(config, model, criterion):
-    """Return (what is trained and validated: the Segmenter, or of it what follows the cache; the Objective or
-    DDP of it).
-    """
-    trained = CachedSegmenter(model, config.imgsz) if config.cache_features else model
+    """Return the Objective, compiled where the config says so."""
     if config.compile:
         compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
         if model.mean.device.type == "cpu" and not any(map(shutil.which, compilers)):
             raise InputError("--compile on a CPU needs a C++ compiler, and there is none (g++, clang++, cl): "
                              "install one, or leave it out")
-        trained.compile_parts()
-    objective = engine.Objective(trained, criterion)
-    if world_size() > 1:
-        objective = DistributedDataParallel(objective, find_unused_parameters=model.backbone.trains())
-    return trained, objective
+        model.compile_parts()
+    return engine.Objective(model, criterion)
 
 
 def check_effects(given, config, model):
-    """Raise InputError for flags in `given` that this model would make no use of, or that do not fit it."""
+    """Raise InputError for flags in `given` that have no effect on this model, or do not fit it."""
     if config.cache_features:
-        model.cached_parts()  # says why it cannot be
-    if model.head.own_loss and {"loss", "class_weights"} & given.keys():
+        model.cached_parts()  # raises where that cannot be
+    if hasattr(model.head, "loss") and {"loss", "class_weights"} & given.keys():
         raise InputError(f"--head {model.spec.head} has a loss of its own: leave out --loss and "
                          "--class-weights")
     crops = [name for name in config.augment if AUGMENTS[name].resizes]
@@ -150,37 +142,50 @@ def check_effects(given, config, model):
                          "--augment without it")
     if len(crops) > 1:
         raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
-    if "save_head_only" in given and (model.backbone.trains() or not model.backbone.pretrained):
-        raise InputError("--save-head-only leaves out a backbone that can be had again, and this one "
-                         f"{'trains' if model.backbone.trains() else 'is random'}: leave it out")
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if "backbone_lr_scale" in given and not trained & model.pretrained():
-        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
-    if model.head.tokens_alone and config.unfreeze != "all" and 0 < config.unfreeze <= config.split_blocks:
-        raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} trains copies of "
-                         f"the last {config.split_blocks} blocks in their place: leave it out, or give more")
+    blocks = trained_blocks(model)
+    if blocks and not blocks & blocks_with_gradient(model):
+        raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing that "
+                         "the unfrozen blocks compute (it may train copies of them): leave it out, or give more")
+
+
+def trained_blocks(model):
+    """Return the indices of the blocks of the backbone that train."""
+    return {index for index, block in enumerate(model.backbone.blocks)
+            if any(parameter.requires_grad for parameter in block.parameters())}
+
+
+def blocks_with_gradient(model):
+    """Return the indices of the blocks that logits depend on: a backward pass on the smallest image."""
+    side = model.backbone.size_divisor
+    model.eval()  # no statistics, no random numbers
+    logits, _ = model.logits(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.mean.device))
+    logits.sum().backward()
+    blocks = {index for index, block in enumerate(model.backbone.blocks)
+              if any(parameter.grad is not None for parameter in block.parameters())}
+    model.zero_grad(set_to_none=True)
+    return blocks
 
 
 # --- what is printed --------------------------------------------------------------------------------------
 def print_settings(config):
-    """Print every setting that has a part in the run."""
-    shown = {key: value for key, value in dataclasses.asdict(config).items()
-             if has_meaning(key, config)}
-    print("settings: " + " ".join(f"{key}={value}" for key, value in shown.items()))
+    """Print every setting that has a meaning in the run."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if has_meaning(name, config)}
+    print("settings: " + " ".join(f"{name}={value}" for name, value in settings.items()))
 
 
 def print_plan(config, data, model, precision):
-    """Say what was decided: data, what trains, where it runs."""
-    counts = ", ".join(f"{count} {part}" for part, count in data.counts.items())
+    """Print what was decided: data, what trains, where it runs."""
+    counts = ", ".join(f"{count} {split}" for split, count in data.counts.items())
     names = ", ".join(name for name, _ in data.classes)
     print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {names}")
     for note in data.notes:
         print(f"  {note}")
     trained, total = model.parameter_counts()
     spec = model.spec
-    parts = f"{spec.backbone} + {spec.head} on blocks {list(spec.layers)}"
-    print(f"model: {parts if spec.arch == 'dinov2' else spec.arch}, {trained:,} parameters train, "
-          f"{total - trained:,} are frozen")
+    network = spec.arch
+    if spec.arch == "dinov2":
+        network = f"{spec.backbone} + {spec.head} on blocks {list(spec.layers)}"
+    print(f"model: {network}, {trained:,} parameters train, {total - trained:,} are frozen")
     if not (model.backbone.pretrained or model.backbone.trains() or config.resume):
         print("warning: the backbone is random and frozen, only the head learns: add --unfreeze all")
     if config.cache_features and config.cache_views == 1 and config.augment:
@@ -190,13 +195,13 @@ def print_plan(config, data, model, precision):
         print(f"an epoch is {count_of(config.steps // config.epochs, 'step')}, {config.steps} in all")
     print(f"device: {device}, {precision}, {processes} process{'es' * (processes > 1)}", flush=True)
     if processes > 1 and device.type == "cpu":
-        print("warning: BatchNorm takes its statistics in each process alone on the CPU")
+        print("warning: on the CPU, BatchNorm takes its statistics in each process alone")
 
 
 def print_epoch(title, row, better):
     """Print one line about an epoch, the row of the history."""
     if math.isnan(row["val_miou"]):
-        print("warning: no validation pixel counts, the masks hold nothing but ignored ones")
+        print("warning: no validation pixel counts, the masks hold ignored pixels alone")
     rate, wait = row["train_images_per_s"], row["train_data_wait"]
     pace = "trained before it was resumed" if rate is None else \
         f"{rate:.1f} images/s, {wait:.0%} of it waiting for data"
@@ -211,28 +216,28 @@ def command():
     return join([*launch, *sys.argv])
 
 
-def how_to_go_on(folder, config):
-    """Return the line for a run that was interrupted: what is kept, and what continues it."""
+def interrupted_message(folder, config):
+    """Return the line for a run that was interrupted: what was saved, and what continues it."""
     if folder.saved or config.resume:
         return "stopped; --resume continues from what was saved last"
-    kept = f"; the features in {config.cache_features} are kept" if config.cache_features else ""
-    return f"stopped before the run saved anything{kept}; go on with: {command()}"
+    cached = f"; the features in {config.cache_features} stay" if config.cache_features else ""
+    return f"stopped before the run saved anything{cached}; start it again with: {command()}"
 
 
 def print_result(history, data, out_dir):
     """Print the best epoch, its per-class IoU, and the commands that use the model."""
-    best, classes = best_row(history), data.classes
-    objects = [iou for (name, _), iou in zip(classes, best["per_class_iou"], strict=True)
-               if iou is not None and name.lower() != "background"]
-    absent = [name for (name, _), iou in zip(classes, best["per_class_iou"], strict=True) if iou is None]
+    best = best_row(history)
+    ious = {name: iou for (name, _), iou in zip(data.classes, best["per_class_iou"], strict=True)}
+    present = {name: iou for name, iou in ious.items() if iou is not None}
+    objects = [iou for name, iou in present.items() if name.lower() != "background"]
     print(f"\nbest epoch {best['epoch']}: validation mIoU {best['val_miou']:.4f}, pixel accuracy "
           f"{best['val_accuracy']:.4f}, mean Dice {best['val_dice']:.4f}")
-    print("per class: " + ", ".join(f"{name} {iou:.3f}" for (name, _), iou in
-                                    zip(classes, best["per_class_iou"], strict=True) if iou is not None))
-    if len(objects) not in (0, len(classes) - len(absent)):
+    print("per class: " + ", ".join(f"{name} {iou:.3f}" for name, iou in present.items()))
+    if len(objects) not in (0, len(present)):
         print(f"mean of the {len(objects)} classes other than background: {sum(objects) / len(objects):.4f}")
-    if absent:
-        print(f"absent from truth and prediction, left out of the means: {', '.join(absent)}")
+    if len(present) < len(ious):
+        absent = ", ".join(name for name in ious if name not in present)
+        print(f"absent from truth and prediction, left out of the means: {absent}")
     model = quote(str(out_dir / "best_model_iou.pth"))
     picture, clip = data.examples or (data.splits["val"][0].image, "YOUR_CLIP.mp4")
     print(f"curves: {out_dir / 'miou.png'}, predictions: {out_dir / 'valid_preds'}\ntry it:\n"
@@ -248,7 +253,7 @@ def main():
     out_dir = Path(given.get("out_dir", "outputs"))
     last = out_dir / "last.pth"
     if given.get("resume") and not last.exists():
-        raise InputError(f"--resume: there is no {last}, the run has saved nothing yet: start it by its "
+        raise InputError(f"--resume: {last} does not exist, the run has saved nothing yet: start it by its "
                          "command without --resume")
     saved = read_checkpoint(last) if given.get("resume") else None
     config = resolve(given, saved and saved.get("config", {}))
@@ -266,93 +271,91 @@ def main():
                          f"{count_of(len(data.splits['train']), 'training image')}")
     check_trainable(data)
     utils.seed_everything(config.seed)
-    model, optimization = build_training(config, len(data.classes), device)
-    check_effects(given, config, model)
+    state = build_state(config, len(data.classes), device)
+    check_effects(given, config, state.model)
     visualize.require_trackers(config.log)
     folder = utils.RunFolder(out_dir, config.resume)
-    origin = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
-    run = Run(dataclasses.asdict(config), data, model, optimization, folder, origin)
+    weights_from = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
+    run = Run(state, dataclasses.asdict(config), data, folder, weights_from)
     if saved:
         run.restore(saved)
-    print_plan(config, data, model, optimization.precision)
-    with utils.stopping_at_once(lambda: how_to_go_on(folder, config)), folder:
-        if run.history and is_main_process():  # a run may have been killed before it drew
+    print_plan(config, data, state.model, state.precision)
+    with utils.stopping_at_once(lambda: interrupted_message(folder, config)), folder:
+        if state.history and is_main_process():  # a run may have been killed before it drew
             draw(run)
         names = config.log if is_main_process() else ()
-        with visualize.Trackers(names, folder.path, run.settings, run.classes, config.resume) as logs:
-            if run.history:
-                logs.follow(run.history)
-            if has_stalled(run.history, config.patience):
-                print(f"{no_better(config)}: give a larger --patience, or 0, to continue")
-            elif len(run.history) < config.epochs:
-                criterion = build_criterion(config, data, device)
-                train_batches, val_batches = build_batches(config, data, model, optimization.precision)
+        with visualize.Trackers(names, folder.path, run.settings, run.classes, config.resume) as trackers:
+            if state.history:
+                trackers.follow(state.history)
+            if has_stalled(state.history, config.patience):
+                print(f"{stalled_message(config)}: give a larger --patience, or 0, to continue")
+            elif len(state.history) < config.epochs:
+                objective = build_objective(config, state.model, build_criterion(config, data, device))
+                train_batches, val_batches = build_batches(config, data, state.model, state.precision)
                 with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:
-                    train_epochs(run, config, criterion, train_batches, val_batches, logs)
+                    train_epochs(run, config, objective, train_batches, val_batches, trackers)
             else:
-                epochs = count_of(len(run.history), "epoch")
+                epochs = count_of(len(state.history), "epoch")
                 print(f"the run has its {epochs}: give a larger --epochs to continue")
     if is_main_process():
-        print_result(run.history, data, out_dir)
+        print_result(state.history, data, out_dir)
 
 
-def train_epochs(run, config, criterion, train_batches, val_batches, logs):
-    """Train and validate the epochs that a Run has left; logs: Trackers. Raises Stopped where a signal asks
-    for it.
-    """
-    scored, objective = build_objective(config, run.model, criterion)
-    optimization, precision = run.optimization, run.optimization.precision
+def train_epochs(run, config, objective, train_batches, val_batches, trackers):
+    """Train and validate the epochs that a Run has left. Raises Stopped where a signal asks for it."""
+    state, trained = run.state, objective
+    if world_size() > 1:
+        trained = DistributedDataParallel(objective, find_unused_parameters=state.model.backbone.trains())
     epoch_steps = math.ceil(len(train_batches) / config.accumulate)
-    optimization.lr_lambda = engine.lr_lambda(config.scheduler, config.epochs * epoch_steps, epoch_steps)
+    schedule = engine.lr_lambda(config.scheduler, config.epochs * epoch_steps, epoch_steps)
     hidden = None if is_main_process() else True  # None: hidden where the output is not a terminal
-    done = run.progress["batches"] if run.progress else 0
-    train_batches.start(len(run.history), done)
-    for epoch in range(len(run.history) + 1, config.epochs + 1):
+    batches_done = state.progress["batches"] if state.progress else 0
+    train_batches.start(len(state.history), batches_done)
+    for epoch in range(len(state.history) + 1, config.epochs + 1):
         start = time.perf_counter()
         val_batches.start()  # its first batches are read while the epoch trains
         title = f"epoch {epoch}/{config.epochs}"
-        bar = tqdm(train_batches, title, initial=done, leave=False, disable=hidden)
+        bar = tqdm(train_batches, title, initial=batches_done, leave=False, disable=hidden)
         with run.saving_before_the_end():
-            trained = engine.train_one_epoch(objective, bar, optimization, run.step, run.progress,
-                                             run.after_step)
-        done = 0
+            train_scores = engine.train_one_epoch(trained, bar, state, schedule, config.accumulate,
+                                                  run.after_step)
+        batches_done = 0
         if epoch < config.epochs:
             train_batches.start(epoch)
         if world_size() > 1:  # validation is not interrupted then
             run.save()
         bar = tqdm(val_batches, f"{title} validation", leave=False, disable=hidden)
         with run.saving_before_the_end(validating=True):
-            scores, matrix = engine.evaluate(scored, bar, precision, criterion, after_batch=run.after_batch)
-        trained.pop("step")
-        row = dict(epoch=epoch, lr=optimization.optimizer.param_groups[0]["lr"],
-                   seconds=time.perf_counter() - start,
-                   **{f"train_{key}": value for key, value in trained.items()},
-                   **{f"val_{key}": value for key, value in scores.items()},
+            scores, matrix = engine.evaluate(state.model, bar, state.precision, objective,
+                                             after_batch=run.after_batch)
+        row = dict(epoch=epoch, **state.learning_rates(), seconds=time.perf_counter() - start,
+                   **{f"train_{name}": value for name, value in train_scores.items()},
+                   **{f"val_{name}": value for name, value in scores.items()},
                    per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
         better = run.end_epoch(row, matrix.counts.cpu())
         if is_main_process():
-            examples = engine.predict_examples(scored, val_batches.dataset, precision, SHOWN)
+            examples = engine.predict_examples(state.model, val_batches.dataset, state.precision, EXAMPLES)
             path = run.folder.path / "valid_preds" / f"epoch_{epoch:03d}.png"
             with visualize.drawing(path):
                 utils.save_image(visualize.side_by_side(examples, run.classes), path)
             draw(run)
             print_epoch(title, row, better)
-            logs.follow(run.history)
-        if has_stalled(run.history, config.patience):
-            print(f"{no_better(config)}: stopped after epoch {epoch} of {config.epochs}")
+            trackers.follow(state.history)
+        if has_stalled(state.history, config.patience):
+            print(f"{stalled_message(config)}: stopped after epoch {epoch} of {config.epochs}")
             return
 
 
-def no_better(config):
+def stalled_message(config):
     """Return the beginning of the line about a run that has_stalled."""
     return f"no better validation mIoU for {count_of(config.patience, 'epoch')}"
 
 
 def draw(run):
     """Write history.jsonl and redraw the plots of a Run."""
-    utils.save_json_lines(run.history, run.folder.path / "history.jsonl")
+    utils.save_json_lines(run.state.history, run.folder.path / "history.jsonl")
     with visualize.drawing(f"the plots in {run.folder.path}"):
-        visualize.plot_run(run.history, run.counts, run.classes, run.folder.path)
+        visualize.plot_run(run.state.history, run.confusion, run.classes, run.folder.path)
 
 
 if __name__ == "__main__":
