@@ -420,9 +420,7 @@ class MaskHead(Head):
         queries = self.queries.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         outputs = list(self.tail(torch.cat([queries, tokens], dim=1), grid).values())
         predictions = [self.predict(tokens, grid) for tokens in (outputs if self.training else outputs[-1:])]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):  # its loss needs none
-            logits = self.class_logits(*predictions[-1])
-        return dict(logits=logits, predictions=predictions)
+        return dict(logits=self.class_logits(*predictions[-1]), predictions=predictions)
 
     def predict(self, tokens, grid):
         """(B, Q + prefix + h * w, D) that left a block -> masks (B, Q, 4h, 4w), classes (B, Q, K + 1)."""

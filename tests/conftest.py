@@ -17,6 +17,8 @@ import utils
 import visualize
 from config import DataOptions
 from datasets import load_data
+from engine import Objective
+from losses import Criterion
 from model import ModelSpec, build_model
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +109,15 @@ def build(weights="none", unfreeze=0, **options):
 def tiny(**options):
     """Return a vit_tiny Segmenter with three classes."""
     return build(**{"backbone": "vit_tiny", **options})
+
+
+def loss_of(net, images, masks, criterion="ce"):
+    """Return (loss, {name: term}, preds) of a Segmenter, as a step of training takes them.
+
+    criterion: a Criterion, or its name.
+    """
+    criterion = Criterion(criterion) if isinstance(criterion, str) else criterion
+    return Objective(net, criterion)(images, {"mask": masks})[:3]
 
 
 def load(dataset, root, cache_dir="outputs/cache", **options):

@@ -4,14 +4,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_images, tiny
+from conftest import loss_of, random_images, tiny
 from torch import nn
 from transformers import EomtConfig, EomtForUniversalSegmentation
 from transformers.models.eomt import modeling_eomt
 
 from losses import mask_classification
 from models.heads import QUERIES
-from models.logits import geometry_of
+from models.upsampling import geometry_of, label_maps
 
 CLASSES = 5
 
@@ -28,11 +28,11 @@ def reference(net, grid):
     for number, block in enumerate(head.tail.blocks):
         here = f"layers.{number}."
         for kind in ("weight", "bias"):
-            for name, part in zip("qkv", getattr(block.attn.qkv, kind).chunk(3), strict=True):
-                state[f"{here}attention.{name}_proj.{kind}"] = part
-            parts = {"attention.out_proj": block.attn.proj, "mlp.fc1": block.mlp.fc1,
+            for name, values in zip("qkv", getattr(block.attn.qkv, kind).chunk(3), strict=True):
+                state[f"{here}attention.{name}_proj.{kind}"] = values
+            layers = {"attention.out_proj": block.attn.proj, "mlp.fc1": block.mlp.fc1,
                      "mlp.fc2": block.mlp.fc2, "norm1": block.norm1, "norm2": block.norm2}
-            for theirs, ours in parts.items():
+            for theirs, ours in layers.items():
                 state[f"{here}{theirs}.{kind}"] = getattr(ours, kind)
         state.update({f"{here}layer_scale{one}.lambda1": torch.ones(width) for one in (1, 2)})
     for kind in ("weight", "bias"):
@@ -67,7 +67,7 @@ def test_it_equals_eomt_of_transformers_on_the_same_weights():
     model, images = reference(net, (4, 6)), random_images(2, 3, 56, 84)
     with torch.no_grad():
         features = net.features(images)
-        ((masks, classes),) = net.head(features, (56, 84))
+        ((masks, classes),) = net.head(features)["predictions"]
         theirs = model(features.tokens[net.head.tail.first])
         pixels = net(images)
     assert masks.shape == (2, QUERIES, 16, 24) and classes.shape == (2, QUERIES, CLASSES + 1)
@@ -155,7 +155,30 @@ def test_masks_and_loss_lie_where_the_image_does_in_its_padding(size):
     truth = torch.where(torch.arange(size[1]) + 0.5 < seam, 1, 2).expand(1, *size).clone()
     truth[:, :5] = 255
     head = tiny(head="mask", num_classes=3).head
-    loss, terms, preds = head.loss([(masks, classes)], truth, geometry, None)
-    wrong = (preds != truth) & (truth != 255)
+    terms = head.loss(dict(predictions=[(masks, classes)]), {"mask": truth}, geometry)
+    (pred,) = label_maps(head.class_logits(masks, classes), geometry, [size])
+    wrong = (pred != truth[0]) & (truth[0] != 255)
     wrong[..., abs(torch.arange(size[1]) + 0.5 - seam) < 3] = False
-    assert loss < 0.01 and loss == sum(terms.values()) and not wrong.any()
+    assert sum(terms.values()) < 0.01 and not wrong.any()
+
+
+def test_the_loss_of_a_step_is_its_own_and_that_of_all_copied_blocks():
+    net = tiny(head="mask", split_blocks=2).train()
+    images, masks = random_images(2, 3, 30, 45), torch.randint(0, 3, (2, 30, 45))
+    loss, terms, preds = loss_of(net, images, masks, "dice")
+    output, geometry = net.output(images)
+    expected = [mask_classification(*prediction, truth_on_grid(masks, geometry, prediction[0].shape[-2:]))
+                for prediction in output["predictions"]]
+    assert len(expected) == 2 and terms.keys() == {"class", "mask", "dice"} and preds.shape == masks.shape
+    for name, term in terms.items():
+        torch.testing.assert_close(term, (expected[0][name] + expected[1][name]) / 2)
+    torch.testing.assert_close(loss, sum(terms.values()))
+
+
+def truth_on_grid(masks, geometry, grid):
+    """Return masks (B, H, W) at the centers of a grid (h, w) over the padded images, 255 in the padding."""
+    padded = torch.full((len(masks), *geometry.padded), 255)
+    padded[:, geometry.top:geometry.top + masks.shape[1], geometry.left:geometry.left + masks.shape[2]] = masks
+    rows, columns = (((torch.arange(count) + 0.5) * side / count).long()
+                     for count, side in zip(grid, geometry.padded, strict=True))
+    return padded[:, rows][:, :, columns]
