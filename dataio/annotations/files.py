@@ -20,8 +20,8 @@ from dataio.scan import in_parallel
 class AnnotatedImage(NamedTuple):
     """What annotation files hold of an image.
 
-    split: train, val, test or "" (not said). size: the (H, W) at which the shapes are drawn. shapes: [Shape],
-    later ones over earlier ones. source: the file and entry that describe it.
+    split: train, val, test or "" (unknown). size: the (H, W) at which the shapes are drawn. shapes: [Shape],
+    later shapes over earlier. source: the file and entry that describe it.
     """
 
     path: Path
@@ -116,7 +116,7 @@ def form_errors(path, tool):
 def annotated_size(content, keys, image):
     """Return the (H, W) that an annotation file gives under two keys, else that of the image file."""
     sides = tuple(content.get(key) for key in keys)
-    if all(isinstance(side, int) and 0 < side < 100_000 for side in sides):
+    if all(type(side) is int and 0 < side < 100_000 for side in sides):
         return sides
     return upright_size(image)
 
