@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
-from dataio.annotations import area_of
+from dataio.annotations.shapes import area_of
 from dataio.readers import read_image
 from dataio.repair import copy_file, save_classes
 from utils import write_atomically

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from config import IGNORE, InputError
-from dataio.annotations import area_of
+from dataio.annotations.shapes import area_of
 from dataio.rasters import named_errors, rasterio
 from inference.predictor import blocks_of, views_of
 from models.logits import class_ids

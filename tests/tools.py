@@ -28,8 +28,8 @@ def scenes(root, image):
 def outlines(mask, id):
     """Return the outer outlines of a class as [(n, 2) float], around the pixels and not through them."""
     big = cv2.resize((mask == id).astype(np.uint8), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
-    found, _ = cv2.findContours(big, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return [(ring[:, 0] + 0.5) / 4 for ring in found if len(ring) >= 3]
+    rings, _ = cv2.findContours(big, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return [(ring[:, 0] + 0.5) / 4 for ring in rings if len(ring) >= 3]
 
 
 def shapes(mask):
@@ -92,9 +92,9 @@ def labelme(root):
     truth = {}
     for name, _, path, mask in scenes(root, "{name}.jpg"):
         truth[path] = mask
-        found = [dict(label=NAMES[id], points=ring.tolist(), shape_type="polygon", group_id=None, flags={})
-                 for id, ring in shapes(mask)]
-        dump(root / f"{name}.json", dict(version="5.4.1", flags={}, shapes=found, imagePath=path.name,
+        entries = [dict(label=NAMES[id], points=ring.tolist(), shape_type="polygon", group_id=None, flags={})
+                   for id, ring in shapes(mask)]
+        dump(root / f"{name}.json", dict(version="5.4.1", flags={}, shapes=entries, imagePath=path.name,
                                          imageData=None, imageHeight=mask.shape[0], imageWidth=mask.shape[1]))
     return truth
 
@@ -124,19 +124,18 @@ def supervisely(root):
     """Supervisely: dataset/img and dataset/ann, meta.json; cars are polygons, trees bitmaps."""
     truth = {}
     for _, _, path, mask in scenes(root, "{split}/img/{name}.jpg"):
-        truth[path], found = mask, []
-        for id, ring in shapes(mask):
-            if id == 1:
-                found.append(dict(classTitle="car", geometryType="polygon",
-                                  points=dict(exterior=ring.tolist(), interior=[])))
+        truth[path] = mask
+        objects = [dict(classTitle="car", geometryType="polygon", points=dict(exterior=ring.tolist(),
+                                                                              interior=[]))
+                   for ring in outlines(mask, 1)]
         if (mask == 2).any():
-            (rows, columns) = np.nonzero(mask == 2)
+            rows, columns = np.nonzero(mask == 2)
             left, top = int(columns.min()), int(rows.min())
-            found.append(dict(classTitle="tree", geometryType="bitmap", bitmap=dict(
+            objects.append(dict(classTitle="tree", geometryType="bitmap", bitmap=dict(
                 origin=[left, top], data=png_text((mask == 2)[top:, left:], True))))
         height, width = mask.shape
         dump(path.parents[1] / f"ann/{path.name}.json",
-             dict(description="", tags=[], size=dict(height=height, width=width), objects=found))
+             dict(description="", tags=[], size=dict(height=height, width=width), objects=objects))
     dump(root / "meta.json", dict(classes=[dict(title=name, shape="any", color="#FF0000")
                                            for name in NAMES[1:]], tags=[]))
     return truth
