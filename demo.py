@@ -43,11 +43,6 @@ from config import InputError
 from inference.outputs import ClassShares
 from inference.predictor import Predictor, choose_protocol
 
-try:
-    import gradio
-except ImportError:
-    gradio = None
-
 LISTED_CLASSES = 10  # whose shares are listed
 DELETE_AFTER = 3600  # seconds that an image which was dropped is kept
 
@@ -66,6 +61,8 @@ def segment(predictor, path, alpha):
 
 def build_page(predictor, alpha):
     """Return the gradio page of a Predictor."""
+    import gradio  # takes seconds
+
     def show(path, alpha):
         if path is None:
             return None, None
@@ -95,8 +92,10 @@ def build_page(predictor, alpha):
 def main():
     """Serve the page until Ctrl-C."""
     args = parse_args()
-    if gradio is None:
-        raise InputError("demo.py needs the package gradio: pip install gradio")
+    try:
+        import gradio
+    except ImportError:
+        raise InputError("demo.py needs the package gradio: pip install gradio") from None
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, None)
