@@ -26,7 +26,6 @@ from models.logits import Logits, geometry_of
 STREAMS = 2  # batches that OpenVINO computes side by side
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
 TORCHSCRIPT = ".torchscript"  # ending of a format that earlier versions wrote
-INSTALL = "{} is not installed: pip install {}"
 
 
 class Graph(nn.Module):
@@ -282,22 +281,23 @@ def keep_private():
     sys.modules.setdefault("openvino_telemetry", None)
 
 
-def import_openvino():
-    """Import OpenVINO. Raises InputError where it is not installed."""
-    keep_private()
+def import_package(name, install=""):
+    """Return a package. Raises InputError where it is not installed. install: its names for pip."""
     try:
-        import openvino
+        return importlib.import_module(name)
     except ImportError:
-        raise InputError(INSTALL.format("OpenVINO", "openvino")) from None
-    return openvino
+        raise InputError(f"{name} is not installed: pip install {install or name}") from None
+
+
+def import_openvino():
+    """Return OpenVINO. Raises InputError where it is not installed."""
+    keep_private()
+    return import_package("openvino")
 
 
 def onnx_session(path):
     """Return an ONNX Runtime session of a file on the best provider of this machine. Raises InputError."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise InputError(INSTALL.format("ONNX Runtime", "onnxruntime")) from None
+    onnxruntime = import_package("onnxruntime")
     preferred = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -307,10 +307,7 @@ def onnx_session(path):
 
 def onnx_program(graph, batch=1):
     """Return the ONNX program of a Graph; batch 0 = any. Raises InputError where onnxscript is missing."""
-    try:
-        import onnxscript  # noqa: F401 - torch.onnx needs it
-    except ImportError:
-        raise InputError(INSTALL.format("ONNX export", "onnx onnxscript")) from None
+    import_package("onnxscript", "onnx onnxscript")  # torch.onnx needs both
     shapes = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch == 0 else None
     with warnings.catch_warnings(), torch.no_grad(), graph.constants():
         warnings.simplefilter("ignore")

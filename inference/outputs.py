@@ -97,9 +97,9 @@ def geojson(regions, classes):
     features = []
     for region in regions:
         rings = [[*ring.tolist(), ring[0].tolist()] for ring in region.rings]
-        features.append(dict(
-            type="Feature", geometry=dict(type="Polygon", coordinates=rings),
-            properties={"class": classes[region.id][0], "id": region.id, "area": region.area}))
+        properties = {"class": classes[region.id][0], "id": region.id, "area": region.area}
+        features.append(dict(type="Feature", properties=properties,
+                             geometry=dict(type="Polygon", coordinates=rings)))
     return dict(type="FeatureCollection", features=features)
 
 
@@ -270,7 +270,7 @@ def blurred(frame, weight):
 
 
 def fill(image, size):
-    """Return an image (h, w, 3) resized, its proportions kept, until it covers `size` (H, W), and cropped."""
+    """Return an image (h, w, 3) resized in proportion until it covers `size` (H, W), and cropped to it."""
     height, width = size
     scale = max(height / image.shape[0], width / image.shape[1])
     rows, columns = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))

@@ -121,7 +121,7 @@ def picture_rows(rows):
 
 
 def report_page(result, figures, worst, confused):
-    """Return the whole page.
+    """Return the page.
 
     result: as in metrics.json. figures: [(caption, picture)]. worst, confused: rows as in picture_rows.
     """

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -288,15 +289,9 @@ class ReadAhead:
                 return self.queue.put(pair, timeout=0 if newest else 0.1)
             except queue.Full:
                 if newest:
-                    self.drop_oldest()
-
-    def drop_oldest(self):
-        """Throw the oldest waiting item away."""
-        try:
-            self.queue.get_nowait()
-            self.dropped += 1
-        except queue.Empty:
-            pass
+                    with suppress(queue.Empty):
+                        self.queue.get_nowait()
+                        self.dropped += 1
 
     def __iter__(self):
         while True:

@@ -133,7 +133,7 @@ def test_tiles_without_data_are_not_computed(tmp_path):
 
     with rasters.Raster(write_tiff(tmp_path / "map.tif", pixels, nodata=0)) as raster:
         tiles = Tiles(probabilities, raster, (64, 64), (48, 48), 3)
-        rows = sum(tiles.pixels(part).shape[2] for _, part in tiles.slices())
+        rows = sum(tiles.pixels(block).shape[2] for _, block in tiles.slices())
         assert rows == 900 and 2 <= sum(computed) <= 3 * 5
         assert not raster.valid(slice(0, 100)).any() and raster.valid(slice(500, 560)).sum() == 60 * 120
 
