@@ -30,7 +30,7 @@ from models.weights import INSTEAD, hash_state, load_strictly, published_weights
 from utils import all_reduce, is_main_process, world_size
 
 VERSION = 1  # of the checkpoint format
-EXPORTED_ENDINGS = (".onnx", ".xml")  # of inference/backends.py, which training does not import
+EXPORTED_ENDINGS = (".onnx", ".xml", ".torchscript")  # opened by inference/backends.py
 PROTOCOL = {  # of validation
     "fit": "whole image resized to {}x{}, scored at the size of each mask, 255 ignored",
     "native": "tiles of {}x{} at the image's own resolution, one by one, 255 ignored",

@@ -526,6 +526,21 @@ def add_protocol_flags(parser):
                         help="average over the mirrored image, over scales 0.5-1.75, or both")
 
 
+def check_protocol_flags(parser, args):
+    """End with an error where flags of add_protocol_flags and add_backend_flag contradict each other for any
+    model.
+    """
+    if args.protocol in ("whole", "slide") and (args.tile_scale, args.overlap) != (None, None):
+        parser.error("--tile-scale and --overlap belong to --protocol tile: give that, or leave them out")
+    if args.protocol == "tile" and "ms" in args.tta:
+        parser.error("--tta ms cannot be combined with --protocol tile, which has --tile-scale: leave it out")
+    if getattr(args, "backend", "auto") not in ("auto", "torch"):
+        if "ms" in args.tta:
+            parser.error(f"--backend {args.backend} runs at one size: leave out --tta ms")
+        if args.device.split(":")[0] not in ("auto", "cpu"):
+            parser.error(f"--backend {args.backend} runs on the CPU: give --device cpu")
+
+
 def add_group_flag(parser):
     """Add --group-by."""
     parser.add_argument("--group-by", default="", metavar="REGEX",

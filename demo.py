@@ -1,4 +1,4 @@
-"""Try a model in a browser: drop an image or take one by webcam, see the overlay, the legend and the shares.
+"""Try a model in a browser: drop an image or use the webcam, see the overlay, the legend and the shares.
 
     python demo.py --model outputs/best_model_iou.pth     # then open http://127.0.0.1:7860
     python demo.py --host 0.0.0.0 --port 80               # for others on the network, without a password
@@ -10,10 +10,10 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by gradio when it is imported
 os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
-os.environ["no_proxy"] = os.environ["NO_PROXY"]  # gradio looks whether its own page is there
+os.environ["no_proxy"] = os.environ["NO_PROXY"]  # gradio checks that its own page can be reached
 
-from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, fraction,
-                    port_number, script_parser)
+from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_protocol_flags,
+                    check_protocol_flags, fraction, port_number, script_parser)
 
 
 def parse_args(argv=None):
@@ -28,7 +28,9 @@ def parse_args(argv=None):
     parser.add_argument("--port", type=port_number, default=7860, help="port to listen at (7860)")
     parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colors at first (0.5)")
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_protocol_flags(parser, args)
+    return args
 
 
 if __name__ == "__main__":
@@ -38,16 +40,11 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError
-from inference.outputs import Shares
+from inference.outputs import ClassShares
 from inference.predictor import Predictor, choose_protocol
 
-try:
-    import gradio
-except ImportError:
-    gradio = None
-
-MANY = 10  # classes whose shares are listed
-KEPT = 3600  # seconds after which an image that was dropped is deleted
+LISTED_CLASSES = 10  # whose shares are listed
+DELETE_AFTER = 3600  # seconds that an image which was dropped is kept
 
 
 def segment(predictor, path, alpha):
@@ -59,11 +56,13 @@ def segment(predictor, path, alpha):
     pred = predictor(image[None])[0]  # (H, W)
     drawn = visualize.overlay(image.permute(1, 2, 0).numpy(), pred, visualize.color_table(classes), alpha,
                               visualize.background_id(classes))
-    return drawn, {name: share for name, share, _ in Shares(classes).add(pred).named()}
+    return drawn, {name: share for name, share, _ in ClassShares(classes).add(pred).per_class()}
 
 
 def build_page(predictor, alpha):
     """Return the gradio page of a Predictor."""
+    import gradio  # takes seconds
+
     def show(path, alpha):
         if path is None:
             return None, None
@@ -72,7 +71,8 @@ def build_page(predictor, alpha):
         except InputError as error:
             raise gradio.Error(str(error)) from None
 
-    with gradio.Blocks(title="dinoseg", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+    deletion = (DELETE_AFTER, DELETE_AFTER)  # how often it looks, and what it deletes
+    with gradio.Blocks(title="dinoseg", analytics_enabled=False, delete_cache=deletion) as page:
         gradio.Markdown(f"# dinoseg\n{predictor}")
         with gradio.Row():
             with gradio.Column():
@@ -81,7 +81,7 @@ def build_page(predictor, alpha):
                 weight = gradio.Slider(0, 1, alpha, label="weight of the colors")
             with gradio.Column():
                 overlay = gradio.Image(format="png", label="overlay", interactive=False)
-                shares = gradio.Label(num_top_classes=MANY, label="share of the pixels")
+                shares = gradio.Label(num_top_classes=LISTED_CLASSES, label="share of the pixels")
                 gradio.Image(visualize.legend(predictor.classes), format="png", label="legend",
                              interactive=False)
         for changed in (image.change, weight.release):
@@ -92,8 +92,10 @@ def build_page(predictor, alpha):
 def main():
     """Serve the page until Ctrl-C."""
     args = parse_args()
-    if gradio is None:
-        raise InputError("demo.py needs the package gradio: pip install gradio")
+    try:
+        import gradio
+    except ImportError:
+        raise InputError("demo.py needs the package gradio: pip install gradio") from None
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, None)
@@ -102,9 +104,9 @@ def main():
     try:
         page.launch(server_name=args.host, server_port=args.port, theme=plain, quiet=True,
                     show_error=True, prevent_thread_lock=True)
-    except Exception as error:  # of gradio, which asks its own page whether it is there: it could be any
+    except Exception as error:  # of gradio, which opens its own page: it can be of any class
         raise InputError(f"the page cannot be served at --host {args.host} --port {args.port} ({error}): "
-                         "give others") from None
+                         "choose others") from None
     host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
     print(f"open http://{host}:{args.port} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()

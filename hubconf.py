@@ -15,7 +15,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-# imported before this folder stands on sys.path, so that none of them takes a module here for another package
+# imported before this folder is on sys.path, so that none of them imports a module here instead of a package
 import cv2  # noqa: F401
 import numpy  # noqa: F401
 import PIL.Image  # noqa: F401
@@ -35,20 +35,20 @@ def own_modules():
     names = {path.stem for path in HERE.glob("*.py")} - {"hubconf"}
     names |= {path.parent.name for path in HERE.glob("*/__init__.py")}
 
-    def taken():
+    def same_names():
         return {name: module for name, module in sys.modules.items() if name.split(".")[0] in names}
 
-    before, path = taken(), list(sys.path)
-    for name in before:
+    others, path = same_names(), list(sys.path)
+    for name in others:
         del sys.modules[name]
     sys.path.insert(0, str(HERE))
     try:
         yield
     finally:
         sys.path[:] = path
-        for name in taken():
+        for name in same_names():
             del sys.modules[name]
-        sys.modules.update(before)
+        sys.modules.update(others)
 
 
 def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None, protocol="", tta="",

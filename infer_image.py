@@ -12,7 +12,7 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, fraction, positive_int, script_parser)
+                    add_run_flags, check_protocol_flags, fraction, positive_int, script_parser)
 
 
 def parse_args(argv=None):
@@ -41,6 +41,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
+    if args.bands and args.protocol in ("whole", "slide"):
+        parser.error("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
+    check_protocol_flags(parser, args)
     return args
 
 
@@ -64,33 +67,40 @@ from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
 from inference.rasters import MaskFile, read_small, save_polygons, segment
-from inference.threads import ReadAhead, WriteBehind
+from inference.video import ReadAhead, WriteBehind
+
+RESULTS = "inference_results_image"
+PSEUDO_LABELS = f"{RESULTS}/pseudo_labels"
 
 
+# --- what is read -----------------------------------------------------------------------------------------
 def find_inputs(inputs):
     """Return the image files behind files, folders and globs, without repeats. Raises InputError."""
-    found = []
+    paths = []
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = sorted(item for item in path.iterdir()
-                           if item.suffix.lower() in IMAGE_ENDINGS and not item.name.startswith(".")
-                           and item.is_file())
-        elif path.exists():
-            files = [path]
+            files = images_in(path)
+            reason = f"is a folder without images (endings {' '.join(IMAGE_ENDINGS)})"
         else:
-            files = sorted(Path(item) for item in glob.glob(text, recursive=True) if Path(item).is_file())
+            matches = sorted(map(Path, glob.glob(text, recursive=True)))
+            files = [path] if path.exists() else [match for match in matches if match.is_file()]
+            reason = "is not a file, a folder or a pattern that matches one"
         if not files:
-            reason = f"is a folder without images (endings {' '.join(IMAGE_ENDINGS)})" if path.is_dir() else \
-                "is not a file, a folder or a pattern that matches one"
             raise InputError(f"--input {text} {reason}")
-        found += files
-    return list(dict.fromkeys(found))
+        paths += files
+    return list(dict.fromkeys(paths))
+
+
+def images_in(folder):
+    """Return the image files of a folder, sorted, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS
+                  and not path.name.startswith(".") and path.is_file())
 
 
 def output_names(paths):
     """Return one distinct output name per path: its stem, after the folder's name where stems repeat."""
-    names = {}  # keeps its order, and finds a taken name at once
+    names = {}  # keeps its order, and is searched at once
     for path in paths:
         plain = path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"
         numbered = (f"{path.stem}_{number}" for number in itertools.count(2))
@@ -98,13 +108,26 @@ def output_names(paths):
     return list(names)
 
 
-def read_or_error(path, windows, bands):
-    """Return (image (3, H, W) uint8, its depth in bits), or the InputError that says why there is none.
+def check_inputs(args, paths, tiled):
+    """Raise InputError where flags do not fit the images. tiled: whether TIFFs are read in tiles."""
+    pseudo_labels = args.min_confidence is not None
+    folder = Path(args.out_dir) / PSEUDO_LABELS
+    if pseudo_labels and any(folder.resolve() in path.resolve().parents for path in paths):
+        raise InputError(f"--min-confidence writes to {folder}, which contains --input: choose another "
+                         "--out-dir")
+    rasters = [path for path in paths if tiled and is_raster(path)]
+    if rasters and (args.cutout or args.probabilities or pseudo_labels or "coco" in args.polygons):
+        raise InputError(f"{rasters[0]} is read in tiles: leave out --cutout, --probabilities, "
+                         "--min-confidence and --polygons coco, which need the image at once")
 
-    windows: give a Raster in place of the image of a TIFF, with these `bands`.
+
+def read_or_error(path, tiled, bands):
+    """Return (image (3, H, W) uint8, its depth in bits), or the InputError that says what is wrong with it.
+
+    tiled: give a Raster in place of the image of a TIFF, with these `bands`.
     """
     try:
-        if windows and is_raster(path):
+        if tiled and is_raster(path):
             return Raster(path, bands), 8
         image, _, _, depth = read_upright(path)
         return image, depth
@@ -112,90 +135,124 @@ def read_or_error(path, windows, bands):
         return error
 
 
-class Extras:
-    """Writes what the flags ask for beside overlay and mask."""
+# --- what is written --------------------------------------------------------------------------------------
+class ImageSegmenter:
+    """Segments images, and TIFFs in tiles, and writes what the flags ask for."""
 
-    def __init__(self, args, classes, folder):
-        self.args, self.classes, self.folder = args, classes, folder
-        self.background = visualize.background_id(classes)
+    def __init__(self, args, predictor):
+        self.args, self.predictor, self.classes = args, predictor, predictor.classes
+        self.folder = Path(args.out_dir) / RESULTS
+        self.table = visualize.color_table(self.classes)
+        self.background = visualize.background_id(self.classes)
         if args.cutout:
-            outputs.require_background(classes)
+            outputs.require_background(self.classes)
         self.needs_scores = bool(args.probabilities or args.json or args.min_confidence is not None)
-        self.images, self.annotations, self.shares = [], [], []
-        self.pseudo = None
+        self.coco_images, self.coco_annotations, self.share_entries = [], [], []
+        self.pseudo_labels = None
         if args.min_confidence is not None:
-            self.pseudo = outputs.PseudoLabels(folder / "pseudo_labels", classes, args.min_confidence)
+            self.pseudo_labels = outputs.PseudoLabels(Path(args.out_dir) / PSEUDO_LABELS, self.classes,
+                                                      args.min_confidence)
 
-    def add(self, path, name, image, pred, scores):
+    def overlay(self, image, pred):
+        """Return the overlay (H, W, 3) of an image and its class ids (H, W)."""
+        return visualize.overlay(image, pred, self.table, self.args.alpha, self.background)
+
+    def segment_image(self, image, path, name, writer):
+        """Segment an image (3, H, W); return its ClassShares. writer: the WriteBehind of save()."""
+        scores = None
+        if self.needs_scores:
+            scores = self.predictor.scores(image[None], self.args.probabilities == "classes")
+        pred = scores.pred if scores else self.predictor(image[None])[0]  # (H, W)
+        pixels = image.permute(1, 2, 0).numpy()
+        writer.put(pixels, pred, scores, path, name)
+        if self.args.show:
+            visualize.show_window(self.overlay(pixels, pred), str(path), 0)
+        return outputs.ClassShares(self.classes).add(pred)
+
+    def save(self, image, pred, scores, path, name):
         """Write what belongs to one image (H, W, 3); scores: its Scores, None where they are not needed."""
         args, folder, bits = self.args, self.folder, self.args.bits or 8
+        utils.save_image(self.overlay(image, pred), folder / f"{name}_overlay.jpg", quality=92)
+        visualize.save_mask(pred, self.classes, folder / f"{name}_mask.png")
         if args.polygons:
-            regions = outputs.find_regions(pred, self.background)
-        if "coco" in args.polygons:
-            entry, annotations = outputs.coco_entries(path, pred.shape, regions, len(self.images) + 1)
-            self.images.append(entry)
-            self.annotations += annotations
-        if "geojson" in args.polygons:
-            outputs.save_json(outputs.geojson(regions, self.classes), folder / f"{name}.geojson")
+            self.save_polygons(pred, path, name)
         if args.cutout:
             outputs.save_cutout(image, pred, self.background, folder / f"{name}_cutout.png")
         if args.probabilities == "max":
             outputs.save_gray(scores.confidence, folder / f"{name}_confidence.png", bits)
-        for id, (label, _) in enumerate(self.classes if args.probabilities == "classes" else ()):
-            file = folder / f"{name}_probability_{id}_{outputs.file_word(label)}.png"
-            outputs.save_gray(scores.probabilities[id].astype(np.float32), file, bits)
+        if args.probabilities == "classes":
+            for id, (label, _) in enumerate(self.classes):
+                target = folder / f"{name}_probability_{id}_{outputs.file_word(label)}.png"
+                outputs.save_gray(scores.probabilities[id].astype(np.float32), target, bits)
         if args.json:
-            shares = outputs.Shares(self.classes).add(pred, scores.confidence)
-            self.shares.append(shares.entry(path, pred.shape))
-        if self.pseudo:
-            self.pseudo.add(path, name, pred, scores.confidence)
+            shares = outputs.ClassShares(self.classes).add(pred, scores.confidence)
+            self.share_entries.append(shares.entry(path, pred.shape))
+        if self.pseudo_labels:
+            self.pseudo_labels.add(path, name, pred, scores.confidence)
 
-    def add_raster(self, raster, mask, name, shares):
-        """Write what belongs to a Raster and its mask file."""
+    def save_polygons(self, pred, path, name):
+        """Write <name>.geojson, and keep what coco.json will hold."""
+        regions = outputs.find_regions(pred, self.background)
+        if "coco" in self.args.polygons:
+            image, annotations = outputs.coco_entries(path, pred.shape, regions, len(self.coco_images) + 1)
+            self.coco_images.append(image)
+            self.coco_annotations += annotations
         if "geojson" in self.args.polygons:
-            save_polygons(mask, self.classes, self.folder / f"{name}.geojson", self.background)
+            outputs.save_json(outputs.geojson(regions, self.classes), self.folder / f"{name}.geojson")
+
+    def segment_raster(self, raster, name, stop):
+        """Write the mask, a small overlay and more of a Raster; return its ClassShares.
+
+        Raises InputError where it is damaged, Stopped where a signal asks for it: no mask is left then.
+        """
+        path, shares = self.folder / f"{name}_mask.tif", outputs.ClassShares(self.classes)
+        with raster, MaskFile(path, raster, self.classes) as mask:
+            for rows, pred, confidence in segment(raster, self.predictor):
+                if stop.asked:
+                    raise utils.Stopped(stop.asked, f"{raster.path}: stopped at row {rows.start} of "
+                                        f"{raster.size[0]}, its mask is not written")
+                mask.write(rows, pred)
+                shares.add(pred, confidence)
+            image, has_coordinates = raster.preview(), raster.source.crs is not None
+        drawn = self.overlay(image, read_small(path, image.shape[:2]))
+        utils.save_image(drawn, self.folder / f"{name}_overlay.jpg", quality=92)
+        if raster.ranges:
+            ranges = ", ".join(f"{low:g} to {high:g}" for low, high in raster.ranges)
+            tqdm.write(f"{raster.path}: bands deeper than 8 bit were scaled from {ranges}")
+        if "geojson" in self.args.polygons:
+            save_polygons(path, self.classes, self.folder / f"{name}.geojson", self.background)
+            if not has_coordinates:
+                tqdm.write(f"{raster.path} has no coordinate system: the polygons are in pixels, or in the "
+                           "units of its transform")
         if self.args.json:
-            self.shares.append(shares.entry(raster.path, raster.size))
+            self.share_entries.append(shares.entry(raster.path, raster.size))
+        return shares
 
     def finish(self):
-        """Write what belongs to all images together, and print what should be known of it."""
+        """Write what belongs to all images together."""
+        utils.save_image(visualize.legend(self.classes), self.folder / "legend.png")
         if "coco" in self.args.polygons:
-            numbered = [dict(id=number, **entry) for number, entry in enumerate(self.annotations, 1)]
+            annotations = [dict(id=number, **entry) for number, entry in enumerate(self.coco_annotations, 1)]
             categories = [dict(id=id, name=name, supercategory="") for id, (name, _) in
                           enumerate(self.classes) if id != self.background]
-            outputs.save_json(dict(images=self.images, annotations=numbered, categories=categories),
-                              self.folder / "coco.json")
+            content = dict(images=self.coco_images, annotations=annotations, categories=categories)
+            outputs.save_json(content, self.folder / "coco.json")
         if self.args.json:
-            outputs.save_json(self.shares, self.folder / "shares.json")
-        if self.pseudo and self.pseudo.kept:
-            print(self.pseudo.finish())
+            outputs.save_json(self.share_entries, self.folder / "shares.json")
+        if self.pseudo_labels and self.pseudo_labels.labeled_shares:
+            print(self.pseudo_labels.finish())
 
 
-def segment_raster(raster, predictor, name, folder, alpha, extras, stop):
-    """Write <name>_mask.tif and a small <name>_overlay.jpg of a Raster; return the Shares of its classes.
-    Raises InputError where it is damaged, Stopped where a signal asks for it: no mask is left then.
-    """
-    classes = predictor.classes
-    path, shares = folder / f"{name}_mask.tif", outputs.Shares(classes)
-    with raster, MaskFile(path, raster, classes) as mask:
-        for rows, pred, confidence in segment(raster, predictor):
-            if stop.asked:
-                raise utils.Stopped(stop.asked, f"{raster.path}: stopped at row {rows.start} of "
-                                    f"{raster.size[0]}, no mask of it is written")
-            mask.write(rows, pred)
-            shares.add(pred, confidence)
-        image, placed = raster.preview(), raster.source.crs is not None
-    if raster.ranges:
-        ranges = ", ".join(f"{low:g} to {high:g}" for low, high in raster.ranges)
-        tqdm.write(f"{raster.path}: bands deeper than 8 bit were scaled from {ranges}")
-    if "geojson" in extras.args.polygons and not placed:
-        tqdm.write(f"{raster.path} has no coordinate system: the polygons are in its own units, else pixels")
-    ids = read_small(path, image.shape[:2])
-    keep = visualize.background_id(classes)
-    drawn = visualize.overlay(image, ids, visualize.color_table(classes), alpha, keep)
-    utils.save_image(drawn, folder / f"{name}_overlay.jpg", quality=92)
-    extras.add_raster(raster, path, name, shares)
-    return shares
+# --- the command ------------------------------------------------------------------------------------------
+def load_predictor(args, paths):
+    """Return the Predictor of the flags."""
+    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
+    check_inputs(args, paths, protocol.tile)
+    if args.bands and not protocol.tile:
+        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
+    return Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
 
 
 def main():
@@ -204,77 +261,44 @@ def main():
     paths = find_inputs(args.input)
     if args.show:
         visualize.require_display()
-    model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
-    classes = predictor.classes
-    table, keep = visualize.color_table(classes), visualize.background_id(classes)
-    out_dir = Path(args.out_dir) / "inference_results_image"
-    utils.make_folder(out_dir)
-    extras = Extras(args, classes, out_dir)
-    seen, failed, depths = 0, 0, set()
-    if extras.pseudo and any(extras.pseudo.folder.resolve() in path.resolve().parents for path in paths):
-        raise InputError(f"--min-confidence writes to {extras.pseudo.folder}, and --input lies there: give "
-                         "another --out-dir")
-    if args.bands and not protocol.tile:
-        raise InputError("--bands belongs to TIFFs that are read by windows: add --protocol tile")
-    rasters = [path for path in paths if protocol.tile and is_raster(path)]
-    if rasters and (args.cutout or extras.pseudo or args.probabilities or "coco" in args.polygons):
-        raise InputError(f"{rasters[0]} is read by windows: leave out --cutout, --probabilities, "
-                         "--min-confidence and --polygons coco, which want whole images")
-
-    def save(image, pred, name, path, scores):
-        drawn = visualize.overlay(image, pred, table, args.alpha, keep)
-        utils.save_image(drawn, out_dir / f"{name}_overlay.jpg", quality=92)
-        visualize.save_mask(pred, classes, out_dir / f"{name}_mask.png")
-        extras.add(path, name, image, pred, scores)
-
-    # the next files are read and the last ones written while the model looks at one
-    reading = (read_or_error(path, protocol.tile, args.bands) for path in paths)
-    with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as images,
-          WriteBehind(save) as writer,
+    predictor = load_predictor(args, paths)
+    segmenter = ImageSegmenter(args, predictor)
+    utils.make_folder(segmenter.folder)
+    reading = (read_or_error(path, predictor.protocol.tile, args.bands) for path in paths)
+    done, failed, depths = 0, 0, set()
+    # the next files are read and the last ones written while the model computes
+    with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as results,
+          WriteBehind(segmenter.save) as writer,
           tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar):
-        for path, name, found in zip(paths, output_names(paths), images, strict=False):
+        for path, name, result in zip(paths, output_names(paths), results, strict=False):
             if stop.asked:
                 break
             bar.update()
-            seen += 1
-            if isinstance(found, InputError):
+            try:
+                if isinstance(result, InputError):
+                    raise result
+                image, depth = result
+                depths.add(depth)
+                if isinstance(image, Raster):
+                    shares = segmenter.segment_raster(image, name, stop)
+            except InputError as error:
                 failed += 1
-                tqdm.write(f"skipped: {found}", file=sys.stderr)
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
-            image, depth = found
-            depths.add(depth)
-            if isinstance(image, Raster):
-                try:
-                    shares = segment_raster(image, predictor, name, out_dir, args.alpha, extras, stop)
-                    tqdm.write(f"{path}: {shares}")
-                except utils.Stopped as stopped:
-                    tqdm.write(stopped.args[1], file=sys.stderr)
-                    seen -= 1
-                    break
-                except InputError as error:
-                    failed += 1
-                    tqdm.write(f"skipped: {error}", file=sys.stderr)
-                continue
-            scores = None
-            if extras.needs_scores:
-                scores = predictor.scores(image[None], args.probabilities == "classes")
-            pred = scores.pred if scores else predictor(image[None])[0]  # (3, H, W) -> (H, W)
-            pixels = image.permute(1, 2, 0).numpy()
-            writer.put(pixels, pred, name, path, scores)
-            tqdm.write(f"{path}: {outputs.Shares(classes).add(pred)}")
-            if args.show:
-                visualize.show_window(visualize.overlay(pixels, pred, table, args.alpha, keep), str(path), 0)
-    extras.finish()
-    if failed < seen:
-        utils.save_image(visualize.legend(classes), out_dir / "legend.png")
+            except utils.Stopped as stopped:
+                tqdm.write(stopped.args[1], file=sys.stderr)
+                break
+            if not isinstance(image, Raster):  # what is wrong with the model here is so for all images
+                shares = segmenter.segment_image(image, path, name, writer)
+            tqdm.write(f"{path}: {shares}")
+            done += 1
+    if done:
+        segmenter.finish()
     if deep := sorted(depths - {8}):
         bits = ", ".join(f"{depth} bit" for depth in deep)
         print(f"images deeper than 8 bit were scaled by the depth of their values: {bits}")
-    count = count_of(len(paths), "image")
-    print(f"{seen - failed} of {count} segmented ({predictor}); overlays, masks and legend.png are in "
-          f"{out_dir}")
+    print(f"{done} of {count_of(len(paths), 'image')} segmented ({predictor}); overlays, masks and "
+          f"legend.png are in {segmenter.folder}")
     if stop.asked:
         return 128 + stop.asked
     return 0 if not failed else 1 if failed < len(paths) else 2

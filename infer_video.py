@@ -3,19 +3,18 @@
     python infer_video.py --input clip.mp4
     python infer_video.py --input 0 --show             # first camera; q in the window or Ctrl-C ends it
     python infer_video.py --input rtsp://host/stream --max-frames 500
-    python infer_video.py --input clip.mp4 --smooth --csv            # steadier, and the shares of the classes
-    python infer_video.py --input clip.mp4 --cutout beach.jpg        # persons in front of a picture
+    python infer_video.py --input clip.mp4 --cutout beach.jpg --csv  # persons in front of a picture; a table
 
 Decoding, the model, drawing and encoding run at the same time, in threads. Writes
-OUT_DIR/inference_results_video/<name>.mp4: H.264 with the sound of the file where PyAV is installed, else
-mp4v without. Ctrl-C, a full disk or a stream that ends leave a playable file of what was done so far.
+OUT_DIR/inference_results_video/<name>.mp4: H.264, with the sound of the file. Ctrl-C, a full disk or a stream
+that ends leave a playable file of what was done until then.
 """
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, batch_images, positive_int, script_parser)
+                    add_run_flags, batch_images, check_protocol_flags, positive_int, script_parser)
 
 
 def parse_args(argv=None):
@@ -29,15 +28,15 @@ def parse_args(argv=None):
                         "cameras and streams, else 2, on a GPU 8)")
     add_backend_flag(parser)
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
-    parser.add_argument("--smooth", action="store_true", help="average the probabilities of a frame with "
-                        "those of the frames before it, moved along with what they show")
     parser.add_argument("--cutout", default="", metavar="green|blur|FILE", help="in place of the overlay: "
                         "what is background becomes green, blurred, or this image; without the FPS counter")
     parser.add_argument("--csv", action="store_true", help="also write <name>.csv: the share of every class "
                         "in every frame")
     add_overlay_flags(parser)
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_protocol_flags(parser, args)
+    return args
 
 
 if __name__ == "__main__":
@@ -51,11 +50,10 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError, count_of
-from inference.gpu import FramesOnGpu, Paint
 from inference.outputs import Background, ShareTable, require_background
 from inference.predictor import Predictor, choose_protocol
-from inference.smooth import SIDE, Smoother
-from inference.video import Pipeline, VideoReader, VideoWriter, at_once, draw_rate
+from inference.video import (FramesOnGpu, Paint, Pipeline, VideoReader, VideoWriter, at_once, draw_rate,
+                             require_encoder)
 
 
 def output_path(reader, out_dir, cutout):
@@ -64,13 +62,73 @@ def output_path(reader, out_dir, cutout):
         path = out_dir / f"{Path(reader.source).stem}{'_cutout' if cutout else ''}.mp4"
         same = path.exists() and path.samefile(reader.source)
         return path.with_stem(f"{path.stem}_overlay") if same else path  # never over its own input
-    kind = f"camera{reader.source}" if reader.source.isdecimal() else "stream"
+    kind = f"camera{reader.source}" if reader.is_camera else "stream"
     return out_dir / f"{kind}_{time.strftime('%Y-%m-%d_%H-%M-%S')}.mp4"
 
 
-def default_batch(predictor, live):
-    """Return how many frames go through the model at a time: one where each is awaited."""
-    return 1 if live else 8 if predictor.device.type == "cuda" else 2
+def load_predictor(args, reader):
+    """Return the Predictor of the flags."""
+    expected = min(filter(None, (reader.count, args.max_frames)), default=None)
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
+    return Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
+
+
+def make_draw(classes, alpha, background, shares, painted):
+    """Return the `draw` of a Pipeline.
+
+    background: the Background of --cutout; shares: the ShareTable of --csv (both may be None); painted:
+    whether the frames come with their overlay.
+    """
+    table, background_class = visualize.color_table(classes), visualize.background_id(classes)
+
+    def draw(frame, pred, seconds, rate):
+        if shares:
+            shares.add(pred, seconds)
+        if background:
+            return background.replace(frame, pred == background_class)
+        if not painted:
+            visualize.overlay(frame, pred, table, alpha, background_class, out=frame)
+        draw_rate(frame, rate)
+        return frame
+
+    return draw
+
+
+def make_pipeline(args, reader, predictor, background, shares, writer):
+    """Return the Pipeline from the reader to the writer."""
+    classes, each_awaited = predictor.classes, reader.drops or args.show
+    # frames that are cut into tiles may be too large to stay on the GPU
+    on_gpu = predictor.device.type == "cuda" and not predictor.protocol.tile
+    painted = on_gpu and not background
+    if on_gpu:
+        table, background_class = visualize.color_table(classes), visualize.background_id(classes)
+        paint = Paint(table, args.alpha, background_class, predictor.device) if painted else None
+        segment = FramesOnGpu(predictor, paint)
+    else:
+        segment = at_once(predictor)
+    default_batch = 1 if each_awaited else 8 if predictor.device.type == "cuda" else 2
+    # a GPU has the next batch while the last one is fetched
+    ahead = int(on_gpu and not each_awaited)
+    draw = make_draw(classes, args.alpha, background, shares, painted)
+    return Pipeline(reader, segment, draw, writer, args.batch_size or default_batch, args.max_frames,
+                    show_frame if args.show else None, ahead)
+
+
+def show_frame(frame):
+    """Show a frame in the window; return whether q was pressed."""
+    return visualize.show_window(frame, "dinoseg (q ends)", 1) == "q"
+
+
+def print_summary(reader, writer, predictor, seconds, stages):
+    """Print how fast it was and what was written. stages: {name: busy seconds}."""
+    count = writer.frames
+    per_frame = ", ".join(f"{stage} {1000 * busy / count:.1f} ms" for stage, busy in stages.items())
+    sound = "with its sound" if writer.sound and writer.sound.seconds else "without sound"
+    print(f"{count_of(count, 'frame')} in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end "
+          f"({predictor}); in parallel, per frame {per_frame}")
+    print(f"{writer.path}: H.264, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
+          f"{sound}")
 
 
 def main():
@@ -78,82 +136,43 @@ def main():
     args = parse_args()
     if args.show:
         visualize.require_display()
+    require_encoder()
     reader = VideoReader(args.input)
-    expected = min(filter(None, (reader.count, args.max_frames)), default=None)
-    model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
-    classes = predictor.classes
-    table, keep = visualize.color_table(classes), visualize.background_id(classes)
-    if args.smooth and protocol.tile:
-        raise InputError(f"--smooth averages at {SIDE} pixels at most, which --protocol tile is there to "
-                         "exceed: leave it out, or give --protocol whole")
+    background = Background(args.cutout, reader.size) if args.cutout else None
+    predictor = load_predictor(args, reader)
     if args.cutout:
-        require_background(classes)
-        background = Background(args.cutout, reader.size)
-
-    def draw(frame, pred, seconds, rate):
-        if shares:
-            shares.add(pred, seconds)
-        if args.cutout:
-            return background.replace(frame, pred == keep)
-        if not on_gpu:
-            visualize.overlay(frame, pred, table, args.alpha, keep, out=frame)
-        draw_rate(frame, rate)
-        return frame
-
-    def show(frame):
-        return visualize.show_window(frame, "dinoseg (q ends)", 1) == "q"
-
-    out_dir = Path(args.out_dir) / "inference_results_video"
-    utils.make_folder(out_dir)
+        require_background(predictor.classes)
+    out_dir = utils.make_folder(Path(args.out_dir) / "inference_results_video")
     path = output_path(reader, out_dir, args.cutout)
+    csv_path = path.with_suffix(".csv")
+    sound_of = None if reader.live else reader.source
     start = time.perf_counter()
-    sound = None if reader.live else reader.source
-    table_of_shares = ShareTable(path.with_suffix(".csv"), classes) if args.csv else nullcontext()
-    with (utils.StopOnSignal() as stop, table_of_shares as shares,
-          VideoWriter(path, reader.size, reader.fps, sound) as writer):
-        batch_size = args.batch_size or default_batch(predictor, reader.drops or args.show)
-        # frames that are cut into tiles may be too large to stay there
-        on_gpu = predictor.device.type == "cuda" and not (args.smooth or protocol.tile)
-        if on_gpu:
-            paint = None if args.cutout else Paint(table, args.alpha, keep, predictor.device)
-            segment = FramesOnGpu(predictor, paint)
-        else:
-            segment = at_once(Smoother(predictor, max(protocol.sizes(*reader.size)[0])) if args.smooth
-                              else predictor)
-        # a GPU has the next batch while the last one is fetched, unless each frame is awaited
-        ahead = int(on_gpu and not (reader.drops or args.show))
-        pipeline = Pipeline(reader, segment, draw, writer, batch_size, args.max_frames,
-                            show if args.show else None, ahead)
+    with (utils.StopOnSignal() as stop,
+          ShareTable(csv_path, predictor.classes) if args.csv else nullcontext() as shares,
+          VideoWriter(path, reader.size, reader.fps, sound_of) as writer):
         try:
-            stages, dropped = pipeline.run(stop)
+            stages, dropped = make_pipeline(args, reader, predictor, background, shares, writer).run(stop)
         except OSError as error:
-            frames = count_of(writer.frames, "frame")
-            raise InputError(f"{path} cannot be written after {frames} ({error.strerror}); "
-                             "what was written before is playable") from None
-    seconds, count = time.perf_counter() - start, writer.frames
-    if count == 0:
+            raise InputError(f"{path} cannot be written after {count_of(writer.frames, 'frame')} "
+                             f"({error.strerror}); what was written before is playable") from None
+    frames = count_of(writer.frames, "frame")
+    if writer.frames == 0:
         print("stopped before the first frame; nothing was written")
         return 130
-    spent = ", ".join(f"{stage} {1000 * busy / count:.1f} ms" for stage, busy in stages.items())
-    frames = count_of(count, "frame")
-    print(f"{frames} in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end ({predictor}); "
-          f"in parallel, per frame {spent}")
-    print(f"{path}: {writer.codec}, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
-          f"{'with its sound' if writer.sound and writer.sound.seconds else 'without sound'}")
+    print_summary(reader, writer, predictor, time.perf_counter() - start, stages)
     if args.csv:
-        print(f"{path.with_suffix('.csv')}: the share of every class, a line per frame")
+        print(f"{csv_path}: the share of every class, a line per frame")
     if dropped:
         print(f"{count_of(dropped, 'frame')} came faster than the model could follow: dropped")
     if stop.asked:
-        print(f"stopped after {frames}; the clip so far is whole")
+        print(f"stopped after {frames}; the clip up to there is complete")
         return 0 if reader.live or args.show else 130
-    if not args.max_frames and reader.ended_early(count):
-        raise InputError(f"--input {args.input} ended after {count} of {reader.count} frames: the file is "
-                         f"damaged or cut off; what could be read is in {path}")
+    if not args.max_frames and reader.ended_early(writer.frames):
+        raise InputError(f"--input {args.input} ended after {writer.frames} of {reader.count} frames: the "
+                         f"file is damaged or cut off; what could be read is in {path}")
     if reader.live and not args.max_frames:
         print(f"the stream ended after {frames}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Models outside torch: files of export.py, and a Segmenter converted in memory; used like a Segmenter.
 
-    model, facts = open_exported("best_model_iou.onnx")                # also .xml (OpenVINO), .torchscript
-    model = convert(segmenter, (640, 640), "openvino")                 # or "onnxruntime"
-    model.logits(images)                                               # Logits, as of a Segmenter
+    model, facts = open_exported("best_model_iou.onnx")                # also .xml (OpenVINO)
+    model = convert(segmenter, (640, 640), "openvino")
+    logits, geometry = model.logits(images)                            # as of a Segmenter
 
 An exported file is one graph: uint8 images in, logits at their size out, with normalization, padding and
 cropping inside, and the checkpoint's plain values as JSON in its metadata. The packages are imported when
-asked for. Nothing here unpickles. A new backend or format is one class, entered in BACKENDS or FORMATS.
+they are needed. Nothing here unpickles. A new backend or format is one class, entered in BACKENDS or FORMATS.
 """
-import io
+import importlib.util
 import json
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from config import InputError
 from models.heads import logits_of
 from models.upsampling import geometry_of, pixels
 
-STREAMS = 2  # images that OpenVINO computes side by side, where several are given
+STREAMS = 2  # batches that OpenVINO computes side by side
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
-INSTALL = "{} is not installed: pip install {}"
+TORCHSCRIPT = ".torchscript"  # ending of a format that earlier versions wrote
 
 
 class Graph(nn.Module):
@@ -45,7 +45,7 @@ class Graph(nn.Module):
         return logits.float() if self.coarse else pixels(logits, self.geometry)
 
     def example(self, batch=1):
-        """Return images to trace with; runs them once, so that what depends on the size is there already."""
+        """Return images to trace with; runs them once, so that what depends on the size exists."""
         images = torch.zeros(batch, 3, *self.size, dtype=torch.uint8, device=self.model.mean.device)
         with torch.no_grad():
             self(images)
@@ -61,43 +61,50 @@ class Graph(nn.Module):
 
 
 class ExportedModel(nn.Module):
-    """Base of the models that run outside torch: (B, 3, H, W) uint8 of one size -> Logits.
+    """Base of the models that run outside torch: (B, 3, H, W) uint8 of one size -> logits.
 
-    ending: of its files. open(path) gives (metadata text, function
-    of (size, batch, precise) that returns the model); write(graph, batch, text, path) exports a Graph.
+    geometry: the Geometry of its logits where they are coarse, else they are pixels of that size. ending: of
+    its files. open(path) returns (metadata text, function of (size, batch, precise) that returns the model);
+    write(graph, batch, text, path) exports a Graph; of(graph) converts it in memory.
     """
 
     ending = ""
 
-    def __init__(self, size, batch=0, template=None):
+    def __init__(self, size, batch=0, geometry=None):
         super().__init__()
         self.size, self.batch = tuple(size), batch  # batch 0 = any
-        self.template = template  # the Logits of one image, where the values that come out are coarse
-        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # says that it is on the CPU
+        self.geometry = geometry or geometry_of(size)
+        # its device is where other code sends images
+        self.device_marker = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def run(self, images):
         """(B, 3, H, W) uint8 numpy -> logits as a numpy array."""
         raise NotImplementedError
 
+    def run_all(self, batches):
+        """run() of several batches."""
+        return [self.run(images) for images in batches]
+
     def logits(self, images):
-        """(B, 3, H, W) uint8 -> Logits. Raises InputError for another size than the exported one."""
+        """(B, 3, H, W) uint8 -> logits (B, K, h, w) float32, their Geometry. Raises InputError for another size
+        than the exported one.
+        """
         if tuple(images.shape[-2:]) != self.size:
-            (height, width), (tall, wide) = self.size, images.shape[-2:]
-            raise InputError(f"this model was exported for {height}x{width} pixels and is asked for "
-                             f"{tall}x{wide}: leave out --imgsz and --tta ms, or re-export it with --imgsz")
-        parts = list(images.cpu().split(self.batch or len(images)))
-        if missing := self.batch and self.batch - len(parts[-1]):
-            parts[-1] = torch.cat([parts[-1], parts[-1][:1].expand(missing, -1, -1, -1)])
-        try:
-            values = self.run_all([part.contiguous().numpy() for part in parts])
-        except Exception as error:  # each package has error classes of its own
-            raise InputError(f"the exported model does not run ({first_line(error)}): re-export it") from None
-        values = torch.cat([torch.from_numpy(part) for part in values])[:len(images)].float()
+            (height, width), (asked_height, asked_width) = self.size, images.shape[-2:]
+            raise InputError(f"this model was exported for {height}x{width} pixels, not for "
+                             f"{asked_height}x{asked_width}: leave out --imgsz and --tta ms, or export it "
+                             "again with --imgsz")
+        with runtime_errors("the exported model does not run"):
+            values = self.run_all(self.batches(images))
+        values = torch.cat([torch.from_numpy(batch) for batch in values])[:len(images)].float()
         return values, self.geometry
 
-    def run_all(self, parts):
-        """run() of several batches."""
-        return [self.run(part) for part in parts]
+    def batches(self, images):
+        """Return images as numpy batches of the exported size, the last one padded with its first image."""
+        batches = list(images.cpu().split(self.batch or len(images)))
+        if missing := self.batch and self.batch - len(batches[-1]):
+            batches[-1] = torch.cat([batches[-1], batches[-1][:1].expand(missing, -1, -1, -1)])
+        return [batch.contiguous().numpy() for batch in batches]
 
     def forward(self, images):
         """(B, 3, H, W) uint8 -> (B, K, H, W) float32."""
@@ -109,16 +116,17 @@ class OnnxRuntime(ExportedModel):
 
     ending = ".onnx"
 
-    def __init__(self, source, size, batch=0, template=None):
-        super().__init__(size, batch, template)
-        self.session = onnx_session(source)
-        self.name = f"ONNX Runtime {self.session.get_providers()[0].removesuffix('ExecutionProvider')}"
+    def __init__(self, session, size, batch=0):
+        super().__init__(size, batch)
+        self.session = session
+        self.name = f"ONNX Runtime {session.get_providers()[0].removesuffix('ExecutionProvider')}"
 
     @classmethod
     def open(cls, path):
         """Return (metadata text, function that opens the model) of an .onnx file."""
-        text = onnx_session(str(path)).get_modelmeta().custom_metadata_map.get(METADATA)
-        return text, lambda size, batch, precise: cls(str(path), size, batch)
+        session = onnx_session(path)
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA)
+        return text, lambda size, batch, precise: cls(session, size, batch)
 
     @classmethod
     def write(cls, graph, batch, text, path):
@@ -126,11 +134,6 @@ class OnnxRuntime(ExportedModel):
         program = onnx_program(graph, batch)
         program.model.metadata_props[METADATA] = text
         program.save(str(path))
-
-    @classmethod
-    def of(cls, graph, template):
-        """Return the model of a Graph, in memory."""
-        return cls(onnx_program(graph).model_proto.SerializeToString(), graph.size, 1, template)
 
     def run(self, images):
         return self.session.run(None, {"images": images})[0]
@@ -141,8 +144,8 @@ class OpenVino(ExportedModel):
 
     ending = ".xml"
 
-    def __init__(self, model, size, batch=0, template=None, precise=False):
-        super().__init__(size, batch, template)
+    def __init__(self, model, size, batch=0, geometry=None, precise=False):
+        super().__init__(size, batch, geometry)
         ov = import_openvino()
         core = ov.Core()
         half = not precise and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -165,33 +168,33 @@ class OpenVino(ExportedModel):
     @classmethod
     def write(cls, graph, batch, text, path):
         """Export a Graph; batch 0 = any number of images."""
-        ov, between = import_openvino(), path.with_suffix(".onnx")
-        onnx_program(graph, batch).save(str(between))
-        model = ov.convert_model(str(between))
+        ov, onnx_path = import_openvino(), path.with_suffix(".onnx")
+        onnx_program(graph, batch).save(str(onnx_path))
+        model = ov.convert_model(str(onnx_path))
         model.set_rt_info(text, [METADATA])
         ov.save_model(model, str(path), compress_to_fp16=False)
-        between.unlink()
+        onnx_path.unlink()
 
     @classmethod
-    def of(cls, graph, template):
+    def of(cls, graph):
         """Return the model of a Graph, in memory."""
         ov, example = import_openvino(), graph.example()
         with warnings.catch_warnings(), graph.constants():
             warnings.simplefilter("ignore")
             model = ov.convert_model(graph, example_input=example, input=[list(example.shape)])
-        return cls(model, graph.size, 1, template)
+        return cls(model, graph.size, 1, graph.geometry)
 
     def run(self, images):
         return self.compiled([images])[0]
 
-    def run_all(self, parts):
+    def run_all(self, batches):
         """Several batches at a time, each on its share of the cores: none waits for the slowest thread."""
-        if len(parts) == 1:
-            return [self.run(parts[0])]
+        if len(batches) == 1:
+            return [self.run(batches[0])]
         self.queue = self.queue or self.open_queue()
-        results = [None] * len(parts)
-        for index, part in enumerate(parts):
-            self.queue.start_async([part], (results, index))
+        results = [None] * len(batches)
+        for index, images in enumerate(batches):
+            self.queue.start_async([images], (results, index))
         self.queue.wait_all()
         return results
 
@@ -201,67 +204,29 @@ def open_queue(ov, core, model, hints):
     hints = dict(hints, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=str(STREAMS))
     queue = ov.AsyncInferQueue(core.compile_model(model, "CPU", hints), STREAMS)
 
-    def keep(request, target):
+    def store(request, target):
         results, index = target
         results[index] = request.get_output_tensor(0).data.copy()
 
-    queue.set_callback(keep)
+    queue.set_callback(store)
     return queue
-
-
-class TorchScript(ExportedModel):
-    """A model traced by torch.jit, on the CPU."""
-
-    ending = ".torchscript"
-
-    def __init__(self, module, size, batch=0):
-        super().__init__(size, batch)
-        self.module, self.name = module, "TorchScript"
-
-    @classmethod
-    def open(cls, path):
-        """Return (metadata text, function that opens the model) of a .torchscript file."""
-        more = {METADATA: ""}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = torch.jit.load(str(path), map_location="cpu", _extra_files=more)
-        text = more[METADATA].decode() if isinstance(more[METADATA], bytes) else more[METADATA]
-        return text, lambda size, batch, precise: cls(module.eval(), size, batch)
-
-    @classmethod
-    def write(cls, graph, batch, text, path):
-        """Export a Graph. Raises InputError for any number of images, which a trace cannot take."""
-        if batch == 0:
-            raise InputError("--batch-size 0: TorchScript is traced for one batch size; give it, or another "
-                             "--format")
-        with warnings.catch_warnings(), graph.constants():
-            warnings.simplefilter("ignore")
-            traced = torch.jit.trace(graph, graph.example(batch), check_trace=False)
-            content = io.BytesIO()  # torch ends the process where it finds a disk full itself
-            torch.jit.save(torch.jit.freeze(traced.eval()), content, _extra_files={METADATA: text})
-            Path(path).write_bytes(content.getvalue())
-
-    @torch.no_grad()
-    def run(self, images):
-        return self.module(torch.from_numpy(images)).float().numpy()
 
 
 # What export.py writes, and what runs a .pth beside torch. A new one is one class above and one line here.
 FORMATS = {
     "onnx": OnnxRuntime,
     "openvino": OpenVino,
-    "torchscript": TorchScript,
 }
 BACKENDS = {
     "openvino": OpenVino,
-    "onnxruntime": OnnxRuntime,
 }
 
 
 # --- files ------------------------------------------------------------------------------------------------
 def is_exported(path):
-    """Return whether a file's ending is that of an exported model."""
-    return Path(path).suffix.lower() in {backend.ending for backend in FORMATS.values()}
+    """Return whether a file's ending is that of an exported model, of an earlier version too."""
+    endings = [model_class.ending for model_class in FORMATS.values()]
+    return Path(path).suffix.lower() in [*endings, TORCHSCRIPT]
 
 
 def open_exported(path, precise=False):
@@ -270,81 +235,83 @@ def open_exported(path, precise=False):
     precise: in float32 whatever the processor can do.
     """
     path = Path(path)
-    backend = next(one for one in FORMATS.values() if one.ending == path.suffix.lower())
+    ending = path.suffix.lower()
+    if ending == TORCHSCRIPT:
+        raise InputError(f"{path}: TorchScript files are no longer read; export the checkpoint (.pth) again "
+                         "with export.py --format onnx")
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a file of export.py, or a checkpoint of train.py")
-    try:
-        text, build = backend.open(path)
-    except InputError:
-        raise
-    except Exception as error:  # each package has error classes of its own
-        raise InputError(f"{path} is not a readable {path.suffix} file ({first_line(error)}): re-export it"
-                         ) from None
+    model_class = next(entry for entry in FORMATS.values() if entry.ending == ending)
+    with runtime_errors(f"{path} is not a readable {ending} file"):
+        text, build = model_class.open(path)
     facts = check_facts(text, path)
-    try:
+    with runtime_errors(f"{path} does not run here"):
         model = build(facts["imgsz"], facts["batch"], precise)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path} does not run here ({first_line(error)}): re-export it") from None
     model.num_classes = len(facts["classes"])
-    model.name += ", INT8" if facts.get("int8") else ""
     return model.eval(), facts
 
 
 def check_facts(text, path):
-    """Return the metadata of an exported file as a dict. Raises InputError where they are not export.py's."""
+    """Return the metadata of an exported file as a dict. Raises InputError where it is not of export.py."""
     try:
         facts = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != "dinoseg":
-        raise InputError(f"{path} was not written by export.py: its metadata lack classes and size")
+        raise InputError(f"{path} was not written by export.py: its metadata has no classes and size")
     return schema.check(schema.EXPORTED, facts, path)
 
 
+@contextmanager
+def runtime_errors(message):
+    """Context in which an error of a runtime, each of which has classes of its own, is an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{message} ({first_line(error)}): export it again") from None
+
+
 def first_line(error):
-    """Return what an exception says, in one short line; OpenVINO's says where in its code first."""
+    """Return the message of an exception as one short line; OpenVINO's begins with a place in its code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return (lines[-1] if lines[0].startswith("Exception from") else lines[0])[:120]
 
 
 # --- packages ---------------------------------------------------------------------------------------------
 def keep_private():
-    """Keep OpenVINO and NNCF from reporting each use to their makers, as if the package were not there."""
+    """Keep OpenVINO from reporting each use to its makers: the package that does it cannot be imported."""
     sys.modules.setdefault("openvino_telemetry", None)
 
 
+def import_package(name, install=""):
+    """Return a package. Raises InputError where it is not installed. install: its names for pip."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"{name} is not installed: pip install {install or name}") from None
+
+
 def import_openvino():
-    """Import OpenVINO. Raises InputError where it is not installed."""
+    """Return OpenVINO. Raises InputError where it is not installed."""
     keep_private()
-    try:
-        import openvino
-    except ImportError:
-        raise InputError(INSTALL.format("OpenVINO", "openvino")) from None
-    return openvino
+    return import_package("openvino")
 
 
-def onnx_session(source):
-    """Return an ONNX Runtime session of a path or of bytes on the best provider there is. Raises InputError.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise InputError(INSTALL.format("ONNX Runtime", "onnxruntime")) from None
-    wanted = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
+def onnx_session(path):
+    """Return an ONNX Runtime session of a file on the best provider of this machine. Raises InputError."""
+    onnxruntime = import_package("onnxruntime")
+    preferred = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    return onnxruntime.InferenceSession(source, options, providers=providers)
+    providers = [name for name in preferred if name in onnxruntime.get_available_providers()]
+    return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 def onnx_program(graph, batch=1):
     """Return the ONNX program of a Graph; batch 0 = any. Raises InputError where onnxscript is missing."""
-    try:
-        import onnxscript  # noqa: F401 - torch.onnx needs it
-    except ImportError:
-        raise InputError(INSTALL.format("ONNX export", "onnx onnxscript")) from None
+    import_package("onnxscript", "onnx onnxscript")  # torch.onnx needs both
     shapes = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch == 0 else None
     with warnings.catch_warnings(), torch.no_grad(), graph.constants():
         warnings.simplefilter("ignore")
@@ -359,12 +326,11 @@ def convert(model, size, backend):
     Raises InputError where the package is missing.
     """
     graph = Graph(model, size, coarse=True).eval()
-    other = BACKENDS[backend].of(graph, model.logits(graph.example()))
-    other.num_classes = model.num_classes
-    return other.eval()
+    converted = BACKENDS[backend].of(graph, model.logits(graph.example()))
+    converted.num_classes = model.num_classes
+    return converted.eval()
 
 
 def is_installed(package):
     """Return whether a package can be imported, without importing it."""
-    import importlib.util
     return package in sys.modules or importlib.util.find_spec(package) is not None

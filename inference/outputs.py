@@ -13,18 +13,19 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of
 from dataio.readers import read_image
 from dataio.repair import copy_file, save_classes
-from utils import write_atomically
+from utils import save_image, write_atomically
 from visualize import background_id, save_mask
 
 GREEN = (0, 255, 0)
 
+
+# --- polygons ---------------------------------------------------------------------------------------------
 class Region(NamedTuple):
     """Connected pixels of one class. rings: its outline and those of its holes, (n, 2) int of x and y in
     pixels from the upper left corner of the image, closed; area: in pixels.
@@ -47,17 +48,17 @@ def find_regions(pred, keep=None):
             continue
         # at twice the size an outline runs a quarter of a pixel within the edge: rounded, it is the edge
         big = cv2.resize((pred == id).astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-        found, tree = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        rings = [corners(np.round((ring[:, 0] + 0.5) / 2).astype(int)) for ring in found]
-        for index, (_, _, first, parent) in enumerate(tree[0] if found else ()):
+        outlines, tree = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        rings = [corners(np.round((outline[:, 0] + 0.5) / 2).astype(int)) for outline in outlines]
+        for ring, (_, _, hole, parent) in zip(rings, tree[0], strict=True):
             if parent >= 0:
                 continue
-            of_region = [rings[index]]
-            while first >= 0:
-                of_region.append(rings[first])
-                first = tree[0][first][0]
-            area = area_of(of_region[0]) - sum(map(area_of, of_region[1:]))
-            regions.append(Region(id, of_region, int(area)))
+            region_rings = [ring]
+            while hole >= 0:
+                region_rings.append(rings[hole])
+                hole = tree[0][hole][0]
+            area = area_of(ring) - sum(map(area_of, region_rings[1:]))
+            regions.append(Region(id, region_rings, int(area)))
     return regions
 
 
@@ -69,132 +70,80 @@ def corners(ring):
 
 
 def coco_entries(path, size, regions, image_id):
-    """Return (image, [annotation]) of a COCO JSON, without their ids: polygons, and run lengths for regions
-    with holes, which COCO's polygons cannot have. category_id: the class id.
+    """Return (image, [annotation]) of a COCO JSON, the annotations without their ids: polygons, and run
+    lengths for regions with holes, which COCO's polygons cannot have. category_id: the class id.
     """
     image = dict(id=image_id, file_name=Path(path).name, height=size[0], width=size[1])
     annotations = []
     for region in regions:
-        outline = region.rings[0]
-        left, top = outline.min(0).tolist()
-        right, bottom = outline.max(0).tolist()
-        shape = [outline.ravel().tolist()]
-        if len(region.rings) > 1:
-            filled = [coco_mask.frPyObjects([ring.ravel().tolist()], *size)[0] for ring in region.rings]
-            inside = coco_mask.decode(filled[0]) & ~coco_mask.decode(filled[1:]).any(2)
-            runs = coco_mask.encode(np.asfortranarray(inside))
-            shape = dict(size=list(size), counts=runs["counts"].decode("ascii"))
+        left, top = region.rings[0].min(0).tolist()
+        right, bottom = region.rings[0].max(0).tolist()
+        shape = run_lengths(region, size) if len(region.rings) > 1 else [region.rings[0].ravel().tolist()]
         annotations.append(dict(image_id=image_id, category_id=region.id, segmentation=shape, iscrowd=0,
                                 area=region.area, bbox=[left, top, right - left, bottom - top]))
     return image, annotations
 
 
+def run_lengths(region, size):
+    """Return COCO's run lengths of a region with holes in an image of `size` (H, W)."""
+    filled = [coco_mask.frPyObjects([ring.ravel().tolist()], *size)[0] for ring in region.rings]
+    inside = coco_mask.decode(filled[0]) & ~coco_mask.decode(filled[1:]).any(2)
+    runs = coco_mask.encode(np.asfortranarray(inside))
+    return dict(size=list(size), counts=runs["counts"].decode("ascii"))
+
+
 def geojson(regions, classes):
     """Return a GeoJSON FeatureCollection; coordinates are pixels x y from the upper left corner, y down."""
-    return dict(type="FeatureCollection", features=[
-        dict(type="Feature", properties={"class": classes[region.id][0], "id": region.id,
-                                         "area": region.area},
-             geometry=dict(type="Polygon", coordinates=[[*ring.tolist(), ring[0].tolist()]
-                                                        for ring in region.rings]))
-        for region in regions])
+    features = []
+    for region in regions:
+        rings = [[*ring.tolist(), ring[0].tolist()] for ring in region.rings]
+        properties = {"class": classes[region.id][0], "id": region.id, "area": region.area}
+        features.append(dict(type="Feature", properties=properties,
+                             geometry=dict(type="Polygon", coordinates=rings)))
+    return dict(type="FeatureCollection", features=features)
 
 
-class Shares:
-    """Adds up, over the parts of an image, counts (K,) of the pixels and sums (K,) of the confidence of each
-    class; ignored pixels do not count.
+# --- shares, probabilities, cutouts -----------------------------------------------------------------------
+class ClassShares:
+    """The share of the pixels and the mean confidence of every class of an image, which may be added in
+    several blocks; ignored pixels do not count.
     """
 
     def __init__(self, classes):
-        self.classes, self.counts, self.sums = classes, np.zeros(256, np.int64), np.zeros(256)
+        self.classes, self.counts, self.confidence_sums = classes, np.zeros(256, np.int64), np.zeros(256)
 
     def add(self, pred, confidence=None):
-        """Add class ids (h, w) and the probabilities (h, w) of the class that was chosen."""
+        """Add class ids (h, w) and the probabilities (h, w) of the class that was chosen; return self."""
         self.counts += np.bincount(pred.ravel(), minlength=256)
         if confidence is not None:
-            self.sums += np.bincount(pred.ravel(), confidence.ravel(), minlength=256)
+            self.confidence_sums += np.bincount(pred.ravel(), confidence.ravel(), minlength=256)
         return self
 
-    def named(self):
-        """Yield (name, share of the pixels, mean confidence) of the classes that there are."""
-        whole = self.counts[:len(self.classes)].sum()
-        for (name, _), count, confidence in zip(self.classes, self.counts, self.sums, strict=False):
-            if count:
-                yield name, count / whole, confidence / count
+    def per_class(self):
+        """Yield (name, share of the pixels, mean confidence) of the classes that occur."""
+        pixels = self.counts[:len(self.classes)].sum()
+        for id, (name, _) in enumerate(self.classes):
+            if self.counts[id]:
+                yield name, self.counts[id] / pixels, self.confidence_sums[id] / self.counts[id]
 
     def __str__(self):
-        order = sorted(self.named(), key=lambda entry: -entry[1])
-        return ", ".join(f"{name} {100 * share:.1f} %" for name, share, _ in order if share >= 0.0005)
+        ordered = sorted(self.per_class(), key=lambda entry: -entry[1])
+        return ", ".join(f"{name} {100 * share:.1f} %" for name, share, _ in ordered if share >= 0.0005)
 
     def entry(self, path, size):
         """Return {"image", "height", "width", "confidence", "classes": {name: {"share", "confidence"}}} of an
         image of `size` (H, W).
         """
-        named = {name: dict(share=round(share, 6), confidence=round(confidence, 4))
-                 for name, share, confidence in self.named()}
-        mean = sum(share * confidence for _, share, confidence in self.named())
+        named, mean = {}, 0.0
+        for name, share, confidence in self.per_class():
+            named[name] = dict(share=round(share, 6), confidence=round(confidence, 4))
+            mean += share * confidence
         return dict(image=str(path), height=size[0], width=size[1], confidence=round(mean, 4), classes=named)
-
-
-def save_gray(values, path, bits):
-    """Write probabilities (H, W) as a gray PNG of 8 or 16 bit, whose largest value stands for 1."""
-    top = 2 ** bits - 1
-    pixels = np.rint(values.clip(0, 1) * top).astype(np.uint8 if bits == 8 else np.uint16)
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
-
-
-def save_cutout(image, pred, background, path):
-    """Write an image (H, W, 3) as a PNG whose pixels of the class `background` are transparent."""
-    alpha = np.where(pred == background, 0, 255).astype(np.uint8)
-    pixels = np.dstack([image, alpha])
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
-
-
-def save_json(content, path):
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(content)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def file_word(name):
-    """Return a class name as part of a file name."""
-    return re.sub(r"[^\w-]+", "_", name)[:40] or "class"
-
-
-class PseudoLabels:
-    """A folder that train.py takes as it is: copies of images, masks in which unsure pixels are ignored."""
-
-    def __init__(self, folder, classes, threshold):
-        self.folder, self.classes, self.threshold, self.kept = folder, classes, threshold, []
-
-    def move_earlier(self):
-        """Move what an earlier run wrote: another model's labels must not mix with these."""
-        if self.folder.exists():
-            before = next(path for number in itertools.count(1)
-                          if not (path := self.folder.with_name(f"{self.folder.name}_{number}")).exists())
-            self.folder.rename(before)
-            print(f"the earlier pseudo-labels were moved to {before}")
-
-    def add(self, path, name, pred, confidence):
-        """Write the pair of an image file; pred, confidence: (H, W), as the image upright."""
-        if not self.kept:
-            self.move_earlier()
-        sure = confidence >= self.threshold
-        self.kept.append(float(sure.mean()))
-        labels = np.where(sure, pred, IGNORE).astype(np.uint8)
-        save_mask(labels, self.classes, self.folder / f"masks/{name}.png")
-        copy_file(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
-
-    def finish(self):
-        """Write the names of the classes and return a line that says how much was kept."""
-        save_classes(self.classes, self.folder)
-        return (f"pseudo-labels: {100 * np.mean(self.kept):.1f} % of the pixels are kept (probability of at "
-                f"least {self.threshold:g}), the others ignored; train on them with --dataset folder "
-                f"--data-root {self.folder}")
 
 
 class ShareTable:
     """A CSV file with a line per frame of a clip: frame (from 0), seconds, share of the pixels per class. It
-    appears under its name at the end, with the frames that there were.
+    appears under its name at the end, with the frames of a run that was stopped too.
     """
 
     def __init__(self, path, classes):
@@ -220,11 +169,70 @@ class ShareTable:
         self.count += 1
 
 
+def save_gray(values, path, bits):
+    """Write probabilities (H, W) as a gray PNG of 8 or 16 bit, whose largest value stands for 1."""
+    largest = 2 ** bits - 1
+    save_image(np.rint(values.clip(0, 1) * largest).astype(np.uint8 if bits == 8 else np.uint16), path)
+
+
+def save_cutout(image, pred, background, path):
+    """Write an image (H, W, 3) as a PNG whose pixels of the class `background` are transparent."""
+    alpha = np.where(pred == background, 0, 255).astype(np.uint8)
+    save_image(np.dstack([image, alpha]), path)
+
+
+def save_json(content, path):
+    """Write a JSON file, completely or not at all."""
+    text = json.dumps(content)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def file_word(name):
+    """Return a class name as it may stand in a file name."""
+    return re.sub(r"[^\w-]+", "_", name)[:40] or "class"
+
+
+# --- pseudo-labels ----------------------------------------------------------------------------------------
+class PseudoLabels:
+    """A folder that train.py takes as it is: copies of images, masks in which unsure pixels are ignored."""
+
+    def __init__(self, folder, classes, threshold):
+        self.folder, self.classes, self.threshold = folder, classes, threshold
+        self.labeled_shares = []  # of each image's pixels
+
+    def move_earlier(self):
+        """Move what an earlier run wrote: another model's labels must not mix with these."""
+        if self.folder.exists():
+            names = (self.folder.with_name(f"{self.folder.name}_{number}") for number in itertools.count(1))
+            target = next(path for path in names if not path.exists())
+            self.folder.rename(target)
+            print(f"the earlier pseudo-labels were moved to {target}")
+
+    def add(self, path, name, pred, confidence):
+        """Write the pair of an image file; pred, confidence: (H, W), as the image upright."""
+        if not self.labeled_shares:
+            self.move_earlier()
+        sure = confidence >= self.threshold
+        self.labeled_shares.append(float(sure.mean()))
+        labels = np.where(sure, pred, IGNORE).astype(np.uint8)
+        save_mask(labels, self.classes, self.folder / f"masks/{name}.png")
+        copy_file(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
+
+    def finish(self):
+        """Write the names of the classes and return a line that says how much is labeled."""
+        save_classes(self.classes, self.folder)
+        share = 100 * np.mean(self.labeled_shares)
+        return (f"pseudo-labels: {share:.1f} % of the pixels have a probability of at least "
+                f"{self.threshold:g}, the others are ignored; train on them with --dataset folder "
+                f"--data-root {self.folder}")
+
+
+# --- the background of a clip -----------------------------------------------------------------------------
 class Background:
-    """What stands behind the objects of a clip of `size` (H, W) in place of what was there.
+    """What replaces the background of a clip of `size` (H, W).
 
     kind: green, for a later program to replace; blur, of the frame itself; or an image file, cropped to the
-    clip's shape. Raises InputError where the file is none.
+    clip's shape. Raises InputError where it is not one of these.
     """
 
     def __init__(self, kind, size):
@@ -262,20 +270,19 @@ def blurred(frame, weight):
 
 
 def fill(image, size):
-    """Return an image (h, w, 3) resized, its proportions kept, until it covers `size` (H, W), and cropped."""
+    """Return an image (h, w, 3) resized in proportion until it covers `size` (H, W), and cropped to it."""
     height, width = size
     scale = max(height / image.shape[0], width / image.shape[1])
-    tall, wide = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
-    image = cv2.resize(image, (wide, tall), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    top, left = (tall - height) // 2, (wide - width) // 2
+    rows, columns = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    image = cv2.resize(image, (columns, rows), interpolation=method)
+    top, left = (rows - height) // 2, (columns - width) // 2
     return np.ascontiguousarray(image[top:top + height, left:left + width])
 
 
 def require_background(classes):
-    """Return the id of the class called background. Raises InputError where there is none."""
-    background = background_id(classes)
-    if background is None:
+    """Raise InputError where no class is called background."""
+    if background_id(classes) is None:
         names = ", ".join(name for name, _ in classes[:5])
-        raise InputError(f"--cutout leaves out the class called background, and this model has none ({names} "
-                         "...): leave it out")
-    return background
+        raise InputError(f"--cutout removes the class called background, which this model does not have "
+                         f"({names} ...): leave it out")

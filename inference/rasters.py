@@ -26,7 +26,7 @@ if rasterio:
     import rasterio.features
     import rasterio.warp
 
-UNWRITTEN = "cannot be written whole: is the disk full?"
+UNWRITTEN = "could not be written completely: is the disk full?"
 BLOCK = 256  # pixels of a side of the blocks in the files that are written
 
 
@@ -46,8 +46,8 @@ def segment(raster, predictor):
 
 class MaskFile:
     """A GeoTIFF of class ids that lies where a Raster lies: tiled, compressed, with the classes' colors; 255
-    is no data. The file appears under its name when it is whole: read again, since GDAL may say nothing of a
-    disk that is full. Raises InputError.
+    is no data. The file appears under its name when it is complete: it is read again, since GDAL may say
+    nothing of a disk that is full. Raises InputError.
     """
 
     def __init__(self, path, raster, classes):
@@ -73,11 +73,11 @@ class MaskFile:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, error_type, *_):
         try:
             with named_errors(self.path, UNWRITTEN):
                 self.file.close()
-                if kind is None:
+                if error_type is None:
                     if self.read_checksum() != self.checksum:
                         raise InputError(f"{self.path} {UNWRITTEN}")
                     os.replace(self.temporary, self.path)
@@ -86,18 +86,18 @@ class MaskFile:
 
     def read_checksum(self):
         """Return the checksum of what is in the file."""
-        found = 0
+        checksum = 0
         with rasterio.open(self.temporary) as file:
             for top in range(0, file.height, BLOCK):
                 rows = min(BLOCK, file.height - top)
                 window = rasterio.windows.Window(0, top, file.width, rows)
-                found = zlib.crc32(file.read(1, window=window), found)
-        return found
+                checksum = zlib.crc32(file.read(1, window=window), checksum)
+        return checksum
 
 
 def save_polygons(path, classes, target, keep=None):
-    """Write the regions of a mask file as a GeoJSON FeatureCollection, without those of the class `keep`; one
-    is in memory at a time.
+    """Write the regions of a mask file as a GeoJSON FeatureCollection, without those of the class `keep`;
+    only one of them is in memory at a time.
 
     Coordinates are longitude and latitude (RFC 7946) where the file has a coordinate system, else those of
     its transform. area: in the square of that system's own unit (square meters for meters), without holes.

@@ -73,9 +73,8 @@ def as_jpeg(picture, width=None):
     """Return a picture (H, W, 3) uint8 as a data URL of a JPEG at most `width` pixels wide."""
     image = Image.fromarray(picture)
     if width and image.width > width:
-        image = image.resize(
-            (width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS
-        )
+        height = max(1, round(image.height * width / image.width))
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -91,43 +90,38 @@ def number(value):
 def figure(caption, picture, width=None):
     """Return one picture with its caption as HTML."""
     text = escape(caption)
-    return (
-        f'<figure><img alt="{text}" src="{as_jpeg(picture, width)}"><figcaption>{text}</figcaption></figure>'
-    )
+    picture = f'<img alt="{text}" src="{as_jpeg(picture, width)}">'
+    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
 
 
 def class_table(rows):
     """Return the sortable table of the classes as HTML; rows as per_class of metrics.json."""
     heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>'
                     for name in ("class", *COLUMNS.values()))
-    body = []
+    lines = []
     for row in rows:
-        color = "#{:02x}{:02x}{:02x}".format(*row["color"])
-        name = escape(row["name"])
-        cells = [
-            f'<td data-value="{name}"><span class="swatch" style="background:{color}"></span>{name}</td>'
-        ]
+        color, name = "#{:02x}{:02x}{:02x}".format(*row["color"]), escape(row["name"])
+        swatch = f'<span class="swatch" style="background:{color}"></span>'
+        cells = [f'<td data-value="{name}">{swatch}{name}</td>']
         for key in COLUMNS:
-            shown = number(row[key])
-            cells.append(f'<td data-value="{"" if shown == MISSING else row[key]}">{shown}</td>')
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}'
-        "</tbody></table></div>"
-    )
+            text = number(row[key])
+            cells.append(f'<td data-value="{"" if text == MISSING else row[key]}">{text}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
 def picture_rows(rows):
     """Return rows of pictures as HTML; rows = [(title, [(caption, picture (H, W, 3) uint8), ...]), ...]."""
-    parts = []
+    lines = []
     for title, panels in rows:
         pictures = "".join(figure(caption, picture, PANEL_WIDTH) for caption, picture in panels)
-        parts.append(f'<h3 class="small">{escape(title)}</h3><div class="row">{pictures}</div>')
-    return "".join(parts)
+        lines.append(f'<h3 class="small">{escape(title)}</h3><div class="row">{pictures}</div>')
+    return "".join(lines)
 
 
 def report_page(result, figures, worst, confused):
-    """Return the whole page.
+    """Return the page.
 
     result: as in metrics.json. figures: [(caption, picture)]. worst, confused: rows as in picture_rows.
     """
@@ -157,15 +151,15 @@ def report_page(result, figures, worst, confused):
 
 
 def existing_figures(folder, names):
-    """Return [(caption, picture (H, W, 3) uint8)] of the PNG files {name: caption} that a folder holds; says
-    which of them are damaged.
+    """Return [(caption, picture (H, W, 3) uint8)] of the PNG files {name: caption} that a folder holds;
+    prints which of them are damaged.
     """
-    found = []
-    for path, caption in ((Path(folder) / name, caption) for name, caption in names.items()):
+    figures = []
+    for name, caption in names.items():
+        path = Path(folder) / name
         if path.is_file():
             try:
-                picture = Image.open(path, formats=["PNG"]).convert("RGB")
-                found.append((caption, np.asarray(picture)))
+                figures.append((caption, np.asarray(Image.open(path, formats=["PNG"]).convert("RGB"))))
             except (OSError, ValueError, SyntaxError) as error:
                 print(f"{path} is damaged ({error}): the report goes without it")
-    return found
+    return figures

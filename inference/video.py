@@ -1,22 +1,26 @@
-"""Reading frames from files, cameras and streams; writing clips that browsers play; threads between them.
+"""Video: frames from files, cameras and streams; clips that browsers play; threads and a GPU between them.
 
     reader = VideoReader("clip.mp4")                  # or "0", "rtsp://..."
     with VideoWriter("out.mp4", reader.size, reader.fps, sound_of="clip.mp4") as writer:
         with ReadAhead(reader) as frames, WriteBehind(writer.write) as encode:
-            for frame in frames:                      # (H, W, 3) uint8 RGB; the next ones are decoded
-            meanwhile
-                encode.put(frame)                     # returns at once, unless several wait already
+            for frame in frames:                      # (H, W, 3) uint8 RGB; later ones are being decoded
+                encode.put(frame)                     # returns at once, unless several are waiting already
+
+Pipeline does the same with a model and an overlay in between. Clips are written through PyAV.
 """
 import errno
 import itertools
 import os
+import queue
 import shutil
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -24,11 +28,11 @@ import torch
 from tqdm import tqdm
 
 from config import InputError
-from inference.threads import ReadAhead, WriteBehind
+from inference.predictor import predict
 
 try:
     import av
-except ImportError:  # clips are then written as mp4v through OpenCV
+except ImportError:
     av = None
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complaints come as one line instead
@@ -39,33 +43,29 @@ COUNTED = {".mp4", ".mov", ".m4v", ".avi"}  # containers that store how many fra
 LONGEST_GAP = 10.0  # seconds between two frames of a file that are believed
 MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "alac", "opus"}  # codecs that an .mp4 may hold as they are
 RESERVE = 1 << 26  # bytes of disk that stay free for the end of a clip: frames in the encoder, its index
+DEPTH = 4  # items that wait between two threads
 
 
-# --- files, cameras, streams ------------------------------------------------------------------------------
+# --- reading: files, cameras, streams ---------------------------------------------------------------------
 class VideoReader:
     """Iterates over the frames of a file, camera index or stream URL as (H, W, 3) uint8 RGB, upright.
 
     size = (H, W) in pixels, fps = Fraction, count = frames the file claims or None, live = camera, stream or
-    pipe, drops = whether frames are lost that are not taken in time. Raises InputError where the source does
+    pipe, drops = whether frames that are not read in time are lost. Raises InputError where the source does
     not open or gives no frame.
     """
 
     def __init__(self, source):
         self.source = str(source)
-        self.live = self.source.isdecimal() or "://" in self.source or Path(self.source).is_fifo()
+        self.is_camera, self.is_url = self.source.isdecimal(), "://" in self.source
+        self.live = self.is_camera or self.is_url or Path(self.source).is_fifo()
         if not self.live and not Path(self.source).is_file():
             raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
         check_name(self.source)
-        if self.source.isdecimal() and len(self.source) > 4:
-            raise InputError(f"--input {source} is no number of a camera: they count from 0")
+        if self.is_camera and len(self.source) > 4:
+            raise InputError(f"--input {source} is not a camera index: they count from 0")
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        if "://" in self.source:
-            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
-            self.capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
-        else:
-            # the whole path, since a colon in a file's name would look like a protocol
-            plain = int(self.source) if self.source.isdecimal() else str(Path(self.source).absolute())
-            self.capture = cv2.VideoCapture(plain)
+        self.capture = self.open_capture()
         opened, self.first = self.capture.read() if self.capture.isOpened() else (False, None)
         if not opened:
             raise InputError(f"--input {source} does not open as a video: check the file, camera or URL")
@@ -73,8 +73,17 @@ class VideoReader:
         self.fps = exact_rate(self.capture.get(cv2.CAP_PROP_FPS))
         count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.count = count if count > 0 and not self.live else None
-        sends = self.source.split("://")[0] in LIVE_PROTOCOLS or "://" in self.source and count <= 0
-        self.drops = self.source.isdecimal() or sends
+        is_broadcast = self.source.split("://")[0] in LIVE_PROTOCOLS or count <= 0
+        self.drops = self.is_camera or self.is_url and is_broadcast
+
+    def open_capture(self):
+        """Return the cv2.VideoCapture of the source, opened or not."""
+        if self.is_camera:
+            return cv2.VideoCapture(int(self.source))
+        if self.is_url:
+            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
+            return cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
+        return cv2.VideoCapture(str(Path(self.source).absolute()))  # a colon in a name is not a protocol then
 
     def __iter__(self):
         return (frame for frame, _ in self.timed())
@@ -92,8 +101,8 @@ class VideoReader:
                     shift = stamp - last - float(1 / self.fps)
                 seconds = last = stamp - shift
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), seconds
-            good, frame = self.capture.read()
-            frame = frame if good else None
+            read, frame = self.capture.read()
+            frame = frame if read else None
         self.capture.release()
 
     def ended_early(self, frames):
@@ -101,8 +110,8 @@ class VideoReader:
 
         Only where the container stores their number; elsewhere it is a guess from the duration.
         """
-        stored = Path(self.source).suffix.lower() in COUNTED
-        return stored and self.count is not None and frames + max(2, 0.02 * self.count) < self.count
+        is_stored = Path(self.source).suffix.lower() in COUNTED
+        return is_stored and self.count is not None and frames + max(2, 0.02 * self.count) < self.count
 
 
 def check_name(path):
@@ -118,14 +127,19 @@ def exact_rate(fps):
     """Return a frame rate as the fraction it stands for: 29.97 -> 30000/1001, 12.5 -> 25/2."""
     if not 0 < fps < 1000:  # also NaN
         return FALLBACK_FPS
-    ntsc = [Fraction(base * 1000, 1001) for base in (24, 30, 48, 60, 120)]
-    near = [rate for rate in ntsc if abs(rate - Fraction(fps)) < 0.005]
-    return near[0] if near else Fraction(fps).limit_denominator(1000)
+    for base in (24, 30, 48, 60, 120):
+        ntsc = Fraction(base * 1000, 1001)
+        if abs(ntsc - Fraction(fps)) < 0.005:
+            return ntsc
+    return Fraction(fps).limit_denominator(1000)
 
 
-def has_h264():
-    """Return whether PyAV is installed with an H.264 encoder."""
-    return av is not None and "libx264" in av.codecs_available
+# --- writing: H.264, with the sound of the input ----------------------------------------------------------
+def require_encoder():
+    """Raise InputError where clips cannot be written."""
+    if av is None or "libx264" not in av.codecs_available:
+        raise InputError("clips are written by PyAV and its H.264 encoder, which are not installed: "
+                         "pip install av")
 
 
 class SoundCopy:
@@ -144,9 +158,9 @@ class SoundCopy:
         start = (picture.start_time or 0) * picture.time_base  # files need not start at 0
         self.shift, self.last, self.seconds = round(start / stream.time_base), None, 0.0
         self.packets = self.source.demux(stream)
-        self.packet = self.following()
+        self.packet = self.next_packet()
 
-    def following(self):
+    def next_packet(self):
         """Return the next packet that lies after the picture's start and the last packet, or None."""
         try:
             for packet in self.packets:
@@ -159,7 +173,7 @@ class SoundCopy:
             pass
         return None
 
-    def until(self, seconds):
+    def copy_until(self, seconds):
         """Write the sound up to `seconds` after the start."""
         while self.packet is not None and self.packet.pts * self.packet.time_base <= seconds:
             self.last, self.seconds = self.packet.dts, float(self.packet.pts * self.packet.time_base)
@@ -169,48 +183,43 @@ class SoundCopy:
             except ValueError:  # out of order for the container
                 self.packet = None
                 return
-            self.packet = self.following()
+            self.packet = self.next_packet()
 
 
 class VideoWriter:
-    """Writes (H, W, 3) uint8 RGB frames of one size to an .mp4 of that size and rate.
+    """Writes (H, W, 3) uint8 RGB frames of one size to an H.264 .mp4 of that size and rate.
 
-    H.264 through PyAV where it is installed (plays in browsers), else mp4v through OpenCV. sound_of: a file
-    whose sound is copied (PyAV only; `sound` says whether it is). The file appears under its name when it is
-    closed, whole; leaving the `with` block by an error closes it too, with what was written before.
+    sound_of: a file whose sound is copied (`sound`: its SoundCopy, or None). The file appears under its name
+    when it is closed, complete; leaving the `with` block by an error closes it too, with what was written
+    before. Raises InputError where PyAV is missing.
     """
 
     def __init__(self, path, size, fps, sound_of=None):
+        require_encoder()
         self.path, self.size, self.fps, self.frames = Path(path), tuple(size), Fraction(fps), 0
-        temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
-        self.temporary = temporary.absolute()  # a colon in a name would look like a protocol
         check_name(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.codec, self.sound, self.position = "H.264" if has_h264() else "mp4v", None, -1
-        if self.codec == "H.264":
-            options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded whole
-            self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
-            self.stream = self.container.add_stream("libx264", rate=self.fps)
-            self.stream.height, self.stream.width = self.size
-            # 4:2:0 is what browsers play; it cannot hold an odd size
-            self.stream.pix_fmt = "yuv444p" if self.size[0] % 2 or self.size[1] % 2 else "yuv420p"
-            self.stream.options = {"crf": "20", "preset": "veryfast", "x264-params": "colormatrix=smpte170m"}
-            self.sound = self.open_sound(sound_of)
-        else:
-            code = cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(str(self.temporary), code, float(self.fps), self.size[::-1])
-            if not self.writer.isOpened():
-                raise InputError(f"{path} cannot be written as mp4v: install PyAV (pip install av)")
+        temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
+        self.temporary = temporary.absolute()  # a colon in a name would look like a protocol
+        options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded completely
+        self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
+        self.stream = self.container.add_stream("libx264", rate=self.fps)
+        self.stream.height, self.stream.width = self.size
+        # 4:2:0 is what browsers play; it cannot hold an odd size
+        self.stream.pix_fmt = "yuv444p" if self.size[0] % 2 or self.size[1] % 2 else "yuv420p"
+        self.stream.options = {"crf": "20", "preset": "veryfast", "x264-params": "colormatrix=smpte170m"}
+        self.position = -1  # of the last frame, in units of 1 / fps
+        self.sound = self.open_sound(sound_of) if sound_of else None
 
     def open_sound(self, path):
         """Return the SoundCopy of a file, or None where it has no sound that an .mp4 may hold."""
         try:
-            return SoundCopy(path, self.container) if path else None
+            return SoundCopy(path, self.container)
         except (av.error.FFmpegError, IndexError, ValueError, OSError):
             return None
 
-    def write(self, frame, seconds=None):
-        """Append one frame, shown `seconds` after the first, by default as long after the last as fps says.
+    def write(self, frame, seconds=0.0):
+        """Append one frame, shown `seconds` after the first, at the earliest 1 / fps after the last.
 
         Raises ValueError for a frame of another size, OSError where the disk is full.
         """
@@ -218,27 +227,20 @@ class VideoWriter:
             raise ValueError(f"frame of {frame.shape[:2]} in a clip of {self.size}")
         if shutil.disk_usage(self.path.parent).free < RESERVE:  # once it is full, no index can be written
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self.frames, before = self.frames + 1, self.position
-        self.position = max(before + 1, round((seconds or 0.0) * self.fps))  # in units of 1 / fps
-        if self.codec == "H.264":
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = self.position, 1 / self.fps
-            if self.sound:
-                self.sound.until((self.position + 1) / self.fps)
-            self.container.mux(self.stream.encode(picture))
-        else:
-            for _ in range(self.position - before):  # this way of writing knows no times
-                self.writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        self.frames += 1
+        self.position = max(self.position + 1, round(seconds * self.fps))
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture.pts, picture.time_base = self.position, 1 / self.fps
+        if self.sound:
+            self.sound.copy_until((self.position + 1) / self.fps)
+        self.container.mux(self.stream.encode(picture))
 
     def close(self):
         """Finish the file and give it its name; without a frame nothing is left."""
         try:
-            if self.codec == "H.264":
-                if self.frames:
-                    self.container.mux(self.stream.encode(None))
-                self.container.close()
-            else:
-                self.writer.release()
+            if self.frames:
+                self.container.mux(self.stream.encode(None))
+            self.container.close()
             if self.frames:
                 os.replace(self.temporary, self.path)
         finally:
@@ -249,6 +251,167 @@ class VideoWriter:
 
     def __exit__(self, *_):
         self.close()
+
+
+# --- threads before and behind the work -------------------------------------------------------------------
+class ReadAhead:
+    """Iterates over `source` in a thread of its own, up to `depth` items ahead of whoever takes them.
+
+    newest: for live sources: the oldest waiting item is dropped (counted in `dropped`) rather than letting
+    the source wait. stop: once its `asked` is true, the items end, even where the source sends none. seconds
+    = time spent in the source. What the source raises is raised to the taker.
+    """
+
+    def __init__(self, source, depth=DEPTH, newest=False, stop=None):
+        self.source, self.newest, self.stop = source, newest, stop
+        self.queue, self.closed = queue.Queue(depth), threading.Event()
+        self.seconds, self.dropped = 0.0, 0
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    def work(self):
+        """Fill the queue with (item, error) pairs; the last one is (None, error or StopIteration)."""
+        try:
+            items = iter(self.source)
+            while not self.closed.is_set():
+                start = time.perf_counter()
+                try:
+                    item = next(items)
+                finally:
+                    self.seconds += time.perf_counter() - start
+                self.offer((item, None), self.newest)
+        except Exception as error:  # StopIteration too
+            self.offer((None, error), newest=False)
+
+    def offer(self, pair, newest):
+        """Put a pair into the queue, waiting for room or, with `newest`, making it."""
+        while not self.closed.is_set():
+            try:
+                return self.queue.put(pair, timeout=0 if newest else 0.1)
+            except queue.Full:
+                if newest:
+                    with suppress(queue.Empty):
+                        self.queue.get_nowait()
+                        self.dropped += 1
+
+    def __iter__(self):
+        while True:
+            try:
+                item, error = self.queue.get(timeout=0.2)
+            except queue.Empty:  # a source that sends nothing must not keep a stopped run alive
+                if self.stop is not None and self.stop.asked:
+                    return
+                continue
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.closed.set()
+        self.thread.join(timeout=2)  # it may hang in a source that sends nothing; it ends with the process
+
+
+class WriteBehind:
+    """Calls function(*items) for what is put, in its order, in a thread of its own.
+
+    seconds = time spent in the function. What it raises is raised by the next put, or at the end.
+    """
+
+    def __init__(self, function, depth=DEPTH):
+        self.function, self.queue, self.error, self.seconds = function, queue.Queue(depth), None, 0.0
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    def work(self):
+        """Take items until None comes; after an error the rest is thrown away, so that nobody waits."""
+        while (items := self.queue.get()) is not None:
+            if self.error is None:
+                start = time.perf_counter()
+                try:
+                    self.function(*items)
+                except Exception as error:
+                    self.error = error
+                self.seconds += time.perf_counter() - start
+
+    def put(self, *items):
+        """Hand over the arguments of one call; waits while `depth` calls are waiting already."""
+        if self.error is not None:
+            raise self.error
+        self.queue.put(items)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, error_type, *_):
+        self.queue.put(None)
+        self.thread.join()
+        if error_type is None and self.error is not None:
+            raise self.error
+
+
+# --- segmenting, and painting on a GPU --------------------------------------------------------------------
+def at_once(predictor):
+    """Return the `segment` of a Pipeline that calls a function of images (n, 3, H, W) uint8 and waits."""
+    def segment(frames):
+        preds = predictor(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))  # (n, H, W) uint8
+        return lambda: list(zip(frames, preds, strict=True))
+
+    return segment
+
+
+class FramesOnGpu:
+    """The `segment` of a Pipeline that begins with a batch and lets nothing but its result wait for the GPU.
+
+    predictor: a Predictor on a GPU (on a CPU, it works at once); paint: a Paint, None = frames as they are.
+    Memory that is pinned lets copies run beside the GPU's work; torch keeps and reuses it.
+    """
+
+    def __init__(self, predictor, paint=None):
+        self.predictor, self.paint, self.device = predictor, paint, predictor.device
+        self.pinned = self.device.type == "cuda"
+
+    def fetch(self, values):
+        """Begin to copy a tensor to the CPU; return where it will be."""
+        target = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.pinned)
+        return target.copy_(values, non_blocking=True)
+
+    @torch.inference_mode()
+    def __call__(self, frames):
+        staged = torch.empty(len(frames), *frames[0].shape, dtype=torch.uint8, pin_memory=self.pinned)
+        np.stack(frames, out=staged.numpy())
+        images = staged.to(self.device, non_blocking=True)  # (n, H, W, 3)
+        predictor = self.predictor
+        preds = predict(predictor.model, images.permute(0, 3, 1, 2), predictor.protocol, predictor.precision)
+        drawn = self.fetch(self.paint(images, preds)).numpy() if self.paint else frames
+        ids, done = self.fetch(preds).numpy(), torch.cuda.Event() if self.pinned else None
+        if done:
+            done.record(torch.cuda.current_stream(self.device))
+
+        def wait():
+            if done:
+                done.synchronize()
+            return list(zip(drawn, ids, strict=True))
+
+        return wait
+
+
+class Paint:
+    """visualize.overlay on a device: frames (n, H, W, 3), class ids (n, H, W) -> (n, H, W, 3), all uint8."""
+
+    def __init__(self, table, alpha, keep, device):
+        self.colors = torch.from_numpy(table).to(device).float() * alpha  # (256, 3)
+        self.weights = torch.full((256, 1), 1 - alpha, device=device)  # of the frame below
+        if keep is not None:
+            self.colors[keep], self.weights[keep] = 0, 1
+
+    def __call__(self, frames, preds):
+        ids = preds.int()
+        return (frames * self.weights[ids] + self.colors[ids]).round_().to(torch.uint8)
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------
@@ -263,7 +426,7 @@ def draw_rate(frame, rate):
 
 
 class Rate:
-    """Frames per second of the last half a hundred frames that were drawn."""
+    """Frames per second of the last fifty frames that were drawn."""
 
     def __init__(self):
         self.times = deque([time.perf_counter()], maxlen=51)
@@ -274,28 +437,19 @@ class Rate:
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
 
-def batches_of(frames, size):
-    """Yield lists of up to `size` frames."""
-    while batch := list(itertools.islice(frames, size)):
+def batches_of(items, size):
+    """Yield lists of up to `size` items."""
+    while batch := list(itertools.islice(items, size)):
         yield batch
-
-
-def at_once(predictor):
-    """Return the `segment` of a Pipeline that calls a function of images (n, 3, H, W) uint8 and waits."""
-    def segment(frames):
-        preds = predictor(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))  # (n, H, W) uint8
-        return lambda: list(zip(frames, preds, strict=True))
-
-    return segment
 
 
 @dataclass
 class Pipeline:
-    """Reads, predicts, draws and writes the frames of a clip, camera or stream.
+    """Reads, segments, draws and writes the frames of a clip, camera or stream.
 
     segment: list of frames (H, W, 3) uint8 -> function that returns [(frame, label map (H, W))], which is
     called when `ahead` more batches were begun; draw: (frame, label map, seconds since the first frame,
-    frames per second so far) -> frame; show: frame -> whether to stop. Decoding, the model, drawing and
+    frames per second until now) -> frame; show: frame -> whether to stop. Decoding, the model, drawing and
     encoding each have a thread, with short queues between them, so that the slowest alone decides.
     """
 
@@ -307,43 +461,58 @@ class Pipeline:
     max_frames: int = None
     show: Callable = None
     ahead: int = 0
+    model_seconds: float = 0.0  # spent in `segment` and what it returns
 
     def run(self, stop):
         """Work until the frames, max_frames or stop.asked end it; the model and show() run in this thread.
 
         Returns ({stage: busy seconds}, number of frames that a live source had to drop).
         """
-        reader, rate, begun, model_seconds = self.reader, Rate(), deque(), 0.0
-        total = min(filter(None, (reader.count, self.max_frames)), default=None)
-        # what a live source drops does not count
+        reader, rate = self.reader, Rate()
+        # of a live source, more are read: those that are dropped do not count
         source = reader.timed() if reader.drops else itertools.islice(reader.timed(), self.max_frames)
+        total = min(filter(None, (reader.count, self.max_frames)), default=None)
 
-        def finish(frame, pred, seconds):
+        def draw_and_encode(frame, pred, seconds):
             drawn = self.draw(frame, pred, seconds, rate.tick())
             encode.put(drawn, seconds)
             return drawn
 
         with (ReadAhead(source, newest=reader.drops, stop=stop) as frames,
-              WriteBehind(self.writer.write) as encode, WriteBehind(finish) as draw,
+              WriteBehind(self.writer.write) as encode, WriteBehind(draw_and_encode) as draw,
               tqdm(total=total, unit="frame", leave=False, disable=None) as bar):
-            batches = batches_of(itertools.islice(frames, self.max_frames), self.batch_size)
-            for batch in itertools.chain(batches, [[]] * self.ahead):  # at the end nothing more is begun
-                start = time.perf_counter()
-                if batch:
-                    begun.append(([seconds for _, seconds in batch], self.segment([one for one, _ in batch])))
-                segmented = []
-                if begun and (len(begun) > self.ahead or not batch):
-                    times, wait = begun.popleft()
-                    segmented = [(*pair, seconds) for pair, seconds in zip(wait(), times, strict=True)]
-                model_seconds += time.perf_counter() - start
-                for one in segmented:
+            for batch in self.segmented(itertools.islice(frames, self.max_frames)):
+                for frame, pred, seconds in batch:
                     if self.show is None:
-                        draw.put(*one)
-                    elif self.show(finish(*one)):
+                        draw.put(frame, pred, seconds)
+                    elif self.show(draw_and_encode(frame, pred, seconds)):
                         stop.asked = True
                         break
-                bar.update(len(segmented))
+                bar.update(len(batch))
                 if stop.asked:
                     break
-        stages = dict(decode=frames.seconds, model=model_seconds, draw=draw.seconds, encode=encode.seconds)
+        stages = dict(decode=frames.seconds, model=self.model_seconds, draw=draw.seconds,
+                      encode=encode.seconds)
         return stages, frames.dropped
+
+    def segmented(self, frames):
+        """Yield batches [(frame, label map, seconds)] in order, each after `ahead` more were begun.
+
+        frames: of VideoReader.timed.
+        """
+        begun = deque()  # (seconds of the frames, function that waits for the result)
+        for batch in batches_of(frames, self.batch_size):
+            start = time.perf_counter()
+            begun.append(([seconds for _, seconds in batch], self.segment([frame for frame, _ in batch])))
+            self.model_seconds += time.perf_counter() - start
+            if len(begun) > self.ahead:
+                yield self.wait_for(*begun.popleft())
+        while begun:
+            yield self.wait_for(*begun.popleft())
+
+    def wait_for(self, times, wait):
+        """Return the [(frame, label map, seconds)] of a batch that was begun."""
+        start = time.perf_counter()
+        pairs = wait()
+        self.model_seconds += time.perf_counter() - start
+        return [(frame, pred, seconds) for (frame, pred), seconds in zip(pairs, times, strict=True)]

@@ -293,7 +293,7 @@ def flags_of(script, world):
         "train": [*world.train_flags(), "--out-dir", "out"], "evaluate": ["--model", world.best, *common],
         "infer_image": ["--input", world.photo, "--model", world.best, *common],
         "infer_video": ["--input", world.clip, "--model", world.best, *common],
-        "export": ["--model", world.best, "--format", "torchscript", "--out", "m.torchscript"],
+        "export": ["--model", world.best, "--format", "onnx", "--out", "m.onnx"],
         "check_data": ["--dataset", "folder", "--data-root", world.data, "--out-dir", "out"],
         "compare": [world.run, *common], "model": world.train_flags(),
     }[script]
@@ -361,7 +361,7 @@ def users_of(world, target):
     return [
         ("infer_image", ["--input", world.photo, "--model", target, *common]),
         ("evaluate", ["--model", target, *common]),
-        ("export", ["--model", target, "--format", "torchscript", "--out", "m.torchscript"]),
+        ("export", ["--model", target, "--format", "onnx", "--out", "m.onnx"]),
     ]
 
 
@@ -960,7 +960,7 @@ def warm_up():
     for name in (
         "matplotlib.figure", "matplotlib.backends.backend_agg", "timm", "torchvision", "onnxruntime",
         "scipy", "av", "onnx", "checkpoint", "datasets", "engine", "trackers", "visualize", "dataio.extra",
-        "inference.predictor", "inference.outputs", "inference.smooth", "inference.report",
+        "inference.predictor", "inference.outputs", "inference.report",
         "inference.rasters",
     ):
         __import__(name)

@@ -271,7 +271,7 @@ def test_what_cannot_be_ranked_is_refused(tmp_path, run, unmeasured, truths, kin
 
 
 # --- runs of train.py -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["torchscript", pytest.param("openvino", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["onnx", pytest.param("openvino", marks=pytest.mark.long)])
 @pytest.mark.long
 def test_exported_and_copied_models_are_compared_while_they_are_what_was_scored(runs, tmp_path, run, kind):
     _, folders = runs

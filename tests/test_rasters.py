@@ -38,7 +38,7 @@ def picture(height=130, width=171, seed=0):
 
 @pytest.fixture
 def model_file(tmp_path):
-    """A model of three classes that says all of them."""
+    """A model of three classes that predicts all of them."""
     net = tiny().eval()
     torch.nn.init.normal_(net.head.conv_seg.weight, std=0.3)
     image = torch.from_numpy(picture())[None]
@@ -75,7 +75,7 @@ def test_a_geotiff_gives_a_mask_that_lies_where_it_lies(tmp_path, segment, model
         mask = file.read(1)
         assert (file.crs, file.transform, file.shape) == (source.crs, source.transform, source.shape)
         assert file.nodata == 255 and file.dtypes == ("uint8",) and file.compression.value == "DEFLATE"
-        assert file.is_tiled and file.block_shapes == [(256, 256)]
+        assert file.block_shapes == [(256, 256)]
         assert [file.colormap(1)[id][:3] for id in range(3)] == [color for _, color in CLASSES]
         assert [file.tags()[f"class_{id}"] for id in range(3)] == [name for name, _ in CLASSES]
     nothing = (pixels == 0).all(0)
@@ -92,19 +92,20 @@ def test_a_geotiff_gives_a_mask_that_lies_where_it_lies(tmp_path, segment, model
 def test_polygons_are_the_mask_again_and_their_areas_those_of_its_pixels(tmp_path, segment):
     path = write_tiff(tmp_path / "ortho.tif", picture())
     folder, _ = segment("--input", path, "--polygons", "geojson")
-    found = json.loads((folder / "ortho.geojson").read_text())
+    features = json.loads((folder / "ortho.geojson").read_text())["features"]
     with rasterio.open(folder / "ortho_mask.tif") as file:
         mask = file.read(1)
         shapes = [(rasterio.warp.transform_geom("EPSG:4326", file.crs, feature["geometry"]),
-                   feature["properties"]["id"]) for feature in found["features"]]
+                   feature["properties"]["id"]) for feature in features]
         drawn = rasterio.features.rasterize(shapes, mask.shape, transform=file.transform, fill=0)
     assert (drawn == mask).mean() > 0.999  # longitude and latitude round
-    longitude, latitude = found["features"][0]["geometry"]["coordinates"][0][0]
+    longitude, latitude = features[0]["geometry"]["coordinates"][0][0]
     assert 11 < longitude < 12 and 48 < latitude < 49  # where EPSG:32632 has these coordinates
+    entries = [feature["properties"] for feature in features]
     for id in (1, 2):
-        area = sum(one["properties"]["area"] for one in found["features"] if one["properties"]["id"] == id)
+        area = sum(entry["area"] for entry in entries if entry["id"] == id)
         assert area == pytest.approx(0.04 * (mask == id).sum(), rel=1e-5)  # square meters
-    assert {one["properties"]["class"] for one in found["features"]} == {"roof", "road"}
+    assert {entry["class"] for entry in entries} == {"roof", "road"}
 
 
 def test_deep_bands_in_another_order_are_scaled_by_percentiles(tmp_path, segment, model_file):
@@ -118,22 +119,22 @@ def test_deep_bands_in_another_order_are_scaled_by_percentiles(tmp_path, segment
     with rasterio.open(folder / "deep_mask.tif") as file:
         assert (file.read(1) == want).all()
         assert json.loads(file.tags()["scaled_from"]) == [list(pair) for pair in zip(low, high, strict=True)]
-    assert "bands deeper than 8 bit were scaled from" in text
+    assert f"{low[0]:g} to {high[0]:g}" in text
 
 
 def test_tiles_without_data_are_not_computed(tmp_path):
     pixels = np.zeros((3, 900, 700), np.uint8)
     pixels[:, 500:560, 300:420] = 99
-    seen = []
+    computed = []
 
     def probabilities(crops):
-        seen.append(len(crops))
+        computed.append(len(crops))
         return torch.full((len(crops), 3, 64, 64), 1 / 3)
 
     with rasters.Raster(write_tiff(tmp_path / "map.tif", pixels, nodata=0)) as raster:
         tiles = Tiles(probabilities, raster, (64, 64), (48, 48), 3)
-        rows = sum(tiles.pixels(part).shape[2] for _, part in tiles.slices())
-        assert rows == 900 and 2 <= sum(seen) <= 3 * 5
+        rows = sum(tiles.pixels(block).shape[2] for _, block in tiles.slices())
+        assert rows == 900 and 2 <= sum(computed) <= 3 * 5
         assert not raster.valid(slice(0, 100)).any() and raster.valid(slice(500, 560)).sum() == 60 * 120
 
 
@@ -142,14 +143,16 @@ def test_what_cannot_be_is_one_line(tmp_path, segment, run):
     (tmp_path / "broken.tif").write_bytes(path.read_bytes()[:3000])
     (tmp_path / "none.tif").write_bytes(b"II*\0 no")
     folder, text = segment("--input", tmp_path / "broken.tif", tmp_path / "none.tif", path, code=1)
-    assert text.count("skipped: ") == 2 and "broken.tif is damaged or no TIFF" in text
+    assert text.count("skipped: ") == 2 and "broken.tif" in text and "none.tif" in text
     assert (folder / "ortho_mask.tif").exists() and not (folder / "broken_mask.tif").exists()
     assert not list(folder.glob(".*"))
     _, text = segment("--input", path, "--bands", 1, 2, 7, code=2)
-    assert "ortho.tif has 3 bands: --bands 1 2 7 asks for others" in text
-    _, text = segment("--input", path, "--cutout", code=2)
-    assert "ortho.tif is read by windows: leave out --cutout" in text
-    assert run(infer_image, "--input", path, "--bands", 1, 2, 3)[0] == 2  # without tiles
+    assert "ortho.tif" in text and "--bands 1 2 7" in text
+    for flag in (["--cutout"], ["--min-confidence", 0.5], ["--polygons", "coco"], ["--probabilities", "max"]):
+        _, text = segment("--input", path, *flag, code=2)
+        assert "ortho.tif" in text and flag[0] in text and text.count("\n") == 1
+    code, _, err = run(infer_image, "--input", path, "--bands", 1, 2, 3, "--model", tmp_path / "model.pth")
+    assert code == 2 and "--bands" in err and "--protocol tile" in err and err.count("\n") == 1
 
 
 def test_without_rasterio_a_tiff_is_an_image_like_others(tmp_path, segment, model_file, monkeypatch):
@@ -181,7 +184,7 @@ def test_bands_are_those_that_the_file_says_or_the_user(tmp_path, segment):
     five = np.concatenate([colors[:1] // 2, colors[::-1], colors[:1]])  # ?, blue, green, red, ?
     path = write_tiff(tmp_path / "five.tif", five)
     _, text = segment("--input", path, code=2)
-    assert "five.tif has 5 bands and does not say which of them are red, green and blue" in text
+    assert "five.tif" in text and "--bands" in text
     with rasters.Raster(path, (4, 3, 2)) as raster:
         assert (raster.read(0, 0, 130, 171)[0].numpy() == colors).all()
     with rasterio.open(path, "r+") as file:
@@ -198,7 +201,7 @@ def test_images_without_data_or_smaller_than_a_tile(tmp_path, segment, model_fil
     write_tiff(tmp_path / "small.tif", pixels, crs=None)
     write_tiff(tmp_path / "empty.tif", 0 * pixels, nodata=0)
     folder, text = segment("--input", tmp_path / "small.tif", tmp_path / "empty.tif", "--polygons", "geojson")
-    assert "small.tif has no coordinate system" in text and "empty.tif has no coordinate" not in text
+    assert text.count("small.tif") == text.count("empty.tif") + 1  # that it has no coordinate system
     with rasterio.open(folder / "small_mask.tif") as file:
         assert (file.read(1) == in_memory(model_file, pixels)).all() and file.crs is None
     with rasterio.open(folder / "empty_mask.tif") as file:
@@ -209,19 +212,18 @@ def test_images_without_data_or_smaller_than_a_tile(tmp_path, segment, model_fil
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the size of files")
 def test_a_disk_that_is_full_leaves_no_mask(tmp_path, segment):
     import resource
-    path = write_tiff(tmp_path / "ortho.tif", picture(500, 700))
+    path = write_tiff(tmp_path / "ortho.tif", picture(260, 300))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
     try:
         folder, text = segment("--input", path, code=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "ortho_mask.tif cannot be written whole: is the disk full?" in text
-    assert not list(folder.glob("*mask.tif"))
+    assert "ortho_mask.tif" in text and not list(folder.glob("*mask.tif"))
 
 
 def test_a_signal_in_the_middle_leaves_no_mask(tmp_path, segment, monkeypatch):
-    path, asked = write_tiff(tmp_path / "ortho.tif", picture(300, 90)), []
+    path, asked = write_tiff(tmp_path / "ortho.tif", picture(190, 60)), []
 
     def stop(*args):
         asked.append(args)
@@ -230,5 +232,4 @@ def test_a_signal_in_the_middle_leaves_no_mask(tmp_path, segment, monkeypatch):
 
     monkeypatch.setattr(infer_image.MaskFile, "write", stop)
     folder, text = segment("--input", path, code=128 + signal.SIGTERM)
-    assert "ortho.tif: stopped at row" in text and "no mask of it is written" in text
-    assert "0 of 1 image segmented" in text and not list(folder.glob("*ortho*"))
+    assert "ortho.tif" in text and "0 of 1 image" in text and not list(folder.glob("*ortho*"))

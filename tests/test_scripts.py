@@ -485,10 +485,7 @@ def test_bad_inference_input_is_one_line(model_file, tmp_path, run, script, flag
 
 # --- video ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("with_av", [True, False])
-def test_a_clip_keeps_size_rate_and_frames(model_file, tmp_path, run, monkeypatch, batch_size, with_av):
-    if not with_av:
-        monkeypatch.setattr(video, "av", None)
+def test_a_clip_keeps_size_rate_and_frames(model_file, tmp_path, run, batch_size):
     clip = write_clip(tmp_path / "clip.mp4", 11, Fraction(30000, 1001), (48, 64))
     code, text, err = run(
         infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", batch_size

@@ -1,5 +1,4 @@
-"""Frame rates, sizes and colors survive; broken sources are one line; the fallback without PyAV works."""
-
+"""Frame rates, sizes, colors, sound and times survive; broken sources are one line; threads; the pipeline."""
 import functools
 import http.server
 import itertools
@@ -12,6 +11,7 @@ import time
 from fractions import Fraction
 from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -20,14 +20,13 @@ from conftest import real_data, tiny
 
 import infer_video
 import visualize
-from inference import video
-from inference.gpu import FramesOnGpu, Paint
-from inference.predictor import Predictor
-from utils import Precision
-from config import InputError
 from checkpoint import pack_checkpoint
-from inference.video import Pipeline, ReadAhead, VideoReader, VideoWriter, WriteBehind, exact_rate
-
+from config import InputError
+from inference import video
+from inference.predictor import Predictor
+from inference.video import (FramesOnGpu, Paint, Pipeline, ReadAhead, VideoReader, VideoWriter, WriteBehind,
+                             exact_rate)
+from utils import Precision
 
 CLASSES = [("a", (250, 0, 9)), ("b", (0, 180, 0)), ("c", (0, 9, 200))]
 
@@ -36,7 +35,7 @@ def frames(count, height=48, width=64):
     """Yield frames with a bright column that moves, red on the left and blue on the right."""
     for number in range(count):
         frame = np.full((height, width, 3), (200, 30, 30), np.uint8)
-        frame[:, width // 2 :] = (30, 30, 200)
+        frame[:, width // 2:] = (30, 30, 200)
         frame[:, number % width] = 255
         yield frame
 
@@ -49,33 +48,25 @@ def write_clip(path, count=30, fps=Fraction(30000, 1001), size=(48, 64)):
     return path
 
 
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        (29.97, "30000/1001"),
-        (29.97002997, "30000/1001"),
-        (23.976, "24000/1001"),
-        (59.94, "60000/1001"),
-        (30.0, "30"),
-        (25.0, "25"),
-        (12.5, "25/2"),
-        (10.0, "10"),
-        (0.0, "30"),
-        (float("nan"), "30"),
-        (90000.0, "30"),
-    ],
-)
-def test_frame_rates_as_fractions(text, want):
-    assert exact_rate(text) == Fraction(want)
+def copy_clip(source, target, **options):
+    """Write the frames of a clip at their times to another one; return the closed VideoWriter."""
+    reader = VideoReader(source)
+    with VideoWriter(target, reader.size, 25, **options) as writer:
+        for frame, seconds in reader.timed():
+            writer.write(frame, seconds)
+    return writer
 
 
-@pytest.mark.parametrize("with_av", [True, False])
+@pytest.mark.parametrize(("fps", "want"), [
+    (29.97, "30000/1001"), (29.97002997, "30000/1001"), (23.976, "24000/1001"), (59.94, "60000/1001"),
+    (30.0, "30"), (25.0, "25"), (12.5, "25/2"), (10.0, "10"), (0.0, "30"), (float("nan"), "30"),
+    (90000.0, "30")])
+def test_frame_rates_as_fractions(fps, want):
+    assert exact_rate(fps) == Fraction(want)
+
+
 @pytest.mark.parametrize("fps", [Fraction(30000, 1001), Fraction(25, 2)])
-def test_a_clip_keeps_size_rate_count_and_colors(tmp_path, monkeypatch, with_av, fps):
-    if with_av and video.av is None:
-        pytest.skip("PyAV is not installed")
-    if not with_av:
-        monkeypatch.setattr(video, "av", None)
+def test_a_clip_keeps_size_rate_count_and_colors(tmp_path, fps):
     reader = VideoReader(write_clip(tmp_path / "a.mp4", 30, fps))
     read = list(reader)
     assert reader.size == (48, 64) and reader.fps == fps and reader.count == len(read) == 30
@@ -86,12 +77,20 @@ def test_a_clip_keeps_size_rate_count_and_colors(tmp_path, monkeypatch, with_av,
 
 
 def test_h264_that_browsers_play(tmp_path):
-    av = pytest.importorskip("av")
     with av.open(str(write_clip(tmp_path / "a.mp4"))) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
         assert stream.average_rate == Fraction(30000, 1001)
-    assert (tmp_path / "a.mp4").read_bytes().find(b"moov") < 1000  # plays before it is loaded whole
+    assert (tmp_path / "a.mp4").read_bytes().find(b"moov") < 1000  # plays before it is loaded completely
+
+
+def test_without_pyav_it_is_one_line_before_a_model_is_loaded(tmp_path, run, monkeypatch):
+    clip = write_clip(tmp_path / "a.mp4", 2)
+    monkeypatch.setattr(video, "av", None)
+    code, _, err = run(infer_video, "--input", clip, "--model", tmp_path / "gone.pth")
+    assert code == 2 and "pip install av" in err and err.count("\n") == 1
+    with pytest.raises(InputError, match="pip install av"):
+        VideoWriter(tmp_path / "b.mp4", (48, 64), 25)
 
 
 @pytest.mark.parametrize("size", [(47, 63), (49, 64), (48, 65)], ids=str)
@@ -109,24 +108,24 @@ def test_an_error_midway_leaves_a_playable_file_and_none_without_frames(tmp_path
     with VideoWriter(tmp_path / "none.mp4", (48, 64), 25):
         pass
     assert [item.name for item in tmp_path.iterdir()] == ["cut.mp4"]
-    with pytest.raises(ValueError, match="frame of"), VideoWriter(tmp_path / "x.mp4", (48, 64), 25) as writer:
+    with pytest.raises(ValueError, match="10"), VideoWriter(tmp_path / "x.mp4", (48, 64), 25) as writer:
         writer.write(np.zeros((10, 10, 3), np.uint8))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no video at all", "header"])
+@pytest.mark.parametrize("content", [None, b"", b"not a video", "header"], ids=str)
 def test_a_source_that_does_not_open_is_one_line(tmp_path, capfd, content):
     path = tmp_path / "bad.mp4"
     if content == "header":
         content = write_clip(tmp_path / "good.mp4").read_bytes()[:500]
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="--input .*bad.mp4 (is not a file|does not open)") as error:
+    with pytest.raises(InputError, match="--input .*bad.mp4") as error:
         VideoReader(path)
     assert "\n" not in str(error.value) and capfd.readouterr().err == ""
 
 
 def test_a_cut_off_clip_is_noticed(tmp_path):
-    path = write_clip(tmp_path / "long.mp4", 200)
+    path = write_clip(tmp_path / "long.mp4", 100)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
     reader = VideoReader(path)
     assert reader.ended_early(len(list(reader)))
@@ -159,7 +158,7 @@ def test_real_clip():
 
 # --- threads ----------------------------------------------------------------------------------------------
 def test_read_ahead_keeps_the_order_and_stays_a_few_items_ahead():
-    taken, made = [], []
+    received, made = [], []
 
     def source():
         for number in range(200):
@@ -168,9 +167,9 @@ def test_read_ahead_keeps_the_order_and_stays_a_few_items_ahead():
 
     with ReadAhead(source(), depth=3) as items:
         for item in items:
-            taken.append(item)
-            assert len(made) - len(taken) <= 3 + 2  # in the queue, on its way, and being made
-    assert taken == list(range(200))
+            received.append(item)
+            assert len(made) - len(received) <= 3 + 2  # in the queue, on its way, and being made
+    assert received == list(range(200))
 
 
 def test_read_ahead_passes_errors_on_and_stops_when_it_is_left():
@@ -178,8 +177,8 @@ def test_read_ahead_passes_errors_on_and_stops_when_it_is_left():
         yield 1
         raise InputError("broken")
 
-    with ReadAhead(fails()) as items, pytest.raises(InputError, match="broken"):
-        assert list(zip(items, range(9), strict=False)) == []
+    with ReadAhead(fails()) as items, pytest.raises(InputError):
+        list(items)
     with ReadAhead(itertools.count()) as items:  # endless
         assert next(iter(items)) == 0
     assert not items.thread.is_alive()
@@ -210,28 +209,24 @@ def test_write_behind_keeps_the_order_and_reports_what_fails():
         raise OSError(28, "No space left on device")
 
     done.clear()
-    with pytest.raises(OSError, match="No space left"), WriteBehind(fails, depth=2) as writer:
+    with pytest.raises(OSError), WriteBehind(fails, depth=2) as writer:
         for number in range(100):  # never waits for ever, though nothing more is taken
             writer.put(number)
     assert done == [0]
-    with pytest.raises(OSError, match="No space left"), WriteBehind(fails) as writer:
+    with pytest.raises(OSError), WriteBehind(fails) as writer:
         writer.put(1)  # the last one, so that only the end can tell
 
 
-# --- sound, pipes, streams, full disks --------------------------------------------------------------------
-needs_av = pytest.mark.skipif(video.av is None, reason="PyAV is not installed")
-
-
-def write_sound(path, seconds=2, codec="aac"):
+# --- sound, time stamps, pipes, streams, full disks -------------------------------------------------------
+def write_sound(path, seconds=1):
     """Write a clip of 25 frames/s with a tone."""
-    with video.av.open(str(path), "w") as container:
-        picture, sound = container.add_stream("libx264", rate=25), container.add_stream(codec, rate=48000)
+    with av.open(str(path), "w") as container:
+        picture, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=48000)
         picture.height, picture.width, picture.pix_fmt = 48, 64, "yuv420p"
         for number, frame in enumerate(frames(25 * seconds)):
-            image = video.av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(picture.encode(image))
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             tone = np.sin(np.arange(1920) * 0.05).astype(np.float32) * 0.3
-            samples = video.av.AudioFrame.from_ndarray(np.stack([tone, tone]), format="fltp", layout="stereo")
+            samples = av.AudioFrame.from_ndarray(np.stack([tone, tone]), format="fltp", layout="stereo")
             samples.rate, samples.pts = 48000, 1920 * number
             container.mux(sound.encode(samples))
         container.mux(picture.encode(None))
@@ -239,97 +234,82 @@ def write_sound(path, seconds=2, codec="aac"):
     return path
 
 
-@needs_av
+def write_frames(path, times, rate=25, **options):
+    """Write a clip whose frames are shown at `times`, in 1 / rate seconds."""
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for moment, frame in zip(times, frames(len(times)), strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = moment, Fraction(1, rate)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path
+
+
+def sound_packets(path):
+    """Return [(seconds, content)] of the sound of a clip, without the encoder's lead-in."""
+    with av.open(str(path)) as container:
+        packets = [(float(packet.pts * packet.time_base), bytes(packet))
+                   for packet in container.demux(container.streams.audio[0]) if packet.size]
+    return [packet for packet in packets if packet[0] >= 0]
+
+
 def test_sound_is_copied_as_it_is(tmp_path):
     source = write_sound(tmp_path / "a.mp4")
-    with VideoWriter(tmp_path / "b.mp4", (48, 64), 25, sound_of=source) as writer:
-        for frame in VideoReader(source):
-            writer.write(frame)
-    assert writer.sound is not None
-    packets = []
-    for path in (source, tmp_path / "b.mp4"):
-        with video.av.open(str(path)) as container:
-            stream = container.streams.audio[0]
-            packets.append(
-                [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.size]
-            )
-    packets[0] = [packet for packet in packets[0] if packet[0] >= 0]  # without the encoder's lead-in
-    assert packets[1] == packets[0][: len(packets[1])] and len(packets[1]) >= len(packets[0]) - 2
-    with VideoWriter(
-        tmp_path / "c.mp4", (48, 64), 25, sound_of=write_clip(tmp_path / "silent.mp4")
-    ) as writer:
-        writer.write(next(frames(1)))
-    assert writer.sound is None
+    assert copy_clip(source, tmp_path / "b.mp4", sound_of=source).sound is not None
+    before, after = sound_packets(source), sound_packets(tmp_path / "b.mp4")
+    assert after == before[:len(after)] and len(after) >= len(before) - 2
+    silent = write_clip(tmp_path / "silent.mp4", 2)
+    assert copy_clip(silent, tmp_path / "c.mp4", sound_of=silent).sound is None
 
 
-@needs_av
 @pytest.mark.parametrize("ending", [".ts", ".mkv"])
 def test_sound_and_picture_that_start_late_are_copied_in_step(tmp_path, ending):
-    source = write_sound(tmp_path / f"a{ending}", codec="aac")  # .ts starts at 1.4 s
-    reader = VideoReader(source)
-    with VideoWriter(tmp_path / "b.mp4", (48, 64), 25, sound_of=source) as writer:
-        for frame, seconds in reader.timed():
-            writer.write(frame, seconds)
-    assert writer.sound.seconds > 1.8 and not reader.ended_early(20)
-    with video.av.open(str(tmp_path / "b.mp4")) as container:
+    source = write_sound(tmp_path / f"a{ending}")  # .ts starts at 1.4 s
+    assert copy_clip(source, tmp_path / "b.mp4", sound_of=source).sound.seconds > 0.8
+    assert not VideoReader(source).ended_early(10)  # such files do not store how many frames they hold
+    with av.open(str(tmp_path / "b.mp4")) as container:
         starts = [float(stream.start_time * stream.time_base) for stream in container.streams]
     assert len(starts) == 2 and abs(starts[0] - starts[1]) < 0.1
 
 
-@needs_av
 def test_joined_recordings_and_damaged_sound_do_not_end_the_run(tmp_path):
-    whole = write_sound(tmp_path / "a.ts").read_bytes()
-    (tmp_path / "joined.ts").write_bytes(whole + whole)
-    broken = bytearray(whole)
-    for place in range(len(broken) // 3, len(broken), 1000):
-        broken[place] ^= 0x55
-    (tmp_path / "broken.ts").write_bytes(broken)
-    for name, least in (("joined.ts", 90), ("broken.ts", 10)):
-        reader = VideoReader(tmp_path / name)
-        with VideoWriter(tmp_path / "b.mp4", (48, 64), 25, sound_of=tmp_path / name) as writer:
-            for frame, seconds in reader.timed():
-                writer.write(frame, seconds)
+    content = write_sound(tmp_path / "a.ts", seconds=2).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(content + content)
+    damaged = bytearray(content)
+    for position in range(len(damaged) // 3, len(damaged), 1000):
+        damaged[position] ^= 0x55
+    (tmp_path / "damaged.ts").write_bytes(damaged)
+    for name, least in (("joined.ts", 90), ("damaged.ts", 10)):
+        writer = copy_clip(tmp_path / name, tmp_path / "b.mp4", sound_of=tmp_path / name)
         assert len(list(VideoReader(tmp_path / "b.mp4"))) == writer.frames >= least
         assert writer.position < 25 * 6  # no gap of the hours that a damaged time stamp may claim
 
 
-@needs_av
 def test_frames_are_shown_when_the_source_shows_them(tmp_path):
-    with video.av.open(str(tmp_path / "a.mkv"), "w") as container:  # 12 frames in 4 seconds, unevenly
-        stream = container.add_stream("libx264", rate=30)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        times = [0, 1, 2, 3, 30, 31, 60, 61, 90, 91, 92, 120]
-        for place, frame in zip(times, frames(12), strict=True):
-            image = video.av.VideoFrame.from_ndarray(frame, format="rgb24")
-            image.pts, image.time_base = place, Fraction(1, 30)
-            container.mux(stream.encode(image))
-        container.mux(stream.encode(None))
-    with VideoWriter(tmp_path / "b.mp4", (48, 64), 30) as writer:
-        for frame, seconds in VideoReader(tmp_path / "a.mkv").timed():
-            writer.write(frame, seconds)
-    assert writer.frames == 12
-    with video.av.open(str(tmp_path / "b.mp4")) as container:
-        got = [round(float(frame.time) * 30) for frame in container.decode(video=0)]
-    assert got == times
+    times = [0, 1, 2, 3, 25, 26, 50, 51, 75, 76, 77, 100]  # 12 frames in 4 seconds, unevenly
+    assert copy_clip(write_frames(tmp_path / "a.mkv", times), tmp_path / "b.mp4").frames == 12
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        assert [round(float(frame.time) * 25) for frame in container.decode(video=0)] == times
 
 
 def test_a_stopped_run_does_not_wait_for_a_source_that_sends_nothing():
-    class Stop:
-        asked = False
-
     def silent():
         yield 1
         threading.Event().wait(20)
 
-    stop, started = Stop(), time.perf_counter()
+    stop, started = SimpleNamespace(asked=False), time.perf_counter()
     with ReadAhead(silent(), stop=stop) as items:
         for _ in items:
             stop.asked = True
     assert time.perf_counter() - started < 10
 
 
-def test_a_colon_in_a_name_is_no_protocol(tmp_path):
+def test_a_colon_in_a_name_is_not_a_protocol_and_a_large_number_not_a_camera(tmp_path):
     assert len(list(VideoReader(write_clip(tmp_path / "12:30:05.mp4", 4)))) == 4
+    with pytest.raises(InputError, match="4294967295"):
+        VideoReader("4294967295")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -347,118 +327,92 @@ def served(tmp_path):
         server.shutdown()
 
 
-def transport_stream(path, count=30):
-    """Write a clip as the MPEG transport stream that cameras and broadcasts send."""
-    with video.av.open(str(path), "w", format="mpegts") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        for frame in frames(count):
-            container.mux(stream.encode(video.av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
-
-
-@needs_av
 def test_a_stream_over_http_is_segmented_to_its_end(tmp_path, served, run):
-    transport_stream(tmp_path / "camera.ts")
-    model = tmp_path / "m.pth"
-    torch.save(
-        pack_checkpoint(tiny(), [("a", (0, 0, 0)), ("b", (9, 9, 9)), ("c", (1, 2, 3))], (28, 42)), model
-    )
-    flags = ["--model", model, "--out-dir", tmp_path, "--backend", "torch"]
+    write_frames(tmp_path / "camera.ts", range(30), format="mpegts")
+    torch.save(pack_checkpoint(tiny(), CLASSES, (28, 42)), tmp_path / "m.pth")
+    flags = ["--model", tmp_path / "m.pth", "--out-dir", tmp_path, "--backend", "torch"]
     code, text, err = run(infer_video, "--input", f"{served}/camera.ts", *flags)
-    assert code == 0 and "the stream ended after" in text, err
+    assert code == 0, err
     (made,) = (tmp_path / "inference_results_video").glob("stream_*.mp4")
-    kept, lost = len(list(VideoReader(made))), re.search(r"(\d+) frames? came faster", text)
-    assert kept >= 1 and kept + (int(lost[1]) if lost else 0) >= 28
+    written, dropped = len(list(VideoReader(made))), re.search(r"(\d+) frames? came faster", text)
+    assert written >= 1 and written + (int(dropped[1]) if dropped else 0) >= 28
     code, _, err = run(infer_video, "--input", f"{served}/gone.ts", *flags)
-    assert code == 2 and "does not open" in err and err.count("\n") == 1
+    assert code == 2 and "gone.ts" in err and err.count("\n") == 1
 
 
-@needs_av
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_where_a_camera_would_be(tmp_path):
-    content = transport_stream(tmp_path / "camera.ts").read_bytes()
+    content = write_frames(tmp_path / "camera.ts", range(30), format="mpegts").read_bytes()
     os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,), daemon=True)
-    writer.start()
+    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,), daemon=True).start()
     reader = VideoReader(tmp_path / "pipe")
     assert reader.live and reader.size == (48, 64) and len(list(reader)) == 30
 
 
-@needs_av
 def test_a_full_disk_leaves_a_playable_clip(tmp_path, monkeypatch):
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     monkeypatch.setattr(video, "RESERVE", 3 << 20)
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a small file system")
     try:
         noise = np.random.default_rng(0)
-        written = 0
         with pytest.raises(OSError, match="a.mp4") as error:
-            with VideoWriter(place / "a.mp4", (96, 128), 25) as writer:
-                for written in range(3000):  # noqa: B007 - read below
+            with VideoWriter(folder / "a.mp4", (96, 128), 25) as writer:
+                for _ in range(3000):
                     writer.write(noise.integers(0, 256, (96, 128, 3), dtype=np.uint8))
         assert error.value.errno == 28
-        count = len(list(VideoReader(place / "a.mp4")))
-        assert 0 < count <= written and [path.name for path in place.iterdir()] == ["a.mp4"]
+        count = len(list(VideoReader(folder / "a.mp4")))
+        assert 0 < count == writer.frames and [path.name for path in folder.iterdir()] == ["a.mp4"]
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("keep", [None, 1])
 def test_paint_on_a_device_is_the_overlay(keep):
     generator = np.random.default_rng(3)
-    frames = generator.integers(0, 256, (3, 17, 22, 3), dtype=np.uint8)
+    images = generator.integers(0, 256, (3, 17, 22, 3), dtype=np.uint8)
     preds = generator.choice([0, 1, 5, 255], (3, 17, 22)).astype(np.uint8)
     table = generator.integers(0, 256, (256, 3), dtype=np.uint8)
-    paint = Paint(table, 0.3, keep, "cpu")
-    painted = paint(torch.from_numpy(frames), torch.from_numpy(preds)).numpy()
-    for frame, pred, drawn in zip(frames, preds, painted, strict=True):
-        want = visualize.overlay(frame, pred, table, 0.3, keep).astype(int)
+    painted = Paint(table, 0.3, keep, "cpu")(torch.from_numpy(images), torch.from_numpy(preds)).numpy()
+    for image, pred, drawn in zip(images, preds, painted, strict=True):
+        want = visualize.overlay(image, pred, table, 0.3, keep).astype(int)
         assert np.abs(drawn - want).max() <= 1
-        assert keep is None or (drawn[pred == keep] == frame[pred == keep]).all()
+        assert keep is None or (drawn[pred == keep] == image[pred == keep]).all()
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-@pytest.mark.parametrize("count", [1, 4, 7])
-def test_batches_begun_ahead_come_back_in_order_and_whole(tmp_path, ahead, count):
+@pytest.mark.parametrize(("count", "ahead"), [(1, 0), (1, 3), (4, 1), (7, 0), (7, 1), (7, 3)])
+def test_batches_begun_ahead_come_back_in_order_and_complete(tmp_path, count, ahead):
     """As on a GPU: what was begun is waited for later, each frame with its own label map."""
     predictor = Predictor(tiny().eval(), dict(classes=CLASSES, imgsz=(28, 28)), "cpu")
-    table, seen, waiting = visualize.color_table(CLASSES), [], []
+    table, results, waiting = visualize.color_table(CLASSES), [], []
     reader = VideoReader(write_clip(tmp_path / "clip.mp4", count, size=(30, 41)))
     originals = [frame.copy() for frame in VideoReader(tmp_path / "clip.mp4")]
     predictor.precision = Precision("off", predictor.device)
     on_gpu = FramesOnGpu(predictor, Paint(table, 0.5, None, "cpu"))
 
     def segment(batch):
-        wait, begun = on_gpu(batch), len(waiting)
+        wait, index = on_gpu(batch), len(waiting)
         waiting.append(True)
 
         def done():
             assert sum(waiting) <= ahead + 1
-            waiting[begun] = False
+            waiting[index] = False
             return wait()
 
         return done
 
     def draw(frame, pred, seconds, rate):
-        seen.append((frame, pred))
+        results.append((frame, pred))
         return frame
 
     with VideoWriter(tmp_path / "out.mp4", reader.size, reader.fps) as writer:
         pipeline = Pipeline(reader, segment, draw, writer, batch_size=2, ahead=ahead)
         pipeline.run(SimpleNamespace(asked=0))
-    assert len(seen) == len(originals) == writer.frames and not any(waiting)
-    for (drawn, pred), frame in zip(seen, originals, strict=True):
+    assert len(results) == len(originals) == writer.frames and not any(waiting)
+    for (drawn, pred), frame in zip(results, originals, strict=True):
         want = predictor(torch.from_numpy(frame).permute(2, 0, 1)[None])[0]
         assert (pred == want).all()
         assert np.abs(drawn - visualize.overlay(frame, want, table).astype(int)).max() <= 1
-
-
-def test_a_number_that_is_no_camera_is_one_line():
-    with pytest.raises(InputError, match="4294967295 is no number of a camera"):
-        VideoReader("4294967295")
