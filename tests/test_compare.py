@@ -356,7 +356,7 @@ NO_CLASS = [dict(name="a.png", cells=[[9, 9, 9]], boundary=[0, 0])]
 )
 def test_runs_that_cannot_be_read_are_one_line(tmp_path, run, unmeasured, truths, file, content, names):
     records = records_of(truths, truths)
-    good, broken = (write_run(tmp_path / name, records) for name in ("good", "broken"))
+    good, broken = (write_run(tmp_path / name, records, head=name) for name in ("good", "broken"))
     assert run(compare, good, broken, "--out-dir", tmp_path / "out")[0] == 0
     path = broken / file
     if content is None:

@@ -312,13 +312,14 @@ def test_a_folder_is_split_as_in_training_another_is_scored_entirely(other_folde
 
 
 def test_splits_are_those_of_the_training(tmp_path):
+    root = tmp_path / "data"
     for number in range(10):
-        split = "test" if number > 7 else "train"
-        write_pair(tmp_path / f"{split}/images/{number}.png", tmp_path / f"{split}/masks/{number}.png",
-                   blocks(45, 61, (0, 1, 2), seed=number))  # fmt: skip
-    checkpoint = checkpoint_of(tmp_path, NAMES, resplit=True, val_fraction=0.5)
+        folder = root / ("test" if number > 7 else "train")
+        mask = blocks(45, 61, (0, 1, 2), seed=number)
+        write_pair(folder / f"images/{number}.png", folder / f"masks/{number}.png", mask)
+    checkpoint = checkpoint_of(root, NAMES, resplit=True, val_fraction=0.5)
     for split, count in ((None, 4), ("train", 4), ("test", 2), ("all", 10)):
-        assert opened(tmp_path, checkpoint, tmp_path, split) == (split or "val", count, NAMES)
+        assert opened(root, checkpoint, tmp_path, split) == (split or "val", count, NAMES)
 
 
 def test_moved_data_and_a_copied_model_are_scored_alike(trained, scored, tmp_path):
