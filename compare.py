@@ -39,6 +39,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,15 +50,15 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import FIELDS, InputError, count_of, fields_affecting
-from metrics import (FEW, best_row, bootstrap_interval, counts_of, group_images, has_stalled, mean_of_known,
-                     mean_over_images, miou_of_counts, paired_bootstrap, scores_of_counts, sum_groups)
+from metrics import (FEW, ConfusionMatrix, best_row, bootstrap_interval, counts_per_image, group_images,
+                     has_stalled, nan_mean, nan_mean_per_class, paired_bootstrap, sum_groups)
 from models.weights import hash_model_file
 
-REPEATS = {"seed", "fold"}  # settings in which the runs of one model differ
-ROUNDS = 12  # timed forward passes of each model, after two that are not
+SETTINGS_OF_REPEATS = {"seed", "fold"}  # in which the runs of one model differ
+TIMED_PASSES, WARM_UP_PASSES = 12, 2  # forward passes of each model
 
 
-# --- what is compared -------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
     """One scored model: its folder, metrics.json, the file that was scored; of its training config.json and
@@ -71,8 +72,8 @@ class Run:
     history: list
 
     @property
-    def epoch(self):
-        """The epoch that was scored, and how it was chosen, in words."""
+    def scored_epoch(self):
+        """The epoch that was scored and how it was chosen, as text; empty where that is not known."""
         if not self.history:
             return ""
         if self.model.stem == "last":
@@ -85,170 +86,203 @@ class Run:
         return self.config.get("images", {}).get("train")
 
     @property
-    def name(self):
-        """What was trained, in words."""
+    def model_title(self):
+        """What was trained, as text."""
         if not self.config:
             return self.model.name
-        config, start = self.config, ", random weights" if self.config["weights"] == "none" else ""
-        if config["arch"] != "dinov2":
-            return config["arch"] + start
-        return f"{config['backbone']} + {config['head']}{start}"
+        start = ", random weights" if self.config["weights"] == "none" else ""
+        if self.config["arch"] != "dinov2":
+            return self.config["arch"] + start
+        return f"{self.config['backbone']} + {self.config['head']}{start}"
 
-    def settings(self, but=REPEATS):
-        """Return all settings `but` some as text, equal for the runs of one model."""
+    @property
+    def is_scored_on_its_data(self):
+        """Whether the data set that was scored is the one of the training, of which it may be a split."""
+        fingerprint = self.metrics["protocol"].get("data_fingerprint")
+        return bool(self.config) and self.config.get("data_fingerprint") == fingerprint
+
+    def key_without(self, ignored):
+        """Return a text that is equal for runs that differ in `ignored` settings at most."""
         if not self.config:
             return str(self.folder)
         protocol, config = self.metrics["protocol"], self.config
-        shared = {name: config.get(name, utils.finite(field.default)) for name, field in FIELDS.items()
-                  if name not in {*but, *fields_affecting("nothing")}}
+        settings = {name: config.get(name, utils.finite(field.default)) for name, field in FIELDS.items()
+                    if name not in {*ignored, *fields_affecting("nothing")}}
         scored = [protocol[name] for name in ("views", "split", "dataset")]
         trained = [config.get(name) for name in ("processes", "data_fingerprint", "extra_fingerprint")]
-        return repr((shared, self.model.name, scored, trained, config.get("fold", ())[1:]))
-
-
-class Column:
-    """One model of the table: its runs, and what they scored on every image.
-
-    names: of the N images; counts: one (N, 3, K) array for every seed, pixels right, of truth, of prediction,
-    in the same order; boundaries: the boundary F1 of each class, (K,), for every seed.
-    """
-
-    def __init__(self, runs):
-        self.runs = runs
-        names = [run.folder.name for run in runs]
-        prefix = os.path.commonprefix(names)
-        if len(runs) > 1:  # what the names share but for a number: bn of bn-10 and bn-11, bn518 of bn518-0
-            prefix = re.sub(r"([-_. ])[^-_. ]*$", r"\1", prefix)
-        self.name = prefix.rstrip("-_. ") or names[0]
-        self.classes = [row["name"] for row in runs[0].metrics["per_class"]]
-        seeds = {}
-        for run in runs:
-            seeds.setdefault(run.config.get("seed"), []).append(run)
-        if len({run.config.get("code") for run in runs} - {None}) > 1:
-            print(f"note: {self.folders()} count as one model, but the code was changed between them")
-        tables = [self.one_seed(part) for part in seeds.values()]
-        self.names = tables[0][0]
-        for names, counts, _ in tables:
-            if names != self.names or not np.array_equal(counts[:, 1], tables[0][1][:, 1]):
-                raise InputError(f"{self.folders()} differ in --seed alone, but were not scored on the same "
-                                 "images: give every seed the same folds")
-        self.counts = [counts for _, counts, _ in tables]
-        self.boundaries = [mean_over_images(boundaries) for *_, boundaries in tables]
-
-    def one_seed(self, runs):
-        """Return (names, counts (N, 3, K), boundaries (N, K)) of the folds of a seed together."""
-        records = [record for run in runs for record in run.metrics["records"]]
-        if len({record["name"] for record in records}) < len(records):
-            raise InputError(f"{self.folders()} scored the same images and differ in --fold at most: name "
-                             "one of them, or score folds on the images that validated them")
-        records.sort(key=lambda record: record["name"])
-        counts = counts_of(records, len(self.classes))
-        boundaries = np.array([record["boundary"] for record in records], float)  # null -> NaN
-        return [record["name"] for record in records], counts, boundaries
-
-    def folders(self):
-        """Return the folders of the runs as text."""
-        return ", ".join(str(run.folder) for run in self.runs)
-
-    def mean(self, score):
-        """Return the mean over the seeds of score(counts summed over the images), of those that are known."""
-        return mean_over_images(np.array([np.atleast_1d(score(counts.sum(0))) for counts in self.counts]))
-
-    @property
-    def mious(self):
-        """The mIoU of every seed."""
-        return miou_of_counts(np.sum(self.counts, axis=1)).tolist()
-
-    @property
-    def miou(self):
-        """The mean of the mIoU over the seeds."""
-        return float(np.mean(self.mious))
-
-
-def read_json(path):
-    """Return the content of a JSON file. Raises InputError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error})") from None
+        number_of_folds = config.get("fold", ())[1:]
+        return repr((settings, self.model.name, scored, trained, number_of_folds))
 
 
 def read_run(folder):
     """Return the Run in a folder. Raises InputError where it was not scored, or trained on since, and where
     a file of it is damaged.
     """
-    path, models = folder / "evaluation/metrics.json", [folder / "last.pth", folder / "best_model_iou.pth"]
-    if not path.is_file():
-        known = next((model for model in models if model.is_file()), "MODEL")
-        raise InputError(f"{folder} has no evaluation/metrics.json: score it first (python evaluate.py "
-                         f"--model {known} --out-dir {folder})")
-    metrics = schema.check(schema.METRICS, read_json(path), path)
-    protocol, classes = metrics["protocol"], len(metrics["per_class"])
-    if not metrics["records"]:
-        raise InputError(f"{path} has no image: score some")
-    for record in metrics["records"]:
-        if len(record["boundary"]) != classes or any(max(cell[:2]) >= classes for cell in record["cells"]):
-            raise InputError(f"{path} was made by hand or is damaged: {schema.shown(record['name'])} has "
-                             f"other classes than the {classes} of per_class")
+    path, metrics = folder / "evaluation/metrics.json", read_metrics(folder)
+    model, scored_hash = Path(metrics["protocol"]["model"]), metrics["protocol"]["weights_sha256"]
     if not (folder / "config.json").is_file():
-        model = Path(protocol["model"])
-        if model.is_file() and not hash_model_file(model).startswith(protocol["weights_sha256"]):
+        if model.is_file() and not hash_model_file(model).startswith(scored_hash):
             raise InputError(f"{path} is not of {model} as it is now: score it again")
         return Run(folder, metrics, model, {}, [])
-    config = schema.check(schema.RUN, read_json(folder / "config.json"), folder / "config.json")
-    history = read_history(folder / "history.jsonl")
+    config = read_json(folder / "config.json", schema.RUN)
+    history = read_json(folder / "history.jsonl", [schema.LOGGED], lines=True)
+    for row in history:
+        row["val_miou"] = math.nan if row["val_miou"] is None else row["val_miou"]
     if len(history) < config["epochs"] and not has_stalled(history, config.get("patience", 0)):
         epochs = count_of(config["epochs"], "epoch")
         raise InputError(f"{folder} has {len(history)} of its {epochs}: finish it first "
                          f"(python train.py --resume --out-dir {folder})")
-    models.append(folder / Path(protocol["model"]).name)  # an exported file
-    scored = [model for model in models if model.is_file()
-              and hash_model_file(model).startswith(protocol["weights_sha256"])]
-    if not scored:
-        raise InputError(f"{path} is not of a model in {folder}: it was trained again, or another model was "
-                         f"scored (python evaluate.py --model {models[0]} --out-dir {folder})")
-    return Run(folder, metrics, scored[0], config, history)
+    for name in ("last.pth", "best_model_iou.pth", model.name):  # the last: an exported file
+        if (folder / name).is_file() and hash_model_file(folder / name).startswith(scored_hash):
+            return Run(folder, metrics, folder / name, config, history)
+    raise InputError(f"{path} is not of a model in {folder}: it was trained again, or another model was "
+                     f"scored (python evaluate.py --model {folder / 'last.pth'} --out-dir {folder})")
 
 
-def read_history(path):
-    """Return the rows of history.jsonl. Raises InputError where it is missing or damaged."""
+def read_metrics(folder):
+    """Return a folder's evaluation/metrics.json. Raises InputError where it is missing, empty or damaged."""
+    path = folder / "evaluation/metrics.json"
+    if not path.is_file():
+        models = [folder / name for name in ("last.pth", "best_model_iou.pth") if (folder / name).is_file()]
+        raise InputError(f"{folder} has no evaluation/metrics.json: score it first (python evaluate.py "
+                         f"--model {models[0] if models else 'MODEL'} --out-dir {folder})")
+    metrics = read_json(path, schema.METRICS)
+    if not metrics["records"]:
+        raise InputError(f"{path} has no image: score at least one")
+    classes = len(metrics["per_class"])
+    for record in metrics["records"]:
+        if len(record["boundary"]) != classes or any(max(cell[:2]) >= classes for cell in record["cells"]):
+            raise InputError(f"{path} was edited by hand or is damaged: {schema.shown(record['name'])} has "
+                             f"other classes than the {classes} of per_class")
+    return metrics
+
+
+def read_json(path, form, lines=False):
+    """Return a JSON file, or the list of its `lines`, as schema.check does. Raises InputError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line, object_hook=nan_for_null) for line in lines]
+        text = path.read_text(encoding="utf-8")
+        content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or missing ({error})") from None
-    return schema.check([schema.LOGGED], rows, path)
+        raise InputError(f"{path} is missing or damaged ({error})") from None
+    return schema.check(form, content, path)
 
 
-def nan_for_null(row):
-    """Return a JSON object with NaN where it has null: numbers that were not finite when it was written."""
-    return {key: math.nan if value is None else value for key, value in row.items()}
+# --- the columns: runs that are repeats of one model ------------------------------------------------------
+class SeedScores(NamedTuple):
+    """Scores of one seed, its folds together.
+
+    images: names of the N images, sorted; counts: (N, 3, K) correct, true and predicted pixels; matrix: the
+    ConfusionMatrix of all images; boundary: (K,) boundary F1, the mean over the images.
+    """
+
+    images: list
+    counts: np.ndarray
+    matrix: ConfusionMatrix
+    boundary: np.ndarray
+
+    @property
+    def true_pixels(self):
+        """The pixels of every class in every mask, (N, K)."""
+        return self.counts[:, 1]
 
 
-def columns_of(runs):
+@dataclass
+class Column:
+    """One model of the table: its heading, the names of its classes, its Runs, SeedScores of each seed."""
+
+    name: str
+    classes: list
+    runs: list
+    seeds: list
+
+    @property
+    def mious(self):
+        """The mIoU of every seed."""
+        return [seed.matrix.miou() for seed in self.seeds]
+
+    @property
+    def miou(self):
+        """The mean of the mIoU over the seeds."""
+        return float(np.mean(self.mious))
+
+    @property
+    def class_ious(self):
+        """The mean of the IoU of every class over the seeds, (K,)."""
+        return nan_mean_per_class([seed.matrix.per_class_iou().tolist() for seed in self.seeds])
+
+
+def make_columns(runs):
     """Return the Columns of the runs, the best mIoU first. Raises InputError where they cannot be ranked."""
-    models = {}
-    for run in runs:
-        models.setdefault(run.settings(), []).append(run)
-    columns = [Column(part) for part in models.values()]
-    first = columns[0]
+    columns = [make_column(repeats) for repeats
+               in group_by(runs, lambda run: run.key_without(SETTINGS_OF_REPEATS))]
     for column in columns[1:]:
-        if column.classes != first.classes:
-            what = f"the classes ({', '.join(first.classes[:5])} / {', '.join(column.classes[:5])})"
-        elif [Path(name).name for name in column.names] != [Path(name).name for name in first.names]:
-            what = f"the images that were scored ({len(first.names)} / {len(column.names)})"
-        elif not np.array_equal(column.counts[0][:, 1], first.counts[0][:, 1]):
-            what = "the masks that were scored"
-        else:
-            continue
-        raise InputError(f"{first.runs[0].folder} and {column.runs[0].folder} cannot be ranked: {what} "
-                         "differ")
+        check_comparable(columns[0], column)
     if len({column.name for column in columns}) < len(columns):
         for column in columns:
             column.name = column.runs[0].folder.as_posix()
     return sorted(columns, key=lambda column: -column.miou if math.isfinite(column.miou) else 1)
+
+
+def group_by(items, key):
+    """Return lists of the items with equal key(item), in the order in which the keys come."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def make_column(runs):
+    """Return the Column of the runs of one model. Raises InputError where its seeds cannot be averaged."""
+    classes = [row["name"] for row in runs[0].metrics["per_class"]]
+    folders = ", ".join(str(run.folder) for run in runs)
+    if len({run.config.get("code") for run in runs} - {None}) > 1:
+        print(f"note: {folders} count as one model, but the code was changed between them")
+    seeds = []
+    for folds in group_by(runs, lambda run: run.config.get("seed")):
+        records = [record for run in folds for record in run.metrics["records"]]
+        if len({record["name"] for record in records}) < len(records):
+            raise InputError(f"{folders} scored the same images and differ in --fold at most: give only one "
+                             "of them, or score folds on the images that validated them")
+        seeds.append(score_seed(records, len(classes)))
+    for seed in seeds[1:]:
+        if seed.images != seeds[0].images or not np.array_equal(seed.true_pixels, seeds[0].true_pixels):
+            raise InputError(f"{folders} differ in --seed alone, but were not scored on the same images: "
+                             "give every seed the same folds")
+    return Column(column_name([run.folder.name for run in runs]), classes, runs, seeds)
+
+
+def score_seed(records, num_classes):
+    """Return the SeedScores of the records of metrics.json."""
+    records = sorted(records, key=lambda record: record["name"])
+    matrix = ConfusionMatrix(num_classes)
+    for record in records:
+        truth, pred, pixels = torch.tensor(record["cells"], dtype=torch.int64).view(-1, 3).T
+        matrix.counts[truth, pred] += pixels
+    boundaries = np.array([record["boundary"] for record in records], float)  # null -> NaN
+    return SeedScores([record["name"] for record in records], counts_per_image(records, num_classes), matrix,
+                      nan_mean_per_class(boundaries))
+
+
+def column_name(folder_names):
+    """Return what the names of folders share but for a number: bn of bn-10, bn-11; bn518 of bn518-0."""
+    prefix = os.path.commonprefix(folder_names)
+    if len(folder_names) > 1:
+        prefix = re.sub(r"([-_. ])[^-_. ]*$", r"\1", prefix)
+    return prefix.rstrip("-_. ") or folder_names[0]
+
+
+def check_comparable(first, other):
+    """Raise InputError where two Columns were not scored on the same images, masks and classes."""
+    seed, other_seed = first.seeds[0], other.seeds[0]
+    if other.classes != first.classes:
+        what = f"the classes ({', '.join(first.classes[:5])} / {', '.join(other.classes[:5])})"
+    elif [Path(name).name for name in seed.images] != [Path(name).name for name in other_seed.images]:
+        what = f"the images that were scored ({len(seed.images)} / {len(other_seed.images)})"
+    elif not np.array_equal(seed.true_pixels, other_seed.true_pixels):
+        what = "the masks that were scored"
+    else:
+        return
+    raise InputError(f"{first.runs[0].folder} and {other.runs[0].folder} cannot be ranked: {what} differ")
 
 
 # --- measuring --------------------------------------------------------------------------------------------
@@ -257,7 +291,7 @@ def measure(columns, device):
     """Return ([GFLOPs], [milliseconds], [million parameters]) of a forward pass of each model on one image at
     the size it was scored at.
 
-    The models take turns, so that whatever else the machine does meets all of them; the median counts.
+    The models take turns, so that whatever else the machine does affects all of them; the median counts.
     """
     precision = utils.Precision("auto", device)
     models, images, flops, sizes = [], [], [], []
@@ -272,13 +306,13 @@ def measure(columns, device):
         models.append(model.to(device))
         images.append(image.to(device))
     seconds = [[] for _ in columns]
-    for _ in range(ROUNDS + 2):
+    for _ in range(WARM_UP_PASSES + TIMED_PASSES):
         for model, image, times in zip(models, images, seconds, strict=True):
             start = time.perf_counter()
             with precision.autocast():
                 model(image).max(1).indices.cpu()  # to the CPU, so that the GPU has finished
             times.append(time.perf_counter() - start)
-    return flops, [1000 * statistics.median(times[2:]) for times in seconds], sizes
+    return flops, [1000 * statistics.median(times[WARM_UP_PASSES:]) for times in seconds], sizes
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -287,56 +321,67 @@ def score_rows(columns, groups):
 
     groups: the group of each image, as group_images returns.
     """
-    tables = [[sum_groups(counts, groups) for counts in column.counts] for column in columns]
-    intervals = ["{:.3f} to {:.3f}".format(*bootstrap_interval(counts)) for counts in tables]
-    found = [paired_bootstrap(tables[0], counts) for counts in tables]
-    enough = len(tables[0][0]) >= FEW  # else nothing is claimed
-    ties = [enough and row["low"] <= 0 <= row["high"] for row in found]
-    against = ["best", *("tie, " * tie + "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row)
-                         for row, tie in zip(found[1:], ties[1:], strict=True))]
-    spreads = [f" ± {statistics.stdev(column.mious):.3f}" if len(column.mious) > 1 else ""
-               for column in columns]
-    mious = [f"{column.miou:.3f}{spread}" for column, spread in zip(columns, spreads, strict=True)]
-    mious = [f"**{text}**" if tie else text for text, tie in zip(mious, ties, strict=True)]
-    scores = {key: np.array([column.mean(lambda counts, key=key: scores_of_counts(counts)[key])
-                             for column in columns]) for key in ("dice", "accuracy", "iou")}
-    boundaries = [mean_of_known([mean_of_known(seed) for seed in column.boundaries]) for column in columns]
-    return [("mIoU", mious), ("seeds", [str(len(column.counts)) for column in columns]),
-            ("95 % interval", intervals), ("against the best", against), ("boundary F1", highest(boundaries)),
-            ("mean Dice", highest(scores["dice"][:, 0])),
-            ("pixel accuracy", highest(scores["accuracy"][:, 0])),
-            *((f"IoU {name}", highest(scores["iou"][:, id])) for id, name in enumerate(columns[0].classes))]
+    counts = [[sum_groups(seed.counts, groups) for seed in column.seeds] for column in columns]
+    differences = [paired_bootstrap(counts[0], other) for other in counts]  # from the best
+    enough = len(set(groups)) >= FEW  # else nothing is claimed
+    ties = [enough and difference["low"] <= 0 <= difference["high"] for difference in differences]
+    mious, intervals, against_best = [], [], []
+    for column, column_counts, difference, tie in zip(columns, counts, differences, ties, strict=True):
+        spread = f" ± {statistics.stdev(column.mious):.3f}" if len(column.seeds) > 1 else ""
+        mious.append(f"**{column.miou:.3f}{spread}**" if tie else f"{column.miou:.3f}{spread}")
+        intervals.append("{:.3f} to {:.3f}".format(*bootstrap_interval(column_counts)))
+        text = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
+        against_best.append(f"tie, {text}" if tie else text)
+    against_best[0] = "best"
+    boundary = [nan_mean([nan_mean(seed.boundary) for seed in column.seeds]) for column in columns]
+    dice = [nan_mean([seed.matrix.mean_dice() for seed in column.seeds]) for column in columns]
+    accuracy = [nan_mean([seed.matrix.pixel_accuracy() for seed in column.seeds]) for column in columns]
+    rows = [("mIoU", mious), ("seeds", [str(len(column.seeds)) for column in columns]),
+            ("95 % interval", intervals), ("against the best", against_best),
+            ("boundary F1", score_cells(boundary)), ("mean Dice", score_cells(dice)),
+            ("pixel accuracy", score_cells(accuracy))]
+    for name, ious in zip(columns[0].classes, zip(*(column.class_ious for column in columns), strict=True),
+                          strict=True):
+        rows.append((f"IoU {name}", score_cells(ious)))
+    return rows
 
 
 def cost_rows(columns, flops, latency, parameters):
-    """Return the rows [(label, [cell of each column])] of what the models are and cost, as measure says."""
-    of_runs = [[run for run in column.runs if run.config] for column in columns]
-    trained = [runs[0].config["parameters"][0] / 1e6 if runs else math.nan for runs in of_runs]
-    seconds = [[sum(row["seconds"] for row in run.history) for run in runs] for runs in of_runs]
-    minutes = [statistics.mean(each) / 60 if each else math.nan for each in seconds]
-    views = [[run.metrics["protocol"]["views"] for run in column.runs] for column in columns]
-    return [("parameters trained, M", [number(value, ".3f") for value in trained]),
-            ("parameters, M", [number(value, ".2f") for value in parameters]),
-            ("GFLOPs, one pass", [number(value, ".2f") for value in flops]),
-            ("latency of a pass, ms", [number(value, ".1f") for value in latency]),
-            ("training, minutes", [number(value, ".1f") for value in minutes]),
-            ("training images", [joined(run.train_images for run in runs) for runs in of_runs]),
-            ("epoch that was scored", [joined(run.epoch for run in column.runs) for column in columns]),
-            ("scored as", list(map(joined, views))),
-            ("trained on", [joined(run.config["device"] for run in runs) for runs in of_runs])]
+    """Return the rows [(label, [cell of each column])] of what the models are and cost, as measure returns
+    it.
+    """
+    trained, minutes = [], []
+    for column in columns:
+        runs = [run for run in column.runs if run.config]
+        trained.append(runs[0].config["parameters"][0] / 1e6 if runs else math.nan)
+        seconds = [sum(row["seconds"] for row in run.history) for run in runs]
+        minutes.append(statistics.mean(seconds) / 60 if runs else math.nan)
+
+    def texts(value):
+        return [distinct([value(run) for run in column.runs]) for column in columns]
+
+    return [("parameters trained, M", number_cells(trained, ".3f")),
+            ("parameters, M", number_cells(parameters, ".2f")),
+            ("GFLOPs, one pass", number_cells(flops, ".2f")),
+            ("latency of a pass, ms", number_cells(latency, ".1f")),
+            ("training, minutes", number_cells(minutes, ".1f")),
+            ("training images", texts(lambda run: run.train_images)),
+            ("epoch that was scored", texts(lambda run: run.scored_epoch)),
+            ("scored as", texts(lambda run: run.metrics["protocol"]["views"])),
+            ("trained on", texts(lambda run: run.config.get("device")))]
 
 
-def number(value, form):
-    """Return a number as a cell: `-` for NaN and for 0, which are not known."""
-    return f"{value:{form}}" if value and value == value else "-"
+def number_cells(values, form):
+    """Return numbers as cells: `-` for NaN and for 0, which are not known."""
+    return [f"{value:{form}}" if value and math.isfinite(value) else "-" for value in values]
 
 
-def joined(values):
-    """Return the different values as one cell."""
+def distinct(values):
+    """Return the different values as one cell, `-` where none is known."""
     return " / ".join(dict.fromkeys(str(value) for value in values if value not in (None, ""))) or "-"
 
 
-def highest(values):
+def score_cells(values):
     """Return scores as cells, `absent` for NaN, the highest in bold where they are not all the same."""
     cells = ["absent" if math.isnan(value) else f"{value:.3f}" for value in values]
     best = max((cell for cell in cells if cell != "absent"), default="")
@@ -345,20 +390,20 @@ def highest(values):
 
 def markdown(columns, rows):
     """Return the table as Markdown: a column for every model."""
-    lines = ["| | " + " | ".join(f"{column.name} ({column.runs[0].name})" for column in columns) + " |",
-             "|---|" + "---:|" * len(columns)]
-    return "\n".join(lines + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]) + "\n"
+    titles = [f"{column.name} ({column.runs[0].model_title})" for column in columns]
+    lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows]
+    return "\n".join(lines) + "\n"
 
 
 def heading(columns, groups, pattern, device):
-    """Return what the table has to say about itself, a few lines."""
-    protocol = columns[0].runs[0].metrics["protocol"]
-    units = len(set(groups))
-    over = f"{units} groups by {pattern}" if pattern else f"{units} images, taken as independent"
+    """Return the lines above the table: what was scored, how to read it, warnings."""
+    protocol, units = columns[0].runs[0].metrics["protocol"], len(set(groups))
+    unit = f"{units} groups by {pattern}" if pattern else f"{units} images, taken as independent"
     lines = [f"{protocol['dataset']}, {protocol['split']}, {count_of(len(groups), 'image')}, each mask at "
              "its own size",
-             f"± is the standard deviation over seeds; intervals (95 %, bootstrap) are over {over}, and say "
-             "nothing of other seeds; bold: the best and what ties with it",
+             f"± is the standard deviation over seeds; intervals (95 %, bootstrap) are over {unit}, and do "
+             "not cover other seeds; bold: the best and what ties with it",
              f"latency and GFLOPs (two per multiply-add) of one forward pass of an image on {device} "
              f"({utils.Precision('auto', device)})"]
     if units < FEW:
@@ -367,35 +412,36 @@ def heading(columns, groups, pattern, device):
     if not pattern and any(run.metrics.get("sequences") for run in columns[0].runs):
         lines.append("frames of a clip are alike, and these intervals are too narrow: --group-by REGEX takes "
                      "them over drives or clips")
-    of_own_data = [run for column in columns for run in column.runs if run.config
-                   and run.config.get("data_fingerprint") == run.metrics["protocol"].get("data_fingerprint")]
-    if any("best" in run.epoch and run.metrics["protocol"]["split"] == "val" for run in of_own_data):
+    on_own_data = [run for column in columns for run in column.runs if run.is_scored_on_its_data]
+    if any("best" in run.scored_epoch and run.metrics["protocol"]["split"] == "val" for run in on_own_data):
         lines.append("an epoch that was chosen on the images it is scored on scores a little too high: score "
                      "last.pth instead")
-    if any(run.metrics["protocol"]["split"] in ("train", "all") for run in of_own_data):
+    if any(run.metrics["protocol"]["split"] in ("train", "all") for run in on_own_data):
         lines.append("warning: models are scored on images that they were trained on")
     return "\n".join(f"{line}.  " for line in lines) + "\n\n"
 
 
+# --- the picture ------------------------------------------------------------------------------------------
 def draw(columns, path):
     """Draw validation mIoU over epochs, all runs on one axis, beside the IoU of every class.
 
     Where models differ in --train-images alone: mIoU over that number, beside the classes of the largest.
     """
-    names, lines = columns[0].classes, {}
-    for column in sorted(columns, key=lambda column: column.runs[0].train_images or 0):
-        lines.setdefault(column.runs[0].settings(but={*REPEATS, "train_images"}), []).append(column)
+    by_images = sorted(columns, key=lambda column: column.runs[0].train_images or 0)
+    models = group_by(by_images, lambda column: column.runs[0].key_without({*SETTINGS_OF_REPEATS,
+                                                                            "train_images"}))
+    names = columns[0].classes
     figure, (curves, bars) = visualize.new_figure(13, max(5, 1.5 + 0.28 * len(names)), columns=2)
-    if len(lines) < len(columns):
-        draw_over_images(list(lines.values()), curves)
-        columns = [line[-1] for line in lines.values()]
+    if len(models) < len(columns):
+        draw_over_images(models, curves)
+        columns = [model[-1] for model in models]
     else:
         draw_over_epochs(columns, curves)
     curves.grid(alpha=0.3)
-    for place, column in enumerate(columns):
-        ious = column.mean(lambda counts: scores_of_counts(counts)["iou"])
-        positions = [id + 0.7 * ((place + 0.5) / len(columns) - 0.5) for id in range(len(names))]
-        bars.barh(positions, ious, height=0.7 / len(columns), color=f"C{place % 10}")
+    height = 0.7 / len(columns)
+    for index, column in enumerate(columns):
+        positions = [id - 0.35 + height * (index + 0.5) for id in range(len(names))]
+        bars.barh(positions, column.class_ious, height=height, color=f"C{index % 10}")
     bars.set_yticks(range(len(names)), map(visualize.short, names))
     bars.set(xlabel="IoU as scored", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     bars.grid(alpha=0.3, axis="x")
@@ -404,29 +450,32 @@ def draw(columns, path):
 
 def draw_over_epochs(columns, axis):
     """Plot the validation mIoU of every run over its epochs."""
-    for place, column in enumerate(columns):
+    for index, column in enumerate(columns):
         label = f"{column.name}: {column.miou:.3f}"
         for run in column.runs:
             epochs, mious = [row["epoch"] for row in run.history], [row["val_miou"] for row in run.history]
-            axis.plot(epochs, mious, "o-", ms=3, color=f"C{place % 10}", label=label)
+            axis.plot(epochs, mious, "o-", ms=3, color=f"C{index % 10}", label=label)
             label = None
     axis.set(xlabel="epoch", ylabel="validation mIoU while training", ylim=(0, 1))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(title="mIoU as scored")
 
 
-def draw_over_images(lines, axis):
-    """Plot mIoU over the number of training images; lines: [[Column of each number, smallest first], ...]."""
-    for place, line in enumerate(lines):
-        images, mious = [column.runs[0].train_images for column in line], [column.miou for column in line]
-        spreads = [statistics.stdev(column.mious) if len(column.mious) > 1 else 0 for column in line]
-        label = f"{line[-1].runs[0].name}: {line[-1].miou:.3f}"
-        if images[0]:  # known
-            axis.errorbar(images, mious, spreads, fmt="o-", capsize=3, color=f"C{place % 10}", label=label)
-    numbers = sorted({column.runs[0].train_images or 0 for line in lines for column in line} - {0})
+def draw_over_images(models, axis):
+    """Plot mIoU over the number of training images; models: [[Column of each number, smallest first]]."""
+    ticks = set()
+    for index, columns in enumerate(models):
+        images = [column.runs[0].train_images for column in columns]
+        if not images[0]:  # not known
+            continue
+        mious = [column.miou for column in columns]
+        spreads = [statistics.stdev(column.mious) if len(column.seeds) > 1 else 0 for column in columns]
+        label = f"{columns[-1].runs[0].model_title}: {mious[-1]:.3f}"
+        axis.errorbar(images, mious, spreads, fmt="o-", capsize=3, color=f"C{index % 10}", label=label)
+        ticks.update(images)
     axis.set(xlabel="training images", ylabel="mIoU as scored, ± standard deviation over seeds", ylim=(0, 1),
              xscale="log")
-    axis.set_xticks(numbers, map(str, numbers))
+    axis.set_xticks(sorted(ticks), map(str, sorted(ticks)))
     axis.minorticks_off()
     axis.legend()
 
@@ -435,12 +484,11 @@ def main():
     """Read, check, measure, rank, write."""
     args = parse_args()
     device = utils.pick_device(args.device)
-    columns = columns_of([read_run(Path(folder)) for folder in args.runs])
-    groups = group_images(columns[0].names, args.group_by)
-    utils.make_folder(args.out_dir)
+    columns = make_columns([read_run(Path(folder)) for folder in args.runs])
+    groups = group_images(columns[0].seeds[0].images, args.group_by)
+    out_dir = Path(utils.make_folder(args.out_dir))
     rows = score_rows(columns, groups) + cost_rows(columns, *measure(columns, device))
     text = heading(columns, groups, args.group_by, device) + markdown(columns, rows)
-    out_dir = Path(args.out_dir)
     utils.write_atomically(out_dir / "compare.md", lambda path: path.write_text(
         text, encoding="utf-8", errors="backslashreplace"))
     with visualize.drawing(out_dir / "compare.png"):

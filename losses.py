@@ -1,10 +1,10 @@
-"""Losses by name. Every loss takes logits (B, K, H, W) and masks (B, H, W), leaves out 255, works in float32.
+"""Losses by name. Every loss takes logits (B, K, H, W) and masks (B, H, W), ignores 255, computes in float32.
 
     criterion = Criterion("focal+dice")
     loss, terms = criterion(logits, masks)               # a scalar, {"focal": ..., "dice": ...}
+    weights = class_weights(pixels, "enet")              # (K,), for Criterion("ce", weights)
 
-A batch in which no pixel counts gives 0 with a gradient of 0. models/logits.py takes the same losses of
-logits that are still coarse.
+A batch without a labeled pixel gives a loss of 0 with a gradient of 0.
 """
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from config import IGNORE, InputError
 
 FOCAL_GAMMA = 2.0
 MASK_WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}  # of mask_classification
-NO_OBJECT = 0.1  # weight of a query that is to say nothing
+NO_OBJECT_WEIGHT = 0.1  # of the class loss of a query that matches no class
 
 
 def at_least_float32(logits):
@@ -21,21 +21,23 @@ def at_least_float32(logits):
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def weighted(loss):
-    """Mark a loss that makes use of class weights: --class-weights is refused for others."""
-    loss.weighted = True
+def uses_class_weights(loss):
+    """Decorator of a loss that applies class weights; with others only, --class-weights is refused."""
+    loss.uses_class_weights = True
     return loss
 
 
 def per_pixel(loss):
-    """Mark a loss as a mean over pixels that is `weighted`: it is taken a block at a time."""
+    """Decorator of a loss that is a mean over pixels and applies class weights: it can be computed a block of
+    rows at a time.
+    """
     loss.per_pixel = True
-    return weighted(loss)
+    return uses_class_weights(loss)
 
 
 @per_pixel
 def cross_entropy(logits, masks, class_weights=None):
-    """Mean cross entropy over the pixels that count.
+    """Mean cross entropy over the labeled pixels.
 
     logits (B, K, H, W) of any float type, masks (B, H, W) int64 with 255 = ignore, class_weights (K,) or
     None. Returns a scalar. Weights multiply a pixel's loss; the mean is over pixels, not over weights, so
@@ -48,7 +50,7 @@ def cross_entropy(logits, masks, class_weights=None):
 
 @per_pixel
 def focal(logits, masks, class_weights=None):
-    """Mean focal loss -(1 - p)^2 log p over the pixels that count, p = softmax probability of the true class.
+    """Mean focal loss -(1 - p)^2 log p over the labeled pixels, p = softmax probability of the true class.
 
     Shapes as cross_entropy. Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5.
     """
@@ -63,13 +65,13 @@ def focal(logits, masks, class_weights=None):
 def dice(logits, masks, class_weights=None):
     """1 - soft Dice coefficient, mean over the classes present in the batch; sums run over the whole batch.
 
-    Shapes as cross_entropy; class_weights have no part in it. After Milletari et al., V-Net, 3DV 2016, with a
+    Shapes as cross_entropy; class_weights are not used. After Milletari et al., V-Net, 3DV 2016, with a
     linear denominator (p + g, not p^2 + g^2), as in segmentation_models_pytorch.
     """
-    counts = masks != IGNORE  # (B, H, W)
-    probabilities = at_least_float32(logits).softmax(1) * counts[:, None]  # (B, K, H, W)
+    labeled = masks != IGNORE  # (B, H, W)
+    probabilities = at_least_float32(logits).softmax(1) * labeled[:, None]  # (B, K, H, W)
     truth = torch.zeros_like(probabilities)
-    truth.scatter_(1, torch.where(counts, masks, 0)[:, None], counts[:, None].to(truth.dtype))
+    truth.scatter_(1, torch.where(labeled, masks, 0)[:, None], labeled[:, None].to(truth.dtype))
     overlap = (probabilities * truth).sum((0, 2, 3))  # (K,)
     total = (probabilities + truth).sum((0, 2, 3))  # (K,)
     present = truth.sum((0, 2, 3)) > 0  # (K,)
@@ -80,12 +82,12 @@ def dice(logits, masks, class_weights=None):
 def lovasz(logits, masks, class_weights=None):
     """Lovasz-Softmax: the convex extension of 1 - IoU, mean over the classes present in the batch.
 
-    Shapes as cross_entropy; class_weights have no part in it. Berman et al., The Lovasz-Softmax loss, CVPR
+    Shapes as cross_entropy; class_weights are not used. Berman et al., The Lovasz-Softmax loss, CVPR
     2018 (per batch, classes present, as in the paper's own code).
     """
     probabilities = at_least_float32(logits).softmax(1).movedim(1, -1)  # (B, H, W, K)
-    counts = masks != IGNORE
-    probabilities, labels = probabilities[counts], masks[counts]  # (P, K), (P,)
+    labeled = masks != IGNORE
+    probabilities, labels = probabilities[labeled], masks[labeled]  # (P, K), (P,)
     losses = []
     for id in labels.unique().tolist():
         truth = (labels == id).to(probabilities.dtype)  # (P,)
@@ -115,13 +117,13 @@ LOSSES = {
 class Criterion:
     """criterion(logits (B, K, H, W), masks (B, H, W)) -> (loss, {name: term}), the sum of its terms.
 
-    name: of LOSSES, or several joined by `+`. names: of the terms; per_pixel: whether all of them are means
-    over the pixels that count. Raises InputError for class weights that none of them uses.
+    loss: a name of LOSSES, or several joined by `+`; class_weights: (K,) or None. names: of the terms;
+    per_pixel: whether all of them are means over pixels.
     """
 
-    def __init__(self, name, class_weights=None):
-        self.names, self.class_weights = name.split("+"), class_weights
-        self.per_pixel = all(hasattr(LOSSES[part], "per_pixel") for part in self.names)
+    def __init__(self, loss, class_weights=None):
+        self.names, self.class_weights = loss.split("+"), class_weights
+        self.per_pixel = all(getattr(LOSSES[name], "per_pixel", False) for name in self.names)
 
     def __call__(self, logits, masks):
         terms = {name: LOSSES[name](logits, masks, self.class_weights) for name in self.names}
@@ -129,46 +131,48 @@ class Criterion:
 
 
 def check_class_weights(loss, name):
-    """Raise InputError where class weights `name` would have no effect on the loss called `loss`."""
-    takers = [key for key, function in LOSSES.items() if hasattr(function, "weighted")]
-    if name != "none" and not set(takers) & set(loss.split("+")):
-        raise InputError(f"--class-weights acts on {' and '.join(takers)}, and --loss {loss} has none of "
-                         f"them: leave it out, or add one (such as --loss {takers[0]}+dice)")
+    """Raise InputError where class weights called `name` would have no effect on the loss called `loss`."""
+    names = [key for key, function in LOSSES.items() if getattr(function, "uses_class_weights", False)]
+    if name != "none" and not set(names) & set(loss.split("+")):
+        raise InputError(f"--class-weights {name} has no effect on --loss {loss}: leave it out, or add a "
+                         f"loss that uses them ({', '.join(names)}), such as --loss {names[0]}+dice")
 
 
 # --- mask classification -----------------------------------------------------------------------------------
 def mask_classification(masks, classes, truth):
     """Return {"class": ..., "mask": ..., "dice": ...}, the loss of queries that each stand for one class.
 
-    masks (B, Q, h, w) and classes (B, Q, K + 1), the last of which means nothing: logits; truth (B, h, w)
-    int64, 255 = ignore. Every class in an image is matched with the one query that fits it best (Hungarian
-    algorithm); the others are to say nothing. Cheng et al., Masked-attention Mask Transformer, CVPR 2022,
-    with its weights; at all pixels that count where theirs draws 12,544 points.
+    masks (B, Q, h, w) and classes (B, Q, K + 1), the last of which means no object: logits; truth (B, h, w)
+    int64, 255 = ignore. Every class in an image is matched with the query that fits it best (Hungarian
+    algorithm); the other queries should predict no object. Cheng et al., Masked-attention Mask Transformer,
+    CVPR 2022, with its weights; at all labeled pixels where theirs draws 12,544 points.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import, and inference has no use for it
     masks, classes = at_least_float32(masks), at_least_float32(classes)
-    nothing = classes.shape[2] - 1
-    weights = torch.ones(nothing + 1, device=classes.device)
-    weights[nothing] = NO_OBJECT
+    no_object = classes.shape[2] - 1
+    weights = torch.ones(no_object + 1, device=classes.device)
+    weights[no_object] = NO_OBJECT_WEIGHT
     sums = dict.fromkeys(("class", "mask", "dice"), 0 * (masks.sum() + classes.sum()))
-    matched, weight = 0, 0.0
-    for queries, scores, image in zip(masks, classes, truth, strict=True):
-        counted = image != IGNORE
-        present = image[counted].unique()  # (T,)
+    match_count, weight_sum = 0, 0.0
+    for mask_logits, class_logits, labels in zip(masks, classes, truth, strict=True):
+        labeled = labels != IGNORE
+        present = labels[labeled].unique()  # (T,) ids
         if not len(present):
             continue
-        shapes = (image[counted] == present[:, None]).to(queries.dtype)  # (T, P)
-        costs = {"class": -scores.softmax(-1)[:, present], **mask_costs(queries[:, counted], shapes)}
-        total = sum(MASK_WEIGHTS[name] * cost.detach() for name, cost in costs.items())  # (Q, T)
-        rows, columns = map(torch.as_tensor, linear_sum_assignment(total.nan_to_num(1e9).cpu()))
-        wanted = torch.full((len(scores),), nothing, device=scores.device)
-        wanted[rows] = present[columns]
-        matched, weight = matched + len(rows), weight + weights[wanted].sum()
-        sums["class"] = sums["class"] + F.cross_entropy(scores, wanted, weights, reduction="sum")
+        shapes = (labels[labeled] == present[:, None]).to(mask_logits.dtype)  # (T, P)
+        costs = {"class": -class_logits.softmax(-1)[:, present],
+                 **mask_costs(mask_logits[:, labeled], shapes)}
+        total_cost = sum(MASK_WEIGHTS[name] * cost.detach() for name, cost in costs.items())  # (Q, T)
+        queries, columns = map(torch.as_tensor, linear_sum_assignment(total_cost.nan_to_num(1e9).cpu()))
+        targets = torch.full((len(class_logits),), no_object, device=class_logits.device)  # (Q,)
+        targets[queries] = present[columns]
+        match_count += len(queries)
+        weight_sum = weight_sum + weights[targets].sum()
+        sums["class"] = sums["class"] + F.cross_entropy(class_logits, targets, weights, reduction="sum")
         for name in ("mask", "dice"):
-            sums[name] = sums[name] + costs[name][rows, columns].sum()
-    counts = {"class": weight, "mask": matched, "dice": matched}
-    return {name: MASK_WEIGHTS[name] * total / max(counts[name], 1e-6) for name, total in sums.items()}
+            sums[name] = sums[name] + costs[name][queries, columns].sum()
+    divisors = {"class": weight_sum, "mask": match_count, "dice": match_count}
+    return {name: MASK_WEIGHTS[name] * total / max(divisors[name], 1e-6) for name, total in sums.items()}
 
 
 def mask_costs(queries, shapes):
@@ -190,12 +194,12 @@ def enet_weights(pixels):
 
 
 def median_weights(pixels):
-    """1 / frequency, the share of a class in the pixels of the images that show it: pixels (N, K) -> (K,).
+    """1 / frequency, the share of a class in the pixels of the images it occurs in: pixels (N, K) -> (K,).
 
     Median frequency balancing, Eigen & Fergus, ICCV 2015; the median itself cancels out in class_weights.
     """
-    where_seen = ((pixels > 0) * pixels.sum(1, keepdim=True)).sum(0)  # pixels of the images that show it
-    return where_seen / pixels.sum(0).clamp(min=1)
+    pixels_of_its_images = ((pixels > 0) * pixels.sum(1, keepdim=True)).sum(0)
+    return pixels_of_its_images / pixels.sum(0).clamp(min=1)
 
 
 CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}

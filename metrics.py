@@ -1,11 +1,11 @@
 """Segmentation metrics, all from one confusion matrix over the whole data set.
 
     matrix = ConfusionMatrix(num_classes=21)
-    matrix.update(preds, masks)        # any number of times, any sizes
+    matrix.update(preds, masks)                # any number of times, any sizes
     matrix.miou(), matrix.per_class_iou(), matrix.pixel_accuracy()
-    low, high = bootstrap_interval(counts)     # (N, 3, K) of every image: how sure the mIoU is
+    low, high = bootstrap_interval(counts)     # counts (N, 3, K) of every image: 95 % interval of the mIoU
 
-A class that occurs in no truth and no prediction has no IoU: it is NaN per class and left out of every mean.
+A class that occurs in neither truth nor prediction has no IoU: NaN per class, left out of every mean.
 """
 import math
 import os
@@ -18,8 +18,8 @@ import torch
 
 from config import IGNORE, InputError
 
-BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal, as Csurka et al. use
 FEW = 10  # images or groups below which a bootstrap interval is much too narrow to claim anything
+BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal, as Csurka et al. use
 BOUNDARY_BAND = 0.02  # of the diagonal: ignored pixels up to this wide between two classes are their border
 
 
@@ -78,7 +78,7 @@ class ConfusionMatrix:
         return (2 * overlap.sum() / total.sum()).item()
 
     def per_class_recall(self):
-        """Share of every class's true pixels that are right, (K,) float64; NaN where it is in no truth."""
+        """Share of every class's true pixels that are right, (K,) float64; NaN where it has none."""
         counts = self.counts.cpu().double()
         return counts.diag() / counts.sum(1)
 
@@ -98,7 +98,7 @@ class ConfusionMatrix:
         return (shares * self.per_class_iou().nan_to_num(0.0)).sum().item()
 
     def absent(self):
-        """Ids of the classes that occur in no truth and no prediction: left out of the means."""
+        """Ids of the classes that occur in neither truth nor prediction: left out of the means."""
         return torch.nonzero(self._overlap_and_total()[1] == 0).flatten().tolist()
 
 
@@ -115,29 +115,32 @@ def has_stalled(history, patience):
 # --- boundaries -------------------------------------------------------------------------------------------
 def boundary_f1(pred, truth, num_classes):
     """Return the boundary F1 of one image, (K,) float64; NaN for a class in neither pred nor truth, or
-    without a known border in both: as for a class that is absent, agreeing on nothing earns no score.
+    without a known border in both: as for an absent class, agreeing on nothing earns no score.
 
-    pred, truth: (H, W) uint8 class ids, truth with 255 = ignore. A class that is in one of them only scores
-    0. Boundaries as in boundary_pixels, pred ignored where truth is. Precision is the share of predicted
+    pred, truth: (H, W) uint8 class ids, truth with 255 = ignore. A class that is in only one of them scores
+    0. Boundaries as in boundary_pixels; pred is ignored where truth is. Precision is the share of predicted
     boundary pixels within BOUNDARY_TOLERANCE of a true one, recall the reverse. Csurka et al., What is a
     good evaluation measure for semantic segmentation?, BMVC 2013.
     """
     pred = np.where(truth == IGNORE, IGNORE, pred).astype(np.uint8)
-    edges = boundary_pixels(pred), boundary_pixels(truth)
+    pred_edges, truth_edges = boundary_pixels(pred), boundary_pixels(truth)
     radius = max(1.0, BOUNDARY_TOLERANCE * math.hypot(*truth.shape))
     scores = np.full(num_classes, np.nan)
-    for id in np.union1d(np.unique(pred), np.unique(truth)).tolist():
-        found, wanted = pred == id, truth == id
-        if id < num_classes:
-            both = found.any() and wanted.any()
-            scores[id] = class_boundary_f1(found & edges[0], wanted & edges[1], radius) if both else 0.0
+    for id in np.union1d(pred, truth).tolist():
+        if id >= num_classes:
+            continue
+        in_pred, in_truth = pred == id, truth == id
+        if in_pred.any() and in_truth.any():
+            scores[id] = class_boundary_f1(in_pred & pred_edges, in_truth & truth_edges, radius)
+        else:
+            scores[id] = 0.0
     return scores
 
 
 def label_range(labels, window):
     """Return the highest and the lowest label around each pixel, (H, W) uint8 each, within a `window`.
 
-    labels: (H, W) uint8, 255 = ignore, which does not count: where nothing else is, they are 0 and 255.
+    labels: (H, W) uint8. 255 = ignore does not count: where there is nothing else, they are 0 and 255.
     """
     lowered = np.where(labels == IGNORE, 0, labels).astype(np.uint8)  # 255 is already neutral in a minimum
     return cv2.dilate(lowered, window), cv2.erode(labels, window)
@@ -153,39 +156,39 @@ def boundary_pixels(labels):
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     side = 2 * max(1, int(BOUNDARY_BAND * math.hypot(*labels.shape))) + 1
 
-    def others(window):
+    def has_other_class(window):
         highest, lowest = label_range(labels, window)
         return (highest != labels) | (lowest != labels)
 
-    edge = others(cross)
+    edges = has_other_class(cross)
     if ignored.any():
-        beside = cv2.dilate(ignored.astype(np.uint8), cross) > 0
-        edge |= beside & others(np.ones((side, side), np.uint8))
-    return edge & ~ignored
+        touches_ignored = cv2.dilate(ignored.astype(np.uint8), cross) > 0
+        edges |= touches_ignored & has_other_class(np.ones((side, side), np.uint8))
+    return edges & ~ignored
 
 
-def class_boundary_f1(found, wanted, radius):
-    """Return the F1 of boundary pixels `found` against `wanted`, both (H, W) bool, within `radius` pixels.
+def class_boundary_f1(pred_edges, truth_edges, radius):
+    """Return the F1 of predicted and true boundary pixels of a class, (H, W) bool, within `radius` pixels.
 
     NaN where neither has any, 0 where only one has.
     """
-    if not found.any() or not wanted.any():
-        return 0.0 if found.any() or wanted.any() else math.nan
-    rows, columns = np.nonzero(found | wanted)  # distances beyond the pixels at hand are of no interest
+    if not (pred_edges.any() and truth_edges.any()):
+        return 0.0 if pred_edges.any() or truth_edges.any() else math.nan
+    rows, columns = np.nonzero(pred_edges | truth_edges)  # no pixel outside of their box matters
     box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
-    found, wanted = np.ascontiguousarray(found[box]), np.ascontiguousarray(wanted[box])
+    pred_edges, truth_edges = pred_edges[box], truth_edges[box]
 
-    def near(targets):
-        distance = cv2.distanceTransform((~targets).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    def near(edges):
+        distance = cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         return distance <= radius + 1e-4
 
-    precision, recall = near(wanted)[found].mean(), near(found)[wanted].mean()
+    precision, recall = near(truth_edges)[pred_edges].mean(), near(pred_edges)[truth_edges].mean()
     return 2 * precision * recall / max(precision + recall, 1e-12)
 
 
 # --- images and groups of images ---------------------------------------------------------------------------
-def counts_of(records, num_classes):
-    """Return (N, 3, K) int64: pixels right, of truth, of prediction, for every record and class.
+def counts_per_image(records, num_classes):
+    """Return (N, 3, K) int64: correct, true and predicted pixels of every record and class.
 
     records: of evaluate.py's metrics.json, whose `cells` are [[truth, prediction, pixels], ...].
     """
@@ -198,48 +201,42 @@ def counts_of(records, num_classes):
     return counts
 
 
-def scores_of_counts(counts):
-    """Return dict(dice: mean over the classes, accuracy, iou: (K,)) of counts (3, K); NaN where nothing
-    counted. Their mIoU is miou_of_counts.
-    """
-    right, truth, pred = np.asarray(counts, np.float64)
-    with np.errstate(invalid="ignore"):
-        iou, dice = right / (truth + pred - right), 2 * right / (truth + pred)
-        return dict(dice=mean_of_known(dice), accuracy=right.sum() / truth.sum(), iou=iou)
-
-
-def mean_of_known(values):
-    """Return the mean of the values that are not NaN, NaN where none is."""
-    known = np.asarray(values)[~np.isnan(values)]
+def nan_mean(values):
+    """Return the mean of the values that are not NaN; NaN where there is none (np.nanmean warns of that)."""
+    values = np.asarray(values, float)
+    known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
 
 
-def mean_over_images(values):
-    """Return the mean of each class over the images that have a value: (N, K) -> (K,), NaN where none has."""
-    return np.array([mean_of_known(column) for column in np.asarray(values, float).T])
+def nan_mean_per_class(values):
+    """Return the mean of each column of values (N, K) without its NaN: (K,), NaN where a column has no value.
+    """
+    return np.array([nan_mean(column) for column in np.asarray(values, float).T])
 
 
 def group_images(names, pattern):
     """Return the group of each image file, a list of texts: what the first bracket of the regular expression
-    matches in its path below the folder that all images share, or the whole match. No pattern: each its own.
+    matches in its path below the folder that all images share, or the entire match; the names themselves
+    where there is no pattern.
 
-    Raises InputError for a pattern that is none, that does not match a path, or that makes a single group.
+    Raises InputError for an invalid pattern, for one that does not match a path or makes a single group.
     """
     if not pattern:
         return list(names)
     base = os.path.commonpath([os.path.dirname(name) for name in names])
-    paths = [Path(os.path.relpath(name, base)).as_posix() for name in names]
-    try:
-        found = [re.search(pattern, path) for path in paths]
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"--group-by {pattern} is no regular expression ({error})") from None
-    if None in found:
-        raise InputError(f"--group-by {pattern} does not match {paths[found.index(None)]}: every image needs "
-                         "a group")
-    groups = [match[1 if match.re.groups else 0] or "" for match in found]
+    groups = []
+    for name in names:
+        path = Path(os.path.relpath(name, base)).as_posix()
+        try:
+            match = re.search(pattern, path)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"--group-by {pattern} is not a regular expression ({error})") from None
+        if match is None:
+            raise InputError(f"--group-by {pattern} does not match {path}: every image needs a group")
+        groups.append(match[1 if match.re.groups else 0] or "")
     if len(set(groups)) == 1:
-        raise InputError(f"--group-by {pattern} puts all images into one group, {groups[0]!r}, over which "
-                         "there is no interval: give a pattern that makes more")
+        raise InputError(f"--group-by {pattern} puts all images in one group, {groups[0]!r}; at least two "
+                         "are needed")
     return groups
 
 
@@ -251,17 +248,17 @@ def sum_groups(counts, groups):
     return summed
 
 
-# --- how sure a score is ----------------------------------------------------------------------------------
-def miou_of_counts(counts):
-    """Return the mIoU of counts (..., 3, K): pixels right, of truth, of prediction; NaN where nothing
+# --- how certain a score is -------------------------------------------------------------------------------
+def miou_from_counts(counts):
+    """Return the mIoU (...) of counts (..., 3, K): correct, true and predicted pixels; NaN where nothing
     counted.
     """
-    right, truth, pred = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
-    union = truth + pred - right
+    correct, truth, pred = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    union = truth + pred - correct
     present = union > 0
-    ious = np.divide(right, union, out=np.zeros_like(right), where=present)
-    number = present.sum(-1)
-    return np.divide(ious.sum(-1), number, out=np.full(number.shape, np.nan), where=number > 0)
+    ious = np.divide(correct, union, out=np.zeros_like(correct), where=present)
+    classes = present.sum(-1)
+    return np.divide(ious.sum(-1), classes, out=np.full(classes.shape, np.nan), where=classes > 0)
 
 
 def resampled_mious(counts, samples, seed):
@@ -272,19 +269,20 @@ def resampled_mious(counts, samples, seed):
     counts = np.asarray(counts, np.float64)
     (images, *shape), generator = counts.shape[-3:], np.random.default_rng(seed)
     flat = counts.reshape(-1, images, math.prod(shape))  # (models, N, 3 * K)
-    parts = []
+    mious = []
     for start in range(0, samples, 100):  # 100 at a time: memory must not grow with samples x images
         size = min(100, samples - start)
-        times = generator.multinomial(images, np.full(images, 1 / images), size=size)  # (size, N)
-        parts.append(miou_of_counts((times.astype(np.float64) @ flat).reshape(-1, size, *shape)).mean(0))
-    return np.concatenate(parts)
+        draws = generator.multinomial(images, np.full(images, 1 / images), size=size)  # (size, N)
+        sums = (draws.astype(np.float64) @ flat).reshape(-1, size, *shape)  # (models, size, 3, K)
+        mious.append(miou_from_counts(sums).mean(0))
+    return np.concatenate(mious)
 
 
 def bootstrap_interval(counts, samples=2000, seed=0):
     """Return the 95 % percentile bootstrap interval (low, high) of the mIoU over images (Efron, 1979).
 
-    counts: (N, 3, K) pixels right, of truth, of prediction, for every image and class, or for every group of
-    images that are not independent of each other (sum_groups); (S, N, 3, K) for the mean mIoU of S models.
+    counts: (N, 3, K) correct, true and predicted pixels of every image and class, or of every group of images
+    that are not independent of each other (sum_groups); (S, N, 3, K) for the mean mIoU of S models.
     """
     low, high = np.nanpercentile(resampled_mious(counts, samples, seed), [2.5, 97.5])
     return float(low), float(high)
@@ -294,12 +292,11 @@ def paired_bootstrap(counts_a, counts_b, samples=10_000, seed=0):
     """Compare two models on the same images: return dict(difference, low, high, p).
 
     difference = mIoU of b - mIoU of a with its 95 % interval; p = share of resampled image sets in which the
-    difference has not the sign of `difference`, doubled (two-sided). counts as in bootstrap_interval, same
-    images.
+    difference does not have the sign of `difference`, doubled (two-sided). counts as in bootstrap_interval.
     """
-    a, b = (np.mean(miou_of_counts(np.sum(counts, -3))) for counts in (counts_a, counts_b))
-    difference = float(b - a)
-    drawn = resampled_mious(counts_b, samples, seed) - resampled_mious(counts_a, samples, seed)
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    against = np.mean(drawn <= 0) if difference > 0 else np.mean(drawn >= 0)
-    return dict(difference=difference, low=float(low), high=float(high), p=float(min(1.0, 2 * against)))
+    miou_a, miou_b = (np.mean(miou_from_counts(np.sum(counts, -3))) for counts in (counts_a, counts_b))
+    difference = float(miou_b - miou_a)
+    resampled = resampled_mious(counts_b, samples, seed) - resampled_mious(counts_a, samples, seed)
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    opposite = np.mean(resampled <= 0) if difference > 0 else np.mean(resampled >= 0)
+    return dict(difference=difference, low=float(low), high=float(high), p=float(min(1.0, 2 * opposite)))

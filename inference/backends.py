@@ -326,7 +326,7 @@ def convert(model, size, backend):
     Raises InputError where the package is missing.
     """
     graph = Graph(model, size, coarse=True).eval()
-    converted = BACKENDS[backend].of(graph, model.logits(graph.example()))
+    converted = BACKENDS[backend].of(graph)
     converted.num_classes = model.num_classes
     return converted.eval()
 

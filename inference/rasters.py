@@ -17,8 +17,7 @@ import torch
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of
 from dataio.rasters import named_errors, rasterio
-from inference.predictor import blocks_of, views_of
-from models.logits import class_ids
+from models.upsampling import class_ids
 from utils import write_atomically
 from visualize import color_table
 
@@ -36,10 +35,9 @@ def segment(raster, predictor):
     ids are IGNORE where it has no data. predictor: one whose protocol is tile.
     """
     batch_size = 8 if predictor.device.type == "cuda" else 2  # a CPU gains nothing from more
-    views = views_of(predictor.model, raster, predictor.protocol, predictor.precision, batch_size)
-    for rows, _, shares in blocks_of(views, raster.size):
-        pred = class_ids(shares)[0].cpu().numpy()
-        confidence = shares.amax(1)[0].cpu().numpy()
+    for rows, probabilities, _ in predictor.rows(raster, raster.size, batch_size):
+        pred = class_ids(probabilities)[0].cpu().numpy()
+        confidence = probabilities.amax(1)[0].cpu().numpy()
         pred[~raster.valid(rows)] = IGNORE
         yield rows, pred, confidence
 
