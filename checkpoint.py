@@ -285,8 +285,8 @@ class Run:
     """A run of train.py: its TrainState, what is recorded of it, and when it is saved.
 
     settings: those of train.py as a dict of plain values; data: its DataSource; folder: the utils.RunFolder
-    that it writes to; origins: where the weights came from, to be recorded. confusion: the counts (K, K) of the
-    last validation. stop: the utils.StopOnSignal that asks the run to end. Raises InputError for settings and
+    that it writes to; origins: where the weights came from, to be recorded. confusion: counts (K, K) of the
+    last validation; stop: the utils.StopOnSignal that asks the run to end. Raises InputError for settings and
     class names with which a checkpoint could not be read again, such as a folder with a line break.
     """
 

@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone, self.head, self.spec, self.num_classes = backbone, head, spec, spec.num_classes
         self.stretched = False
-        self.trained_tail = ()  # the Tail that trains on cached tokens; in a tuple, for its blocks are not new
+        self.trained_tail = ()  # the Tail that trains on cached tokens; a tuple, as its blocks are not new
         mean, std = backbone.normalization if spec.normalize == "auto" else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)

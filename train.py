@@ -146,8 +146,8 @@ def check_effects(given, config, model):
         raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
     blocks = trained_blocks(model)
     if blocks and not blocks & blocks_with_gradient(model):
-        raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing that "
-                         "the unfrozen blocks compute (it may train copies of them): leave it out, or give more")
+        raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing of "
+                         "these blocks (it may train copies of them): leave it out, or give more")
 
 
 def trained_blocks(model):
@@ -171,8 +171,8 @@ def blocks_with_gradient(model):
 # --- what is printed --------------------------------------------------------------------------------------
 def print_settings(config):
     """Print every setting that has a meaning in the run."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if has_meaning(name, config)}
-    print("settings: " + " ".join(f"{name}={value}" for name, value in settings.items()))
+    settings = dataclasses.asdict(config).items()
+    print("settings: " + " ".join(f"{name}={value}" for name, value in settings if has_meaning(name, config)))
 
 
 def print_plan(config, data, model, precision):

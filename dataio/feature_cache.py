@@ -7,8 +7,8 @@
 
 A cache is a memory-mapped file for every Part that the training starts from (maps and tokens of blocks in
 bfloat16, images), one for every target of training images, and beside each a file of checksums, of which an
-entry's is written after it: an interrupted cache is completed, a damaged entry computed again. The file's name
-is a hash of all that its content depends on.
+entry's is written after it: an interrupted cache is completed, a damaged entry computed again. The name of a
+file is a hash of all that its content depends on.
 """
 import hashlib
 import json
@@ -184,8 +184,8 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
 
 
 def plan_files(model, parts, dataset, folder, precision, views):
-    """Return ({Part, or name of a target of training images: its EntryFile}, {the same: the facts on which its
-    content depends}).
+    """Return ({Part, or name of a target of training images: its EntryFile}, {the same: the facts on which
+    its content depends}).
     """
     count = len(dataset) * views
     image, targets, _ = dataset[0]

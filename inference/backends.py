@@ -86,8 +86,8 @@ class ExportedModel(nn.Module):
         return [self.run(images) for images in batches]
 
     def logits(self, images):
-        """(B, 3, H, W) uint8 -> logits (B, K, h, w) float32, their Geometry. Raises InputError for another size
-        than the exported one.
+        """(B, 3, H, W) uint8 -> logits (B, K, h, w) float32, their Geometry. Raises InputError for another
+        size than the exported one.
         """
         if tuple(images.shape[-2:]) != self.size:
             (height, width), (asked_height, asked_width) = self.size, images.shape[-2:]

@@ -87,8 +87,8 @@ class PositionEmbedding:
 class Features:
     """What a head reads of a batch of images; a feature cache gives them in place of images.
 
-    maps: (B, D, h, w) of the blocks it reads, deepest last. tokens: {block: (B, prefix + h * w, D)}, un-normed,
-    as they enter it, class and register tokens first. image: (B, 3, *size), normalized and padded, or
+    maps: (B, D, h, w) of the blocks it reads, deepest last. tokens: {block: (B, prefix + h * w, D) that enter
+    it}, un-normed, class and register tokens first. image: (B, 3, *size), normalized and padded, or
     None; of a cache (B, 3, H, W) uint8. geometry: where the images lie in the padded ones.
     """
 
@@ -125,7 +125,7 @@ class Features:
 class Part(NamedTuple):
     """A part of what a feature cache keeps of an image.
 
-    kind: `map`, the normed map (h, w, D) that leaves a block; `tokens`, (prefix + h * w, D), un-normed, as they
+    kind: `map`, the normed map (h, w, D) that leaves a block; `tokens`, (prefix + h * w, D), un-normed, that
     enter it; `image`, (H, W, 3) uint8.
     """
 
