@@ -271,9 +271,9 @@ def train_one_epoch(objective, batches, optimization, step, progress=None, after
         return dict(log.totals(), batches=done, counts=all_reduce(matrix.counts).cpu())
 
     objective.train()
-    for images, masks, names in log.watch(batches):
+    for images, targets, names in log.watch(batches):
         images = to_device(images, device)  # (B, 3, H, W) uint8, or what a cache holds
-        masks = masks.to(device, non_blocking=True).long()  # (B, H, W) int64, 255 = ignore
+        masks = targets["mask"].to(device, non_blocking=True).long()  # (B, H, W) int64, 255 = ignore
         lr = set_lr(optimization.optimizer, optimization.lr_lambda(step))
         with precision.autocast():
             loss, terms, preds = objective(images, masks)
@@ -320,7 +320,8 @@ def evaluate(model, batches, precision, criterion=None, views=None, on_image=Non
     device = next(model.parameters()).device
     matrix, log = ConfusionMatrix(model.num_classes, device), LossLog(batches)
     model.eval()
-    for images, masks, names in batches:
+    for images, targets, names in batches:
+        masks = targets["mask"]  # (B, H, W) uint8, or a list of (H, W)
         if views:
             logits = views(images)
         else:
@@ -353,7 +354,8 @@ def predict_examples(model, dataset, precision, count):
     """
     rows, device = [], next(model.parameters()).device
     for index in evenly_sampled(range(len(dataset)), count):
-        inputs, mask, _ = dataset[index]
+        inputs, targets, _ = dataset[index]
+        mask = targets["mask"]
         image = dataset.picture(index)
         with precision.autocast():
             logits = model.logits(to_device(default_collate([inputs]), device))

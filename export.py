@@ -62,9 +62,9 @@ import utils
 from checkpoint import data_options, load_model
 from config import InputError, count_of
 from dataio.pairs import list_images
+from dataio.dataloader import images_for
 from dataio.readers import read_image
 from dataio.streets import draw_scene
-from dataio.torch_datasets import images_for
 from dataio.transforms import resize_image
 from dataio.windows import read_native_image
 from datasets import load_data
@@ -153,7 +153,8 @@ def compare(models, dataset, facts, protocol):
     """
     predictors = [Predictor(model, facts, "cpu", protocol) for model in models]
     matrices, same = [ConfusionMatrix(len(facts["classes"])) for _ in models], []
-    for image, mask, _ in (dataset[index] for index in range(len(dataset))):
+    for image, targets, _ in (dataset[index] for index in range(len(dataset))):
+        mask = targets["mask"]
         preds = [label_map(views_of(one.model, image[None], protocol, one.precision), mask.shape)
                  for one in predictors]
         for matrix, pred in zip(matrices, preds, strict=True):

@@ -109,10 +109,10 @@ def checksum(values):
 
 
 class CachedDataset(Dataset):
-    """Triples ({part: values}, mask, file name) in place of the (image, mask, name) of a dataset.
+    """Triples ({part: values}, targets, file name) in place of the (image, targets, name) of a dataset.
 
-    Masks as in the dataset: at its `size` for training, else as they are stored. Pass e of training over the
-    images reads view e % views.
+    Targets as in the dataset: at its `size` for training, else as they are stored. Pass e of training over
+    the images reads view e % views.
     """
 
     def __init__(self, dataset, parts, masks, views):
@@ -137,8 +137,8 @@ class CachedDataset(Dataset):
         turn, index = divmod(item, len(self))
         number = turn % self.views * len(self) + index
         inputs = {part: file.open()[0][number] for part, file in self.parts.items()}
-        mask = self.masks.open()[0][number] if self.masks else self.dataset.mask(index)
-        return inputs, mask, str(self.samples[index].image)
+        targets = {"mask": self.masks.open()[0][number]} if self.masks else self.dataset.targets(index)
+        return inputs, targets, str(self.samples[index].image)
 
 
 def cache_features(model, dataset, folder, precision, views=1, workers=0):
@@ -191,7 +191,7 @@ def plan_files(model, parts, dataset, folder, precision, views):
 
 def file_facts(samples):
     """Return the hashes of a file list: its names, and its sizes and times of change."""
-    paths = [os.path.abspath(path) for sample in samples for path in sample]
+    paths = [os.path.abspath(path) for sample in samples for path in sample.files()]
     names, stats = paths, list(map(os.stat, paths))
     with suppress(ValueError):  # Windows: data and drawn masks on two drives
         base = os.path.commonpath(list(map(os.path.dirname, paths)))
@@ -263,10 +263,10 @@ def fill(model, parts, dataset, files, missing, precision, workers):
     model.eval()
     bar = tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None)
     with bar, naming_files(loader):
-        for images, masks, _ in loader:
+        for images, targets, _ in loader:
             values, size = parts_that_fit(model, parts, images, precision, size)
             if dataset.augments is not None:
-                values.append(masks)
+                values.append(targets["mask"])
             for index in range(len(images)):
                 number = next(numbers)
                 for file, batch in zip(files, values, strict=True):

@@ -16,7 +16,7 @@ import torch
 
 from config import IGNORE, InputError
 from dataio.annotations import area_of
-from dataio.rasters import named_errors, rasterio
+from dataio.windows import named_errors, rasterio
 from inference.predictor import blocks_of, views_of
 from models.logits import class_ids
 from utils import write_atomically

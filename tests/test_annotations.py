@@ -14,7 +14,7 @@ import infer_image
 import train
 from config import InputError
 from dataio import annotations
-from dataio.readers import read_pair
+from dataio.readers import read_sample
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_masks_are_those_that_the_annotations_were_made_of(name, tmp_path):
                    for path, split in splits.items())
     for part in source.splits.values():
         for sample in part:
-            _, mask = read_pair(sample, source.table)
+            mask = read_sample(sample, source.table)[1]["mask"]
             assert (mask.numpy() == ids[truth[sample.image]]).mean() > 0.985, sample
 
 
@@ -156,7 +156,7 @@ def test_smaller_shapes_of_coco_lie_over_larger_ones_and_later_ones_of_labelme_o
         source = load("folder", root, val_fraction=0)
         names = [name for name, _ in source.classes]
         (sample,) = [one for one in source.splits["train"] if one.image.stem == "shot 0"]
-        return names, read_pair(sample, source.table)[1].numpy()
+        return names, read_sample(sample, source.table)[1]["mask"].numpy()
 
     small, large = [20, 20, 40, 20, 40, 40, 20, 40], [10, 10, 60, 10, 60, 60, 10, 60]
     for tool, in_file, shape_of, key in (("COCO", in_coco, (-1,), "annotations"),
@@ -206,7 +206,7 @@ def test_shapes_of_labelme(shape, tmp_path):
     in_labelme(lambda content: content.update(shapes=[entry]))(tmp_path)
     source = load("folder", tmp_path, val_fraction=0)
     sample = next(one for one in source.splits["train"] if one.image.stem == "shot 0")
-    assert ((read_pair(sample, source.table)[1].numpy() == 1) == region).mean() > 0.99
+    assert ((read_sample(sample, source.table)[1]["mask"].numpy() == 1) == region).mean() > 0.99
 
 
 def test_classes_in_an_order_of_ones_own(tmp_path):
@@ -215,8 +215,8 @@ def test_classes_in_an_order_of_ones_own(tmp_path):
     plain = load("folder", tmp_path)
     assert [name for name, _ in source.classes] == ["tree", "background", "boat", "car"]
     for sample, same in zip(source.splits["train"], plain.splits["train"], strict=True):
-        ids = read_pair(sample, source.table)[1].numpy()
-        assert (np.array([1, 3, 0])[read_pair(same, plain.table)[1].numpy()] == ids).all()
+        ids = read_sample(sample, source.table)[1]["mask"].numpy()
+        assert (np.array([1, 3, 0])[read_sample(same, plain.table)[1]["mask"].numpy()] == ids).all()
     with pytest.raises(InputError, match="name the class tree, which is not among"):
         load("folder", tmp_path, classes=("background", "car"))
 
@@ -259,7 +259,8 @@ def test_check_data_takes_unlabelled_as_train_does(tmp_path, run):
     assert code == 0 and command.endswith("--unlabelled ignore"), text + err
     ignored = float(re.search(r"ignored: ([\d.]+) % of the pixels", text)[1])
     source = load("folder", tmp_path / "data", unlabelled="ignore")
-    masks = [read_pair(sample, source.table)[1].numpy() for part in source.splits.values() for sample in part]
+    masks = [read_sample(sample, source.table)[1]["mask"].numpy()
+             for part in source.splits.values() for sample in part]
     assert ignored == pytest.approx(100 * np.mean([mask == 255 for mask in masks]), abs=0.06)
     assert run(check_data, "--dataset", "camvid", "--unlabelled", "ignore")[0] == 2
     code, text, _ = run(check_data, *flags, "--fix", tmp_path / "clean")
@@ -280,7 +281,7 @@ def test_what_has_no_label_is_background_or_not_counted(tmp_path, classes):
     def mask_of(**options):
         source = load("folder", tmp_path, val_fraction=0, **options)
         sample = next(one for one in source.splits["train"] if one.image.stem == "shot 0")
-        return [name for name, _ in source.classes], read_pair(sample, source.table)[1].numpy()
+        return [name for name, _ in source.classes], read_sample(sample, source.table)[1]["mask"].numpy()
 
     nothing = truth[tmp_path / "shot 0.jpg"] == 0
     names, mask = mask_of(unlabelled="ignore", classes=classes)

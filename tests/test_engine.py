@@ -69,7 +69,7 @@ def batches_of(images, masks, size):
     names = [f"image_{number}.png" for number in range(len(images))]
     return tqdm(
         [
-            (images[i : i + size], masks[i : i + size], names[i : i + size])
+            (images[i : i + size], {"mask": masks[i : i + size]}, names[i : i + size])
             for i in range(0, len(images), size)
         ],
         disable=True,
