@@ -84,13 +84,11 @@ import utils
 import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, DataOptions, InputError
-from dataio.dataloader import make_loader
+from dataio.dataloader import SegmentationDataset, WindowDataset, make_loader
 from dataio.feature_cache import cache_features
-from dataio.rasters import Raster, rasterio
 from dataio.readers import read_mask
 from dataio.streets import draw_clip
-from dataio.torch_datasets import SegmentationDataset, WindowDataset
-from dataio.windows import WindowReader
+from dataio.windows import Raster, WindowReader, rasterio
 from datasets import STREETS, load_data
 from gpu_cases import Cases
 from inference.backends import BACKENDS, is_installed

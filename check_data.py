@@ -51,7 +51,7 @@ from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled, ignored_share
 from dataio.labels import class_file, class_pixels, decode_masks, read_classes, says, stored
 from dataio.layout import some
-from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_pair
+from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_sample
 from dataio.repair import check_target, fix
 from dataio.scan import ScannedData, fits, in_parallel, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table, split_samples
@@ -373,7 +373,8 @@ def draw(data, path):
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
     for position, sample in enumerate(utils.evenly_sampled(samples, SHOWN)):
-        image, mask = (part.numpy() for part in read_pair(sample, data.table))
+        image, targets = read_sample(sample, data.table)
+        image, mask = image.numpy(), targets["mask"].numpy()
         image = image.transpose(1, 2, 0)
         image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[position // columns, position % columns])

@@ -3,21 +3,28 @@
     python train.py --dataset voc --data-root data          # finds data/VOCdevkit/VOC2012, else downloads it
     python train.py --dataset camvid --data-root CamVid
 
+    data = with_extra(data, "pseudo_labels")                # data.extra: Samples of another folder
+
 A new data set is one function that returns a DataSource, entered in DATASETS with its classes.
 """
 import dataclasses
+import hashlib
 import random
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from config import IGNORE, DataOptions, InputError, count_of
 from dataio import schema
-from config import IGNORE, InputError, count_of
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
 from dataio.folder import folder, refuse_file
+from dataio.labels import class_file
 from dataio.pairs import existing, list_images, pair_files, read_list
-from dataio.readers import OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask, value_table
+from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, drawn_folder, index_table, read_mask,
+                            unpack_color, value_table)
+from dataio.scan import fill_folder
 from dataio.stratify import count_pixels, share_table, split_samples
 from utils import evenly_sampled
 
@@ -31,20 +38,34 @@ def first_with(folders, inside):
     return next((folder for folder in folders if (folder / inside).exists()), None)
 
 
-def listed(base, names, image, mask):
-    """Return Samples of `names` below `base`; image, mask: paths with {} for a name. Raises InputError."""
-    return existing([Sample(base / image.format(name), base / mask.format(name)) for name in names])
+def listed(base, lists, image, mask, name_of=str):
+    """Return {split: [Sample]} of list files. Raises InputError.
+
+    lists: {split: path of the list below `base`}; image, mask: paths below `base` with {} for a name;
+    name_of: line of a list -> name.
+    """
+    splits = {}
+    for split, path in lists.items():
+        lines = [line for line in read_list(base / path) if not line.startswith("#")]
+        if not lines:
+            raise InputError(f"{base / path} lists no images")
+        splits[split] = existing([Sample(base / image.format(name), base / mask.format(name))
+                                  for name in map(name_of, lines)])
+    return splits
+
+
+def first_name(line):
+    """Return the name in a line of a list: `a` of `a 1 2` or of `/images/a.jpg /masks/a.png`."""
+    return line.split()[0].rsplit("/", 1)[-1].removesuffix(".jpg")
 
 
 def voc(root, options, download):
     """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads 2 GB by torchvision."""
     folders = [root / "VOCdevkit/VOC2012", root / "VOC2012", root, root / "voc/VOCdevkit/VOC2012"]
     base = first_with(folders, "ImageSets/Segmentation/train.txt") or download_voc(root, download)
-    splits = {}
-    for split in ("train", "val"):
-        names = read_list(base / f"ImageSets/Segmentation/{split}.txt")
-        splits[split] = listed(base, names, "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
-    return DataSource("voc", VOC, splits, index_table(21))
+    lists = {split: f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val")}
+    return DataSource("voc", VOC, listed(base, lists, "JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
+                      index_table(21))
 
 
 def voc_aug(root, options, download):
@@ -54,15 +75,15 @@ def voc_aug(root, options, download):
     """
     source = voc(root, options, download=False)
     base = source.splits["val"][0].image.parents[1]
-    lists = [base / f"ImageSets/Segmentation/{name}.txt" for name in ("trainaug", "train_aug")]
-    found = next((path for path in lists if path.is_file()), None)
-    if found is None or not (base / "SegmentationClassAug").is_dir():
-        missing = "ImageSets/Segmentation/trainaug.txt" if found is None else "SegmentationClassAug"
+    lists = [f"ImageSets/Segmentation/{name}.txt" for name in ("trainaug", "train_aug")]
+    train_list = next((path for path in lists if (base / path).is_file()), None)
+    if train_list is None or not (base / "SegmentationClassAug").is_dir():
+        missing = "SegmentationClassAug" if train_list else lists[0]
         raise InputError(f"no {missing} in {base}: put the list of 10,582 names there and their masks, one "
                          "PNG each, into SegmentationClassAug, or train on the 1,464 images of --dataset voc")
-    names = [line.split()[0].rsplit("/", 1)[-1].removesuffix(".jpg") for line in read_list(found)]
-    train = listed(base, names, "JPEGImages/{}.jpg", "SegmentationClassAug/{}.png")
-    return dataclasses.replace(source, name="voc-aug", splits={**source.splits, "train": train})
+    train = listed(base, {"train": train_list}, "JPEGImages/{}.jpg", "SegmentationClassAug/{}.png",
+                   first_name)
+    return dataclasses.replace(source, name="voc-aug", splits={**source.splits, **train})
 
 
 def download_voc(root, allowed):
@@ -112,10 +133,8 @@ def aeroscapes(root, options, download):
         raise InputError(f"no AeroScapes under {root}: download aeroscapes.tar.gz (750 MB, linked from "
                          "github.com/ishann/aeroscapes) and unpack it there, so that ImageSets/trn.txt, "
                          "JPEGImages and SegmentationClass lie in it, or give --data-root")
-    splits = {}
-    for split, list_name in (("train", "trn"), ("val", "val")):
-        names = read_list(base / f"ImageSets/{list_name}.txt")
-        splits[split] = listed(base, names, "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
+    lists = {"train": "ImageSets/trn.txt", "val": "ImageSets/val.txt"}
+    splits = listed(base, lists, "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
     return DataSource("aeroscapes", AEROSCAPES, splits, index_table(len(AEROSCAPES)))
 
 
@@ -123,13 +142,8 @@ def pet(root, options, download):
     """Oxford-IIIT Pet: 3,680 train, 3,669 val (its test list); trimaps: 1 pet, 2 background, 3 border."""
     folders = [root, root / "oxford-iiit-pet"]
     base = first_with(folders, "annotations/trainval.txt") or download_pet(root, download)
-    splits = {}
-    for split, list_name in (("train", "trainval"), ("val", "test")):
-        path = base / f"annotations/{list_name}.txt"
-        names = [line.split()[0] for line in read_list(path) if not line.startswith("#")]
-        if not names:
-            raise InputError(f"{path} lists no images")
-        splits[split] = listed(base, names, "images/{}.jpg", "annotations/trimaps/{}.png")
+    lists = {"train": "annotations/trainval.txt", "val": "annotations/test.txt"}
+    splits = listed(base, lists, "images/{}.jpg", "annotations/trimaps/{}.png", first_name)
     return DataSource("pet", PET, splits, value_table({1: 0, 2: 1, 3: 2, IGNORE: IGNORE}))
 
 
@@ -160,25 +174,25 @@ def cityscapes(root, options, download):
         raise InputError(f"no Cityscapes under {root}: log in at www.cityscapes-dataset.com, download "
                          "leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (241 MB) and "
                          "unpack both there, side by side, or give --data-root")
-    names = {split: [(path.parent.name, path.name.removesuffix("_leftImg8bit.png"))
-                     for path in list_images(base / "leftImg8bit" / split)
-                     if path.name.endswith("_leftImg8bit.png")]
-             for split in ("train", "val")}
-    empty = [split for split, found in names.items() if not found]
-    if empty:
-        raise InputError(f"no *_leftImg8bit.png below {base / 'leftImg8bit' / empty[0]}: unpack all of it")
-
-    def samples(split, kind):
-        return [Sample(base / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png",
-                       base / f"gtFine/{split}/{city}/{name}_gtFine_{kind}.png")
-                for city, name in names[split]]
-
-    trained = {split: samples(split, "labelTrainIds") for split in names}
-    if all(sample.mask.is_file() for part in trained.values() for sample in part):
-        return DataSource("cityscapes", CITYSCAPES, trained, index_table(len(CITYSCAPES)))
-    raw = {split: existing(samples(split, "labelIds")) for split in names}
+    labels = {split: cityscapes_samples(base, split, "labelTrainIds") for split in ("train", "val")}
+    if all(sample.mask.is_file() for samples in labels.values() for sample in samples):
+        return DataSource("cityscapes", CITYSCAPES, labels, index_table(len(CITYSCAPES)))
+    raw = {split: existing(cityscapes_samples(base, split, "labelIds")) for split in ("train", "val")}
     entries = dict.fromkeys([*range(34), IGNORE], IGNORE) | {id: i for i, id in enumerate(CITYSCAPES_IDS)}
     return DataSource("cityscapes", CITYSCAPES, raw, value_table(entries))
+
+
+def cityscapes_samples(base, split, kind):
+    """Return the Samples of a split of Cityscapes; kind: what the names of the masks end with."""
+    folder, samples = base / "leftImg8bit" / split, []
+    for image in list_images(folder):
+        if image.name.endswith("_leftImg8bit.png"):
+            city, name = image.parent.name, image.name.removesuffix("_leftImg8bit.png")
+            samples.append(Sample(folder / city / image.name,
+                                  base / f"gtFine/{split}/{city}/{name}_gtFine_{kind}.png"))
+    if not samples:
+        raise InputError(f"no *_leftImg8bit.png below {folder}: unpack all of it")
+    return samples
 
 
 def ade20k(root, options, download):
@@ -188,10 +202,9 @@ def ade20k(root, options, download):
         raise InputError(f"no ADE20K under {root}: download ADEChallengeData2016.zip (923 MB) from "
                          "data.csail.mit.edu/places/ADEchallenge and unpack it there, so that "
                          "images/training and annotations/training lie in it, or give --data-root")
-    splits = {"train": []}  # the validation part alone is enough to evaluate
-    for split, part in (("train", "training"), ("val", "validation")):
-        if split == "val" or (base / "images" / part).is_dir():
-            splits[split] = pair_files(base / "images" / part, base / "annotations" / part)
+    splits = {"train": [], "val": pair_files(base / "images/validation", base / "annotations/validation")}
+    if (base / "images/training").is_dir():  # the validation images alone are enough to evaluate
+        splits["train"] = pair_files(base / "images/training", base / "annotations/training")
     entries = {0: IGNORE, IGNORE: IGNORE} | {id + 1: id for id in range(len(ADE20K))}
     return DataSource("ade20k", ADE20K, splits, value_table(entries))
 
@@ -213,36 +226,36 @@ DATASETS = {
 
 # --- what every data set can be asked for -----------------------------------------------------------------
 def quick_check(source, count=8):
-    """Read a few masks of every part, evenly spread. Raises InputError where no training could come of them.
+    """Read a few masks of every split, evenly spread. Raises InputError where no training could come of them.
 
-    Reads on where those few hold no class, as a part of a sparsely labeled set may; check_data.py says more.
+    Reads on where those few hold no class, as a split of a sparsely labeled set may; check_data.py says more.
     """
     for split, samples in source.splits.items():
         labeled = [classes_in(sample, source) for sample in evenly_sampled(samples, count)]
         if samples and not any(labeled) and not any(classes_in(sample, source) for sample in samples):
-            raise InputError(
-                f"the masks of {split}, such as {samples[0].mask}, hold nothing but ignored pixels: "
-                "there is nothing to learn; python check_data.py says more"
-            )
+            raise InputError(f"the masks of {split}, such as {samples[0].mask}, hold nothing but ignored "
+                             "pixels: there is nothing to learn; python check_data.py says more")
 
 
 def classes_in(sample, source):
     """Return the set of class ids in a sample's mask. Raises InputError where it does not fit."""
+    if sample.mask is None:
+        return set()
     try:
-        found = np.bincount(read_mask(sample.mask, source.table).ravel(), minlength=256)
+        counts = np.bincount(read_mask(sample.mask, source.table).ravel(), minlength=256)
     except PaintedMask as error:
         if source.name == "folder":
             raise
         raise InputError(f"{error}; --dataset {source.name} needs those: for masks in colors of your own, "
                          "list them in a classes.txt and give --dataset folder") from None
-    return set(np.flatnonzero(found[:IGNORE]).tolist())
+    return set(np.flatnonzero(counts[:IGNORE]).tolist())
 
 
 def check_trainable(source):
-    """Raise InputError where a part is empty, or the training masks hold no two classes; reads until it has
-    found two.
+    """Raise InputError where a split is empty, or the training masks hold fewer than two classes; reads no
+    further than the second class.
     """
-    samples, found = source.splits["train"], set()
+    samples, ids = source.splits["train"], set()
     if not source.splits.get("val"):
         raise InputError(f"{source.name} has no validation image: complete the data set, or split what it "
                          "has with --resplit")
@@ -250,10 +263,10 @@ def check_trainable(source):
         raise InputError(f"{source.name} has no training image of its own: complete the data set, or correct "
                          "its lists")
     for sample in samples:
-        found |= classes_in(sample, source)
-        if len(found) > 1:
+        ids |= classes_in(sample, source)
+        if len(ids) > 1:
             return
-    names = ", ".join(source.classes[id][0] for id in found)
+    names = ", ".join(source.classes[id][0] for id in ids)
     raise InputError(f"all pixels of the {count_of(len(samples), 'training mask')} that count are {names}: "
                      "there is nothing to learn; python check_data.py says more")
 
@@ -261,33 +274,34 @@ def check_trainable(source):
 def without_leaks(source):
     """Return a DataSource that trains on no validation or test image, with a note where it did."""
     val = {sample.image.resolve() for split in ("val", "test") for sample in source.splits.get(split, [])}
-    kept = [sample for sample in source.splits["train"] if sample.image.resolve() not in val]
-    leaks = len(source.splits["train"]) - len(kept)
+    train = [sample for sample in source.splits["train"] if sample.image.resolve() not in val]
+    leaks = len(source.splits["train"]) - len(train)
     if not leaks:
         return source
     note = f"{count_of(leaks, 'training image')} of validation or test: left out of training"
-    return dataclasses.replace(source, splits={**source.splits, "train": kept}, notes=[*source.notes, note])
+    return dataclasses.replace(source, splits={**source.splits, "train": train}, notes=[*source.notes, note])
 
 
 def split_anew(source, options, cache_dir):
     """Return a DataSource with training and validation images pooled and split anew, stratified."""
-    samples = sorted({*source.splits["train"], *source.splits.get("val", [])})
+    samples = sorted({*source.splits["train"], *source.splits.get("val", [])}, key=Sample.files)
     pixels = count_pixels(samples, source.table, len(source.classes), cache_dir)
-    splits, said = split_samples(samples, pixels, options.val_fraction, options.fold)
-    notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate, {said}",
+    splits, how = split_samples(samples, pixels, options.val_fraction, options.fold)
+    notes = [f"split anew: {len(splits['val'])} of {len(samples)} images validate, {how}",
              *share_table(dict(zip(samples, pixels, strict=True)), splits, source.classes)]
     return dataclasses.replace(source, splits={**source.splits, **splits}, notes=source.notes + notes)
 
 
 def with_few(source, count, seed):
     """Return a DataSource that trains on `count` of its training images, drawn at random; the others are the
-    part `unused`. All train where it has fewer: who only scores a model may have part of its data.
+    split `unused`. All train where it has fewer: who only scores a model may have a few of its data.
     """
-    train = source.splits["train"]
-    chosen = set(random.Random(seed).sample(range(len(train)), min(count, len(train))))
-    parts = {split: [sample for index, sample in enumerate(train) if (index in chosen) == (split == "train")]
-             for split in ("train", "unused")}
-    return dataclasses.replace(source, splits={**source.splits, **parts})
+    splits = {**source.splits, "train": [], "unused": []}
+    samples = source.splits["train"]
+    chosen = set(random.Random(seed).sample(range(len(samples)), min(count, len(samples))))
+    for index, sample in enumerate(samples):
+        splits["train" if index in chosen else "unused"].append(sample)
+    return dataclasses.replace(source, splits=splits)
 
 
 def without_background(source):
@@ -295,20 +309,20 @@ def without_background(source):
     names = [name.lower() for name, _ in source.classes]
     if "background" not in names or len(names) < 3:
         raise InputError(f"--ignore-background: {source.name} has no class called background and two others")
-    gone = names.index("background")
+    background = names.index("background")
     ids = np.arange(256, dtype=np.uint8)  # new id of every old one; IGNORE and OUTSIDE keep theirs
-    ids[gone:len(names)] = [IGNORE, *range(gone, len(names) - 1)]
-    classes = source.classes[:gone] + source.classes[gone + 1:]
+    ids[background:len(names)] = [IGNORE, *range(background, len(names) - 1)]
+    classes = source.classes[:background] + source.classes[background + 1:]
     notes = [*source.notes, "background is left out: its pixels are not counted"]
     return dataclasses.replace(source, classes=classes, table=ids[source.table], notes=notes)
 
 
 def check_source(source, classes):
     """Raise InputError where a DataSource decodes masks to an id that is not a class, has other classes than
-    DATASETS says (None: whatever it has), names that no checkpoint may hold, or other parts than it should.
+    DATASETS says (None: whatever it has), names that no checkpoint may hold, or other splits than it should.
     """
     if "train" not in source.splits or source.splits.keys() - {"train", "val", "test"}:
-        raise InputError(f"--dataset {source.name} has the parts {', '.join(source.splits)}: its function "
+        raise InputError(f"--dataset {source.name} has the splits {', '.join(source.splits)}: its function "
                          "has to call them train, val and test (train may be empty)")
     if wrong := schema.class_list(source.classes):
         raise InputError(f"--dataset {source.name}: its class{wrong}; correct the class list")
@@ -347,3 +361,86 @@ def load_data(options, cache_dir="outputs/cache", download=True):
         source = without_background(source)
     quick_check(source)
     return with_few(source, options.train_images, options.seed) if options.train_images else source
+
+
+# --- another folder to train on: pseudo-labels, or more of one's own ----------------------------------------
+def with_extra(source, root):
+    """Return a DataSource that also trains on all images of the folder `root`, whose classes are its own.
+
+    An image that is in the data set already, byte for byte, is left out: in validation it would be known, in
+    training it has better labels. Masks are written anew, in the values of the data set. Raises InputError.
+    """
+    names = [name for name, _ in source.classes]
+    if not Path(root).is_dir():
+        raise InputError(f"--extra {root} does not exist: give a folder of images and masks")
+    listed = class_file(Path(root))
+    extra = folder(Path(root), DataOptions(dataset="folder", data_root=str(root), val_fraction=0.0,
+                                           classes=() if listed else tuple(names)))
+    unknown = [name for name, _ in extra.classes if name not in names]
+    if unknown:
+        raise InputError(f"--extra {root} has the class {unknown[0]}, which {source.name} has not: it has "
+                         f"{', '.join(names)}; name the same classes in its classes.txt")
+    samples = list(dict.fromkeys(sample for split in extra.splits.values() for sample in split))
+    new = unknown_images(samples, source)
+    if not new:
+        raise InputError(f"--extra {root}: {source.name} has all of its {count_of(len(samples), 'image')}")
+    ids = [names.index(name) for name, _ in extra.classes]
+    table, codes = with_codes(source.table, ids)
+    notes = [f"--extra {root}: {count_of(len(new), 'image')} more to train on"]
+    if len(new) < len(samples):
+        notes.append(f"{len(samples) - len(new)} of --extra are in {source.name} already: left out")
+    return dataclasses.replace(source, table=table, extra=rewritten(new, extra.table, codes, root),
+                               notes=[*source.notes, *notes])
+
+
+def unknown_images(samples, source):
+    """Return those of `samples` whose images, byte for byte, a DataSource has in no split but `unused`."""
+    sizes = {sample.image.stat().st_size for sample in samples}  # only files of these sizes are read
+    digests = set()
+    for split, others in source.splits.items():
+        if split != "unused":
+            digests |= {digest(other.image) for other in others if other.image.stat().st_size in sizes}
+    return [sample for sample in samples if digest(sample.image) not in digests]
+
+
+def digest(path):
+    """Return a hash of a file. Raises InputError."""
+    try:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def with_codes(table, ids):
+    """Return (a value table, codes (256,) int64): a value or color that the table decodes to each of `ids`,
+    at their positions, elsewhere one that it ignores, which is added where it has none.
+    """
+    ignored = np.flatnonzero(table == IGNORE)
+    if not len(ignored):
+        table = table.copy()
+        ignored = np.flatnonzero(table == OUTSIDE)[-1:]
+        table[ignored] = IGNORE
+    codes = np.full(256, ignored[0], np.int64)
+    codes[:len(ids)] = [np.flatnonzero(table == id)[0] for id in ids]
+    return table, codes
+
+
+def rewritten(samples, table, codes, root):
+    """Return the Samples with masks of `codes` in the drawn folder, written where they are not there yet."""
+    state = hashlib.sha256(codes.tobytes() + table.tobytes())
+    for sample in samples:
+        state.update(f"{sample.image.relative_to(root)} ".encode() + digest(sample.mask))
+    target = drawn_folder() / state.hexdigest()[:16]
+
+    def write(sample, folder):
+        pixels = codes[read_mask(sample.mask, table)]
+        if codes.max() > 65535:
+            pixels = np.dstack(unpack_color(pixels)).astype(np.uint8)
+        else:
+            pixels = pixels.astype(np.uint8 if codes.max() < 256 else np.uint16)
+        path = folder / f"{sample.image.relative_to(root)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+    fill_folder(target, write, samples, "masks of --extra")
+    return [Sample(sample.image, target / f"{sample.image.relative_to(root)}.png") for sample in samples]

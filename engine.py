@@ -17,7 +17,7 @@ from torch import nn
 
 from config import IGNORE
 from dataio.dataloader import collate
-from dataio.transforms import resize_mask as resize_target
+from dataio.transforms import resize_targets
 from metrics import ConfusionMatrix
 from models.heads import logits_of
 from models.upsampling import label_maps, pixel_loss
@@ -439,8 +439,9 @@ def evaluate(model, batches, precision, objective=None, predict=None, on_image=N
 
 def targets_at(targets, size):
     """Return validation targets, each of its own size, at `size` = (H, W): {name: (B, H, W)}."""
-    return {name: torch.stack([resize_target(value, size) for value in values])
-            for name, values in targets.items()}
+    images = [resize_targets(dict(zip(targets, values, strict=True)), size)
+              for values in zip(*targets.values(), strict=True)]
+    return {name: torch.stack([image[name] for image in images]) for name in targets}
 
 
 def add_head_scores(totals, head, output, targets, geometry):

@@ -56,10 +56,9 @@ import utils
 import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, InputError, count_of
-from dataio.dataloader import make_loader, naming_files
+from dataio.dataloader import SegmentationDataset, images_for, make_loader, naming_files
 from dataio.labels import class_file
 from dataio.stratify import blocks_of
-from dataio.torch_datasets import SegmentationDataset, images_for
 from datasets import load_data
 from inference.predictor import Predictor, choose_protocol
 from inference.report import SCORES, existing_figures, report_page
@@ -284,8 +283,8 @@ def error_map(image, truth, pred):
 
 def image_panels(index, dataset, predictor):
     """Return [(caption, picture)] of one image: itself, truth, prediction, errors."""
-    image, mask, _ = dataset[index]
-    truth, pred = mask.numpy(), predictor(image[None])[0]
+    image, targets, _ = dataset[index]
+    truth, pred = targets["mask"].numpy(), predictor(image[None])[0]
     if pred.shape != truth.shape:  # masks of another size than their image
         pred = cv2.resize(pred, truth.shape[::-1], interpolation=cv2.INTER_NEAREST)
     pixels = cv2.resize(image.permute(1, 2, 0).numpy(), truth.shape[::-1], interpolation=cv2.INTER_AREA)

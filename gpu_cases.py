@@ -23,10 +23,9 @@ import engine
 import utils
 from checkpoint import read_checkpoint
 from config import InputError
-from dataio.dataloader import make_loader
+from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.feature_cache import cache_features
 from dataio.streets import draw_clip
-from dataio.torch_datasets import SegmentationDataset
 from inference.backends import BACKENDS, Graph, first_line
 from inference.gpu import FramesOnGpu, Paint
 from inference.predictor import Predictor, make_protocol
@@ -134,7 +133,8 @@ class Cases:
         batches, trained = self.prepare(model, precision, cache)
         objective = engine.Objective(trained, Criterion("ce"))
         batches.start(0)
-        images, masks, _ = next(iter(batches))
+        images, targets, _ = next(iter(batches))
+        masks = targets["mask"]
         with FlopCounterMode(display=False) as counter, precision.autocast():
             objective(utils.to_device(images, self.device), masks.to(self.device).long())[0].backward()
         model.zero_grad(set_to_none=True)
@@ -159,8 +159,8 @@ class Cases:
         objective = engine.Objective(trained, Criterion("ce"))
         objective = wrap(objective) if wrap else objective
         optimization, found = self.optimization(model, precision), []
-        pairs = [(images.to(self.device), masks.to(self.device).long())
-                 for images, masks, _ in itertools.islice(batches, STEPS)]
+        pairs = [(images.to(self.device), targets["mask"].to(self.device).long())
+                 for images, targets, _ in itertools.islice(batches, STEPS)]
         batches.close()
         for step in range(STEPS):
             with precision.autocast():

@@ -62,7 +62,7 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError, count_of
-from dataio.rasters import Raster, is_raster
+from dataio.windows import Raster, is_raster
 from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol

@@ -37,14 +37,12 @@ import engine
 import utils
 import visualize
 from checkpoint import Run, load_head, read_checkpoint
-from dataio.dataloader import make_loader, naming_files
-from dataio.torch_datasets import SegmentationDataset, TileDataset, WindowDataset
+from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, make_loader, naming_files
 from dataio.feature_cache import cache_features
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
 from dataio.windows import WindowReader, check_room
-from datasets import check_trainable, load_data
-from dataio.extra import with_extra
+from datasets import check_trainable, load_data, with_extra
 from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row, has_stalled
 from model import ModelSpec, build_model

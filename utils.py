@@ -3,7 +3,9 @@
     device = pick_device("auto")
     write_atomically("outputs/metrics.json", lambda path: path.write_text(text))
 """
+import ast
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -487,6 +489,25 @@ def move(names, source, target):
     target.mkdir(parents=True, exist_ok=True)
     for name in sorted(names):
         (source / name).rename(target / name)
+
+
+@lru_cache
+def code_hash(*modules):
+    """Return a short hash of the code of imported modules without comments, docstrings and line breaks: what
+    they made is kept under it, and made anew where they were changed.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        try:
+            tree = ast.parse(inspect.getsource(module))
+        except (OSError, TypeError):  # typed in a notebook: nothing that it made is used again
+            tree = ast.parse(str(time.time_ns()))
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if documented and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(f"{module.__name__} {ast.dump(tree)}".encode())
+    return digest.hexdigest()[:16]
 
 
 @lru_cache

@@ -1,37 +1,218 @@
-"""From a dataset to batches: the order of an epoch, and worker processes.
+"""From image and mask files to batches: datasets, the order of an epoch, stacking, worker processes.
 
-    batches = make_loader(dataset, batch_size=8, workers=2)
+    train = SegmentationDataset(samples, table, (518, 518), ("flip",))               # resized to 518x518
+    train = WindowDataset(WindowReader(samples, table), (518, 518), ("flip",))       # --train-scale native
+    batches = make_loader(train, batch_size=8, workers=2)
     batches.start(epoch=0)                              # the workers begin
-    for images, masks, names in batches:                # (B, 3, h, w) uint8, (B, h, w) uint8, file names
+    for images, targets, names in batches:              # (B, 3, h, w), {"mask": (B, h, w)}, file names
+
+An item of a dataset is (image (3, h, w) uint8, targets {name: (h, w)}, file name). targets["mask"] are class
+ids, uint8, 255 = ignore; other targets of a Sample are uint8 labels or float32 maps under their names.
 """
 import atexit
+import hashlib
+import math
 import os
 import re
-import shutil
 import signal
-import tempfile
+import sys
 import weakref
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
-from config import InputError
+from config import IGNORE, InputError
+from dataio import readers, transforms, windows
+from dataio.readers import read_image, read_orientation, read_sample, read_targets
+from dataio.transforms import augment, continued, fingerprint, needed_size, resize_image, window_starts
+from dataio.windows import read_native
+from utils import code_hash
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel of the image
+WORKER_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)")  # torch's words
+CONNECTION_LOST = ConnectionResetError, ConnectionRefusedError, EOFError
 
-LONGEST_TEMPORARY = 66  # characters; a socket's path has 107, of which processes add about 40
-PLENTY = 1 << 30  # bytes of shared memory that need no closer look
+
+def reading_code():
+    """Return a hash of the code that makes items of files, and whether rasterio is there."""
+    code = code_hash(readers, windows, transforms, sys.modules[__name__])
+    return f"{code} {windows.rasterio is not None}"
+
+
+# --- datasets ---------------------------------------------------------------------------------------------
+class SegmentationDataset(Dataset):
+    """Whole images, resized.
+
+    Training (`augments` a tuple, maybe empty): image (3, h, w) and targets (h, w), all at `size`. Validation
+    (`augments` None): image (3, h, w) at `size`, or as it is where `size` is empty; targets (H, W) at the
+    size they are stored in. Raises InputError where not all samples have targets of the same names and kinds.
+    """
+
+    def __init__(self, samples, table, size, augments=None, seed=0):
+        self.samples, self.table, self.size = list(samples), table, tuple(size)
+        self.augments, self.seed = augments, seed
+        kinds = {tuple((target.name, target.kind) for target in sample.targets) for sample in self.samples}
+        if len(kinds) > 1:
+            raise InputError(f"not all images have the same targets beside their masks: {sorted(kinds)}")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def targets(self, index):
+        """Return the targets {name: (H, W)} of image `index`, at the size they are stored in, upright."""
+        sample = self.samples[index]
+        return read_targets(sample, self.table, *read_orientation(sample.image))
+
+    def picture(self, index):
+        """Return what item `index` of validation shows, at its own size, (3, H, W) uint8."""
+        return read_image(self.samples[index].image)
+
+    def facts(self):
+        """Return a dict of all that the items depend on beside the files and the table."""
+        facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size),
+                     reading=reading_code())
+        if self.augments:
+            facts.update(augment=fingerprint(self.augments), seed=self.seed)
+        return facts
+
+    @contextmanager
+    def drawing(self, item):
+        """Context in which torch's random numbers depend on seed, epoch and image alone, not on the worker or
+        on what was read before: a resumed run sees what an uninterrupted one would. Yields the index of item
+        epoch * len + index.
+        """
+        epoch, index = divmod(item, len(self))
+        state = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
+            yield index
+        finally:
+            torch.set_rng_state(state)
+
+    def __getitem__(self, item):
+        sample = self.samples[item % len(self)]
+        if self.augments is None:
+            image, targets = read_sample(sample, self.table)
+            return resize_image(image, self.size) if self.size else image, targets, str(sample.image)
+        image, targets = read_sample(sample, self.table, at_least=needed_size(self.size, self.augments))
+        with self.drawing(item):
+            image, targets = augment(image, targets, self.size, self.augments)
+        return image, targets, str(sample.image)
+
+
+class NativeDataset(SegmentationDataset):
+    """Validation images as they are, read as windows of them are: for --protocol tile."""
+
+    def __init__(self, samples, table):
+        super().__init__(samples, table, ())
+
+    def __getitem__(self, item):
+        sample = self.samples[item]
+        return *read_native(sample, self.table), str(sample.image)
+
+
+def images_for(protocol, samples, table):
+    """Return the dataset of whole images at their own size, read as a predictor.Protocol needs them."""
+    return NativeDataset(samples, table) if protocol.tile else SegmentationDataset(samples, table, ())
+
+
+class WindowDataset(SegmentationDataset):
+    """Training at the images' own resolution: random windows of them, times SCALES, at `size`.
+
+    An image is there as often as windows of `size` cover it. balance: share of the windows that are drawn
+    around a pixel of `points` (WindowReader.points), of a class of the image that is drawn first, each as
+    likely as the others (as nnU-Net does, Isensee et al., Nature Methods 2021).
+    """
+
+    def __init__(self, reader, size, augments=(), seed=0, balance=0.0, points=None):
+        self.images = []  # index of the image of every item of an epoch
+        for index, image_size in enumerate(reader.sizes):
+            self.images += [index] * max(1, round(math.prod(image_size) / math.prod(size)))
+        super().__init__([reader.samples[index] for index in self.images], reader.table, size, augments, seed)
+        self.reader, self.balance, self.points = reader, balance, points
+
+    def facts(self):
+        """As of the base."""
+        points = hashlib.sha256(np.ascontiguousarray(self.points)).hexdigest() if self.balance else ""
+        return dict(super().facts(), seed=self.seed, windows=[SCALES, self.balance, points])
+
+    def __getitem__(self, item):
+        with self.drawing(item) as index:
+            image, mask = self.reader.read(self.images[index], *self.draw_window(self.images[index]))
+            image, targets = augment(image, {"mask": mask}, self.size, self.augments)
+        return image, targets, str(self.samples[index].image)
+
+    def draw_window(self, index):
+        """Return (top, left, height, width) in pixels of image `index`."""
+        scale = torch.empty(1).uniform_(*SCALES).item()
+        sides, corner, point = [max(1, round(side / scale)) for side in self.size], [], None
+        if torch.rand(1).item() < self.balance:
+            point = self.draw_point(index)
+        for axis, (length, side) in enumerate(zip(self.reader.sizes[index], sides, strict=True)):
+            lowest, highest = min(0, length - side), max(0, length - side)
+            first, last = (lowest, highest) if point is None else (point[axis] - side + 1, point[axis])
+            start = torch.randint(first, last + 1, ()).item()
+            corner.append(min(max(start, lowest), highest))
+        return *corner, *sides
+
+    def draw_point(self, index):
+        """Return a pixel (y, x) of image `index`, None where no pixel of it has a class."""
+        first, last = np.searchsorted(self.points[:, 0], (index, index + 1))
+        rows = self.points[first:last]
+        if not len(rows):
+            return None
+        classes = np.unique(rows[:, 1])
+        rows = rows[rows[:, 1] == classes[torch.randint(len(classes), ()).item()]]
+        return rows[torch.randint(len(rows), ()).item(), 2:].tolist()
+
+
+class TileDataset(SegmentationDataset):
+    """Validation at the images' own resolution: tiles of `size` that cover each of them, a tile an item.
+
+    No pixel counts twice: where the last tile of a row or column overlaps the tile before, its mask is
+    ignored there. Images smaller than a tile are continued by their last pixels, which are not counted.
+    """
+
+    def __init__(self, reader, size):
+        self.reader, self.tiles = reader, []  # (index of the image, top, left)
+        for index, (height, width) in enumerate(reader.sizes):
+            for top in window_starts(height, size[0], size[0]):
+                self.tiles += [(index, top, left) for left in window_starts(width, size[1], size[1])]
+        super().__init__([reader.samples[index] for index, _, _ in self.tiles], reader.table, size)
+
+    def facts(self):
+        """As of the base."""
+        return dict(super().facts(), tiles=True)
+
+    def read(self, item):
+        """Return image (3, h, w) and mask (h, w) of a tile."""
+        index, *corner = self.tiles[item]
+        sides = list(map(min, self.size, self.reader.sizes[index]))
+        image, mask = self.reader.read(index, *corner, *sides)
+        mask[:-corner[0] % self.size[0]] = IGNORE  # counted in the tile above
+        mask[:, :-corner[1] % self.size[1]] = IGNORE  # counted in the tile to the left
+        below, right = self.size[0] - sides[0], self.size[1] - sides[1]
+        return continued(image, self.size), pad(mask, (0, right, 0, below), value=IGNORE)
+
+    def targets(self, index):
+        """As of the base, of a tile."""
+        return {"mask": self.read(index)[1]}
+
+    def picture(self, index):
+        """As of the base, of a tile."""
+        return self.read(index)[0]
+
+    def __getitem__(self, item):
+        image, mask = self.read(item)
+        return image, {"mask": mask}, str(self.samples[item].image)
 
 
 # --- order ------------------------------------------------------------------------------------------------
 def mixed_seed(*numbers):
-    """Return one 63-bit seed that depends on all the integers given, the same in every process."""
+    """Return a 63-bit seed that depends on all the integers, the same in every process."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -53,12 +234,12 @@ class EpochSampler(Sampler):
     def __iter__(self):
         start = self.epoch * self.per_epoch
         first, last = start // self.length, (start + self.per_epoch - 1) // self.length
-        order = torch.cat([self.one_pass(number) for number in range(first, last + 1)])
+        order = torch.cat([self.pass_order(number) for number in range(first, last + 1)])
         order = order[start - first * self.length:][:self.per_epoch]
         order = order.repeat(self.world_size)[:len(self) * self.world_size][self.rank::self.world_size]
         return iter(order[self.skip:].tolist())
 
-    def one_pass(self, number):
+    def pass_order(self, number):
         """Return the items (length,) of one pass over all images."""
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, number))
         return number * self.length + torch.randperm(self.length, generator=generator)
@@ -70,53 +251,35 @@ class EpochSampler(Sampler):
 
 # --- stacking ---------------------------------------------------------------------------------------------
 def collate(items):
-    """Stack images to (B, 3, h, w), or what a cache holds of them to {part: (B, ...)}, and masks to (B, h, w)
-    where all have one size; else a list of masks.
+    """Stack items: images to (B, 3, h, w), or what a cache holds of them to {name: (B, ...)}; each target to
+    (B, h, w) where all have one size, else a list.
     """
-    images, masks, names = zip(*items, strict=True)
+    images, targets, names = zip(*items, strict=True)
     if isinstance(images[0], dict):
         images = default_collate(images)
     else:  # the colors of a pixel lie side by side: stacked as they lie
         images = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    same = all(mask.shape == masks[0].shape for mask in masks)
-    return images, default_collate(masks) if same else list(masks), list(names)
+    batch = {name: stack([target[name] for target in targets]) for name in targets[0]}
+    return images, batch, list(names)
+
+
+def stack(tensors):
+    """Return tensors of one size as one tensor (B, ...), others as the list that they are."""
+    same_size = all(tensor.shape == tensors[0].shape for tensor in tensors)
+    return default_collate(tensors) if same_size else tensors
 
 
 # --- worker processes -------------------------------------------------------------------------------------
-def why_no_workers(dataset, batch_size, workers):
-    """Return why this machine cannot hand batches from worker processes over, "" = it can.
-
-    A batch takes a few open files and lies in shared memory; a socket in the temporary folder hands it over.
-    """
-    if resource:
-        open_files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        needed = 64 + 32 * workers
-        if open_files < needed and most >= needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
-        elif open_files < needed:
-            return f"this process may open {open_files} files, and they need {needed} (ulimit -n)"
-    if os.name == "posix" and len(tempfile.gettempdir()) > LONGEST_TEMPORARY:
-        return "the path of the temporary folder is too long for sockets (TMPDIR)"
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        free = shutil.disk_usage(shared).free if os.access(shared, os.W_OK) else 0
-        if free < PLENTY:
-            inputs, mask, _ = dataset[0]
-            parts = [*(inputs.values() if isinstance(inputs, dict) else [inputs]), mask]
-            needed = 3 * workers * batch_size * sum(part.numel() * part.itemsize for part in parts)
-            if needed > free:
-                return (f"/dev/shm has {free / 1e6:.0f} MB free, and they need {needed / 1e6:.0f} (docker "
-                        "run --shm-size 8g)")
-    return ""
-
-
 class Noted(Dataset):
-    """A dataset that notes, for every worker process, which item it reads; should one die, it is known."""
+    """A dataset that notes which item every worker process reads: should one die, the file is known."""
 
     def __init__(self, dataset, workers):
         self.dataset = dataset
-        self.reading = torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()  # process id, item
-        self.closed = torch.zeros(1, dtype=torch.bool).share_memory_()
+        self.reading = torch.zeros(workers, 2, dtype=torch.int64)  # process id, item
+        self.closed = torch.zeros(1, dtype=torch.bool)
+        if workers:
+            self.reading.share_memory_()
+            self.closed.share_memory_()
 
     def start_worker(self, _):
         """Set up a worker process: where all processes are asked to stop, it is the main one that ends the
@@ -143,39 +306,62 @@ class Batches:
 
     def __init__(self, dataset, batch_size, sampler, workers, pin_memory):
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
-        if workers and len(dataset) and (reason := why_no_workers(dataset, batch_size, workers)):
-            print(f"note: no worker processes load data (--workers 0): {reason}", flush=True)
-            workers = 0
-        self.noted, self.started = Noted(dataset, workers), None
+        self.workers, self.pin_memory = workers, pin_memory
+        self.noted = self.loader = self.started = None
         atexit.register(close_if_alive, weakref.ref(self))
-        # a generator of its own, so that starting an epoch early moves no random numbers of the training
-        self.loader = DataLoader(self.noted, batch_size, sampler=sampler, num_workers=workers,
-                                 collate_fn=collate, pin_memory=pin_memory, persistent_workers=workers > 0,
-                                 worker_init_fn=self.noted.start_worker, generator=torch.Generator())
 
     def start(self, epoch=0, skip=0):
         """Let the workers begin with an epoch (0-based), without its first `skip` batches."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch, skip * self.batch_size)
-        self.started = iter(self.loader)
+        self.started = self.iterate()
+
+    def iterate(self):
+        """Return an iterator over an epoch; where no worker process can be started, it loads by itself."""
+        if self.loader is not None:
+            return iter(self.loader)
+        try:
+            return self.new_loader()
+        except (OSError, RuntimeError) as error:
+            if not self.workers or WORKER_DEATH.search(str(error)):
+                raise
+            print(f"note: no worker processes load data (--workers 0), they cannot be started: {error}",
+                  flush=True)
+        self.workers = 0
+        return self.new_loader()
+
+    def new_loader(self):
+        """Make the DataLoader, which lasts for all epochs; return an iterator over the first one."""
+        self.noted = Noted(self.dataset, self.workers)
+        # a generator of its own, so that starting an epoch early moves no random numbers of the training
+        loader = DataLoader(self.noted, self.batch_size, sampler=self.sampler, num_workers=self.workers,
+                            collate_fn=getattr(self.dataset, "collate", collate), generator=torch.Generator(),
+                            pin_memory=self.pin_memory, persistent_workers=self.workers > 0,
+                            worker_init_fn=self.noted.start_worker)
+        iterator = iter(loader)
+        self.loader = loader
+        return iterator
 
     def __len__(self):
         return -(-len(self.sampler) // self.batch_size)
 
     def __iter__(self):
-        """Return an iterator of (images, masks, names)."""
-        started, self.started = self.started or iter(self.loader), None
+        """Return an iterator of (images, targets, names)."""
+        started, self.started = self.started or self.iterate(), None
         return started
 
     def close(self):
         """End the worker processes, for good."""
-        self.noted.closed[0] = True
+        if self.noted is not None:
+            self.noted.closed[0] = True
         self.started = self.loader = None  # its workers end with it
 
     def file_read_by(self, process):
         """Return the image that a worker process (its id) read last, or None where it is none of these."""
-        items = [item for number, item in self.noted.reading.tolist() if number == process]
-        return self.dataset.samples[items[0] % len(self.dataset)].image if items else None
+        for number, item in self.noted.reading.tolist() if self.noted is not None else []:
+            if number == process:
+                return self.dataset.samples[item % len(self.dataset)].image
+        return None
 
 
 def close_if_alive(reference):
@@ -187,7 +373,7 @@ def close_if_alive(reference):
 def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, world_size=1, per_epoch=0):
     """Return the Batches of a SegmentationDataset, shuffled by EpochSampler where it is for training.
 
-    Of several processes, each gets its part: in training of equal length, in validation every image once.
+    Of several processes, each gets its share: in training of equal length, in validation every image once.
     per_epoch: training images of an epoch, 0 = all of them once.
     """
     if dataset.augments is None:
@@ -204,27 +390,24 @@ def naming_files(*loaders):
     """
     try:
         yield
-    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        text, lost = str(error), not isinstance(error, RuntimeError)
-        died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)", text)
-        if not died and not lost:
+    except (RuntimeError, *CONNECTION_LOST) as error:
+        death = WORKER_DEATH.search(str(error))
+        if not death and isinstance(error, RuntimeError):
             raise
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say once more that one died
         for batches in loaders:
             if hasattr(batches.dataset, "check"):
                 batches.dataset.check()
-        if lost:
-            raise InputError(f"a process that loads data died ({text or type(error).__name__}): where memory "
-                             "ran out, lower --workers") from None
-        processes = [int(number) for number in died[1].split(",")]
-        files = [batches.file_read_by(process) for batches in loaders for process in processes]
-        named = " and ".join(str(file) for file in files if file) or "no file"
-        if "Bus error" in text or "shared memory" in text:
-            raise InputError(f"the shared memory is full, while {named} was read: enlarge it (docker run "
+        processes = map(int, death[1].split(",")) if death else ()
+        files = [batches.file_read_by(process) for process in processes for batches in loaders]
+        names = " and ".join(str(file) for file in files if file) or "no file"
+        if "Bus error" in str(error) or "shared memory" in str(error):
+            raise InputError(f"the shared memory is full, while {names} was read: enlarge it (docker run "
                              "--shm-size 8g), or lower --workers or --batch-size") from None
-        raise InputError(f"a process that loads data died ({died[2]}) while it read {named}: repair or "
-                         "remove the file; where memory ran out, lower --workers") from None
+        reason = death[2] if death else str(error) or type(error).__name__
+        raise InputError(f"a process that loads data died ({reason}) while it read {names}: repair or remove "
+                         "the file; where memory ran out, lower --workers") from None
     finally:
         for batches in loaders:
             batches.close()

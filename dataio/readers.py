@@ -1,14 +1,14 @@
-"""Reading image and mask files, pairing them, decoding mask values to class ids.
+"""Reading image, mask and map files; decoding mask values to class ids.
 
     image = read_image("photo.jpg")                    # (3, H, W) uint8 RGB, upright
     mask = read_mask("mask.png", index_table(21))      # (H, W) uint8 class ids, 255 = ignore
+    image, targets = read_sample(Sample(Path("photo.jpg"), Path("mask.png")), index_table(21))
 
 Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files store. What is wrong with a
 file is an InputError that names it.
 """
 import hashlib
 import io
-import math
 import os
 import struct
 import threading
@@ -25,17 +25,15 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from config import IGNORE, InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-# PIL knows more, such as EPS, which it has another program draw
+# PIL can read more, such as EPS, which it has another program draw
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 MASK_ENDINGS = (*IMAGE_ENDINGS, ".npy")
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-LIMIT = Image.MAX_IMAGE_PIXELS  # of PIL, which refuses twice as many
-LIMIT_LOCK = threading.Lock()  # held while the limit is another
-LARGEST = 1 << 30  # pixels of an image or mask that is read nevertheless ...
-PER_BYTE, PER_MASK_BYTE = 200, 8 * 1032  # ... and for each byte of its file; the last is all Deflate can do
+MOST_PIXELS = 1 << 30  # of an image or mask; PIL alone stops at a sixth of it
+PIL_LIMIT_LOCK = threading.Lock()  # held while PIL's own limit is raised
 DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
 TAG_ERRORS = (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error)  # of TIFFs
@@ -45,11 +43,27 @@ class PaintedMask(InputError):
     """A mask holds colors where class numbers were expected."""
 
 
+class Target(NamedTuple):
+    """Another target of an image, beside its mask. kind: `labels` (class ids in a file, 255 = ignore, moved
+    by nearest neighbor) or `map` (numbers, float32, NaN = unknown, moved linearly).
+    """
+
+    name: str
+    path: Path
+    kind: str = "map"
+
+
 class Sample(NamedTuple):
-    """One image file and its mask file."""
+    """An image file, its mask file (None: the image has no labels) and its other Targets."""
 
     image: Path
-    mask: Path
+    mask: Path | None = None
+    targets: tuple = ()
+
+    def files(self):
+        """Return the paths of all files, the image first."""
+        masks = [] if self.mask is None else [self.mask]
+        return [self.image, *masks, *(target.path for target in self.targets)]
 
 
 @dataclass
@@ -74,9 +88,9 @@ class DataSource:
 
     @property
     def counts(self):
-        """{part: number of its images}, those of --extra as a part where there are any."""
-        parts = {**self.splits, **({"extra": self.extra} if self.extra else {})}
-        return {name: len(samples) for name, samples in parts.items()}
+        """{split: number of its images}, those of --extra as a split of their own where there are any."""
+        splits = {**self.splits, **({"extra": self.extra} if self.extra else {})}
+        return {name: len(samples) for name, samples in splits.items()}
 
     @property
     def training(self):
@@ -88,25 +102,34 @@ class DataSource:
         how masks are decoded, split_fingerprint over which image is in which split, extra_fingerprint of
         --extra where there is one.
         """
-        pairs = [sample for samples in self.splits.values() for sample in samples]
-        known, drawn = {path: absolute(path) for pair in pairs for path in pair}, absolute(drawn_folder())
+        samples = [sample for split in self.splits.values() for sample in split]
+        files = [path for sample in samples for path in sample.files()]
+        drawn, full_paths = absolute(drawn_folder()), {path: absolute(path) for path in files}
         # the data may move as a whole, and masks that were drawn lie elsewhere
-        base = os.path.commonpath([path.parent for path in known.values() if drawn not in path.parents])
+        base = os.path.commonpath([path.parent for path in full_paths.values() if drawn not in path.parents])
 
         def name(path):
-            path = known.get(path) or absolute(path)
+            path = full_paths.get(path) or absolute(path)
             return str(path.relative_to(drawn if drawn in path.parents else base))
 
-        paths = sorted({*known.values()}, key=lambda path: (drawn not in path.parents, path))
-        files = [(name(path), path.stat().st_size) for path in paths]
-        files.append(hashlib.sha256(self.table).hexdigest())
-        splits = [(split, sorted(name(image) for image, _ in samples))
+        ordered = sorted({*full_paths.values()}, key=lambda path: (drawn not in path.parents, path))
+        data = [(name(path), path.stat().st_size) for path in ordered]
+        data.append(hashlib.sha256(self.table).hexdigest())
+        if named := sorted({(target.name, target.kind) for sample in samples for target in sample.targets}):
+            data.append(named)
+        splits = [(split, sorted(name(sample.image) for sample in samples))
                   for split, samples in sorted(self.splits.items())]
-        facts = {"data": files, "split": splits}
+        fingerprints = {"data_fingerprint": short_hash(data), "split_fingerprint": short_hash(splits)}
         if self.extra:
-            facts["extra"] = [(image.name, image.stat().st_size, name(mask)) for image, mask in self.extra]
-        return {f"{name}_fingerprint": hashlib.sha256(repr(part).encode()).hexdigest()[:16]
-                for name, part in facts.items()}
+            extra = [(sample.image.name, sample.image.stat().st_size, *map(name, sample.files()[1:]))
+                     for sample in self.extra]
+            fingerprints["extra_fingerprint"] = short_hash(extra)
+        return fingerprints
+
+
+def short_hash(value):
+    """Return 16 digits that equal plain values share."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def absolute(path):
@@ -122,26 +145,25 @@ def drawn_folder():
 
 
 # --- images -----------------------------------------------------------------------------------------------
-def open_image(path, content=None, per_byte=PER_BYTE):
+def open_image(path, content=None):
     """Open an image file with PIL, header only. Raises InputError where it is missing or not an image.
 
-    content: its bytes, where they are read already; per_byte: as in open_large.
+    content: its bytes, where they are read already.
     """
     warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of broken files; an InputError says it
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors are enough
     try:
-        try:
-            image = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
-        except Image.DecompressionBombError:
-            image = open_large(path, content, per_byte)
+        image = open_of_any_size(path, content)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{path} is not a readable image (not a known image format): repair or remove the "
+                         "file") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} claims more pixels than an image may have here ({MOST_PIXELS}): save it as "
+                         "several files, or remove it") from None
     except DECODE_ERRORS as error:
-        reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        if isinstance(error, Image.DecompressionBombError):
-            raise InputError(f"{path} claims more pixels than its bytes can hold, as a decompression bomb "
-                             "does: save it as a tiled TIFF, or remove it") from None
-        raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
+        raise InputError(f"{path} is not a readable image ({error}): repair or remove the file") from None
     if image.format == "TIFF" and is_stack(path if content is None else io.BytesIO(content), image.size):
         raise InputError(f"{path} holds several pages: save each of them as a file of its own")
     tags = getattr(image, "tag_v2", {})
@@ -152,21 +174,19 @@ def open_image(path, content=None, per_byte=PER_BYTE):
     return image
 
 
-def open_large(path, content, per_byte):
-    """Open an image beyond PIL's limit. Raises DecompressionBombError for more than LARGEST pixels, or than
-    `per_byte` for each byte of the file.
+def open_of_any_size(path, content):
+    """Return Image.open of a file or its bytes, also beyond PIL's limit. Raises DecompressionBombError for
+    more than MOST_PIXELS.
     """
-    held = Path(path).stat().st_size if content is None else len(content)
-    most = min(LARGEST, per_byte * held)
-    with LIMIT_LOCK:
-        Image.MAX_IMAGE_PIXELS = max(LIMIT, most)
-        try:
-            image = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = LIMIT
-    if math.prod(image.size) > most:
-        raise Image.DecompressionBombError
-    return image
+    try:
+        return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        with PIL_LIMIT_LOCK:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MOST_PIXELS // 2  # twice it is an error
+            try:
+                return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
 
 
 def is_stack(file, size):
@@ -188,7 +208,7 @@ def open_photo(path, content=None):
     try:
         image = open_image(path, content)
     except InputError:
-        if deep := decode_deep(path, content, known=False):
+        if deep := decode_deep(path, content, opened=False):
             return deep
         raise
     if image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in image.tile):
@@ -212,24 +232,23 @@ def tiff_tags(file):
     return tags
 
 
-def decode_deep(path, content=None, known=True):
+def decode_deep(path, content=None, opened=True):
     """Return a file of three or four deep channels as a PIL image, RGB(A), scaled to 8 bit, or None.
 
-    known: PIL knows it. Of others, TIFFs of three channels that are interleaved: OpenCV mixes up planar ones,
-    and a fourth channel may be anything.
+    opened: PIL can open it. Of other files, TIFFs of three channels that are interleaved: OpenCV mixes up
+    planar ones, and a fourth channel may be anything.
     """
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints come as one line
     try:
         content = Path(path).read_bytes() if content is None else content
-        if content.startswith(TIFF_STARTS):
-            if tiff_tags(io.BytesIO(content)).get(TIFF_PLANAR) == 2:
-                return None
-        elif not known:
+        tiff = content.startswith(TIFF_STARTS)
+        planar = tiff and tiff_tags(io.BytesIO(content)).get(TIFF_PLANAR) == 2
+        if planar or not (tiff or opened):
             return None
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     except TAG_ERRORS:
         return None
-    if pixels is None or pixels.ndim < 3 or pixels.itemsize < 2 or pixels.shape[2] > 3 + known:
+    if pixels is None or pixels.ndim < 3 or pixels.itemsize < 2 or pixels.shape[2] > (4 if opened else 3):
         return None
     values, depth = to_8_bit(pixels[..., 2::-1])  # BGR -> RGB
     if pixels.shape[2] == 4:
@@ -311,12 +330,13 @@ def read_upright(path, at_least=None):
 def decode_jpeg(path):
     """Return the pixels of an RGB JPEG file, (H, W, 3) uint8, in three quarters of PIL's time.
 
-    Both decode with libjpeg-turbo. None where the end is missing; other damage OpenCV passes over a little
-    more often than PIL does.
+    Both decode with libjpeg-turbo. None where the end of the file is missing; OpenCV ignores other damage a
+    little more often than PIL does.
     """
     data = np.fromfile(path, np.uint8)
-    whole = len(data) > 1 and data[-2:].tobytes() == b"\xff\xd9"
-    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION) if whole else None
+    if data[-2:].tobytes() != b"\xff\xd9":
+        return None
+    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 # --- masks ------------------------------------------------------------------------------------------------
@@ -382,26 +402,41 @@ class StoredMask(NamedTuple):
         return values * np.int32(white) if values.max() < 256 else None
 
 
+def palette_pixels(mask):
+    """Return (pixels (H, W), palette (n, 3)) of a PIL image with a palette, transparent or not."""
+    pixels = np.array(mask)
+    return pixels[..., 0] if mask.mode == "PA" else pixels, np.array(mask.getpalette("RGB")).reshape(-1, 3)
+
+
+def painted_pixels(mask):
+    """Return (pixels (H, W, 3) uint8, None) of a PIL image in colors, without its transparency."""
+    return np.array(mask.convert("RGB")), None
+
+
+def gray_pixels(mask):
+    """Return (pixels (H, W), None) of a PIL image of one channel of any depth."""
+    return np.array(mask.convert("L") if mask.mode == "LA" else mask), None
+
+
+MASK_DECODERS = {"P": palette_pixels, "PA": palette_pixels,  # by PIL's mode; all others are gray
+                 **dict.fromkeys(("RGB", "RGBA", "CMYK", "YCbCr"), painted_pixels)}
+
+
 def decode_mask(path):
     """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
     if Path(path).suffix.lower() == ".npy":
-        return StoredMask("array", "NPY", as_mask_pixels(path, read_array(path)), None)
-    with open_image(path, per_byte=PER_MASK_BYTE) as mask:
-        mode, kind, palette = mask.mode, mask.format, None
+        return StoredMask("array", "NPY", as_mask_pixels(path, read_mask_array(path)), None)
+    with open_image(path) as mask:
+        mode, kind = mask.mode, mask.format
         try:
-            if mode in ("RGBA", "CMYK", "YCbCr", "LA"):  # transparency says nothing about classes
-                mask = mask.convert("L" if mode == "LA" else "RGB")
-            pixels = np.array(mask)
-            if mode in ("P", "PA"):
-                palette = np.array(mask.getpalette("RGB")).reshape(-1, 3)
+            pixels, palette = MASK_DECODERS.get(mode, gray_pixels)(mask)
         except DECODE_ERRORS as error:
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
-    pixels = pixels[..., 0] if mode == "PA" else pixels
     return StoredMask(mode, kind, as_mask_pixels(path, pixels), palette)
 
 
 def read_array(path):
-    """Return a NumPy file as (H, W) or (H, W, 3); sides of 1 before or behind go. Raises InputError."""
+    """Return the array of a NumPy file; sides of 1 before or behind three go. Raises InputError."""
     try:
         values = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -410,8 +445,14 @@ def read_array(path):
         raise InputError(f"{path} is not a readable array ({error}): save it again with numpy.save") from None
     for axis in (0, -1):
         values = values.squeeze(axis) if values.ndim == 3 and values.shape[axis] == 1 else values
-    whole = values.dtype.kind == "f" and values.size and bool((values % 1 == 0).all())
-    values = values.astype(np.int64) if whole else values
+    return values
+
+
+def read_mask_array(path):
+    """Return a NumPy file as (H, W) or (H, W, 3), floats without fractions as integers. Raises InputError."""
+    values = read_array(path)
+    if values.dtype.kind == "f" and values.size and (values % 1 == 0).all():
+        values = values.astype(np.int64)
     if not values.size or values.ndim != 2 and values.shape[2:] != (3,):
         raise InputError(f"{path} is an array of the shape {values.shape}: masks are (H, W), or (H, W, 3) "
                          "where they are painted")
@@ -419,7 +460,7 @@ def read_array(path):
 
 
 def as_mask_pixels(path, pixels):
-    """Return numbers as uint8 or int32. Raises InputError where they are no integers 0..65535."""
+    """Return numbers as uint8 or int32. Raises InputError where they are not integers 0..65535."""
     if pixels.dtype.kind not in "biu" or pixels.min() < 0 or pixels.max() > 65535:
         raise InputError(f"{path} does not hold integers 0..65535: save masks as 8- or 16-bit PNG")
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)
@@ -427,23 +468,26 @@ def as_mask_pixels(path, pixels):
 
 def read_mask(path, table):
     """Read a mask as class ids (H, W) uint8, 255 = ignore. Raises InputError for a value OUTSIDE `table`."""
-    painted, stored = len(table) > 65536, decode_mask(path)
-    values = stored.colors if painted else stored.values
-    if values is None:
-        if painted:
+    stored = decode_mask(path)
+    if len(table) > 65536:
+        values = stored.colors
+        if values is None:
             raise InputError(f"{path} holds values above 255, and other masks are painted in colors")
-        raise PaintedMask(f"{path} is painted in colors, and the other masks hold class numbers")
+    else:
+        values = stored.values
+        if values is None:
+            raise PaintedMask(f"{path} is painted in colors, and the other masks hold class numbers")
     return class_ids_of(values, table, path)
 
 
 def class_ids_of(values, table, path):
     """Return the class ids (H, W) uint8 of a mask file's values or color codes (H, W). Raises InputError for
-    one that is OUTSIDE `table`.
+    a value that is OUTSIDE `table`.
     """
     mask = cv2.LUT(values, table[:256]) if values.dtype == np.uint8 else table[values]
     if (mask == OUTSIDE).any():
-        wrong = np.unique(values[mask == OUTSIDE], return_counts=True)
-        raise InputError(f"{outside_message(path, *wrong, table)}; python check_data.py says more")
+        wrong, counts = np.unique(values[mask == OUTSIDE], return_counts=True)
+        raise InputError(f"{outside_message(path, wrong, counts, table)}; python check_data.py says more")
     return mask
 
 
@@ -452,46 +496,82 @@ def outside_message(path, values, counts, table, classes=()):
 
     values, counts: (n,) the distinct wrong values and their pixels; classes: [(name, (R, G, B))].
     """
-    first, pixels = int(values[0]), int(counts[0])
-    more = f" and {len(values) - 1} more such values" if len(values) > 1 else ""
+    pixels = f"({counts[0]} pixels)" + (f" and {len(values) - 1} more such values" if len(values) > 1 else "")
     if len(table) > 65536:
-        color = np.array(unpack_color(first))
-        codes = np.flatnonzero(table != OUTSIDE)
-        known = np.stack(unpack_color(codes), axis=1)  # (n, 3)
-        nearest = np.abs(known - color).sum(1).argmin()
-        id = table[codes[nearest]]
-        name = "ignore" if id == IGNORE else classes[id][0] if classes else f"class {id}"
-        return (f"{path} has the color {tuple(color.tolist())} ({pixels} pixels){more}, which classes.txt "
-                f"does not list; the nearest is {name} {tuple(known[nearest].tolist())}: repair it or list "
-                "the color")
+        return wrong_color_message(path, int(values[0]), pixels, table, classes)
     allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
     ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
     lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    return (f"{path} has the value {first} ({pixels} pixels){more}, which is not a class: classes are "
-            f"{allowed}, ignored: {ignored}{lossy}; repair the mask")
+    return (f"{path} has the value {values[0]} {pixels}, which is not a class: classes are {allowed}, "
+            f"ignored: {ignored}{lossy}; repair the mask")
+
+
+def wrong_color_message(path, code, pixels, table, classes):
+    """As outside_message, of a painted mask. code: the first wrong color; pixels: how many, as text."""
+    color, codes = unpack_color(code), np.flatnonzero(table != OUTSIDE)
+    allowed = np.stack(unpack_color(codes), axis=1)  # (n, 3)
+    nearest = np.abs(allowed - np.array(color)).sum(1).argmin()
+    id = table[codes[nearest]]
+    name = "ignore" if id == IGNORE else classes[id][0] if classes else f"class {id}"
+    return (f"{path} has the color {color} {pixels}, which classes.txt does not list; the nearest is {name} "
+            f"{tuple(allowed[nearest].tolist())}: repair it or list the color")
 
 
 def ranges(values):
     """Return sorted integers as text: [0, 1, 2, 255] -> '0..2, 255'."""
-    parts, values = [], list(map(int, values))
-    while values:
-        run = 1
-        while run < len(values) and values[run] == values[0] + run:
-            run += 1
-        parts.append(str(values[0]) if run == 1 else f"{values[0]}..{values[run - 1]}")
-        values = values[run:]
-    return ", ".join(parts)
+    runs = []
+    for value in map(int, values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(f"{first}..{last}" if last > first else f"{first}" for first, last in runs)
 
 
+# --- other targets ----------------------------------------------------------------------------------------
+def read_labels(path):
+    """Read class ids (H, W) uint8 as a file stores them, 255 = ignore. Raises InputError."""
+    values = decode_mask(path).values
+    if values is None or values.max() > 255:
+        raise InputError(f"{path} does not hold class ids 0..255: save labels as 8-bit PNG of one channel")
+    return values.astype(np.uint8)
+
+
+def read_map(path):
+    """Read numbers (H, W) as float32, as they are stored: of a .npy file of two dimensions, or of a gray PNG
+    or TIFF of any depth. Raises InputError.
+    """
+    values = read_array(path) if Path(path).suffix.lower() == ".npy" else read_gray(path)
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "biuf":
+        raise InputError(f"{path} is not a map of numbers: save it as (H, W) with numpy.save")
+    return values.astype(np.float32)
+
+
+def read_gray(path):
+    """Return the numbers (H, W) of an image file of one channel. Raises InputError."""
+    with open_image(path) as image:
+        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+            raise InputError(f"{path} has colors ({image.mode}), and a map has one number for each pixel: "
+                             "save it as a gray PNG or TIFF, or with numpy.save")
+        try:
+            return np.array(image)
+        except DECODE_ERRORS as error:
+            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+
+
+TARGET_READERS = {"labels": read_labels, "map": read_map}  # by Target.kind
+
+
+# --- samples ----------------------------------------------------------------------------------------------
 def has_late_exif(path):
     """Return whether a PNG may say behind its pixels how it is turned; reads the heads of its chunks."""
     with open(path, "rb") as file:
         file.seek(8)
-        seen = False
+        behind_pixels = False
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
-            seen |= kind == b"IDAT"
-            if seen and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            behind_pixels |= kind == b"IDAT"
+            if behind_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
                 return True
             file.seek(length + 4, os.SEEK_CUR)
     return False
@@ -508,19 +588,41 @@ def read_orientation(path):
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
 
 
-def read_pair(sample, table, at_least=None):
-    """Return a Sample's image (3, H, W) uint8 RGB and mask (H, W) uint8 of class ids, both upright.
+def read_sample(sample, table, at_least=None):
+    """Return a Sample's image (3, H, W) uint8 RGB and its targets {name: (H, W)} as read_targets does.
 
-    at_least: as in read_image; the mask keeps the size it is stored in. Raises InputError.
+    at_least: as in read_image; targets keep the size they are stored in. Raises InputError.
     """
     image, size, orientation, _ = read_upright(sample.image, at_least)
-    return image, torch.from_numpy(rotate_like(read_mask(sample.mask, table), size, orientation))
+    return image, read_targets(sample, table, size, orientation)
 
 
-def rotate_like(mask, size, orientation):
-    """Turn a mask (H, W) that was drawn on the unrotated pixels of an image, of `size`, as its image is."""
-    if orientation < 5 or mask.shape != size or size[0] == size[1]:
-        return mask  # not turned by 90 degrees, or the mask was drawn upright
-    turned = Image.fromarray(mask)
+def read_targets(sample, table, size, orientation):
+    """Return {name: (H, W)} of a Sample: its mask of class ids, uint8 (all IGNORE where it has none), and its
+    other targets, uint8 of labels and float32 of maps, each turned as its image is.
+
+    size, orientation: of the image, as read_orientation says. Raises InputError.
+    """
+    if sample.mask is None:
+        arrays = {"mask": np.full(upright_size(size, orientation), IGNORE, np.uint8)}
+    else:
+        arrays = {"mask": rotate_like(read_mask(sample.mask, table), size, orientation)}
+    for target in sample.targets:
+        if target.name in arrays:
+            raise ValueError(f"{sample.image} has two targets called {target.name}")
+        arrays[target.name] = rotate_like(TARGET_READERS[target.kind](target.path), size, orientation)
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
+def upright_size(size, orientation):
+    """Return the (H, W) of an image that is stored as `size` and turned by its EXIF orientation."""
+    return size[::-1] if orientation >= 5 else size  # 5 to 8 turn by 90 degrees
+
+
+def rotate_like(values, size, orientation):
+    """Turn a target (H, W) that was made on the unrotated pixels of an image, of `size`, as its image is."""
+    if orientation < 5 or values.shape != size or size[0] == size[1]:
+        return values  # not turned by 90 degrees, or the target is upright already
+    turned = Image.fromarray(values)
     turned.getexif()[EXIF_ORIENTATION] = orientation
     return np.array(ImageOps.exif_transpose(turned))

@@ -1,7 +1,7 @@
 """Pixel counts of every class in every mask, kept on disk, and the stratified split made from them.
 
     pixels = count_pixels(samples, table, num_classes, "outputs/cache")          # (N, K)
-    train, val = stratified_parts(pixels, [80, 20])                              # indices
+    train, val = stratified_groups(pixels, [80, 20])                             # indices
 """
 import hashlib
 import re
@@ -12,79 +12,86 @@ import numpy as np
 from tqdm import tqdm
 
 from config import IGNORE, InputError, count_of
+from dataio import readers
 from dataio.readers import read_mask
 from dataio.scan import in_parallel, scan_image
-from utils import hash_code, read_kept, write_atomically
+from utils import code_hash, read_kept, write_atomically
 
-SEQUENCE, PLACES = 8, 8  # images that make a sequence, and where two neighbors are compared
+SEQUENCE, COMPARED = 8, 8  # images that make a sequence, and pairs of neighbors of it that are compared
 ALIKE = 40  # bits of 256 in which the looks of neighboring frames may differ; of other images 75 to 140 do
 
 
 def digest_of_masks(samples, table):
     """Return a SHA-256 over the names, sizes and times of the masks of Samples, and how they are read."""
     digest = hashlib.sha256(np.ascontiguousarray(table))
-    digest.update(hash_code("dataio/readers.py").encode())
+    digest.update(code_hash(readers).encode())
     for sample in samples:
-        facts = sample.mask.stat()
-        digest.update(repr((str(sample.mask.resolve()), facts.st_size, facts.st_mtime_ns)).encode())
+        facts = None
+        if sample.mask is not None:
+            stat = sample.mask.stat()
+            facts = str(sample.mask.resolve()), stat.st_size, stat.st_mtime_ns
+        digest.update(repr(facts).encode())
     return digest
 
 
 def count_pixels(samples, table, num_classes, cache_dir):
-    """Return (N, K) int64: pixels of every class in the mask of every sample; read once, then from cache_dir.
+    """Return (N, K) int64: pixels of every class in the mask of every sample, 0 where it has none; read once,
+    then from cache_dir.
 
-    The file kept is named by a hash over the masks' names, sizes and times and how they are read, so that a
+    The file there is named by a hash over the masks' names, sizes and times and how they are read, so that a
     changed data set is counted anew. Raises InputError for a mask that does not fit the table.
     """
     digest = digest_of_masks(samples, table)
-    kept = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"
-    pixels = read_kept(kept)
+    path = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"
+    pixels = read_kept(path)
     if pixels is not None and pixels.shape == (len(samples), num_classes):
         return pixels
 
     def count(sample):
+        if sample.mask is None:
+            return np.zeros(num_classes, np.int64)
         return np.bincount(read_mask(sample.mask, table).ravel(), minlength=IGNORE + 1)[:num_classes]
 
     with ThreadPoolExecutor() as pool:
         bar = tqdm(pool.map(count, samples), "counting pixels", len(samples), leave=False, disable=None)
-        rows = list(bar)
-    write_atomically(kept, lambda temporary: np.save(temporary, np.stack(rows)))
-    return np.stack(rows)
+        pixels = np.stack(list(bar))
+    write_atomically(path, lambda temporary: np.save(temporary, pixels))
+    return pixels
 
 
-def stratified_parts(pixels, sizes):
-    """Split images into parts of `sizes` so that every class has its share of pixels in each; deterministic.
+def stratified_groups(pixels, sizes):
+    """Split images into groups of `sizes` so that every class has its share of pixels in each; deterministic.
 
     Iterative stratification (Sechidis et al., ECML 2011) on class presence weighted by pixel counts.
-    pixels: (N, K); sizes: P numbers of images that add up to N. Returns P sorted lists of indices.
+    pixels: (N, K); sizes: G numbers of images that add up to N. Returns G sorted lists of indices.
     """
     count = len(pixels)
-    room = np.array(sizes)  # images still to go into each part
+    room = np.array(sizes)  # images still to go into each group
     ratio = room / count
     shares = pixels / np.maximum(pixels.sum(0), 1)  # (N, K), every class sums to 1
-    wanted = np.outer(ratio, np.ones(pixels.shape[1]))  # (P, K) share of every class still wanted
-    present, part = pixels > 0, np.full(count, -1)
+    missing = np.outer(ratio, np.ones(pixels.shape[1]))  # (G, K) share of every class still to come
+    present, group_of = pixels > 0, np.full(count, -1)
     images_left = present.sum(0)  # (K,)
-    while (part < 0).any():
+    while (group_of < 0).any():
         if images_left.any():
             rarest = np.where(images_left > 0, images_left, count + 1).argmin()
-            image = np.where(part < 0, shares[:, rarest], -1).argmax()
-            need = (wanted[:, rarest] - shares[image, rarest]) / ratio  # what would still be wanted after it
-            shown = [present[part == side, rarest].any() for side in range(len(sizes))]
-            if images_left[rarest] == 1 and not all(shown):  # the last chance of a class to be in all parts
-                need = [-float(one) for one in shown]
+            image = np.where(group_of < 0, shares[:, rarest], -1).argmax()
+            need = (missing[:, rarest] - shares[image, rarest]) / ratio  # what would still be missing then
+            has_class = np.array([present[group_of == group, rarest].any() for group in range(len(sizes))])
+            if images_left[rarest] == 1 and not has_class.all():  # the last chance to be in all groups
+                need = -has_class.astype(float)
         else:  # only images without any class are left
-            image, need = (part < 0).argmax(), room / ratio
-        side = np.where(room > 0, need, -np.inf).argmax()
-        part[image] = side
-        room[side] -= 1
-        wanted[side] -= shares[image]
+            image, need = (group_of < 0).argmax(), room / ratio
+        group = np.where(room > 0, need, -np.inf).argmax()
+        group_of[image] = group
+        room[group] -= 1
+        missing[group] -= shares[image]
         images_left -= present[image]
-    return [np.flatnonzero(part == side).tolist() for side in range(len(sizes))]
+    return [np.flatnonzero(group_of == group).tolist() for group in range(len(sizes))]
 
 
 def stratified_split(pixels, val_fraction):
-    """Return (train, val) lists of image indices by stratified_parts, round(N * val_fraction) in val.
+    """Return (train, val) lists of image indices by stratified_groups, round(N * val_fraction) in val.
 
     pixels: (N, K). Raises InputError with fewer than two images.
     """
@@ -92,7 +99,7 @@ def stratified_split(pixels, val_fraction):
     if count < 2:
         raise InputError("one image cannot be split into training and validation: add images")
     validation = min(max(1, round(count * val_fraction)), count - 1)
-    return tuple(stratified_parts(pixels, [count - validation, validation]))
+    return tuple(stratified_groups(pixels, [count - validation, validation]))
 
 
 def stratified_fold(pixels, number, folds):
@@ -104,9 +111,9 @@ def stratified_fold(pixels, number, folds):
     if count < folds:
         raise InputError(f"--fold {number}/{folds}: {count_of(count, 'image')} (a block of frames counts as "
                          "one) cannot be split into so many folds: lower their number, or add images")
-    parts = stratified_parts(pixels, [count // folds + (part < count % folds) for part in range(folds)])
-    val = parts.pop(number - 1)
-    return sorted(sum(parts, [])), val
+    groups = stratified_groups(pixels, [count // folds + (fold < count % folds) for fold in range(folds)])
+    val = groups.pop(number - 1)
+    return sorted(sum(groups, [])), val
 
 
 def split_samples(samples, pixels, val_fraction, fold=()):
@@ -118,21 +125,23 @@ def split_samples(samples, pixels, val_fraction, fold=()):
     """
     blocks, sequences = blocks_of(samples, 1 / fold[1] if fold else val_fraction)
     counts = np.stack([pixels[block].sum(0) for block in blocks])
-    sides = stratified_fold(counts, *fold) if fold else stratified_split(counts, val_fraction)
-    parts = {split: sorted(index for number in numbers for index in blocks[number])
-             for split, numbers in zip(("train", "val"), sides, strict=True)}
+    groups = stratified_fold(counts, *fold) if fold else stratified_split(counts, val_fraction)
+    splits = {}
+    for split, numbers in zip(("train", "val"), groups, strict=True):
+        indices = sorted(index for number in numbers for index in blocks[number])
+        splits[split] = [samples[index] for index in indices]
     text = f"fold {fold[0]} of {fold[1]}, stratified" if fold else "stratified"
     if sequences:
         text += (f" by blocks of consecutive frames ({count_of(sequences, 'sequence')} of frames that look "
                  "alike)")
-    return {split: [samples[index] for index in indices] for split, indices in parts.items()}, text
+    return splits, text
 
 
 def blocks_of(samples, val_fraction):
-    """Return (lists of indices of `samples` that go into one part together, number of sequences).
+    """Return (lists of indices of `samples` that go into one split together, number of sequences).
 
-    A sequence: SEQUENCE or more images with consecutive numbers as the last part of their names, of which
-    neighbors look alike in most of a few places. It is cut into blocks of val_fraction of its length.
+    A sequence: SEQUENCE or more images with consecutive numbers at the end of their names, of which neighbors
+    look alike in most of the pairs that are compared. It is cut into blocks of val_fraction of its length.
     """
     families = {}
     for index, sample in enumerate(samples):
@@ -154,24 +163,25 @@ def blocks_of(samples, val_fraction):
 
 def looks_like_sequence(paths):
     """Return whether image files in the order of their numbers look like the frames of a clip."""
-    starts = np.linspace(0, len(paths) - 2, PLACES).astype(int)
+    starts = np.linspace(0, len(paths) - 2, COMPARED).astype(int)
     pairs = in_parallel(lambda start: [scan_image(path).look for path in paths[start:start + 2]], starts,
                         "comparing neighbors")
-    near = [np.bitwise_count(pair[0] ^ pair[1]).sum() <= ALIKE for pair in pairs
-            if not isinstance(pair, InputError)]
+    near = [np.bitwise_count(looks[0] ^ looks[1]).sum() <= ALIKE for looks in pairs
+            if not isinstance(looks, InputError)]
     return bool(near) and 2 * sum(near) > len(near)
 
 
-def share_table(pixels, parts, classes):
-    """Return lines of a table: images with each class and its share of the pixels, in every part.
+def share_table(pixels, splits, classes):
+    """Return lines of a table: images with each class and its share of the pixels, in every split.
 
-    pixels: {sample: (K,) counts}; parts: {name: [sample]}; classes: [(name, color)].
+    pixels: {sample: (K,) counts}; splits: {name: [sample]}; classes: [(name, color)].
     """
     width = max(len(name) for name, _ in classes)
-    counts = {part: np.stack([pixels[sample] for sample in samples]) for part, samples in parts.items()}
-    lines = [" " * width + "".join(f"  {part + ' images':>12}  {part + ' pixels':>12}" for part in counts)]
-    for id, (name, _) in enumerate(classes):
-        cells = [f"  {(part[:, id] > 0).sum():12}  {100 * part[:, id].sum() / max(1, part.sum()):10.2f} %"
-                 for part in counts.values()]
-        lines.append(f"{name:{width}}" + "".join(cells))
-    return lines
+    head, rows = " " * width, [f"{name:{width}}" for name, _ in classes]
+    for split, samples in splits.items():
+        counts = np.stack([pixels[sample] for sample in samples])  # (N, K)
+        head += f"  {split + ' images':>12}  {split + ' pixels':>12}"
+        images, shares = (counts > 0).sum(0), 100 * counts.sum(0) / max(1, counts.sum())
+        rows = [f"{row}  {number:12}  {share:10.2f} %"
+                for row, number, share in zip(rows, images, shares, strict=True)]
+    return [head, *rows]

@@ -1,17 +1,19 @@
-"""Joint transforms: what training does to an image and its mask at once.
+"""Joint transforms: what training does to an image and its targets at once.
 
-    image, mask = augment(image, mask, (518, 518), ("crop", "flip"))     # both uint8, at that size
+    targets = {"mask": mask, "depth": depth}                    # (H, W) uint8 labels, (H, W) float32 map
+    image, targets = augment(image, targets, (518, 518), ("crop", "flip"))       # all at that size
 
-A new augmentation is one class below, entered in AUGMENTS. It must keep image and mask aligned, give pixels
-that it makes up the mask value 255, and move class ids by nearest neighbor; tests/test_transforms.py checks
-every one that is registered.
+A new augmentation is one class below, entered in AUGMENTS. It must keep the image and all targets aligned.
+How a target is moved depends on its type: class ids (uint8) by nearest neighbor, with 255 where pixels are
+made up; maps of numbers (float32) linearly, with NaN there. tests/test_transforms.py checks every registered
+one.
 """
 import hashlib
 import math
 import platform
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,8 +21,10 @@ import torch
 from torch.nn import functional as F
 
 from config import IGNORE
+from utils import code_hash
 
 PADDING_COLOR = (124, 116, 104)  # the ImageNet mean, so that padding is close to zero after normalization
+UNKNOWN = {torch.uint8: IGNORE, torch.float32: math.nan}  # value of target pixels that are made up
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # of RGB (NTSC)
 
 
@@ -52,6 +56,25 @@ def resize_mask(mask, size):
     return torch.from_numpy(cv2.transpose(cv2.transpose(mask.numpy())[columns])[rows])
 
 
+def resize_map(values, size):
+    """Resize numbers (H, W) float32 to (h, w), bilinear, antialiased.
+
+    Unknown pixels (NaN) are left out of the averages; a new pixel is NaN where most of what it averages is.
+    """
+    if tuple(values.shape) == tuple(size):
+        return values
+    unknown = values.isnan()
+    planes = torch.stack([values.masked_fill(unknown, 0), (~unknown).float()])  # (2, H, W)
+    totals, shares = F.interpolate(planes[None], tuple(size), mode="bilinear", antialias=True)[0]
+    return torch.where(shares >= 0.5, totals / shares, math.nan)
+
+
+def resize_targets(targets, size):
+    """Resize {name: (H, W)} to {name: (h, w)}, class ids by nearest neighbor, maps linearly."""
+    return {name: resize_mask(target, size) if target.dtype == torch.uint8 else resize_map(target, size)
+            for name, target in targets.items()}
+
+
 def continued(image, size):
     """Return (..., 3, H, W) uint8 of at least `size` = (h, w): what is missing at the right and below is its
     last pixels.
@@ -77,17 +100,19 @@ def nearest(old, new):
 # --- augmentations ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Augmentation:
-    """Base: called with image (3, H, W), mask (H, W), both uint8, and the size (h, w) of the run.
+    """Base: called with image (3, H, W) uint8, its targets {name: (H, W)}, and the size (h, w) of the run;
+    `mask` is always one of the targets.
 
-    resizes: whether the result has the size of the run whatever comes in; else the pair is resized before.
-    zoom: how many times larger than the run's size the image is wanted at most. Fields are its parameters.
+    resizes: whether the result has the size of the run whatever comes in, targets of sizes of their own too;
+    else all are resized before. zoom: how many times larger than the run's size the image is needed at most.
+    Fields are its parameters.
     """
 
     resizes = False
     zoom = 1.0
 
-    def __call__(self, image, mask, size):
-        """(3, H, W), (H, W) -> (3, H, W), (H, W)."""
+    def __call__(self, image, targets, size):
+        """(3, H, W), {name: (H, W)} -> (3, H, W), {name: (H, W)}."""
         raise NotImplementedError
 
 
@@ -110,22 +135,49 @@ class ScaleCrop(Augmentation):
         """The largest factor."""
         return self.scale[1]
 
-    def __call__(self, image, mask, size):
-        """(3, H, W), (H, W) -> (3, *size), (*size)."""
-        from torchvision import tv_tensors
-        from torchvision.transforms import v2
+    def __call__(self, image, targets, size):
+        """(3, H, W), {name: (H, W)} -> (3, *size), {name: size}."""
         height, width = image.shape[-2:]
         fits = size[0] / height, size[1] / width
         factor = (max if self.covers else min)(fits) * torch.empty(1).uniform_(*self.scale).item()
         scaled = max(1, round(height * factor)), max(1, round(width * factor))
-        image, mask = resize_image(image, scaled), resize_mask(mask, scaled)
-        fill = {tv_tensors.Image: PADDING_COLOR, tv_tensors.Mask: IGNORE}
-        crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
+        image, targets = resize_image(image, scaled), resize_targets(targets, scaled)
         for _ in range(10):
-            cropped, labels = crop(tv_tensors.Image(image), tv_tensors.Mask(mask))
-            if self.max_share == 1 or is_mixed(labels, self.max_share):
+            corner = random_corner(scaled, size)
+            mask = window_of(targets["mask"], corner, size, IGNORE)
+            if self.max_share == 1 or is_mixed(mask, self.max_share):
                 break
-        return cropped.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+        color = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None]
+        return window_of(image, corner, size, color), {
+            name: window_of(target, corner, size, UNKNOWN[target.dtype]) for name, target in targets.items()}
+
+
+def random_corner(size, window):
+    """Return the random (top, left) of a window (h, w) in an image of `size` (H, W); where the image is
+    smaller, the window begins as far before it as in torchvision's RandomCrop.
+    """
+    corner = []
+    for length, side in zip(size, window, strict=True):
+        padding = max(0, side - length)  # on both ends
+        last = length + 2 * padding - side
+        start = int(torch.randint(0, last + 1, size=())) if last > 0 else 0
+        corner.append(start - padding)
+    return corner
+
+
+def window_of(values, corner, size, fill):
+    """Return the window (..., h, w) of `size` at `corner` of (..., H, W), filled with `fill` (a number or a
+    tensor (..., 1, 1)) where it lies beyond.
+    """
+    inside = [slice(max(0, start), max(0, start + side)) for start, side in zip(corner, size, strict=True)]
+    crop = values[..., inside[0], inside[1]]
+    if tuple(crop.shape[-2:]) == tuple(size):
+        return crop
+    window = torch.empty((*values.shape[:-2], *size), dtype=values.dtype)
+    window[:] = fill
+    top, left = max(0, -corner[0]), max(0, -corner[1])
+    window[..., top:top + crop.shape[-2], left:left + crop.shape[-1]] = crop
+    return window
 
 
 @dataclass(frozen=True)
@@ -158,9 +210,11 @@ class Flip(Augmentation):
 
     share: float = 0.5
 
-    def __call__(self, image, mask, size):
-        """(3, H, W), (H, W) -> the same shapes."""
-        return (image.flip(-1), mask.flip(-1)) if torch.rand(1).item() < self.share else (image, mask)
+    def __call__(self, image, targets, size):
+        """(3, H, W), {name: (H, W)} -> the same shapes."""
+        if torch.rand(1).item() >= self.share:
+            return image, targets
+        return image.flip(-1), {name: target.flip(-1) for name, target in targets.items()}
 
 
 @dataclass(frozen=True)
@@ -177,8 +231,8 @@ class ColorJitter(Augmentation):
     saturation: float = 0.3
     hue: float = 0.05
 
-    def __call__(self, image, mask, size):
-        """(3, H, W), (H, W) -> the same shapes."""
+    def __call__(self, image, targets, size):
+        """(3, H, W), {name: (H, W)} -> the same shapes."""
         spans = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
         drawn = (torch.rand(4) * 2 - 1) * spans
         bright, contrasted, saturated = (1 + drawn[:3]).tolist()
@@ -189,7 +243,7 @@ class ColorJitter(Augmentation):
         pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
         gray = bright * float(TO_YIQ[0] @ np.array(cv2.mean(pixels)[:3]))
         matrix = np.hstack([colors, np.full((3, 1), (1 - contrasted) * gray)])
-        return torch.from_numpy(cv2.transform(pixels, matrix)).permute(2, 0, 1), mask
+        return torch.from_numpy(cv2.transform(pixels, matrix)).permute(2, 0, 1), targets
 
 
 @dataclass(frozen=True)
@@ -205,8 +259,8 @@ class PhotometricDistortion(Augmentation):
     saturation: float = 0.5
     hue: int = 18
 
-    def __call__(self, image, mask, size):
-        """(3, H, W), (H, W) -> the same shapes."""
+    def __call__(self, image, targets, size):
+        """(3, H, W), {name: (H, W)} -> the same shapes."""
         drawn = torch.rand(4) * 2 - 1
         bright, contrast, saturation, hue, early = (torch.rand(5) < 0.5).tolist()
         levels = np.arange(256, dtype=np.float32)
@@ -229,7 +283,7 @@ class PhotometricDistortion(Augmentation):
             pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
         if contrast and not early:
             pixels = look_up(pixels, contrasted)
-        return torch.from_numpy(pixels).permute(2, 0, 1), mask
+        return torch.from_numpy(pixels).permute(2, 0, 1), targets
 
 
 # A new augmentation is one class above and one line here; they are applied in this order.
@@ -243,32 +297,40 @@ AUGMENTS = {
 }
 
 
-def augment(image, mask, size, names):
-    """Bring a training pair to `size` = (h, w) with the augmentations in `names`, in the order of AUGMENTS.
+def augment(image, targets, size, names):
+    """Bring an image and its targets to `size` = (h, w) with the augmentations in `names`, in the order of
+    AUGMENTS.
 
-    image (3, H, W) uint8, mask (H, W) uint8 of any size -> both at `size`. Random numbers come from torch's
-    global generator. Raises ValueError where an augmentation returns anything else.
+    image (3, H, W) uint8, targets {name: (H, W) uint8 or float32}, each of any size -> all at `size`. Random
+    numbers come from torch's global generator. Raises ValueError where an augmentation returns anything else.
     """
     steps = [step for name, step in AUGMENTS.items() if name in names]
+    forms = {"image": ((3, *size), torch.uint8)}
+    forms.update({name: (tuple(size), target.dtype) for name, target in targets.items()})
     if not any(step.resizes for step in steps):
-        image, mask = resize_image(image, size), resize_mask(mask, size)
+        image, targets = resize_image(image, size), resize_targets(targets, size)
     for step in steps:
-        image, mask = step(image, mask, size)
-    forms = [(tuple(part.shape), part.dtype) for part in (image, mask)]
-    if forms != [((3, *size), torch.uint8), (tuple(size), torch.uint8)]:
-        raise ValueError(f"--augment {' '.join(names)} made image and mask {forms}: they have to be uint8 of "
-                         f"the size {tuple(size)}")
-    return image, mask
+        image, targets = step(image, targets, size)
+    tensors = {"image": image, **targets}
+    result = {name: (tuple(values.shape), values.dtype) for name, values in tensors.items()}
+    if result != forms:
+        raise ValueError(f"--augment {' '.join(names)} returned {result}: these have to be {forms}")
+    return image, targets
 
 
-def wanted_size(size, names):
+def needed_size(size, names):
     """Return the (h, w) in pixels that an image needs at most for augment() to `size`."""
     zoom = max((AUGMENTS[name].zoom for name in names), default=1.0)
     return [math.ceil(side * zoom) for side in size]
 
 
 def fingerprint(names):
-    """Return a hash of all that the augmentations in `names` do: their code and their parameters."""
-    steps = [(name, repr(AUGMENTS[name])) for name in AUGMENTS if name in names]
-    code = Path(__file__).read_bytes()
-    return hashlib.sha256(code + repr(steps).encode()).hexdigest()[:16]
+    """Return a hash of all that the augmentations in `names` do: their parameters, and the code of the
+    modules in which their classes are defined.
+    """
+    steps = [(name, step) for name, step in AUGMENTS.items() if name in names]
+    modules = {__name__}
+    for _, step in steps:
+        modules |= {base.__module__ for base in type(step).__mro__ if base is not object}
+    facts = code_hash(*(sys.modules[name] for name in sorted(modules))), repr(steps)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,34 +1,53 @@
-"""Windows of large images at their own resolution, read without decoding more than they need.
+"""Large images at their own resolution: TIFFs read by windows, others decoded once and kept.
 
+    with Raster("ortho.tif") as raster:
+        raster.read(1000, 2000, 518, 518)                        # (1, 3, 518, 518) uint8, None = no data
     reader = WindowReader(samples, table, "outputs/cache")       # decoded once, then read from there
     image, mask = reader.read(3, 1000, 2000, 518, 518)           # (3, 518, 518), (518, 518) uint8
 
-TIFFs are read by windows (rasterio) where image and mask both are. Other formats can only be decoded whole:
-in the folder of a cache they are kept as they are decoded, and windows of them are read from there.
+TIFFs are read by windows (rasterio) where image and mask both are. Other formats can only be decoded as a
+whole: in the folder of a cache they are kept as they are decoded, and windows of them are read from there.
+Targets beside the mask are refused here.
 """
 import errno
 import hashlib
-import inspect
 import math
 import os
 import shutil
+import sys
 import time
-from contextlib import suppress
-from functools import lru_cache
+import warnings
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import IGNORE, InputError
-from dataio.rasters import DAMAGED, Raster, check_pages, is_raster, named_errors, rasterio
-from dataio.readers import (class_ids_of, read_image, read_mask, read_orientation, read_pair, read_upright,
-                            rotate_like)
+from config import IGNORE, InputError, count_of
+from dataio import readers, transforms
+from dataio.readers import (EXIF_ORIENTATION, TAG_ERRORS, class_ids_of, read_image, read_mask,
+                            read_orientation, read_sample, read_upright, rotate_like, tiff_tags, upright_size)
 from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
-from dataio.transforms import PADDING_COLOR, continued, nearest, resize_image, resize_mask, window_starts
-from utils import hash_code, read_kept, write_atomically
+from dataio.transforms import PADDING_COLOR, resize_mask
+from utils import code_hash, read_kept, write_atomically
 
+os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of blocks to keep; GDAL would take 5 % of the memory
+os.environ.setdefault("CPL_LOG", os.devnull)  # what it complains of comes as one line
+try:
+    import rasterio
+    from rasterio.enums import ColorInterp
+    from rasterio.errors import NotGeoreferencedWarning
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # such files are usual
+except ImportError:  # TIFFs are then read whole, as other images
+    rasterio = None
+
+TIFFS = (".tif", ".tiff")
+PREVIEW = 2048  # pixels of the longer side of an overlay, and of what percentiles are taken of
+PERCENTILES = 2, 98  # of deep bands, which become 0 and 255
+ROWS = 256  # that are scaled at once
+DAMAGED = "is damaged or not a TIFF: repair or remove it"
 SPARE = 1 << 28  # bytes of disk that stay free
 POINTS = 16  # pixels of every class in every image that windows may be drawn around
 LARGE_BLOCK = 1 << 22  # pixels that a TIFF decodes at once, above which it is kept decoded
@@ -36,23 +55,154 @@ OLD = 600  # seconds after which an unfinished file is a leftover
 NOTHING = (*PADDING_COLOR, IGNORE)
 
 
-@lru_cache
-def reading_code():
-    """Return a hash of the code that reads and resizes images and masks, and whether rasterio is there."""
-    resizing = "".join(map(inspect.getsource, (resize_image, resize_mask, nearest, continued, window_starts)))
-    code = hash_code("dataio/readers.py", "dataio/rasters.py", "dataio/windows.py")
-    return f"{code} {hashlib.sha256(resizing.encode()).hexdigest()[:16]} {rasterio is not None}"
+def decoding_code():
+    """Return a hash of the code that decodes images and masks, and whether rasterio is there."""
+    return f"{code_hash(readers, transforms, sys.modules[__name__])} {rasterio is not None}"
 
 
-# --- one pair ---------------------------------------------------------------------------------------------
+# --- TIFFs of any size, georeferenced or not --------------------------------------------------------------
+@contextmanager
+def named_errors(path, what):
+    """Context in which an error of rasterio is an InputError that names the file and says what is wrong."""
+    try:
+        yield
+    except rasterio.errors.RasterioError as error:
+        raise InputError(f"{path} {what} ({' '.join(str(error).split())})") from None
+
+
+def is_raster(path):
+    """Return whether a file is read by windows."""
+    return rasterio is not None and Path(path).suffix.lower() in TIFFS
+
+
+def small_size(size):
+    """Return the (h, w) of a version of an image of `size` with a longer side of at most PREVIEW."""
+    scale = min(1.0, PREVIEW / max(size))
+    return tuple(max(1, round(side * scale)) for side in size)
+
+
+@cache
+def percentile_ranges(path, bands, changed):
+    """Return ((low, high), ...) of bands of a TIFF: PERCENTILES of a small version. changed: its time."""
+    with rasterio.open(path) as file:
+        small = file.read(bands, out_shape=(len(bands), *small_size(file.shape)), masked=True)
+    values = [band.compressed() for band in small.astype(np.float64)]
+    ranges = []
+    for band in values:
+        finite = band[np.isfinite(band)]
+        low, high = np.percentile(finite, PERCENTILES) if len(finite) else (0, 1)
+        ranges.append((float(low), float(max(high, low + 1e-6))))
+    return tuple(ranges)
+
+
+def check_pages(path, source):
+    """Raise InputError for an open TIFF of several pages, or one that is stored turned."""
+    if source.subdatasets:
+        raise InputError(f"{path} holds several pages: save each of them as a file of its own")
+    with open(path, "rb") as file:
+        try:
+            turned = tiff_tags(file).get(EXIF_ORIENTATION, 1) != 1
+        except TAG_ERRORS:
+            turned = False  # the file does not say
+    if turned:
+        raise InputError(f"{path} is stored turned (its orientation tag), and windows of it would lie "
+                         "elsewhere: save it upright")
+
+
+class Raster:
+    """A TIFF as Tiles takes it: read(top, left, h, w) -> (1, 3, h, w) uint8 RGB, None where it has no data.
+
+    bands: the numbers, from 1, of those that are red, green and blue (default: as the file says, the only
+    three, or a single one three times). Bands of more than 8 bit are scaled by PERCENTILES of each; `ranges`
+    are these, else None. size = (H, W). Raises InputError.
+    """
+
+    def __init__(self, path, bands=()):
+        self.path = Path(path)
+        with named_errors(path, DAMAGED):
+            self.source = rasterio.open(path)
+            check_pages(path, self.source)
+            self.bands = tuple(bands) or self.usual_bands()
+            if max(self.bands) > self.source.count:
+                raise InputError(f"{path} has {count_of(self.source.count, 'band')}: --bands "
+                                 f"{' '.join(map(str, self.bands))} asks for others")
+            self.size = self.source.shape
+            self.shape = 1, 3, *self.size
+            self.palette, colors = None, self.source.colorinterp[self.bands[0] - 1]
+            if colors == ColorInterp.palette:
+                entries = self.source.colormap(self.bands[0])
+                self.palette = np.array([entries[value][:3] for value in sorted(entries)], np.uint8)
+            self.inverted = self.source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+            self.ranges = None
+            if self.source.dtypes[0] != "uint8":
+                self.ranges = percentile_ranges(self.path, self.bands, self.path.stat().st_mtime_ns)
+
+    def usual_bands(self):
+        """Return the numbers of the bands that are red, green and blue. Raises InputError where that is not
+        known.
+        """
+        kinds, colors = self.source.colorinterp, (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+        if all(color in kinds for color in colors):
+            return tuple(kinds.index(color) + 1 for color in colors)
+        if self.source.count > 3:
+            raise InputError(f"{self.path} has {self.source.count} bands and does not say which of them are "
+                             "red, green and blue: choose by --bands of infer_image.py, or save these three")
+        return (1, 2, 3) if self.source.count == 3 else (1, 1, 1)
+
+    def to_8_bit(self, pixels):
+        """Return (3, h, w) of the file's own type as uint8 RGB."""
+        if self.palette is not None:
+            return self.palette[pixels[0]].transpose(2, 0, 1).copy()
+        if self.ranges is None:
+            return 255 - pixels if self.inverted else pixels
+        low, high = (np.array(column)[:, None, None] for column in zip(*self.ranges, strict=True))
+        scaled = np.empty(pixels.shape, np.uint8)
+        for top in range(0, pixels.shape[1], ROWS):  # no more than these in float64
+            rows = pixels[:, top:top + ROWS].astype(np.float64)
+            share = np.nan_to_num(255 * (rows - low) / (high - low))
+            scaled[:, top:top + ROWS] = np.rint(share.clip(0, 255))
+        return scaled
+
+    def window(self, top, left, height, width):
+        """Return the window of rasterio."""
+        return rasterio.windows.Window(left, top, width, height)
+
+    def read(self, top, left, height, width):
+        """Return (1, 3, height, width) uint8, or None where none of these pixels holds data."""
+        window = self.window(top, left, height, width)
+        with named_errors(self.path, DAMAGED):
+            if not self.source.dataset_mask(window=window).any():
+                return None
+            pixels = self.source.read(self.bands, window=window)
+        return torch.from_numpy(self.to_8_bit(pixels))[None]
+
+    def valid(self, rows):
+        """Return (r, W) bool: which pixels of some rows (a slice) hold data."""
+        window = self.window(rows.start, 0, rows.stop - rows.start, self.size[1])
+        with named_errors(self.path, DAMAGED):
+            return self.source.dataset_mask(window=window) > 0
+
+    def preview(self):
+        """Return a small version (h, w, 3) uint8."""
+        with named_errors(self.path, DAMAGED):
+            small = self.source.read(self.bands, out_shape=(3, *small_size(self.size)))
+        return np.ascontiguousarray(self.to_8_bit(small).transpose(1, 2, 0))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.source.close()
+
+
+# --- a sample at its own resolution -------------------------------------------------------------------------
 def native_size(path):
     """Return the (H, W) of an upright image file; reads its header. Raises InputError."""
     if is_raster(path):
         with named_errors(path, DAMAGED), rasterio.open(path) as file:
             check_pages(path, file)
             return file.shape
-    size, orientation = read_orientation(path)
-    return size[::-1] if orientation >= 5 else size
+    return upright_size(*read_orientation(path))
 
 
 def read_native_image(path):
@@ -66,21 +216,20 @@ def read_native_image(path):
 
 def native_mask(sample, table, stored=None):
     """Return the mask (H, W) uint8 of class ids at the size of its image, turned as it is, IGNORE where a
-    TIFF has no data. stored: (size, EXIF orientation) of the image where they are known.
+    TIFF has no data or the image no mask. stored: (size, EXIF orientation) of the image where they are known.
     """
-    values = read_mask(sample.mask, table)
     if is_raster(sample.image):
         with Raster(sample.image) as raster:
-            wanted, valid = raster.size, raster.valid(slice(0, raster.size[0]))
+            size, orientation, valid = raster.size, 1, raster.valid(slice(0, raster.size[0]))
     else:
-        size, orientation = stored or read_orientation(sample.image)
-        values, valid = rotate_like(values, size, orientation), None
-        wanted = size[::-1] if orientation >= 5 else size
-    if values.shape != tuple(wanted):
-        values = resize_mask(torch.from_numpy(values), wanted).numpy()
-    if valid is not None:
-        values = np.where(valid, values, np.uint8(IGNORE))
-    return values
+        (size, orientation), valid = stored or read_orientation(sample.image), True
+    upright = upright_size(size, orientation)
+    if sample.mask is None:
+        return np.full(upright, IGNORE, np.uint8)
+    values = rotate_like(read_mask(sample.mask, table), size, orientation)
+    if values.shape != tuple(upright):
+        values = resize_mask(torch.from_numpy(values), upright).numpy()
+    return np.where(valid, values, np.uint8(IGNORE))
 
 
 def native_pair(sample, table):
@@ -95,31 +244,40 @@ def native_pair(sample, table):
 
 
 def read_native(sample, table):
-    """Return image (3, H, W) and mask (H, W) uint8 of a Sample as read_pair does, of TIFFs as windows of them
-    are read, with IGNORE where they have no data.
+    """Return image (3, H, W) and targets {name: (H, W)} of a Sample as read_sample does, of TIFFs as windows
+    of them are read, with IGNORE where they have no data. Raises InputError.
     """
     if not is_raster(sample.image):
-        return read_pair(sample, table)
-    image, mask = read_native_image(sample.image), read_mask(sample.mask, table)
-    if mask.shape == tuple(image.shape[1:]):
+        return read_sample(sample, table)
+    refuse_targets(sample)
+    image = read_native_image(sample.image)
+    mask = None if sample.mask is None else read_mask(sample.mask, table)
+    if mask is None or mask.shape == tuple(image.shape[1:]):
         mask = native_mask(sample, table)
-    return image, torch.from_numpy(mask)
+    return image, {"mask": torch.from_numpy(mask)}
+
+
+def refuse_targets(sample):
+    """Raise InputError for a Sample with targets beside its mask."""
+    if sample.targets:
+        raise InputError(f"{sample.image} has the target {sample.targets[0].name} beside its mask, which is "
+                         "not read by windows: leave out --train-scale native and --protocol tile")
 
 
 def has_windows(sample, table):
-    """Return whether both files of a Sample can be read by windows, as masks and images are read whole."""
-    if len(table) > 65536 or not (is_raster(sample.image) and is_raster(sample.mask)):
+    """Return whether image and mask of a Sample are TIFFs of which windows are what the files hold there."""
+    if len(table) > 65536 or sample.mask is None or not (is_raster(sample.image) and is_raster(sample.mask)):
         return False
     with (named_errors(sample.mask, DAMAGED), rasterio.open(sample.mask) as mask,
           named_errors(sample.image, DAMAGED), rasterio.open(sample.image) as image):
         blocks = [math.prod(shape) for file in (mask, image) for shape in file.block_shapes]
         white = mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # PIL inverts these
-        return (mask.count, mask.shape, white) == (1, image.shape, False) and max(blocks) <= LARGE_BLOCK and \
-            mask.dtypes[0] in ("uint8", "uint16")
+        plain = mask.count == 1 and mask.dtypes[0] in ("uint8", "uint16") and not white
+        return plain and mask.shape == image.shape and max(blocks) <= LARGE_BLOCK
 
 
 def read_tiff_window(sample, table, top, left, height, width):
-    """Return (height, width, 4) uint8 of a window of two TIFFs, as native_pair does of the whole."""
+    """Return (height, width, 4) uint8 of a window of two TIFFs, as native_pair does of all of it."""
     window = rasterio.windows.Window(left, top, width, height)
     pixels = np.zeros((height, width, 4), np.uint8)
     with Raster(sample.image) as raster:
@@ -133,19 +291,22 @@ def read_tiff_window(sample, table, top, left, height, width):
     return pixels
 
 
-# --- all of them ------------------------------------------------------------------------------------------
+# --- windows of many samples -------------------------------------------------------------------------------
 class WindowReader:
     """Reads windows of Samples. sizes: [(H, W)] of the images; folder: where decoded ones are kept, "" =
-    nowhere: an image is then decoded for every window that does not follow another one of it.
+    nowhere: an image is then decoded for every window that does not follow another window of it.
 
-    Raises InputError for an image that cannot be read. check_room() says whether the disk has room.
+    Raises InputError for an image that cannot be read, or has targets beside its mask, which are not read by
+    windows. check_room() says whether the disk has room.
     """
 
     def __init__(self, samples, table, folder=""):
         self.samples, self.table, self.folder = list(samples), table, folder and Path(folder)
-        found = all_in_parallel(lambda sample: (native_size(sample.image), has_windows(sample, table)),
+        for sample in self.samples:
+            refuse_targets(sample)
+        facts = all_in_parallel(lambda sample: (native_size(sample.image), has_windows(sample, table)),
                                 self.samples, "image sizes")
-        self.sizes, self.by_windows = map(list, zip(*found, strict=True))
+        self.sizes, self.by_windows = map(list, zip(*facts, strict=True))
         self.last = None, None  # the pair that this process read last
 
     def __getstate__(self):  # a worker process reads for itself
@@ -157,9 +318,10 @@ class WindowReader:
     def kept_path(self, index):
         """Return the file that holds a decoded pair; its name is a hash of all that it depends on."""
         sample = self.samples[index]
-        facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sample]
-        how = reading_code(), facts, self.sizes[index], is_raster(sample.image)
-        state = hashlib.sha256(repr(how).encode() + self.table.tobytes())
+        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+                 for path in sample.files()]
+        facts = decoding_code(), files, self.sizes[index], is_raster(sample.image)
+        state = hashlib.sha256(repr(facts).encode() + self.table.tobytes())
         return self.folder / f"decoded-{state.hexdigest()[:16]}.npy"
 
     def load(self, index):
@@ -201,9 +363,9 @@ class WindowReader:
         """
         state = digest_of_masks(self.samples, self.table)
         changes = [sample.image.stat().st_mtime_ns for sample in self.samples]
-        state.update(repr((reading_code(), POINTS, num_classes, self.sizes, changes)).encode())
-        kept = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
-        rows = read_kept(kept)
+        state.update(repr((decoding_code(), POINTS, num_classes, self.sizes, changes)).encode())
+        path = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
+        rows = read_kept(path)
         if rows is not None and rows.ndim == 2 and rows.shape[1] == 4:
             return rows
 
@@ -211,7 +373,7 @@ class WindowReader:
             return draw_points(native_mask(self.samples[index], self.table), index, num_classes)
 
         rows = np.concatenate(all_in_parallel(draw, range(len(self)), "pixels of classes"))
-        write_atomically(kept, lambda temporary: np.save(temporary, rows))
+        write_atomically(path, lambda temporary: np.save(temporary, rows))
         return rows
 
 
@@ -244,11 +406,11 @@ def draw_points(mask, index, num_classes):
     """Return rows (index, class, y, x), (n, 4) int64: up to POINTS random pixels of every class in `mask`."""
     generator, rows = np.random.default_rng(index), [np.empty((0, 4), np.int64)]
     for id in np.flatnonzero(np.bincount(mask.ravel(), minlength=num_classes)[:num_classes]).tolist():
-        found = mask == id
-        ends = found.sum(1).cumsum()  # pixels of the class up to the end of every row
+        of_class = mask == id
+        ends = of_class.sum(1).cumsum()  # pixels of the class up to the end of every row
         ranks = np.sort(generator.integers(0, ends[-1], min(POINTS, ends[-1])))  # the how many-th each is
         ys = np.searchsorted(ends, ranks, side="right")
         before = np.concatenate([[0], ends])[ys]
-        xs = [np.flatnonzero(found[y])[rank] for y, rank in zip(ys, ranks - before, strict=True)]
+        xs = [np.flatnonzero(of_class[y])[rank] for y, rank in zip(ys, ranks - before, strict=True)]
         rows.append(np.stack([np.full(len(ys), index), np.full(len(ys), id), ys, xs], 1))
     return np.concatenate(rows)

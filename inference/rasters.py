@@ -16,7 +16,7 @@ import torch
 
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of
-from dataio.rasters import named_errors, rasterio
+from dataio.windows import named_errors, rasterio
 from models.upsampling import class_ids
 from utils import write_atomically
 from visualize import color_table

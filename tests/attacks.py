@@ -959,7 +959,7 @@ def warm_up():
     cv2.setNumThreads(0)
     for name in (
         "matplotlib.figure", "matplotlib.backends.backend_agg", "timm", "torchvision", "onnxruntime",
-        "scipy", "av", "onnx", "checkpoint", "datasets", "engine", "trackers", "visualize", "dataio.extra",
+        "scipy", "av", "onnx", "checkpoint", "datasets", "engine", "visualize",
         "inference.predictor", "inference.outputs", "inference.report",
         "inference.rasters",
     ):

@@ -5,6 +5,7 @@ import os
 os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 import check_data
 import utils
 import visualize
-from config import DataOptions
+from config import DataOptions, InputError
 from datasets import load_data
 from engine import Objective
 from losses import Criterion
@@ -32,6 +33,15 @@ def real_data(name):
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is missing")
     return SHARED / name
+
+
+@contextmanager
+def refused(*names):
+    """Context that has to end in an InputError of one line that holds all `names`: files, flags, numbers."""
+    with pytest.raises(InputError) as error:
+        yield
+    assert "\n" not in str(error.value)
+    assert all(str(name) in str(error.value) for name in names), error.value
 
 
 def write_pair(image_path, mask_path, mask, seed=0):

@@ -17,7 +17,7 @@ import train
 from config import InputError
 from dataio.annotations import find_masks
 from dataio.annotations.shapes import area_of, polygons, run_lengths
-from dataio.readers import read_pair
+from dataio.readers import read_sample
 
 EXACT = ("run lengths", "Label Studio", "CVAT", "masks")  # tools whose files hold pixels, not outlines
 
@@ -36,7 +36,7 @@ def samples_of(source):
 def load_mask(root, name="shot 0", **options):
     """Return (class names, mask (H, W)) of an image of a folder."""
     source = load("folder", root, val_fraction=0, **options)
-    mask = read_pair(samples_of(source)[name], source.table)[1].numpy()
+    mask = read_sample(samples_of(source)[name], source.table)[1]["mask"].numpy()
     return [name for name, _ in source.classes], mask
 
 
@@ -59,7 +59,7 @@ def test_masks_are_those_that_the_annotations_were_made_of(tool, tmp_path):
             sample.image.stem.split("_")[0] for sample in source.splits["val"]}
     for sample in samples_of(source).values():
         expected = ids[truth[sample.image]]
-        differs = read_pair(sample, source.table)[1].numpy() != expected
+        differs = read_sample(sample, source.table)[1]["mask"].numpy() != expected
         if not any(word in tool for word in EXACT):
             assert differs.mean() < 0.015, sample
             differs &= interior(expected)  # which pixels an outline cuts in half belong to it differs
@@ -352,7 +352,7 @@ def test_check_data_takes_unlabelled_as_train_does(tmp_path, run):
     command = next(line for line in text.splitlines() if line.startswith("  python train.py "))
     assert code == 0 and command.endswith("--unlabelled ignore"), text + err
     source = load("folder", tmp_path / "data", unlabelled="ignore")
-    masks = [read_pair(sample, source.table)[1].numpy() for sample in samples_of(source).values()]
+    masks = [read_sample(sample, source.table)[1]["mask"].numpy() for sample in samples_of(source).values()]
     ignored = 100 * np.mean([mask == 255 for mask in masks])
     shares = map(float, re.findall(r"[\d.]+(?= %)", text))
     assert any(share == pytest.approx(ignored, abs=0.06) for share in shares)

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import math
-import shutil
 import subprocess
 import sys
-import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +16,6 @@ import train
 import visualize
 from checkpoint import load_model, pack_checkpoint
 from config import FIELDS, RECIPES, InputError, TrainConfig, names, one_line, recipe_settings, script_parser
-from dataio import dataloader
 from dataio.feature_cache import CachedDataset, EntryFile
 from inference.backends import keep_private
 from inference.predictor import Protocol, make_protocol
@@ -192,27 +189,6 @@ def items(count=4, side=100):
     return [
         (torch.zeros(3, side, side, dtype=torch.uint8), torch.zeros(side, side, dtype=torch.uint8), "x")
     ] * count
-
-
-@pytest.mark.parametrize("kind", ["plenty", "few files", "raised", "long name", "full", "read-only"])
-def test_workers_are_left_out_where_the_machine_cannot_have_them(monkeypatch, kind):
-    resource = pytest.importorskip("resource")
-    files = {"few files": (40, 60), "raised": (40, 4096)}.get(kind, (4096, 4096))
-    free, set_to = 50_000 if kind == "full" else 1 << 20, []
-    monkeypatch.setattr(resource, "getrlimit", lambda which: files)
-    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: set_to.append(limits))
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/tmp/" + "x" * (100 if kind == "long name" else 3))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    monkeypatch.setattr(dataloader.os, "access", lambda path, mode: kind != "read-only")
-    reason = dataloader.why_no_workers(items(), 2, 2)
-    said = {
-        "few files": "may open 40 files",
-        "long name": "TMPDIR",
-        "full": "has 0 MB free",
-        "read-only": "has 0 MB",
-    }
-    assert said[kind] in reason if kind in said else reason == ""
-    assert set_to == ([(128, 4096)] if kind == "raised" else [])
 
 
 def test_a_cache_that_was_cut_off_is_named(tmp_path):

@@ -10,7 +10,7 @@ import benchmark
 import gpu_cases
 import train
 from checkpoint import pack_checkpoint
-from dataio.rasters import rasterio
+from dataio.windows import rasterio
 from test_video import write_clip
 
 

@@ -69,7 +69,7 @@ def batches_of(images, masks, size):
     names = [f"image_{number}.png" for number in range(len(images))]
     return tqdm(
         [
-            (images[i : i + size], masks[i : i + size], names[i : i + size])
+            (images[i : i + size], {"mask": masks[i : i + size]}, names[i : i + size])
             for i in range(0, len(images), size)
         ],
         disable=True,
@@ -444,7 +444,8 @@ def test_evaluate_scores_every_mask_at_its_own_size():
     ]
     masks[1][:4] = 255
     names = list("abcde")
-    bar = tqdm([(images[:3], masks[:3], names[:3]), (images[3:], masks[3:], names[3:])], disable=True)
+    bar = tqdm([(images[:3], {"mask": masks[:3]}, names[:3]), (images[3:], {"mask": masks[3:]}, names[3:])],
+               disable=True)
     scores, matrix = engine.evaluate(net, bar, Precision("off", CPU), Criterion("ce"))
     preds = [
         F.interpolate(net(one[None]), size=mask.shape, mode="bilinear").argmax(1)[0]

@@ -14,15 +14,13 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from dataio import feature_cache as cache
-from dataio import windows
 import engine
 import train
-from dataio.dataloader import collate, make_loader
+from dataio.dataloader import SegmentationDataset, collate, make_loader
 from losses import Criterion
 from dataio.feature_cache import cache_features
 from dataio.transforms import AUGMENTS, ScaleCrop
 from config import InputError
-from dataio.torch_datasets import SegmentationDataset
 from model import CachedSegmenter, ModelSpec
 from models.weights import hash_state
 from dataio.readers import Sample, index_table
@@ -77,22 +75,22 @@ def test_features_and_masks_are_those_of_the_images(samples, tmp_path, head):
     dataset = training_set(samples)
     cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32)
     for index in range(len(samples)):
-        inputs, mask, name = cached[len(samples) * 5 + index]  # of whatever epoch
+        inputs, targets, name = cached[len(samples) * 5 + index]  # of whatever epoch
         image, want, title = dataset[index]
         assert is_close(inputs, net, image)  # batches of other sizes round the last bit otherwise
         assert (side_by_side(inputs) == of_model(net, image)).float().mean() > 0.9
-        assert torch.equal(mask, want) and name == title
+        assert torch.equal(targets["mask"], want["mask"]) and name == title
     with torch.no_grad():
         got = CachedSegmenter(net, dataset.size).eval().logits(default_collate([cached[3][0]])).pixels()
         assert torch.allclose(got, net.eval()(dataset[3][0][None]), atol=0.05)
     again = pickle.loads(pickle.dumps(cached))
     assert torch.equal(side_by_side(again[2][0]), side_by_side(cached[2][0]))
-    assert torch.equal(again[2][1], cached[2][1])
+    assert torch.equal(again[2][1]["mask"], cached[2][1]["mask"])
 
 
 def test_validation_masks_keep_their_size(samples, tmp_path):
     cached = cache_features(tiny(), training_set(samples, None), tmp_path, FLOAT32)
-    assert cached[1][1].shape == (45, 61) and side_by_side(cached[1][0]).shape == (3, 4, 4 * 192)
+    assert cached[1][1]["mask"].shape == (45, 61) and side_by_side(cached[1][0]).shape == (3, 4, 4 * 192)
 
 
 def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path):
@@ -102,10 +100,10 @@ def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path)
     different = 0
     for epoch in range(4):
         for index in range(count):
-            inputs, mask, _ = cached[epoch * count + index]
+            inputs, targets, _ = cached[epoch * count + index]
             image, want, _ = dataset[epoch % 3 * count + index]
-            assert torch.equal(mask, want) and is_close(inputs, net, image)
-            different += not torch.equal(mask, dataset[index][1])
+            assert torch.equal(targets["mask"], want["mask"]) and is_close(inputs, net, image)
+            different += not torch.equal(targets["mask"], dataset[index][1]["mask"])
     assert different > count  # the views differ
 
 
@@ -167,7 +165,7 @@ def test_whatever_the_features_depend_on_makes_another_cache(samples, tmp_path, 
     assert not passes
 
 
-@pytest.mark.parametrize("where", ["dataio.windows.hash_code", "utils.hash_code", "model.origin_code"])
+@pytest.mark.parametrize("where", ["dataio.dataloader.code_hash", "utils.hash_code", "model.origin_code"])
 def test_changed_code_makes_another_cache_beside_the_old_one(
     samples, tmp_path, passes, where, monkeypatch, capsys
 ):
@@ -176,10 +174,8 @@ def test_changed_code_makes_another_cache_beside_the_old_one(
     cache_features(tiny(), training_set(samples), folder, FLOAT32)
     before = set(folder.glob("map_*"))
     passes.clear()
-    windows.reading_code.cache_clear()
     monkeypatch.setattr(where, lambda *files: "changed")
     cache_features(tiny(), training_set(samples), folder, FLOAT32)
-    windows.reading_code.cache_clear()
     assert sum(passes) == 7 and "the code has changed" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(cache, "fill", None)  # computing would fail
@@ -354,10 +350,10 @@ def test_a_cached_step_is_a_step_on_the_images(samples, tmp_path, hub_cache, bac
                 value.fill_(1.0)
     dataset = training_set(samples)
     cached = cache_features(net, dataset, tmp_path, FLOAT32)
-    images, masks, _ = collate([dataset[index] for index in range(5)])
+    images, targets, _ = collate([dataset[index] for index in range(5)])
     inputs, _, _ = collate([cached[index] for index in range(5)])
-    want, wanted = gradients(net, images, masks.long())
-    got, found = gradients(CachedSegmenter(net, dataset.size), inputs, masks.long())
+    want, wanted = gradients(net, images, targets["mask"].long())
+    got, found = gradients(CachedSegmenter(net, dataset.size), inputs, targets["mask"].long())
     assert got == pytest.approx(want, rel=5e-3) and found.keys() == wanted.keys() and len(found) >= 3
     assert unfreeze == 0 or any(name.startswith("backbone") for name in found)
     for name, gradient in wanted.items():

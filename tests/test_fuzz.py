@@ -31,7 +31,7 @@ from dataio.annotations import find_masks
 from dataio.labels import read_classes
 from checkpoint import load_model, pack_checkpoint
 from dataio.pairs import read_list
-from dataio.readers import index_table, read_image, read_mask, read_pair
+from dataio.readers import index_table, read_image, read_mask, read_sample
 from dataio.stratify import count_pixels
 from dataio.windows import WindowReader
 from inference.video import VideoReader
@@ -189,7 +189,7 @@ def test_classes_files(text):
         read_classes(path)
         source = load("folder", root)
         for sample in source.splits["train"]:
-            read_pair(sample, source.table)
+            read_sample(sample, source.table)
     except InputError as error:
         assert "\n" not in str(error)
 

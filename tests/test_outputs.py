@@ -17,7 +17,7 @@ import infer_image
 import infer_video
 import train
 from checkpoint import load_model, pack_checkpoint
-from dataio.readers import read_image, read_pair
+from dataio.readers import read_image, read_sample
 from inference.outputs import Background, ShareTable, coco_entries, fill, find_regions
 from inference.predictor import Predictor, choose_protocol
 from inference.video import VideoReader
@@ -87,7 +87,7 @@ def test_coco_json_read_as_annotations_gives_the_masks_again(photos, segment, tm
     assert [name for name, _ in source.classes] == [name for name, _ in CLASSES]
     for sample in source.splits["train"]:
         mask = np.array(Image.open(folder / f"{sample.image.stem}_mask.png"))
-        assert (read_pair(sample, source.table)[1].numpy() == mask).all()
+        assert (read_sample(sample, source.table)[1]["mask"].numpy() == mask).all()
         collection = json.loads((folder / f"{sample.image.stem}.geojson").read_text())
         drawn = np.zeros(mask.shape, int)
         for feature in collection["features"]:
@@ -114,7 +114,7 @@ def test_regions_with_holes_and_islands_in_them_come_back_from_coco_json(photos,
     (root / "coco.json").write_text(json.dumps(content))
     source = load("folder", root, val_fraction=0)
     (sample,) = source.splits["train"]
-    assert (read_pair(sample, source.table)[1].numpy() == pred).all()
+    assert (read_sample(sample, source.table)[1]["mask"].numpy() == pred).all()
 
 
 @pytest.mark.parametrize(("flags", "bits"), [((), 8), (("--tta", "flip", "--protocol", "slide"), 16)],
@@ -182,7 +182,7 @@ def test_pseudo_labels_are_a_folder_to_train_on_and_never_mix(photos, segment, r
         assert sample.image.read_bytes() == (photos / sample.image.name).read_bytes()
         pred, confidence = (np.array(Image.open(folder / f"{name}_{kind}.png"))
                             for kind in ("mask", "confidence"))
-        mask = read_pair(sample, source.table)[1].numpy()
+        mask = read_sample(sample, source.table)[1]["mask"].numpy()
         clear = abs(confidence / 255 - 0.4) > 0.003  # 8 bits round
         assert ((mask == np.where(confidence / 255 >= 0.4, pred, 255)) | ~clear).all()
         labeled.append((mask != 255).mean())

@@ -11,9 +11,8 @@ from PIL import Image
 
 import infer_image
 from checkpoint import load_model, pack_checkpoint
-from dataio import rasters
-from inference.predictor import Predictor, choose_protocol
-from inference.tiles import Tiles
+from dataio import windows
+from inference.predictor import Predictor, Tiles, choose_protocol
 
 rasterio = pytest.importorskip("rasterio")
 CLASSES = [("background", (0, 0, 0)), ("roof", (255, 0, 0)), ("road", (0, 255, 0))]
@@ -131,9 +130,9 @@ def test_tiles_without_data_are_not_computed(tmp_path):
         computed.append(len(crops))
         return torch.full((len(crops), 3, 64, 64), 1 / 3)
 
-    with rasters.Raster(write_tiff(tmp_path / "map.tif", pixels, nodata=0)) as raster:
+    with windows.Raster(write_tiff(tmp_path / "map.tif", pixels, nodata=0)) as raster:
         tiles = Tiles(probabilities, raster, (64, 64), (48, 48), 3)
-        rows = sum(tiles.pixels(block).shape[2] for _, block in tiles.slices())
+        rows = sum(probabilities.shape[2] for _, probabilities in tiles.rows())
         assert rows == 900 and 2 <= sum(computed) <= 3 * 5
         assert not raster.valid(slice(0, 100)).any() and raster.valid(slice(500, 560)).sum() == 60 * 120
 
@@ -174,7 +173,7 @@ def test_one_band_a_palette_and_inverted_gray_look_as_in_other_programs(tmp_path
     write_tiff(tmp_path / "white.tif", gray, photometric="MINISWHITE")
     Image.fromarray(gray[0]).convert("RGB").quantize(7).save(tmp_path / "palette.tif")
     for name in ("gray", "white", "palette"):
-        with rasters.Raster(tmp_path / f"{name}.tif") as raster:
+        with windows.Raster(tmp_path / f"{name}.tif") as raster:
             assert (raster.read(0, 0, 130, 171)[0].numpy() == in_pil(tmp_path / f"{name}.tif")).all(), name
             assert raster.preview().shape == (130, 171, 3)
 
@@ -185,12 +184,12 @@ def test_bands_are_those_that_the_file_says_or_the_user(tmp_path, segment):
     path = write_tiff(tmp_path / "five.tif", five)
     _, text = segment("--input", path, code=2)
     assert "five.tif" in text and "--bands" in text
-    with rasters.Raster(path, (4, 3, 2)) as raster:
+    with windows.Raster(path, (4, 3, 2)) as raster:
         assert (raster.read(0, 0, 130, 171)[0].numpy() == colors).all()
     with rasterio.open(path, "r+") as file:
         kinds = rasterio.enums.ColorInterp
         file.colorinterp = [kinds.undefined, kinds.blue, kinds.green, kinds.red, kinds.undefined]
-    with rasters.Raster(path) as raster:
+    with windows.Raster(path) as raster:
         assert raster.bands == (4, 3, 2)
     segment("--input", path)
 

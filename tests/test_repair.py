@@ -9,7 +9,7 @@ from test_folder import as_jpeg
 from trees import TREES
 
 import check_data
-from dataio.readers import index_table, read_mask, read_pair
+from dataio.readers import index_table, read_mask, read_sample
 
 
 def test_a_clean_copy_holds_the_same_masks_lists_and_names(tmp_path, run):
@@ -71,8 +71,9 @@ def test_masks_follow_images_that_are_turned_by_exif(tmp_path, run):
         )
         for part in (root, tmp_path / "clean")
     ]
-    (image, mask), (copy, copied) = (read_pair(pair, index_table(3)) for _, pair in pairs)
-    assert (image == copy).all() and (mask == copied).all() and mask.shape == image.shape[1:]
+    (image, targets), (copy, copied) = (read_sample(pair, index_table(3)) for _, pair in pairs)
+    mask = targets["mask"]
+    assert (image == copy).all() and (mask == copied["mask"]).all() and mask.shape == image.shape[1:]
 
 
 def test_what_must_not_be_written_is_refused_before_anything_is_read(tmp_path, run, monkeypatch):

@@ -62,7 +62,8 @@ def test_what_is_advised_gives_the_right_pairs_and_classes(name, prepared, tmp_p
     assert set(classes) <= {name for name, _ in source.classes}
     pairs = [sample for part in source.splits.values() for sample in part]
     assert len(pairs) in (11, 12, 40)
-    assert all(re.findall(r"\d+", image.stem)[-1] in re.findall(r"\d+", mask.stem) for image, mask in pairs)
+    assert all(re.findall(r"\d+", pair.image.stem)[-1] in re.findall(r"\d+", pair.mask.stem)
+               for pair in pairs)
 
 
 @pytest.mark.parametrize("name", trained)
