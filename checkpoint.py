@@ -35,10 +35,6 @@ PROTOCOL = {  # of validation
     "fit": "whole image resized to {}x{}, scored at the size of each mask, 255 ignored",
     "native": "tiles of {}x{} at the image's own resolution, one by one, 255 ignored",
 }
-NUMBERS = (  # the code that decides the numbers of a run
-    "train.py", "config.py", "datasets.py", "engine.py", "losses.py", "metrics.py", "model.py", "utils.py",
-    "dataio/**/*.py", "models/*.py",
-)
 SAVE_MINUTES = 10  # the most that is lost where the power fails
 OFFICIAL_NAME = re.compile(r"(dinov2_vit[sblg]14)_(voc2012|ade20k)_(linear|ms)")
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2/{backbone}/{name}_head.pth"
@@ -295,7 +291,7 @@ class Run:
         self.folder, self.origins, self.image_counts = folder, origins or {}, data.counts
         if wrong := schema.fault(schema.KEPT, dict(config=self.settings, classes=self.classes)):
             raise InputError(f"no checkpoint can hold {wrong.lstrip('.')}: rename it")
-        self.code = utils.hash_code(*NUMBERS)  # now: it may be edited while the run goes on
+        self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
         self.facts = dict(data.fingerprints(), processes=world_size())
         backbone = state.model.backbone
         self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None

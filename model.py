@@ -143,7 +143,7 @@ class Segmenter(nn.Module):
 
     def part_facts(self, parts):
         """Return {Part: what it depends on beside the image at the size of training, as plain values}."""
-        code = utils.hash_code("model.py", "models/backbones.py", "models/upsampling.py")
+        code = utils.code_hash(*utils.modules_of(type(self), type(self.backbone), pad))
         options = {name: getattr(self.spec, name) for name in fields_affecting("features", ModelOptions)
                    if getattr(self.spec, name) != getattr(ModelOptions, name)}
         shared = dict(options, backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),

@@ -510,15 +510,25 @@ def code_hash(*modules):
     return digest.hexdigest()[:16]
 
 
-@lru_cache
-def hash_code(*patterns):
-    """Return a short hash of source files of this code, such as "model.py" or "dataio/*.py": what they made
-    is kept under it, and made anew where they were changed.
+def modules_of(*objects):
+    """Return the modules in which classes, with all their bases, and functions are defined, in the order of
+    their names, without those of installed packages.
     """
-    folder, digest = Path(__file__).parent, hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        digest.update((path.relative_to(folder).as_posix() + path.read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()[:16]
+    names = {base.__module__ for item in objects for base in getattr(item, "__mro__", [item])}
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    return [sys.modules[name] for name, file in sorted(files.items()) if file and "site-packages" not in file]
+
+
+def training_modules():
+    """Return the modules of this code that are imported, but those that only use trained models."""
+    folder, modules = Path(__file__).parent, {}
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if folder in file.parents:
+            name = file.relative_to(folder).parts
+            if "site-packages" not in name and name[0] not in ("inference", "tests", "tools"):
+                modules[name] = module
+    return [modules[name] for name in sorted(modules)]
 
 
 def run_facts(device):

@@ -155,7 +155,7 @@ def test_what_cannot_be_is_one_line(tmp_path, segment, run):
 
 
 def test_without_rasterio_a_tiff_is_an_image_like_others(tmp_path, segment, model_file, monkeypatch):
-    monkeypatch.setattr(rasters, "rasterio", None)
+    monkeypatch.setattr(windows, "rasterio", None)
     Image.fromarray(picture().transpose(1, 2, 0)).save(tmp_path / "plain.tif")
     folder, _ = segment("--input", tmp_path / "plain.tif")
     mask = np.array(Image.open(folder / "plain_mask.png"))
