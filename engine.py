@@ -422,7 +422,7 @@ def evaluate(model, batches, precision, objective=None, predict=None, on_image=N
                     loss, terms, _ = objective.loss(output, small, geometry)
                     log.add(loss, terms, names)
                     add_head_scores(head_scores, model.head, output, small, geometry)
-                preds = label_maps(logits_of(output), geometry, sizes)
+            preds = label_maps(logits_of(output), geometry, sizes)
         for pred, mask, name in zip(preds, masks, names, strict=True):
             image_matrix = ConfusionMatrix(model.num_classes, device)
             image_matrix.update(pred, mask.to(device))

@@ -85,7 +85,8 @@ def pixels(logits, geometry, size=None, rows=slice(None)):
 def side_matrices(grid, geometry, size, device):
     """Return (H, h) and (W, w) float32: what resizing, cropping and resizing again do along each side."""
     matrices = []
-    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not take part in training
+    # kept for later: an inference tensor could not take part in training, nor is autocast always the same
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for axis, start in enumerate((geometry.top, geometry.left)):
             length = geometry.size[axis]
             matrix = bilinear_matrix(grid[axis], geometry.covered[axis])[start:start + length]

@@ -1,5 +1,7 @@
 """Heads at any size and width; the sizes inside the U-Net and the transposed convolutions at 518x518."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,9 +169,12 @@ def test_the_maps_and_tokens_of_a_backbone_are_those_of_its_blocks(layers):
     """Map by map, deepest last: what hooks on the blocks see, normed."""
     net = tiny(head="bn", layers=layers).eval()
     entered, left = {}, {}
+
+    def note(index, _, args, output):
+        entered[index], left[index] = args[0], output
+
     for index, block in enumerate(net.backbone.blocks):
-        block.register_forward_hook(lambda _, args, out, index=index: (entered.update({index: args[0]}),
-                                                                        left.update({index: out})))
+        block.register_forward_hook(partial(note, index))
     with torch.no_grad():
         maps, tokens = net.backbone(torch.randn(2, 3, 42, 56), (0, 3, -1))
     for layer, values in zip(layers, maps, strict=True):

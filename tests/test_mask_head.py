@@ -178,7 +178,8 @@ def test_the_loss_of_a_step_is_its_own_and_that_of_all_copied_blocks():
 def truth_on_grid(masks, geometry, grid):
     """Return masks (B, H, W) at the centers of a grid (h, w) over the padded images, 255 in the padding."""
     padded = torch.full((len(masks), *geometry.padded), 255)
-    padded[:, geometry.top:geometry.top + masks.shape[1], geometry.left:geometry.left + masks.shape[2]] = masks
+    bottom, right = geometry.top + masks.shape[1], geometry.left + masks.shape[2]
+    padded[:, geometry.top:bottom, geometry.left:right] = masks
     rows, columns = (((torch.arange(count) + 0.5) * side / count).long()
                      for count, side in zip(grid, geometry.padded, strict=True))
     return padded[:, rows][:, :, columns]

@@ -35,7 +35,8 @@ def test_resizing_cropping_and_resizing_again_equal_interpolate(grid, covered, s
     assert torch.allclose(pixels(coarse, geometry, size, rows), want[:, :, rows], atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "divisor", "multiple"), [((30, 45), 14, 1), ((30, 45), 14, 4), ((8, 9), 1, 1)])
+@pytest.mark.parametrize(("size", "divisor", "multiple"),
+                         [((30, 45), 14, 1), ((30, 45), 14, 4), ((8, 9), 1, 1)])
 def test_images_lie_in_the_middle_of_what_logits_cover(size, divisor, multiple):
     geometry = geometry_of(size, divisor, multiple)
     for outer, side, first in zip(geometry.covered, size, geometry[3:5], strict=True):
