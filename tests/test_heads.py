@@ -85,7 +85,7 @@ def blob_features(net, kind, row, column, height):
     size, generator = tuple(14 * side for side in GRID), torch.Generator().manual_seed(1)
     rows, columns = torch.meshgrid(*(torch.arange(side) + 0.5 for side in size), indexing="ij")
     blob = torch.exp(-((rows - 14 * row - 7) ** 2 + (columns - 14 * column - 7) ** 2) / 30)
-    image = torch.full((1, 3, *size), 0.3) + height * blob * (kind == "image")
+    image = height * blob.expand(1, 3, -1, -1) * (kind == "image")
     width, prefix = net.backbone.channels[-1], net.backbone.prefix_tokens
     peak = torch.zeros(GRID)
     peak[row, column] = height
