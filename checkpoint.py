@@ -81,7 +81,7 @@ def read_checkpoint(path):
         raise InputError(f"{path} is an incomplete checkpoint (no {', '.join(sorted(missing))})")
     if checkpoint.get("version") != VERSION:
         raise InputError(f"{path} was written by another version of this code: use that version")
-    schema.check(schema.CHECKPOINT, checkpoint, path)
+    schema.check(schema.Checkpoint, checkpoint, path)
     checkpoint["spec"] = read_spec(checkpoint["spec"], path)
     if len(checkpoint["classes"]) != checkpoint["spec"].num_classes:
         raise InputError(f"{path} names {len(checkpoint['classes'])} classes, but has "
@@ -99,7 +99,7 @@ def read_spec(stored, path):
     options = [*BASELINES, "dinov2"] if arch != "dinov2" else HEADS
     if stored.keys() - known.keys() or (head if arch == "dinov2" else arch) not in list(options):
         raise InputError(f"{path} was written by another version of this code: use that version")
-    schema.check({"spec": schema.SPEC}, {"spec": stored}, path)
+    schema.check(schema.StoredSpec, {"spec": stored}, path)
     if arch == "dinov2" and stored.get("backbone") == "":
         raise InputError(f"{path} was made by hand or is damaged: spec.backbone is missing")
     return ModelSpec(**{name: tuple(value) if known[name] is tuple else value
@@ -286,8 +286,8 @@ class Run:
 
     def __init__(self, settings, data, model, optimization, folder, origins=None):
         self.settings, self.classes, self.folder = utils.finite(settings), data.classes, folder
-        if wrong := schema.fault(schema.KEPT, dict(config=self.settings, classes=self.classes)):
-            raise InputError(f"no checkpoint can hold {wrong.lstrip('.')}: rename it")
+        schema.check(schema.UserNames, dict(config=self.settings, classes=self.classes),
+                     "the checkpoint of this run")
         self.model, self.optimization, self.origins = model, optimization, origins or {}
         self.code = utils.hash_code(*NUMBERS)  # now: it may be edited while the run goes on
         self.facts = dict(data.fingerprints(), processes=world_size())
@@ -300,9 +300,9 @@ class Run:
 
     def restore(self, saved):
         """Continue a saved run. Raises InputError where the data or the number of processes are others."""
-        if missing := {*schema.RESUMED, *self.facts} - saved.keys():
+        if missing := {*schema.Resumed.model_fields, *self.facts} - saved.keys():
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
-        schema.check(schema.RESUMED, saved, "last.pth")
+        schema.check(schema.Resumed, saved, "last.pth")
         processes = saved["processes"]
         if processes != self.facts["processes"]:
             raise InputError(f"the run made its steps from the batches of {processes} "
@@ -374,6 +374,7 @@ class Run:
         self.saved_at = time.monotonic()
         if not is_main_process():
             return
+        self.folder.make_room()
         if not self.described:
             self.write_config()
         optimization = self.optimization
@@ -382,7 +383,6 @@ class Run:
             step=self.step, history=self.history, counts=self.counts, progress=progress,
             random=random_state(), origins=self.origins, **self.circumstances())
         utils.save_checkpoint(state, self.folder.path / "last.pth")
-        self.folder.save()
 
     def end_epoch(self, row, counts):
         """Note an epoch, its row of the history and confusion counts, and save it; return whether it is the
@@ -394,6 +394,7 @@ class Run:
         self.so_far = self.progress = None
         better = best_row(self.history) is row
         if better and is_main_process():
+            self.folder.make_room()
             utils.save_checkpoint(self.pack(), self.folder.path / "best_model_iou.pth")
         self.save()
         return better

@@ -184,20 +184,20 @@ def read_run(folder):
         known = next((model for model in models if model.is_file()), "MODEL")
         raise InputError(f"{folder} has no evaluation/metrics.json: score it first (python evaluate.py "
                          f"--model {known} --out-dir {folder})")
-    metrics = schema.check(schema.METRICS, read_json(path), path)
+    metrics = schema.check(schema.Metrics, read_json(path), path)
     protocol, classes = metrics["protocol"], len(metrics["per_class"])
     if not metrics["records"]:
         raise InputError(f"{path} has no image: score some")
     for record in metrics["records"]:
         if len(record["boundary"]) != classes or any(max(cell[:2]) >= classes for cell in record["cells"]):
-            raise InputError(f"{path} was made by hand or is damaged: {schema.shown(record['name'])} has "
+            raise InputError(f"{path} was made by hand or is damaged: {schema.describe(record['name'])} has "
                              f"other classes than the {classes} of per_class")
     if not (folder / "config.json").is_file():
         model = Path(protocol["model"])
         if model.is_file() and not hash_model_file(model).startswith(protocol["weights_sha256"]):
             raise InputError(f"{path} is not of {model} as it is now: score it again")
         return Run(folder, metrics, model, {}, [])
-    config = schema.check(schema.RUN, read_json(folder / "config.json"), folder / "config.json")
+    config = schema.check(schema.RunConfig, read_json(folder / "config.json"), folder / "config.json")
     history = read_history(folder / "history.jsonl")
     if len(history) < config["epochs"] and not has_stalled(history, config.get("patience", 0)):
         epochs = count_of(config["epochs"], "epoch")
@@ -219,7 +219,7 @@ def read_history(path):
         rows = [json.loads(line, object_hook=nan_for_null) for line in lines]
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged or missing ({error})") from None
-    return schema.check([schema.LOGGED], rows, path)
+    return schema.check(schema.LoggedHistory, rows, path)
 
 
 def nan_for_null(row):

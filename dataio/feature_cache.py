@@ -15,17 +15,18 @@ import json
 import os
 import shutil
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import InputError, count_of
 from dataio.dataloader import Batches, naming_files
 from utils import barrier, local_rank, local_world_size
-from utils import is_out_of_memory, lock_file, write_atomically
+from utils import is_out_of_memory, write_atomically
 
 VERSION = 3  # of the format
 MOVING = "contents", "reading", "code"  # facts in which a cache of the same files, once, may differ
@@ -206,15 +207,11 @@ def alone_in(folder):
     """Context in which no other run makes files in a cache folder, which is created. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / ".cache.lock", wait=True)
     except OSError as error:
-        if folder.is_dir() and not os.access(folder, os.W_OK):  # all may be there already
-            yield
-            return
         raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
                          "folder") from None
-    with lock:
-        yield
+    with FileLock(folder / ".cache.lock") if os.access(folder, os.W_OK) else nullcontext():
+        yield  # in a folder that is read-only, all may be there already
 
 
 def reserve(files, facts, folder):
