@@ -558,8 +558,8 @@ def resolve(given, saved=None):
         defaults = {name: as_setting(value) for name, value in saved.items()}
         check_resumed(given, defaults)
     if unknown := sorted(map(str, defaults.keys() - FIELDS.keys())):
-        raise InputError(f"the run to resume has settings unknown here ({', '.join(unknown)}): resume it with "
-                         "the version that wrote it")
+        raise InputError(f"the run to resume has settings unknown here ({', '.join(unknown)}): resume it "
+                         "with the version that wrote it")
     config = TrainConfig(**{**defaults, **given})
     check_settings(config, given)
     return config
