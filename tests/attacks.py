@@ -23,7 +23,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -191,6 +190,8 @@ def watch(allowed, report):
 
 def carry_out(attack):
     """Run the attack in this process, which is its own, and end it."""
+    import resource
+
     out = os.open(f"{attack.folder}.output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     report = os.open(f"{attack.folder}.report", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -676,6 +677,8 @@ def streams(world, rng):
 @family
 def limits(world, rng):
     """Few open files, small files, small stacks; with and without processes that load data."""
+    import resource
+
     known = [(resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_FSIZE, 20_000), (resource.RLIMIT_FSIZE, 200_000),
              (resource.RLIMIT_CORE, 0), (resource.RLIMIT_STACK, 1 << 20)]
     workers = "train", [*world.flags_of("train"), "--workers", "2"]
@@ -847,8 +850,8 @@ def warm_up():
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    for name in (*SCRIPTS, "matplotlib.backends.backend_agg", "timm", "torchvision", "scipy.optimize", "av", "onnx",
-                 "onnxruntime"):
+    for name in (*SCRIPTS, "matplotlib.backends.backend_agg", "timm", "torchvision", "scipy.optimize", "av",
+                 "onnx", "onnxruntime"):
         __import__(name)
 
 
