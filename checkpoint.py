@@ -79,7 +79,7 @@ def read_checkpoint(path):
         raise InputError(f"{path} is an incomplete checkpoint (no {', '.join(sorted(missing))})")
     if checkpoint.get("version") != VERSION:
         raise InputError(f"{path} was written by another version of this code: use that version")
-    schema.check(schema.CHECKPOINT, checkpoint, path)
+    schema.check(schema.Checkpoint, checkpoint, path)
     checkpoint["spec"] = read_spec(checkpoint["spec"], path)
     if len(checkpoint["classes"]) != checkpoint["spec"].num_classes:
         raise InputError(f"{path} names {len(checkpoint['classes'])} classes, but has "
@@ -97,7 +97,7 @@ def read_spec(stored, path):
     is_known = head in list(HEADS) if arch == "dinov2" else arch in list(BASELINES)
     if stored.keys() - types.keys() or not is_known:
         raise InputError(f"{path} was written by another version of this code: use that version")
-    schema.check({"spec": schema.SPEC}, {"spec": stored}, path)
+    schema.check(schema.StoredSpec, {"spec": stored}, path)
     if arch == "dinov2" and stored.get("backbone") == "":
         raise InputError(f"{path} was made by hand or is damaged: spec.backbone is missing")
     return ModelSpec(**{name: tuple(value) if types[name] is tuple else value
@@ -289,14 +289,15 @@ class Run:
     def __init__(self, state, settings, data, folder, origins=None):
         self.state, self.settings, self.classes = state, utils.finite(settings), data.classes
         self.folder, self.origins, self.image_counts = folder, origins or {}, data.counts
-        if wrong := schema.fault(schema.KEPT, dict(config=self.settings, classes=self.classes)):
-            raise InputError(f"no checkpoint can hold {wrong.lstrip('.')}: rename it")
+        names = dict(config=self.settings, classes=self.classes)
+        schema.check(schema.UserNames, names, "the checkpoint of this run")
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
         self.facts = dict(data.fingerprints(), processes=world_size())
         backbone = state.model.backbone
         self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None
         self.confusion, self.stop, self.saved_at = None, None, time.monotonic()
         self.progress = None  # of train_one_epoch: a function that returns how far the epoch has come
+        self.described = False  # whether config.json is that of this process
 
     def circumstances(self):
         """Return what may change when a run is resumed, but may move its numbers."""
@@ -306,9 +307,9 @@ class Run:
     # --- resuming
     def restore(self, saved):
         """Continue a saved run. Raises InputError where the data or the number of processes are others."""
-        if missing := {*schema.RESUMED, *self.facts} - saved.keys():
+        if missing := {*schema.Resumed.model_fields, *self.facts} - saved.keys():
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
-        schema.check(schema.RESUMED, saved, "last.pth")
+        schema.check(schema.Resumed, saved, "last.pth")
         self.check_facts(saved)
         model = self.state.model
         weights = with_backbone(saved, model, "last.pth") if is_head_alone(saved) else saved["model"]
@@ -378,9 +379,10 @@ class Run:
 
     def claim_folder(self):
         """Make the folder that of this run, before it writes there for the first time."""
-        if not self.folder.saved:
-            self.folder.save()
+        self.folder.make_room()
+        if not self.described:
             self.write_config()
+            self.described = True
 
     def save(self):
         """Write last.pth, from which --resume continues, within an epoch too."""

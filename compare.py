@@ -124,8 +124,8 @@ def read_run(folder):
         if model.is_file() and not hash_model_file(model).startswith(scored_hash):
             raise InputError(f"{path} is not of {model} as it is now: score it again")
         return Run(folder, metrics, model, {}, [])
-    config = read_json(folder / "config.json", schema.RUN)
-    history = read_json(folder / "history.jsonl", [schema.LOGGED], lines=True)
+    config = read_json(folder / "config.json", schema.RunConfig)
+    history = read_json(folder / "history.jsonl", schema.LoggedHistory, lines=True)
     for row in history:
         row["val_miou"] = math.nan if row["val_miou"] is None else row["val_miou"]
     if len(history) < config["epochs"] and not has_stalled(history, config.get("patience", 0)):
@@ -146,13 +146,13 @@ def read_metrics(folder):
         models = [folder / name for name in ("last.pth", "best_model_iou.pth") if (folder / name).is_file()]
         raise InputError(f"{folder} has no evaluation/metrics.json: score it first (python evaluate.py "
                          f"--model {models[0] if models else 'MODEL'} --out-dir {folder})")
-    metrics = read_json(path, schema.METRICS)
+    metrics = read_json(path, schema.Metrics)
     if not metrics["records"]:
         raise InputError(f"{path} has no image: score at least one")
     classes = len(metrics["per_class"])
     for record in metrics["records"]:
         if len(record["boundary"]) != classes or any(max(cell[:2]) >= classes for cell in record["cells"]):
-            raise InputError(f"{path} was edited by hand or is damaged: {schema.shown(record['name'])} has "
+            raise InputError(f"{path} was edited by hand or is damaged: {schema.describe(record['name'])} has "
                              f"other classes than the {classes} of per_class")
     return metrics
 

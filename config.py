@@ -572,10 +572,9 @@ def resolve(given, saved=None):
     else:
         defaults = {name: as_setting(value) for name, value in saved.items()}
         check_resumed(given, defaults)
-    unknown = defaults.keys() - FIELDS.keys()
-    if unknown:
-        raise InputError(f"the run to resume has settings unknown here ({', '.join(sorted(unknown))}): "
-                         "resume it with the version that wrote it")
+    if unknown := sorted(map(str, defaults.keys() - FIELDS.keys())):
+        raise InputError(f"the run to resume has settings unknown here ({', '.join(unknown)}): resume it "
+                         "with the version that wrote it")
     config = TrainConfig(**{**defaults, **given})
     check_settings(config, given)
     return config

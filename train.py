@@ -284,6 +284,8 @@ def main():
         if state.history and is_main_process():  # a run may have been killed before it drew
             draw(run)
         names = config.log if is_main_process() else ()
+        if names:
+            folder.make_room()  # trackers write as soon as they start
         with visualize.Trackers(names, folder.path, run.settings, run.classes, config.resume) as trackers:
             if state.history:
                 trackers.follow(state.history)

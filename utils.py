@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -24,19 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from config import InputError, report_error
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-# What runs wrote before they noted it in .run.json.
-UNNOTED = {"config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
-           "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds"}
-OF_TRACKERS = {"tensorboard", "wandb", "trackers.json"}  # which write as soon as they start
+# What a run of train.py writes to its folder, trackers included; the last two are of earlier versions.
+RUN_OUTPUTS = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
+               "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds", "tensorboard",
+               "wandb", "trackers.json", ".run.json")
 
 
 # --- errors and stops -------------------------------------------------------------------------------------
@@ -85,36 +81,40 @@ def stopping_at_once(line):
 
 
 def run_main(main):
-    """Run a script's main() and exit: 0 or what it returns, 2 with one line for bad input, 130 for Ctrl-C,
-    143 for SIGTERM.
+    """Run a script's main() and exit: 0 or what it returns, 1 where the loss was not finite, 2 with one line
+    for bad input, a full disk or full memory, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
         sys.exit(main() or 0)
     except Stopped as stop:
         print(f"\n{stop.args[1]}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
-    except InputError as error:
-        # raised in a loader process, the message comes wrapped in that process's traceback
-        process = f"[process {rank()}] " if world_size() > 1 else ""
-        report_error(f"error: {process}{str(error).strip().split('InputError: ')[-1]}")
-        sys.exit(2)
-    except FloatingPointError as error:
-        report_error(f"error: {error}")
-        sys.exit(1)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        report_error("error: out of memory: lower --imgsz or --batch-size")
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None and not error.strerror:
-            raise
-        name = f"{error.filename}: " if error.filename else ""
-        report_error(f"error: {name}{error.strerror}; nothing that was written before is lost")
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except FloatingPointError as error:
+        report_error(f"error: {error}")
+        sys.exit(1)
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
+        message = message_for_user(error)
+        if not message:
+            raise
+        report_error(f"error: {message}")
+        sys.exit(2)
+
+
+def message_for_user(error):
+    """Return the line that tells a user about an exception, "" where it is a fault of this code."""
+    if isinstance(error, InputError):
+        process = f"[process {rank()}] " if world_size() > 1 else ""
+        # raised in a loader process, the message comes wrapped in that process's traceback
+        return process + str(error).strip().split("InputError: ")[-1]
+    if is_out_of_memory(error):
+        return "out of memory: lower --imgsz or --batch-size"
+    if isinstance(error, OSError) and (error.filename is not None or error.strerror):
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}; nothing that was written before is lost"
+    return ""
 
 
 def to_device(inputs, device):
@@ -138,8 +138,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name} is unknown: give auto, cuda, cuda:N, mps or cpu") from None
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if device.type not in count or (device.index or 0) >= count[device.type]:
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= counts.get(device.type, 0):
         raise InputError(f"--device {name} is not on this machine: give auto or cpu")
     return device
 
@@ -149,8 +149,9 @@ def best_dtype(device):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        able = torch.cpu.get_capabilities()
-        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
+        instructions = torch.cpu.get_capabilities()
+        if instructions.get("avx512_bf16") or instructions.get("amx_bf16"):
+            return torch.bfloat16
     return None
 
 
@@ -223,10 +224,10 @@ def init_distributed(device):
 
 
 def from_launcher(name, default):
-    """Return a number that torchrun leaves in the environment. Raises InputError where it is none."""
+    """Return a number that torchrun leaves in the environment. Raises InputError where it is not one."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or not default <= int(text) < 1 << 16:
-        raise InputError(f"{name}={text!r} in the environment is no number of torchrun's: unset it")
+        raise InputError(f"{name}={text!r} in the environment is not a number that torchrun sets: unset it")
     return int(text)
 
 
@@ -298,7 +299,7 @@ def broadcast_buffers(module):
 
 # --- files ------------------------------------------------------------------------------------------------
 def write_atomically(path, write):
-    """Call write(temporary path) in the folder of `path`, then move the result there: whole or not at all."""
+    """Call write(temporary path) in the folder of `path`, then move the result there: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -313,7 +314,7 @@ def write_atomically(path, write):
 
 
 def read_kept(path, **options):
-    """Return the array of a .npy file that was kept for later, None where it is not there or damaged.
+    """Return the array of a .npy file of a cache, None where it is missing or damaged.
 
     options: of numpy.load.
     """
@@ -326,19 +327,20 @@ def read_kept(path, **options):
 
 def evenly_sampled(items, count):
     """Return at most `count` of a list or range, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in places.tolist()]
+    positions = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[position] for position in positions.tolist()]
 
 
 def save_checkpoint(checkpoint, path):
-    """Write a dict of tensors and plain values as a .pth file, whole or not at all and on the disk."""
+    """Write a dict of tensors and plain values as a .pth file, never half of it, and through to the disk."""
     def write(temporary):
         with open(temporary, "wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch's, on top of the system's or of Ctrl-C
-                known = isinstance(error.__context__, (OSError, KeyboardInterrupt))
-                raise (error.__context__ if known else error) from None
+                if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
 
@@ -346,12 +348,12 @@ def save_checkpoint(checkpoint, path):
 
 
 def save_image(pixels, path, **options):
-    """Write (H, W, 3) uint8 RGB as the picture format of `path`'s ending, whole or not at all."""
+    """Write (H, W, 3) uint8 RGB as the picture format of `path`'s ending, never half of it."""
     write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, **options))
 
 
 def save_json_lines(rows, path):
-    """Write one JSON object per line, whole or not at all; NaN becomes null."""
+    """Write one JSON object per line, never half of them; NaN becomes null."""
     text = "".join(json.dumps(finite(row)) + "\n" for row in rows)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -376,119 +378,52 @@ def make_folder(path):
     return path
 
 
-def lock_file(path, wait):
-    """Return the file `path`, opened and locked for as long as it is open and this process lives.
-
-    Returns None where another process has it, unless `wait`. Processes that this one starts do not keep the
-    lock. On Windows and on file systems without locks, nothing is locked.
-    """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        return None
-    except OSError:
-        pass
-    return file
-
-
 class RunFolder:
     """The --out-dir of a run, locked against other runs while the `with` block lasts.
 
-    Entering moves an earlier run to previous/<time>/, all that it wrote and nothing else; where the block
-    ends by an error before save() was called, it is moved back. What a run wrote is what appeared in the
-    folder while it had the lock, noted in .run.json; hidden files, cache/ and folders that are runs of their
-    own do not count. In processes other than the main one nothing happens. Raises InputError.
+    Before the run writes its first file it calls make_room(), which moves an earlier run to previous/<time>/:
+    a run that fails before that has touched nothing. In processes other than the main one nothing happens.
+    Raises InputError where another run has the folder.
     """
 
     def __init__(self, path, resume=False):
-        self.path, self.resume, self.saved = Path(path), resume, False
-        self.lock = self.moved = None
-        self.foreign = set()  # what was there before and is not of an earlier run
+        self.path, self.owned, self.lock = Path(path), resume, FileLock(Path(path) / ".lock")
 
     def __enter__(self):
-        if not is_main_process():
-            return self
-        make_folder(self.path)
-        self.lock = lock_file(self.path / ".lock", wait=False)
-        if self.lock is None:
-            raise InputError(f"another run is writing to {self.path}: wait for it, or choose another "
-                             "--out-dir")
-        earlier = self.written_before()
-        self.clear_leftovers(earlier)
-        self.foreign = self.names() - earlier
-        if earlier and not self.resume:
-            self.moved = self.free_name(earlier)
-            move(earlier, self.path, self.moved)
-            print(f"the earlier run in {self.path} was moved to {self.moved}")
+        if is_main_process():
+            make_folder(self.path)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                raise InputError(f"--out-dir: another run is writing to {self.path}: wait for it, or choose "
+                                 "another folder") from None
+            for name in RUN_OUTPUTS:  # what write_atomically leaves of a run that was killed
+                for path in self.path.glob(f".[0-9]*.{name}"):
+                    path.unlink(missing_ok=True)
         return self
 
-    def __exit__(self, kind, *_):
-        if self.lock is None:
-            return
-        if kind is not None and not self.saved and self.moved:
-            self.give_back()
-        elif self.saved:
-            self.save()
-        self.lock.close()
+    def __exit__(self, *_):
+        self.lock.release()
 
-    def give_back(self):
-        """Move the earlier run back; files that have taken names of its files go to previous/ instead."""
-        earlier = {path.name for path in self.moved.iterdir()}
-        if taken := earlier & self.names():
-            move(taken, self.path, self.moved.with_name(f"{self.moved.name}_failed"))
-        move(earlier, self.moved, self.path)
-        print(f"nothing was saved, the earlier run was moved back to {self.path}")
-        with suppress(OSError):  # other runs lie there
-            self.moved.rmdir()
-            self.moved.parent.rmdir()
+    def make_room(self):
+        """Move the files of an earlier run to previous/<time of its newest file>/; later calls do nothing."""
+        earlier = [self.path / name for name in RUN_OUTPUTS if (self.path / name).exists()]
+        if earlier and not self.owned and is_main_process():
+            newest = max(path.stat().st_mtime for path in earlier)
+            stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
+            target = self.path / "previous" / stamp
+            while target.exists():
+                target = target.with_name(f"{target.name}_2")
+            target.mkdir(parents=True)
+            for path in earlier:
+                path.rename(target / path.name)
+            print(f"the earlier run in {self.path} was moved to {target}")
+        self.owned = True
 
-    def save(self):
-        """Note what the run has written so far; from now on an error leaves it there."""
-        self.saved = True
-        facts = dict(files=sorted(self.names() - self.foreign), foreign=sorted(self.foreign))
-        write_atomically(self.path / ".run.json", lambda path: path.write_text(json.dumps(facts)))
-
-    def names(self):
-        """Return the names in the folder that could be of a run."""
-        return {path.name for path in self.path.iterdir()
-                if not path.name.startswith(".") and path.name not in ("previous", "cache")
-                and not (path / ".run.json").exists()}
-
-    def written_before(self):
-        """Return the names that an earlier run wrote, as it noted them, and what one left that failed."""
-        try:
-            noted = set(json.loads((self.path / ".run.json").read_text())["files"])
-            return self.names() & (noted | OF_TRACKERS)
-        except (OSError, ValueError, KeyError, TypeError):
-            return self.names() & (UNNOTED | OF_TRACKERS)
-
-    def clear_leftovers(self, earlier):
-        """Remove what write_atomically left of the files of a killed run."""
-        for path in self.path.rglob(".[0-9]*.*"):
-            part = path.relative_to(self.path).parts
-            name = path.name.split(".", 2)[2] if len(part) == 1 else part[0]
-            if name in earlier | UNNOTED:
-                path.unlink(missing_ok=True)
-
-    def free_name(self, earlier):
-        """Return a folder below previous/ that does not exist yet, named by the time of the earlier run."""
-        newest = max((self.path / name).stat().st_mtime for name in earlier)
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
-        folder, count = self.path / "previous" / stamp, 1
-        while folder.exists():
-            count += 1
-            folder = folder.with_name(f"{stamp}_{count}")
-        return folder
-
-
-def move(names, source, target):
-    """Move the files and folders called `names` from folder `source` to folder `target`, which is created."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in sorted(names):
-        (source / name).rename(target / name)
+    @property
+    def saved(self):
+        """Whether --resume can continue this run."""
+        return self.owned and (self.path / "last.pth").exists()
 
 
 @lru_cache

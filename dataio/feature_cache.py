@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -225,18 +225,11 @@ def alone_in(folder):
     """Context in which no other run makes files in a cache folder, which is created. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".cache.lock")
-        lock.acquire()
     except OSError as error:
-        if folder.is_dir() and not os.access(folder, os.W_OK):  # all may be there already
-            yield
-            return
-        raise InputError(f"--cache-features: cannot write to {folder} ({error.strerror}); name another "
+        raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
                          "folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    with FileLock(folder / ".cache.lock") if os.access(folder, os.W_OK) else nullcontext():
+        yield  # in a folder that is read-only, all may be there already
 
 
 def reserve(files, facts, folder):

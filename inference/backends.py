@@ -259,7 +259,7 @@ def check_facts(text, path):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != "dinoseg":
         raise InputError(f"{path} was not written by export.py: its metadata has no classes and size")
-    return schema.check(schema.EXPORTED, facts, path)
+    return schema.check(schema.Exported, facts, path)
 
 
 @contextmanager

@@ -6,8 +6,6 @@
 import hashlib
 import pickle
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -73,13 +71,13 @@ def read_weights(path):
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise InputError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+            raise InputError(f"{path} is truncated or damaged ({error}): download it again") from None
     state = torch_load(path)
     for wrapper in ("model", "state_dict", "teacher"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
                                               for key, value in state.items()):
-        raise InputError(f"{path} holds no state dict of tensors: give a weights file of the backbone")
+        raise InputError(f"{path} is not a state dict of tensors: give a weights file of the backbone")
     return state
 
 
@@ -108,39 +106,11 @@ def hash_state(state):
     return digest.hexdigest()
 
 
-def check_archive(path):
-    """Raise InputError for a zip archive with damaged bytes, which torch does not notice, or with more in it
-    than its own size, which torch.save never writes.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
-            raise InputError(f"{path} unpacks to more than it holds, as no checkpoint does: it is not loaded")
-        damaged = [entry.filename for entry in archive.infolist() if not is_whole(archive, entry)]
-        checked = len(damaged) < len(archive.infolist())  # else written without checksums, which torch can
-    if damaged and checked:
-        raise InputError(f"{path} is damaged (checksum of {damaged[0]}): restore it from a copy, or train or "
-                         "download it again")
-
-
-def is_whole(archive, entry):
-    """Return whether an entry of a ZipFile has the checksum that it should have."""
-    try:
-        with archive.open(entry) as file:
-            while file.read(1 << 24):
-                pass
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error):
-        return False
-    return True
-
-
 def torch_load(path):
-    """torch.load to the CPU without unpickling code. Raises InputError for what is not a whole file."""
+    """torch.load to the CPU without unpickling code. Raises InputError for a file that is damaged."""
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path} is not a file")
     try:
-        check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what is refused here anyway
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -149,11 +119,10 @@ def torch_load(path):
     except pickle.UnpicklingError:
         raise InputError(f"{path} is not a checkpoint of tensors and plain values; it is not loaded, because "
                          "it could run code") from None
-    except InputError:
-        raise
     except Exception as error:  # of a damaged pickle: IndexError, TypeError, struct.error, anything
-        reason = (str(error).split("\n")[0] or "nothing in it")[:120]
-        raise InputError(f"{path} is not a whole checkpoint (truncated or damaged: {reason})") from None
+        reason = (str(error).split("\n")[0] or "it is empty")[:120]
+        raise InputError(f"{path} is truncated or damaged ({reason}): restore it from a copy, or train or "
+                         "download it again") from None
 
 
 def load_strictly(module, state, source):
@@ -171,14 +140,12 @@ def load_strictly(module, state, source):
 
 
 def check_tensor(key, value, source):
-    """Raise InputError for a tensor that no training leaves: of another kind, or with values that are no
-    numbers.
-    """
+    """Raise InputError for a tensor that no training leaves: of another kind, or with nan or inf in it."""
     plain = value.layout is torch.strided and not value.is_quantized and not value.is_complex() and \
         value.device.type != "meta"
     if not plain:
         kind = "quantized" if value.is_quantized else f"{value.device.type}, {value.layout}, {value.dtype}"
         raise InputError(f"{source}: {key} is not a plain tensor of weights ({kind}): it is not loaded")
     if value.is_floating_point() and not value.isfinite().all():
-        raise InputError(f"{source}: {key} holds values that are no numbers (nan or inf): it is damaged, or "
+        raise InputError(f"{source}: {key} holds values that are not numbers (nan or inf): it is damaged, or "
                          "of a training that failed; use another file")

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, call, write_folder
-from kill import same_run
+from attacks import same_run
 
 from dataio import dataloader as loading
 from dataio import feature_cache
@@ -342,15 +342,6 @@ def test_the_ends_of_workers_are_told_apart(text, reason):
     for other in (RuntimeError("other"), BrokenPipeError("other")):  # `train.py | head` breaks a pipe
         with pytest.raises(type(other), match="other"), loading.naming_files():
             raise other
-
-
-@pytest.mark.long
-def test_random_moments_of_death():
-    """A few of the kills of tests/kill.py, whose long form is in the README."""
-    done = subprocess.run(
-        [sys.executable, "tests/kill.py", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "0 bytes lost" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_damaged_validation_image_costs_no_epoch(data, straight, tmp_path, run, monkeypatch):

@@ -54,11 +54,8 @@ def test_cpu_autocast_needs_bf16_instructions(monkeypatch, able, want):
 
 def test_only_fp16_scales_gradients():
     cpu = torch.device("cpu")
-    assert [Precision(name, cpu).scaler.is_enabled() for name in ("fp16", "bf16", "off")] == [
-        True,
-        False,
-        False,
-    ]
+    enabled = {name: Precision(name, cpu).scaler.is_enabled() for name in ("fp16", "bf16", "off")}
+    assert enabled == dict(fp16=True, bf16=False, off=False)
 
 
 def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path):
@@ -75,70 +72,64 @@ def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["history.jsonl"]
 
 
-def a_run(path, *names, resume=False):
+def write_run(path, *names, resume=False):
     """Do as a run does that writes these files or folders."""
     with RunFolder(path, resume) as folder:
+        folder.make_room()
         for name in names:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text(str(names))
-        folder.save()
-    return folder
+        folder.make_room()
+        assert folder.saved == (path / "last.pth").exists()
 
 
-def test_whatever_an_earlier_run_wrote_is_moved_and_nothing_else(tmp_path):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "photo.jpg").write_text("mine")
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+def test_an_earlier_run_is_moved_and_nothing_else(tmp_path):
+    mine = ("notes/a.txt", "photo.jpg", "inference_results_image/b.png", "other/last.pth", "cache/c.bin")
+    for name in mine:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
     for number in range(3):
-        folder = a_run(tmp_path, "last.pth", f"new_kind_{number}/events", "valid_preds/epoch_001.png")
-        (tmp_path / "inference_results_image").mkdir(exist_ok=True)  # of another script, after the run
-        a_run(tmp_path / "other", "last.pth")  # a run of its own below it
-        (tmp_path / "cache").mkdir(exist_ok=True)
-        if number:
-            moved = {path.name for path in folder.moved.iterdir()}
-            assert moved == {"last.pth", f"new_kind_{number - 1}", "valid_preds"}
-    kept = {"notes", "photo.jpg", "inference_results_image", "other", "cache", "previous"}
-    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} - kept == {
-        "last.pth", "new_kind_2", "valid_preds"}
-    assert len(list((tmp_path / "previous").iterdir())) == 2 and (tmp_path / "other/last.pth").exists()
+        write_run(tmp_path, "last.pth", "valid_preds/epoch_001.png", f"tensorboard/{number}")
+    found = files_in(tmp_path)
+    assert {name for name in found if not name.startswith("previous/")} == {
+        *mine, "last.pth", "valid_preds/epoch_001.png", "tensorboard/2"}
+    earlier = list((tmp_path / "previous").iterdir())
+    assert len(earlier) == 2  # though they ended within the same second
+    assert {len(files_in(folder)) for folder in earlier} == {3}
 
 
-def test_a_run_that_fails_before_it_saves_gives_the_earlier_one_back(tmp_path, capsys):
-    a_run(tmp_path, "last.pth", "events/1")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError), RunFolder(tmp_path):
-        assert not (tmp_path / "last.pth").exists()
+def test_a_run_that_fails_before_it_writes_has_touched_nothing(tmp_path):
+    write_run(tmp_path, "last.pth", "wandb/1")
+    before = files_in(tmp_path)
+    with pytest.raises(InputError), RunFolder(tmp_path) as folder:
+        assert not folder.saved
         raise InputError("a bad image")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert "moved back" in capsys.readouterr().out and not (tmp_path / "previous").exists()
-    with pytest.raises(InputError), RunFolder(tmp_path):  # it has begun a file of the same name
-        (tmp_path / "events").mkdir()
-        (tmp_path / "events/1").write_text("of the run that failed")
-        raise InputError("a bad image")
-    assert {path: path.read_bytes() for path in before} == before
-    (failed,) = (tmp_path / "previous").iterdir()
-    assert failed.name.endswith("_failed") and (failed / "events/1").read_text() == "of the run that failed"
-    with pytest.raises(InputError), RunFolder(tmp_path) as folder:  # once it has saved, it is a run
-        (tmp_path / "last.pth").write_text("new")
-        folder.save()
-        raise InputError("a bad image")
-    assert (tmp_path / "last.pth").read_text() == "new" and (folder.moved / "events/1").exists()
+    assert files_in(tmp_path) == before
 
 
-def test_a_resumed_run_stays_where_it_is_and_owns_what_it_adds(tmp_path):
-    a_run(tmp_path, "last.pth")
-    (tmp_path / "mine.txt").write_text("")
-    a_run(tmp_path, "events/1", resume=True)
-    assert (tmp_path / "last.pth").exists() and not (tmp_path / "previous").exists()
-    folder = a_run(tmp_path, "last.pth")
-    assert {path.name for path in folder.moved.iterdir()} == {"last.pth", "events"}
-    assert (tmp_path / "mine.txt").exists()
+def test_a_resumed_run_stays_where_it_is(tmp_path):
+    write_run(tmp_path, "last.pth")
+    write_run(tmp_path, "miou.png", resume=True)
+    assert set(files_in(tmp_path)) == {"last.pth", "miou.png"}
 
 
-def test_runs_of_earlier_versions_are_known_by_their_files(tmp_path):
-    for name in ("last.pth", "miou.png", "mine.txt"):
-        (tmp_path / name).write_text("")
-    folder = a_run(tmp_path, "last.pth")
-    assert {path.name for path in folder.moved.iterdir()} == {"last.pth", "miou.png"}
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    for name in (".123.last.pth", ".123.photo.png"):
+        (tmp_path / name).write_text("half")
+    with RunFolder(tmp_path):
+        assert set(files_in(tmp_path)) == {".123.photo.png"}
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
+    with RunFolder(tmp_path), pytest.raises(InputError, match="--out-dir"), RunFolder(tmp_path):
+        pass
+    with RunFolder(tmp_path):
+        pass
 
 
 def test_an_out_dir_that_cannot_be_made_is_one_line(tmp_path):
@@ -154,12 +145,13 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(tmp_path):
         (FloatingPointError("the loss is nan"), 1),
         (KeyboardInterrupt(), 130),
         (OSError(28, "No space left on device", "outputs/last.pth"), 2),
-        (
-            InputError(
-                "Caught InputError in DataLoader worker process 0.\nTraceback\nconfig.InputError: bad mask"
-            ),
-            2,
-        ),
+        (InputError("Caught InputError in DataLoader worker process 0.\nTraceback\nconfig.InputError: bad "
+                    "mask"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (MemoryError(), 2),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 2),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 2),
+        (utils.Stopped(15, "stopped"), 143),
     ],
 )
 def test_errors_become_one_line_and_an_exit_code(capsys, error, code):
@@ -171,29 +163,11 @@ def test_errors_become_one_line_and_an_exit_code(capsys, error, code):
     assert stop.value.code == code
     printed = capsys.readouterr().err.strip()
     assert "\n" not in printed and "Traceback" not in printed
-    if isinstance(error, InputError):
-        assert printed == "error: bad mask"
+    assert not isinstance(error, InputError) or printed == "error: bad mask"
+    assert not utils.is_out_of_memory(error) or "--batch-size" in printed
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-    ],
-)
-def test_out_of_memory_is_one_line(capsys, error):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        utils.run_main(main)
-    assert stop.value.code == 2 and "--batch-size" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError])
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError, OSError])
 def test_a_fault_of_ours_keeps_its_traceback(fault):
     def main():
         raise fault
