@@ -152,7 +152,7 @@ def read_metrics(folder):
     classes = len(metrics["per_class"])
     for record in metrics["records"]:
         if len(record["boundary"]) != classes or any(max(cell[:2]) >= classes for cell in record["cells"]):
-            raise InputError(f"{path} was edited by hand or is damaged: {schema.describe(record['name'])} has "
+            raise InputError(f"{path} was edited or is damaged: {schema.describe(record['name'])} has "
                              f"other classes than the {classes} of per_class")
     return metrics
 
