@@ -16,7 +16,7 @@ from config import IGNORE, InputError, count_of
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
 from dataio.folder import folder, refuse_file
-from dataio.pairs import existing, list_images, pair_files, read_list
+from dataio.layout import existing, list_images, pair_files, read_list
 from dataio.readers import OUTSIDE, DataSource, PaintedMask, Sample, index_table, read_mask, value_table
 from dataio.stratify import count_pixels, share_table, split_samples
 from utils import evenly_sampled

@@ -61,7 +61,7 @@ import torch
 import utils
 from checkpoint import data_options, load_model
 from config import InputError, count_of
-from dataio.pairs import list_images
+from dataio.layout import list_images
 from dataio.readers import read_image
 from dataio.streets import draw_scene
 from dataio.torch_datasets import images_for

@@ -25,9 +25,8 @@ from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError, count_of
 from dataio.labels import MOST_CLASSES, Entry
-from dataio.layout import (SPLIT_OF, Found, NoMasks, common_parts, find_pairs, place_of, use_lists,
-                           words_of)
-from dataio.pairs import list_images
+from dataio.layout import (SPLIT_OF, FolderContent, NoMasks, count_shared_folders, find_pairs, list_images,
+                           role_of, use_lists, words_of)
 from dataio.readers import Sample, decode_mask, drawn_folder, read_orientation
 from dataio.scan import fill_folder, in_parallel
 
@@ -188,7 +187,7 @@ class Photos:
                              "remove the entry")
         named = [part for part in parts[:-1] if part not in (".", "..")]
         wanted = (*near.relative_to(self.root).parts, *named)
-        shared = [common_parts(wanted, self.folders(path)) for path in found]
+        shared = [count_shared_folders(wanted, self.folders(path)) for path in found]
         best = [path for path, number in zip(found, shared, strict=True) if number == max(shared)]
         if len(best) > 1:
             raise InputError(f"{where} is of the image {name}, and {best[0]} and {best[1]} are called so: "
@@ -201,7 +200,7 @@ class Photos:
 
     def split(self, path):
         """Return train, val, test or "" (nothing) by the names of the folders above a file."""
-        return place_of(self.folders(path)).split
+        return role_of(self.folders(path)).split
 
 
 def size_of(content, keys, image):
@@ -479,7 +478,7 @@ def careful(read, found, *more):
 
 # --- drawing ----------------------------------------------------------------------------------------------
 def find_masks(root):
-    """Return what was Found of images and masks under `root`: those of layout.find_pairs, else masks drawn
+    """Return the FolderContent of images and masks under `root`: those of layout.find_pairs, else masks drawn
     from annotation files. Raises InputError.
     """
     try:
@@ -492,7 +491,7 @@ def find_masks(root):
 
 
 def draw_annotations(root, found):
-    """Draw the masks of Annotations and return what was Found. Raises InputError."""
+    """Draw the masks of Annotations and return the FolderContent. Raises InputError."""
     names = [name for name in found.classes if name.lower() not in BACKGROUND | IGNORED]
     if not 0 < len(names) < MOST_CLASSES:
         raise InputError(f"{found.files[0]} and what belongs to it hold {len(names)} names of classes; "
@@ -514,7 +513,7 @@ def draw_annotations(root, found):
     labeled = [len(names) + 1] if len(names) + 1 in values.values() else []  # as background
     entries = [*(Entry("background", None, value) for value in (0, *labeled)),
                *(Entry(name, None, values[name]) for name in names)]
-    drawn = Found(splits, {}, {}, notes, doubts, entries)
+    drawn = FolderContent(splits, {}, {}, notes, doubts, entries)
     use_lists(drawn, root, root)
     drawn.splits.setdefault("train", [])
     return drawn

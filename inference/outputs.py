@@ -19,9 +19,8 @@ from pycocotools import mask as coco_mask
 from config import IGNORE, InputError
 from dataio.annotations import area_of
 from dataio.readers import read_image
-from dataio.repair import copy_file, save_classes
-from utils import write_atomically
-from visualize import background_id, save_mask
+from utils import copy_file, write_atomically
+from visualize import background_id, save_classes, save_mask
 
 GREEN = (0, 255, 0)
 

@@ -30,7 +30,7 @@ from config import InputError
 from dataio.annotations import find_masks
 from dataio.labels import read_classes
 from checkpoint import load_model, pack_checkpoint
-from dataio.pairs import read_list
+from dataio.layout import read_list
 from dataio.readers import index_table, read_image, read_mask, read_pair
 from dataio.stratify import count_pixels
 from dataio.windows import WindowReader

@@ -14,7 +14,7 @@ from PIL import Image
 
 from config import InputError
 from dataio import readers
-from dataio.pairs import list_images, pair_files, read_list
+from dataio.layout import list_images, pair_files, read_list
 from dataio.readers import (
     TIFF_PLANAR,
     Sample,
