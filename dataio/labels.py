@@ -81,12 +81,12 @@ def in_order(entries, class_names):
     """Return the [Entry] of the names of --classes, in their order, with the values of `entries`. Raises
     InputError where one of these is not among them.
     """
-    check_names(class_names)
     annotated = {entry.name for entry in entries}
     unknown = annotated - {*class_names, "background", "ignore"}  # these two the masks need not show
     if unknown:
         raise InputError(f"the annotations name the class {min(unknown)}, which is not among "
                          f"{', '.join(class_names)}: give --classes all of them, or leave it out")
+    check_names(class_names)
     unused = [Entry(name, None, UNUSED_VALUE + number) for number, name in enumerate(class_names)
               if name not in annotated]
     named = [entry for entry in entries if entry.name in {*class_names, "ignore"}]
@@ -299,8 +299,8 @@ def count_codes(samples, masks, colors):
         if codes is None and colors:
             raise InputError(f"{sample.mask} has no colors, and other masks are painted")
         if codes is None:
-            raise InputError(f"{sample.mask} is painted in colors: list them in classes.txt, one `name R G B` "
-                             "per line")
+            raise InputError(f"{sample.mask} is painted in colors: list them in classes.txt, one "
+                             "`name R G B` per line")
         for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
             first_masks.setdefault(code, sample.mask)
             pixels[code] = pixels.get(code, 0) + count
@@ -325,35 +325,30 @@ def decide_classes(first_masks, entries, colors):
     return unnamed_values(values, first_masks)
 
 
-def class_ids(entries):
-    """Return {name: class id or IGNORE} of [Entry], ids in the order of first mention."""
-    ids = {"ignore": IGNORE}
-    for entry in entries:
-        ids.setdefault(entry.name, len(ids) - 1)
-    return ids
-
-
 def class_list(entries):
-    """Return the classes [(name, (R, G, B))] of [Entry]; the first color of a name counts."""
+    """Return the classes [(name, (R, G, B))] of [Entry] in the order of first mention, and {name: class id};
+    the first color of a name counts.
+    """
     colors = {}
     for entry in entries:
         if entry.name != "ignore":
             colors[entry.name] = colors.get(entry.name) or entry.color
-    return fill_colors(list(colors.items()))
+    ids = {name: id for id, name in enumerate(colors)} | {"ignore": IGNORE}
+    return fill_colors(list(colors.items())), ids
 
 
 def named_colors(entries):
     """Masks are painted: colors are the classes of their entries."""
-    ids = class_ids(entries)
+    classes, ids = class_list(entries)
     codes = {pack_color(*entry.color): ids[entry.name] for entry in entries}
-    return MaskMeaning(class_list(entries), value_table(codes, size=1 << 24), [])
+    return MaskMeaning(classes, value_table(codes, size=1 << 24), [])
 
 
 def named_values(entries):
     """Values are the classes of their entries; 255 is ignored unless it is named."""
-    ids = class_ids(entries)
+    classes, ids = class_list(entries)
     values = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
-    return MaskMeaning(class_list(entries), value_table(values), [])
+    return MaskMeaning(classes, value_table(values), [])
 
 
 def is_binary(values, entries):
@@ -366,7 +361,7 @@ def is_binary(values, entries):
 
 def binary_values(white, entries):
     """0 is the first class, the value `white` the second."""
-    classes = class_list(entries or [Entry("background"), Entry("foreground")])
+    classes, _ = class_list(entries or [Entry("background"), Entry("foreground")])
     note = f"masks hold 0 and {white}: read as 0 = {classes[0][0]}, 1 = {classes[1][0]}"
     return MaskMeaning(classes, value_table({IGNORE: IGNORE, 0: 0, white: 1}), [note])
 
@@ -378,9 +373,9 @@ def unnamed_values(values, first_masks):
         odd = next((value for id, value in enumerate(counted) if value != id), values[0])
         raise InputError(f"the masks hold the values {ranges(values)}, which are not 0..K-1 ({odd} first in "
                          f"{first_masks[odd]}): repair them, or name them in classes.txt, one name per line")
-    names = [Entry(f"class {value}" if value else "background") for value in counted]
+    classes, _ = class_list([Entry(f"class {value}" if value else "background") for value in counted])
     note = f"no classes.txt: the masks hold {len(counted)} classes"
-    return MaskMeaning(class_list(names), index_table(len(names)), [note])
+    return MaskMeaning(classes, index_table(len(classes)), [note])
 
 
 # --- pixels of the classes --------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     python tests/trees.py        # prints what check_data.py says to each and what a training on it learns
 
-A tree is written by a function root -> [Pair]: photos in which every class has a color of its own, and their masks.
+A tree is written by a function root -> [Pair]: photos in which every class has a color of its own, and
+their masks.
 """
 
 import json
@@ -34,11 +35,11 @@ class Pair(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """A folder. action: what its user does first: "" nothing, "advice" writes the classes.txt that is printed,
-    "first" or "second" of two, "list" writes the plain list of names, "fix" runs check_data.py --fix.
+    """A folder. action: what its user does first: "" nothing, "advice" writes the classes.txt that is
+    printed, "first" or "second" of two, "list" writes the plain list of names, "fix" runs check_data --fix.
 
-    classes: the name of each id that was drawn; refused: words of the one line that refuses the folder (files,
-    folders); notes: names of files that the notes must hold; lossy: whether masks may change along borders.
+    classes: the name of each id that was drawn; refused: files and folders in the line that refuses it;
+    notes: names that the notes must hold; lossy: whether masks may change along borders.
     """
 
     write: object
@@ -78,25 +79,27 @@ def as_ids(mask, seed):
     return mask
 
 
-def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_ids, **options):
-    """Write PAIRS pairs; image, mask: paths with {} for the number; encode(mask, seed) -> what is stored."""
+def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_ids, first=0, **options):
+    """Write PAIRS pairs; image, mask: paths with {} for the number; encode(mask, seed) -> what is stored;
+    first: seed of the first scene.
+    """
     pairs = []
     for seed in range(PAIRS):
-        pixels, ids = scene(seed, classes)
-        split = "train" if seed < PAIRS * 2 // 3 else "val"
-        pair = Pair(root / image.format(seed, split=split), root / mask.format(seed, split=split), ids,
-                    split if "{split}" in image + mask else "")
+        pixels, ids = scene(first + seed, classes)
+        split, long = ("train", "training") if seed < PAIRS * 2 // 3 else ("val", "validation")
+        paths = [root / path.format(seed, split=split, long=long) for path in (image, mask)]
+        pair = Pair(*paths, ids, split if "{split}" in image or "{long}" in image else "")
         save(pair.image, pixels)
         save(pair.mask, encode(ids, seed), **options)
         pairs.append(pair)
     return pairs
 
 
-def layout(image, mask, files=None):
+def layout(image, mask, files=None, first=0):
     """Return a tree with index masks of three classes in a layout, and text files {path: text} beside them."""
 
     def write(root):
-        pairs = plain(root, image, mask, classes=3)
+        pairs = plain(root, image, mask, classes=3, first=first)
         write_texts(root, files or {})
         return pairs
 
@@ -126,13 +129,12 @@ def numbers_of(numbers, entry="{}"):
     return "".join(entry.format(number) + "\n" for number in numbers)
 
 
-def listed(files, image="images/{}.jpg", mask="masks/{}.png", train=range(8), val=range(8, PAIRS - 1)):
+def listed(files):
     """Return a tree whose list files leave out the last pair."""
-    tree = layout(image, mask, files)
-
     def write(root):
-        splits = dict.fromkeys(train, "train") | dict.fromkeys(val, "val")
-        return [pair._replace(split=splits.get(number)) for number, pair in enumerate(tree(root))]
+        splits = ["train"] * 8 + ["val"] * (PAIRS - 9) + [None]
+        pairs = layout("images/{}.jpg", "masks/{}.png", files)(root)
+        return [pair._replace(split=split) for pair, split in zip(pairs, splits, strict=True)]
 
     return write
 
@@ -140,7 +142,8 @@ def listed(files, image="images/{}.jpg", mask="masks/{}.png", train=range(8), va
 def lists(folder=".", entry="{}", names=("train", "val")):
     """Return the two list files of a folder."""
     numbers = (range(8), range(8, PAIRS - 1))
-    return {f"{folder}/{name}.txt": numbers_of(some, entry) for name, some in zip(names, numbers, strict=True)}
+    return {f"{folder}/{name}.txt": numbers_of(split_numbers, entry)
+            for name, split_numbers in zip(names, numbers, strict=True)}
 
 
 def with_folder(tree, folder, names, split=None, mode="L"):
@@ -155,26 +158,37 @@ def with_folder(tree, folder, names, split=None, mode="L"):
     return write
 
 
-def with_copies(tree, target, stored=lambda ids: (ids == 1).astype(np.uint8)):
-    """Return a tree with a second file beside each mask; target: its path with {} for the name."""
+def with_copies(tree, target, encode=as_ids):
+    """Return a tree with a second file for each mask; target: its path with {} for the name."""
 
     def write(root):
         pairs = tree(root)
         for pair in pairs:
-            save(root / target.format(pair.mask.stem), stored(pair.ids))
+            save(root / target.format(pair.mask.stem), encode(pair.ids, 0))
         return pairs
 
     return write
 
 
 def joined(**trees):
-    """Return a tree that holds others in folders; their pairs are of the split that the folder is called."""
+    """Return a tree that holds others in folders, called like a split where val is among them."""
 
     def write(root):
-        return [pair._replace(split=name if name in ("train", "val", "test") else pair.split)
-                for name, tree in trees.items() for pair in tree(root / name)]
+        pairs = []
+        for name, tree in trees.items():
+            pairs += [pair._replace(split=name if "val" in trees else "") for pair in tree(root / name)]
+        return pairs
 
     return write
+
+
+def lists_of_scenes(root):
+    """Two scenes with equal names, and lists that tell them apart by their folders."""
+    write_texts(root, {"train.txt": numbers_of(range(8), "north/{}"),
+                       "val.txt": numbers_of(range(8, PAIRS), "/home/south/images/{}")})
+    pairs = joined(north=PLAIN, south=OTHERS)(root)
+    splits = ["train"] * 8 + [None] * PAIRS + ["val"] * (PAIRS - 8)
+    return [pair._replace(split=split) for pair, split in zip(pairs, splits, strict=True)]
 
 
 def values(*table):
@@ -279,12 +293,12 @@ def deep_tiff(root):
     return pairs
 
 
-def frames(root):
-    """40 consecutive frames of one clip."""
+def frames(root, step=4):
+    """40 consecutive frames of one clip, in which the camera moves by `step` pixels."""
     pixels, ids = (np.hstack(pieces) for pieces in zip(*map(scene, range(3)), strict=True))
     pairs = []
     for frame in range(40):
-        window = np.s_[:, 4 * frame : 4 * frame + SIZE[1]]
+        window = np.s_[:, step * frame : step * frame + SIZE[1]]
         pairs.append(Pair(root / f"images/frame_{frame:04d}.jpg", root / f"masks/frame_{frame:04d}.png",
                           np.ascontiguousarray(ids[window])))
         save(pairs[-1].image, np.ascontiguousarray(pixels[window]))
@@ -328,8 +342,9 @@ TABLE_OF_LABELS = "id;name\n0;ground\n1;roof\n2;pool\n"
 DICTIONARY = "name, r, g, b\nground, 0, 0, 0\nroof, 200, 30, 30\npool, 30, 30, 200\n"
 MANY = "".join(f"thing {number}\n" for number in range(182))
 THREE = ["background", "class 1", "class 2"]
+PAINTED = ["background", "class 2", "class 1"]  # in the order of their colors
 TWO, ROOFS, BINARY = THREE[:2], ["ground", "roof", "pool"], ["background", "foreground"]
-PLAIN = layout("images/{}.jpg", "masks/{}.png")
+PLAIN, OTHERS = (layout("images/{}.jpg", "masks/{}.png", first=first) for first in (0, PAIRS))
 
 FOLDERS = {  # name: paths of image and mask
     "image/ label/": ("image/{}.jpg", "label/{}.png"),
@@ -341,7 +356,7 @@ FOLDERS = {  # name: paths of image and mask
     "train/images/ train/masks/": ("{split}/images/{}.jpg", "{split}/masks/{}.png"),
     "images/train/ masks/train/": ("images/{split}/{}.jpg", "masks/{split}/{}.png"),
     "Images/ Labels/ in train_x/": ("{split}_x/Images/{}.jpg", "{split}_x/Labels/{}.png"),
-    "img/training/ annotations/": ("img/{split}ing/{}.jpg", "annotations/{split}ing/{}.png"),
+    "img/training/ annotations/": ("img/{long}/{}.jpg", "annotations/{long}/{}.png"),
     "images/ mask/": ("images/{}.jpg", "mask/{}.png"),
     "images/ gt/": ("images/{}.jpg", "gt/{}.png"),
     "JPEGImages/ SegmentationClassPNG/": ("JPEGImages/{}.jpg", "SegmentationClassPNG/{}.png"),
@@ -381,14 +396,14 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
         with_folder(with_folder(PLAIN, "masks_overlay", NUMBERS), "instances", NUMBERS), THREE,
         notes=("images (12)", "masks (12)", "masks_overlay (12)", "instances (12)")),
     "masks and their pictures in color": Tree(
-        with_copies(PLAIN, "masks/{}_color.png", lambda ids: COLORS[ids]), THREE, notes=("masks (12)",)),
+        with_copies(PLAIN, "masks/{}_color.png", painted), THREE, notes=("masks (12)",)),
     "another folder that looks like masks": Tree(
-        with_copies(layout("images/{}.jpg", "drawn/{}.png"), "mask/{}.png"), TWO, notes=("drawn",)),
+        with_copies(encoded(as_ids, mask="mask/{}.png"), "drawn/{}.png"), TWO, notes=("drawn",)),
     "test images of a contest": Tree(
         with_folder(joined(train=PLAIN), "test/images", ["x.png"], mode="RGB"), THREE, notes=("test",)),
     "pairs beside val/": Tree(lambda root: [*(pair._replace(split="train") for pair in PLAIN(root)),
-                                            *joined(val=PLAIN)(root)], THREE),
-    "scenes with equal file names": Tree(joined(north=PLAIN, south=PLAIN), THREE),
+                                            *joined(val=OTHERS)(root)], THREE),
+    "scenes with equal file names": Tree(joined(north=PLAIN, south=OTHERS), THREE),
     "an image without mask": Tree(with_folder(PLAIN, "images", ["x.png"], mode="RGB"), refused=("x.png",)),
     "a mask without image": Tree(with_folder(PLAIN, "masks", ["x.png"]), refused=("x.png",)),
     "train.txt val.txt": Tree(listed(lists()), THREE, notes=("train.txt", "val.txt")),
@@ -410,10 +425,7 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
         listed({"train.txt": "0\n", "splits/train.txt": "0\n"}), refused=("/train.txt", "splits/train.txt")),
     "a list with a name that is not there": Tree(
         listed({"train.txt": "0\nnothing\n"}), refused=("train.txt", "nothing")),
-    "lists of scenes": Tree(
-        listed({"train.txt": numbers_of(range(8), "train_a/{}"),
-                "val.txt": numbers_of(range(8, 11), "/home/val_a/Images/{}")},
-               "{split}_a/{}.jpg", "{split}_a/masks/{}.png", val=range(8, PAIRS)), THREE),
+    "lists of scenes": Tree(lists_of_scenes, THREE),
     "lists of equal names": Tree(
         lambda root: write_texts(root, {"train.txt": "north/0\n3\n"}) or joined(
             north=PLAIN, south=PLAIN)(root), refused=("train.txt", "3.jpg")),
@@ -449,7 +461,7 @@ ENCODINGS = {
     "a value in three masks": Tree(rare, THREE, "advice"),
     "4 of 182 classes": Tree(encoded(values(0, 11, 97, 181), 4),
                              [f"thing {id}" for id in (0, 11, 97, 181)], "list"),
-    "painted": Tree(encoded(painted, 3), THREE, "advice"),
+    "painted": Tree(encoded(painted, 3), PAINTED, "advice"),
     "painted, name,r,g,b": Tree(encoded(painted, 3, files={"classes.txt": TABLE}), ROOFS),
     "painted, class_dict.csv": Tree(encoded(painted, 3, files={"class_dict.csv": DICTIONARY}), ROOFS),
     "painted, a table deeper down": Tree(
@@ -474,9 +486,9 @@ ENCODINGS = {
     "JPEG, 0 85 170": Tree(encoded(values(0, 85, 170), 3, mask="masks/{}.jpg"), THREE, "advice", lossy=True),
     "JPEG, named": Tree(encoded(values(0, 85, 170), 3, mask="masks/{}.jpg",
                                 files={"classes.txt": "a = 0\nb = 85\nc = 170\n"}), ["a", "b", "c"], lossy=True),
-    "JPEG, painted": Tree(encoded(painted, 3, mask="masks/{}.jpg", quality=90), THREE, "advice", lossy=True),
+    "JPEG, painted": Tree(encoded(painted, 3, mask="masks/{}.jpg", quality=90), PAINTED, "advice", lossy=True),
     "JPEG, painted, cleaned": Tree(
-        encoded(painted, 3, mask="masks/{}.jpg", quality=90), THREE, "fix", lossy=True),
+        encoded(painted, 3, mask="masks/{}.jpg", quality=90), PAINTED, "fix", lossy=True),
     "JPEG, 0 1 2": Tree(encoded(values(0, 1, 2), 3, mask="masks/{}.jpg"), refused=("masks/0.jpg",)),
     "PNG, resized with interpolation": Tree(encoded(blurred), TWO, "fix", lossy=True),
     "12-bit gray images": Tree(twelve_bit, TWO),
