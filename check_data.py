@@ -159,15 +159,16 @@ def check_images(data, report):
                        [path for mode, paths in modes.items() if mode != "RGB" for path in paths])
     depths = [images[sample].depth for sample in data.samples if images[sample].depth > 8]
     if depths:
-        report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth of "
-                            f"the values, {' or '.join(map(str, sorted(set(depths))))} bit")
+        bits = " or ".join(map(str, sorted(set(depths))))
+        report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth "
+                            f"of the values, {bits} bit")
     turned = [sample for sample in data.samples if images[sample].orientation != 1]
     with_mask = [sample for sample in turned if images[sample].orientation >= 5
                  and images[sample].size != images[sample].size[::-1]]
     report.add_warning("{image is|images are} turned upright by EXIF, and masks of the size as stored with "
                        "them", [sample.image for sample in with_mask])
-    report.add_warning("{image is|images are} turned upright by EXIF, but their masks stay as stored: look at "
-                       "check.png", [sample.image for sample in turned if sample not in with_mask])
+    report.add_warning("{image is|images are} turned upright by EXIF, but their masks stay as stored: look "
+                       "at check.png", [sample.image for sample in turned if sample not in with_mask])
     report.add_warning("{mask differs|masks differ} in size from {its|their} image: resized (nearest)",
                        [sample.mask for sample in data.samples if not fits(
                            data.masks[sample].size, images[sample].size, images[sample].orientation)])
@@ -185,9 +186,9 @@ def describe_sizes(sizes, report):
     times = float(np.median([math.sqrt(math.prod(size) / (height * width)) for size in sizes]))
     if times >= MUCH_LARGER:
         report.facts.append(
-            f"large images: {times:.1f} times as long and wide as --imgsz {height} {width}, to which training "
-            "shrinks them. Where things are small (drones, maps, scans), add --train-scale native, and "
-            "--cache-images unless they are tiled TIFFs; where they fill the image, neither")
+            f"large images: {times:.1f} times as long and wide as --imgsz {height} {width}, to which "
+            "training shrinks them. Where things are small (drones, maps, scans), add --train-scale native, "
+            "and --cache-images unless they are tiled TIFFs; where they fill the image, neither")
 
 
 # --- masks ------------------------------------------------------------------------------------------------
@@ -205,8 +206,8 @@ def describe_masks(data, report):
     if are_alike([sample.mask for sample in utils.evenly_sampled(data.samples, COMPARED)]):
         report.add_warning("the masks all look alike: are these the classes, or the camera's field of view?")
     lossy = [path for kind, paths in kinds.items() if kind.endswith("JPEG") for path in paths]
-    report.add_warning("{mask is a JPEG file, and JPEG blurs|masks are JPEG files, which blur} class borders: "
-                       "export PNG, or see --fix", lossy)
+    report.add_warning("{mask is a JPEG file, and JPEG blurs|masks are JPEG files, which blur} class "
+                       "borders: export PNG, or see --fix", lossy)
 
 
 def are_alike(paths):
@@ -255,22 +256,28 @@ def decode_folder(data, report):
 
 def decode_registered(data, source, report):
     """Decode the masks of a registered data set; a mask that is not as its masks are is a problem."""
-    painted, wrong = len(source.table) > 65536, {}
+    reasons = {}
     for sample in data.samples:
-        codes = codes_of(data.masks[sample], source.table)
-        if codes is None:
-            wrong[sample.mask] = f"{sample.mask} holds class numbers, {data.name} has masks painted in colors" \
-                if painted else (f"{sample.mask} is painted in colors, {data.name} has masks of class numbers; "
-                                 "for masks in colors of your own, give --dataset folder")
-        elif (source.table[codes] == OUTSIDE).any():
-            outside = source.table[codes] == OUTSIDE
-            counts = data.masks[sample].counts[outside]
-            wrong[sample.mask] = outside_message(sample.mask, codes[outside], counts, source.table)
-    if wrong:
-        reason = next(iter(wrong.values()))
-        report.add_problem(f"{{mask holds|masks hold}} values that are not a class: {reason}", list(wrong))
+        reason = why_unfit(sample.mask, data.masks[sample], source)
+        if reason:
+            reasons[sample.mask] = reason
+    if reasons:
+        first = next(iter(reasons.values()))
+        report.add_problem(f"{{mask holds|masks hold}} values that are not a class: {first}", list(reasons))
     else:
         data.classes, data.table = source.classes, source.table
+
+
+def why_unfit(path, mask, source):
+    """Return why a mask file (its MaskFacts) is not as the masks of a DataSource are, "" where it is."""
+    codes = codes_of(mask, source.table)
+    if codes is None and mask.values is not None:
+        return f"{path} holds class numbers, {source.name} has masks painted in colors"
+    if codes is None:
+        return (f"{path} is painted in colors, {source.name} has masks of class numbers; for masks in colors "
+                "of your own, give --dataset folder")
+    outside = source.table[codes] == OUTSIDE
+    return outside_message(path, codes[outside], mask.counts[outside], source.table) if outside.any() else ""
 
 
 def check_ignored(data, share, report):
@@ -288,8 +295,8 @@ def check_ignored(data, share, report):
     elif white and not explicit and len(data.table) <= 65536 and data.table[IGNORE] == IGNORE:
         facts = value_facts(white, painted=False)[IGNORE]
         if kind_of_255(facts, len(data.samples)) != "void":
-            report.add_warning("255 is read as not labeled, and does not lie between other values as a border "
-                               "does")
+            report.add_warning("255 is read as not labeled, and does not lie between other values as a "
+                               "border does")
             data.advice = either_way([name for name, _ in data.classes])
             show_files(data, report)
 

@@ -349,7 +349,8 @@ def match(images, masks):
                key=lambda sides: len(names_of_both(sides)))
     if images and masks and not names_of_both(best):
         distinctive = index_by_distinct_words(images), index_by_distinct_words(masks)
-        if distinctive[0].keys() == distinctive[1].keys() and len(distinctive[0]) == len(images) == len(masks):
+        sizes = {len(side) for side in (images, masks, *distinctive)}
+        if distinctive[0].keys() == distinctive[1].keys() and len(sizes) == 1:
             best = distinctive
     images_by_name, masks_by_name = best
     refuse_equal_names(images_by_name)
@@ -602,7 +603,8 @@ def format_of(files):
     if ending in (".zip", ".tar", ".gz"):
         return "an archive: unpack it"
     example = next(path for path in files if path.suffix.lower() == ending)
-    text = example.read_text(encoding="utf-8", errors="replace") if ending in (".json", ".txt", ".xml") else ""
+    is_text = ending in (".json", ".txt", ".xml")
+    text = example.read_text(encoding="utf-8", errors="replace") if is_text else ""
     for known, pattern, name in ANNOTATIONS:
         if known == ending and re.search(pattern, text):
             return f"{name}, not read: export masks as PNG"

@@ -254,7 +254,7 @@ def test_the_table_holds_what_the_list_names_255_and_nothing_else(tmp_path):
     assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == [0, 1, 0, 255, 254, 255]
     (tmp_path / "classes.txt").write_text("a = 1\nb = 0 2\nignore = 3\n")
     assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == [1, 0, 1, 255, 254, 255]
-    (tmp_path / "classes.txt").write_text("road\nignore\ncar\ntree\n")  # beside 1, 255 is not the second class
+    (tmp_path / "classes.txt").write_text("road\nignore\ncar\ntree\n")  # 255 beside 1
     assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == [0, 255, 1, 2, 254, 255]
 
 

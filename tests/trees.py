@@ -96,7 +96,7 @@ def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as
 
 
 def layout(image, mask, files=None, first=0):
-    """Return a tree with index masks of three classes in a layout, and text files {path: text} beside them."""
+    """Return a tree with index masks of three classes in a layout, and text files {path: text}."""
 
     def write(root):
         pairs = plain(root, image, mask, classes=3, first=first)
@@ -448,9 +448,11 @@ ENCODINGS = {
     "1 2": Tree(encoded(values(1, 2)), ["class 0", "class 1"], "advice"),
     "one value": Tree(encoded(values(0, 0)), refused=("masks/0.png",)),
     "three names on 0 255": Tree(encoded(values(0, 255), files={"classes.txt": NAMES}), TWO, "advice"),
-    "two names on 0 255": Tree(encoded(values(0, 255), files={"classes.txt": "road\ncar\n"}), ["road", "car"]),
+    "two names on 0 255": Tree(
+        encoded(values(0, 255), files={"classes.txt": "road\ncar\n"}), ["road", "car"]),
     "a name and ignore on 0 1 255": Tree(
-        encoded(values(0, 1, 255), 3, files={"classes.txt": "road\ncar\nignore\n"}), ["road", "car", "ignore"]),
+        encoded(values(0, 1, 255), 3, files={"classes.txt": "road\ncar\nignore\n"}),
+        ["road", "car", "ignore"]),
     "lines of one name": Tree(
         encoded(as_ids, 4, files={"classes.txt": "road\ncar\nroad\nignore\n"}),
         ["road", "car", "road", "ignore"]),
@@ -484,9 +486,11 @@ ENCODINGS = {
     "NumPy arrays (H, W, 1)": Tree(arrays(lambda ids: ids[..., None]), THREE),
     "JPEG, 0 255": Tree(encoded(values(0, 255), mask="masks/{}.jpg"), BINARY),
     "JPEG, 0 85 170": Tree(encoded(values(0, 85, 170), 3, mask="masks/{}.jpg"), THREE, "advice", lossy=True),
-    "JPEG, named": Tree(encoded(values(0, 85, 170), 3, mask="masks/{}.jpg",
-                                files={"classes.txt": "a = 0\nb = 85\nc = 170\n"}), ["a", "b", "c"], lossy=True),
-    "JPEG, painted": Tree(encoded(painted, 3, mask="masks/{}.jpg", quality=90), PAINTED, "advice", lossy=True),
+    "JPEG, named": Tree(
+        encoded(values(0, 85, 170), 3, "masks/{}.jpg", {"classes.txt": "a = 0\nb = 85\nc = 170\n"}),
+        ["a", "b", "c"], lossy=True),
+    "JPEG, painted": Tree(
+        encoded(painted, 3, "masks/{}.jpg", quality=90), PAINTED, "advice", lossy=True),
     "JPEG, painted, cleaned": Tree(
         encoded(painted, 3, mask="masks/{}.jpg", quality=90), PAINTED, "fix", lossy=True),
     "JPEG, 0 1 2": Tree(encoded(values(0, 1, 2), 3, mask="masks/{}.jpg"), refused=("masks/0.jpg",)),
