@@ -138,11 +138,12 @@ def read_files(data, report):
     for sample, image, mask in zip(samples, images, masks, strict=True):
         if not isinstance(image, InputError) and not isinstance(mask, InputError):
             data.images[sample], data.masks[sample] = image, mask
-    data.splits = {split: [sample for sample in split_samples if sample in data.images]
-                   for split, split_samples in data.splits.items()}
-    counts = ", ".join(f"{len(split_samples)} {split}" for split, split_samples in data.splits.items())
-    report.facts.insert(0, f"{data.name} under {data.root}: {count_of(len(samples), 'pair')} ({counts}) read "
-                           f"in {time.perf_counter() - start:.1f} s")
+    counts = []
+    for split, listed in data.splits.items():
+        data.splits[split] = [sample for sample in listed if sample in data.images]
+        counts.append(f"{len(data.splits[split])} {split}")
+    report.facts.insert(0, f"{data.name} under {data.root}: {count_of(len(samples), 'pair')} "
+                           f"({', '.join(counts)}) read in {time.perf_counter() - start:.1f} s")
     if not data.splits.get("train"):
         report.add_problem("there is no training image that can be read: these images are only good to "
                            "evaluate on")
@@ -345,10 +346,10 @@ def check_classes(data, report):
         counts = np.stack([data.pixels[sample] for sample in samples])  # (N, K)
         check_missing(split, [name for name, _ in data.classes], counts.any(0), report)
         classes_per_mask = (counts > 0).sum(1)
-        empty, single = ([sample.mask for sample, count in zip(samples, classes_per_mask, strict=True)
-                          if count == number] for number in (0, 1))
-        report.add_warning(f"{{mask|masks}} of {split} {{holds|hold}} nothing but ignored pixels", empty)
-        report.add_warning(f"{{mask|masks}} of {split} {{holds|hold}} a single class (empty?)", single)
+        for number, text in ((0, "nothing but ignored pixels"), (1, "a single class (empty?)")):
+            paths = [sample.mask for sample, count in zip(samples, classes_per_mask, strict=True)
+                     if count == number]
+            report.add_warning(f"{{mask|masks}} of {split} {{holds|hold}} {text}", paths)
 
 
 def check_missing(split, names, present, report):

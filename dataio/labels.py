@@ -180,14 +180,14 @@ def table_entries(path, lines):
     rows = rows[1:] if titled else rows
     if not rows:
         return []
-    numeric = [column for column in range(len(titles)) if numbers([row[column] for row in rows])]
+    numeric = [column for column, cells in enumerate(zip(*rows, strict=True)) if numbers(cells)]
     texts = [column for column in range(len(titles)) if column not in numeric]
     color = []
     if titled:
         texts.sort(key=lambda column: titles[column] not in NAME_COLUMNS)
-        channels = [[column for column in numeric if titles[column] in known] for known in COLOR_COLUMNS]
-        if all(channels):
-            color = [columns[0] for columns in channels]
+        for channel in COLOR_COLUMNS:
+            color += [column for column in numeric if titles[column] in channel][:1]
+        color = color if len(color) == 3 else []
         values = [column for column in numeric if column not in color and titles[column] in VALUE_COLUMNS]
     else:
         if len(texts) != 1 or not numeric:
@@ -214,7 +214,7 @@ def table_rows(lines):
         lines = [re.sub(r"^\s*(\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
     for mark in ",;\t:":
         try:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
+            rows = [list(map(str.strip, row)) for row in csv.reader(lines, delimiter=mark)]
         except csv.Error:
             return []
         if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:

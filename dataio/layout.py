@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class FolderContent:
     @property
     def samples(self):
         """The Samples of all splits, each once."""
-        return list(dict.fromkeys(sample for samples in self.splits.values() for sample in samples))
+        return list(dict.fromkeys(chain.from_iterable(self.splits.values())))
 
 
 class NoMasks(InputError):
@@ -78,8 +79,12 @@ def list_images(folder, endings=IMAGE_ENDINGS):
     """Return the files below `folder` that have one of the endings, sorted, without what is hidden."""
     folder = Path(folder)
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings
-                  and not any(name.startswith((".", "__MACOSX")) for name in path.relative_to(folder).parts)
-                  and path.is_file())
+                  and not is_hidden(path, folder) and path.is_file())
+
+
+def is_hidden(path, folder):
+    """Return whether a path below `folder` is hidden, or among the copies that macOS adds to archives."""
+    return any(name.startswith((".", "__MACOSX")) for name in path.relative_to(folder).parts)
 
 
 def read_list(path):
@@ -98,8 +103,7 @@ def read_list(path):
 
 def existing(samples):
     """Return `samples`. Raises InputError naming the first missing file and how many are missing."""
-    files = [path for sample in samples for path in (sample.image, sample.mask)]
-    missing = [path for path in files if not path.is_file()]
+    missing = [path for sample in samples for path in (sample.image, sample.mask) if not path.is_file()]
     if missing:
         more = f" (and {count_of(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
         raise InputError(f"{missing[0]} is listed but does not exist{more}: complete the data set")
@@ -394,10 +398,10 @@ def pair_files(image_folder, mask_folder):
     Raises InputError for an empty folder, for names of which none pair, for an image without mask or a mask
     without image, and as match() does.
     """
-    images, masks = (
-        {path: path.parent.relative_to(folder).as_posix() for path in list_images(folder)}
-        for folder in (image_folder, mask_folder)
-    )
+    def groups_below(folder):
+        return {path: path.parent.relative_to(folder).as_posix() for path in list_images(folder)}
+
+    images, masks = groups_below(image_folder), groups_below(mask_folder)
     if not images or not masks:
         raise InputError(f"no images in {mask_folder if images else image_folder} (endings "
                          f"{' '.join(IMAGE_ENDINGS)})")
@@ -419,10 +423,11 @@ def refuse_unpaired(paths, partner):
 
 def names_differ(images, masks):
     """Return why names did not pair, as text: two names of each side, and what was tried."""
-    image_names, mask_names = (", ".join(path.name for path in sorted(paths)[:NAMES_IN_MESSAGE])
-                               for paths in (images, masks))
-    return (f"images are called {image_names}, masks {mask_names}; tried were equal names, and names without "
-            "image, img, ... and mask, label, gt, seg, ... at either end: rename one side")
+    def first_names(paths):
+        return ", ".join(path.name for path in sorted(paths)[:NAMES_IN_MESSAGE])
+
+    return (f"images are called {first_names(images)}, masks {first_names(masks)}; tried were equal names, "
+            "and names without image, img, ... and mask, label, gt, seg, ... at either end: rename one side")
 
 
 # --- lists of the splits ----------------------------------------------------------------------------------
@@ -542,7 +547,8 @@ ANNOTATIONS = (  # ending, what the text of such a file holds, what it is; the f
 
 def report_folders(content, paths, root):
     """Note in a FolderContent which folders are images and masks, which are not used, and doubts of that."""
-    images, masks = ([getattr(sample, side) for sample in content.samples] for side in ("image", "mask"))
+    images = [sample.image for sample in content.samples]
+    masks = [sample.mask for sample in content.samples]
     content.notes.insert(0, f"images: {count_by_folder(images, root)}; masks: {count_by_folder(masks, root)}")
     used = {*images, *masks}
     for unpaired in (content.images_without_mask, content.masks_without_image):
@@ -579,7 +585,7 @@ def describe_folder(root, pictures):
     """
     by_folder = {}
     for path in sorted(root.rglob("*")):
-        if path.is_file() and not any(name.startswith(".") for name in path.relative_to(root).parts):
+        if path.is_file() and not is_hidden(path, root):
             by_folder.setdefault(path.parent, []).append(path)
     texts = []
     for folder, files in by_folder.items():

@@ -263,10 +263,10 @@ def arrays(change):
 def checkpoints_of_notebooks(root):
     """Copies that Jupyter leaves in hidden folders."""
     pairs = plain(root, classes=3)
-    for part, ending in (("images", "jpg"), ("masks", "png")):
-        target = root / part / ".ipynb_checkpoints"
+    for name, ending in (("images", "jpg"), ("masks", "png")):
+        target = root / name / ".ipynb_checkpoints"
         target.mkdir()
-        shutil.copy(root / part / f"1.{ending}", target / f"1-checkpoint.{ending}")
+        shutil.copy(root / name / f"1.{ending}", target / f"1-checkpoint.{ending}")
     return pairs
 
 
