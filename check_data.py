@@ -48,147 +48,151 @@ import visualize
 from config import IGNORE, DataOptions, InputError, TrainConfig, count_of
 from dataio.advice import advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
-from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled, ignored_share
-from dataio.labels import class_file, class_pixels, decode_masks, read_classes, says, stored
-from dataio.layout import some
+from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled
+from dataio.labels import (class_file, class_pixels, codes_of, decode_masks, ignored_share, known_classes,
+                           read_classes)
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_sample
-from dataio.repair import check_target, fix
+from dataio.repair import check_target, write_clean_copy
 from dataio.scan import ScannedData, fits, in_parallel, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table, split_samples
 from datasets import find_data
 
-COPY = 10  # bits of 256 in which the looks of two versions of one image may differ
+COPY = 10  # bits of 256 in which the looks of two versions of an image may differ
 MUCH_ALIKE = 0.2  # share of validation images with a near neighbor in training, above which to warn
 MUCH_LARGER = 3  # times --imgsz, from which images are large
-SAME = 0.9  # share of the pixels of shapes that agree, above which masks are one picture
-SHOWN = 8  # overlays in check.png, problems of one kind that are listed
+SAME = 0.9  # share of the pixels of shapes that agree, above which masks are the same picture
+COMPARED = 4  # masks that are compared to see whether all are the same picture
+LISTED = 8  # overlays in check.png, files of a problem that are listed
 
 
 @dataclasses.dataclass
 class Report:
-    """What was found: problems spoil a training or its scores, warnings may be meant; hints say what to do.
-    """
+    """Problems spoil a training or its scores, warnings may be meant; hints say what to do."""
 
     problems: list = dataclasses.field(default_factory=list)
     warnings: list = dataclasses.field(default_factory=list)
     hints: list = dataclasses.field(default_factory=list)
     facts: list = dataclasses.field(default_factory=list)
 
-    def problem(self, text, paths=None):
+    def add_problem(self, text, paths=None):
         """Note what stops a training; with `paths` their number and the first few follow, none = no problem.
         """
-        self.problems += listed(text, paths)
+        self.problems += with_files(text, paths)
 
-    def warn(self, text, paths=None):
-        """Note what does not stop a training; paths as in problem()."""
-        self.warnings += listed(text, paths)
+    def add_warning(self, text, paths=None):
+        """Note what does not stop a training; paths as in add_problem()."""
+        self.warnings += with_files(text, paths)
 
 
-def listed(text, paths):
+def with_files(text, paths):
     """Return [text] where paths is None, else [their number, text and the first few], [] without any.
 
-    {one|several} in the text stands for the words that go with their number.
+    {singular|plural} in the text stands for the words that go with their number.
     """
     if paths is None:
         return [text]
     if not paths:
         return []
     text = re.sub(r"\{(.*?)\|(.*?)\}", lambda words: words[1 if len(paths) == 1 else 2], text)
-    named = "".join(f"\n      {path}" for path in paths[:SHOWN])
-    more = f"\n      and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-    return [f"{len(paths)} {text}{named}{more}"]
+    lines = [f"{len(paths)} {text}", *(f"      {path}" for path in paths[:LISTED])]
+    if len(paths) > LISTED:
+        lines.append(f"      and {len(paths) - LISTED} more")
+    return ["\n".join(lines)]
 
 
 # --- reading the files ------------------------------------------------------------------------------------
 def find_samples(name, root, unlabelled, report):
-    """Return ({split: [Sample]}, the classes [Entry] that annotation files name or None, DataSource or None
-    for a folder). Raises InputError without any data.
+    """Return (ScannedData of which no file has been read yet, DataSource or None for a folder).
 
-    What is unpaired in a folder goes into the report.
+    What is unpaired in a folder goes into the report. Raises InputError without any data.
     """
-    source = entries = None
     if name == "folder":
         check_root(root)
-        found = find_masks(root)
-        splits = found.splits
-        entries = ignore_unlabelled(found, root) if unlabelled == "ignore" else found.entries
-        report.facts += found.notes
-        report.warnings += found.doubts
-        for lonely, text in ((found.no_mask, "{image has|images have} no mask: add masks or move them"),
-                             (found.no_image, "{mask has|masks have} no image: add images or move them")):
-            for split, paths in lonely.items():
-                report.problem(f"{split} {text}", paths)
+        content, source = find_masks(root), None
+        if unlabelled == "ignore":
+            ignore_unlabelled(content, root)
+        report.facts += content.notes
+        report.warnings += content.doubts
+        for split, paths in content.images_without_mask.items():
+            report.add_problem(f"{split} {{image has|images have}} no mask: add masks or move them", paths)
+        for split, paths in content.masks_without_image.items():
+            report.add_problem(f"{split} {{mask has|masks have}} no image: add images or move them", paths)
+        data = ScannedData(name, root, content.splits, entries=content.entries)
     else:
         source = find_data(DataOptions(dataset=name, data_root=str(root)))
-        splits = source.splits
-    train, val = set(splits.get("train", [])), splits.get("val", [])
-    leaks = [sample.image for sample in val if sample in train]
-    report.problem("validation {image is|images are} in the training list too: scores would be too good",
-                   leaks)
-    return splits, entries, source
-
-
-def read_all(name, root, unlabelled, report):
-    """Return (ScannedData, DataSource or None for a folder); unreadable files go into the report."""
-    start = time.perf_counter()
-    splits, entries, source = find_samples(name, root, unlabelled, report)
-    data = ScannedData(name, root, splits, {}, {}, entries)
-    samples = data.samples
-    for facts, scan, part in ((data.images, scan_image, "image"), (data.masks, scan_mask, "mask")):
-        found = in_parallel(lambda sample, scan=scan, part=part: scan(getattr(sample, part)), samples, part)
-        facts.update(zip(samples, found, strict=True))
-    broken = [error for facts in (data.images, data.masks) for error in facts.values()
-              if isinstance(error, InputError)]
-    report.problem("{file|files} cannot be read", broken)
-    data.splits = {split: [sample for sample in part if not isinstance(data.images[sample], InputError)
-                           and not isinstance(data.masks[sample], InputError)]
-                   for split, part in splits.items()}
-    parts = ", ".join(f"{len(part)} {split}" for split, part in data.splits.items())
-    report.facts.insert(0, f"{name} under {root}: {count_of(len(samples), 'pair')} ({parts}) read in "
-                           f"{time.perf_counter() - start:.1f} s")
-    if not data.splits.get("train"):
-        report.problem("there is no training image that can be read: this part is only good to evaluate on")
+        data = ScannedData(name, root, source.splits)
+    train = set(data.splits.get("train", []))
+    leaks = [sample.image for sample in data.splits.get("val", []) if sample in train]
+    report.add_problem("validation {image is|images are} in the training list too: scores would be too good",
+                       leaks)
     return data, source
 
 
-# --- checks -----------------------------------------------------------------------------------------------
+def read_files(data, report):
+    """Read all files of a ScannedData; those that cannot be read go into the report and out of its splits."""
+    start, samples = time.perf_counter(), data.samples
+    images = in_parallel(scan_image, [sample.image for sample in samples], "image")
+    masks = in_parallel(scan_mask, [sample.mask for sample in samples], "mask")
+    report.add_problem("{file|files} cannot be read",
+                       [facts for facts in [*images, *masks] if isinstance(facts, InputError)])
+    for sample, image, mask in zip(samples, images, masks, strict=True):
+        if not isinstance(image, InputError) and not isinstance(mask, InputError):
+            data.images[sample], data.masks[sample] = image, mask
+    counts = []
+    for split, listed in data.splits.items():
+        data.splits[split] = [sample for sample in listed if sample in data.images]
+        counts.append(f"{len(data.splits[split])} {split}")
+    report.facts.insert(0, f"{data.name} under {data.root}: {count_of(len(samples), 'pair')} "
+                           f"({', '.join(counts)}) read in {time.perf_counter() - start:.1f} s")
+    if not data.splits.get("train"):
+        report.add_problem("there is no training image that can be read: these images are only good to "
+                           "evaluate on")
+
+
+# --- images -----------------------------------------------------------------------------------------------
 def check_images(data, report):
     """Report kinds of images, rotations, and masks of another size than their image."""
     modes, images = {}, data.images
     for sample in data.samples:
         modes.setdefault(images[sample].mode, []).append(sample.image)
     report.facts.append("images: " + ", ".join(f"{len(paths)} {mode}" for mode, paths in modes.items()))
-    odd = [path for mode, paths in modes.items() if mode != "RGB" for path in paths]
-    report.warn("{image is|images are} not RGB (grayscale, transparent or 16 bit): read as RGB", odd)
-    deep = [images[sample].depth for sample in data.samples if images[sample].depth > 8]
-    if deep:
-        report.facts.append(f"{count_of(len(deep), 'image')} deeper than 8 bit: scaled to 8 by the depth of "
-                            f"the values, {' or '.join(map(str, sorted(set(deep))))} bit")
+    report.add_warning("{image is|images are} not RGB (grayscale, transparent or 16 bit): read as RGB",
+                       [path for mode, paths in modes.items() if mode != "RGB" for path in paths])
+    depths = [images[sample].depth for sample in data.samples if images[sample].depth > 8]
+    if depths:
+        bits = " or ".join(map(str, sorted(set(depths))))
+        report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth "
+                            f"of the values, {bits} bit")
     turned = [sample for sample in data.samples if images[sample].orientation != 1]
-    follows = [sample for sample in turned if images[sample].orientation >= 5
-               and images[sample].size != images[sample].size[::-1]]
-    report.warn("{image is|images are} turned upright by EXIF, and masks of the size as stored with them",
-                [sample.image for sample in follows])
-    report.warn("{image is|images are} turned upright by EXIF, but their masks stay as stored: look at "
-                "check.png", [sample.image for sample in turned if sample not in follows])
-    differs = [sample.mask for sample in data.samples
-               if not fits(data.masks[sample].size, images[sample].size, images[sample].orientation)]
-    report.warn("{mask differs|masks differ} in size from {its|their} image: resized (nearest)", differs)
-    shapes = {images[sample].size for sample in data.samples}
-    smallest, largest = min(shapes, key=np.prod), max(shapes, key=np.prod)
-    report.facts.append(f"size: {smallest[0]}x{smallest[1]}" if len(shapes) == 1 else
-                        f"sizes: {len(shapes)} different ones, {smallest[0]}x{smallest[1]} to "
+    with_mask = [sample for sample in turned if images[sample].orientation >= 5
+                 and images[sample].size != images[sample].size[::-1]]
+    report.add_warning("{image is|images are} turned upright by EXIF, and masks of the size as stored with "
+                       "them", [sample.image for sample in with_mask])
+    report.add_warning("{image is|images are} turned upright by EXIF, but their masks stay as stored: look "
+                       "at check.png", [sample.image for sample in turned if sample not in with_mask])
+    report.add_warning("{mask differs|masks differ} in size from {its|their} image: resized (nearest)",
+                       [sample.mask for sample in data.samples if not fits(
+                           data.masks[sample].size, images[sample].size, images[sample].orientation)])
+    describe_sizes([images[sample].size for sample in data.samples], report)
+
+
+def describe_sizes(sizes, report):
+    """Report the sizes (H, W) of the images, and what to do where they are much larger than --imgsz."""
+    smallest, largest = min(sizes, key=math.prod), max(sizes, key=math.prod)
+    different = len(set(sizes))
+    report.facts.append(f"size: {smallest[0]}x{smallest[1]}" if different == 1 else
+                        f"sizes: {different} different ones, {smallest[0]}x{smallest[1]} to "
                         f"{largest[0]}x{largest[1]}")
-    trained = TrainConfig().imgsz
-    times = float(np.median([math.sqrt(math.prod(size) / math.prod(trained)) for size in
-                             (images[sample].size for sample in data.samples)]))
+    height, width = TrainConfig().imgsz
+    times = float(np.median([math.sqrt(math.prod(size) / (height * width)) for size in sizes]))
     if times >= MUCH_LARGER:
         report.facts.append(
-            f"large images: {times:.1f} times as long and wide as --imgsz {trained[0]} {trained[1]}, to "
-            "which training shrinks them. Where things are small (drones, maps, scans), add --train-scale "
-            "native, and --cache-images unless they are tiled TIFFs; where they fill the image, neither")
+            f"large images: {times:.1f} times as long and wide as --imgsz {height} {width}, to which "
+            "training shrinks them. Where things are small (drones, maps, scans), add --train-scale native, "
+            "and --cache-images unless they are tiled TIFFs; where they fill the image, neither")
 
 
+# --- masks ------------------------------------------------------------------------------------------------
 def describe_masks(data, report):
     """Report how the masks are stored: mode, kind, values, lossy files."""
     kinds, values = {}, set()
@@ -200,11 +204,11 @@ def describe_masks(data, report):
     if values:
         text = ranges(sorted(values))
         report.facts.append(f"mask values: {text if len(text) < 200 else text[:200] + ' ...'}")
-    if are_alike([sample.mask for sample in some(data.samples)]):
-        report.warn("the masks look all alike: are these the classes, or the camera's field of view?")
+    if are_alike([sample.mask for sample in utils.evenly_sampled(data.samples, COMPARED)]):
+        report.add_warning("the masks all look alike: are these the classes, or the camera's field of view?")
     lossy = [path for kind, paths in kinds.items() if kind.endswith("JPEG") for path in paths]
-    report.warn("{mask is a JPEG file, and JPEG blurs|masks are JPEG files, which blur} class borders: "
-                "export PNG, or see --fix", lossy)
+    report.add_warning("{mask is a JPEG file, and JPEG blurs|masks are JPEG files, which blur} class "
+                       "borders: export PNG, or see --fix", lossy)
 
 
 def are_alike(paths):
@@ -221,53 +225,67 @@ def are_alike(paths):
 def decode(data, source, report):
     """Note in `data` the classes, the value table and the pixels of each class, or the advice where the masks
     do not fit; the report says why.
+
+    source: the DataSource of a registered data set, None for a folder.
     """
-    if source is not None:
-        data.classes, data.table = source.classes, source.table
-        check_registered(data, report)
+    if source is None:
+        decode_folder(data, report)
     else:
-        try:
-            data.classes, data.table, notes = decode_masks(data.root, data.samples, data.mask_facts(),
-                                                           listed=data.entries)
-            report.facts += notes
-        except InputError as error:
-            report.problem(str(error).removesuffix(says(data.root)))
-            suggest_classes(data, report)
-    if data.classes:
-        scans = [(stored(mask, data.table), mask.counts) for mask in data.mask_facts()]
-        pixels = class_pixels(scans, data.table, len(data.classes))
-        data.pixels = dict(zip(data.samples, pixels, strict=True))
-        share = ignored_share(scans, data.table)
-        report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
-        if source is None:
-            check_ignored(data, share, report)
-
-
-def check_registered(data, report):
-    """Report masks that are not as those of a registered data set; `data` has no classes then."""
-    values = {sample: stored(data.masks[sample], data.table) for sample in data.samples}
-    wrong = [sample for sample, found in values.items()
-             if found is None or (data.table[found] == OUTSIDE).any()]
-    if not wrong:
+        decode_registered(data, source, report)
+    if not data.classes:
         return
-    path, mask, found = wrong[0].mask, data.masks[wrong[0]], values[wrong[0]]
-    if found is None and len(data.table) > 65536:
-        text = f"{path} holds class numbers, {data.name} has masks painted in colors"
-    elif found is None:
-        text = (f"{path} is painted in colors, {data.name} has masks of class numbers; for masks in colors "
-                "of your own, give --dataset folder")
+    pixels = class_pixels(data.mask_facts(), data.table, len(data.classes))
+    data.pixels = dict(zip(data.samples, pixels, strict=True))
+    share = ignored_share(data.mask_facts(), data.table)
+    report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
+    if source is None:
+        check_ignored(data, share, report)
+
+
+def decode_folder(data, report):
+    """Decode the masks of a folder as training would, or give advice."""
+    try:
+        entries, notes = known_classes(data.root, annotated=data.entries)
+        meaning = decode_masks(data.samples, data.mask_facts(), entries)
+    except InputError as error:
+        report.add_problem(str(error))
+        suggest_classes(data, report)
+        return
+    data.classes, data.table = meaning.classes, meaning.table
+    report.facts += meaning.notes + notes
+
+
+def decode_registered(data, source, report):
+    """Decode the masks of a registered data set; a mask that is not as its masks are is a problem."""
+    reasons = {}
+    for sample in data.samples:
+        reason = why_unfit(sample.mask, data.masks[sample], source)
+        if reason:
+            reasons[sample.mask] = reason
+    if reasons:
+        first = next(iter(reasons.values()))
+        report.add_problem(f"{{mask holds|masks hold}} values that are not a class: {first}", list(reasons))
     else:
-        outside = data.table[found] == OUTSIDE
-        text = outside_message(path, found[outside], mask.counts[outside], data.table)
-    report.problem(f"{{mask holds|masks hold}} values that are no class: {text}",
-                   [sample.mask for sample in wrong])
-    data.classes = data.table = None
+        data.classes, data.table = source.classes, source.table
+
+
+def why_unfit(path, mask, source):
+    """Return why a mask file (its MaskFacts) is not as the masks of a DataSource are, "" where it is."""
+    codes = codes_of(mask, source.table)
+    if codes is None and mask.values is not None:
+        return f"{path} holds class numbers, {source.name} has masks painted in colors"
+    if codes is None:
+        return (f"{path} is painted in colors, {source.name} has masks of class numbers; for masks in colors "
+                "of your own, give --dataset folder")
+    outside = source.table[codes] == OUTSIDE
+    return outside_message(path, codes[outside], mask.counts[outside], source.table) if outside.any() else ""
 
 
 def check_ignored(data, share, report):
     """Report what is doubtful about the ignored `share` of a folder's pixels, and a folder of one class."""
     if share > MUCH_IGNORED:
-        report.warn(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a class?")
+        report.add_warning(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a "
+                           "class?")
     path = class_file(data.root)
     explicit = data.entries or path and any(entry.name == "ignore" or entry.value is not None or entry.color
                                             for entry in read_classes(path))
@@ -278,17 +296,18 @@ def check_ignored(data, share, report):
     elif white and not explicit and len(data.table) <= 65536 and data.table[IGNORE] == IGNORE:
         facts = value_facts(white, painted=False)[IGNORE]
         if kind_of_255(facts, len(data.samples)) != "void":
-            report.warn("255 is read as not labeled, and does not lie between other values as a border does")
+            report.add_warning("255 is read as not labeled, and does not lie between other values as a "
+                               "border does")
             data.advice = either_way([name for name, _ in data.classes])
             show_files(data, report)
 
 
 def suggest_classes(data, report):
     """Note in `data` the advice on what the masks could mean, and add it to the report."""
-    advice = data.advice = advise(data.samples, data.mask_facts())
-    for what, paths in advice.accidents.items():
-        report.warn(f"{{mask holds|masks hold}} {what}: an accident?", paths)
-    report.hints += advice.notes
+    data.advice = advise(data.samples, data.mask_facts())
+    for value, paths in data.advice.accidents.items():
+        report.add_warning(f"{{mask holds|masks hold}} {value}: an accident?", paths)
+    report.hints += data.advice.notes
     show_files(data, report)
 
 
@@ -308,75 +327,83 @@ def show_files(data, report):
                                 f"own (equal names are one class):\n{lines}")
 
 
+# --- classes and splits -----------------------------------------------------------------------------------
 def check_classes(data, report):
-    """Report shares of the classes in every part, classes that are missing, masks with one class or none.
+    """Report shares of the classes in every split, classes that are missing, masks with a single class.
 
-    The validation part is drawn as a training would, where there is none.
+    The validation images are drawn as a training would, where there are none.
     """
-    if "val" not in data.splits and len(data.splits["train"]) > 1:
-        train, fraction = data.splits["train"], DataOptions().val_fraction
-        parts, said = split_samples(train, np.stack([data.pixels[sample] for sample in train]), fraction)
-        report.facts.append(f"no validation part: {len(parts['val'])} of {len(train)} images would validate, "
-                            f"{said}")
-        data.splits.update(parts)
-    parts = {split: samples for split, samples in data.splits.items() if samples}
-    report.facts += ["classes:", *share_table(data.pixels, parts, data.classes)]
-    for split, samples in parts.items():
-        counts = np.stack([data.pixels[sample] for sample in samples])
-        missing = [name for id, (name, _) in enumerate(data.classes) if not counts[:, id].any()]
-        if len(missing) == len(data.classes):
-            report.problem(f"the masks of {split} hold nothing but ignored pixels: there is nothing to learn")
-        elif len(missing) == len(data.classes) - 1 and split == "train":
-            name = next(name for name, _ in data.classes if name not in missing)
-            report.problem(f"only one class, {name}, has pixels in {split}: there is nothing to learn")
-        elif missing:
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-            report.warn(f"no pixel of {', '.join(missing[:SHOWN])}{more} in {split}")
-        nothing = [sample.mask for sample, row in zip(samples, counts, strict=True) if not row.any()]
-        report.warn(f"{{mask|masks}} of {split} {{holds|hold}} nothing but ignored pixels", nothing)
-        single = [sample.mask for sample, row in zip(samples, counts, strict=True) if (row > 0).sum() == 1]
-        report.warn(f"{{mask|masks}} of {split} {{holds|hold}} a single class (empty?)", single)
+    train = data.splits["train"]
+    if "val" not in data.splits and len(train) > 1:
+        counts, fraction = np.stack([data.pixels[sample] for sample in train]), DataOptions().val_fraction
+        drawn, method = split_samples(train, counts, fraction)
+        report.facts.append(f"no validation part: {len(drawn['val'])} of {len(train)} images would validate, "
+                            f"{method}")
+        data.splits.update(drawn)
+    splits = {split: samples for split, samples in data.splits.items() if samples}
+    report.facts += ["classes:", *share_table(data.pixels, splits, data.classes)]
+    for split, samples in splits.items():
+        counts = np.stack([data.pixels[sample] for sample in samples])  # (N, K)
+        check_missing(split, [name for name, _ in data.classes], counts.any(0), report)
+        classes_per_mask = (counts > 0).sum(1)
+        for number, text in ((0, "nothing but ignored pixels"), (1, "a single class (empty?)")):
+            paths = [sample.mask for sample, count in zip(samples, classes_per_mask, strict=True)
+                     if count == number]
+            report.add_warning(f"{{mask|masks}} of {split} {{holds|hold}} {text}", paths)
+
+
+def check_missing(split, names, present, report):
+    """Report classes without a pixel in a split; present: (K,) bool."""
+    missing = [name for name, has_pixels in zip(names, present, strict=True) if not has_pixels]
+    if not present.any():
+        report.add_problem(f"the masks of {split} hold nothing but ignored pixels: there is nothing to learn")
+    elif present.sum() == 1 and split == "train":
+        report.add_problem(f"only one class, {names[present.argmax()]}, has pixels in {split}: there is "
+                           "nothing to learn")
+    elif missing:
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        report.add_warning(f"no pixel of {', '.join(missing[:LISTED])}{more} in {split}")
 
 
 def check_duplicates(data, report):
     """Report images of validation that are in training too, byte by byte or nearly (difference hash)."""
     train, val, images = data.splits.get("train", []), data.splits.get("val", []), data.images
     digests = {images[sample].digest: sample.image for sample in train}
-    same = [f"{sample.image} = {digests[images[sample].digest]}" for sample in val
-            if digests.get(images[sample].digest, sample.image) != sample.image]
-    report.problem("validation {image is a copy of a training image|images are copies of training images}: "
-                   "remove one of each", same)
+    copies = [f"{sample.image} = {digests[images[sample].digest]}" for sample in val
+              if digests.get(images[sample].digest, sample.image) != sample.image]
+    report.add_problem("validation {image is a copy of a training image|images are copies of training "
+                       "images}: remove one of each", copies)
     if not train or not val:
         return
     looks = np.stack([images[sample].look for sample in train])  # (N, 4)
-    near, neighbors = [], 0
+    alike, neighbors = [], 0
     for sample in val:
         distance = np.bitwise_count(looks ^ images[sample].look).sum(1)
         closest = int(distance.argmin())
         copy = images[sample].digest == images[train[closest]].digest
         if distance[closest] <= COPY and not copy and images[sample].look.any():
-            near.append(f"{sample.image} ~ {train[closest].image}")
+            alike.append(f"{sample.image} ~ {train[closest].image}")
         neighbors += int(distance[closest]) <= ALIKE
-    report.warn("validation {image looks|images look} like training images (neighboring frames?)", near)
+    report.add_warning("validation {image looks|images look} like training images (neighboring frames?)",
+                       alike)
     if neighbors > MUCH_ALIKE * len(val):
         share = f"{neighbors} of {count_of(len(val), 'validation image')} ({neighbors / len(val):.0%})"
-        report.warn(f"{share} have a near neighbor in training, as frames of one clip do: their score says "
-                    "little about other scenes; validate on other clips (val/ or val.txt)")
+        report.add_warning(f"{share} have a near neighbor in training, as frames of one clip do: their score "
+                           "says little about other scenes; validate on other clips (val/ or val.txt)")
 
 
 # --- output -----------------------------------------------------------------------------------------------
 def draw(data, path):
     """Write check.png: overlays of a few masks, the legend, and every class's share of the pixels."""
-    columns, samples, classes = SHOWN // 2, data.samples, data.classes
+    columns, classes = LISTED // 2, data.classes
     bars = 1 + min(0.28 * len(classes), visualize.LARGEST_PLOT)  # inches
     figure = visualize.plain_figure(4 * columns, 6 + bars)
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
-    for position, sample in enumerate(utils.evenly_sampled(samples, SHOWN)):
+    for position, sample in enumerate(utils.evenly_sampled(data.samples, LISTED)):
         image, targets = read_sample(sample, data.table)
         image, mask = image.numpy(), targets["mask"].numpy()
-        image = image.transpose(1, 2, 0)
-        image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image.transpose(1, 2, 0), mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[position // columns, position % columns])
         axes.imshow(visualize.overlay(image, mask, colors, 0.6, visualize.background_id(classes)))
         axes.set_title(visualize.short(sample.image.name), fontsize=9)
@@ -384,9 +411,8 @@ def draw(data, path):
     total = sum(data.pixels.values())
     shares = 100 * total / max(1, total.sum())
     axes = figure.add_subplot(grid[2, :])
-    axes.barh(
-        range(len(classes)), shares, color=[np.array(color) / 255 for _, color in classes], edgecolor="gray"
-    )
+    axes.barh(range(len(classes)), shares, color=[np.array(color) / 255 for _, color in classes],
+              edgecolor="gray")
     for row, share in enumerate(shares):
         axes.text(share, row, f" {share:.2f} %", va="center")
     visualize.name_ticks(axes.yaxis, classes, min(10, 60 * bars / len(classes)))
@@ -410,12 +436,14 @@ def main():
     """Read, report, draw, maybe write a clean copy; return 1 where something must be repaired."""
     args = parse_args()
     root, report = Path(args.data_root), Report()
+    flags = f"--dataset {args.dataset} --data-root {quote(str(root))}"
     if args.unlabelled == "ignore" and args.dataset != "folder":
         raise InputError(f"--unlabelled is for annotation files in a folder, and --dataset {args.dataset} "
                          "has masks: leave it out")
     if args.fix:
         check_target(Path(args.fix), root)
-    data, source = read_all(args.dataset, root, args.unlabelled, report)
+    data, source = find_samples(args.dataset, root, args.unlabelled, report)
+    read_files(data, report)
     if data.samples:
         check_images(data, report)
         describe_masks(data, report)
@@ -428,12 +456,12 @@ def main():
         check_duplicates(data, report)
     fixable = data.classes or data.advice and len(data.advice.files) == 1 and not data.advice.blurred
     if report.problems and fixable and not args.fix:
-        report.hints.append(f"or write a clean copy of what can be used: python check_data.py --dataset "
-                            f"{args.dataset} --data-root {quote(str(root))} --fix OUT")
-    more = " --unlabelled ignore" if args.unlabelled == "ignore" else ""
-    print_report(report, f"python train.py --dataset {args.dataset} --data-root {quote(str(root))}{more}")
+        report.hints.append("or write a clean copy of what can be used: "
+                            f"python check_data.py {flags} --fix OUT")
+    print_report(report, f"python train.py {flags}"
+                         + " --unlabelled ignore" * (args.unlabelled == "ignore"))
     if args.fix:
-        fix(data, Path(args.fix))
+        write_clean_copy(data, Path(args.fix))
         return 0
     return 1 if report.problems else 0
 

@@ -21,7 +21,7 @@ from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
 from dataio.folder import folder, refuse_file
 from dataio.labels import class_file
-from dataio.pairs import existing, list_images, pair_files, read_list
+from dataio.layout import existing, list_images, pair_files, read_list
 from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, drawn_folder, index_table, read_mask,
                             unpack_color, value_table)
 from dataio.scan import fill_folder

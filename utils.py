@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,17 @@ def write_atomically(path, write):
         raise OSError(error.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(path, target):
+    """Copy a file, whole or not at all."""
+    write_atomically(target, lambda temporary: shutil.copyfile(path, temporary))
+
+
+def write_lines(path, lines):
+    """Write lines as a UTF-8 text file, whole or not at all."""
+    text = "\n".join(lines) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_kept(path, **options):

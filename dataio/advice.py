@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from config import IGNORE
-from dataio.labels import GAP, MOST_CLASSES, find_modes, snap
+from dataio.labels import GAP, MOST_CLASSES, count_codes, find_modes, snap
 from dataio.readers import decode_mask, unpack_color
 from dataio.scan import distinct, in_parallel
 from metrics import BOUNDARY_BAND, label_range
@@ -21,7 +21,7 @@ from metrics import BOUNDARY_BAND, label_range
 COMPACT = 0.5  # share of a class's pixels that touch two or more of their own kind
 SPECK, SPECK_SHARE = 16, 2e-4  # pixels, and share of the mask, below which a value is a speck
 USUAL = 0.2  # share of the masks in which even specks are no accident
-VOID, NO_VOID = 0.5, 0.3  # share of 255 between other values: above it is void, below a class, else unknown
+VOID, NO_VOID = 0.5, 0.3  # share of 255 between other values: above is void, below a class, else unknown
 RAMP = 0.9  # share of a value's pixels on ramps, from which interpolation made it
 TITLES = {"class": "255 is a class", "void": "255 is not labeled"}
 GRAY_STEP = 20  # classes drawn in shades of gray are at least so far apart
@@ -29,8 +29,9 @@ GRAY_STEP = 20  # classes drawn in shades of gray are at least so far apart
 
 @dataclasses.dataclass
 class ValueFacts:
-    """Of one mask value or color: pixels in all masks, those that touch two of their kind, those near two
-    other values, those on a ramp from a lower to a higher value, pixels of all masks that hold it, and these.
+    """Of a mask value or color: pixels in all masks; of these compact (touch two of their own kind), between
+    (near two other values) and ramp (on a ramp from a lower to a higher value); area, pixels of all masks
+    that hold it; masks, the paths of these.
     """
 
     pixels: int = 0
@@ -53,34 +54,49 @@ class Advice:
     accidents: dict = dataclasses.field(default_factory=dict)
 
 
+# --- what a value is --------------------------------------------------------------------------------------
 def value_facts(samples, painted):
     """Return {value or, of painted masks, 24-bit color: ValueFacts}; every mask is read again."""
     facts = {}
-    rows = in_parallel(lambda sample: mask_facts(sample.mask, painted), samples, "mask values")
-    for sample, (size, row) in zip(samples, rows, strict=True):
-        for code, *counts in row:
-            one = facts.setdefault(code, ValueFacts())
-            for name, count in zip(("pixels", "compact", "between", "ramp"), counts, strict=True):
-                setattr(one, name, getattr(one, name) + count)
-            one.area += size
-            one.masks.append(sample.mask)
+    counts = in_parallel(lambda sample: count_shapes(sample.mask, painted), samples, "mask values")
+    for sample, (size, rows) in zip(samples, counts, strict=True):
+        for code, pixels, compact, between, ramp in rows:
+            value = facts.setdefault(code, ValueFacts())
+            value.pixels += pixels
+            value.compact += compact
+            value.between += between
+            value.ramp += ramp
+            value.area += size
+            value.masks.append(sample.mask)
     return facts
 
 
-def mask_facts(path, painted):
+def count_shapes(path, painted):
     """Return (pixels, [(code, its pixels, compact, between, ramp), ...]) of a mask file."""
     mask = decode_mask(path)
     codes = (mask.colors if painted else mask.values).astype(np.int32)  # (H, W)
+    values, pixels = distinct(codes)
+    index = np.searchsorted(values, codes)  # (H, W)
+
+    def pixels_of(region):  # (H, W) bool -> (n,) of each value
+        return np.bincount(index[region], minlength=len(values))
+
+    between, ramp = np.zeros((2, len(values)), np.int64)
+    if not painted:
+        between, ramp = pixels_of(between_others(codes)), pixels_of(on_ramp(codes))
+    columns = values, pixels, pixels_of(is_compact(codes)), between, ramp
+    return codes.size, np.stack(columns, 1).tolist()
+
+
+def is_compact(codes):
+    """Return (H, W) bool: pixels that touch two or more of their own value or color."""
     padded = np.pad(codes, 1, constant_values=-1)
     height, width = codes.shape
-    alike = sum((padded[row:row + height, column:column + width] == codes).astype(np.uint8)
-                for row in range(3) for column in range(3)) - 1
-    values, counts = distinct(codes)
-    index = np.searchsorted(values, codes)  # (H, W)
-    nowhere = np.zeros(codes.shape, bool)
-    shapes = alike >= 2, *([nowhere] * 2 if painted else [between_others(codes), on_ramp(codes)])
-    parts = [np.bincount(index[shape], minlength=len(values)) for shape in shapes]
-    return codes.size, list(zip(*(part.tolist() for part in (values, counts, *parts)), strict=True))
+    alike = np.full(codes.shape, -1, np.int8)  # a pixel does not count itself
+    for row in range(3):
+        for column in range(3):
+            alike += padded[row:row + height, column:column + width] == codes
+    return alike >= 2
 
 
 def on_ramp(values):
@@ -114,6 +130,7 @@ def is_accident(facts, masks):
     return facts.compact < COMPACT * facts.pixels or speck and len(facts.masks) <= max(1, USUAL * masks)
 
 
+# --- what to do -------------------------------------------------------------------------------------------
 def advise(samples, masks):
     """Return the Advice for masks that do not say what they mean.
 
@@ -121,79 +138,68 @@ def advise(samples, masks):
     """
     painted, advice = any(mask.values is None for mask in masks), Advice()
     if painted:  # 16-bit masks among them have no colors, and cannot be meant
-        samples, masks = zip(*((sample, mask) for sample, mask in zip(samples, masks, strict=True)
-                               if mask.colors is not None), strict=True)
-    pixels = {}
-    for mask in masks:
-        codes = mask.colors if painted else mask.values
-        for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
-            pixels[code] = pixels.get(code, 0) + count
-    blurred = len(pixels) > MOST_CLASSES or any(mask.kind == "JPEG" for mask in masks)
+        samples = [sample for sample, mask in zip(samples, masks, strict=True) if mask.colors is not None]
+        masks = [mask for mask in masks if mask.colors is not None]
+    _, pixels = count_codes(samples, masks, painted)
+    lossy = [mask.kind == "JPEG" for mask in masks]
     if len(pixels) < 2:
-        advice.notes.append("all masks hold one single value: there is nothing to learn, export them again")
-    elif blurred:
+        advice.notes.append("all masks hold the same single value: there is nothing to learn, export them "
+                            "again")
+    elif len(pixels) > MOST_CLASSES or any(lossy):
         modes = find_modes(np.array(list(pixels)), np.array(list(pixels.values())), painted)
-        if not snap_advice(pixels, painted, modes, advice, all(mask.kind == "JPEG" for mask in masks)):
+        if snap(pixels, painted, modes):
+            advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), not all(lossy)
+        else:
             kind = "colors" if painted else "values"
             advice.notes.append(f"the masks hold {len(pixels)} different {kind}, too near to one another to "
                                 "tell which were meant: they are not class masks, or were blurred by a lossy "
                                 "format; export them again as PNG")
     else:
         facts = value_facts(samples, painted)
-        modes = [code for code, one in facts.items() if one.ramp < RAMP * one.pixels]
-        if len(modes) == len(facts) or not snap_advice(pixels, painted, modes, advice):
+        modes = [code for code, value in facts.items() if value.ramp < RAMP * value.pixels]
+        if len(modes) < len(facts) and snap(pixels, painted, modes):
+            advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), True
+        else:
             sort_values(facts, len(samples), painted, advice)
     return advice
 
 
-def snap_advice(pixels, painted, modes, advice, lossy=False):
-    """Add to an Advice that blurred masks were drawn in `modes`; return False where that is not clear.
-
-    lossy: whether they are JPEG files, which are read without being written anew.
-    """
-    if not snap(pixels, painted, modes)[0]:
-        return False
-    advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), not lossy
-    return True
-
-
 def sort_values(facts, masks, painted, advice):
-    """Add to an Advice which of the values in {value or color: ValueFacts} are classes, accidents or void."""
+    """Add to an Advice which of the values in {value or color: ValueFacts} are classes, accidents or void.
+
+    masks: their number.
+    """
     accidents = [code for code in sorted(facts) if len(facts) > 2 and is_accident(facts[code], masks)]
     if len(facts) - len(accidents) < 2:
         accidents = []
     for code in accidents:
-        kind, pixels = "color" if painted else "value", facts[code].pixels
-        what = f"the {kind} {shown(code, painted)}, {pixels} pixels in all"
-        advice.accidents[what] = facts[code].masks
-    kept = [code for code in sorted(facts) if code not in accidents]
-    white = IGNORE in kept and not painted and len(kept) > 2
-    grays = not painted and min(np.diff(kept)) >= GRAY_STEP
+        name = f"the color {unpack_color(code)}" if painted else f"the value {code}"
+        advice.accidents[f"{name}, {facts[code].pixels} pixels in all"] = facts[code].masks
+    codes = [code for code in sorted(facts) if code not in accidents]
+    white = IGNORE in codes and not painted and len(codes) > 2
+    grays = not painted and min(np.diff(codes)) >= GRAY_STEP
     kind = kind_of_255(facts[IGNORE], masks) if white else "class"
-    if kind == "class" and white and not grays:  # the numbers of a list, of which 255 may be none
+    if kind == "class" and white and not grays:  # the numbers of a list, which 255 need not be of
         kind = "unknown"
-    last = max(set(kept) - {IGNORE})
+    last = max(set(codes) - {IGNORE})
     if not painted and not grays and last < MOST_CLASSES:
         advice.notes.append("if the values are the numbers of a known list of classes, of which these masks "
                             "hold some, write all of its names into classes.txt in their order (at least "
                             f"{last + 1}), line 1 = value 0; that is the usual case")
-    for one in ("class", "void") if kind == "unknown" else (kind,):
-        void = [IGNORE] if one == "void" else []
-        classes = [code for code in kept if code not in void]
-        title = TITLES[one] if kind == "unknown" else ""
-        advice.files[title] = class_lines(classes, void + accidents, painted)
+    without_white = [code for code in codes if code != IGNORE]
+    texts = {"class": class_lines(codes, accidents, painted),
+             "void": class_lines(without_white, [IGNORE, *accidents], painted)}
+    if kind == "unknown":
+        advice.files = {TITLES[meaning]: text for meaning, text in texts.items()}
+    else:
+        advice.files = {"": texts[kind]}
 
 
 def either_way(names):
     """Return the Advice for masks that hold the ids of all `names`, and 255."""
-    lines = [f"{name} = {id}" for id, name in enumerate(names)]
-    return Advice({title: "\n".join([*lines, last]) + "\n" for title, last in (
-        (TITLES["class"], f"class {len(names)} = 255"), (TITLES["void"], "ignore = 255"))})
-
-
-def shown(code, painted):
-    """Return a value as text, or a 24-bit color as (R, G, B)."""
-    return str(unpack_color(code) if painted else code)
+    lines = "".join(f"{name} = {id}\n" for id, name in enumerate(names))
+    return Advice({TITLES["class"]: f"{lines}class {len(names)} = 255\n",
+                   TITLES["void"]: f"{lines}ignore = 255\n"})
 
 
 def class_lines(classes, ignored, painted):

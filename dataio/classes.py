@@ -124,30 +124,49 @@ def plain(name):
 def fill_colors(classes):
     """Return [(name, (R, G, B)), ...] of [(name, (R, G, B) or None), ...], up to 254 classes.
 
-    Colors that are given stay. Of the rest, the first one called background, unlabeled or void is black, and
-    nothing else is; where three or more, and half of the others, bear names of one table of PUBLISHED, they
-    take its colors (an equal color only once). Class i of what is left takes SPARE_COLORS[i] or, where that
-    is too near to a color in use, the next one in the table that is free.
+    Colors that are there stay. Of the rest, the first one called background, unlabeled or void is black, and
+    nothing else is; then published_colors, and what is left takes spare_colors.
     """
-    keys, colors = [plain(name) for name, _ in classes], [color for _, color in classes]
-    without = [id for id, color in enumerate(colors) if color is None]
-    background = next((id for id in without if keys[id] in BACKGROUNDS), None)
+    names, colors = [plain(name) for name, _ in classes], [color for _, color in classes]
+
+    def without_color():
+        return [id for id, color in enumerate(colors) if color is None]
+
+    background = next((id for id in without_color() if names[id] in BACKGROUNDS), None)
     if background is not None and BLACK not in colors:
         colors[background] = BLACK
-        without.remove(background)
-    tables = [{plain(name): color for name, color in table} for table in PUBLISHED]
-    table = max(tables, key=lambda table: sum(keys[id] in table for id in without))
-    matched = [id for id in without if keys[id] in table]
-    for id in matched if len(matched) >= max(3, len(without) / 2) else []:
-        color = table[keys[id]]
-        colors[id] = color if color not in (*colors, BLACK) else None
-    without = [id for id in without if colors[id] is None]
-    used = [BLACK, *filter(None, colors)]
-    gaps = {color: min(math.dist(color, other) for other in used) for color in SPARE_COLORS}
-    least = min(NEAR, sorted(gaps.values())[-len(without)])  # nearer ones where there are not enough
-    free = [color for color in SPARE_COLORS if gaps[color] >= least]
-    own = {id: SPARE_COLORS[id] for id in without if SPARE_COLORS[id] in free}
-    others = (color for color in free if color not in own.values())
-    for id in without:
-        colors[id] = own.get(id) or next(others)
+    for id, color in published_colors({id: names[id] for id in without_color()}).items():
+        if color not in (*colors, BLACK):  # a table may have a color twice
+            colors[id] = color
+    for id, color in spare_colors(without_color(), [BLACK, *filter(None, colors)]).items():
+        colors[id] = color
     return [(name, color) for (name, _), color in zip(classes, colors, strict=True)]
+
+
+def published_colors(names):
+    """Return {class id: color} of {class id: plain name}: of the table of PUBLISHED with most of the names,
+    where it has three or more, and half of them; else {}.
+    """
+    best = {}
+    for table in PUBLISHED:
+        colors = {plain(name): color for name, color in table}
+        known = {id: colors[name] for id, name in names.items() if name in colors}
+        best = max(best, known, key=len)
+    return best if len(best) >= max(3, len(names) / 2) else {}
+
+
+def spare_colors(ids, used):
+    """Return {class id: color}: SPARE_COLORS[id] or, where that is too near to a color in use, the next one
+    in the table that is free.
+    """
+    distances = {color: nearest_distance(color, used) for color in SPARE_COLORS}
+    least = min(NEAR, sorted(distances.values())[-len(ids)])  # nearer ones where there are not enough
+    free = [color for color in SPARE_COLORS if distances[color] >= least]
+    own = {id: SPARE_COLORS[id] for id in ids if SPARE_COLORS[id] in free}
+    others = (color for color in free if color not in own.values())
+    return {id: own.get(id) or next(others) for id in ids}
+
+
+def nearest_distance(color, others):
+    """Return the distance in RGB of a color from the nearest of others."""
+    return min(math.dist(color, other) for other in others)

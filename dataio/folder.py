@@ -2,16 +2,18 @@
 
     python train.py --dataset folder --data-root my_photos      # images/ + masks/, or any layout
 
-dataio/layout.py says which layouts are known, dataio/labels.py how classes are named and masks are read.
+dataio/layout.py tells which layouts are known, dataio/labels.py how classes are named and masks are read.
 """
+from shlex import quote
+
 import numpy as np
 
-from config import IGNORE, DataOptions, InputError, count_of
+from config import DataOptions, InputError, count_of
 from dataio.annotations import find_masks
-from dataio.labels import class_pixels, decode_masks, in_order, says, stored
-from dataio.pairs import refuse_lonely
+from dataio.labels import class_pixels, decode_masks, ignored_share, known_classes
+from dataio.layout import refuse_unpaired
 from dataio.readers import DataSource, read_orientation
-from dataio.scan import fits, in_parallel, scan_mask
+from dataio.scan import all_in_parallel, fits, scan_mask
 from dataio.stratify import share_table, split_samples
 
 MUCH_IGNORED = 0.1  # share of the pixels above which ignoring is likely to be a mistake
@@ -24,67 +26,73 @@ def folder(root, options, download=False):
     classes (names) and unlabelled count. Raises InputError.
     """
     check_root(root)
-    found = find_masks(root)
-    for split in {**found.no_mask, **found.no_image}:
-        refuse_lonely(found.no_mask.get(split, []), found.no_image.get(split, []))
-    splits = found.splits
-    samples = list(dict.fromkeys(sample for part in splits.values() for sample in part))
-    facts = in_parallel(scan_pair, samples, "reading masks")
-    damaged = next((error for error in facts if isinstance(error, InputError)), None)
-    if damaged:
-        raise damaged
+    content = find_masks(root)
+    for split in {**content.images_without_mask, **content.masks_without_image}:
+        refuse_unpaired(content.images_without_mask.get(split, []), "mask")
+        refuse_unpaired(content.masks_without_image.get(split, []), "image")
+    samples = content.samples
+    facts = all_in_parallel(scan_pair, samples, "reading masks")
     masks = [mask for mask, _ in facts]
-    entries, names = found.entries, options.classes
     if options.unlabelled == "ignore":
-        entries = ignore_unlabelled(found, root)
-    if entries and names:
-        entries, names = in_order(entries, names), ()
-    classes, table, notes = decode_masks(root, samples, masks, names, entries)
+        ignore_unlabelled(content, root)
+    entries, class_notes = known_classes(root, options.classes, content.entries)
+    try:
+        meaning = decode_masks(samples, masks, entries)
+    except InputError as error:
+        raise InputError(f"{error}; {check_data_hint(root)}") from None
+    notes = [*content.notes, *(f"warning: {doubt}" for doubt in content.doubts), *meaning.notes, *class_notes]
     different = sum(differs for _, differs in facts)
     if different:
         notes.append(f"{different} of {count_of(len(samples), 'mask')} differ in size from their image: "
                      "resized (nearest) to it")
-    scans = [(stored(mask, table), mask.counts) for mask in masks]
-    pixels = dict(zip(samples, class_pixels(scans, table, len(classes)), strict=True))
-    ignored = ignored_share(scans, table)
-    more = says(root) if ignored > MUCH_IGNORED else ""
-    notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{more}")
-    if "val" in splits and options.fold and not options.resplit:
-        raise InputError(f"--fold has no effect, {root} has a validation part: add --resplit to split all "
-                         "images anew")
-    if "val" in splits and not options.resplit and options.val_fraction not in (0, DataOptions.val_fraction):
-        notes.append(f"warning: --val-fraction has no effect, {root} has a validation part: add --resplit to "
-                     "split all images anew")
-    if "val" not in splits and options.val_fraction and splits["train"]:
-        train = splits["train"]
-        counts = np.stack([pixels[sample] for sample in train])
-        parts, said = split_samples(train, counts, options.val_fraction, options.fold)
-        notes.append(f"no validation part: {len(parts['val'])} of {len(train)} images validate, {said}")
-        notes += share_table(pixels, parts, classes)
-        splits.update(parts)
-    notes = [*found.notes, *(f"warning: {doubt}" for doubt in found.doubts), *notes]
-    return DataSource("folder", classes, splits, table, notes, annotated=bool(found.entries))
+    ignored = ignored_share(masks, meaning.table)
+    hint = f"; {check_data_hint(root)}" if ignored > MUCH_IGNORED else ""
+    notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{hint}")
+    rows = class_pixels(masks, meaning.table, len(meaning.classes))
+    pixels = dict(zip(samples, rows, strict=True))
+    notes += add_validation(content.splits, pixels, meaning.classes, options, root)
+    return DataSource("folder", meaning.classes, content.splits, meaning.table, notes,
+                      annotated=bool(content.entries))
 
 
-def ignore_unlabelled(found, root):
-    """Return the [Entry] of what was Found with what has no label ignored. Raises InputError; a doubt of
-    `found` says where that means nothing.
+def add_validation(splits, pixels, classes, options, root):
+    """Split the training Samples of {split: [Sample]} where there is no validation part; return notes.
+
+    pixels: {sample: (K,) pixels of each class}. Raises InputError for a --fold that has no effect.
     """
-    if not found.entries:
-        found.doubts.append("--unlabelled ignore has no effect: masks have a value everywhere")
-        return found.entries
-    entries = [entry._replace(name="ignore") if entry.value == 0 else entry for entry in found.entries]
-    if len({entry.name for entry in entries} - {"ignore"}) < 2:
+    if "val" in splits:
+        has_validation = f"{root} has a validation part: add --resplit to split all images anew"
+        if options.fold and not options.resplit:
+            raise InputError(f"--fold has no effect, {has_validation}")
+        if options.resplit or options.val_fraction in (0, DataOptions.val_fraction):
+            return []
+        return [f"warning: --val-fraction has no effect, {has_validation}"]
+    train = splits["train"]
+    if not options.val_fraction or not train:
+        return []
+    counts = np.stack([pixels[sample] for sample in train])
+    drawn, method = split_samples(train, counts, options.val_fraction, options.fold)
+    splits.update(drawn)
+    return [f"no validation part: {len(drawn['val'])} of {len(train)} images validate, {method}",
+            *share_table(pixels, drawn, classes)]
+
+
+def ignore_unlabelled(content, root):
+    """Change the entries of a FolderContent so that what has no label is ignored; where that means nothing,
+    add a doubt. Raises InputError where a single class is left.
+    """
+    if not content.entries:
+        content.doubts.append("--unlabelled ignore has no effect: masks have a value everywhere")
+        return
+    content.entries = [entry._replace(name="ignore") if entry.value == 0 else entry
+                       for entry in content.entries]
+    if len({entry.name for entry in content.entries} - {"ignore"}) < 2:
         raise InputError(f"--unlabelled ignore leaves a single class of {root}: leave it out")
-    return entries
 
 
-def ignored_share(scans, table):
-    """Return the share of all pixels that a value table ignores; scans: (values or colors, counts) of each
-    mask.
-    """
-    ignored = sum(counts[table[values] == IGNORE].sum() for values, counts in scans)
-    return ignored / max(1, sum(counts.sum() for _, counts in scans))
+def check_data_hint(root):
+    """Return the end of a message about masks: the command that tells more."""
+    return f"python check_data.py --data-root {quote(str(root))} says more"
 
 
 def refuse_file(root):
@@ -95,7 +103,7 @@ def refuse_file(root):
 
 
 def check_root(root):
-    """Raise InputError where --data-root is no folder."""
+    """Raise InputError where --data-root is not a folder."""
     refuse_file(root)
     if not root.is_dir():
         raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")

@@ -1,6 +1,7 @@
 """What the values or colors in masks mean: class lists as people have them, binary masks, blurred masks.
 
-    classes, table, notes = decode_masks(root, samples, facts)      # of a folder; facts: MaskFacts
+    entries, notes = known_classes(root)                    # [Entry] of the folder's classes.txt
+    meaning = decode_masks(samples, facts, entries)         # meaning.classes, meaning.table; facts: MaskFacts
 
 classes.txt (or another of class_file) names the classes, one per line: `name` (the line number is the mask
 value), `name R G B` (masks painted in colors), `name = VALUE ...`, or a table with columns of these,
@@ -9,7 +10,6 @@ class; the name `ignore` is not counted.
 """
 import csv
 import re
-from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ NAME_COLUMNS = {"name", "names", "class", "classes", "label", "labels", "categor
 COLOR_COLUMNS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 VALUE_COLUMNS = {"id", "value", "index", "idx", "pixel value", "class_id", "label_id", "pixel", "train_id",
                  "trainid"}
-NOWHERE = 1000  # and above: values for classes that no mask shows
+UNUSED_VALUE = 1000  # and above: values for classes that are in no mask
 GAP = 24  # steps of 255 by which the values that a lossy format blurred must be apart
 BLURRED = 0.15  # share of the pixels that may lie further than half of GAP from all of them
 MODE_SHARE, PEAK_SHARE, PEAK = 5e-3, 1e-4, 20  # see find_modes
@@ -39,21 +39,60 @@ class Entry(NamedTuple):
     value: int = None
 
 
-def in_order(entries, names):
-    """Return the [Entry] of `names`, in their order, with the values of `entries`. Raises InputError where
-    one of these is not among them.
-    """
-    known = {entry.name for entry in entries}
-    unknown = known - {*names, "background", "ignore"}  # these two the masks need not show
-    if unknown:
-        raise InputError(f"the annotations name the class {min(unknown)}, which is not among "
-                         f"{', '.join(names)}: give --classes all of them, or leave it out")
-    nowhere = [Entry(name, None, NOWHERE + number) for number, name in enumerate(names) if name not in known]
-    kept = [entry for entry in entries if entry.name in {*names, "ignore"}]
-    return sorted([*kept, *nowhere], key=lambda entry: [*names, "ignore"].index(entry.name))
+class MaskMeaning(NamedTuple):
+    """classes: [(name, (R, G, B))]; table: {mask value or color: class id} as in DataSource; notes: lines."""
+
+    classes: list
+    table: np.ndarray
+    notes: list
 
 
 # --- classes.txt ------------------------------------------------------------------------------------------
+def known_classes(root, class_names=(), annotated=None):
+    """Return ([Entry], notes) of the classes that somebody named, [] where nobody did.
+
+    class_names: of --classes; annotated: [Entry] of the files that the masks were drawn from. Raises
+    InputError where these contradict each other or the folder's class file cannot be read.
+    """
+    if annotated:
+        return in_order(annotated, class_names) if class_names else annotated, []
+    path = class_file(root)
+    if path is None:
+        check_names(class_names)
+        return [Entry(name) for name in class_names], []
+    entries = read_classes(path)
+    if class_names:
+        raise InputError(f"--classes has no effect, {path} names the classes: leave it out")
+    if len(entries) > MOST_CLASSES:
+        raise InputError(f"{path} has {len(entries)} lines; at most {MOST_CLASSES} are read")
+    return entries, [f"the classes are those of {path}"] if path != root / "classes.txt" else []
+
+
+def check_names(class_names):
+    """Raise InputError where the names of --classes are too many, or a single one."""
+    if len(class_names) > MOST_CLASSES:
+        raise InputError(f"--classes names {len(class_names)} classes; masks of 8 bits hold at most "
+                         f"{MOST_CLASSES}")
+    if class_names and len({*class_names} - {"ignore"}) < 2:
+        raise InputError("--classes needs at least two names, in the order of the mask values")
+
+
+def in_order(entries, class_names):
+    """Return the [Entry] of the names of --classes, in their order, with the values of `entries`. Raises
+    InputError where one of these is not among them.
+    """
+    annotated = {entry.name for entry in entries}
+    unknown = annotated - {*class_names, "background", "ignore"}  # these two the masks need not show
+    if unknown:
+        raise InputError(f"the annotations name the class {min(unknown)}, which is not among "
+                         f"{', '.join(class_names)}: give --classes all of them, or leave it out")
+    check_names(class_names)
+    unused = [Entry(name, None, UNUSED_VALUE + number) for number, name in enumerate(class_names)
+              if name not in annotated]
+    named = [entry for entry in entries if entry.name in {*class_names, "ignore"}]
+    return sorted([*named, *unused], key=lambda entry: [*class_names, "ignore"].index(entry.name))
+
+
 def class_file(root):
     """Return the file that names the classes of a folder, or None: the first of CLASS_FILES in it or in the
     one folder that it holds, else a .csv file with `class` in its name, up to two folders deeper.
@@ -65,13 +104,13 @@ def class_file(root):
         for name in CLASS_FILES:
             if (folder / name).is_file():
                 return folder / name
-    found = sorted(path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}.csv")
-                   if "class" in path.stem.lower() and not path.name.startswith(".")
-                   and path.name != "per_class.csv")  # what evaluate.py writes
-    if len({path.read_bytes() for path in found}) > 1:
-        raise InputError(f"{found[0]} and {found[1]} may both name the classes: copy the right one to "
+    tables = sorted(path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}.csv")
+                    if "class" in path.stem.lower() and not path.name.startswith(".")
+                    and path.name != "per_class.csv")  # what evaluate.py writes
+    if len({path.read_bytes() for path in tables}) > 1:
+        raise InputError(f"{tables[0]} and {tables[1]} may both name the classes: copy the right file to "
                          f"{root / 'classes.txt'}")
-    return found[0] if found else None
+    return tables[0] if tables else None
 
 
 def read_classes(path):
@@ -85,14 +124,14 @@ def read_classes(path):
     numbered = [(number, line) for number, line in enumerate(lines, 1)
                 if line.strip() and not line.lstrip().startswith("#")]
     if path.suffix.lower() == ".csv" and numbered and numbered[0][1].strip().lower() in NAME_COLUMNS:
-        numbered = numbered[1:]  # the title of the one column
+        numbered = numbered[1:]  # the title of the only column
     if path.name == "labelmap.txt":  # of CVAT: label:R,G,B:parts:actions
         numbered = [(number, re.sub(r":(\d+),(\d+),(\d+):.*", r" \1 \2 \3", line))
                     for number, line in numbered]
     entries = table_entries(path, [line for _, line in numbered])
-    if entries is None:
-        parsed = [line_entries(f"{path} line {number}", line) for number, line in numbered]
-        entries = [entry for line in parsed for entry in line]
+    if not entries:
+        for number, line in numbered:
+            entries += line_entries(f"{path} line {number}", line)
     entries = [entry._replace(name="ignore") if entry.name.lower() == "ignore" else entry
                for entry in entries]
     check_entries(path, entries)
@@ -104,20 +143,24 @@ def line_entries(where, line):
     VALUE ...`. Raises InputError.
     """
     words = line.replace("=", " = ").split()
-    color, values = None, [None]
     if "=" in words:
         words, texts = words[:words.index("=")], words[words.index("=") + 1:]
         values = [int(text) if text.isdecimal() else 65536 for text in texts]
         if not words or not values or max(values) > 65535:
             raise InputError(f"{where}: write `name = VALUE`, values are numbers 0..65535")
-    elif len(words) > 3 and (numbers(words[-3:]) or numbers(words[:3]) and not numbers(words[3:4])):
-        rgb, words = (words[-3:], words[:-3]) if numbers(words[-3:]) else (words[:3], words[3:])
-        if len(words) > 1 and numbers(words[:1]) and not numbers(words[1:2]):
-            values, words = [int(words[0])], words[1:]
-        color = tuple(map(int, rgb))
-        if max(color) > 255:
-            raise InputError(f"{where}: {color} is not a color: give three numbers 0..255")
-    return [Entry(" ".join(words), color, value) for value in values]
+        return [Entry(" ".join(words), None, value) for value in values]
+    if len(words) > 3 and numbers(words[-3:]):
+        color, words = words[-3:], words[:-3]
+    elif len(words) > 3 and numbers(words[:3]) and not numbers(words[3:4]):
+        color, words = words[:3], words[3:]
+    else:
+        return [Entry(" ".join(words))]
+    color, value = tuple(map(int, color)), None
+    if len(words) > 1 and numbers(words[:1]) and not numbers(words[1:2]):
+        value, words = int(words[0]), words[1:]
+    if max(color) > 255:
+        raise InputError(f"{where}: {color} is not a color: give three numbers 0..255")
+    return [Entry(" ".join(words), color, value)]
 
 
 def numbers(words):
@@ -126,58 +169,70 @@ def numbers(words):
 
 
 def table_entries(path, lines):
-    """Return the [Entry] of lines that are a table with columns of names, values or colors, else None.
+    """Return the [Entry] of lines that are a table with columns of names, values or colors, else [].
 
-    A header says which column is which; without one, three columns of numbers are a color, one is the value,
-    and of four the first is. Raises InputError for two columns of values.
+    A header tells which column is which; without one, three columns of numbers are a color, a single one is
+    the value, and of four the first is. Raises InputError for two columns of values.
     """
-    lines = [re.sub(r"\b(\d+)\.0+\b", r"\1", line) for line in lines if line.strip(" ,;:\t")]
-    if lines and all(re.match(r"\s*\d+[.)]?\s+[^\d\s=]", line) and not numbers(line.split()[-3:])
-                     for line in lines):
-        lines = [re.sub(r"^\s*(\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
-    tables = ([[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
-              for mark in ",;\t:")
-    try:
-        rows = next(rows for rows in tables if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1)
-    except (StopIteration, csv.Error):
-        return None
-    header, *body = rows
-    titles = [cell.lower() for cell in header]
-    titled = bool(NAME_COLUMNS & set(titles)) and not any(cell.isdecimal() for cell in header)
-    body, titles = (body, titles) if titled else (rows, [""] * len(header))
-    if not body:
-        return None
-    numeric = [column for column in range(len(header)) if all(row[column].isdecimal() for row in body)]
-    texts = [column for column in range(len(header)) if column not in numeric]
-    name = next((column for column in texts if titles[column] in NAME_COLUMNS), texts[0] if texts else None)
-    if name is None or not numeric and not titled or len(texts) > 1 and not titled:
-        return None
-    color = [next((column for column in numeric if titles[column] in names), None) for names in COLOR_COLUMNS]
-    if None in color:
-        color = numeric[-3:] if len(numeric) in (3, 4) and not titled else None
-    rest = [column for column in numeric if column not in (color or ())]
+    rows = table_rows(lines)
+    titles = [cell.lower() for cell in rows[0]] if rows else []
+    titled = bool(NAME_COLUMNS & set(titles)) and not any(title.isdecimal() for title in titles)
+    rows = rows[1:] if titled else rows
+    if not rows:
+        return []
+    numeric = [column for column, cells in enumerate(zip(*rows, strict=True)) if numbers(cells)]
+    texts = [column for column in range(len(titles)) if column not in numeric]
+    color = []
     if titled:
-        rest = [column for column in rest if titles[column] in VALUE_COLUMNS]
-    if len(rest) > 1:
-        shown = " and ".join(titles[column] or str(column + 1) for column in rest)
-        raise InputError(f"{path} has several columns of numbers ({shown}): leave the one that the masks "
+        texts.sort(key=lambda column: titles[column] not in NAME_COLUMNS)
+        for channel in COLOR_COLUMNS:
+            color += [column for column in numeric if titles[column] in channel][:1]
+        color = color if len(color) == 3 else []
+        values = [column for column in numeric if column not in color and titles[column] in VALUE_COLUMNS]
+    else:
+        if len(texts) != 1 or not numeric:
+            return []
+        color = numeric[-3:] if len(numeric) in (3, 4) else []
+        values = [column for column in numeric if column not in color]
+    if not texts:
+        return []
+    if len(values) > 1:
+        columns = " and ".join(titles[column] if titled else str(column + 1) for column in values)
+        raise InputError(f"{path} has several columns of numbers ({columns}): leave the one that the masks "
                          "hold")
-    value = rest[0] if rest else None
-    return [Entry(row[name], tuple(min(int(row[column]), 256) for column in color) if color else None,
-                  min(int(row[value]), 65536) if value is not None else None) for row in body]
+    entries = []
+    for row in rows:
+        rgb = tuple(min(int(row[column]), 256) for column in color)
+        entries.append(Entry(row[texts[0]], rgb or None, min(int(row[values[0]]), 65536) if values else None))
+    return entries
+
+
+def table_rows(lines):
+    """Return the cells of lines that are a table: all with the same number of them, two or more; else []."""
+    lines = [re.sub(r"\b(\d+)\.0+\b", r"\1", line) for line in lines if line.strip(" ,;:\t")]
+    if all(re.match(r"\s*\d+[.)]?\s+[^\d\s=]", line) and not numbers(line.split()[-3:]) for line in lines):
+        lines = [re.sub(r"^\s*(\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
+    for mark in ",;\t:":
+        try:
+            rows = [list(map(str.strip, row)) for row in csv.reader(lines, delimiter=mark)]
+        except csv.Error:
+            return []
+        if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
+            return rows
+    return []
 
 
 def check_entries(path, entries):
     """Raise InputError where the lines of classes.txt contradict each other or cannot be."""
     for entry in entries:
         if not entry.name or max(entry.color or (0,)) > 255 or (entry.value or 0) > 65535:
-            named = entry.name or "a class without a name"
-            raise InputError(f"{path}: {named} needs a name, a color of 0..255 or a value of 0..65535")
+            name = entry.name or "a class without a name"
+            raise InputError(f"{path}: {name} needs a name, a color of 0..255 or a value of 0..65535")
     for kind, used in (("color", [entry.color for entry in entries if entry.color]),
                        ("value", [entry.value for entry in entries if entry.value is not None])):
         twice = [item for item in used if used.count(item) > 1]
         if twice:
-            raise InputError(f"{path} has the {kind} {twice[0]} twice; one {kind} means one class")
+            raise InputError(f"{path} has the {kind} {twice[0]} twice; each {kind} means one class")
     if len({entry.value is None for entry in entries}) > 1:
         raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none")
     count = len({entry.name for entry in entries} - {"ignore"})
@@ -187,78 +242,45 @@ def check_entries(path, entries):
 
 
 # --- what masks mean --------------------------------------------------------------------------------------
-def stored(mask, table):
-    """Return what a value table decodes of a mask's facts: its colors for a table of colors, else its
-    values.
+def decode_masks(samples, masks, entries, blurred=False):
+    """Decide what the masks of a folder mean: return the MaskMeaning.
+
+    masks: the MaskFacts of every sample; entries: [Entry] of known_classes; blurred: whether to snap other
+    masks than JPEG files too. Raises InputError that names the first mask that does not fit.
     """
-    return mask.colors if len(table) > 65536 else mask.values
-
-
-def decode_masks(root, samples, masks, class_names=(), listed=None, blurred=False):
-    """Decide what the masks of a folder mean: return (classes, value table, notes).
-
-    masks: the MaskFacts of every sample; listed: [Entry] instead of those of the folder's classes.txt;
-    blurred: whether to snap other masks than JPEG files too. Raises InputError that names the first mask that
-    does not fit.
-    """
-    path = None if listed else class_file(root)
-    listed = read_classes(path) if path else listed or []
-    if listed and class_names:
-        raise InputError(f"--classes has no effect, {path} names the classes: leave it out")
-    colors = bool(listed) and all(entry.color for entry in listed) and any(
-        is_painted(mask, listed) for mask in masks)
-    found, pixels = {}, {}  # of every value or color the first mask that has it, and its pixels
-    for sample, mask in zip(samples, masks, strict=True):
-        values = mask.colors if colors else mask.values
-        if values is None:
-            reason = "has no colors, and other masks are painted" if colors else \
-                "is painted in colors: list them in classes.txt, one `name R G B` per line"
-            raise InputError(f"{sample.mask} {reason}{says(root)}")
-        for value, count in zip(values.tolist(), mask.counts.tolist(), strict=True):
-            found.setdefault(value, sample.mask)
-            pixels[value] = pixels.get(value, 0) + count
+    colors = bool(entries) and all(entry.color for entry in entries) and any(
+        is_painted(mask, entries) for mask in masks)
+    first_masks, pixels = count_codes(samples, masks, colors)
     snapped, notes = {}, []
     if blurred or any(mask.kind == "JPEG" for mask in masks):
-        named = [pack_color(*entry.color) if colors else entry.value for entry in listed]
-        snapped, notes = snap(pixels, colors, [code for code in named if code is not None])
+        named = [pack_color(*entry.color) if colors else entry.value for entry in entries]
+        snapped = snap(pixels, colors, [code for code in named if code is not None])
         if not snapped:
             raise InputError(f"{samples[0].mask} and others are JPEG files, which blur classes into one "
-                             f"another, too far to tell them apart here: export masks as PNG{says(root)}")
-        found = {code: path for code, path in found.items() if snapped[code] == code}
-    if path and path != root / "classes.txt":
-        notes.append(f"the classes are those of {path}")
-    entries = listed or [Entry(name) for name in class_names]
-    if len(entries) > MOST_CLASSES:
-        raise InputError(f"--classes names {len(entries)} classes, and {MOST_CLASSES} can be: masks have 8 "
-                         "bits")
-    try:
-        classes, table, said = decide_classes(found, entries, colors)
-    except InputError as error:
-        raise InputError(f"{error}{says(root)}") from None
-    table[list(snapped)] = [IGNORE if mode is None else table[mode] for mode in snapped.values()]
+                             "another, too far to tell them apart here: export masks as PNG")
+        notes = [snap_note(pixels, colors, snapped)]
+        first_masks = {code: path for code, path in first_masks.items() if snapped[code] == code}
+    meaning = decide_classes(first_masks, entries, colors)
+    for code, mode in snapped.items():
+        meaning.table[code] = IGNORE if mode is None else meaning.table[mode]
     for sample, mask in zip(samples, masks, strict=True):
-        values = stored(mask, table)
-        wrong = table[values] == OUTSIDE
+        codes = codes_of(mask, meaning.table)
+        wrong = meaning.table[codes] == OUTSIDE
         if wrong.any():
-            text = outside_message(sample.mask, values[wrong], mask.counts[wrong], table, classes)
-            raise InputError(f"{text}{says(root)}")
-    return classes, table, said + notes
+            raise InputError(outside_message(sample.mask, codes[wrong], mask.counts[wrong], meaning.table,
+                                             meaning.classes))
+    return meaning._replace(notes=meaning.notes + notes)
 
 
-def says(root):
-    """Return the end of a message about masks: the command that says more."""
-    return f"; python check_data.py --data-root {quote(str(root))} says more"
-
-
-def is_painted(mask, listed):
-    """Return whether a mask (its MaskFacts) is painted in the `listed` colors rather than an index mask.
+def is_painted(mask, entries):
+    """Return whether a mask (its MaskFacts) is painted in the colors of `entries` rather than an index mask.
 
     RGB masks are, unless they are gray in values that are not listed. Palette and gray masks are where their
     colors are listed, but stand for other entries of the list than their indices do.
     """
     if mask.colors is None:
         return False
-    codes = [pack_color(*entry.color) for entry in listed]
+    codes = [pack_color(*entry.color) for entry in entries]
     all_listed = bool(np.isin(mask.colors, codes).all())
     if mask.mode in ("P", "L", "1", "LA"):
         by_index = np.array([*codes, *[-1] * 65536])[mask.values]
@@ -266,55 +288,117 @@ def is_painted(mask, listed):
     return all_listed or mask.values is None
 
 
-def decide_classes(found, entries, colors):
-    """Decide the classes of a folder: `found` = {mask value: first mask with it}, `entries` = [Entry].
+def count_codes(samples, masks, colors):
+    """Return ({value or color: path of the first mask that has it}, {value or color: pixels in all masks}).
 
-    Entries of one name are one class: several values may mean it. Returns (classes, value table, notes).
-    Raises InputError where values and names make no sense together.
+    Raises InputError for a mask that has no colors where `colors` is true, or nothing else where it is not.
     """
-    entries = [Entry(*entry) for entry in entries]
-    ids = {"ignore": IGNORE}  # of every name, in the order of first mention
-    for entry in entries:
-        ids.setdefault(entry.name, len(ids) - 1)
-    kept = [(name, next((entry.color for entry in entries if entry.name == name and entry.color), None))
-            for name in ids if name != "ignore"]
-    if entries and len(kept) < 2:
-        raise InputError("--classes needs at least two names, in the order of the mask values")
+    first_masks, pixels = {}, {}
+    for sample, mask in zip(samples, masks, strict=True):
+        codes = mask.colors if colors else mask.values
+        if codes is None and colors:
+            raise InputError(f"{sample.mask} has no colors, and other masks are painted")
+        if codes is None:
+            raise InputError(f"{sample.mask} is painted in colors: list them in classes.txt, one "
+                             "`name R G B` per line")
+        for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
+            first_masks.setdefault(code, sample.mask)
+            pixels[code] = pixels.get(code, 0) + count
+    return first_masks, pixels
+
+
+def decide_classes(first_masks, entries, colors):
+    """Return the MaskMeaning of {mask value or color: first mask that has it}, named by [Entry].
+
+    Entries of one name are one class: several values may mean it. Raises InputError for values that nobody
+    named and that are not 0..K-1.
+    """
+    values = sorted(first_masks)
     if colors:
-        codes = {pack_color(*entry.color): ids[entry.name] for entry in entries}
-        return fill_colors(kept), value_table(codes, size=1 << 24), []
+        return named_colors(entries)
     if entries and entries[0].value is not None:
-        table = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
-        return fill_colors(kept), value_table(table), []
-    by_index = {IGNORE: IGNORE, **{line: ids[entry.name] for line, entry in enumerate(entries)}}
-    # 0 and 255 (or 65535) with two classes and no `ignore`: a binary mask, in which 255 is the second class
-    values = sorted(found)
-    binary = values[0] == 0 and values[-1] in (255, 65535) and 1 not in found and len(kept) == len(entries)
-    if binary and (len(kept) == 2 or (not entries and len(values) == 2)):
-        white = values[-1]
-        kept = kept or [("background", None), ("foreground", None)]
-        table = value_table({IGNORE: IGNORE, 0: 0, white: 1})
-        note = f"masks hold 0 and {white}: read as 0 = {kept[0][0]}, 1 = {kept[1][0]}"
-        return fill_colors(kept), table, [note]
+        return named_values(entries)
+    if is_binary(values, entries):
+        return binary_values(values[-1], entries)
     if entries:
-        return fill_colors(kept), value_table(by_index), []
+        return named_values([entry._replace(value=line) for line, entry in enumerate(entries)])
+    return unnamed_values(values, first_masks)
+
+
+def class_list(entries):
+    """Return the classes [(name, (R, G, B))] of [Entry] in the order of first mention, and {name: class id};
+    the first color of a name counts.
+    """
+    colors = {}
+    for entry in entries:
+        if entry.name != "ignore":
+            colors[entry.name] = colors.get(entry.name) or entry.color
+    ids = {name: id for id, name in enumerate(colors)} | {"ignore": IGNORE}
+    return fill_colors(list(colors.items())), ids
+
+
+def named_colors(entries):
+    """Masks are painted: colors are the classes of their entries."""
+    classes, ids = class_list(entries)
+    codes = {pack_color(*entry.color): ids[entry.name] for entry in entries}
+    return MaskMeaning(classes, value_table(codes, size=1 << 24), [])
+
+
+def named_values(entries):
+    """Values are the classes of their entries; 255 is ignored unless it is named."""
+    classes, ids = class_list(entries)
+    values = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
+    return MaskMeaning(classes, value_table(values), [])
+
+
+def is_binary(values, entries):
+    """Return whether sorted mask values are 0 and 255 (or 65535), which is the second class and not void."""
+    names = [entry.name for entry in entries]
+    if values[0] != 0 or values[-1] not in (255, 65535) or 1 in values:
+        return False
+    return len({*names} - {"ignore"}) == len(names) == 2 if names else len(values) == 2
+
+
+def binary_values(white, entries):
+    """0 is the first class, the value `white` the second."""
+    classes, _ = class_list(entries or [Entry("background"), Entry("foreground")])
+    note = f"masks hold 0 and {white}: read as 0 = {classes[0][0]}, 1 = {classes[1][0]}"
+    return MaskMeaning(classes, value_table({IGNORE: IGNORE, 0: 0, white: 1}), [note])
+
+
+def unnamed_values(values, first_masks):
+    """0..K-1 are classes without names, 255 is ignored. Raises InputError for other values."""
     counted = [value for value in values if value != IGNORE]
     if counted != list(range(len(counted))) or not 2 <= len(counted) <= MOST_CLASSES:
         odd = next((value for id, value in enumerate(counted) if value != id), values[0])
         raise InputError(f"the masks hold the values {ranges(values)}, which are not 0..K-1 ({odd} first in "
-                         f"{found[odd]}): repair them, or name them in classes.txt, one name per line")
-    named = [(f"class {value}" if value else "background", None) for value in counted]
+                         f"{first_masks[odd]}): repair them, or name them in classes.txt, one name per line")
+    classes, _ = class_list([Entry(f"class {value}" if value else "background") for value in counted])
     note = f"no classes.txt: the masks hold {len(counted)} classes"
-    return fill_colors(named), index_table(len(named)), [note]
+    return MaskMeaning(classes, index_table(len(classes)), [note])
 
 
-def class_pixels(scans, table, num_classes):
-    """Return (N, K) pixel counts of every class in every mask, from (values or colors, counts) of each."""
-    pixels = np.zeros((len(scans), num_classes), np.int64)
-    for row, (values, counts) in zip(pixels, scans, strict=True):
-        ids = table[values]
-        np.add.at(row, ids[ids != IGNORE], counts[ids != IGNORE])
+# --- pixels of the classes --------------------------------------------------------------------------------
+def codes_of(mask, table):
+    """Return what a value table decodes of a mask's MaskFacts: its colors for a table of colors, else its
+    values; None where it has none.
+    """
+    return mask.colors if len(table) > 65536 else mask.values
+
+
+def class_pixels(masks, table, num_classes):
+    """Return (N, K) pixel counts of every class in N masks, from their MaskFacts."""
+    pixels = np.zeros((len(masks), num_classes), np.int64)
+    for row, mask in zip(pixels, masks, strict=True):
+        ids = table[codes_of(mask, table)]
+        np.add.at(row, ids[ids != IGNORE], mask.counts[ids != IGNORE])
     return pixels
+
+
+def ignored_share(masks, table):
+    """Return the share of all pixels that a value table ignores, from the MaskFacts of the masks."""
+    ignored = sum(mask.counts[table[codes_of(mask, table)] == IGNORE].sum() for mask in masks)
+    return ignored / max(1, sum(mask.counts.sum() for mask in masks))
 
 
 # --- masks that a lossy format or resizing blurred --------------------------------------------------------
@@ -344,7 +428,7 @@ def find_modes(codes, pixels, colors):
 
 
 def snap(pixels, colors, modes=()):
-    """Return ({code: the mode that it was, None = unclear}, notes) of blurred masks; {} where none are clear.
+    """Return {code: the mode that it was, None = unclear} of blurred masks, {} where the modes are not clear.
 
     pixels: {value or color: pixels in all masks}; modes: the codes that the masks were drawn in, else those
     of find_modes. With two modes, everything is the nearer one; between more, a mixture of two may look like
@@ -355,17 +439,21 @@ def snap(pixels, colors, modes=()):
     points, centers = rgb_of(codes, colors), rgb_of(modes, colors)  # (n, c), (k, c)
     apart = np.abs(centers[:, None] - centers[None]).max(2) + 256 * np.eye(len(modes), dtype=int)
     if not 2 <= len(modes) <= MOST_CLASSES or apart.min() < GAP:
-        return {}, []
+        return {}
     distance = np.stack([np.abs(points - center).max(1) for center in centers], 1)  # (n, k)
     nearest, far = distance.argmin(1), distance.min(1) > GAP // 2
     if counts[far].sum() > BLURRED * counts.sum():
-        return {}, []
-    unclear = far & (len(modes) > 2)
-    moved = 100 * counts[(distance.min(1) > 0) & ~unclear].sum() / counts.sum()
-    shown = ", ".join(str(tuple(center.tolist())) if colors else str(mode)
-                      for mode, center in zip(modes, centers, strict=True))
-    note = f"blurred masks (JPEG or resized): {moved:.2f} % of the pixels snapped to {shown}"
-    if unclear.any():
-        note += f", {100 * counts[unclear].sum() / counts.sum():.2f} % lie between them and are ignored"
-    return {int(code): None if bad else modes[mode]
-            for code, bad, mode in zip(codes, unclear, nearest, strict=True)}, [note]
+        return {}
+    return {int(code): None if is_far and len(modes) > 2 else modes[mode]
+            for code, is_far, mode in zip(codes, far, nearest, strict=True)}
+
+
+def snap_note(pixels, colors, snapped):
+    """Return the line on what snap() did to {value or color: pixels in all masks}."""
+    total = sum(pixels.values())
+    modes = sorted({mode for mode in snapped.values() if mode is not None})
+    moved = sum(pixels[code] for code, mode in snapped.items() if mode not in (code, None))
+    unclear = sum(pixels[code] for code, mode in snapped.items() if mode is None)
+    names = ", ".join(str(unpack_color(mode) if colors else mode) for mode in modes)
+    note = f"blurred masks (JPEG or resized): {100 * moved / total:.2f} % of the pixels snapped to {names}"
+    return note + f", {100 * unclear / total:.2f} % lie between them and are ignored" * (unclear > 0)

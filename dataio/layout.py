@@ -1,27 +1,28 @@
-"""Finds images, masks and split lists in a folder that nobody described.
+"""Which files of a folder are images and masks, which belong together, and which split they are in.
 
-    found = find_pairs(Path("my_photos"))      # found.splits = {"train": [Sample, ...], ...}
+    content = find_pairs(Path("my_photos"))        # content.splits = {"train": [Sample, ...], ...}
+    samples = pair_files("images", "masks")        # a.jpg with a.png, a.jpg.png, a_mask.png, mask_a.png, ...
 
-The names of folders say what lies in them (images, masks), for which split (train, val, test) and to which
-group of pairs it belongs (whatever else is in the name: `drive1/images` and `drive1/masks`). Where no name
-says where the masks are, the files do: few values, in long runs.
+The names of folders tell what lies in them (images, masks), for which split (train, val, test) and in which
+group (whatever else is in the name: `drive1/images` and `drive1/masks`). Where no name tells where the masks
+are, the files do: masks hold few values, in long runs. Lists such as train.txt may split what was paired.
 """
-import dataclasses
-import json
 import re
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config import InputError, count_of
-from dataio.pairs import (IMAGE_AFFIX, MASK_AFFIX, common_name, is_another_drawing, list_images, match,
-                          read_list, unlike)
-from dataio.readers import MASK_ENDINGS, decode_mask
+from dataio.readers import IMAGE_ENDINGS, MASK_ENDINGS, Sample, decode_mask
 from dataio.scan import distinct
+from utils import evenly_sampled
 
+# Words in the names of folders.
 SPLITS = {"train": "train training trn tr", "val": "val valid validation dev", "test": "test testing tst te"}
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words.split()}
 IMAGE_FOLDERS = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "jpegimages",
@@ -31,104 +32,116 @@ MASK_FOLDERS = {"mask", "masks", "label", "labels", "annotation", "annotations",
                 "targets", "gtfine", "labelids"}
 OTHER_FOLDERS = {"object", "objects", "instance", "instances", "inst", "panoptic", "depth", "edges", "boxes",
                  "bbox", "overlay", "overlays", "vis", "viz", "visualization", "preview", "previews"}
-ROLES = {"other": OTHER_FOLDERS, "masks": MASK_FOLDERS, "images": IMAGE_FOLDERS}  # the first of a name counts
+CONTENTS = {"other": OTHER_FOLDERS, "masks": MASK_FOLDERS, "images": IMAGE_FOLDERS}  # the first one counts
 NOISE = {"dir", "folder", "set", "data", "png", "jpg", "class", "raw", "files", "of", "the", "and", "jpeg"}
-KNOWN_WORDS = set().union(*ROLES.values(), SPLIT_OF, NOISE)
-LISTS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
-LOOKED_AT = 4  # files of a folder that are opened to see what they are
+KNOWN_WORDS = set().union(*CONTENTS.values(), SPLIT_OF, NOISE)
+
+# Words in the names of files: beside its image's name in a mask's, beside what both share in an image's.
+MASK_WORDS = ("masks?|labels?|gt|ground_?truth|seg|segmentation|annotations?|annot|ann|trimap|"
+              "gtfine_labelids|gtfine_labeltrainids")
+IMAGE_WORDS = "images?|imgs?|photos?|pictures?|frames?|rgb|sat|orig|original|leftimg8bit"
+SEPARATORS = r"[ _.\-()]+"
+
+LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
+SAMPLED = 4  # files of a folder that are opened to see what they are
 # A mask: changes of value per pixel along its rows, and how many of its values hold most of its pixels.
 FEW_CHANGES, FEW_VALUES, MOST = 0.2, 32, 0.9
-LISTED = 8  # folders that an error names
+NAMES_IN_MESSAGE, FOLDERS_IN_MESSAGE = 2, 8
 
 
-@dataclasses.dataclass
-class Found:
-    """What find_pairs found. splits, no_mask, no_image: {split: [...]}, the last two of paths alone.
+@dataclass
+class FolderContent:
+    """Images and masks of a folder: {split: [Sample]}, and {split: [Path]} of files without a partner.
 
     notes: lines on what was taken for what; doubts: what may have been taken wrongly; entries: the classes
     as [labels.Entry], where the files that the masks were drawn from name them.
     """
 
     splits: dict
-    no_mask: dict
-    no_image: dict
+    images_without_mask: dict
+    masks_without_image: dict
     notes: list
     doubts: list
     entries: list = None
+
+    @property
+    def samples(self):
+        """The Samples of all splits, each once."""
+        return list(dict.fromkeys(chain.from_iterable(self.splits.values())))
 
 
 class NoMasks(InputError):
     """A folder holds no images with masks, by names or by looks."""
 
 
-class Place(NamedTuple):
-    """What the names of the folders above a file say. role: images, masks, other or "" (nothing), of the
-    innermost name that has one; below_masks: whether any of them means masks.
-    """
-
-    role: str
-    split: str
-    group: tuple
-    below_masks: bool = False
+# --- files ------------------------------------------------------------------------------------------------
+def list_images(folder, endings=IMAGE_ENDINGS):
+    """Return the files below `folder` that have one of the endings, sorted, without what is hidden."""
+    folder = Path(folder)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings
+                  and not is_hidden(path, folder) and path.is_file())
 
 
-def words_of(name):
-    """Return the lower-case words of a folder's name: 'SegmentationClass_raw' -> segmentation class raw."""
-    if name.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
-        return [name.lower()]
-    parts = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)(?=[A-Z][a-z])", r"\1\3 \2", name)
-    return re.findall(r"[a-z]+|\d+", parts.lower())
+def is_hidden(path, folder):
+    """Return whether a path below `folder` is hidden, or among the copies that macOS adds to archives."""
+    return any(name.startswith((".", "__MACOSX")) for name in path.relative_to(folder).parts)
 
 
-def place_of(parts):
-    """Return the Place of the files of a folder from the names of it and those above, outermost first."""
-    role, split, group, below_masks = "", "", [], False
-    for name in reversed(parts):
-        words = words_of(name)
-        roles = [known for known, names in ROLES.items() if names & set(words)]
-        role = role or next(iter(roles), "")
-        below_masks |= roles[:1] == ["masks"]
-        split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
-        group += [word for word in reversed(words) if word not in KNOWN_WORDS]
-    return Place(role, split, tuple(reversed(group)), below_masks)
+def read_list(path):
+    """Return the entries of a list file in order, without blank lines and repeats. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: the data set is incomplete") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    entries = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not entries:
+        raise InputError(f"{path} lists no images")
+    return entries
 
 
+def existing(samples):
+    """Return `samples`. Raises InputError naming the first missing file and how many are missing."""
+    missing = [path for sample in samples for path in (sample.image, sample.mask) if not path.is_file()]
+    if missing:
+        more = f" (and {count_of(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
+        raise InputError(f"{missing[0]} is listed but does not exist{more}: complete the data set")
+    return samples
+
+
+# --- images and masks of a folder -------------------------------------------------------------------------
 def find_pairs(root):
-    """Return what was Found of images and masks under `root`. Raises NoMasks that says what lies there."""
+    """Return the FolderContent of `root`. Raises NoMasks, which describes the folder, and InputError."""
     paths = list_images(root, MASK_ENDINGS)
     base = common_folder(root, paths)
-    folders = {folder: place_of(folder.relative_to(base).parts) for folder in {path.parent for path in paths}}
-    places = {path: folders[path.parent] for path in paths}
-    unpaired = ""
-    for assign in (by_folder_names, by_bare_folders, by_outer_names, by_file_names, by_content):
-        images, masks = assign(places)
+    roles = {folder: role_of(folder.relative_to(base).parts) for folder in {path.parent for path in paths}}
+    roles = {path: roles[path.parent] for path in paths}
+    reason = ""
+    for tell_apart in (by_folder_names, by_bare_folders, by_outer_names, by_file_names, by_content):
+        images, masks = tell_apart(roles)
+        if not images or not masks:
+            continue
         try:
-            found = pair_up(images, masks) if images and masks else None
+            content = pair_splits(images, masks)
         except InputError as error:
-            if assign is not by_content:
+            if tell_apart is not by_content:
                 raise
-            unpaired, found = str(error), None
-        if found and any(found.splits.values()):
-            break
-        unpaired = unpaired or found and unlike(images, masks)
-    else:
-        raise NoMasks(f"no images with masks found under {root}: {seen(root, set(paths))}; "
-                      f"{unpaired or ADVICE}")
-    samples = [sample for part in found.splits.values() for sample in part]
-    images, masks = [sample.image for sample in samples], [sample.mask for sample in samples]
-    found.notes.insert(0, f"images: {shown_folders(images, root)}; masks: {shown_folders(masks, root)}")
-    lonely = [path for part in (found.no_mask, found.no_image) for files in part.values() for path in files]
-    unused = sorted(set(paths) - {*images, *masks, *lonely})
-    if unused:
-        found.notes.append(f"not used: {shown_folders(unused, root)}")
-        found.doubts += other_masks(unused, masks, root)
-    use_lists(found, root, base)
-    found.splits.setdefault("train", [])
-    return found
+            reason = str(error)
+            continue
+        if content.samples:
+            report_folders(content, paths, root)
+            use_lists(content, root, base)
+            content.splits.setdefault("train", [])
+            return content
+        reason = reason or names_differ(images, masks)
+    raise NoMasks(f"no images with masks were found under {root}: {describe_folder(root, set(paths))}; "
+                  f"{reason or KNOWN_LAYOUTS}")
 
 
 def common_folder(root, paths):
-    """Return the folder below which all image files lie, so that folders around everything say nothing."""
+    """Return the folder below which all image files lie: the names of those around everything tell nothing.
+    """
     base = Path(root)
     while paths and all(path.parent != base for path in paths):
         below = {path.relative_to(base).parts[0] for path in paths}
@@ -138,51 +151,88 @@ def common_folder(root, paths):
     return base
 
 
-# --- which files are images, which are masks --------------------------------------------------------------
-# f({path: Place}) -> ({image path: Place}, {mask path: Place}), empty where it cannot tell.
-def with_role(places, role):
-    """Return the part of {path: Place} that has a role."""
-    return {path: place for path, place in places.items() if place.role == role}
+class FolderRole(NamedTuple):
+    """What the names of the folders above a file tell. content: images, masks, other or "" (nothing), of the
+    innermost name that tells; below_masks: whether any of them means masks.
+    """
+
+    content: str
+    split: str
+    group: tuple
+    below_masks: bool = False
 
 
-def by_folder_names(places):
+def role_of(names):
+    """Return the FolderRole of the files of a folder from the names of it and those above, outermost first.
+    """
+    content, split, group, below_masks = "", "", [], False
+    for name in reversed(names):
+        words = words_of(name)
+        meanings = [meaning for meaning, known in CONTENTS.items() if known & set(words)]
+        content = content or next(iter(meanings), "")
+        below_masks |= meanings[:1] == ["masks"]
+        split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
+        group += [word for word in reversed(words) if word not in KNOWN_WORDS]
+    return FolderRole(content, split, tuple(reversed(group)), below_masks)
+
+
+def words_of(name):
+    """Return the lower-case words of a folder's name: 'SegmentationClass_raw' -> segmentation class raw."""
+    if name.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
+        return [name.lower()]
+    spaced = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)(?=[A-Z][a-z])", r"\1\3 \2", name)
+    return re.findall(r"[a-z]+|\d+", spaced.lower())
+
+
+# Ways to tell images and masks apart: f({path: FolderRole}) -> the same of the images and of the masks.
+def by_folder_names(roles):
     """Images and masks lie in folders called so."""
-    return with_role(places, "images"), with_role(places, "masks")
+    return with_content(roles, "images"), with_content(roles, "masks")
 
 
-def by_bare_folders(places):
-    """Masks lie in folders called so, images in folders whose name says nothing: train and train_masks."""
-    return with_role(places, ""), with_role(places, "masks")
+def by_bare_folders(roles):
+    """Masks lie in folders called so, images in folders whose name tells nothing: train and train_masks."""
+    return with_content(roles, ""), with_content(roles, "masks")
 
 
-def by_outer_names(places):
+def by_outer_names(roles):
     """Masks lie anywhere below a folder called so: masks/images beside images/images."""
-    masks = {path: place for path, place in places.items() if place.below_masks}
-    return {path: place for path, place in places.items() if path not in masks}, masks
+    return divided(roles, {path for path, role in roles.items() if role.below_masks})
 
 
-def by_file_names(places):
-    """Images and masks lie in one folder: a.jpg or a_sat.jpg beside a_mask.png."""
-    names = {(path.parent, name) for path in places for name in (path.stem, common_name(path, IMAGE_AFFIX))}
-    masks = {path: place for path, place in places.items() if common_name(path, MASK_AFFIX) != path.stem
-             and (path.parent, common_name(path, MASK_AFFIX)) in names}
-    return {path: place for path, place in places.items() if path not in masks}, masks
+def by_file_names(roles):
+    """Images and masks lie in the same folder: a.jpg or a_sat.jpg beside a_mask.png."""
+    image_names = {(path.parent, name) for path in roles
+                   for name in (path.stem, common_name(path, IMAGE_AFFIX))}
+    mask_names = {path: common_name(path, MASK_AFFIX) for path in roles}
+    return divided(roles, {path for path, name in mask_names.items()
+                           if name != path.stem and (path.parent, name) in image_names})
 
 
-def by_content(places):
+def by_content(roles):
     """Masks are the files of one ending in one folder that look like masks; a few of each are opened."""
     kinds = {}
-    for path, place in places.items():
-        if place.role != "other":
+    for path, role in roles.items():
+        if role.content != "other":
             kinds.setdefault((path.parent, path.suffix), []).append(path)
-    flat = {kind: all(map(looks_like_mask, some(files))) for kind, files in kinds.items()}
-    return [{path: places[path] for kind, files in kinds.items() if flat[kind] == side for path in files}
-            for side in (False, True)]
+    masks = {path for files in kinds.values() if all_look_like_masks(files) for path in files}
+    return divided({path: role for path, role in roles.items() if role.content != "other"}, masks)
 
 
-def some(files):
-    """Return a few files, evenly spread."""
-    return [files[index] for index in np.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).astype(int)]
+def with_content(roles, content):
+    """Return the items of {path: FolderRole} that have a content."""
+    return {path: role for path, role in roles.items() if role.content == content}
+
+
+def divided(roles, masks):
+    """Return {path: FolderRole} of the images and of the masks, a set of paths."""
+    return ({path: role for path, role in roles.items() if path not in masks},
+            {path: role for path, role in roles.items() if path in masks})
+
+
+def all_look_like_masks(files):
+    """Return whether a few of the files, evenly spread, look like masks."""
+    return all(map(looks_like_mask, evenly_sampled(files, SAMPLED)))
 
 
 def looks_like_mask(path):
@@ -191,148 +241,332 @@ def looks_like_mask(path):
     A JPEG mask holds many, but few of them often.
     """
     try:
-        mask = decode_mask(path)
+        codes = decode_mask(path).codes
     except InputError:
         return False
-    codes = mask.codes
     _, counts = distinct(codes)
     changes = np.count_nonzero(codes[:, 1:] != codes[:, :-1]) / codes.size
     return changes <= FEW_CHANGES and np.sort(counts)[-FEW_VALUES:].sum() >= MOST * codes.size
 
 
-# --- pairs and splits -------------------------------------------------------------------------------------
-def pair_up(images, masks):
-    """Return what was Found of {path: Place} of images and masks: paired in each split and group.
+# --- pairs of each split ----------------------------------------------------------------------------------
+def pair_splits(images, masks):
+    """Return the FolderContent of {path: FolderRole} of images and masks, paired in each split and group.
 
-    Where only one side names splits, its files choose among all of the other.
+    Where only the images are in splits, each of them chooses among all masks. Raises InputError as match().
     """
-    found = Found({}, {}, {}, [], [])
-    image_splits = {place.split for place in images.values()} - {""}
-    mask_splits = {place.split for place in masks.values()} - {""}
-    undivided = any(not place.split for place in images.values()) and "train" not in image_splits
-    for split in [*[""] * undivided, *sorted(image_splits)]:
-        name = split or "train"
-        sides = [{path: place.group for path, place in places.items() if not by_split or place.split == split}
-                 for places, by_split in ((images, image_splits), (masks, image_splits and mask_splits))]
-        found.splits[name], found.no_mask[name], found.no_image[name] = match(*sides)
-        if not found.splits[name]:  # what the names of the folders have besides may differ: roads/, roads_gt/
-            with suppress(InputError):
-                again = match(*[dict.fromkeys(side, ()) for side in sides])
-                found.splits[name], found.no_mask[name], found.no_image[name] = again
-        if not found.splits[name] and not sides[1]:  # as the test images of a contest
-            found.notes.append(f"not used: {count_of(len(sides[0]), 'image')} of {name}, without any mask")
-            for part in (found.splits, found.no_mask, found.no_image):
-                part.pop(name)
-        else:
-            names = {common_name(sample.image, affix) for sample in found.splits[name]
-                     for affix in (None, IMAGE_AFFIX)}
-            found.no_image[name] = [path for path in found.no_image[name]
-                                    if not is_another_drawing(path, names)]
+    content = FolderContent({}, {}, {}, [], [])
+    image_splits = {role.split for role in images.values()} - {""}
+    mask_splits = {role.split for role in masks.values()} - {""}
+    splits = sorted(image_splits)
+    if "train" not in image_splits and any(not role.split for role in images.values()):
+        splits.insert(0, "")
+    for split in splits:
+        split_images = groups_of(images, split if image_splits else None)
+        split_masks = groups_of(masks, split if image_splits and mask_splits else None)
+        pairs, name = match_in_groups(split_images, split_masks), split or "train"
+        if not split_masks:  # as the test images of a contest
+            content.notes.append(f"not used: {count_of(len(split_images), 'image')} of {name}, without any "
+                                 "mask")
+            continue
+        content.splits[name] = pairs.samples
+        content.images_without_mask[name] = pairs.images_without_mask
+        content.masks_without_image[name] = without_copies(pairs.masks_without_image, pairs.samples)
     if image_splits and not mask_splits:
-        used = {sample.mask for part in found.splits.values() for sample in part}
-        found.no_image = {"train": sorted(set(masks) - used)}
-    return found
+        used = {sample.mask for sample in content.samples}
+        content.masks_without_image = {"train": sorted(set(masks) - used)}
+    return content
 
 
-def use_lists(found, root, base):
-    """Split the samples as train.txt, val.txt and test.txt say, where the folder has them.
+def groups_of(roles, split=None):
+    """Return {path: group} of {path: FolderRole}, of all or of the files of a split."""
+    return {path: role.group for path, role in roles.items() if split is None or role.split == split}
+
+
+def match_in_groups(images, masks):
+    """Return match() of {path: group}, without regard to the groups where none pair: roads/, roads_gt/."""
+    pairs = match(images, masks)
+    if not pairs.samples:
+        with suppress(InputError):
+            return match(dict.fromkeys(images, ()), dict.fromkeys(masks, ()))
+    return pairs
+
+
+def without_copies(masks, samples):
+    """Return the paths of masks without those that are another drawing of a pair: x_color.png beside x.png.
+    """
+    names = {common_name(sample.image, affix) for sample in samples for affix in (None, IMAGE_AFFIX)}
+    others = []
+    for path in masks:
+        ends = [separator.start() for separator in re.finditer(SEPARATORS, path.stem)]
+        if not any(path.stem[:end] in names for end in ends):
+            others.append(path)
+    return others
+
+
+# --- pairs by the names of files --------------------------------------------------------------------------
+def affix_pattern(words, letters=""):
+    """Return a regex that takes one of `words` off the beginning of a name and off its end."""
+    return re.compile(rf"(?:(?:{words})(?:[ _.-]+|(?=\d)))?(.+?)(?:[ _.-]+(?:{words}){letters})?",
+                      re.IGNORECASE | re.DOTALL)
+
+
+MASK_AFFIX = affix_pattern(MASK_WORDS, "|_[PL]")
+IMAGE_AFFIX = affix_pattern(IMAGE_WORDS)
+
+
+def common_name(path, affix=None):
+    """Return the name of a file without its ending and, with an affix pattern, without what it takes off.
+
+    The ending of an image within a mask's name (1.jpg.png) goes too then.
+    """
+    stem = path.stem  # inner dots stay
+    if affix is None:
+        return stem
+    while Path(stem).suffix.lower() in IMAGE_ENDINGS:
+        stem = Path(stem).stem
+    return affix.fullmatch(stem)[1]
+
+
+class Pairs(NamedTuple):
+    """Samples sorted by group and name, and the paths of files without a partner."""
+
+    samples: list
+    images_without_mask: list
+    masks_without_image: list
+
+
+def match(images, masks):
+    """Return the Pairs of images with the masks of their group, {path: group}: by stem, else by what is left
+    without MASK_WORDS, else without IMAGE_WORDS too, whichever pairs most; else by what is left without the
+    words that all names of a side share, where all pair then.
+
+    Raises InputError for two files of a side that have the same name.
+    """
+    def by_name(image_affix, mask_affix):
+        return index_by_name(images, image_affix), index_by_name(masks, mask_affix)
+
+    def names_of_both(sides):
+        return sides[0].keys() & sides[1].keys()
+
+    best = max(by_name(None, None), by_name(None, MASK_AFFIX), by_name(IMAGE_AFFIX, MASK_AFFIX),
+               key=lambda sides: len(names_of_both(sides)))
+    if images and masks and not names_of_both(best):
+        distinctive = index_by_distinct_words(images), index_by_distinct_words(masks)
+        sizes = {len(side) for side in (images, masks, *distinctive)}
+        if distinctive[0].keys() == distinctive[1].keys() and len(sizes) == 1:
+            best = distinctive
+    images_by_name, masks_by_name = best
+    refuse_equal_names(images_by_name)
+    refuse_equal_names(masks_by_name)
+    names = names_of_both(best)
+    return Pairs([Sample(images_by_name[name][0], masks_by_name[name][0]) for name in sorted(names)],
+                 [images_by_name[name][0] for name in sorted(images_by_name.keys() - names)],
+                 [masks_by_name[name][0] for name in sorted(masks_by_name.keys() - names)])
+
+
+def index_by_name(groups, affix):
+    """Return {(group, common name): [path]} of {path: group}."""
+    by_name = {}
+    for path, group in groups.items():
+        by_name.setdefault((group, common_name(path, affix)), []).append(path)
+    return by_name
+
+
+def index_by_distinct_words(groups):
+    """Return {(group, words of the name that not all names have): [path]} of {path: group}."""
+    words = {path: re.split(SEPARATORS, path.stem.lower()) for path in groups}
+    shared, by_words = set.intersection(*map(set, words.values())), {}
+    for path, group in groups.items():
+        key = group, *(word for word in words[path] if word not in shared)
+        by_words.setdefault(key, []).append(path)
+    return by_words
+
+
+def refuse_equal_names(by_name):
+    """Raise InputError where a name of {name: [path]} has two files."""
+    for first, second in (paths[:2] for paths in by_name.values() if len(paths) > 1):
+        if first.parent != second.parent:
+            raise InputError(f"{first.parent} and {second.parent} both hold {first.stem}: move one of these "
+                             "folders away, or give it the name of the images that it belongs to")
+        raise InputError(f"{first} and {second} have the same name: remove the one that is not meant")
+
+
+def pair_files(image_folder, mask_folder):
+    """Return the Samples of two folders, in which sub-folders have the same names.
+
+    Raises InputError for an empty folder, for names of which none pair, for an image without mask or a mask
+    without image, and as match() does.
+    """
+    def groups_below(folder):
+        return {path: path.parent.relative_to(folder).as_posix() for path in list_images(folder)}
+
+    images, masks = groups_below(image_folder), groups_below(mask_folder)
+    if not images or not masks:
+        raise InputError(f"no images in {mask_folder if images else image_folder} (endings "
+                         f"{' '.join(IMAGE_ENDINGS)})")
+    pairs = match(images, masks)
+    if not pairs.samples:
+        raise InputError(f"no image in {image_folder} has a mask in {mask_folder}: "
+                         f"{names_differ(images, masks)}")
+    refuse_unpaired(pairs.images_without_mask, f"mask in {mask_folder}")
+    refuse_unpaired(pairs.masks_without_image, f"image in {image_folder}")
+    return pairs.samples
+
+
+def refuse_unpaired(paths, partner):
+    """Raise InputError where there are files without their `partner`."""
+    if paths:
+        more = f" ({len(paths) - 1} more like it)" if len(paths) > 1 else ""
+        raise InputError(f"{paths[0]} has no {partner}{more}: add what is missing or move it")
+
+
+def names_differ(images, masks):
+    """Return why names did not pair, as text: two names of each side, and what was tried."""
+    def first_names(paths):
+        return ", ".join(path.name for path in sorted(paths)[:NAMES_IN_MESSAGE])
+
+    return (f"images are called {first_names(images)}, masks {first_names(masks)}; tried were equal names, "
+            "and names without image, img, ... and mask, label, gt, seg, ... at either end: rename one side")
+
+
+# --- lists of the splits ----------------------------------------------------------------------------------
+def use_lists(content, root, base):
+    """Split the samples as train.txt, val.txt and test.txt tell, where the folder has them.
 
     Entries are names or paths of images, with or without ending, alone or followed by the mask's. Raises
-    InputError for an entry that is no image with a mask.
+    InputError for an entry that is not an image with a mask.
     """
-    paths = [path for folder in dict.fromkeys(top / name for top in (root, base) for name in LISTS)
-             for path in sorted(folder.glob("*.txt")) if set(words_of(path.stem)) & SPLIT_OF.keys()]
-    lists = {}
+    paths = list_files(root, base)
+    by_stem = {}
+    for sample in content.splits.get("train", []):
+        by_stem.setdefault(sample.image.stem, []).append(sample)
+    lists, entries = lists_by_split(paths), {}
+    for split, path in lists.items():
+        samples_of = {entry: samples_of_entry(entry, by_stem) for entry in read_list(path)}
+        if any(samples_of.values()):  # else it lists something else
+            entries[split] = samples_of
+    if "train" not in entries or set(content.splits) != {"train"}:
+        if paths:
+            reason = "the folders name the splits" if len(content.splits) > 1 else \
+                "none lists images to train on"
+            content.notes.append(f"not used: {relative_names(paths, root)} ({reason})")
+        return
+    splits = {}
+    for split, samples_of in entries.items():
+        splits[split] = [only_sample(lists[split], entry, samples) for entry, samples in samples_of.items()]
+    unlisted = set(content.splits["train"]).difference(*splits.values())
+    content.splits, content.images_without_mask, content.masks_without_image = splits, {}, {}
+    not_used = f"; {count_of(len(unlisted), 'pair')} on none of them: not used" if unlisted else ""
+    content.notes.append(f"split by {relative_names([lists[split] for split in entries], root)}{not_used}")
 
+
+def list_files(root, base):
+    """Return the .txt files in LIST_FOLDERS that are called like a split."""
+    folders = dict.fromkeys(top / name for top in (root, base) for name in LIST_FOLDERS)
+    return [path for folder in folders for path in sorted(folder.glob("*.txt"))
+            if set(words_of(path.stem)) & SPLIT_OF.keys()]
+
+
+def lists_by_split(paths):
+    """Return {split: path} of list files, train.txt before train_fold1.txt. Raises InputError for two of one
+    split.
+    """
     def is_exact(path):
         return path.stem.lower() in SPLIT_OF
 
-    for path in sorted(paths, key=is_exact, reverse=True):  # train.txt before train_fold1.txt
-        split, *more = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
-        if more:
+    lists = {}
+    for path in sorted(paths, key=is_exact, reverse=True):
+        splits = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
+        if len(splits) > 1:
             continue  # train_val.txt
-        twin = lists.setdefault(split, path)
-        if twin != path and is_exact(twin) == is_exact(path):
-            raise InputError(f"{twin} and {path} both list {split} images: move one away")
-    samples = {}
-    for sample in found.splits.get("train", []):
-        samples.setdefault(sample.image.stem, []).append(sample)
-    entries = {split: [(entry, listed_samples(entry, samples)) for entry in read_list(path)]
-               for split, path in lists.items()}
-    entries = {split: listed for split, listed in entries.items() if any(fits for _, fits in listed)}
-    if "train" not in entries or set(found.splits) != {"train"}:
-        if paths:
-            why = "the folders name the parts" if len(found.splits) > 1 else "none lists images to train on"
-            shown = ", ".join(str(path.relative_to(root)) for path in paths)
-            found.notes.append(f"not used: {shown} ({why})")
-        return
-    shown = ", ".join(str(lists[split].relative_to(root)) for split in entries)
-    for split, listed in entries.items():
-        for entry, fits in listed:
-            if len(fits) != 1:
-                why = "there is no image of that name with a mask" if not fits else \
-                    f"{fits[0].image} and {fits[1].image} have that name"
-                raise InputError(f"{lists[split]} lists {entry}, and {why}: correct the list, or rename it "
-                                 "if it is not the list of this part")
-    parts = {split: [fits[0] for _, fits in listed] for split, listed in entries.items()}
-    left = set(found.splits["train"]) - {sample for part in parts.values() for sample in part}
-    found.splits, found.no_mask, found.no_image = parts, {}, {}  # what is on no list need not pair
-    found.notes.append(f"split as {shown} say" + (f"; {count_of(len(left), 'pair')} on none of them: not used"
-                                                  if left else ""))
+        first = lists.setdefault(splits.pop(), path)
+        if first != path and is_exact(first) == is_exact(path):
+            raise InputError(f"{first} and {path} list images of the same split: move one away")
+    return lists
 
 
-def listed_samples(entry, samples):
+def samples_of_entry(entry, by_stem):
     """Return the Samples of {stem: [Sample]} that an entry of a list file may mean: of its name, and of those
     the ones that lie in most of the folders that it names, in their order.
     """
     for text in (entry, re.split(r"[\s,;]+", entry)[0]):
         name = Path(text)
-        fits = samples.get(name.name) or samples.get(name.stem) or []
-        if fits:
-            shared = [common_parts(name.parts[:-1], sample.image.parts[:-1]) for sample in fits]
-            return [sample for sample, number in zip(fits, shared, strict=True) if number == max(shared)]
+        samples = by_stem.get(name.name) or by_stem.get(name.stem) or []
+        if samples:
+            shared = [count_shared_folders(name.parts[:-1], sample.image.parts[:-1]) for sample in samples]
+            return [sample for sample, count in zip(samples, shared, strict=True) if count == max(shared)]
     return []
 
 
-def common_parts(wanted, parts):
-    """Return how many of the names in `wanted` are found in `parts`, in their order, from the last one on."""
-    number, parts = 0, list(parts)
-    for name in reversed(wanted):
-        if name in parts:
-            number, parts = number + 1, parts[:len(parts) - parts[::-1].index(name) - 1]
-    return number
+def count_shared_folders(names, folders):
+    """Return how many of `names` are among `folders` in their order, from the last one on."""
+    count, folders = 0, list(folders)
+    for name in reversed(names):
+        if name in folders:
+            last = len(folders) - 1 - folders[::-1].index(name)
+            count, folders = count + 1, folders[:last]
+    return count
 
 
-def other_masks(unused, masks, root):
-    """Return warnings of folders that are not used, look like masks too, and hold as many files."""
-    folders, warnings, fewest = {}, [], min(Counter(path.parent for path in masks).values())
+def only_sample(path, entry, samples):
+    """Return the one Sample that an entry of a list file means. Raises InputError for none or several."""
+    if len(samples) == 1:
+        return samples[0]
+    reason = f"{samples[0].image} and {samples[1].image} have that name" if samples else \
+        "there is no image of that name with a mask"
+    raise InputError(f"{path} lists {entry}, and {reason}: correct the list, or rename it if it is not the "
+                     "list of this split")
+
+
+def relative_names(paths, root):
+    """Return the paths below `root` as text."""
+    return ", ".join(str(path.relative_to(root)) for path in paths)
+
+
+# --- messages about a folder ------------------------------------------------------------------------------
+KNOWN_LAYOUTS = ("it needs images/ and masks/, or train/images train/masks val/images val/masks, or "
+                 "images/train masks/train images/val masks/val, or train_images train_labels valid_images "
+                 "valid_labels")
+ANNOTATIONS = (  # ending, what the text of such a file holds, what it is; the first that fits counts
+    (".npz", "", "NumPy arrays"), (".mat", "", "MATLAB files"), (".svg", "", "drawings"),
+    (".tfrecord", "", "TFRecords"),
+    (".json", '(?s)(?=.*"images")(?=.*"annotations")', "COCO annotations"),
+    (".json", '(?s)(?=.*"shapes")(?=.*"imagePath")', "labelme polygons"),
+    (".json", '(?s)(?=.*"objects")(?=.*"imgHeight")', "Cityscapes polygons"),
+    (".json", '(?s)(?=.*"objects")(?=.*"size")', "Supervisely annotations"),
+    (".json", '"_via_img_metadata"', "VIA annotations"),
+    (".json", '(?s)(?=.*"data")(?=.*"annotations")', "Label Studio annotations"),
+    (".json", r'\{\s*"', "JSON annotations"),
+    (".txt", r"\A(?:\d+(?: [01]?\.?\d+ [01]?\.?\d+){3,}\s*)+\Z", "YOLO polygons without their data.yaml"),
+    (".txt", r"\A(?:\d+(?: [01]?\.?\d+){4}\s*)+\Z", "YOLO boxes, which hold no shapes"),
+    (".xml", "<annotation>", "VOC boxes, which hold no shapes"),
+    (".xml", "<annotations>", "CVAT annotations"),
+)
+
+
+def report_folders(content, paths, root):
+    """Note in a FolderContent which folders are images and masks, which are not used, and doubts of that."""
+    images = [sample.image for sample in content.samples]
+    masks = [sample.mask for sample in content.samples]
+    content.notes.insert(0, f"images: {count_by_folder(images, root)}; masks: {count_by_folder(masks, root)}")
+    used = {*images, *masks}
+    for unpaired in (content.images_without_mask, content.masks_without_image):
+        used.update(*unpaired.values())
+    unused = sorted(set(paths) - used)
+    if not unused:
+        return
+    content.notes.append(f"not used: {count_by_folder(unused, root)}")
+    fewest, by_folder = min(Counter(path.parent for path in masks).values()), {}
     for path in unused:
-        folders.setdefault(path.parent, []).append(path)
-    for folder, files in folders.items():
-        if len(files) >= fewest and all(map(looks_like_mask, some(files))):
-            warnings.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks too: if "
-                            "it is what you want to learn, move the other folder of masks away")
-    return warnings
+        by_folder.setdefault(path.parent, []).append(path)
+    for folder, files in by_folder.items():
+        if len(files) >= fewest and all_look_like_masks(files):
+            content.doubts.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks "
+                                  "too: if it is what you want to learn, move the other folder of masks away")
 
 
-# --- what lies there --------------------------------------------------------------------------------------
-ADVICE = ("it needs images/ and masks/, or train/images train/masks val/images val/masks, or images/train "
-          "masks/train images/val masks/val, or train_images train_labels valid_images valid_labels")
-
-
-FORMATS = {".npz": "NumPy arrays", ".mat": "MATLAB files", ".svg": "drawings",
-           ".tfrecord": "TFRecords"}
-JSON_FORMATS = {  # keys that a file of each has, the first that fits counts
-    "COCO annotations": {"images", "annotations"},
-    "labelme polygons": {"shapes", "imagePath"},
-    "Supervisely annotations": {"objects", "size"},
-    "VIA annotations": {"_via_img_metadata"},
-    "Cityscapes polygons": {"objects", "imgHeight"},
-    "Label Studio annotations": {"data", "annotations"},
-}
-
-
-def shown_folders(paths, root):
+def count_by_folder(paths, root):
     """Return the folders of files with the number of files as text: 'train/img (96), val/img (24)'."""
     counts = Counter(path.parent.relative_to(root).as_posix() for path in paths)
     return shortened([f"{name} ({count})" for name, count in sorted(counts.items())])
@@ -340,69 +574,44 @@ def shown_folders(paths, root):
 
 def shortened(texts):
     """Return texts joined by commas, of many the first few."""
-    more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
-    return ", ".join(texts[:LISTED]) + more
+    more = f" and {len(texts) - FOLDERS_IN_MESSAGE} more" if len(texts) > FOLDERS_IN_MESSAGE else ""
+    return ", ".join(texts[:FOLDERS_IN_MESSAGE]) + more
 
 
-def seen(root, images):
+def describe_folder(root, pictures):
     """Return what lies below `root` as text: the folders, how many files they hold and what these look like.
+
+    pictures: the paths of those files that are images or masks.
     """
-    folders = {}
+    by_folder = {}
     for path in sorted(root.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
-            folders.setdefault(path.parent, []).append(path)
+        if path.is_file() and not is_hidden(path, root):
+            by_folder.setdefault(path.parent, []).append(path)
     texts = []
-    for folder, files in folders.items():
-        pictures = [path for path in files if path in images]
-        others = [path for path in files if path not in images]
-        kinds = [f"{count_of(len(pictures), 'picture')} ({looks_of(pictures)})"] if pictures else []
-        kinds += [f"{count_of(len(others), 'file')} ({label_format(others)})"] if others else []
+    for folder, files in by_folder.items():
+        own = [path for path in files if path in pictures]
+        others = [path for path in files if path not in pictures]
+        kinds = [f"{count_of(len(own), 'picture')} ({looks_of(own)})"] if own else []
+        kinds += [f"{count_of(len(others), 'file')} ({format_of(others)})"] if others else []
         texts.append(f"{folder.relative_to(root).as_posix()}/ holds {' and '.join(kinds)}")
     return shortened(texts) or "it is empty"
 
 
 def looks_of(pictures):
     """Return whether picture files look like photos or like masks."""
-    flat = list(map(looks_like_mask, some(pictures)))
-    return "masks, by their looks" if 2 * sum(flat) > len(flat) else "photos, by their looks"
+    like_masks = [looks_like_mask(path) for path in evenly_sampled(pictures, SAMPLED)]
+    return "masks, by their looks" if 2 * sum(like_masks) > len(like_masks) else "photos, by their looks"
 
 
-def label_format(files):
+def format_of(files):
     """Return what kind of files without pixels these are, such as the annotations of a tool."""
-    endings = Counter(path.suffix.lower() for path in files)
-    ending = endings.most_common(1)[0][0]
+    ending = Counter(path.suffix.lower() for path in files).most_common(1)[0][0]
     if ending in (".zip", ".tar", ".gz"):
         return "an archive: unpack it"
-    path = next(path for path in files if path.suffix.lower() == ending)
-    recognize = {".json": json_format, ".txt": text_format, ".xml": xml_format}.get(ending)
-    try:
-        named = recognize(path) if recognize else FORMATS.get(ending)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        named = None
-    return f"{named}, not read: export masks as PNG" if named else f"{ending or 'without ending'}, no images"
-
-
-def json_format(path):
-    """Return which tool's annotations a JSON file holds, or None."""
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    keys = set(content) if isinstance(content, dict) else set(content[0])
-    return next((name for name, wanted in JSON_FORMATS.items() if wanted <= keys),
-                "JSON annotations" if keys else None)
-
-
-def text_format(path):
-    """Return whether a text file holds YOLO polygons or boxes, or None."""
-    rows = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if rows and all(row[0].isdecimal() and all(0 <= float(cell) <= 1 for cell in row[1:]) for row in rows):
-        if all(len(row) >= 7 and len(row) % 2 for row in rows):
-            return "YOLO polygons without their data.yaml"
-        if all(len(row) == 5 for row in rows):
-            return "YOLO boxes, which hold no shapes"
-    return None
-
-
-def xml_format(path):
-    """Return whether an XML file holds VOC boxes or annotations of CVAT, or None."""
-    start = path.read_text(encoding="utf-8-sig")[:2000]
-    return "VOC boxes, which hold no shapes" if "<annotation>" in start else \
-        "CVAT annotations" if "<annotations>" in start else None
+    example = next(path for path in files if path.suffix.lower() == ending)
+    is_text = ending in (".json", ".txt", ".xml")
+    text = example.read_text(encoding="utf-8", errors="replace") if is_text else ""
+    for known, pattern, name in ANNOTATIONS:
+        if known == ending and re.search(pattern, text):
+            return f"{name}, not read: export masks as PNG"
+    return f"{ending or 'without ending'}, not images"

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,16 +59,16 @@ class ScannedData:
     """A data set all of whose files were read once, without those that cannot be read.
 
     splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
-    [labels.Entry] that annotation files name, else None. What the masks mean:
-    classes, table, as in DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: a
-    dataio.advice.Advice where there is something to decide first.
+    [labels.Entry] that annotation files name, else None. What the masks mean: classes and table as in
+    DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: a dataio.advice.Advice
+    where there is something to decide first.
     """
 
     name: str
     root: Path
     splits: dict
-    images: dict
-    masks: dict
+    images: dict = field(default_factory=dict)
+    masks: dict = field(default_factory=dict)
     entries: list = None
     classes: list = None
     table: np.ndarray = None
@@ -78,7 +78,7 @@ class ScannedData:
     @property
     def samples(self):
         """All samples, each once."""
-        return list(dict.fromkeys(sample for part in self.splits.values() for sample in part))
+        return list(dict.fromkeys(sample for samples in self.splits.values() for sample in samples))
 
     def mask_facts(self):
         """Return the MaskFacts of all samples."""
@@ -175,12 +175,10 @@ def fill_folder(target, write, items, title):
     if target.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
-        failed = [error for error in in_parallel(lambda item: write(item, part), items, title) if error]
-        if failed:
-            raise failed[0]
+        all_in_parallel(lambda item: write(item, temporary), items, title)
         if not target.is_dir():  # else another process was faster
-            part.replace(target)
+            temporary.replace(target)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

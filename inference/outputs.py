@@ -18,9 +18,8 @@ from pycocotools import mask as coco_mask
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of
 from dataio.readers import read_image
-from dataio.repair import copy_file, save_classes
-from utils import save_image, write_atomically
-from visualize import background_id, save_mask
+from utils import copy_file, save_image, write_atomically
+from visualize import background_id, save_classes, save_mask
 
 GREEN = (0, 255, 0)
 

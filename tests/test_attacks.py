@@ -40,7 +40,7 @@ from dataio import schema
 from dataio.annotations import find_masks
 from dataio.feature_cache import CachedDataset, EntryFile
 from dataio.labels import read_classes
-from dataio.pairs import read_list
+from dataio.layout import read_list
 from dataio.readers import index_table, read_image, read_mask, read_pair
 from dataio.stratify import count_pixels
 from dataio.windows import WindowReader

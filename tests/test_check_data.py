@@ -1,444 +1,412 @@
-"""check_data.py on data sets with one fault each: the fault is named, the advice works."""
+"""check_data.py on data sets with one fault each: the verdict, the files that are listed; --fix."""
 
 import re
 import shutil
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import blocks, load, real_data, write_folder, write_pair, write_tree
 from PIL import Image
-from test_folder import write_frames
 from test_scan import painted, photo
-from trees import void_borders
+from trees import TREES, frames
 
 import check_data
-from config import DataOptions
 import datasets
-
-from dataio.readers import DataSource, Sample, pack_color, read_mask, value_table
+from config import DataOptions, InputError
+from dataio.readers import DataSource, Sample, index_table, pack_color, read_mask, read_sample, value_table
 
 
 def check(run, root, out, *flags):
-    """Run check_data.py on a folder; return (exit code, its text)."""
+    """Run check_data.py on a folder; return (exit code, its text, {kind: [files listed of each item]})."""
     code, text, err = run(check_data, "--data-root", root, "--out-dir", out, *flags)
     assert "Traceback" not in err
-    return code, text + err
+    items = {"warning": [], "problem": [], "to do": []}
+    for kind, files in re.findall(r"^(warning|problem|to do): .*\n((?: {6}.*\n)*)", text, re.M):
+        items[kind].append([line.strip().removeprefix(f"{root}/") for line in files.splitlines()])
+    return code, text + err, items
 
 
-def write_photos(root, count=8, values=(0, 1, 2)):
+def write_photos(root, count=8, values=(0, 1, 2), first=0):
     """Write a folder of photos that do not look alike, with index masks."""
     for number in range(count):
-        for part, array in (
-            ("images", photo(number, (60, 80))),
-            ("masks", blocks(60, 80, values, seed=number)),
-        ):
-            path = root / part / f"{number:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(path)
+        save(root / f"images/{number:02d}.png", photo(first + number, (60, 80)))
+        save(root / f"masks/{number:02d}.png", blocks(60, 80, values, seed=number))
     return root
 
 
-@pytest.mark.plots
-def test_a_good_folder_is_ready_and_says_how_to_train(tmp_path, run):
+def save(path, pixels, **options):
+    """Write an array as an image file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def masks_of(root):
+    """Yield (path, pixels) of all masks."""
+    for path in sorted((root / "masks").iterdir()):
+        yield path, np.array(Image.open(path))
+
+
+def take_advice(root, text):
+    """Write the classes.txt that check_data.py suggested, the last one of two."""
+    lines = re.findall(r"to .*classes.txt.*:\n((?: {6}.*\n)+)", text)[-1]
+    (root / "classes.txt").write_text("\n".join(line.strip() for line in lines.splitlines()) + "\n")
+
+
+# --- one fault each ---------------------------------------------------------------------------------------
+def unpaired(root):
+    (root / "masks/03.png").unlink()
+    (root / "images/05.png").unlink()
+
+
+def broken(root):
+    (root / "images/02.png").write_bytes(b"broken")
+    (root / "masks/04.png").write_bytes((root / "masks/04.png").read_bytes()[:60])
+
+
+def gray_image(root):
+    Image.open(root / "images/01.png").convert("L").save(root / "images/01.png")
+
+
+def small_mask(root):
+    Image.open(root / "masks/02.png").resize((40, 30), Image.Resampling.NEAREST).save(root / "masks/02.png")
+
+
+def transposed_mask(root):
+    Image.open(root / "masks/02.png").transpose(Image.Transpose.TRANSPOSE).save(root / "masks/02.png")
+
+
+def empty_mask(root):
+    save(root / "masks/03.png", np.zeros((60, 80), np.uint8))
+
+
+def turned_image(root):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    save(root / "images/04.jpg", photo(4, (60, 80)), exif=exif)
+    (root / "images/04.png").unlink()
+
+
+def jpeg_masks(root):
+    for path, mask in masks_of(root):
+        save(path.with_suffix(".jpg"), mask, quality=95)
+        path.unlink()
+
+
+def same_masks(root):
+    for path, _ in masks_of(root):
+        save(path, blocks(60, 80, (0, 1, 2), seed=1))
+
+
+def single_value(root):
+    for path, mask in masks_of(root):
+        save(path, mask * 0)
+
+
+def all_ignored(root):
+    single_value(root)
+    (root / "classes.txt").write_text("ignore\na\nb\n")
+
+
+ALL_MASKS = [f"masks/{number:02d}.jpg" for number in range(8)]
+
+
+@pytest.mark.parametrize(("fault", "code", "kind", "files"), [
+    (unpaired, 1, "problem", [["images/03.png"], ["masks/05.png"]]),
+    (broken, 1, "problem", [["images/02.png", "masks/04.png"]]),
+    (gray_image, 0, "warning", [["images/01.png"]]),
+    (small_mask, 0, "warning", [["masks/02.png"]]),
+    (transposed_mask, 0, "warning", [["masks/02.png"]]),
+    (empty_mask, 0, "warning", [["masks/03.png"]]),
+    (turned_image, 0, "warning", [["images/04.jpg"]]),
+    (jpeg_masks, 1, "warning", [ALL_MASKS]),
+    (same_masks, 0, "warning", [[]]),
+    (single_value, 1, "problem", [[]]),
+    (all_ignored, 1, "problem", [[], []]),
+])
+def test_a_fault_is_named_with_its_files(tmp_path, run, fault, code, kind, files):
     root = write_photos(tmp_path / "data")
-    code, text = check(run, root, tmp_path)
-    assert code == 0 and "verdict: ready, with 0 warnings" in text
-    assert f"python train.py --dataset folder --data-root {root}" in text
-    assert "8 pairs (8 train)" in text and "mask values: 0..2" in text and "masks: 8 L PNG" in text
+    assert check(run, root, tmp_path)[2] == {"warning": [], "problem": [], "to do": []}
+    fault(root)
+    verdict, text, items = check(run, root, tmp_path)
+    listed = [[line.split()[0] for line in lines] for lines in items[kind]]
+    assert verdict == code and listed == files, text
+
+
+@pytest.mark.plots
+def test_a_good_folder_is_ready_and_the_command_to_train_is_printed(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    code, text, _ = check(run, root, tmp_path)
+    assert code == 0 and f"python train.py --dataset folder --data-root {root}" in text
+    assert "8 train" in text and "0..2" in text and "8 L PNG" in text
     picture = np.array(Image.open(tmp_path / "check.png"))
     assert picture.std() > 10 and picture.shape[1] > 1000
 
 
-def test_images_much_larger_than_imgsz_are_named_with_what_to_do(tmp_path, run, monkeypatch):
-    root, says = write_photos(tmp_path / "data"), "add --train-scale native"
-    monkeypatch.setattr(check_data, "TrainConfig", lambda: SimpleNamespace(imgsz=(20, 20)))
-    code, text = check(run, root, tmp_path)
-    assert code == 0 and "3.5 times as long and wide as --imgsz 20 20" in text and says in text
-    monkeypatch.setattr(check_data, "TrainConfig", lambda: SimpleNamespace(imgsz=(24, 30)))
-    assert says not in check(run, root, tmp_path)[1]
-
-
-def test_unpaired_files_are_all_counted_and_named(tmp_path, run):
+def test_images_much_larger_than_imgsz_are_named_with_the_flag(tmp_path, run, monkeypatch):
     root = write_photos(tmp_path / "data")
-    (root / "masks/03.png").unlink()
-    (root / "images/05.png").unlink()
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "verdict: not ready, 2 problems" in text
-    assert re.search(r"1 train image has no mask.*\n.*images/03.png", text)
-    assert re.search(r"1 train mask has no image.*\n.*masks/05.png", text)
-
-
-def test_unreadable_files_are_named_and_the_rest_is_checked(tmp_path, run):
-    root = write_photos(tmp_path / "data")
-    (root / "images/02.png").write_bytes(b"broken")
-    (root / "masks/04.png").write_bytes((root / "masks/04.png").read_bytes()[:60])
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "2 files cannot be read" in text and "02.png" in text and "04.png" in text
-    assert "images: 6 RGB" in text
-
-
-def test_warnings_do_not_stop_a_training(tmp_path, run):
-    root = write_photos(tmp_path / "data")
-    Image.open(root / "images/01.png").convert("L").save(root / "images/01.png")
-    Image.open(root / "masks/02.png").resize((40, 30), Image.Resampling.NEAREST).save(root / "masks/02.png")
-    Image.fromarray(np.zeros((60, 80), np.uint8)).save(root / "masks/03.png")
-    turned = Image.fromarray(photo(4, (60, 80)))
-    turned.getexif()[0x0112] = 3
-    turned.save(root / "images/04.jpg", exif=turned.getexif())
-    (root / "images/04.png").unlink()
-    code, text = check(run, root, tmp_path)
-    assert code == 0, text
-    for said, name in (
-        ("1 image is not RGB", "images/01.png"),
-        ("1 mask differs in size", "masks/02.png"),
-        ("holds a single class", "masks/03.png"),
-        ("1 image is turned upright by EXIF, but their masks stay", "images/04.jpg"),
-    ):
-        assert re.search(f"warning: .*{said}.*\n.*{name}", text), said
-
-
-def test_stray_values_in_binary_masks_are_found_and_the_advice_repairs_them(tmp_path, run):
-    """CrackForest as published: 0 and 255, with a few pixels of 3 and 4."""
-    root = write_photos(tmp_path / "data", values=(0, 255))
-    for number, value in ((2, 3), (6, 4)):
-        mask = np.array(Image.open(root / f"masks/{number:02d}.png"))
-        mask[5, 5:8] = value
-        Image.fromarray(mask).save(root / f"masks/{number:02d}.png")
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "1 mask holds the value 3, 3 pixels in all: an accident?" in text
-    write_advice(root, text)
-    code, text = check(run, root, tmp_path)
-    assert code == 0, text
-    source = load("folder", root)
-    assert [name for name, _ in source.classes] == ["background", "class 1"]
-    assert source.table[[0, 255, 3, 4]].tolist() == [0, 1, 255, 255]
-
-
-def write_advice(root, text):
-    """Write the classes.txt that check_data.py suggested, the last one of two."""
-    lines = re.findall(r"write this to .*classes.txt.*:\n((?: {6}.*\n)+)", text)[-1]
-    (root / "classes.txt").write_text("\n".join(line.strip() for line in lines.splitlines()) + "\n")
-
-
-@pytest.mark.parametrize("values", [(0, 85, 170), (7, 8, 11, 255), (1, 2)])
-def test_values_with_gaps_get_a_classes_txt_that_works(tmp_path, run, values):
-    root = write_photos(tmp_path / "data", values=values)
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "which are not 0..K-1" in text
-    write_advice(root, text)
-    assert check(run, root, tmp_path)[0] == 0
-    assert len(load("folder", root).classes) == len(set(values) - {255})
-
-
-def test_painted_masks_get_a_classes_txt_that_works(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 1))
-    for path in (root / "masks").iterdir():
-        Image.fromarray(painted(np.array(Image.open(path)))).save(path)
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "is painted in colors" in text and "class 0 0 255 0" in text
-    write_advice(root, text)
-    assert check(run, root, tmp_path)[0] == 0
-    source = load("folder", root)
-    assert source.table[255 << 8] == 0 and source.table[255 << 16] == 1
-
-
-def test_lossy_masks_are_told_to_be_exported_again(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 85, 170))
-    for path in list((root / "masks").iterdir()):
-        noisy = np.array(Image.open(path)) + np.random.default_rng(0).integers(0, 60, (60, 80), np.uint8)
-        Image.fromarray(np.stack([noisy, 255 - noisy, noisy // 2], 2)).save(
-            path.with_suffix(".jpg"), quality=50
-        )
-        path.unlink()
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "8 masks are JPEG files" in text and "export them again as PNG" in text
-
-
-def test_index_masks_saved_as_jpeg_are_a_problem(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 1, 2))
-    for path in list((root / "masks").iterdir()):
-        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
-        path.unlink()
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "8 masks are JPEG files, which blur class borders" in text
-
-
-def test_blue_is_a_color_like_others(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 1, 2))
-    for path in (root / "masks").iterdir():
-        Image.fromarray(np.eye(3, dtype=np.uint8)[np.array(Image.open(path))] * 255).save(path)
-    code, text = check(run, root, tmp_path)
-    write_advice(root, text)
-    assert code == 1 and check(run, root, tmp_path)[0] == 0
-    assert len(load("folder", root).classes) == 3
-
-
-def test_a_black_mask_saved_as_gray_among_painted_ones(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 1))
-    for path in (root / "masks").iterdir():
-        colors = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)
-        Image.fromarray(colors[np.array(Image.open(path))]).save(path)
-    Image.new("L", (80, 60), 0).save(root / "masks/03.png")
-    text = check(run, root, tmp_path)[1]
-    write_advice(root, text)
-    assert check(run, root, tmp_path)[0] == 0
-    source = load("folder", root)
-    assert (read_mask(root / "masks/03.png", source.table) == source.table[0]).all()
-
-
-def test_transposed_masks_are_noticed(tmp_path, run):
-    root = write_photos(tmp_path / "data")
-    mask = np.array(Image.open(root / "masks/02.png"))
-    Image.fromarray(np.ascontiguousarray(mask.T)).save(root / "masks/02.png")
-    assert re.search(r"1 mask differs in size.*\n.*masks/02.png", check(run, root, tmp_path)[1])
-
-
-def test_a_rare_class_that_is_in_every_file_is_no_accident(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 40))
-    for path in (root / "masks").iterdir():
-        mask = np.array(Image.open(path))
-        mask[:3, :3] = 90
-        Image.fromarray(mask).save(path)
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "an accident" not in text
-    write_advice(root, text)
-    assert len(load("folder", root).classes) == 3
-
-
-def test_masks_with_one_value_and_with_nothing_counted(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0,))
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "all masks hold one single value" in text
-    (root / "classes.txt").write_text("ignore\na\nb\n")
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "hold nothing but ignored pixels: there is nothing to learn" in text
-
-
-def test_classes_missing_from_a_part_are_named(tmp_path, run):
-    for split, values in (("train", (0, 1, 2)), ("val", (0, 1))):
-        for part in ("images", "masks"):
-            shutil.move(
-                write_photos(tmp_path / split / "x", 3, values) / part, tmp_path / f"data/{split}_{part}"
-            )
-    (tmp_path / "data/classes.txt").write_text("sky\nroad\ncar\n")
-    assert "warning: no pixel of car in val" in check(run, tmp_path / "data", tmp_path)[1]
-
-
-def test_sparse_labels_can_train_and_the_check_is_spread(tmp_path, monkeypatch):
-    root = write_folder(tmp_path / "data", count=40, values=(0, 1))
-    (root / "classes.txt").write_text("a\nb\n")
-    for number, path in enumerate(sorted((root / "masks").iterdir())):
-        if number != 17:
-            Image.fromarray(np.full((45, 61), 255, np.uint8)).save(path)
-    source = datasets.folder(root, DataOptions())
-    source.splits = {"train": [sample for part in source.splits.values() for sample in part]}
-    datasets.quick_check(source)  # one labeled mask is enough
-    seen = []
-    empty = np.zeros((2, 2), np.uint8)
-    monkeypatch.setattr(datasets, "read_mask", lambda path, table: seen.append(path) or empty)
-    datasets.quick_check(source)
-    order = [sample.mask for sample in source.splits["train"]]
-    assert len(seen) == 8 and order.index(seen[-1]) == 39 and order.index(seen[0]) == 0
-
-
-def test_copies_and_look_alikes_between_train_and_val(tmp_path, run):
-    for split, start in (("train", 0), ("val", 10)):
-        write_photos(tmp_path / "staging", count=4)
-        for number in range(4):
-            for part in ("images", "masks"):
-                target = tmp_path / "data" / split / part / f"{start + number}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(tmp_path / f"staging/{part}/{number:02d}.png", target)
-    val = tmp_path / "data/val/images"
-    for number in (11, 12, 13):  # 10 stays a copy of 0
-        Image.fromarray(photo(40 + number, (60, 80))).save(val / f"{number}.png")
-    alike = Image.open(tmp_path / "data/train/images/2.png").resize((100, 75))
-    alike.save(val / "12.png")
-    code, text = check(run, tmp_path / "data", tmp_path)
-    assert code == 1 and re.search(r"1 validation image is a copy.*\n.*10.png = .*0.png", text)
-    assert re.search(r"warning: 1 validation image looks like.*\n.*12.png ~ .*2.png", text)
-
-
-def test_leaks_and_wrong_values_of_a_listed_data_set(tmp_path, run):
-    write_tree("aeroscapes", tmp_path / "data")
-    lists = tmp_path / "data/ImageSets"
-    (lists / "trn.txt").write_text((lists / "trn.txt").read_text() + "val_000001\n")
-    mask = tmp_path / "data/SegmentationClass/train_000000.png"
-    Image.new("L", (61, 45), 77).save(mask)
-    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "aeroscapes")
-    assert code == 1 and "1 validation image is in the training list too" in text
-    assert f"1 mask holds values that are no class: {mask} has the value 77" in text
-    (lists / "val.txt").write_text("nothing_here\n")
-    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "aeroscapes")
-    assert code == 2 and "nothing_here.jpg is listed but does not exist" in text
-
-
-def test_a_data_set_to_evaluate_on_is_not_ready_to_train(tmp_path, run):
-    code, text = check(run, real_data("ade20k_sample"), tmp_path, "--dataset", "ade20k")
-    assert code == 1 and "no training image" in text and "and 135 more in val" in text
+    for size, named in (((20, 20), True), ((24, 30), False)):
+        monkeypatch.setattr(check_data, "TrainConfig", lambda size=size: SimpleNamespace(imgsz=size))
+        code, text, _ = check(run, root, tmp_path)
+        assert code == 0 and ("--train-scale native" in text) == named == ("3.5" in text)
 
 
 def test_missing_roots_exit_with_2(tmp_path, run):
-    assert check(run, tmp_path / "nowhere", tmp_path) == (
-        2,
-        f"error: --data-root {tmp_path / 'nowhere'} does not exist: "
-        "give the folder that holds the data set\n",
-    )
     (tmp_path / "empty").mkdir()
-    assert check(run, tmp_path / "empty", tmp_path)[0] == 2
+    for name in ("nowhere", "empty"):
+        code, text, _ = check(run, tmp_path / name, tmp_path)
+        assert code == 2 and text.count("\n") == 1 and name in text
 
 
-def test_training_refuses_nonsense_at_once(tmp_path):
-    root = write_folder(tmp_path / "data", count=6, values=(0, 1))
-    (root / "classes.txt").write_text("a\nb\n")
-    for path in (root / "masks").iterdir():
-        Image.fromarray(np.full((45, 61), 255, np.uint8)).save(path)
-    with pytest.raises(check_data.InputError, match="hold nothing but ignored pixels.*check_data.py"):
-        load("folder", root)
+# --- values and colors: what is advised works (more in test_folder.py) ------------------------------------
+@pytest.mark.parametrize("values", [(0, 85, 170), (7, 8, 11, 255), (1, 2)])
+def test_values_with_gaps_get_a_classes_txt_that_works(tmp_path, run, values):
+    root = write_photos(tmp_path / "data", values=values)
+    code, text, _ = check(run, root, tmp_path)
+    take_advice(root, text)
+    assert code == 1 and check(run, root, tmp_path)[0] == 0
+    assert len(load("folder", root).classes) == len(set(values) - {255})
 
 
-def test_real_data_sets(tmp_path, run):
-    started = time.perf_counter()
-    code, text = check(run, real_data("camvid"), tmp_path, "--dataset", "camvid")
-    assert code == 0 and "468 pairs (367 train, 101 val)" in text and "mask values: 0..11" in text
-    assert time.perf_counter() - started < 60
-    code, text = check(run, real_data("person_sample"), tmp_path)
-    assert code == 0 and "43 masks differ in size" in text and "2 images are not RGB" in text
-    code, text = check(run, real_data("crackforest"), tmp_path)
-    assert code == 0 and "masks hold 0 and 255" in text
+def test_primary_colors_and_black_masks_saved_as_gray_get_a_classes_txt_that_works(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    for path, mask in masks_of(root):
+        save(path, np.eye(3, dtype=np.uint8)[mask] * 255 * (mask > 0)[..., None])
+    save(root / "masks/03.png", np.zeros((60, 80), np.uint8))
+    code, text, _ = check(run, root, tmp_path)
+    take_advice(root, text)
+    assert code == 1 and check(run, root, tmp_path)[0] == 0
+    source = load("folder", root)
+    assert len(source.classes) == 3
+    assert (read_mask(root / "masks/03.png", source.table) == source.table[0]).all()
 
 
-def test_pairs_in_sub_folders_and_write_pair(tmp_path, run):
-    for place in ("a", "b"):
-        write_pair(
-            tmp_path / f"data/images/{place}/x.png",
-            tmp_path / f"data/masks/{place}/x_mask.png",
-            blocks(40, 50, (0, 1, 2), seed=ord(place)),
-        )
-    assert check(run, tmp_path / "data", tmp_path)[0] == 0
+def test_a_16_bit_mask_among_painted_masks_is_a_problem(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 1))
+    for path, mask in masks_of(root):
+        save(path, painted(mask))
+    save(root / "masks/03.png", np.full((60, 80), 300, np.uint16))
+    code, text, _ = check(run, root, tmp_path)
+    take_advice(root, text)
+    assert code == 1
+    code, text, _ = check(run, root, tmp_path)
+    assert code == 1 and "masks/03.png" in re.search("^problem: (.*)$", text, re.M)[1]
 
 
-def test_one_class_alone_is_a_problem_and_the_advice_starts_anew(tmp_path, run):
+def test_rare_classes_are_not_accidents_and_scattered_pixels_are(tmp_path, run):
+    root, generator = write_photos(tmp_path / "data", count=30, values=(0, 40)), np.random.default_rng(0)
+    for path, mask in masks_of(root):
+        mask[:3, :3] = 200  # few pixels in every mask
+        if path.stem == "07":
+            mask[20:40, 20:40] = 90  # many in a single one
+        mask[generator.random(mask.shape) < 0.02] = 133
+        save(path, mask)
+    code, text, items = check(run, root, tmp_path)
+    assert code == 1 and [files[-1] for files in items["warning"]] == ["and 22 more"]
+    assert "133" in re.search("^warning: (.*)$", text, re.M)[1]
+    take_advice(root, text)
+    assert load("folder", root).table[[0, 40, 90, 133, 200]].tolist() == [0, 1, 2, 255, 3]
+
+
+def test_lossy_masks_without_clear_values_get_no_advice(tmp_path, run):
+    root = write_photos(tmp_path / "data", values=(0, 85, 170))
+    for path, mask in masks_of(root):
+        noisy = mask + np.random.default_rng(0).integers(0, 60, mask.shape, np.uint8)
+        save(path.with_suffix(".jpg"), np.stack([noisy, 255 - noisy, noisy // 2], 2), quality=50)
+        path.unlink()
+    code, text, items = check(run, root, tmp_path)
+    assert code == 1 and items["to do"] == [[]], text
+
+
+def test_the_plain_list_of_all_names_is_advised_first_unless_values_are_grays(tmp_path, run):
+    for values, count in (((0, 11, 97, 181), 2), ((0, 85, 170), 1)):
+        _, text, items = check(run, write_photos(tmp_path / f"{values[1]}", values=values), tmp_path)
+        assert len(items["to do"]) == count + 1 and ("182" in text) == (count == 2)  # the last is --fix
+
+
+def test_a_class_alone_is_a_problem_and_the_advice_starts_anew(tmp_path, run):
     root = write_photos(tmp_path / "data", values=(0, 255))
     (root / "classes.txt").write_text("sky\nroad\ncar\n")
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "problem: only one class, sky, has pixels in train" in text
-    assert "background = 0\n      class 1 = 255\n" in text and re.search(r"ignored: \d+\.\d % of the", text)
-    assert re.search(r"warning: \d+\.\d % of the pixels are ignored: is one of", text)
+    code, text, _ = check(run, root, tmp_path)
+    assert code == 1 and "background = 0\n      class 1 = 255\n" in text
+    assert "sky" in re.search("^problem: (.*)$", text, re.M)[1]
 
 
-def test_a_class_in_few_masks_is_no_accident_and_scattered_pixels_are(tmp_path, run):
-    root = write_photos(tmp_path / "data", count=30, values=(0, 40))
-    generator = np.random.default_rng(0)
-    for path in sorted((root / "masks").iterdir()):
-        mask = np.array(Image.open(path))
-        if path.stem == "07":
-            mask[20:40, 20:40] = 90
-        mask[generator.random(mask.shape) < 0.02] = 133  # in every mask, 2 % of the pixels
-        Image.fromarray(mask).save(path)
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "the value 90" not in text
-    assert re.search(r"warning: 30 masks hold the value 133, \d+ pixels in all: an accident", text)
-    write_advice(root, text)
-    assert load("folder", root).table[[0, 40, 90, 133]].tolist() == [0, 1, 2, 255]
+# --- splits -----------------------------------------------------------------------------------------------
+def test_classes_missing_from_a_split_are_named(tmp_path, run):
+    write_photos(tmp_path / "data/train", 3, (0, 1, 2))
+    write_photos(tmp_path / "data/val", 3, (0, 1), first=3)
+    (tmp_path / "data/classes.txt").write_text("sky\nroad\ncar\n")
+    code, text, _ = check(run, tmp_path / "data", tmp_path)
+    assert code == 0 and re.search("^warning: .*car in val$", text, re.M)
 
 
-def test_the_plain_list_of_all_names_comes_first(tmp_path, run):
-    text = check(run, write_photos(tmp_path / "data", values=(0, 11, 97, 181)), tmp_path)[1]
-    plain, guess = text.index("in their order (at least 182)"), text.index("write this to")
-    assert plain < guess
-    text = check(run, write_photos(tmp_path / "gray", values=(0, 85, 170)), tmp_path)[1]
-    assert "in their order" not in text
-
-
-def test_deep_gray_images_are_no_copies_of_one_another(tmp_path, run):
+def test_copies_and_look_alikes_between_train_and_val_are_listed(tmp_path, run):
     root = tmp_path / "data"
-    for split, seeds in (("train", range(4)), ("val", range(4, 7))):
-        write_photos(root / split, count=3)
-        for number, seed in enumerate(seeds):
-            deep = photo(seed, (60, 80))[..., 0].astype(np.uint16) * 16  # 12 bit
-            Image.fromarray(deep).save(root / f"{split}/images/{number:02d}.png")
-    shutil.copy(root / "train/masks/00.png", root / "train/masks/03.png")
-    code, text = check(run, root, tmp_path)
-    assert code == 0 and "look" not in text and "cop" not in text, text
-    assert "7 images deeper than 8 bit: scaled to 8 by the depth of the values, 12 bit" in text
+    write_photos(root / "train", count=4)
+    write_photos(root / "val", count=4, first=40)
+    shutil.copy(root / "train/images/00.png", root / "val/images/00.png")
+    Image.open(root / "train/images/02.png").resize((100, 75)).save(root / "val/images/02.png")
+    code, text, items = check(run, root, tmp_path)
+    images = f"{root}/train/images"
+    assert code == 1 and items["problem"] == [[f"val/images/00.png = {images}/00.png"]]
+    assert [f"val/images/02.png ~ {images}/02.png"] in items["warning"], text
 
 
-def test_frames_of_one_clip_in_both_parts_are_warned_of(tmp_path, run):
-    source = write_frames(tmp_path / "frames", 40, 3)
-    for path in sorted(source.rglob("*.png")):
+def test_deep_gray_images_are_not_copies_of_one_another(tmp_path, run):
+    root = tmp_path / "data"
+    for split, first in (("train", 0), ("val", 4)):
+        write_photos(root / split, count=4)
+        for number in range(4):
+            deep = photo(first + number, (60, 80))[..., 0].astype(np.uint16) * 16
+            save(root / f"{split}/images/{number:02d}.png", deep)
+    code, text, items = check(run, root, tmp_path)
+    assert code == 0 and not items["problem"] and len(items["warning"]) == 1  # that they are not RGB
+    assert "12 bit" in text
+
+
+def test_frames_of_a_clip_in_both_splits_are_warned_of(tmp_path, run):
+    frames(tmp_path / "clip", step=2)
+    for path in sorted((tmp_path / "clip").rglob("frame_*")):
         split = "val" if int(path.stem[-4:]) % 4 == 0 else "train"
         target = tmp_path / "data" / split / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    text = check(run, tmp_path / "data", tmp_path)[1]
-    assert "10 of 10 validation images (100%) have a near neighbor in training" in text
-    text = check(run, source, tmp_path)[1]  # split by this code: in blocks
-    assert "8 of 40 images would validate, stratified by blocks of consecutive frames" in text
+    code, text, _ = check(run, tmp_path / "data", tmp_path)
+    assert code == 0 and re.search(r"^warning: 10 of 10 ", text, re.M)
 
 
-def test_painted_masks_of_a_registered_data_set(tmp_path, run):
+def test_sparse_labels_can_train_and_the_quick_check_is_spread(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "data", count=40, values=(0, 1))
+    (root / "classes.txt").write_text("a\nb\n")
+    for path, mask in masks_of(root):
+        save(path, mask if path.stem == "17" else np.full_like(mask, 255))
+    source = datasets.folder(root, DataOptions())
+    source.splits = {"train": sorted(source.splits["train"] + source.splits["val"])}
+    datasets.quick_check(source)  # a single labeled mask is enough
+    read = []
+    monkeypatch.setattr(datasets, "read_mask", lambda path, table: read.append(path) or np.zeros((2, 2), int))
+    datasets.quick_check(source)
+    assert len(read) == 8 and (read[0].stem, read[-1].stem) == ("00", "39")
+    save(root / "masks/17.png", np.full((45, 61), 255, np.uint8))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="masks/.*check_data.py"):
+        load("folder", root)
+
+
+# --- registered data sets ---------------------------------------------------------------------------------
+def test_leaks_wrong_values_and_missing_files_of_a_listed_data_set(tmp_path, run):
+    root, flags = tmp_path / "data", ("--dataset", "aeroscapes")
+    write_tree("aeroscapes", root)
+    names = root / "ImageSets/trn.txt"
+    names.write_text(names.read_text() + "val_000001\n")
+    save(root / "SegmentationClass/train_000000.png", np.full((45, 61), 77, np.uint8))
+    code, text, items = check(run, root, tmp_path, *flags)
+    assert code == 1 and "77" in text
+    assert items["problem"] == [["JPEGImages/val_000001.jpg"], ["SegmentationClass/train_000000.png"]]
+    (root / "ImageSets/val.txt").write_text("nothing_here\n")
+    code, text, _ = check(run, root, tmp_path, *flags)
+    assert code == 2 and "nothing_here.jpg" in text and text.count("\n") == 1
+
+
+def test_painted_masks_of_a_registered_data_set_name_the_folder_data_set(tmp_path, run):
     write_tree("voc", tmp_path / "data")
     for path in (tmp_path / "data/SegmentationClass").iterdir():
-        Image.fromarray(painted(np.array(Image.open(path)) % 2)).save(path)
-    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
-    assert code == 1 and "is painted in colors, voc has masks of class numbers" in text
-    assert "give --dataset folder" in text
+        save(path, painted(np.array(Image.open(path)) % 2))
+    code, text, _ = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
+    assert code == 1 and "--dataset folder" in text
 
 
 def test_a_registered_data_set_of_painted_masks(tmp_path, run, monkeypatch):
-    """As the data set of a researcher may be; then one mask has a color too many, and one has numbers."""
-    for index in range(8):
-        labels = blocks(20, 30, (0, 1), seed=index)
-        write_pair(tmp_path / f"data/{index}.png", tmp_path / f"data/m/{index}.png", labels)
-        Image.fromarray(painted(labels)).save(tmp_path / f"data/m/{index}.png")
-    colors = [tuple(int(part) for part in color) for color in painted(np.array([[0, 1]], np.uint8))[0]]
+    """As the data set of a researcher may be; then a mask has a color too many, or has numbers."""
+    samples = []
+    for number in range(8):
+        samples.append(Sample(tmp_path / f"data/{number}.png", tmp_path / f"data/m/{number}.png"))
+        write_pair(samples[-1].image, samples[-1].mask, blocks(20, 30, (0, 1), seed=number))
+        save(samples[-1].mask, painted(blocks(20, 30, (0, 1), seed=number)))
+    colors = [(255, 0, 0), (0, 255, 0)]
     table = value_table({pack_color(*color): id for id, color in enumerate(colors)}, size=1 << 24)
-    samples = [Sample(tmp_path / f"data/{index}.png", tmp_path / f"data/m/{index}.png") for index in range(8)]
     source = DataSource("mine", [("a", colors[0]), ("b", colors[1])],
                         {"train": samples[:6], "val": samples[6:]}, table)
     monkeypatch.setitem(datasets.DATASETS, "voc", (lambda *_: source, None))
-    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
-    assert code == 0, text
-    Image.new("RGB", (30, 20), (1, 2, 3)).save(samples[0].mask)
-    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
-    assert code == 1 and "0.png has the color (1, 2, 3) (600 pixels)" in text, text
-    Image.new("I;16", (30, 20), 300).save(samples[0].mask)
-    code, text = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
-    assert code == 1 and "0.png holds class numbers" in text, text
+    assert check(run, tmp_path / "data", tmp_path, "--dataset", "voc")[0] == 0
+    for mode, color in (("RGB", (1, 2, 3)), ("I;16", 300)):
+        Image.new(mode, (30, 20), color).save(samples[0].mask)
+        code, text, items = check(run, tmp_path / "data", tmp_path, "--dataset", "voc")
+        assert code == 1 and items["problem"] == [["m/0.png"]] and ("(1, 2, 3)" in text) == (mode == "RGB")
 
 
-@pytest.mark.parametrize("values", [(0, 1, 2), (0, 7, 8)])
-def test_thin_lines_of_255_between_classes_are_void_without_a_question(tmp_path, run, values):
-    root = write_photos(tmp_path / "data", values=(0, 1, 2))
-    for path in (root / "masks").iterdir():
-        drawn = void_borders(np.array(Image.open(path)), 0)
-        Image.fromarray(np.array([*values, *[255] * 253], np.uint8)[drawn]).save(path)
-    code, text = check(run, root, tmp_path)
-    assert "255 is" not in text and (code == 0) == (values == (0, 1, 2)), text
-    if code:
-        write_advice(root, text)
-    source = load("folder", root)
-    assert len(source.classes) == 3 and source.table[255] == 255
+def test_real_data_sets(tmp_path, run):
+    code, text, items = check(run, real_data("ade20k_sample"), tmp_path, "--dataset", "ade20k")
+    assert code == 1 and items["problem"] == [[]] and "135" in text  # classes that are missing
+    code, text, _ = check(run, real_data("camvid"), tmp_path, "--dataset", "camvid")
+    assert code == 0 and "367 train, 101 val" in text and "0..11" in text
+    code, text, _ = check(run, real_data("person_sample"), tmp_path)
+    assert code == 0 and re.search("^warning: 43 masks", text, re.M) and "warning: 2 images" in text
+    assert check(run, real_data("crackforest"), tmp_path)[0] == 0
 
 
-def test_masks_that_are_all_the_same_are_warned_of(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 1))
-    assert "look all alike" not in check(run, root, tmp_path)[1]
-    for path in (root / "masks").iterdir():
-        Image.fromarray(blocks(60, 80, (0, 1), seed=1)).save(path)
-    assert "warning: the masks look all alike" in check(run, root, tmp_path)[1]
+# --- --fix ------------------------------------------------------------------------------------------------
+def test_a_clean_copy_holds_the_same_masks_lists_and_names(tmp_path, run):
+    root = write_photos(tmp_path / "data", count=10, values=(0, 85, 170))
+    (root / "classes.txt").write_text("sea = 0\nland = 85\ncloud = 170\n")
+    code, text, _ = check(run, root, tmp_path, "--fix", tmp_path / "clean")
+    assert code == 0 and "8 train, 2 val" in text
+    before, after = load("folder", root), load("folder", tmp_path / "clean")
+    assert before.classes == after.classes and [name for name, _ in after.classes] == ["sea", "land", "cloud"]
+    for split in ("train", "val"):
+        for original, copy in zip(before.splits[split], after.splits[split], strict=True):
+            assert original.image.name == copy.image.name and copy.mask.suffix == ".png"
+            assert original.image.read_bytes() == copy.image.read_bytes()
+            assert (read_mask(original.mask, before.table) == read_mask(copy.mask, index_table(3))).all()
+    code, _, items = check(run, tmp_path / "clean", tmp_path)
+    assert code == 0 and items == {"warning": [], "problem": [], "to do": []}
 
 
-def test_a_16_bit_mask_among_painted_ones_is_a_problem_and_no_traceback(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 1))
-    for path in (root / "masks").iterdir():
-        Image.fromarray(painted(np.array(Image.open(path)))).save(path)
-    Image.fromarray(np.full((60, 80), 300, np.uint16)).save(root / "masks/03.png")
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "is painted in colors" in text and "class 0 0 255 0" in text
-    write_advice(root, text)
-    code, text = check(run, root, tmp_path)
-    assert code == 1 and "03.png has no colors, and other masks are painted" in text
+def test_copies_between_splits_are_on_no_training_list_and_equal_names_stay_apart(tmp_path, run):
+    root = tmp_path / "data"
+    write_photos(root / "train", count=4)
+    write_photos(root / "val", count=2)  # the same names, and the same pictures
+    assert check(run, root, tmp_path, "--fix", tmp_path / "clean")[0] == 0
+    source = load("folder", tmp_path / "clean")
+    assert len(source.splits["train"]) == 2 and len(source.splits["val"]) == 2
+    assert len(list((tmp_path / "clean/masks").iterdir())) == 6
+
+
+def test_masks_of_a_copy_follow_images_that_are_turned_by_exif(tmp_path, run):
+    root, pairs = write_photos(tmp_path / "data"), []
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(root / "images/03.png").save(root / "images/03.png", exif=exif)
+    assert check(run, root, tmp_path, "--fix", tmp_path / "clean")[0] == 0
+    for folder in (root, tmp_path / "clean"):
+        sample = Sample(folder / "images/03.png", folder / "masks/03.png")
+        pairs.append(read_sample(sample, index_table(3)))
+    (image, mask), (copy, copied) = [(image, targets["mask"]) for image, targets in pairs]
+    assert (image == copy).all() and (mask == copied).all() and mask.shape == image.shape[1:] == (80, 60)
+
+
+def test_what_must_not_be_written_is_refused_before_anything_is_read(tmp_path, run, monkeypatch):
+    root = write_folder(tmp_path / "data", count=3)
+    monkeypatch.setattr(check_data, "find_samples", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    for target in (root, root / "x/y", tmp_path / "full"):
+        code, text, _ = check(run, root, tmp_path, "--fix", target)
+        assert code == 2 and f"--fix {target}" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["0 1 255, all areas", "JPEG, 0 1 2"])
+def test_doubts_are_not_guessed(name, tmp_path, run):
+    TREES[name].write(tmp_path / "data")
+    code, text, _ = check(run, tmp_path / "data", tmp_path, "--fix", tmp_path / "clean")
+    assert code == 2 and "--fix" in text and not (tmp_path / "clean").exists()
+
+
+def test_a_damaged_file_is_left_out_of_a_copy_and_named(tmp_path, run):
+    root = write_photos(tmp_path / "data")
+    (root / "masks/04.png").write_bytes(b"")
+    code, text, _ = check(run, root, tmp_path, "--fix", tmp_path / "clean")
+    assert code == 0 and "04.png" in text
+    assert sorted(path.stem for path in (tmp_path / "clean/masks").iterdir()) == [
+        f"{number:02d}" for number in range(8) if number != 4]

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from config import InputError
 from dataio import readers
-from dataio.pairs import list_images, pair_files, read_list
+from dataio.layout import list_images, pair_files, read_list
 from dataio.readers import (EXIF_ORIENTATION, TIFF_PLANAR, PaintedMask, Sample, Target, decode_mask,
                             index_table, ranges, read_image, read_map, read_mask, read_orientation,
                             read_sample, read_upright, rotate_like)

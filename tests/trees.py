@@ -1,7 +1,9 @@
-"""Folders as strangers have them: layouts, names, encodings of masks. `python tests/trees.py` prints what
-check_data.py says to each of them and what a training on it learns.
+"""Folders as people have them: layouts, names, encodings of masks, and what has to come of each.
 
-A tree is a function that writes PAIRS photos in which every class has a color of its own, and their masks.
+    python tests/trees.py        # prints what check_data.py says to each and what a training on it learns
+
+A tree is written by a function root -> [Pair]: photos in which every class has a color of its own, and
+their masks.
 """
 
 import json
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +21,33 @@ from PIL import Image
 
 PAIRS, SIZE = 12, (84, 112)
 SHADES = np.array([(40, 60, 50), (220, 60, 40), (60, 90, 230), (240, 220, 70)])
+
+
+class Pair(NamedTuple):
+    """A pair of a tree. ids: (H, W) uint8 of what was drawn; split: train, val, test, "" (any) or None (must
+    not be used).
+    """
+
+    image: Path
+    mask: Path
+    ids: np.ndarray
+    split: str = ""
+
+
+class Tree(NamedTuple):
+    """A folder. action: what its user does first: "" nothing, "advice" writes the classes.txt that is
+    printed, "first" or "second" of two, "list" writes the plain list of names, "fix" runs check_data --fix.
+
+    classes: the name of each id that was drawn; refused: files and folders in the line that refuses it;
+    notes: names that the notes must hold; lossy: whether masks may change along borders.
+    """
+
+    write: object
+    classes: list = ()
+    action: str = ""
+    refused: tuple = ()
+    notes: tuple = ()
+    lossy: bool = False
 
 
 def scene(seed, classes=2, size=SIZE):
@@ -43,46 +73,147 @@ def save(path, array, **options):
     array.save(path, **options)
 
 
-def as_it_is(mask, seed):
+# --- writers of trees -------------------------------------------------------------------------------------
+def as_ids(mask, seed):
     """Store class ids."""
     return mask
 
 
-def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_it_is, **options):
-    """Write PAIRS pairs; image, mask: paths with {} for the number; encode(mask, seed) -> what is stored."""
+def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_ids, first=0, **options):
+    """Write PAIRS pairs; image, mask: paths with {} for the number; encode(mask, seed) -> what is stored;
+    first: seed of the first scene.
+    """
+    pairs = []
     for seed in range(PAIRS):
-        pixels, ids = scene(seed, classes)
-        split = "train" if seed < PAIRS * 2 // 3 else "val"
-        save(root / image.format(seed, split=split), pixels)
-        save(root / mask.format(seed, split=split), encode(ids, seed), **options)
+        pixels, ids = scene(first + seed, classes)
+        split, long = ("train", "training") if seed < PAIRS * 2 // 3 else ("val", "validation")
+        paths = [root / path.format(seed, split=split, long=long) for path in (image, mask)]
+        pair = Pair(*paths, ids, split if "{split}" in image or "{long}" in image else "")
+        save(pair.image, pixels)
+        save(pair.mask, encode(ids, seed), **options)
+        pairs.append(pair)
+    return pairs
 
 
-def layout(image, mask):
-    """Return a tree with index masks of three classes in a layout."""
-    return lambda root: plain(root, image, mask, classes=3)
+def layout(image, mask, files=None, first=0):
+    """Return a tree with index masks of three classes in a layout, and text files {path: text}."""
+
+    def write(root):
+        pairs = plain(root, image, mask, classes=3, first=first)
+        write_texts(root, files or {})
+        return pairs
+
+    return write
 
 
 def encoded(encode, classes=2, mask="masks/{}.png", files=None, **options):
     """Return a tree images/ masks/ with masks that are encoded in some way, and text files beside them."""
 
     def write(root):
-        plain(root, mask=mask, classes=classes, encode=encode, **options)
-        for name, text in (files or {}).items():
-            (root / name).write_text(text)
+        pairs = plain(root, mask=mask, classes=classes, encode=encode, **options)
+        write_texts(root, files or {})
+        return pairs
 
     return write
 
 
+def write_texts(root, files):
+    """Write {path: text} below a folder."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def numbers_of(numbers, entry="{}"):
+    """Return the text of a list file."""
+    return "".join(entry.format(number) + "\n" for number in numbers)
+
+
+def listed(files):
+    """Return a tree whose list files leave out the last pair."""
+    def write(root):
+        splits = ["train"] * 8 + ["val"] * (PAIRS - 9) + [None]
+        pairs = layout("images/{}.jpg", "masks/{}.png", files)(root)
+        return [pair._replace(split=split) for pair, split in zip(pairs, splits, strict=True)]
+
+    return write
+
+
+def lists(folder=".", entry="{}", names=("train", "val")):
+    """Return the two list files of a folder."""
+    numbers = (range(8), range(8, PAIRS - 1))
+    return {f"{folder}/{name}.txt": numbers_of(split_numbers, entry)
+            for name, split_numbers in zip(names, numbers, strict=True)}
+
+
+def with_folder(tree, folder, names, split=None, mode="L"):
+    """Return a tree with another folder of black pictures, of which nothing must be used."""
+
+    def write(root):
+        pairs = tree(root)
+        for name in names:
+            save(root / folder / name, Image.new(mode, SIZE[::-1]))
+        return pairs
+
+    return write
+
+
+def with_copies(tree, target, encode=as_ids):
+    """Return a tree with a second file for each mask; target: its path with {} for the name."""
+
+    def write(root):
+        pairs = tree(root)
+        for pair in pairs:
+            save(root / target.format(pair.mask.stem), encode(pair.ids, 0))
+        return pairs
+
+    return write
+
+
+def joined(**trees):
+    """Return a tree that holds others in folders, called like a split where val is among them."""
+
+    def write(root):
+        pairs = []
+        for name, tree in trees.items():
+            pairs += [pair._replace(split=name if "val" in trees else "") for pair in tree(root / name)]
+        return pairs
+
+    return write
+
+
+def lists_of_scenes(root):
+    """Two scenes with equal names, and lists that tell them apart by their folders."""
+    write_texts(root, {"train.txt": numbers_of(range(8), "north/{}"),
+                       "val.txt": numbers_of(range(8, PAIRS), "/home/south/images/{}")})
+    pairs = joined(north=PLAIN, south=OTHERS)(root)
+    splits = ["train"] * 8 + [None] * PAIRS + ["val"] * (PAIRS - 8)
+    return [pair._replace(split=split) for pair, split in zip(pairs, splits, strict=True)]
+
+
 def values(*table):
     """Return an encoding of class ids by these values."""
-    return lambda mask, seed: np.array(table, np.uint8)[mask]
+    return lambda mask, seed: np.array(table, np.uint16 if max(table) > 255 else np.uint8)[mask]
 
 
 COLORS = np.array([(0, 0, 0), (200, 30, 30), (30, 30, 200), (240, 200, 0)], np.uint8)
 
 
 def painted(mask, seed):
+    """Store colors."""
     return COLORS[mask]
+
+
+def palettes(mask, seed):
+    """Store indices in another order in every second mask, with the palette that tells."""
+    stored = Image.fromarray(1 - mask if seed % 2 else mask)
+    stored.putpalette([200, 30, 30, 0, 0, 0] if seed % 2 else [0, 0, 0, 200, 30, 30])
+    return stored
+
+
+def gray_mode(mode):
+    """Return an encoding by black and white in a mode of PIL."""
+    return lambda mask, seed: Image.fromarray(mask * 255).convert(mode)
 
 
 def cracks(mask, seed):
@@ -99,83 +230,91 @@ def void_borders(mask, seed):
     return np.where(edges, 255, mask).astype(np.uint8)
 
 
-def rare(root):
-    """Values with a gap, one of them in three masks only."""
-    for seed in range(PAIRS):
-        pixels, mask = scene(seed, 3 if seed in (1, 5, 9) else 2)
-        save(root / f"images/{seed}.jpg", pixels)
-        save(root / f"masks/{seed}.png", np.array([0, 7, 9], np.uint8)[mask])
-
-
-def some_of_182(mask, seed):
-    """Numbers of a long list of classes, of which only some occur."""
-    return np.array([0, 11, 97, 181], np.uint8)[mask]
-
-
 def blurred(mask, seed):
     """A binary mask resized with interpolation."""
     small = Image.fromarray(mask * 255).resize((SIZE[1] * 2 // 3, SIZE[0] * 2 // 3), Image.Resampling.NEAREST)
     return np.array(small.resize(SIZE[::-1], Image.Resampling.BILINEAR))
 
 
-def write_lists(root, folder, names=("train.txt", "val.txt")):
-    """Write two lists of names that leave out the last pair."""
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    for name, numbers in zip(names, (range(8), range(8, PAIRS - 1)), strict=True):
-        (root / folder / name).write_text("".join(f"{number}\n" for number in numbers))
+def rare(root):
+    """Values with a gap, one of them in three masks only."""
+    pairs = []
+    for seed in range(PAIRS):
+        pixels, ids = scene(seed, 3 if seed in (1, 5, 9) else 2)
+        pairs.append(Pair(root / f"images/{seed}.jpg", root / f"masks/{seed}.png", ids))
+        save(pairs[-1].image, pixels)
+        save(pairs[-1].mask, np.array([0, 7, 9], np.uint8)[ids])
+    return pairs
 
 
-def with_lists(folder):
-    """Return a tree with lists of the training and validation images."""
+def arrays(change):
+    """Return a tree with masks as NumPy files; change: (H, W) uint8 -> what is stored."""
 
     def write(root):
-        plain(root, classes=3)
-        write_lists(root, folder)
+        pairs = plain(root, classes=3)
+        for pair in pairs:
+            np.save(pair.mask.with_suffix(".npy"), change(pair.ids))
+            pair.mask.unlink()
+        return [pair._replace(mask=pair.mask.with_suffix(".npy")) for pair in pairs]
 
     return write
 
 
 def checkpoints_of_notebooks(root):
-    plain(root, classes=3)
-    for part, ending in (("images", "jpg"), ("masks", "png")):
-        target = root / part / ".ipynb_checkpoints"
+    """Copies that Jupyter leaves in hidden folders."""
+    pairs = plain(root, classes=3)
+    for name, ending in (("images", "jpg"), ("masks", "png")):
+        target = root / name / ".ipynb_checkpoints"
         target.mkdir()
-        shutil.copy(root / part / f"1.{ending}", target / f"1-checkpoint.{ending}")
+        shutil.copy(root / name / f"1.{ending}", target / f"1-checkpoint.{ending}")
+    return pairs
 
 
 def twelve_bit(root):
     """Gray images of a 12-bit camera in 16-bit files."""
+    pairs = []
     for seed in range(PAIRS):
-        pixels, mask = scene(seed, 2)
-        save(root / f"images/{seed}.png", pixels[..., 0].astype(np.uint16) * 16)
-        save(root / f"masks/{seed}.png", mask)
+        pixels, ids = scene(seed, 2)
+        pairs.append(Pair(root / f"images/{seed}.png", root / f"masks/{seed}.png", ids))
+        save(pairs[-1].image, pixels[..., 0].astype(np.uint16) * 16)
+        save(pairs[-1].mask, ids)
+    return pairs
 
 
 def deep_tiff(root):
     """Three channels of 16 bit, which PIL does not read."""
+    pairs = []
     for seed in range(PAIRS):
-        pixels, mask = scene(seed, 2)
-        save(root / f"masks/{seed}.png", mask)
+        pixels, ids = scene(seed, 2)
+        pairs.append(Pair(root / f"images/{seed}.tif", root / f"masks/{seed}.png", ids))
+        save(pairs[-1].mask, ids)
         (root / "images").mkdir(exist_ok=True)
-        cv2.imwrite(str(root / f"images/{seed}.tif"), pixels[..., ::-1].astype(np.uint16) * 257)
+        cv2.imwrite(str(pairs[-1].image), pixels[..., ::-1].astype(np.uint16) * 257)
+    return pairs
 
 
-def frames(root):
-    """40 consecutive frames of one clip."""
-    pixels, ids = (np.hstack(parts) for parts in zip(*map(scene, range(3)), strict=True))
+def frames(root, step=4):
+    """40 consecutive frames of one clip, in which the camera moves by `step` pixels."""
+    pixels, ids = (np.hstack(pieces) for pieces in zip(*map(scene, range(3)), strict=True))
+    pairs = []
     for frame in range(40):
-        window = np.s_[:, 4 * frame : 4 * frame + SIZE[1]]
-        save(root / f"images/frame_{frame:04d}.jpg", np.ascontiguousarray(pixels[window]))
-        save(root / f"masks/frame_{frame:04d}.png", np.ascontiguousarray(ids[window]))
+        window = np.s_[:, step * frame : step * frame + SIZE[1]]
+        pairs.append(Pair(root / f"images/frame_{frame:04d}.jpg", root / f"masks/frame_{frame:04d}.png",
+                          np.ascontiguousarray(ids[window])))
+        save(pairs[-1].image, np.ascontiguousarray(pixels[window]))
+        save(pairs[-1].mask, pairs[-1].ids)
+    return pairs
 
 
 def images_only(root):
     """Write the images of a tree without any mask."""
     plain(root, mask="other/{}.png")
     shutil.rmtree(root / "other")
+    return []
 
 
 def coco(root):
+    """COCO without categories."""
     images_only(root)
     (root / "annotations").mkdir()
     content = dict(images=[], annotations=[], categories=[])
@@ -183,127 +322,193 @@ def coco(root):
 
 
 def yolo(root):
+    """YOLO polygons without data.yaml."""
     images_only(root)
-    (root / "labels").mkdir()
-    for number in range(PAIRS):
-        (root / f"labels/{number}.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.6\n")
+    write_texts(root, {f"labels/{number}.txt": "0 0.1 0.1 0.5 0.1 0.5 0.6\n" for number in range(PAIRS)})
 
 
 def labelme(root):
+    """labelme files without a shape."""
     images_only(root)
     for number in range(PAIRS):
         text = json.dumps(dict(shapes=[], imagePath=f"{number}.jpg"))
         (root / f"images/{number}.json").write_text(text)
 
 
+# --- the trees --------------------------------------------------------------------------------------------
 NAMES = "sky\nroad\ncar\n"
 TABLE = "name,r,g,b\nground,0,0,0\nroof,200,30,30\npool,30,30,200\n"
 TABLE_OF_LABELS = "id;name\n0;ground\n1;roof\n2;pool\n"
 DICTIONARY = "name, r, g, b\nground, 0, 0, 0\nroof, 200, 30, 30\npool, 30, 30, 200\n"
 MANY = "".join(f"thing {number}\n" for number in range(182))
 THREE = ["background", "class 1", "class 2"]
+PAINTED = ["background", "class 2", "class 1"]  # in the order of their colors
+TWO, ROOFS, BINARY = THREE[:2], ["ground", "roof", "pool"], ["background", "foreground"]
+PLAIN, OTHERS = (layout("images/{}.jpg", "masks/{}.png", first=first) for first in (0, PAIRS))
 
-# name: (tree, classes that a training on it must know, what its user does first)
-# "": nothing; "advice": write the classes.txt that is printed; "first", "second": of two; "list": write the
-# plain list of names; "fix": check_data.py --fix; "never": it is refused, with this text.
-LAYOUTS = {
-    "image/ label/": (layout("image/{}.jpg", "label/{}.png"), THREE, ""),
-    "img/ label/": (layout("img/{}.jpg", "label/{}.png"), THREE, ""),
-    "Training_Images/ Ground_Truth/": (layout("Training_Images/{}.jpg", "Ground_Truth/{}.png"), THREE, ""),
-    "train/ train_labels/ val/ val_labels/": (layout("{split}/{}.jpg", "{split}_labels/{}.png"), THREE, ""),
-    "train_img/ train_label/": (layout("train_img/{}.jpg", "train_label/{}.png"), THREE, ""),
-    "images/ mask/": (layout("images/{}.jpg", "mask/{}.png"), THREE, ""),
-    "images/ gt/": (layout("images/{}.jpg", "gt/{}.png"), THREE, ""),
-    "JPEGImages/ SegmentationClassPNG/": (
-        layout("JPEGImages/{}.jpg", "SegmentationClassPNG/{}.png"),
-        THREE,
-        "",
-    ),
-    "img_dir/{train,val} ann_dir/{train,val}": (
-        layout("img_dir/{split}/{}.jpg", "ann_dir/{split}/{}.png"),
-        THREE,
-        "",
-    ),
-    "train/ train_masks/": (layout("train/{}.jpg", "train_masks/{}.png"), THREE, ""),
-    "images/ images/masks/": (layout("images/{}.jpg", "images/masks/{}.png"), THREE, ""),
-    "scenes, each with masks/": (layout("{split}_1/{}.jpg", "{split}_1/masks/{}.png"), THREE, ""),
-    "a wrapper called masks_of_2024/": (
-        layout("masks_of_2024/images/{}.jpg", "masks_of_2024/masks/{}.png"),
-        THREE,
-        "",
-    ),
-    "folders whose names say nothing": (layout("drone/{}.jpg", "drawn/{}.png"), THREE, ""),
-    "one folder: 1.jpg 1_mask.png": (layout("all/{}.jpg", "all/{}_mask.png"), THREE, ""),
-    "1.jpg 1.jpg.png": (layout("images/{}.jpg", "masks/{}.jpg.png"), THREE, ""),
-    "1.jpg mask_1.png": (layout("images/{}.jpg", "masks/mask_{}.png"), THREE, ""),
-    "1.jpg 1-mask.png": (layout("images/{}.jpg", "masks/{}-mask.png"), THREE, ""),
-    "1.jpg 1_segmentation.png": (layout("images/{}.jpg", "masks/{}_segmentation.png"), THREE, ""),
-    "image_1.jpg mask_1.png": (layout("images/image_{}.jpg", "masks/mask_{}.png"), THREE, ""),
-    "names that do not pair": (
-        layout("images/{}.jpg", "masks/drawing_{:08b}.png"),
-        [],
-        "never: images are called 0.jpg, 1.jpg, masks drawing_00000000.png",
-    ),
-    "train.txt val.txt": (with_lists("."), THREE, ""),
-    "ImageSets/Segmentation/": (with_lists("ImageSets/Segmentation"), THREE, ""),
-    ".ipynb_checkpoints/": (checkpoints_of_notebooks, THREE, ""),
-    "COCO JSON without classes": (coco, [], "never: hold 0 names of classes"),
-    "YOLO TXT without data.yaml": (yolo, [], "never: YOLO polygons without their data.yaml"),
-    "labelme JSON without shapes": (labelme, [], "never: hold 0 names of classes"),
+FOLDERS = {  # name: paths of image and mask
+    "image/ label/": ("image/{}.jpg", "label/{}.png"),
+    "img/ label/": ("img/{}.jpg", "label/{}.png"),
+    "Training_Images/ Ground_Truth/": ("Training_Images/{}.jpg", "Ground_Truth/{}.png"),
+    "train/ train_labels/ val/ val_labels/": ("{split}/{}.jpg", "{split}_labels/{}.png"),
+    "train_img/ train_label/": ("train_img/{}.jpg", "train_label/{}.png"),
+    "train_images/ train_labels/": ("{split}_images/{}.jpg", "{split}_labels/{}.png"),
+    "train/images/ train/masks/": ("{split}/images/{}.jpg", "{split}/masks/{}.png"),
+    "images/train/ masks/train/": ("images/{split}/{}.jpg", "masks/{split}/{}.png"),
+    "Images/ Labels/ in train_x/": ("{split}_x/Images/{}.jpg", "{split}_x/Labels/{}.png"),
+    "img/training/ annotations/": ("img/{long}/{}.jpg", "annotations/{long}/{}.png"),
+    "images/ mask/": ("images/{}.jpg", "mask/{}.png"),
+    "images/ gt/": ("images/{}.jpg", "gt/{}.png"),
+    "JPEGImages/ SegmentationClassPNG/": ("JPEGImages/{}.jpg", "SegmentationClassPNG/{}.png"),
+    "img_dir/{train,val} ann_dir/{train,val}": ("img_dir/{split}/{}.jpg", "ann_dir/{split}/{}.png"),
+    "train/ train_masks/": ("train/{}.jpg", "train_masks/{}.png"),
+    "images/ images/masks/": ("images/{}.jpg", "images/masks/{}.png"),
+    "scenes, each with masks/": ("{split}_1/{}.jpg", "{split}_1/masks/{}.png"),
+    "drives, each with images/ masks/": ("drive_1/images/{}.jpg", "drive_1/masks/{}.png"),
+    "val2017/drive/leftImg8bit/": ("{split}2017/d/leftImg8bit/{}.jpg", "{split}2017/d/gtFine/{}.png"),
+    "images/images/ semantic_masks/images/": ("images/images/{}.jpg", "semantic_masks/images/{}.png"),
+    "a wrapper called masks_of_2024/": ("masks_of_2024/images/{}.jpg", "masks_of_2024/masks/{}.png"),
+    "folders whose names say nothing": ("drone/{}.jpg", "drawn/{}.png"),
+    "one folder: 1.jpg 1_mask.png": ("all/{}.jpg", "all/{}_mask.png"),
+    "one folder: 1_sat.jpg 1_mask.png": ("all/{}_sat.jpg", "all/{}_mask.png"),
+    "one folder: 1.jpg 1.png": ("all/{}.jpg", "all/{}.png"),
+    "1.jpg 1.jpg.png": ("images/{}.jpg", "masks/{}.jpg.png"),
+    "1.jpg mask_1.png": ("images/{}.jpg", "masks/mask_{}.png"),
+    "1.jpg 1-mask.png": ("images/{}.jpg", "masks/{}-mask.png"),
+    "1.jpg 1_segmentation.png": ("images/{}.jpg", "masks/{}_segmentation.png"),
+    "1.jpg 1_LABEL.PNG": ("images/{}.jpg", "masks/{}_LABEL.PNG"),
+    "image_1.jpg mask_1.png": ("images/image_{}.jpg", "masks/mask_{}.png"),
+    "names with words that all share": ("camera/2018_camera_{}.png", "label_new/2018_label_{}.png"),
+    "1_training.png 1_manual1.gif": ("images/{}_training.png", "1st_manual/{}_manual1.gif"),
+    "train-org-img/ 1_lab.png": ("train-org-img/{}.jpg", "train-label-img/{}_lab.png"),
+}
+NUMBERS = [f"{number}.png" for number in range(PAIRS)]
+LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()} | {
+    "names that do not pair": Tree(layout("images/{}.jpg", "masks/drawing_{:08b}.png"),
+                                   refused=("0.jpg", "drawing_00000000.png")),
+    "names that nearly pair": Tree(
+        with_folder(layout("images/a_{}_x.jpg", "masks/b_{}.png"), "masks", ["b-3.png"]),
+        refused=("a_0_x.jpg",)),
+    "no picture": Tree(lambda root: (root / "pictures").mkdir(), refused=("train_images",)),
+    "images only": Tree(images_only, refused=("images/",)),
+    "two folders of masks": Tree(with_folder(PLAIN, "labels", ["0.png"]), refused=("/labels", "/masks")),
+    "overlays and instances": Tree(
+        with_folder(with_folder(PLAIN, "masks_overlay", NUMBERS), "instances", NUMBERS), THREE,
+        notes=("images (12)", "masks (12)", "masks_overlay (12)", "instances (12)")),
+    "masks and their pictures in color": Tree(
+        with_copies(PLAIN, "masks/{}_color.png", painted), THREE, notes=("masks (12)",)),
+    "another folder that looks like masks": Tree(
+        with_copies(encoded(as_ids, mask="mask/{}.png"), "drawn/{}.png"), TWO, notes=("drawn",)),
+    "test images of a contest": Tree(
+        with_folder(joined(train=PLAIN), "test/images", ["x.png"], mode="RGB"), THREE, notes=("test",)),
+    "pairs beside val/": Tree(lambda root: [*(pair._replace(split="train") for pair in PLAIN(root)),
+                                            *joined(val=OTHERS)(root)], THREE),
+    "scenes with equal file names": Tree(joined(north=PLAIN, south=OTHERS), THREE),
+    "an image without mask": Tree(with_folder(PLAIN, "images", ["x.png"], mode="RGB"), refused=("x.png",)),
+    "a mask without image": Tree(with_folder(PLAIN, "masks", ["x.png"]), refused=("x.png",)),
+    "train.txt val.txt": Tree(listed(lists()), THREE, notes=("train.txt", "val.txt")),
+    "ImageSets/Segmentation/": Tree(listed(lists("ImageSets/Segmentation")), THREE),
+    "lists of file names": Tree(listed(lists(entry="{}.jpg")), THREE),
+    "lists of paths": Tree(listed(lists("splits", "images/{}.jpg")), THREE),
+    "lists of pairs of paths": Tree(listed(lists(entry="./images/{0}.jpg masks/{0}.png")), THREE),
+    "lists beside a log": Tree(listed({**lists(), "train_log.txt": "epoch 1 loss 0.3\n"}), THREE),
+    "a log": Tree(layout(*FOLDERS["images/ mask/"], {"train_log.txt": "epoch 1 loss 0.3\n"}), THREE,
+                  notes=("train_log.txt",)),
+    "a list of two splits": Tree(layout(*FOLDERS["images/ mask/"], {"train_val.txt": "0\n1\n"}), THREE,
+                                 notes=("train_val.txt",)),
+    "a list of validation images only": Tree(layout(*FOLDERS["images/ mask/"], {"val.txt": "0\n1\n"}), THREE,
+                                             notes=("val.txt",)),
+    "two lists of one split": Tree(
+        listed({"train_fold1.txt": "0\n", "train_fold2.txt": "1\n"}),
+        refused=("train_fold1.txt", "train_fold2.txt")),
+    "equal lists in two folders": Tree(
+        listed({"train.txt": "0\n", "splits/train.txt": "0\n"}), refused=("/train.txt", "splits/train.txt")),
+    "a list with a name that is not there": Tree(
+        listed({"train.txt": "0\nnothing\n"}), refused=("train.txt", "nothing")),
+    "lists of scenes": Tree(lists_of_scenes, THREE),
+    "lists of equal names": Tree(
+        lambda root: write_texts(root, {"train.txt": "north/0\n3\n"}) or joined(
+            north=PLAIN, south=PLAIN)(root), refused=("train.txt", "3.jpg")),
+    ".ipynb_checkpoints/": Tree(checkpoints_of_notebooks, THREE),
+    "COCO JSON without classes": Tree(coco, refused=("instances.json",)),
+    "YOLO TXT without data.yaml": Tree(yolo, refused=("labels/", "data.yaml")),
+    "labelme JSON without shapes": Tree(labelme, refused=("0.json",)),
 }
 ENCODINGS = {
-    "0 255": (encoded(values(0, 255)), ["background", "foreground"], ""),
-    "0 255, stray 3 and 4": (encoded(cracks), ["background", "class 1"], "advice"),
-    "0 128 255": (encoded(values(0, 128, 255), 3), THREE, "advice"),
-    "0 1 2, 255 as border": (encoded(void_borders, 3), THREE, ""),
-    "0 1 255, all areas": (encoded(values(0, 1, 255), 3), THREE, "first"),
-    "0 1 255, 255 not labeled": (encoded(values(0, 1, 255), 3), THREE[:2], "second"),
-    "three names on 0 255": (
-        encoded(values(0, 255), files={"classes.txt": NAMES}),
-        ["background", "class 1"],
-        "advice",
-    ),
-    "a value in three masks": (rare, THREE, "advice"),
-    "4 of 182 classes": (encoded(some_of_182, 4), [f"thing {id}" for id in (0, 11, 97, 181)], "list"),
-    "painted": (encoded(painted, 3), THREE, "advice"),
-    "painted, name,r,g,b": (
-        encoded(painted, 3, files={"classes.txt": TABLE}),
-        ["ground", "roof", "pool"],
-        "",
-    ),
-    "painted, class_dict.csv": (
-        encoded(painted, 3, files={"class_dict.csv": DICTIONARY}),
-        ["ground", "roof", "pool"],
-        "",
-    ),
-    "id;name": (
-        encoded(as_it_is, 3, files={"classes.csv": TABLE_OF_LABELS}),
-        ["ground", "roof", "pool"],
-        "",
-    ),
-    "JPEG, 0 255": (encoded(values(0, 255), mask="masks/{}.jpg"), ["background", "foreground"], ""),
-    "JPEG, 0 85 170": (encoded(values(0, 85, 170), 3, mask="masks/{}.jpg"), THREE, "advice"),
-    "JPEG, painted": (encoded(painted, 3, mask="masks/{}.jpg", quality=90), THREE, "advice"),
-    "JPEG, painted, cleaned": (encoded(painted, 3, mask="masks/{}.jpg", quality=90), THREE, "fix"),
-    "JPEG, 0 1 2": (
-        encoded(values(0, 1, 2), 3, mask="masks/{}.jpg"),
-        [],
-        "never: JPEG files, which blur classes into one another",
-    ),
-    "PNG, resized with interpolation": (encoded(blurred), ["background", "class 1"], "fix"),
-    "12-bit gray images": (twelve_bit, ["background", "class 1"], ""),
-    "16-bit RGB TIFF images": (deep_tiff, ["background", "class 1"], ""),
-    "40 frames of a clip": (frames, ["background", "class 1"], ""),
+    "0 255": Tree(encoded(values(0, 255)), BINARY),
+    "0 65535": Tree(encoded(values(0, 65535)), BINARY),
+    "0 255, stray 3 and 4": Tree(encoded(cracks), TWO, "advice", lossy=True),
+    "0 128 255": Tree(encoded(values(0, 128, 255), 3), THREE, "advice"),
+    "0 1 2, 255 as border": Tree(encoded(void_borders, 3), THREE, lossy=True),
+    "0 7 8, 255 as border": Tree(
+        encoded(lambda mask, seed: np.array([0, 7, 8, *[255] * 253], np.uint8)[void_borders(mask, seed)], 3),
+        THREE, "advice", lossy=True),
+    "0 1 255, all areas": Tree(encoded(values(0, 1, 255), 3), THREE, "first"),
+    "0 1 255, 255 not labeled": Tree(encoded(values(0, 1, 255), 3), [*TWO, "ignore"], "second"),
+    "1 2": Tree(encoded(values(1, 2)), ["class 0", "class 1"], "advice"),
+    "one value": Tree(encoded(values(0, 0)), refused=("masks/0.png",)),
+    "three names on 0 255": Tree(encoded(values(0, 255), files={"classes.txt": NAMES}), TWO, "advice"),
+    "two names on 0 255": Tree(
+        encoded(values(0, 255), files={"classes.txt": "road\ncar\n"}), ["road", "car"]),
+    "a name and ignore on 0 1 255": Tree(
+        encoded(values(0, 1, 255), 3, files={"classes.txt": "road\ncar\nignore\n"}),
+        ["road", "car", "ignore"]),
+    "lines of one name": Tree(
+        encoded(as_ids, 4, files={"classes.txt": "road\ncar\nroad\nignore\n"}),
+        ["road", "car", "road", "ignore"]),
+    "too few names": Tree(encoded(as_ids, 3, files={"classes.txt": "a\nb\n"}), refused=("masks/0.png",)),
+    "names = values": Tree(
+        encoded(values(0, 85, 170, 200), 4, files={"classes.txt": "sea = 85\nland = 0 170\nignore = 200\n"}),
+        ["land", "sea", "land", "ignore"]),
+    "a value in three masks": Tree(rare, THREE, "advice"),
+    "4 of 182 classes": Tree(encoded(values(0, 11, 97, 181), 4),
+                             [f"thing {id}" for id in (0, 11, 97, 181)], "list"),
+    "painted": Tree(encoded(painted, 3), PAINTED, "advice"),
+    "painted, name,r,g,b": Tree(encoded(painted, 3, files={"classes.txt": TABLE}), ROOFS),
+    "painted, class_dict.csv": Tree(encoded(painted, 3, files={"class_dict.csv": DICTIONARY}), ROOFS),
+    "painted, a table deeper down": Tree(
+        encoded(painted, 3, files={"city/label_class.csv": TABLE}), ROOFS, notes=("label_class.csv",)),
+    "painted, two colors of a class": Tree(
+        encoded(painted, 3, files={"classes.txt": "roof 200 30 30\nbg 0 0 0\nroof 30 30 200\n"}),
+        ["bg", "roof", "roof"]),
+    "painted, a color that is not listed": Tree(
+        encoded(painted, 3, files={"classes.txt": "roof 200 30 30\nbg 0 0 0\n"}), refused=("masks/0.png",)),
+    "palettes in two orders": Tree(
+        encoded(palettes, files={"classes.txt": "# two\nbg 0 0 0\nroof 200 30 30\n"}), ["bg", "roof"]),
+    **{f"black and white as {mode}": Tree(
+        encoded(gray_mode(mode), files={"class_dict.csv": "name,r,g,b\nroad,255,255,255\nbg,0,0,0\n"}),
+        ["bg", "road"]) for mode in ("L", "1", "P")},
+    "id;name": Tree(encoded(as_ids, 3, files={"classes.csv": TABLE_OF_LABELS}), ROOFS),
+    "scores of evaluate.py": Tree(
+        encoded(as_ids, 3, files={"outputs/evaluation/per_class.csv": "name,pixels\ncat,5\ndog,6\n"}), THREE),
+    "NumPy arrays": Tree(arrays(lambda ids: ids.astype(np.float32)), THREE),
+    "NumPy arrays (1, H, W)": Tree(arrays(lambda ids: ids[None].astype(np.int64)), THREE),
+    "NumPy arrays (H, W, 1)": Tree(arrays(lambda ids: ids[..., None]), THREE),
+    "JPEG, 0 255": Tree(encoded(values(0, 255), mask="masks/{}.jpg"), BINARY),
+    "JPEG, 0 85 170": Tree(encoded(values(0, 85, 170), 3, mask="masks/{}.jpg"), THREE, "advice", lossy=True),
+    "JPEG, named": Tree(
+        encoded(values(0, 85, 170), 3, "masks/{}.jpg", {"classes.txt": "a = 0\nb = 85\nc = 170\n"}),
+        ["a", "b", "c"], lossy=True),
+    "JPEG, painted": Tree(
+        encoded(painted, 3, "masks/{}.jpg", quality=90), PAINTED, "advice", lossy=True),
+    "JPEG, painted, cleaned": Tree(
+        encoded(painted, 3, mask="masks/{}.jpg", quality=90), PAINTED, "fix", lossy=True),
+    "JPEG, 0 1 2": Tree(encoded(values(0, 1, 2), 3, mask="masks/{}.jpg"), refused=("masks/0.jpg",)),
+    "PNG, resized with interpolation": Tree(encoded(blurred), TWO, "fix", lossy=True),
+    "12-bit gray images": Tree(twelve_bit, TWO),
+    "16-bit RGB TIFF images": Tree(deep_tiff, TWO),
+    "40 frames of a clip": Tree(frames, TWO),
 }
 TREES = LAYOUTS | ENCODINGS
 
 
+# --- what a user does with them ---------------------------------------------------------------------------
 def follow_advice(root, text, action):
-    """Do what check_data.py said, in a folder; action: as in TREES."""
+    """Do what check_data.py said, in a folder; action: as in Tree."""
     if action == "list":
         (root / "classes.txt").write_text(MANY)
     elif action in ("advice", "first", "second"):
-        files = re.findall(r"write this to .*classes.txt.*:\n((?: {6}.*\n)+)", text)
+        files = re.findall(r"to .*classes.txt.*:\n((?: {6}.*\n)+)", text)
         assert len(files) == (1 if action == "advice" else 2), text
         lines = [line.strip() for line in files[action == "second"].splitlines()]
         (root / "classes.txt").write_text("\n".join(lines) + "\n")
@@ -312,8 +517,8 @@ def follow_advice(root, text, action):
 def flags_of_training(root, out):
     """Return the flags of a training of two epochs on a tree."""
     flags = "--backbone vit_tiny --weights none --layers 0 --imgsz 84 112 --epochs 2 --batch-size 1 --lr 0.01"
-    places = ["--dataset", "folder", "--data-root", root, "--out-dir", out]
-    return [*places, *flags.split(" "), "--head", "bn", "--augment", "none", "--workers", "0"]
+    paths = ["--dataset", "folder", "--data-root", root, "--out-dir", out]
+    return [*paths, *flags.split(" "), "--head", "bn", "--augment", "none", "--workers", "0"]
 
 
 def call(folder, script, *flags):
@@ -326,19 +531,20 @@ def call(folder, script, *flags):
 def main():
     """Print the table of all trees as Markdown."""
     print("| folder | what check_data.py says | what is done | IoU after two epochs |\n|---|---|---|---|")
-    for name, (write, _, action) in TREES.items():
+    for name, tree in TREES.items():
         root = Path(tempfile.mkdtemp())
-        write(root / "data")
-        fix = ["--fix", "clean"] if action == "fix" else []
-        said = call(root, "check_data", "--data-root", root / "data", *fix)
-        lines = [line for line in said.splitlines() if re.match("verdict|error|warning|problem", line)]
+        tree.write(root / "data")
+        fix = ["--fix", "clean"] if tree.action == "fix" else []
+        report = call(root, "check_data", "--data-root", root / "data", *fix)
+        lines = [line for line in report.splitlines() if re.match("verdict|error|warning|problem", line)]
         learned = "-"
-        if not action.startswith("never"):
-            follow_advice(root / "data", said, action)
+        if not tree.refused:
+            follow_advice(root / "data", report, tree.action)
             text = call(root, "train", *flags_of_training("clean" if fix else "data", "out"))
             learned = next(iter(re.findall(r"^per class: (.*)$", text, re.M)), text)
-        shown = "; ".join(line.replace("|", "/").removesuffix(" Train with:") for line in lines)
-        print(f"| {name} | {shown} | {action.split(':')[0] or 'nothing'} | {learned} |", flush=True)
+        verdict = "; ".join(line.replace("|", "/").removesuffix(" Train with:") for line in lines)
+        action = "(refused)" if tree.refused else tree.action or "nothing"
+        print(f"| {name} | {verdict} | {action} | {learned} |", flush=True)
         shutil.rmtree(root)
 
 

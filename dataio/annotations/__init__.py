@@ -19,7 +19,7 @@ from config import IGNORE, InputError, count_of
 from dataio.annotations import coco, label_studio, labelme, supervisely, yolo
 from dataio.annotations.files import FolderFiles
 from dataio.labels import MOST_CLASSES, Entry
-from dataio.layout import Found, NoMasks, find_pairs, use_lists
+from dataio.layout import FolderContent, NoMasks, find_pairs, use_lists
 from dataio.readers import Sample, drawn_folder
 from dataio.scan import fill_folder
 
@@ -36,7 +36,7 @@ IGNORED_NAMES = {"ignore", "__ignore__"}  # labelme's name for what is not count
 
 
 def find_masks(root):
-    """Return the layout.Found of the images and masks under `root`: those of layout.find_pairs, else masks
+    """Return the FolderContent of the images and masks under `root`: those of layout.find_pairs, else masks
     drawn from annotation files. Raises InputError.
     """
     try:
@@ -51,7 +51,7 @@ def find_masks(root):
 
 
 def draw_annotations(root, tool, annotations):
-    """Draw the masks of Annotations and return the layout.Found. Raises InputError."""
+    """Draw the masks of Annotations and return the layout.FolderContent. Raises InputError."""
     images = sorted(annotations.images, key=lambda image: image.path)
     refuse_repeats(images)
     shapes = [shape for image in images for shape in image.shapes]
@@ -70,7 +70,7 @@ def draw_annotations(root, tool, annotations):
     note = (f"{tool} annotations: {count_of(len(drawn), 'shape')} drawn over "
             f"{count_of(len(images), 'image')}, {annotations.order}; the rest is background; masks in "
             f"{target}")
-    pairs = Found(splits, {}, {}, [note], doubts_of(shapes), entries)
+    pairs = FolderContent(splits, {}, {}, [note], doubts_of(shapes), entries)
     use_lists(pairs, root, root)
     pairs.splits.setdefault("train", [])
     return pairs

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import InputError
-from dataio.layout import common_parts, place_of
-from dataio.pairs import list_images
+from dataio.layout import count_shared_folders, list_images, role_of
 from dataio.readers import read_orientation
 from dataio.scan import in_parallel
 
@@ -79,7 +78,7 @@ class FolderFiles:
                              "remove the entry")
         folders = [*near.relative_to(self.root).parts,
                    *(folder for folder in folders if folder not in (".", ".."))]
-        scores = [common_parts(folders, self.folders_of(path)) for path in candidates]
+        scores = [count_shared_folders(folders, self.folders_of(path)) for path in candidates]
         best = [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
         if len(best) > 1:
             raise InputError(f"{where} is of the image {name}, which {best[0]} and {best[1]} may be: rename "
@@ -92,7 +91,7 @@ class FolderFiles:
 
     def split_of(self, path):
         """Return the split that the names of the folders above a file say, or ""."""
-        return place_of(self.folders_of(path)).split
+        return role_of(self.folders_of(path)).split
 
 
 def read_json(path):
