@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import load
 from pycocotools import mask as coco_mask
-from tools import NAMES, TOOLS, png_text
+from labeling_tools import NAMES, TOOLS, png_text
 
 import check_data
 import evaluate

@@ -36,7 +36,7 @@ from dataio.stratify import count_pixels
 from dataio.windows import WindowReader
 from inference.video import VideoReader
 from models.weights import read_weights
-from tools import TOOLS
+from labeling_tools import TOOLS
 
 EXAMPLES = int(os.environ.get("FUZZ", 0))
 fuzz = settings(

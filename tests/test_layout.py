@@ -13,7 +13,7 @@ import config
 FILES = sorted(path for path in ROOT.glob("**/*.py") if path.parts[len(ROOT.parts)][0] != "."
                and path.relative_to(ROOT).parts[0] not in ("tests", "outputs", "data"))
 # between the leaves and the scripts
-MIDDLE = {"model": 1, "datasets": 1, "engine": 2, "checkpoint": 2, "gpu_cases": 2}
+MIDDLE = {"model": 1, "datasets": 1, "engine": 2, "checkpoint": 2}
 SCRIPT = 3
 
 
@@ -29,8 +29,10 @@ def is_script(path):
 
 
 def level(path):
-    """Return 0 for leaves and what lies in folders, 1 and 2 for the core above them, 3 for scripts."""
+    """Return 0 for leaves and folders, 1 and 2 for the core above them, 3 for scripts and tools."""
     name = module_name(path)
+    if name.startswith("tools."):
+        return SCRIPT
     return MIDDLE.get(name) or (SCRIPT if is_script(path) else 0)
 
 
@@ -51,7 +53,7 @@ def imports(path):
 def test_commands_of_the_contract_are_scripts_and_the_core_is_none():
     scripts = {name for name, value in LEVELS.items() if value == SCRIPT}
     commands = {"train", "evaluate", "infer_image", "infer_video", "export", "check_data", "compare"}
-    assert {*commands, "benchmark", "hubconf"} <= scripts
+    assert {*commands, "hubconf"} <= scripts
     assert not scripts & {"config", "losses", "metrics", "utils"}
 
 

@@ -1,4 +1,4 @@
-"""The drawn street scenes: deterministic, exact masks, smooth in time; the set on disk is complete or absent."""
+"""The drawn street scenes: deterministic, exact masks, smooth in time; written completely or not at all."""
 
 import numpy as np
 import pytest
