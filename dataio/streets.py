@@ -106,8 +106,8 @@ def add_cars_and_persons(scene, rng):
     cars = [(1.6, rng.uniform(5, 14), 4.0)] if rng.random() < 0.6 else []   # x, z, meters/s
     cars += [(-1.6, z, -rng.uniform(4, 6)) for z in (rng.uniform(5, 9), rng.uniform(60, 80))]
     for side in (-1, 1):
-        places = np.arange(rng.uniform(2.5, 5), 26, 6.0) if scene.kerb[side] > 4 else ()
-        cars += [(side * (scene.kerb[side] - 1.1), z, 0.0) for z in places if rng.random() < 0.7]
+        slots = np.arange(rng.uniform(2.5, 5), 26, 6.0) if scene.kerb[side] > 4 else ()
+        cars += [(side * (scene.kerb[side] - 1.1), z, 0.0) for z in slots if rng.random() < 0.7]
     for x, z, speed in cars:
         add(scene, draw_car, x, z, 2.1, 4.4, speed)
     for index in range(rng.integers(3, 6)):
@@ -476,7 +476,7 @@ def write_examples(root):
     picture, clip = Path(root) / "picture.png", Path(root) / "clip.mp4"
     try:
         if not picture.exists():
-            save_image(draw_scene(10_001, size=(480, 640))[0], picture)
+            save_image(draw_scene(10_006, size=(480, 640))[0], picture)
         if not clip.exists():
             write_atomically(clip, write_clip)
     except OSError:

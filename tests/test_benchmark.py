@@ -85,4 +85,3 @@ def test_all_cases_of_the_gpu_run_on_a_cpu_and_a_failure_costs_no_other(tmp_path
     assert rows["resume, largest difference of weights"]["value"] < 1e-6
     assert rows["DDP of one process, difference of the loss"]["value"] < 1e-5
     assert 0.8 < rows["fp16 with scaler, loss against bfloat16's"]["value"] < 1.25
-    assert all(row["share_of_limit"] > 0 for name, row in rows.items() if name.startswith("train"))

@@ -70,11 +70,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 from tqdm import tqdm
 
 import engine
@@ -160,20 +157,12 @@ class Training:
         self.epoch += 1
         return engine.train_one_epoch(self.objective, tqdm(self.batches, disable=True), self.optimization, 0)
 
-    def batches_on_device(self, count):
-        """Return the first batches, [(images, masks)]."""
-        self.batches.start(0)
-        batches = itertools.islice(self.batches, count)
-        return [(utils.to_device(images, self.device), masks.to(self.device).long())
-                for images, masks, _ in batches]
-
     def losses(self, steps, wrap=None):
         """Return the losses of so many steps, without changes to the learning rate. wrap: DDP, say."""
         objective, losses = wrap(self.objective) if wrap else self.objective, []
-        batches = self.batches_on_device(steps)
-        for step in range(steps):
+        for images, masks, _ in itertools.islice(itertools.cycle(self.batches), steps):
             with self.precision.autocast():
-                loss = objective(*batches[step % len(batches)])[0]
+                loss = objective(images.to(self.device), masks.to(self.device).long())[0]
             self.precision.scaler.scale(loss).backward()
             self.optimization.step(torch.ones((), device=self.device))
             losses.append(loss.item())
@@ -193,60 +182,40 @@ def validation_miou(model, samples, table, imgsz, device):
 
 
 # --- what is compared with --------------------------------------------------------------------------------
-# The loops of most segmentation scripts, as plainly as they are written: float32, PIL and torchvision's first
-# transforms, full-size logits, `.item()` at every step, one frame at a time.
+# The loops of most segmentation scripts, as plainly as they are written: float32, PIL, full-size logits,
+# `.item()` at every step, one frame at a time.
 class PlainDataset(Dataset):
-    """(image (3, h, w) float32, normalized, mask (h, w) int64) of Samples at one size."""
+    """(image (3, H, W) uint8, mask (H, W) int64) of Samples at one size (H, W)."""
 
-    def __init__(self, samples, table, size, mean, std):
-        self.samples, self.table = samples, table
-        self.image_transform = transforms.Compose([transforms.Resize(size), transforms.ToTensor(),
-                                                   transforms.Normalize(mean, std)])
-        self.mask_transform = transforms.Resize(size, interpolation=transforms.InterpolationMode.NEAREST)
+    def __init__(self, samples, table, size):
+        self.samples, self.table, self.size = samples, table, size[::-1]
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index):
         sample = self.samples[index]
-        mask = self.mask_transform(Image.fromarray(read_mask(sample.mask, self.table)))
-        image = self.image_transform(Image.open(sample.image).convert("RGB"))
-        return image, torch.from_numpy(np.array(mask)).long()
-
-
-class PlainModel(nn.Module):
-    """A backbone and a head: (B, 3, H, W) float32, normalized -> (B, K, H, W) logits."""
-
-    def __init__(self, backbone, head):
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def forward(self, images):
-        divisor, (height, width) = self.backbone.size_divisor, images.shape[-2:]
-        images = F.pad(images, (0, -width % divisor, 0, -height % divisor))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone.trains()):
-            features = self.backbone.features(images)
-        logits = self.head(features, images.shape[-2:])
-        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear")[..., :height, :width]
+        image = Image.open(sample.image).convert("RGB").resize(self.size, Image.Resampling.BILINEAR)
+        mask = Image.fromarray(read_mask(sample.mask, self.table)).resize(self.size, Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(mask)).long()
 
 
 class PlainTraining:
-    """Training of a head and last blocks in a plain loop: every call is an epoch."""
+    """Training of a Segmenter in a plain loop: every call is an epoch."""
 
     def __init__(self, model, samples, table, args):
-        mean, std = ((value.flatten() / 255).tolist() for value in (model.mean, model.std))
-        dataset = PlainDataset(samples, table, args.imgsz, mean, std)
-        self.loader = DataLoader(dataset, args.batch_size, shuffle=True, num_workers=WORKERS)
-        self.net, self.device = PlainModel(model.backbone, model.head), next(model.parameters()).device
-        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        self.loader = DataLoader(PlainDataset(samples, table, args.imgsz), args.batch_size, shuffle=True,
+                                 num_workers=WORKERS)
+        self.model, self.device = model, next(model.parameters()).device
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LR)
 
     def __call__(self):
-        self.net.train()
+        self.model.train()
         losses, correct, counted = [], 0, 0
         for images, masks in self.loader:
             images, masks = images.to(self.device), masks.to(self.device)
-            logits = self.net(images)
+            logits = self.model(images)
             loss = F.cross_entropy(logits, masks, ignore_index=IGNORE)
             self.optimizer.zero_grad()
             loss.backward()
@@ -487,18 +456,6 @@ def benchmark_memory(args):
 
 
 # --- gpu --------------------------------------------------------------------------------------------------
-def arithmetic_limit(device, dtype, side):
-    """Return the FLOP/s of a large matrix product, the best of a few: what the device can do at most."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-
-    def product():
-        a @ b
-        synchronize(device)
-
-    product()
-    return 2 * side ** 3 / utils.shortest_time(product, rounds=10)
-
-
 class GpuCases:
     """The cases of `gpu` and their rows. Every case is caught: one that fails is a row that says why."""
 
@@ -508,8 +465,6 @@ class GpuCases:
         if args.small:  # a GPU is done with a few in no time
             self.samples = self.samples[:args.images]
         self.workers = 0 if args.small else min(8, os.cpu_count() or 1)
-        dtype = utils.Precision("auto", device).dtype or torch.float32
-        self.limit = arithmetic_limit(device, dtype, 512 if args.small else 8192)
         self.clip, self.start = folder / "clip.mp4", time.perf_counter()
 
     def run(self):
@@ -537,8 +492,7 @@ class GpuCases:
     def measure(self, name, case, *args, **options):
         """Add the row of one case: what it returns (value, unit, ...), or why it failed."""
         gpu = self.device.type == "cuda"
-        row = dict(name=name, value=None, unit="", share_of_limit=None, waiting=None, memory_gb=None)
-        row["failed"] = ""
+        row = dict(name=name, value=None, unit="", waiting=None, memory_gb=None, failed="")
         try:
             if time.perf_counter() - self.start > GPU_SECONDS:
                 raise TimeoutError(f"not begun after {GPU_SECONDS} s")
@@ -565,18 +519,12 @@ class GpuCases:
     def training(self, unfreeze, cache=None, compiled=False):
         """Train two epochs, of which the second counts."""
         training = self.make_training(unfreeze, utils.Precision("auto", self.device), cache)
-        batch = training.batches_on_device(1)[0]
-        with FlopCounterMode(display=False) as counter, training.precision.autocast():
-            training.objective(*batch)[0].backward()
-        training.objective.zero_grad(set_to_none=True)
         if compiled:
             training.trained.compile_parts()
         training()
         figures = training()
         training.batches.close()
-        flops = counter.get_total_flops() / len(batch[1])  # of an image
-        return dict(value=figures["images_per_s"], unit="images/s", waiting=figures["data_wait"],
-                    share_of_limit=flops * figures["images_per_s"] / self.limit)
+        return dict(value=figures["images_per_s"], unit="images/s", waiting=figures["data_wait"])
 
     def losses(self, amp, wrap=None):
         """Return the losses of STEPS steps of the last block and the head."""
@@ -660,8 +608,6 @@ class GpuCases:
             model = model.to(memory_format=torch.channels_last)
             images = images.contiguous(memory_format=torch.channels_last)
         call = partial(network, model)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            call(images)
         if kind == "compiled":
             call = torch.compile(call, mode="reduce-overhead")
 
@@ -673,8 +619,7 @@ class GpuCases:
         for _ in range(3):  # compiling, and recording graphs
             once()
         rate = batch / utils.shortest_time(once, rounds=3 if self.args.small else 20)
-        return dict(value=rate, unit="images/s",
-                    share_of_limit=counter.get_total_flops() / batch * rate / self.limit)
+        return dict(value=rate, unit="images/s")
 
     def onnx(self):
         """Export the model to ONNX and run it in ONNX Runtime, from and to the memory of the CPU."""
@@ -699,7 +644,7 @@ def benchmark_gpu(args):
         rows = cases.run()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return dict(gpu=name, dataset=args.dataset, images=len(cases.samples), backbone=args.backbone,
-                weights=args.weights, limit_tflop_per_s=cases.limit / 1e12, rows=rows)
+                weights=args.weights, rows=rows)
 
 
 CASES = {"train": benchmark_train, "infer": benchmark_infer, "memory": benchmark_memory, "gpu": benchmark_gpu}
