@@ -8,7 +8,7 @@ import pytest
 from conftest import load
 from matplotlib.path import Path as Outline
 from pycocotools import mask as coco_mask
-from tools import NAMES, TOOLS, png_text
+from labeling_tools import NAMES, TOOLS, png_text
 
 import check_data
 import evaluate

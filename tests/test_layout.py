@@ -12,7 +12,7 @@ import config
 
 FILES = sorted(path for path in ROOT.glob("**/*.py") if path.parts[len(ROOT.parts)][0] != "."
                and path.relative_to(ROOT).parts[0] not in ("tests", "outputs", "data"))
-MIDDLE = {"model": 1, "datasets": 1, "engine": 2, "checkpoint": 2, "gpu_cases": 2}  # of leaves and scripts
+MIDDLE = {"model": 1, "datasets": 1, "engine": 2, "checkpoint": 2}  # of leaves and scripts
 SCRIPT, TOOL = 3, 4
 
 

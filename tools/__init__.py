@@ -1,0 +1,1 @@
+"""Programs beside the product: benchmarks. Run as `python -m tools.NAME`."""
