@@ -275,8 +275,9 @@ class Noted(Dataset):
 
     def __init__(self, dataset, workers):
         self.dataset = dataset
-        self.reading = torch.zeros(workers, 2, dtype=torch.int64)  # process id, item
-        self.closed = torch.zeros(1, dtype=torch.bool)
+        with torch.inference_mode(False):  # they are written outside of it, too
+            self.reading = torch.zeros(workers, 2, dtype=torch.int64)  # process id, item
+            self.closed = torch.zeros(1, dtype=torch.bool)
         if workers:
             self.reading.share_memory_()
             self.closed.share_memory_()

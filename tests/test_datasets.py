@@ -15,7 +15,7 @@ import datasets
 import model
 from dataio.classes import ADE20K
 from dataio.feature_cache import file_facts
-from dataio.dataloader import EpochSampler, SegmentationDataset, collate, make_loader
+from dataio.dataloader import EpochSampler, SegmentationDataset, collate, make_loader, naming_files
 from dataio.readers import DataSource, Sample, Target, index_table, read_image, read_mask
 from dataio.transforms import resize_mask
 
@@ -100,6 +100,13 @@ def test_where_no_worker_can_be_started_the_data_are_loaded_without(tmp_path, mo
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "--workers" in out and sum(map(len, names)) == 6
     assert batches.workers == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_may_be_read_in_inference_mode_and_closed_outside(tmp_path, workers):
+    batches = make_loader(small_dataset(tmp_path), 2, workers)
+    with naming_files(batches), torch.inference_mode():
+        assert len(list(batches)) == len(batches) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
