@@ -18,7 +18,7 @@ import torch
 
 from dataio import schema
 import utils
-from config import DataOptions, InputError, ModelOptions, count_of, fields_affecting, flag
+from config import DataOptions, InputError, count_of, fields_affecting, flag
 from dataio.classes import ADE20K, VOC
 from utils import all_reduce, is_main_process, world_size
 from engine import LOG_EVERY
@@ -198,7 +198,7 @@ def load_head(model, path):
     for name, value in checkpoint["model"].items():
         part, _, inner = name.partition(".")
         parts.setdefault(part, {})[inner] = value
-    options = [name for name in (*fields_affecting("head", ModelOptions), "normalize")
+    options = [name for name in (*fields_affecting("head", spec), "normalize")
                if name != "split_blocks" or model.head.copies_blocks()]
     for name in sorted(options, key=lambda name: name != "head"):  # the blocks differ with the head
         theirs, ours = getattr(spec, name), getattr(model.spec, name)
