@@ -148,6 +148,9 @@ def check_effects(config, model):
     """Raise InputError for settings that have no effect on this model, or do not fit it."""
     if config.cache_features:
         model.cached_parts()  # raises where that cannot be
+    if config.save_head_only and not model.backbone.pretrained:
+        raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one is "
+                         "random: leave it out")
     blocks = trained_blocks(model)
     if blocks and not blocks & blocks_with_gradient(model):
         raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing of "
