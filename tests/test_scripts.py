@@ -18,6 +18,7 @@ from PIL import Image
 from test_video import write_clip
 
 import checkpoint
+import config
 import engine
 import infer_image
 import infer_video
@@ -73,6 +74,21 @@ def train_flags(data, out, *more):
         "none",
         *more,
     )
+
+
+OPTIONS = {"--optimizer": "optimizer", "--scheduler": "scheduler", "--loss": "loss", "--amp": "amp",
+           "--class-weights": "class_weights", "--augment": "augment"}
+
+
+def registered_options(number, leave_out=()):
+    """Return flags that give each of OPTIONS its registered value `number`: 0, 1, 2 ... reach every value."""
+    flags = []
+    for flag, kind in OPTIONS.items():
+        value = config.names(kind)[number % len(config.names(kind))]
+        if flag == "--loss" and value != "ce":
+            value = f"ce+{value}"  # class weights are for ce alone
+        flags += [] if flag in leave_out else [flag, value]
+    return flags
 
 
 @pytest.fixture(scope="module")
