@@ -1,6 +1,4 @@
-"""Two processes on the CPU, started by torchrun as a user starts them, against one process."""
-
-import json
+"""Two processes on the CPU, started by torchrun as a user starts them, against a single process."""
 import os
 import socket
 import subprocess
@@ -8,13 +6,13 @@ import sys
 
 import pytest
 import torch
-import train
 from conftest import ROOT, tiny, write_folder
+from test_scripts import history_of
 from torch import nn
 
-from dataio.dataloader import EpochSampler, make_loader
-from test_feature_cache import training_set
-from dataio.readers import Sample
+import train
+from dataio.dataloader import EpochSampler, SegmentationDataset, make_loader
+from dataio.readers import Sample, index_table
 
 
 def torchrun(processes, *flags, timeout=120):
@@ -38,59 +36,58 @@ def flags(data, out, batch_size, *more):
     pytest.param((), id="images"),
     pytest.param(("--unfreeze", 1, "--cache-features", "CACHE", "--cache-views", 2), id="tokens",
                  marks=pytest.mark.long)])
-def test_two_processes_train_and_score_as_one_with_the_doubled_batch(tmp_path, run, more):
+def test_two_processes_train_and_score_as_a_single_one_with_the_doubled_batch(tmp_path, run, more):
     """Slow, since torchrun and both of its processes import torch."""
     data = write_folder(tmp_path / "data", count=15)  # 12 train, 3 validate: an odd number for two
     more = [tmp_path / "cache" if flag == "CACHE" else flag for flag in more]
     two = torchrun(2, *flags(data, tmp_path / "two", 2, *more))
     assert two.returncode == 0, two.stderr
-    code, _, err = run(train, *flags(data, tmp_path / "one", 4, *more))
+    code, _, err = run(train, *flags(data, tmp_path / "single", 4, *more))
     assert code == 0, err
-    assert two.stdout.count("epoch 1/2:") == 1 and "2 processes" in two.stdout  # one of them prints
-    rows = [[json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
-            for name in ("one", "two")]
+    assert two.stdout.count("epoch 1/2:") == 1 and "2 processes" in two.stdout  # only the main one prints
+    rows = [history_of(tmp_path / name) for name in ("single", "two")]
     assert len(rows[0]) == len(rows[1]) == 2
     for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
         for key in ("val_loss", "val_accuracy", "val_miou", "val_dice", "train_accuracy", "train_miou"):
             assert a[key] == pytest.approx(b[key], abs=1e-6), key
-    first, second = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("one", "two"))
-    assert first["model"].keys() == second["model"].keys()  # no `module.` before the names
-    for name, value in first["model"].items():
-        assert torch.allclose(value, second["model"][name], atol=1e-5), name
+    first, second = (torch.load(tmp_path / name / "last.pth")["model"] for name in ("single", "two"))
+    assert first.keys() == second.keys()  # no `module.` before the names
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-5), name
 
 
 @pytest.mark.long
 def test_a_process_that_fails_ends_the_run_with_its_message(tmp_path):
     data = write_folder(tmp_path / "data", count=15)
-    for path in sorted((data / "images").iterdir()):
-        path.write_bytes(path.read_bytes()[:-60])
-        break  # one damaged image, which one of the two meets
+    damaged = data / "images/00.png"  # which only one of the two meets
+    damaged.write_bytes(damaged.read_bytes()[:-60])
     more = ["--cache-features", tmp_path / "cache", "--cache-views", 2]
     done = torchrun(2, *flags(data, tmp_path / "out", 2, *more), timeout=90)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode != 0 and lines and "00.png is damaged" in lines[0] and "[process " in lines[0]
+    assert done.returncode != 0 and lines and "00.png" in lines[0] and "[process " in lines[0]
     assert not (tmp_path / "out/best_model_iou.pth").exists()
 
 
-@pytest.mark.parametrize(("length", "processes"), [(12, 2), (13, 2), (7, 3), (2, 4), (1, 3), (2, 5)])
+@pytest.mark.parametrize(("length", "processes"), [(12, 1), (12, 2), (13, 2), (7, 3), (2, 4), (1, 3), (2, 5)])
 def test_samplers_of_all_processes_make_up_the_epoch(length, processes):
-    whole = EpochSampler(length, seed=5)
-    parts = [EpochSampler(length, 5, rank, processes) for rank in range(processes)]
-    for sampler in (whole, *parts):
+    single = EpochSampler(length, seed=5)
+    samplers = [EpochSampler(length, 5, rank, processes) for rank in range(processes)]
+    for sampler in (single, *samplers):
         sampler.set_epoch(3)
-    lists = [list(part) for part in parts]
-    assert len({len(part) for part in lists}) == 1 and all(len(part) == len(lists[0]) for part in parts)
-    together = [item for group in zip(*lists, strict=True) for item in group]
-    assert together[:length] == list(whole) and set(together) == set(whole)
+    orders = [list(sampler) for sampler in samplers]
+    assert {len(order) for order in orders} == {len(sampler) for sampler in samplers} == {len(orders[0])}
+    together = [item for group in zip(*orders, strict=True) for item in group]
+    assert together[:length] == list(single) and set(together) == set(single)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
-def test_every_validation_image_belongs_to_one_process(tmp_path, processes):
-    root = write_folder(tmp_path, count=7)
+def test_every_validation_image_belongs_to_a_single_process(tmp_path, processes):
+    root, names = write_folder(tmp_path, count=7), []
     samples = [Sample(path, root / "masks" / path.name) for path in sorted((root / "images").iterdir())]
-    names = []
     for rank in range(processes):
-        for *_, batch in make_loader(training_set(samples, None), 2, 0, False, rank, processes):
+        dataset = SegmentationDataset(samples, index_table(3), (30, 43))
+        for *_, batch in make_loader(dataset, 2, 0, False, rank, processes):
             names += batch
     assert sorted(names) == [str(sample.image) for sample in samples]
 

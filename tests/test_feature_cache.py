@@ -1,29 +1,31 @@
 """The feature cache: the same features, the same training, nothing computed twice, damage noticed."""
-
 import dataclasses
+import importlib.util
 import json
+import linecache
 import os
 import pickle
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import build, tiny, write_folder
+from conftest import build, refused, tiny, write_folder
 from PIL import Image
-from torch.utils.data import default_collate
 
-from dataio import feature_cache as cache
+import config
 import engine
+import model
 import train
+from dataio import feature_cache as cache
 from dataio.dataloader import SegmentationDataset, collate, make_loader
-from losses import Criterion
-from dataio.feature_cache import cache_features
+from dataio.feature_cache import EntryFile, cache_features
+from dataio.readers import Sample, Target, index_table
 from dataio.transforms import AUGMENTS, ScaleCrop
-from config import InputError
-from model import CachedSegmenter, ModelSpec
+from losses import Criterion
+from models.backbones import Part
 from models.weights import hash_state
-from dataio.readers import Sample, index_table
 from utils import Precision
 
 FLOAT32 = Precision("off", torch.device("cpu"))
@@ -52,81 +54,144 @@ def passes(monkeypatch):
     return counts
 
 
-def side_by_side(inputs):
-    """Return the maps of a cached item as one: (h, w, D) bfloat16."""
-    return torch.cat(list(inputs.values()), dim=-1)
+def maps_of(values):
+    """Return the maps of a cached item side by side: (h, w, D) bfloat16."""
+    return torch.cat([value for part, value in values.items() if part.kind == "map"], dim=-1)
 
 
-def is_close(inputs, net, image):
-    """Return whether the maps of a cached item are those of an image."""
-    return torch.allclose(side_by_side(inputs).float(), of_model(net, image).float(), atol=2e-2, rtol=2e-2)
-
-
-def of_model(net, image):
+def maps_of_model(net, image):
     """Return what the cache should hold of one image: (h, w, D) bfloat16."""
     with torch.inference_mode():
-        maps = net.features(image[None])
-    return torch.cat([m[0].permute(1, 2, 0) for m in maps], dim=-1).bfloat16()
+        maps = net.features(image[None]).maps
+    return torch.cat([values[0].permute(1, 2, 0) for values in maps], dim=-1).bfloat16()
 
 
+def is_close(values, net, image):
+    """Return whether the maps of a cached item are those of an image."""
+    return torch.allclose(maps_of(values).float(), maps_of_model(net, image).float(), atol=2e-2, rtol=2e-2)
+
+
+def files_of(net, dataset, folder, part=Part("map", 5)):  # noqa: B008 - a tuple
+    """Return the path of the file of a Part."""
+    return cache.plan_files(net, [part], dataset, folder, FLOAT32, 1)[0][part].path
+
+
+# --- what it holds ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("head", ["bn", "linear", "unet", "deconv"])
 def test_features_and_masks_are_those_of_the_images(samples, tmp_path, head):
     net = tiny(head=head)
     dataset = training_set(samples)
     cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32)
     for index in range(len(samples)):
-        inputs, targets, name = cached[len(samples) * 5 + index]  # of whatever epoch
+        values, targets, name = cached[len(samples) * 5 + index]  # of whatever epoch
         image, want, title = dataset[index]
-        assert is_close(inputs, net, image)  # batches of other sizes round the last bit otherwise
-        assert (side_by_side(inputs) == of_model(net, image)).float().mean() > 0.9
+        assert is_close(values, net, image)  # batches of other sizes round the last bit otherwise
+        assert (maps_of(values) == maps_of_model(net, image)).float().mean() > 0.9
         assert torch.equal(targets["mask"], want["mask"]) and name == title
     with torch.no_grad():
-        got = CachedSegmenter(net, dataset.size).eval().logits(default_collate([cached[3][0]])).pixels()
-        assert torch.allclose(got, net.eval()(dataset[3][0][None]), atol=0.05)
+        got = net.eval()(cached.collate([cached[3]])[0])
+        assert torch.allclose(got, net(dataset[3][0][None]), atol=0.05)
     again = pickle.loads(pickle.dumps(cached))
-    assert torch.equal(side_by_side(again[2][0]), side_by_side(cached[2][0]))
+    assert torch.equal(maps_of(again[2][0]), maps_of(cached[2][0]))
     assert torch.equal(again[2][1]["mask"], cached[2][1]["mask"])
+    validation = cache_features(net, training_set(samples, None), tmp_path / "cache", FLOAT32)
+    assert validation[1][1]["mask"].shape == (45, 61) and is_close(validation[1][0], net, validation_image(
+        samples[1]))
 
 
-def test_validation_masks_keep_their_size(samples, tmp_path):
-    cached = cache_features(tiny(), training_set(samples, None), tmp_path, FLOAT32)
-    assert cached[1][1]["mask"].shape == (45, 61) and side_by_side(cached[1][0]).shape == (3, 4, 4 * 192)
+def validation_image(sample):
+    return training_set([sample], None)[0][0]
 
 
 def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path):
+    """Features, the mask and every other target, in the type that training has without a cache."""
+    generator, with_targets = np.random.default_rng(0), []
+    for sample in samples:
+        depth, edges = tmp_path / f"depth_{sample.image.stem}.npy", tmp_path / f"edges_{sample.image.name}"
+        np.save(depth, np.where(generator.random((45, 61)) < 0.1, np.nan, generator.normal(size=(45, 61))))
+        Image.fromarray(generator.integers(0, 3, (45, 61), dtype=np.uint8)).save(edges)
+        targets = Target("depth", depth), Target("edges", edges, "labels")
+        with_targets.append(sample._replace(targets=targets))
     net, count = tiny(layers=(5,)), len(samples)
-    dataset = training_set(samples, ("crop", "flip", "color"), seed=3)
-    cached = cache_features(net, dataset, tmp_path, FLOAT32, views=3)
+    dataset = training_set(with_targets, ("crop", "flip", "color"), seed=3)
+    cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32, views=3)
     different = 0
-    for epoch in range(4):
-        for index in range(count):
-            inputs, targets, _ = cached[epoch * count + index]
-            image, want, _ = dataset[epoch % 3 * count + index]
-            assert torch.equal(targets["mask"], want["mask"]) and is_close(inputs, net, image)
-            different += not torch.equal(targets["mask"], dataset[index][1]["mask"])
+    for item in range(4 * count):
+        epoch, index = divmod(item, count)
+        values, targets, _ = cached[item]
+        image, want, _ = dataset[epoch % 3 * count + index]
+        assert is_close(values, net, image) and targets.keys() == want.keys() == {"mask", "depth", "edges"}
+        for name, target in targets.items():
+            torch.testing.assert_close(target, want[name], rtol=0, atol=0, equal_nan=True)
+        different += not torch.equal(targets["mask"], dataset[index][1]["mask"])
     assert different > count  # the views differ
+    assert targets["depth"].dtype == torch.float32 and targets["edges"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_one_view_trains_as_without_a_cache(samples, tmp_path, amp, run):
-    base = ["--dataset", "folder", "--data-root", tmp_path / "data", "--backbone", "vit_tiny"]
-    base += ["--imgsz", 30, 43, "--epochs", 3, "--batch-size", 3, "--workers", 0]
-    base += ["--device", "cpu", "--amp", amp]
-    rows = {}
-    more = dict(plain=["--augment", "none"], cached=["--cache-features", tmp_path / "cache"])
-    for name in more:
-        code, out, err = run(train, *base, *more[name], "--out-dir", tmp_path / name)
-        assert code == 0, err
-        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
-        rows[name] = [json.loads(line) for line in lines]
-    assert "augmentation is off" in out and "feature cache of" in out
-    for a, b in zip(rows["plain"], rows["cached"], strict=True):
-        for key in ("train_loss", "val_loss"):
-            assert a[key] == pytest.approx(b[key], rel=0.01)
-        assert a["val_accuracy"] == pytest.approx(b["val_accuracy"], abs=0.02)
-    assert rows["plain"][0]["train_loss"] != rows["plain"][2]["train_loss"]
+@pytest.mark.parametrize("value", [
+    torch.full((2, 3), 300, dtype=torch.int16), torch.full((2, 3), 0.5), torch.ones(3, 2, dtype=torch.uint8),
+    torch.ones(3, dtype=torch.uint8), torch.ones(1, 2, 3, dtype=torch.uint8)],
+    ids=lambda value: f"{value.dtype} {tuple(value.shape)}")
+def test_what_an_entry_cannot_hold_is_refused(tmp_path, value):
+    """torch would wrap 300 to 44, cut 0.5 to 0 and repeat a row."""
+    file = EntryFile(tmp_path / "mask_0.bin", 2, (2, 3), torch.uint8)
+    file.create({})
+    with refused("--cache-features", file.path):
+        file.write(1, value)
+    assert not file.has(1)
+    file.write(1, torch.full((2, 3), 200, dtype=torch.uint8))
+    assert file.has(1) and not file.has(0) and (file.open()[0][1] == 200).all()
 
 
+def test_tokens_and_images_of_views_are_those_of_the_epochs(samples, tmp_path):
+    net, count = tiny(head="split-detail"), len(samples)
+    dataset = training_set(samples, ("crop", "flip", "color"), seed=3)
+    cached = cache_features(net, dataset, tmp_path, FLOAT32, views=2)
+    (block,) = net.head.reads.tokens
+    for item in (count - 1, 2 * count - 1):
+        image, values = dataset[item][0], cached[item][0]
+        pixels = values[Part("image")]
+        assert torch.equal(pixels, image.permute(1, 2, 0)) and pixels.dtype == torch.uint8
+        with torch.inference_mode():
+            tokens = net.features(image[None]).tokens[block][0]
+        assert torch.allclose(values[Part("tokens", block)].float(), tokens, atol=2e-2, rtol=2e-2)
+    assert not torch.equal(cached[0][0][Part("image")], cached[count][0][Part("image")])
+
+
+@pytest.mark.parametrize("unfreeze", [0, 2])
+@pytest.mark.parametrize("block", [-1, 5, -4, 2, 0])
+def test_a_head_gets_the_tokens_it_asks_for(samples, tmp_path, unfreeze, block):
+    net, inputs = tiny(unfreeze=unfreeze), []
+    net.head.reads = dataclasses.replace(net.head.reads, tokens=(block,))
+    dataset = training_set(samples)
+    cached = cache_features(net, dataset, tmp_path, FLOAT32)
+    want = net.features(dataset[1][0][None]).tokens
+    net.head.register_forward_pre_hook(lambda module, args: inputs.append(args[0].tokens))
+    net.output(cached.collate([cached[1]])[0])
+    assert list(want) == list(inputs[0]) == [block]
+    assert torch.allclose(inputs[0][block], want[block], atol=2e-2, rtol=2e-2)
+
+
+def test_a_frozen_batch_norm_learns_nothing(samples, tmp_path):
+    net = tiny(backbone="timm/resnet18", head="linear").train()
+    before = hash_state(net.backbone.state_dict())
+    first = cache_features(net, training_set(samples), tmp_path, FLOAT32)
+    second = cache_features(net.train(), training_set(samples), tmp_path, FLOAT32)
+    assert hash_state(net.backbone.state_dict()) == before
+    assert first.parts[Part("map", 4)].path == second.parts[Part("map", 4)].path
+
+
+@pytest.mark.parametrize("head", ["bn", "linear"])
+def test_features_train_in_half_precision(samples, tmp_path, head):
+    net, half = tiny(head=head), Precision("fp16", torch.device("cpu"))
+    cached = cache_features(net, training_set(samples), tmp_path, half)
+    features, _, _ = cached.collate([cached[0], cached[1]])
+    with half.autocast():
+        logits, _ = net.logits(features)
+    assert logits.isfinite().all()
+
+
+# --- what it depends on -------------------------------------------------------------------------------------
 def test_later_heads_and_runs_need_no_pass(samples, tmp_path, passes):
     cache_features(tiny(head="bn"), training_set(samples), tmp_path, FLOAT32)
     assert sum(passes) == 7
@@ -143,17 +208,20 @@ def other_weights(samples):
     return net, training_set(samples), FLOAT32
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        other_weights,
-        lambda samples: (tiny(normalize="none"), training_set(samples), FLOAT32),
-        lambda samples: (tiny(), SegmentationDataset(samples, index_table(3), (30, 44), ()), FLOAT32),
-        lambda samples: (tiny(), training_set(samples[1:]), FLOAT32),
-        lambda samples: (tiny(), training_set(samples), Precision("bf16", torch.device("cpu"))),
-    ],
-    ids=["weights", "normalization", "size", "files", "precision"],
-)
+def another_network(samples):
+    net = tiny()
+    net.spec.backbone = "timm/the_same_with_another_activation"
+    return net, training_set(samples), FLOAT32
+
+
+@pytest.mark.parametrize("other", [
+    other_weights,
+    another_network,
+    lambda samples: (tiny(normalize="none"), training_set(samples), FLOAT32),
+    lambda samples: (tiny(), SegmentationDataset(samples, index_table(3), (30, 44), ()), FLOAT32),
+    lambda samples: (tiny(), training_set(samples[1:]), FLOAT32),
+    lambda samples: (tiny(), training_set(samples), Precision("bf16", torch.device("cpu"))),
+], ids=["weights", "network", "normalization", "size", "files", "precision"])
 def test_whatever_the_features_depend_on_makes_another_cache(samples, tmp_path, passes, other):
     cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
     passes.clear()
@@ -165,38 +233,110 @@ def test_whatever_the_features_depend_on_makes_another_cache(samples, tmp_path, 
     assert not passes
 
 
-@pytest.mark.parametrize("where", ["dataio.dataloader.code_hash", "utils.hash_code", "model.origin_code"])
-def test_changed_code_makes_another_cache_beside_the_old_one(
-    samples, tmp_path, passes, where, monkeypatch, capsys
-):
+@pytest.mark.parametrize("where", ["dataio.dataloader.code_hash", "utils.code_hash", "model.origin_code"])
+def test_changed_code_makes_another_cache_beside_the_old_one(samples, tmp_path, passes, where, monkeypatch,
+                                                             capsys):
     """Of what reads images, of the backbone, of torch.hub's DINOv2; the old code may come back."""
     folder = tmp_path / "cache"
-    cache_features(tiny(), training_set(samples), folder, FLOAT32)
+    old = cache_features(tiny(), training_set(samples), folder, FLOAT32).parts[Part("map", 5)].path
     before = set(folder.glob("map_*"))
     passes.clear()
-    monkeypatch.setattr(where, lambda *files: "changed")
+    capsys.readouterr()
+    monkeypatch.setattr(where, lambda *modules: "changed")
     cache_features(tiny(), training_set(samples), folder, FLOAT32)
-    assert sum(passes) == 7 and "the code has changed" in capsys.readouterr().out
+    assert sum(passes) == 7 and str(old) in capsys.readouterr().out  # it can be deleted
     monkeypatch.undo()
     monkeypatch.setattr(cache, "fill", None)  # computing would fail
     cache_features(tiny(), training_set(samples), folder, FLOAT32)
     assert before < set(folder.glob("map_*"))
 
 
-@pytest.mark.parametrize("part", ["map 5", "tokens 3"])
-def test_a_new_option_of_a_model_makes_another_cache_unless_it_has_its_default(samples, tmp_path, part):
-    def path(**options):
-        fields = [("scale", float, dataclasses.field(default=1.0))]
-        spec = dataclasses.make_dataclass("Spec", fields, bases=(ModelSpec,))
+SOURCE = '''"""A backbone of somebody's own."""
+from models.backbones import TimmBackbone
+
+
+class Doubled(TimmBackbone):
+    """Doubled maps."""
+
+    def maps(self, images):
+        """As of the base."""
+        return [FACTOR * values for values in super().maps(images)]  # doubled
+
+
+FACTOR = 2
+'''
+
+
+def test_the_code_of_a_cache_is_that_of_the_module_of_its_backbone_without_comments(samples, tmp_path,
+                                                                                   monkeypatch):
+    def path(source):
+        file = tmp_path / "doubled.py"
+        file.write_text(source)
+        linecache.checkcache(str(file))
+        spec = importlib.util.spec_from_file_location("doubled", file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "doubled", module)
+        spec.loader.exec_module(module)
         net = tiny()
-        if options:
-            net.spec = spec(**dataclasses.asdict(net.spec), **options)
-        return cache.plan_files(net, [part], training_set(samples), tmp_path, FLOAT32, 1)[0][0].path
+        net.backbone.__class__ = module.Doubled
+        return files_of(net, training_set(samples), tmp_path)
 
-    assert path() == path(scale=1.0) != path(scale=8.0)
+    first = path(SOURCE)
+    assert first != files_of(tiny(), training_set(samples), tmp_path)
+    said = SOURCE.replace("  # doubled", "").replace("Doubled maps.", "Maps, times two.\n\n    Or so.\n    ")
+    assert path(said.replace("FACTOR = 2", "\n# of the maps\nFACTOR = (\n    2)")) == first
+    assert path(SOURCE.replace("FACTOR = 2", "FACTOR = 3")) != first  # though not within the class
+    assert path(SOURCE.replace("FACTOR * values", "values * FACTOR")) != first
 
 
-def test_an_interrupted_cache_is_gone_on_with(samples, tmp_path, monkeypatch, passes):
+@pytest.mark.parametrize("part", [Part("map", 5), Part("tokens", 3)], ids=str)
+def test_a_new_option_that_affects_features_makes_another_cache_unless_it_has_its_default(
+        samples, tmp_path, part, monkeypatch):
+    def path(scale, affects):
+        field = "scale", float, config.setting(1.0, "model", "", affects=affects)
+        monkeypatch.setattr(model, "ModelOptions",
+                            dataclasses.make_dataclass("Options", [field], bases=(config.ModelOptions,)))
+        net = tiny()
+        net.spec.scale = scale
+        return files_of(net, training_set(samples), tmp_path, part)
+
+    plain = files_of(tiny(), training_set(samples), tmp_path, part)
+    assert path(1.0, "features") == path(8.0, "head") == plain != path(8.0, "features")
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_other_parameters_of_an_augmentation_are_another_cache(samples, tmp_path, passes, views, monkeypatch):
+    def fill(names=("crop", "flip"), seed=0):
+        passes.clear()
+        cache_features(tiny(), training_set(samples, names, seed=seed), tmp_path, FLOAT32, views)
+        return sum(passes)
+
+    count = 7 * views
+    assert fill() == count and fill() == 0
+    monkeypatch.setitem(AUGMENTS, "crop", ScaleCrop(scale=(0.9, 1.1)))
+    assert fill() == count and fill() == 0
+    assert fill(("crop",)) == count and fill(seed=1) == count
+
+
+def test_what_trains_is_not_in_the_key_of_what_enters_it(samples, tmp_path, passes):
+    """Else --resume would compute the cache again, on weights that have moved on."""
+    def fill(change=lambda net: None, unfreeze=2, **options):
+        net = tiny(unfreeze=unfreeze, **options)
+        change(net.backbone.net)
+        passes.clear()
+        cache_features(net, training_set(samples), tmp_path, FLOAT32)
+        return sum(passes)
+
+    assert fill() == 7 and fill() == 0 and fill(head="unet") == 0
+    assert fill(lambda net: net.blocks[4].mlp.fc1.weight.data.add_(1)) == 0
+    assert fill(lambda net: net.norm.weight.data.add_(1)) == 0
+    assert fill(lambda net: net.blocks[3].mlp.fc1.weight.data.add_(1)) == 7
+    assert fill(unfreeze=3) == 0  # the head read what left block 2 before
+    assert fill(unfreeze=4) == 7
+
+
+# --- interrupted, damaged, outdated -------------------------------------------------------------------------
+def test_an_interrupted_cache_is_completed(samples, tmp_path, monkeypatch, passes):
     monkeypatch.setitem(cache.BATCH, "cpu", 2)
     counted = cache.parts_that_fit
 
@@ -214,88 +354,60 @@ def test_an_interrupted_cache_is_gone_on_with(samples, tmp_path, monkeypatch, pa
     cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
     assert sum(passes) == 3
     for index in range(7):
-        image = training_set(samples)[index][0]
-        assert is_close(cached[index][0], net, image)
+        assert is_close(cached[index][0], net, training_set(samples)[index][0])
 
 
-@pytest.mark.parametrize("damage", ["bit", "truncated", "masks", "sums"])
-def test_a_damaged_cache_is_mended(samples, tmp_path, passes, damage):
-    whole = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
-    want = [(side_by_side(whole[index][0]), whole[index][1]["mask"].clone()) for index in range(7)]
+@pytest.mark.parametrize(("pattern", "cut"), [("map_*.bin", False), ("map_*.bin", True), ("mask_*.bin", False),
+                                              ("map_*.sums", False)], ids=str)
+def test_a_damaged_cache_is_mended(samples, tmp_path, passes, pattern, cut):
+    cached = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
+    want = [(maps_of(cached[index][0]), cached[index][1]["mask"].clone()) for index in range(7)]
     passes.clear()
-    pattern = {"masks": "masks_*.bin", "sums": "map_*.sums"}.get(damage, "map_*.bin")
     path = sorted(tmp_path.glob(pattern))[0]
     content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    else:
-        content[len(content) // 2] ^= 16
-        path.write_bytes(content)
-    del whole
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content[:len(content) // 2] if cut else content)
+    del cached
     again = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
-    assert sum(passes) == (7 if damage == "truncated" else 1)
-    for index in range(7):
-        mended = side_by_side(again[index][0]).float()
-        assert torch.allclose(mended, want[index][0].float(), atol=2e-2, rtol=2e-2)
-        assert torch.equal(again[index][1]["mask"], want[index][1])
+    assert sum(passes) == (7 if cut else 1)
+    for index, (maps, mask) in enumerate(want):
+        assert torch.allclose(maps_of(again[index][0]).float(), maps.float(), atol=2e-2, rtol=2e-2)
+        assert torch.equal(again[index][1]["mask"], mask)
 
 
-def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_path, passes, capsys):
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_path, passes, kind, capsys):
     folder = tmp_path / "cache"
-    cache_features(tiny(), training_set(samples), folder, FLOAT32)
+    old = cache_features(tiny(), training_set(samples), folder, FLOAT32).parts[Part("map", 5)].path
     before = set(folder.glob("*_*"))
     passes.clear()
-    pixels = np.array(Image.open(samples[2].image))
-    Image.fromarray(255 - pixels).save(samples[2].image)
-    os.utime(samples[2].image, ns=(1, 1))
+    capsys.readouterr()
+    path = getattr(samples[2], kind)
+    pixels = np.array(Image.open(path))
+    Image.fromarray(255 - pixels if kind == "image" else 2 - pixels).save(path)
+    os.utime(path, ns=(1, 1))
     net = tiny()
     cached = cache_features(net, training_set(samples), folder, FLOAT32)
-    assert sum(passes) == 7 and "the data set has changed" in capsys.readouterr().out
+    assert sum(passes) == 7 and str(old) in capsys.readouterr().out
     after = set(folder.glob("*_*"))
-    assert not before & after and len(before) == len(after) == 15
-    image = training_set(samples)[2][0]
-    assert is_close(cached[2][0], net, image)
+    assert not before & after and len(before) == len(after) == 15  # four maps and the mask, three files each
+    image, targets, _ = training_set(samples)[2]
+    assert is_close(cached[2][0], net, image) and torch.equal(cached[2][1]["mask"], targets["mask"])
 
 
-def test_a_frozen_batch_norm_learns_nothing(samples, tmp_path):
-    net = tiny(backbone="timm/resnet18", head="linear").train()
-    before = hash_state(net.backbone.state_dict())
-    first = cache_features(net, training_set(samples), tmp_path, FLOAT32)
-    second = cache_features(net.train(), training_set(samples), tmp_path, FLOAT32)
-    assert hash_state(net.backbone.state_dict()) == before
-    assert first.parts["map 4"].path == second.parts["map 4"].path
-
-
-def test_the_same_weights_in_another_network_are_another_cache(samples, tmp_path):
-    net = tiny()
-    files, _ = cache.plan_files(net, ["map 5"], training_set(samples), tmp_path, FLOAT32, 1)
-    net.spec.backbone = "timm/the_same_with_another_activation"
-    others, _ = cache.plan_files(net, ["map 5"], training_set(samples), tmp_path, FLOAT32, 1)
-    assert not {file.path for file in files[:-1]} & {file.path for file in others[:-1]}
-
-
-def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypatch, passes):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/notes.json").write_text("[1]")  # somebody else's
-    want = cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)[3][0]["map 5"].clone()
+def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypatch):
+    folder, part = tmp_path / "cache", Part("map", 2)
+    folder.mkdir()
+    (folder / "notes.json").write_text("[1]")  # somebody else's
+    want = cache_features(tiny(), training_set(samples), folder, FLOAT32)[3][0][part].clone()
     monkeypatch.setattr(cache.os, "access", lambda path, mode: False)
-    again = cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
-    assert torch.equal(again[3][0]["map 5"], want)
-    content = bytearray(again.parts["map 2"].path.read_bytes())
+    again = cache_features(tiny(), training_set(samples), folder, FLOAT32)
+    assert torch.equal(again[3][0][part], want)
+    content = bytearray(again.parts[part].path.read_bytes())
     content[100] ^= 1
-    again.parts["map 2"].path.write_bytes(content)
-    with pytest.raises(InputError, match="features of 1 view are missing or damaged"):
-        cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
-
-
-@pytest.mark.parametrize("head", ["bn", "linear"])
-def test_features_train_in_half_precision(samples, tmp_path, head):
-    net, half = tiny(head=head), Precision("fp16", torch.device("cpu"))
-    cached = cache_features(net, training_set(samples), tmp_path, half)
-    features = default_collate([cached[0][0], cached[1][0]])
-    with half.autocast():
-        logits = CachedSegmenter(net, (30, 43)).logits(features)
-    assert logits.values.isfinite().all()
+    again.parts[part].path.write_bytes(content)
+    with refused("--cache-features", folder):
+        cache_features(tiny(), training_set(samples), folder, FLOAT32)
 
 
 def test_batches_shrink_until_they_fit(samples, tmp_path, monkeypatch):
@@ -316,32 +428,30 @@ def test_batches_shrink_until_they_fit(samples, tmp_path, monkeypatch):
         cache_features(net, training_set(samples), tmp_path / "other", FLOAT32)
 
 
-# --- blocks that train, heads that read more -------------------------------------------------------------
-def gradients(module, inputs, masks):
-    """Return (loss, {name: gradient}) of a training step of a model on inputs."""
-    module.zero_grad()
-    loss, _, _ = module.train().loss(inputs, masks, Criterion("ce"))
+# --- training on it -----------------------------------------------------------------------------------------
+def gradients(net, inputs, targets):
+    """Return (loss, {name: gradient}) of a training step of a model on images or on cached features."""
+    net.zero_grad()
+    loss, _, _, _ = engine.Objective(net, Criterion("ce")).train()(inputs, targets)
     loss.backward()
-    return loss.item(), {name.removeprefix("model."): p.grad.clone() for name, p in module.named_parameters()
-                         if p.grad is not None}
+    return loss.item(), {name: parameter.grad.clone() for name, parameter in net.named_parameters()
+                         if parameter.grad is not None}
 
 
 QUICK = {"bn", "detail", "split-detail", "mask"}  # what the others read, these read too
 
 
-@pytest.mark.parametrize(
-    ("backbone", "options", "unfreeze"),
-    [pytest.param("vit_tiny", dict(head=head), unfreeze, marks=() if head in QUICK else pytest.mark.long)
-     for head in ("bn", "unet-skip", "split", "detail", "split-detail", "mask")
-     for unfreeze in (0, 4 if head == "mask" else 2)]
-    + [("vit_tiny", dict(layers=(1, 3, 5)), 1), ("vit_tiny", dict(), 6),
-       ("dinov2_vits14", dict(head="split"), 1),
-       ("timm/vit_small_patch16_dinov3", dict(layers=(1, 10, 11)), 1),
-       ("timm/vit_small_patch16_rope_mixed_224", dict(), 2),
-       ("timm/vit_small_patch16_dinov3", dict(head="split", split_blocks=1), 0),
-       ("timm/vit_small_patch16_dinov3", dict(head="mask", split_blocks=2), 0)],
-    ids=str,
-)
+@pytest.mark.parametrize(("backbone", "options", "unfreeze"), [
+    *(pytest.param("vit_tiny", dict(head=head), unfreeze, marks=() if head in QUICK else pytest.mark.long)
+      for head in config.names("head") for unfreeze in (0, 4 if head == "mask" else 2)),
+    ("vit_tiny", dict(layers=(1, 3, 5)), 1),
+    ("vit_tiny", dict(), 6),
+    ("dinov2_vits14", dict(head="split"), 1),
+    ("timm/vit_small_patch16_dinov3", dict(layers=(1, 10, 11)), 1),
+    ("timm/vit_small_patch16_rope_mixed_224", dict(), 2),
+    ("timm/vit_small_patch16_dinov3", dict(head="split", split_blocks=1), 0),
+    ("timm/vit_small_patch16_dinov3", dict(head="mask", split_blocks=2), 0),
+], ids=str)
 def test_a_cached_step_is_a_step_on_the_images(samples, tmp_path, hub_cache, backbone, options, unfreeze):
     net = build(backbone=backbone, unfreeze=unfreeze, **options)
     with torch.no_grad():  # LayerScale begins near 0, where blocks do next to nothing
@@ -351,133 +461,103 @@ def test_a_cached_step_is_a_step_on_the_images(samples, tmp_path, hub_cache, bac
     dataset = training_set(samples)
     cached = cache_features(net, dataset, tmp_path, FLOAT32)
     images, targets, _ = collate([dataset[index] for index in range(5)])
-    inputs, _, _ = collate([cached[index] for index in range(5)])
-    want, wanted = gradients(net, images, targets["mask"].long())
-    got, found = gradients(CachedSegmenter(net, dataset.size), inputs, targets["mask"].long())
-    assert got == pytest.approx(want, rel=5e-3) and found.keys() == wanted.keys() and len(found) >= 3
-    assert unfreeze == 0 or any(name.startswith("backbone") for name in found)
-    for name, gradient in wanted.items():
-        error = (found[name] - gradient).norm() / gradient.norm()
-        assert error < 0.1 or gradient.norm() < 1e-4 * max(g.norm() for g in wanted.values()), (name, error)
-
-
-def test_what_trains_is_not_in_the_key_of_what_enters_it(samples, tmp_path, passes):
-    """Else --resume would compute the cache again, on weights that have moved on."""
-    def fill(change=lambda net: None, unfreeze=2, **options):
-        net = tiny(unfreeze=unfreeze, **options)
-        change(net.backbone.net)
-        passes.clear()
-        cache_features(net, training_set(samples), tmp_path, FLOAT32)
-        return sum(passes)
-
-    assert fill() == 7 and fill() == 0 and fill(head="unet") == 0
-    assert fill(lambda net: net.blocks[4].mlp.fc1.weight.data.add_(1)) == 0
-    assert fill(lambda net: net.norm.weight.data.add_(1)) == 0
-    assert fill(lambda net: net.blocks[3].mlp.fc1.weight.data.add_(1)) == 7
-    assert fill(unfreeze=3) == 0  # the head read what left block 2 before
-    assert fill(unfreeze=4) == 7
-
-
-@pytest.mark.parametrize("unfreeze", [0, 2])
-@pytest.mark.parametrize("block", [-1, 5, -4, 2, 0])
-def test_a_head_gets_the_tokens_it_asks_for(samples, tmp_path, unfreeze, block):
-    net, seen = tiny(unfreeze=unfreeze), []
-    net.head.token_blocks = (block,)
-    dataset = training_set(samples)
-    cached = cache_features(net, dataset, tmp_path, FLOAT32)
-    want = net.features(dataset[1][0][None]).tokens
-    net.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].tokens))
-    CachedSegmenter(net, dataset.size).output(default_collate([cached[1][0]]))
-    assert list(want) == list(seen[0]) == [block]
-    assert torch.allclose(seen[0][block], want[block], atol=2e-2, rtol=2e-2)
-
-
-def test_tokens_and_images_of_views_are_those_of_the_epochs(samples, tmp_path):
-    net, count = tiny(head="split-detail"), len(samples)
-    dataset = training_set(samples, ("crop", "flip", "color"), seed=3)
-    cached = cache_features(net, dataset, tmp_path, FLOAT32, views=2)
-    for item in (count - 1, 2 * count - 1):
-        image, inputs = dataset[item][0], cached[item][0]
-        assert torch.equal(inputs["image"], image.permute(1, 2, 0)) and inputs["image"].dtype == torch.uint8
-        with torch.inference_mode():
-            (block,) = net.head.token_blocks
-            tokens = net.features(image[None]).tokens[block][0]
-        assert torch.allclose(inputs[f"tokens {block}"].float(), tokens, atol=2e-2, rtol=2e-2)
-    assert not torch.equal(cached[0][0]["image"], cached[count][0]["image"])
-
-
-# --- as a user calls it -----------------------------------------------------------------------------------
-def flags(root, out, *more):
-    base = ["--dataset", "folder", "--data-root", root, "--backbone", "vit_tiny", "--imgsz", 42, 56]
-    base += ["--epochs", 1, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    return [*base, "--out-dir", out, *more]
-
-
-def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    more = ["--cache-features", tmp_path / "cache"]
-    code, out, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
-    assert code == 2 and err.startswith("error: --cache-features needs 0.00 GB in") and err.count("\n") == 1
-    assert not list((tmp_path / "cache").glob("*_*")) and not (tmp_path / "out/config.json").exists()
-    (tmp_path / "file").write_text("")
-    code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more[:1], tmp_path / "file"))
-    assert code == 2 and "cannot create" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("head", [pytest.param("unet-skip", marks=pytest.mark.long), "deconv-resize"])
-def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
-    more = ["--cache-features", tmp_path / "cache", "--cache-views", 2, "--augment", "crop", "flip"]
-    more += ["--head", head, "--workers", 2, "--loss", "ce+dice", "--batch-size", 3]
-    code, out, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
-    assert code == 0 and "feature cache of 12 train views" in out and "augmentation is off" not in out, err
-    assert (tmp_path / "out/valid_preds/epoch_001.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--cache-features", "--unfreeze", "all", "--backbone", "vit_tiny"], "before the blocks train too"),
-        (["--cache-features", "--backbone", "timm/resnet18", "--weights", "none", "--unfreeze", "all"],
-         "the blocks train too"),
-        (["--cache-features", "--arch", "segformer_b0", "--weights", "none"], "has none"),
-        (["--cache-features", "--arch", "segformer_b0", "--weights", "none", "--unfreeze", 0], "has none"),
-        (["--cache-views", 2], "without --cache-features"),
-        (["--backbone-lr-scale", 0.5, "--backbone", "vit_tiny"], "has no effect on a frozen backbone"),
-        (["--cache-features", "--augment", "flip"], "--cache-views K"),
-        (["--split-blocks", 2, "--backbone", "vit_tiny"], "copies no blocks"),
-        (["--head", "mask", "--loss", "dice", "--backbone", "vit_tiny"], "has a loss of its own"),
-        (["--head", "mask", "--unfreeze", 3, "--backbone", "vit_tiny"], "trains copies of the last 3 blocks"),
-    ],
-)
-def test_flags_that_contradict_the_cache_or_the_head(tmp_path, run, more, message):
-    write_folder(tmp_path / "data")
-    flags = ["--dataset", "folder", "--data-root", tmp_path / "data", "--out-dir", tmp_path / "out"]
-    code, _, err = run(train, *flags, *more)
-    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("views", [1, 2])
-def test_other_parameters_of_an_augmentation_are_another_cache(samples, tmp_path, passes, views, monkeypatch):
-    def fill(names=("crop", "flip"), seed=0):
-        passes.clear()
-        cache_features(tiny(), training_set(samples, names, seed=seed), tmp_path, FLOAT32, views)
-        return sum(passes)
-
-    count = 7 * views
-    assert fill() == count and fill() == 0
-    monkeypatch.setitem(AUGMENTS, "crop", ScaleCrop(scale=(0.9, 1.1)))
-    assert fill() == count and fill() == 0
-    assert fill(("crop",)) == count and fill(seed=1) == count
+    features, _, _ = cached.collate([cached[index] for index in range(5)])
+    want_loss, want = gradients(net, images, targets)
+    loss, got = gradients(net, features, targets)
+    assert loss == pytest.approx(want_loss, rel=5e-3) and got.keys() == want.keys() and len(got) >= 2
+    assert unfreeze == 0 or any(name.startswith("backbone") for name in got)
+    largest = max(gradient.norm() for gradient in want.values())
+    for name, gradient in want.items():
+        error = (got[name] - gradient).norm() / gradient.norm()
+        assert error < 0.1 or gradient.norm() < 1e-4 * largest, (name, error)
 
 
 def test_an_epoch_on_features_leaves_the_backbone_alone(samples, tmp_path):
     net = tiny()
     before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
     cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
-    batches = make_loader(cached, 3, 0)
-    objective = engine.Objective(CachedSegmenter(net, (30, 43)), Criterion("ce"))
     optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-2, 0.0))
-    bar = train.tqdm(batches, disable=True)
-    done = engine.train_one_epoch(objective, bar, engine.Optimization(optimizer, FLOAT32), 0)
-    assert done["step"] == 3 and 0 <= done["data_wait"] <= 1
+    state, bar = engine.TrainState(net, optimizer, FLOAT32), train.tqdm(make_loader(cached, 3, 0), disable=True)
+    scores = engine.train_one_epoch(engine.Objective(net, Criterion("ce")), bar, state, lambda step: 1.0)
+    assert state.step == 3 and 0 <= scores["data_wait"] <= 1
     assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())
+
+
+# --- as a user calls it -------------------------------------------------------------------------------------
+def flags(root, out, *more):
+    base = ["--dataset", "folder", "--data-root", root, "--backbone", "vit_tiny", "--imgsz", 30, 43]
+    base += ["--epochs", 1, "--batch-size", 3, "--workers", 0, "--device", "cpu"]
+    return [*base, "--out-dir", out, *more]
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_one_view_trains_as_without_a_cache(samples, tmp_path, amp, run):
+    rows = {}
+    more = dict(plain=["--augment", "none"], cached=["--cache-features", tmp_path / "cache"])
+    for name in more:
+        base = flags(tmp_path / "data", tmp_path / name, "--epochs", 3, "--amp", amp)
+        code, _, err = run(train, *base, *more[name])
+        assert code == 0, err
+        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    for a, b in zip(rows["plain"], rows["cached"], strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert a[key] == pytest.approx(b[key], rel=0.01)
+        assert a["val_accuracy"] == pytest.approx(b["val_accuracy"], abs=0.02)
+    assert rows["plain"][0]["train_loss"] != rows["plain"][2]["train_loss"]
+
+
+@pytest.mark.parametrize("head", [pytest.param("unet-skip", marks=pytest.mark.long), "deconv-resize"])
+def test_a_cached_run_with_views_and_workers(samples, tmp_path, run, head):
+    more = ["--cache-features", tmp_path / "cache", "--cache-views", 2, "--augment", "crop", "flip"]
+    more += ["--head", head, "--workers", 2, "--loss", "ce+dice"]
+    code, out, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
+    assert code == 0 and "12 train views" in out and str(tmp_path / "cache") in out, err
+    assert (tmp_path / "out/valid_preds/epoch_001.png").exists()
+
+
+def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, monkeypatch, run):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    for folder in (tmp_path / "cache", tmp_path / "file"):  # no folder can be made where a file is
+        (tmp_path / "file").write_text("")
+        more = ["--cache-features", folder]
+        code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
+        assert code == 2 and "--cache-features" in err and str(folder) in err and err.count("\n") == 1
+        assert not list((tmp_path / "cache").glob("*_*")) and not (tmp_path / "out/config.json").exists()
+
+
+TINY = ("--backbone", "vit_tiny")
+
+
+@pytest.mark.parametrize(("more", "named"), [
+    (["--cache-features", "--unfreeze", "all", *TINY], "--cache-features"),
+    (["--cache-features", "--backbone", "timm/resnet18", "--weights", "none", "--unfreeze", "all"],
+     "--cache-features"),
+    (["--cache-features", "--arch", "segformer_b0", "--weights", "none"], "segformer_b0"),
+    (["--cache-features", "--arch", "segformer_b0", "--weights", "none", "--unfreeze", 0], "segformer_b0"),
+    (["--cache-views", 2], "--cache-features"),
+    (["--cache-features", "--augment", "flip"], "--cache-views"),
+    (["--backbone-lr-scale", 0.5, *TINY], "--backbone-lr-scale"),
+    (["--split-blocks", 2, *TINY], "--split-blocks"),
+    (["--head", "mask", "--loss", "dice", *TINY], "--head mask"),
+    (["--head", "mask", "--class-weights", "enet", *TINY], "--head mask"),
+    (["--augment", "crop", "--train-scale", "native", *TINY], "--augment crop"),
+    (["--augment", "crop", "crop-ms", *TINY], "--augment crop crop-ms"),
+    (["--head", "mask", "--unfreeze", 3, *TINY], "--unfreeze 3"),  # of no effect: the last 3 are copied
+    (["--head", "mask", "--split-blocks", 2, "--unfreeze", 2, *TINY], "--unfreeze 2"),
+    (["--layers", 2, "--unfreeze", 1, *TINY], "--unfreeze 1"),
+    (["--layers", 2, "--unfreeze", 3, "--cache-features", *TINY], "--unfreeze 3"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+def test_flags_that_contradict_each_other_or_have_no_effect_are_refused_before_a_file_is_written(
+        tmp_path, run, more, named):
+    write_folder(tmp_path / "data")
+    flags = ["--dataset", "folder", "--data-root", tmp_path / "data", "--out-dir", tmp_path / "out"]
+    code, _, err = run(train, *flags, *more)
+    assert code == 2 and named in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--head", "mask", "--unfreeze", 4], ["--layers", 2, "--unfreeze", 4],
+                                  ["--head", "split", "--split-blocks", 2, "--unfreeze", 1]], ids=str)
+def test_blocks_that_a_gradient_reaches_train(samples, tmp_path, run, more):
+    code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *TINY, *more))
+    assert code == 0, err
