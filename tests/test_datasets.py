@@ -8,18 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import blocks, load, real_data, write_folder, write_pair, write_tree
+from conftest import blocks, load, real_data, refused, write_folder, write_pair, write_tree
 from PIL import Image
 
 import datasets
 import model
-from config import InputError
 from dataio.classes import ADE20K
 from dataio.feature_cache import file_facts
-from dataio.torch_datasets import SegmentationDataset
+from dataio.dataloader import EpochSampler, SegmentationDataset, collate, make_loader, naming_files
+from dataio.readers import DataSource, Sample, Target, index_table, read_image, read_mask
 from dataio.transforms import resize_mask
-from dataio.dataloader import EpochSampler, make_loader
-from dataio.readers import DataSource, Sample, index_table, read_image, read_mask
 
 
 def small_dataset(root, count=6, **options):
@@ -30,26 +28,85 @@ def small_dataset(root, count=6, **options):
 
 
 def test_training_and_validation_items(tmp_path):
-    image, mask, name = small_dataset(tmp_path, augments=())[0]
-    assert image.shape == (3, 32, 40) and mask.shape == (32, 40) and name.endswith("00.png")
-    image, mask, _ = small_dataset(tmp_path)[0]
-    assert image.shape == (3, 32, 40) and mask.shape == (45, 61)  # validation: the mask at its own size
+    image, targets, name = small_dataset(tmp_path, augments=())[0]
+    assert image.shape == (3, 32, 40) and targets["mask"].shape == (32, 40) and name.endswith("00.png")
+    image, targets, _ = small_dataset(tmp_path)[0]  # validation: the mask at its own size
+    assert image.shape == (3, 32, 40) and targets["mask"].shape == (45, 61)
+
+
+def test_targets_travel_with_their_images_into_batches(tmp_path):
+    """Of images that differ in size, too, and beside images without mask."""
+    write_folder(tmp_path, count=3)
+    write_pair(tmp_path / "images/02.png", tmp_path / "masks/02.png", blocks(30, 50, (0, 1, 2)))
+    samples = []
+    for image in sorted((tmp_path / "images").iterdir()):
+        mask = tmp_path / "masks" / image.name
+        np.save(tmp_path / f"{image.stem}.npy", np.array(Image.open(mask)) / 2)
+        depth, teacher = Target("depth", tmp_path / f"{image.stem}.npy"), Target("teacher", mask, "labels")
+        samples.append(Sample(image, mask if samples else None, (depth, teacher)))
+    train = SegmentationDataset(samples, index_table(3), (32, 40), ("crop", "flip"))
+    images, targets, names = next(iter(make_loader(train, 3, 0)))
+    assert images.shape == (3, 3, 32, 40) and len(names) == 3
+    assert {name: (values.shape, values.dtype) for name, values in targets.items()} == {
+        "mask": ((3, 32, 40), torch.uint8), "depth": ((3, 32, 40), torch.float32),
+        "teacher": ((3, 32, 40), torch.uint8)}
+    without = names.index(str(samples[0].image))
+    assert (targets["mask"][without] == 255).all() and (targets["teacher"][without] != 255).any()
+    for number in set(range(3)) - {without}:
+        assert torch.equal(targets["mask"][number], targets["teacher"][number])
+    apart = (2 * targets["depth"] - targets["teacher"])[targets["teacher"] != 255].abs() > 0.5
+    assert apart.float().mean() < 0.1 and targets["depth"][targets["teacher"] == 255].isnan().all()
+    val = SegmentationDataset(samples, index_table(3), (32, 40))
+    images, targets, _ = collate([val[index] for index in range(3)])
+    assert images.shape == (3, 3, 32, 40)
+    for batch in targets.values():
+        assert [values.shape for values in batch] == [(45, 61), (45, 61), (30, 50)]
+    with refused("depth"):
+        SegmentationDataset([samples[0], Sample(samples[1].image)], index_table(3), (32, 40))
+    source = DataSource("x", [], {"train": samples, "val": samples}, index_table(3))
+    relabeled = [sample._replace(targets=sample.targets[:1]) for sample in samples]
+    other = DataSource("x", [], {"train": relabeled, "val": relabeled}, index_table(3))
+    assert source.fingerprints()["data_fingerprint"] != other.fingerprints()["data_fingerprint"]
+    assert file_facts(samples) != file_facts(relabeled)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order_and_augmentation_depend_on_seed_and_epoch_alone(tmp_path, workers):
-    def epochs(which, workers):
+    def epochs(numbers, workers):
         dataset = small_dataset(tmp_path, augments=("crop", "flip", "color"), seed=7)
         loader, batches = make_loader(dataset, 2, workers), []
-        for epoch in which:
+        for epoch in numbers:
             loader.sampler.set_epoch(epoch)
-            batches.append([(images, masks, names) for images, masks, names in loader])
+            batches.append(list(loader))
         return batches
 
     straight, resumed = epochs([0, 1, 2], 0), epochs([2], workers)
-    for (images, masks, names), (again, same, titles) in zip(straight[2], resumed[0], strict=True):
-        assert names == titles and torch.equal(images, again) and torch.equal(masks, same)
+    for (images, targets, names), (again, same, titles) in zip(straight[2], resumed[0], strict=True):
+        assert names == titles and torch.equal(images, again) and torch.equal(targets["mask"], same["mask"])
     assert [names for *_, names in straight[0]] != [names for *_, names in straight[1]]
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("no shared memory")])
+def test_where_no_worker_can_be_started_the_data_are_loaded_without(tmp_path, monkeypatch, capsys, error):
+    import multiprocessing.process
+
+    def start(self):
+        raise error
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    batches = make_loader(small_dataset(tmp_path, augments=()), 2, 2)
+    batches.start(1)
+    names = [names for *_, names in batches]
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "--workers" in out and sum(map(len, names)) == 6
+    assert batches.workers == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_may_be_read_in_inference_mode_and_closed_outside(tmp_path, workers):
+    batches = make_loader(small_dataset(tmp_path), 2, workers)
+    with naming_files(batches), torch.inference_mode():
+        assert len(list(batches)) == len(batches) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -102,18 +159,18 @@ def test_mask_of_another_size_is_brought_to_the_image(tmp_path):
     dataset = small_dataset(tmp_path, augments=())
     mask = blocks(45, 61, (0, 1, 2), seed=0)
     Image.fromarray(np.kron(mask, np.ones((3, 3), np.uint8))).save(dataset.samples[0].mask)
-    assert torch.equal(dataset[0][1], resize_mask(torch.from_numpy(mask), (32, 40)))
+    assert torch.equal(dataset[0][1]["mask"], resize_mask(torch.from_numpy(mask), (32, 40)))
 
 
 def test_mask_drawn_on_the_stored_pixels_of_a_phone_photo_follows_its_image(tmp_path):
     dataset = small_dataset(tmp_path, count=1, augments=())
-    upright = dataset[0][1]
+    upright = dataset[0][1]["mask"]
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(dataset.samples[0].image) as image, Image.open(dataset.samples[0].mask) as mask:
         image.rotate(90, expand=True).save(dataset.samples[0].image, exif=exif)
         mask.rotate(90, expand=True).save(dataset.samples[0].mask)
-    assert torch.equal(dataset[0][1], upright)
+    assert torch.equal(dataset[0][1]["mask"], upright)
 
 
 # --- finding data sets ------------------------------------------------------------------------------------
@@ -144,11 +201,11 @@ def test_the_extra_annotations_of_voc(tmp_path, name, line):
     its mask there is another file.
     """
     write_voc(tmp_path)
-    with pytest.raises(InputError, match="no ImageSets/Segmentation/trainaug.txt in .* --dataset voc"):
+    with refused("ImageSets/Segmentation/trainaug.txt", tmp_path):
         load("voc-aug", tmp_path)
     val = (tmp_path / "ImageSets/Segmentation/val.txt").read_text().split()[0]
     (tmp_path / f"ImageSets/Segmentation/{name}.txt").write_text(f"{line}\n{val}\n")
-    with pytest.raises(InputError, match="no SegmentationClassAug in "):
+    with refused("SegmentationClassAug", tmp_path):
         load("voc-aug", tmp_path)
     for stem in ("2008_000001", val):
         write_pair(tmp_path / f"JPEGImages/{stem}.jpg", tmp_path / f"SegmentationClassAug/{stem}.png",
@@ -156,7 +213,7 @@ def test_the_extra_annotations_of_voc(tmp_path, name, line):
     source = load("voc-aug", tmp_path)
     assert [sample.mask.parent.name for sample in source.splits["train"]] == ["SegmentationClassAug"]
     assert [sample.mask.parent.name for sample in source.splits["val"]] == ["SegmentationClass"]
-    assert source.name == "voc-aug" and "1 training image of validation or test" in source.notes[0]
+    assert source.name == "voc-aug" and len(source.notes) == 1
 
 
 def test_voc_offline_says_which_file_goes_where(tmp_path, monkeypatch):
@@ -166,11 +223,8 @@ def test_voc_offline_says_which_file_goes_where(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", no_network)
-    with pytest.raises(
-        InputError, match="put VOCtrainval_11-May-2012.tar .* or .* into .* or .*--data-root"
-    ) as error:
+    with refused(datasets.VOC_TAR, tmp_path, "--data-root"):
         load("voc", tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_voc_download_goes_through_torchvision(tmp_path, monkeypatch):
@@ -197,15 +251,15 @@ def test_voc_download_goes_through_torchvision(tmp_path, monkeypatch):
 def test_a_listed_file_that_is_missing_is_named(tmp_path):
     write_voc(tmp_path)
     (tmp_path / "SegmentationClass/2007_000002.png").unlink()
-    with pytest.raises(InputError, match="SegmentationClass/2007_000002.png is listed but does not exist"):
+    with refused("SegmentationClass/2007_000002.png"):
         load("voc", tmp_path)
 
 
 def test_missing_roots_and_blocked_places(tmp_path):
-    with pytest.raises(InputError, match="--data-root .*nowhere does not exist"):
+    with refused("--data-root", "nowhere"):
         load("folder", tmp_path / "nowhere")
     (tmp_path / "streets").mkdir()
-    with pytest.raises(InputError, match="in the way"):
+    with refused(tmp_path / "streets", "--data-root"):
         load("streets", tmp_path)
 
 
@@ -258,8 +312,9 @@ def test_wrong_values_of_every_data_set_are_named(tmp_path):
         write_tree(name, root)
         source = load(name, root)
         Image.new("L", (8, 8), wrong).save(source.splits["train"][0].mask)
-        with pytest.raises(InputError, match=f"has the value {wrong} .64 pixels., which is not a class"):
-            read_mask(source.splits["train"][0].mask, source.table)
+        path = source.splits["train"][0].mask
+        with refused(path, wrong, 64):
+            read_mask(path, source.table)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +337,8 @@ def test_missing_data_say_what_to_download_how_big_it_is_and_where_it_goes(
 
     monkeypatch.setattr(downloads.urllib.request, "urlopen", no_network)
     for root in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=f"{root}.*--data-root") as error:
+        with refused(root, "--data-root", size, place):
             load(name, root)
-        assert "\n" not in str(error.value) and size in str(error.value) and place in str(error.value)
 
 
 def test_pet_is_found_where_torchvision_puts_it(tmp_path):
@@ -302,7 +356,7 @@ def test_resplit_pools_all_images_and_shares_no_image(name, tmp_path):
     assert train | val == {sample for part in plain.splits.values() for sample in part}
     assert again.fingerprints()["data_fingerprint"] == plain.fingerprints()["data_fingerprint"]
     assert again.fingerprints()["split_fingerprint"] != plain.fingerprints()["split_fingerprint"]
-    assert "split anew: 3 of 6 images validate" in again.notes[0] and "background" in "".join(again.notes)
+    assert "3 of 6 images" in again.notes[0] and "background" in "".join(again.notes)
     same = load(name, tmp_path, resplit=True, val_fraction=0.5, cache_dir=tmp_path / "cache")
     assert same.splits == again.splits
 
@@ -329,7 +383,7 @@ def test_validation_images_in_the_train_list_do_not_train(tmp_path):
     (lists / "trn.txt").write_text((lists / "trn.txt").read_text() + names)
     source = load("aeroscapes", tmp_path)
     assert len(source.splits["train"]) == 4 and not set(source.splits["train"]) & set(source.splits["val"])
-    assert source.notes == ["2 training images of validation or test: left out of training"]
+    assert len(source.notes) == 1 and "2 training images" in source.notes[0]
     again = load("aeroscapes", tmp_path, resplit=True, cache_dir=tmp_path / "cache")
     assert sum(len(part) for part in again.splits.values()) == 6
     (lists / "trn.txt").write_text(names)
@@ -344,17 +398,17 @@ def test_ade20k_ignores_255_too(tmp_path):
 def test_an_entry_with_the_classes_of_another_data_set_is_refused(tmp_path, monkeypatch):
     write_tree("pet", tmp_path)
     monkeypatch.setitem(datasets.DATASETS, "pet", (datasets.pet, datasets.VOC))
-    with pytest.raises(InputError, match="--dataset pet has other classes than DATASETS says"):
+    with refused("--dataset pet", "DATASETS"):
         load("pet", tmp_path)
 
 
 def test_list_files_that_are_not_utf8_or_hold_comments_alone(tmp_path):
     write_tree("pet", tmp_path)
     (tmp_path / "annotations/test.txt").write_text("#Image CLASS-ID\n")
-    with pytest.raises(InputError, match="test.txt lists no images"):
+    with refused("test.txt"):
         load("pet", tmp_path)
     (tmp_path / "annotations/test.txt").write_bytes(b"\xff\xfe1")
-    with pytest.raises(InputError, match="test.txt is not UTF-8"):
+    with refused("test.txt", "UTF-8"):
         load("pet", tmp_path)
 
 
@@ -372,7 +426,7 @@ def test_fingerprints_tell_folders_and_decoding_apart(tmp_path):
     shutil.copytree(tmp_path / "s1", tmp_path / "moved/s1")
     shutil.copytree(tmp_path / "s2", tmp_path / "moved/s2")
     moved = {
-        split: [Sample(*(tmp_path / "moved" / path.relative_to(tmp_path) for path in sample))]
+        split: [Sample(*(tmp_path / "moved" / path.relative_to(tmp_path) for path in sample.files()))]
         for split, sample in (("train", one), ("val", two))
     }
     assert DataSource("x", [], moved, index_table(2)).fingerprints() == a
@@ -404,7 +458,7 @@ def test_a_fingerprint_does_not_depend_on_where_masks_are_drawn(tmp_path, monkey
         for name in ("a", "b"):
             drawn = tmp_path / cache / f"dinoseg/masks/x/{name}.png"
             samples.append(Sample(tmp_path / f"m/{name}.png", drawn))
-            write_pair(*samples[-1], blocks(8, 8, (0, 1)))
+            write_pair(samples[-1].image, drawn, blocks(8, 8, (0, 1)))
         parts = {"train": samples[:1], "val": samples[1:]}
         found.append(DataSource("x", [], parts, index_table(2)).fingerprints())
     assert found[0] == found[1]
@@ -413,15 +467,15 @@ def test_a_fingerprint_does_not_depend_on_where_masks_are_drawn(tmp_path, monkey
 def test_a_data_set_without_a_part_is_refused(tmp_path, monkeypatch):
     write_tree("aeroscapes", tmp_path)
     whole = datasets.aeroscapes(tmp_path, None, False)
-    for splits, said in (
-        ({"train": whole.splits["train"], "valid": whole.splits["val"]}, "has the parts train, valid: its"),
-        ({"train": whole.splits["train"], "val": []}, "no validation image"),
-        ({"train": whole.splits["train"]}, "no validation image"),
-        ({"val": whole.splits["val"]}, "has the parts val: its function"),
+    for splits, name in (
+        ({"train": whole.splits["train"], "valid": whole.splits["val"]}, "train, valid"),
+        ({"train": whole.splits["train"], "val": []}, "--resplit"),
+        ({"train": whole.splits["train"]}, "--resplit"),
+        ({"val": whole.splits["val"]}, "train, val and test"),
     ):
         monkeypatch.setitem(datasets.DATASETS, "aeroscapes", (lambda *_, splits=splits: dataclasses.replace(
             whole, splits=splits), None))
-        with pytest.raises(InputError, match=said):
+        with refused("aeroscapes", name):
             datasets.check_trainable(load("aeroscapes", tmp_path))
     alone = {"train": whole.splits["train"]}  # the advice, followed
     monkeypatch.setitem(datasets.DATASETS, "aeroscapes", (lambda *_: dataclasses.replace(
@@ -441,13 +495,13 @@ def test_ignore_background_leaves_out_its_pixels_and_nothing_else(name, gone, tm
         assert ((after == 255) == ((before == 255) | (before == gone))).all()
         kept = after != 255
         assert (after[kept] == before[kept] - (before[kept] > gone)).all() and kept.any()
-    with pytest.raises(InputError, match="--ignore-background: camvid has no class called background"):
+    with refused("--ignore-background", "camvid"):
         datasets.without_background(load("camvid", real_data("camvid")))
 
 
 def test_real_samples_of_every_data_set(tmp_path):
     aeroscapes = load("aeroscapes", real_data("aeroscapes_sample"))
-    assert aeroscapes.splits["train"] == [] and "left out of training" in aeroscapes.notes[0]
+    assert aeroscapes.splits["train"] == [] and len(aeroscapes.notes) == 1
     mask = read_mask(aeroscapes.splits["val"][0].mask, aeroscapes.table)
     assert mask.shape == (720, 1280) and np.unique(mask).tolist() == [0, 1, 3, 7, 8, 9, 10, 11]
     pet = load("pet", real_data("pet_sample"))
@@ -483,7 +537,7 @@ def test_a_table_with_an_id_that_is_not_a_class_is_refused(tmp_path, monkeypatch
         return dataclasses.replace(find(root, options, download), table=index_table(22))
 
     monkeypatch.setitem(datasets.DATASETS, "voc", (wrong, classes))
-    with pytest.raises(InputError, match="--dataset voc decodes masks to class 21, and it has 21 classes"):
+    with refused("--dataset voc", 21):
         load("voc", tmp_path)
 
 
@@ -503,7 +557,7 @@ def test_real_camvid_and_voc():
     voc = load("voc", real_data("voc_sample"))
     assert [sample.image.stem for sample in voc.splits["val"]] == ["2007_000063"]
     dataset = SegmentationDataset(voc.splits["val"], voc.table, (56, 56))
-    image, mask, _ = dataset[0]
+    mask = dataset[0][1]["mask"]
     assert mask.shape == (375, 500) and set(mask.unique().tolist()) <= {*range(21), 255}
 
 
@@ -525,9 +579,8 @@ def test_a_data_set_that_is_not_there_is_one_line_with_the_flag(name, tmp_path, 
 
     monkeypatch.setattr(downloads.urllib.request, "urlopen", no_network)
     for root in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(InputError) as error:
+        with refused(root):
             load(name, root)
-        assert "\n" not in str(error.value) and str(root) in str(error.value)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, classes) in datasets.DATASETS.items() if classes])

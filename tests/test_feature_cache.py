@@ -221,7 +221,7 @@ def test_an_interrupted_cache_is_gone_on_with(samples, tmp_path, monkeypatch, pa
 @pytest.mark.parametrize("damage", ["bit", "truncated", "masks", "sums"])
 def test_a_damaged_cache_is_mended(samples, tmp_path, passes, damage):
     whole = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
-    want = [(side_by_side(whole[index][0]), whole[index][1].clone()) for index in range(7)]
+    want = [(side_by_side(whole[index][0]), whole[index][1]["mask"].clone()) for index in range(7)]
     passes.clear()
     pattern = {"masks": "masks_*.bin", "sums": "map_*.sums"}.get(damage, "map_*.bin")
     path = sorted(tmp_path.glob(pattern))[0]
@@ -237,7 +237,7 @@ def test_a_damaged_cache_is_mended(samples, tmp_path, passes, damage):
     for index in range(7):
         mended = side_by_side(again[index][0]).float()
         assert torch.allclose(mended, want[index][0].float(), atol=2e-2, rtol=2e-2)
-        assert torch.equal(again[index][1], want[index][1])
+        assert torch.equal(again[index][1]["mask"], want[index][1])
 
 
 def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_path, passes, capsys):
