@@ -8,7 +8,7 @@
 #   docker build -t dinoseg-cuda --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 .
 #   docker run --gpus all -p 7860:7860 -v "$PWD/outputs:/app/outputs:ro" dinoseg-cuda
 #
-# Flags of demo.py follow the name of the image; the model is outputs/best_model_iou.pth unless --model says another.
+# Flags of demo.py follow the name of the image; the model is outputs/best_model_iou.pth unless --model names another.
 ARG BASE=debian:bookworm-slim
 FROM ${BASE}
 
