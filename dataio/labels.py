@@ -16,8 +16,7 @@ import numpy as np
 
 from config import IGNORE, InputError
 from dataio.classes import fill_colors
-from dataio.readers import (OUTSIDE, index_table, outside_message, pack_color, ranges, unpack_color,
-                            value_table)
+from dataio.readers import OUTSIDE, outside_message, pack_color, ranges, unpack_color, value_table
 
 CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")
 MOST_CLASSES = 250
@@ -78,9 +77,7 @@ def check_names(class_names):
 
 
 def in_order(entries, class_names):
-    """Return the [Entry] of the names of --classes, in their order, with the values of `entries`. Raises
-    InputError where one of these is not among them.
-    """
+    """Return `entries` in the order of the names of --classes. Raises InputError where a name is missing."""
     annotated = {entry.name for entry in entries}
     unknown = annotated - {*class_names, "background", "ignore"}  # these two the masks need not show
     if unknown:
@@ -89,8 +86,9 @@ def in_order(entries, class_names):
     check_names(class_names)
     unused = [Entry(name, None, UNUSED_VALUE + number) for number, name in enumerate(class_names)
               if name not in annotated]
-    named = [entry for entry in entries if entry.name in {*class_names, "ignore"}]
-    return sorted([*named, *unused], key=lambda entry: [*class_names, "ignore"].index(entry.name))
+    order = [*class_names, "ignore"]
+    named = [entry for entry in entries if entry.name in order]
+    return sorted([*named, *unused], key=lambda entry: order.index(entry.name))
 
 
 def class_file(root):
@@ -114,8 +112,7 @@ def class_file(root):
 
 
 def read_classes(path):
-    """Read classes.txt: return its lines as [Entry], a line with several values as several. Raises
-    InputError.
+    """Return the lines of classes.txt as [Entry], a line with several values as several. Raises InputError.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -182,19 +179,17 @@ def table_entries(path, lines):
         return []
     numeric = [column for column, cells in enumerate(zip(*rows, strict=True)) if numbers(cells)]
     texts = [column for column in range(len(titles)) if column not in numeric]
-    color = []
     if titled:
         texts.sort(key=lambda column: titles[column] not in NAME_COLUMNS)
+        color = []
         for channel in COLOR_COLUMNS:
             color += [column for column in numeric if titles[column] in channel][:1]
         color = color if len(color) == 3 else []
         values = [column for column in numeric if column not in color and titles[column] in VALUE_COLUMNS]
     else:
-        if len(texts) != 1 or not numeric:
-            return []
         color = numeric[-3:] if len(numeric) in (3, 4) else []
         values = [column for column in numeric if column not in color]
-    if not texts:
+    if not texts or not titled and (len(texts) > 1 or not numeric):
         return []
     if len(values) > 1:
         columns = " and ".join(titles[column] if titled else str(column + 1) for column in values)
@@ -260,7 +255,7 @@ def decode_masks(samples, masks, entries, blurred=False):
                              "another, too far to tell them apart here: export masks as PNG")
         notes = [snap_note(pixels, colors, snapped)]
         first_masks = {code: path for code, path in first_masks.items() if snapped[code] == code}
-    meaning = decide_classes(first_masks, entries, colors)
+    meaning = named_colors(entries) if colors else named_values(first_masks, entries)
     for code, mode in snapped.items():
         meaning.table[code] = IGNORE if mode is None else meaning.table[mode]
     for sample, mask in zip(samples, masks, strict=True):
@@ -307,24 +302,6 @@ def count_codes(samples, masks, colors):
     return first_masks, pixels
 
 
-def decide_classes(first_masks, entries, colors):
-    """Return the MaskMeaning of {mask value or color: first mask that has it}, named by [Entry].
-
-    Entries of one name are one class: several values may mean it. Raises InputError for values that nobody
-    named and that are not 0..K-1.
-    """
-    values = sorted(first_masks)
-    if colors:
-        return named_colors(entries)
-    if entries and entries[0].value is not None:
-        return named_values(entries)
-    if is_binary(values, entries):
-        return binary_values(values[-1], entries)
-    if entries:
-        return named_values([entry._replace(value=line) for line, entry in enumerate(entries)])
-    return unnamed_values(values, first_masks)
-
-
 def class_list(entries):
     """Return the classes [(name, (R, G, B))] of [Entry] in the order of first mention, and {name: class id};
     the first color of a name counts.
@@ -338,17 +315,33 @@ def class_list(entries):
 
 
 def named_colors(entries):
-    """Masks are painted: colors are the classes of their entries."""
+    """Return the MaskMeaning of masks that are painted in the colors of [Entry]."""
     classes, ids = class_list(entries)
     codes = {pack_color(*entry.color): ids[entry.name] for entry in entries}
     return MaskMeaning(classes, value_table(codes, size=1 << 24), [])
 
 
-def named_values(entries):
-    """Values are the classes of their entries; 255 is ignored unless it is named."""
+def named_values(first_masks, entries):
+    """Return the MaskMeaning of {mask value: first mask that has it}; 255 is ignored unless it is named.
+
+    Entries without values name the lines 0, 1, ..., or black and white. Raises InputError for values that
+    nobody named and that are not 0..K-1.
+    """
+    values, notes = sorted(first_masks), []
+    if entries and entries[0].value is not None:
+        pass
+    elif is_binary(values, entries):
+        first, second = entries or [Entry("background"), Entry("foreground")]
+        entries = [first._replace(value=0), second._replace(value=values[-1])]
+        notes = [f"masks hold 0 and {values[-1]}: read as 0 = {first.name}, 1 = {second.name}"]
+    elif entries:
+        entries = [entry._replace(value=line) for line, entry in enumerate(entries)]
+    else:
+        entries = unnamed_entries(values, first_masks)
+        notes = [f"no classes.txt: the masks hold {len(entries)} classes"]
     classes, ids = class_list(entries)
-    values = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
-    return MaskMeaning(classes, value_table(values), [])
+    table = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
+    return MaskMeaning(classes, value_table(table), notes)
 
 
 def is_binary(values, entries):
@@ -359,23 +352,14 @@ def is_binary(values, entries):
     return len({*names} - {"ignore"}) == len(names) == 2 if names else len(values) == 2
 
 
-def binary_values(white, entries):
-    """0 is the first class, the value `white` the second."""
-    classes, _ = class_list(entries or [Entry("background"), Entry("foreground")])
-    note = f"masks hold 0 and {white}: read as 0 = {classes[0][0]}, 1 = {classes[1][0]}"
-    return MaskMeaning(classes, value_table({IGNORE: IGNORE, 0: 0, white: 1}), [note])
-
-
-def unnamed_values(values, first_masks):
-    """0..K-1 are classes without names, 255 is ignored. Raises InputError for other values."""
+def unnamed_entries(values, first_masks):
+    """Return the [Entry] of mask values 0..K-1 and 255. Raises InputError for others."""
     counted = [value for value in values if value != IGNORE]
     if counted != list(range(len(counted))) or not 2 <= len(counted) <= MOST_CLASSES:
         odd = next((value for id, value in enumerate(counted) if value != id), values[0])
         raise InputError(f"the masks hold the values {ranges(values)}, which are not 0..K-1 ({odd} first in "
                          f"{first_masks[odd]}): repair them, or name them in classes.txt, one name per line")
-    classes, _ = class_list([Entry(f"class {value}" if value else "background") for value in counted])
-    note = f"no classes.txt: the masks hold {len(counted)} classes"
-    return MaskMeaning(classes, index_table(len(classes)), [note])
+    return [Entry(f"class {value}" if value else "background", None, value) for value in counted]
 
 
 # --- pixels of the classes --------------------------------------------------------------------------------
