@@ -192,10 +192,13 @@ def check_images(data, report):
         bits = " or ".join(map(str, sorted(set(depths))))
         report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth "
                             f"of the values, {bits} bit")
-    turned = [sample for sample in samples if images[sample].orientation != 1]
-    with_mask = [sample.image for sample in turned if images[sample].orientation >= 5
-                 and images[sample].size[0] != images[sample].size[1]]
-    alone = [sample.image for sample in turned if sample.image not in with_mask]
+    with_mask, alone = [], []
+    for sample in samples:
+        height, width = images[sample].size
+        if images[sample].orientation >= 5 and height != width:
+            with_mask.append(sample.image)
+        elif images[sample].orientation != 1:
+            alone.append(sample.image)
     report.add_warning("{image is|images are} turned upright by EXIF, and masks of the size as stored with "
                        "them", with_mask)
     report.add_warning("{image is|images are} turned upright by EXIF, but their masks stay as stored: look "
@@ -445,7 +448,8 @@ def write_clean_copy(data, out):
                for split, samples in data.splits.items() if split != "train" for sample in samples}
     counts, copies = [], 0
     for split, samples in data.splits.items():
-        listed = [sample for sample in samples if split != "train" or data.images[sample].digest not in digests]
+        listed = [sample for sample in samples
+                  if split != "train" or data.images[sample].digest not in digests]
         if listed:
             utils.write_lines(out / f"{split}.txt", [names[sample] for sample in listed])
         counts.append(f"{len(listed)} {split}")
