@@ -10,6 +10,7 @@ class; the name `ignore` is not counted.
 """
 import csv
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -69,11 +70,9 @@ def known_classes(root, class_names=(), annotated=None):
 
 def check_names(class_names):
     """Raise InputError where the names of --classes are too many, or a single one."""
-    if len(class_names) > MOST_CLASSES:
-        raise InputError(f"--classes names {len(class_names)} classes; masks of 8 bits hold at most "
-                         f"{MOST_CLASSES}")
-    if class_names and len({*class_names} - {"ignore"}) < 2:
-        raise InputError("--classes needs at least two names, in the order of the mask values")
+    if class_names and not 2 <= len({*class_names} - {"ignore"}) <= len(class_names) <= MOST_CLASSES:
+        raise InputError(f"--classes names {len(class_names)} classes; give two to {MOST_CLASSES}, in the "
+                         "order of the mask values")
 
 
 def in_order(entries, class_names):
@@ -223,11 +222,11 @@ def check_entries(path, entries):
         if not entry.name or max(entry.color or (0,)) > 255 or (entry.value or 0) > 65535:
             name = entry.name or "a class without a name"
             raise InputError(f"{path}: {name} needs a name, a color of 0..255 or a value of 0..65535")
-    for kind, used in (("color", [entry.color for entry in entries if entry.color]),
-                       ("value", [entry.value for entry in entries if entry.value is not None])):
-        twice = [item for item in used if used.count(item) > 1]
-        if twice:
-            raise InputError(f"{path} has the {kind} {twice[0]} twice; each {kind} means one class")
+    for kind, index in (("color", 1), ("value", 2)):
+        used = Counter(entry[index] for entry in entries if entry[index] is not None)
+        if used and max(used.values()) > 1:
+            twice = used.most_common(1)[0][0]
+            raise InputError(f"{path} has the {kind} {twice} twice; each {kind} means one class")
     if len({entry.value is None for entry in entries}) > 1:
         raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none")
     count = len({entry.name for entry in entries} - {"ignore"})

@@ -119,14 +119,13 @@ def find_pairs(root):
     base = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
     roles = {path: role_of(path.parent.relative_to(base).parts) for path in paths}
     reason = ""
-    for tell_apart in (by_folder_names, by_bare_folders, by_outer_names, by_file_names, by_content):
-        images, masks = tell_apart(roles)
+    for images, masks, is_sure in told_apart(roles):
         if not images or not masks:
             continue
         try:
             content = pair_splits(images, masks)
         except InputError as error:
-            if tell_apart is not by_content:
+            if is_sure:
                 raise
             reason = str(error)
             continue
@@ -173,50 +172,32 @@ def words_of(name):
     return re.findall(r"[a-z]+|\d+", spaced.lower())
 
 
-# Ways to tell images and masks apart: f({path: FolderRole}) -> the same of the images and of the masks.
-def by_folder_names(roles):
-    """Images and masks lie in folders called so."""
-    return with_content(roles, "images"), with_content(roles, "masks")
+def told_apart(roles):
+    """Yield the ways to tell images and masks apart, the surest first: ({path: FolderRole} of the images, the
+    same of the masks, whether names tell them apart, and not the files' content).
+    """
+    def with_content(content):
+        return {path: role for path, role in roles.items() if role.content == content}
 
+    def divided(masks):
+        return ({path: role for path, role in roles.items() if path not in masks},
+                {path: role for path, role in roles.items() if path in masks})
 
-def by_bare_folders(roles):
-    """Masks lie in folders called so, images in folders whose name tells nothing: train and train_masks."""
-    return with_content(roles, ""), with_content(roles, "masks")
-
-
-def by_outer_names(roles):
-    """Masks lie anywhere below a folder called so: masks/images beside images/images."""
-    return divided(roles, {path for path, role in roles.items() if role.below_masks})
-
-
-def by_file_names(roles):
-    """Images and masks lie in the same folder: a.jpg or a_sat.jpg beside a_mask.png."""
+    yield with_content("images"), with_content("masks"), True
+    yield with_content(""), with_content("masks"), True  # train and train_masks
+    # masks/images beside images/images
+    yield *divided({path for path, role in roles.items() if role.below_masks}), True
+    # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
     image_names = {(path.parent, name) for path in roles
                    for name in (path.stem, common_name(path, IMAGE_AFFIX))}
     mask_names = {path: common_name(path, MASK_AFFIX) for path in roles}
-    return divided(roles, {path for path, name in mask_names.items()
-                           if name != path.stem and (path.parent, name) in image_names})
-
-
-def by_content(roles):
-    """Masks are the files of one ending in one folder that look like masks; a few of each are opened."""
-    kinds = {}
-    for path, role in roles.items():
-        if role.content != "other":
-            kinds.setdefault((path.parent, path.suffix), []).append(path)
-    masks = {path for files in kinds.values() if all_look_like_masks(files) for path in files}
-    return divided({path: role for path, role in roles.items() if role.content != "other"}, masks)
-
-
-def with_content(roles, content):
-    """Return the items of {path: FolderRole} that have a content."""
-    return {path: role for path, role in roles.items() if role.content == content}
-
-
-def divided(roles, masks):
-    """Return {path: FolderRole} of the images and of the masks, a set of paths."""
-    return ({path: role for path, role in roles.items() if path not in masks},
-            {path: role for path, role in roles.items() if path in masks})
+    yield *divided({path for path, name in mask_names.items()
+                    if name != path.stem and (path.parent, name) in image_names}), True
+    # by their looks: all files of an ending in a folder, of which a few are opened
+    roles, kinds = {path: role for path, role in roles.items() if role.content != "other"}, {}
+    for path in roles:
+        kinds.setdefault((path.parent, path.suffix), []).append(path)
+    yield *divided({path for files in kinds.values() if all_look_like_masks(files) for path in files}), False
 
 
 def all_look_like_masks(files):
@@ -332,7 +313,11 @@ def match(images, masks):
         if count_shared(distinctive) == len(images) == len(masks):
             sides = distinctive
     for by_name in sides:
-        refuse_equal_names(by_name)
+        for first, second in (paths[:2] for paths in by_name.values() if len(paths) > 1):
+            if first.parent != second.parent:
+                raise InputError(f"{first.parent} and {second.parent} both hold {first.stem}: move one of "
+                                 "these folders away, or give it the name of the images that it belongs to")
+            raise InputError(f"{first} and {second} have the same name: remove the one that is not meant")
     images_by_name, masks_by_name = sides
     names = images_by_name.keys() & masks_by_name.keys()
     return Pairs([Sample(images_by_name[name][0], masks_by_name[name][0]) for name in sorted(names)],
@@ -358,25 +343,14 @@ def index_by_distinct_words(groups):
     return by_words
 
 
-def refuse_equal_names(by_name):
-    """Raise InputError where a name of {name: [path]} has two files."""
-    for first, second in (paths[:2] for paths in by_name.values() if len(paths) > 1):
-        if first.parent != second.parent:
-            raise InputError(f"{first.parent} and {second.parent} both hold {first.stem}: move one of these "
-                             "folders away, or give it the name of the images that it belongs to")
-        raise InputError(f"{first} and {second} have the same name: remove the one that is not meant")
-
-
 def pair_files(image_folder, mask_folder):
     """Return the Samples of two folders, in which sub-folders have the same names.
 
     Raises InputError for an empty folder, for names of which none pair, for an image without mask or a mask
     without image, and as match() does.
     """
-    def groups_below(folder):
-        return {path: path.parent.relative_to(folder).as_posix() for path in list_images(folder)}
-
-    images, masks = groups_below(image_folder), groups_below(mask_folder)
+    images, masks = ({path: path.parent.relative_to(folder) for path in list_images(folder)}
+                     for folder in (image_folder, mask_folder))
     if not images or not masks:
         raise InputError(f"no images in {mask_folder if images else image_folder} (endings "
                          f"{' '.join(IMAGE_ENDINGS)})")
@@ -398,11 +372,10 @@ def refuse_unpaired(paths, partner):
 
 def names_differ(images, masks):
     """Return why names did not pair, as text: two names of each side, and what was tried."""
-    def first_names(paths):
-        return ", ".join(path.name for path in sorted(paths)[:NAMES_IN_MESSAGE])
-
-    return (f"images are called {first_names(images)}, masks {first_names(masks)}; tried were equal names, "
-            "and names without image, img, ... and mask, label, gt, seg, ... at either end: rename one side")
+    image_names, mask_names = (", ".join(path.name for path in sorted(paths)[:NAMES_IN_MESSAGE])
+                               for paths in (images, masks))
+    return (f"images are called {image_names}, masks {mask_names}; tried were equal names, and names without "
+            "image, img, ... and mask, label, gt, seg, ... at either end: rename one side")
 
 
 # --- lists of the splits ----------------------------------------------------------------------------------
@@ -431,7 +404,13 @@ def use_lists(content, root, base):
         return
     splits = {}
     for split, samples_of in entries.items():
-        splits[split] = [only_sample(lists[split], entry, samples) for entry, samples in samples_of.items()]
+        for entry, samples in samples_of.items():
+            if len(samples) != 1:
+                reason = f"{samples[0].image} and {samples[1].image} have that name" if samples else \
+                    "there is no image of that name with a mask"
+                raise InputError(f"{lists[split]} lists {entry}, and {reason}: correct the list, or rename "
+                                 "it if it is not the list of this split")
+        splits[split] = [sample for sample, in samples_of.values()]
     unlisted = set(content.splits["train"]).difference(*splits.values())
     content.splits, content.images_without_mask, content.masks_without_image = splits, {}, {}
     not_used = f"; {count_of(len(unlisted), 'pair')} on none of them: not used" if unlisted else ""
@@ -477,16 +456,6 @@ def count_shared_folders(names, folders):
     return count
 
 
-def only_sample(path, entry, samples):
-    """Return the one Sample that an entry of a list file means. Raises InputError for none or several."""
-    if len(samples) == 1:
-        return samples[0]
-    reason = f"{samples[0].image} and {samples[1].image} have that name" if samples else \
-        "there is no image of that name with a mask"
-    raise InputError(f"{path} lists {entry}, and {reason}: correct the list, or rename it if it is not the "
-                     "list of this split")
-
-
 def relative_names(paths, root):
     """Return the paths below `root` as text."""
     return ", ".join(str(path.relative_to(root)) for path in paths)
@@ -497,15 +466,9 @@ KNOWN_LAYOUTS = ("it needs images/ and masks/, or train/images train/masks val/i
                  "images/train masks/train images/val masks/val, or train_images train_labels valid_images "
                  "valid_labels")
 ANNOTATIONS = (  # ending, what the text of such a file holds, what it is; the first that fits counts
-    (".npz", "", "NumPy arrays"), (".mat", "", "MATLAB files"), (".svg", "", "drawings"),
-    (".tfrecord", "", "TFRecords"),
-    (".json", '(?s)(?=.*"images")(?=.*"annotations")', "COCO annotations"),
-    (".json", '(?s)(?=.*"shapes")(?=.*"imagePath")', "labelme polygons"),
     (".json", '(?s)(?=.*"objects")(?=.*"imgHeight")', "Cityscapes polygons"),
-    (".json", '(?s)(?=.*"objects")(?=.*"size")', "Supervisely annotations"),
     (".json", '"_via_img_metadata"', "VIA annotations"),
     (".json", '(?s)(?=.*"data")(?=.*"annotations")', "Label Studio annotations"),
-    (".json", r'\{\s*"', "JSON annotations"),
     (".txt", r"\A(?:\d+(?: [01]?\.?\d+ [01]?\.?\d+){3,}\s*)+\Z", "YOLO polygons without their data.yaml"),
     (".txt", r"\A(?:\d+(?: [01]?\.?\d+){4}\s*)+\Z", "YOLO boxes, which hold no shapes"),
     (".xml", "<annotation>", "VOC boxes, which hold no shapes"),
@@ -580,7 +543,5 @@ def format_of(files):
     example = next(path for path in files if path.suffix.lower() == ending)
     is_text = ending in (".json", ".txt", ".xml")
     text = example.read_text(encoding="utf-8", errors="replace") if is_text else ""
-    for known, pattern, name in ANNOTATIONS:
-        if known == ending and re.search(pattern, text):
-            return f"{name}, not read: export masks as PNG"
-    return f"{ending or 'without ending'}, not images"
+    names = [name for known, pattern, name in ANNOTATIONS if known == ending and re.search(pattern, text)]
+    return f"{[*names, ending or 'without ending'][0]}, not read: export masks as PNG"
