@@ -179,25 +179,28 @@ def told_apart(roles):
     def with_content(content):
         return {path: role for path, role in roles.items() if role.content == content}
 
-    def divided(masks):
-        return ({path: role for path, role in roles.items() if path not in masks},
-                {path: role for path, role in roles.items() if path in masks})
-
     yield with_content("images"), with_content("masks"), True
     yield with_content(""), with_content("masks"), True  # train and train_masks
     # masks/images beside images/images
-    yield *divided({path for path, role in roles.items() if role.below_masks}), True
+    yield *divided(roles, {path for path, role in roles.items() if role.below_masks}), True
     # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
     image_names = {(path.parent, name) for path in roles
                    for name in (path.stem, common_name(path, IMAGE_AFFIX))}
     mask_names = {path: common_name(path, MASK_AFFIX) for path in roles}
-    yield *divided({path for path, name in mask_names.items()
-                    if name != path.stem and (path.parent, name) in image_names}), True
+    yield *divided(roles, {path for path, name in mask_names.items()
+                           if name != path.stem and (path.parent, name) in image_names}), True
     # by their looks: all files of an ending in a folder, of which a few are opened
-    roles, kinds = {path: role for path, role in roles.items() if role.content != "other"}, {}
-    for path in roles:
+    others, kinds = {path: role for path, role in roles.items() if role.content != "other"}, {}
+    for path in others:
         kinds.setdefault((path.parent, path.suffix), []).append(path)
-    yield *divided({path for files in kinds.values() if all_look_like_masks(files) for path in files}), False
+    masks = {path for files in kinds.values() if all_look_like_masks(files) for path in files}
+    yield *divided(others, masks), False
+
+
+def divided(roles, masks):
+    """Return {path: FolderRole} of the images and of the masks, a set of paths."""
+    return ({path: role for path, role in roles.items() if path not in masks},
+            {path: role for path, role in roles.items() if path in masks})
 
 
 def all_look_like_masks(files):
