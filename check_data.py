@@ -104,8 +104,7 @@ class Report:
     facts: list = field(default_factory=list)
 
     def add_problem(self, text, paths=None):
-        """Note what stops a training; with `paths` their number and the first few follow, none = no problem.
-        """
+        """Note what stops a training; with `paths`, their number and the first few follow."""
         self.problems += with_files(text, paths)
 
     def add_warning(self, text, paths=None):
@@ -353,14 +352,11 @@ def show_files(data, report):
 
 # --- classes and splits -----------------------------------------------------------------------------------
 def check_classes(data, report):
-    """Report shares of the classes in every split, classes that are missing, masks with a single class.
-
-    The validation images are drawn as a training would, where there are none.
-    """
+    """Report shares of the classes, missing ones and masks of a single one in every split."""
     train = data.splits["train"]
     if "val" not in data.splits and len(train) > 1:
         counts, fraction = np.stack([data.pixels[sample] for sample in train]), DataOptions().val_fraction
-        drawn, method = split_samples(train, counts, fraction)
+        drawn, method = split_samples(train, counts, fraction)  # as a training would
         report.facts.append(f"no validation part: {len(drawn['val'])} of {len(train)} images would validate, "
                             f"{method}")
         data.splits.update(drawn)
@@ -426,11 +422,9 @@ def check_target(out, root):
 
 
 def write_clean_copy(data, out):
-    """Write a ScannedData to the folder `out`, decoded as its advice says where there is one: the images as
-    they are, masks as PNG files of class ids, classes.txt, lists of the splits.
+    """Write images as they are, masks as PNG files of class ids, classes.txt and lists to the folder `out`.
 
-    Training images that are copies of others are on no list. Raises InputError where there is a choice to
-    make first.
+    Training images that are copies of others are on no list. Raises InputError as clean_meaning().
     """
     classes, table = clean_meaning(data, out)
     names = clean_names(data.samples, data.root)

@@ -129,10 +129,7 @@ def is_accident(facts, masks):
 
 # --- what to do -------------------------------------------------------------------------------------------
 def advise(samples, masks):
-    """Return the Advice for masks that do not say what they mean.
-
-    masks: the MaskFacts of the samples. Without files where nothing could be made up.
-    """
+    """Return the Advice for masks that do not tell what they mean; masks: MaskFacts of the samples."""
     painted, advice = any(mask.values is None for mask in masks), Advice()
     if painted:  # 16-bit masks among them have no colors, and cannot be meant
         samples = [sample for sample, mask in zip(samples, masks, strict=True) if mask.colors is not None]
@@ -162,10 +159,7 @@ def advise(samples, masks):
 
 
 def sort_values(facts, masks, painted, advice):
-    """Add to an Advice which of the values in {value or color: ValueFacts} are classes, accidents or void.
-
-    masks: their number.
-    """
+    """Add to an Advice what the values in {value or color: ValueFacts} of so many masks are."""
     accidents = [code for code in sorted(facts) if len(facts) > 2 and is_accident(facts[code], masks)]
     if len(facts) - len(accidents) < 2:
         accidents = []

@@ -123,21 +123,17 @@ def fill_colors(classes):
 
 
 def published_colors(names):
-    """Return {class id: color} of {class id: plain name}: of the table of PUBLISHED with most of the names,
-    where it has three or more, and half of them; else {}.
-    """
+    """Return {class id: color} of {class id: plain name} by the table of PUBLISHED that fits, or {}."""
     best = {}
     for table in PUBLISHED:
         colors = {plain(name): color for name, color in table}
         known = {id: colors[name] for id, name in names.items() if name in colors}
         best = max(best, known, key=len)
-    return best if len(best) >= max(3, len(names) / 2) else {}
+    return best if len(best) >= max(3, len(names) / 2) else {}  # fewer may be chance
 
 
 def spare_colors(ids, used):
-    """Return {class id: color}: SPARE_COLORS[id] or, where that is too near to a color in use, the next one
-    in the table that is free.
-    """
+    """Return {class id: color}: SPARE_COLORS[id], or the next free one that is not NEAR one in use."""
     distances = np.linalg.norm(np.array(SPARE_COLORS)[:, None] - used, axis=2).min(1)
     least = min(NEAR, np.sort(distances)[-len(ids)])  # nearer ones where there are not enough
     free = [color for color, distance in zip(SPARE_COLORS, distances, strict=True) if distance >= least]

@@ -78,9 +78,7 @@ def add_validation(splits, pixels, classes, options, root):
 
 
 def ignore_unlabelled(content, root):
-    """Change the entries of a FolderContent so that what has no label is ignored; where that means nothing,
-    add a doubt. Raises InputError where a single class is left.
-    """
+    """Make a FolderContent ignore what has no label, or add a doubt. Raises InputError."""
     if not content.entries:
         content.doubts.append("--unlabelled ignore has no effect: masks have a value everywhere")
         return

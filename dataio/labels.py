@@ -111,8 +111,7 @@ def class_file(root):
 
 
 def read_classes(path):
-    """Return the lines of classes.txt as [Entry], a line with several values as several. Raises InputError.
-    """
+    """Return the [Entry] of a class file, several for several values. Raises InputError."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -135,9 +134,7 @@ def read_classes(path):
 
 
 def line_entries(where, line):
-    """Return the [Entry] of a line `name`, `name R G B`, `R G B name`, `VALUE name R G B` or `name =
-    VALUE ...`. Raises InputError.
-    """
+    """Return the [Entry] of a line of read_classes that is not a row of a table. Raises InputError."""
     words = line.replace("=", " = ").split()
     if "=" in words:
         words, texts = words[:words.index("=")], words[words.index("=") + 1:]
@@ -145,9 +142,9 @@ def line_entries(where, line):
         if not words or not values or max(values) > 65535:
             raise InputError(f"{where}: write `name = VALUE`, values are numbers 0..65535")
         return [Entry(" ".join(words), None, value) for value in values]
-    if len(words) > 3 and numbers(words[-3:]):
+    if len(words) > 3 and numbers(words[-3:]):  # name R G B, maybe behind a value
         color, words = words[-3:], words[:-3]
-    elif len(words) > 3 and numbers(words[:3]) and not numbers(words[3:4]):
+    elif len(words) > 3 and numbers(words[:3]) and not numbers(words[3:4]):  # R G B name
         color, words = words[:3], words[3:]
     else:
         return [Entry(" ".join(words))]
@@ -283,10 +280,7 @@ def is_painted(mask, entries):
 
 
 def count_codes(samples, masks, colors):
-    """Return ({value or color: path of the first mask that has it}, {value or color: pixels in all masks}).
-
-    Raises InputError for a mask that has no colors where `colors` is true, or nothing else where it is not.
-    """
+    """Return ({value or color: first mask that has it}, {the same: pixels in all}). Raises InputError."""
     first_masks, pixels = {}, {}
     for sample, mask in zip(samples, masks, strict=True):
         codes = mask.colors if colors else mask.values
@@ -302,9 +296,7 @@ def count_codes(samples, masks, colors):
 
 
 def class_list(entries):
-    """Return the classes [(name, (R, G, B))] of [Entry] in the order of first mention, and {name: class id};
-    the first color of a name counts.
-    """
+    """Return [(name, (R, G, B))] of [Entry], the first color of a name counts, and {name: class id}."""
     colors = {}
     for entry in entries:
         if entry.name != "ignore":
@@ -363,9 +355,7 @@ def unnamed_entries(values, first_masks):
 
 # --- pixels of the classes --------------------------------------------------------------------------------
 def codes_of(mask, table):
-    """Return what a value table decodes of a mask's MaskFacts: its colors for a table of colors, else its
-    values; None where it has none.
-    """
+    """Return the colors of MaskFacts for a value table of colors, else the values; None without."""
     return mask.colors if len(table) > 65536 else mask.values
 
 

@@ -209,10 +209,7 @@ def all_look_like_masks(files):
 
 
 def looks_like_mask(path):
-    """Return whether a file holds few values or colors, in long runs, as a mask does and a photo does not.
-
-    A JPEG mask holds many, but few of them often.
-    """
+    """Return whether most of a file's pixels are of few values, in long runs: a mask, not a photo."""
     try:
         codes = decode_mask(path).codes
     except InputError:
@@ -278,10 +275,7 @@ IMAGE_AFFIX = affix_pattern(IMAGE_WORDS)
 
 
 def common_name(path, affix=None):
-    """Return the name of a file without its ending and, with an affix pattern, without what it takes off.
-
-    The ending of an image within a mask's name (1.jpg.png) goes too then.
-    """
+    """Return the stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png is 1 then."""
     if affix is None:
         return path.stem
     stem = path.stem
@@ -437,9 +431,7 @@ def lists_by_split(paths):
 
 
 def samples_of_entry(entry, by_stem):
-    """Return the Samples of {stem: [Sample]} that an entry of a list file may mean: of its name, and of those
-    the ones that lie in most of the folders that it names, in their order.
-    """
+    """Return those Samples of {stem: [Sample]} that fit the name and the folders of a list entry best."""
     for text in (entry, re.split(r"[\s,;]+", entry)[0]):
         name = Path(text)
         samples = by_stem.get(name.name) or by_stem.get(name.stem) or []
@@ -518,10 +510,7 @@ def shortened(texts):
 
 
 def describe_folder(root, pictures):
-    """Return what lies below `root` as text: the folders, how many files they hold and what these look like.
-
-    pictures: the set of those files that are images or masks.
-    """
+    """Return as text what each folder below `root` holds; pictures: the set of images and masks."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and not is_hidden(path, root)]
     texts = []
     for folder, paths in files_by_folder(files).items():

@@ -55,8 +55,7 @@ class ImageFacts(NamedTuple):
 
 
 def fits(mask_size, image_size, orientation):
-    """Return whether a mask (H, W) lies pixel on pixel over an image stored as (H, W) with that orientation.
-    """
+    """Return whether a mask (H, W) fits an image stored as (H, W), as stored or turned upright."""
     return mask_size in (image_size, upright_size(image_size, orientation))
 
 
@@ -104,10 +103,7 @@ def scan_image(path):
 
 
 def in_parallel(function, items, title):
-    """Return [function(item)] with threads (decoding frees the interpreter) and a progress bar.
-
-    An InputError becomes the item's result instead of ending the scan.
-    """
+    """Return [function(item)], computed in threads; an InputError becomes the result of its item."""
     def careful(item):
         try:
             return function(item)

@@ -56,9 +56,7 @@ class FolderFiles:
         self.json = dict(zip(paths, in_parallel(read_json, paths, "reading annotations"), strict=True))
 
     def json_with(self, *keys):
-        """Return {path: content} of the JSON files with these keys at their top. Raises InputError where
-        there are such, and another JSON file cannot be read.
-        """
+        """Return {path: content} of JSON files with these keys. Raises InputError if others are broken."""
         files = {path: content for path, content in self.json.items()
                  if isinstance(content, dict) and content.keys() >= set(keys)}
         errors = [content for content in self.json.values() if isinstance(content, InputError)]
