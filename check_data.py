@@ -33,10 +33,10 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
-import dataclasses
 import math
 import re
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
@@ -46,14 +46,13 @@ import numpy as np
 import utils
 import visualize
 from config import IGNORE, DataOptions, InputError, TrainConfig, count_of
-from dataio.advice import advise, either_way, kind_of_255, value_facts
+from dataio.advice import Advice, advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled
 from dataio.labels import (class_file, class_pixels, codes_of, decode_masks, ignored_share, known_classes,
-                           read_classes)
-from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_sample
-from dataio.repair import check_target, write_clean_copy
-from dataio.scan import ScannedData, fits, in_parallel, scan_image, scan_mask
+                           line_entries, read_classes)
+from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
+from dataio.scan import all_in_parallel, fits, in_parallel, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table, split_samples
 from datasets import find_data
 
@@ -65,18 +64,47 @@ COMPARED = 4  # masks that are compared to see whether all are the same picture
 LISTED = 8  # overlays in check.png, files of a problem that are listed
 
 
-@dataclasses.dataclass
+@dataclass
+class ScannedData:
+    """A data set all of whose files were read once, without those that cannot be read.
+
+    splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
+    [labels.Entry] that annotation files name, else None. What the masks mean: classes and table as in
+    DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first.
+    """
+
+    name: str
+    root: Path
+    splits: dict
+    entries: list = None
+    images: dict = field(default_factory=dict)
+    masks: dict = field(default_factory=dict)
+    classes: list = None
+    table: np.ndarray = None
+    pixels: dict = None
+    advice: Advice = field(default_factory=Advice)
+
+    @property
+    def samples(self):
+        """All samples, each once."""
+        return list(dict.fromkeys(sample for samples in self.splits.values() for sample in samples))
+
+    def mask_facts(self):
+        """Return the MaskFacts of all samples."""
+        return [self.masks[sample] for sample in self.samples]
+
+
+@dataclass
 class Report:
     """Problems spoil a training or its scores, warnings may be meant; hints say what to do."""
 
-    problems: list = dataclasses.field(default_factory=list)
-    warnings: list = dataclasses.field(default_factory=list)
-    hints: list = dataclasses.field(default_factory=list)
-    facts: list = dataclasses.field(default_factory=list)
+    problems: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
+    hints: list = field(default_factory=list)
+    facts: list = field(default_factory=list)
 
     def add_problem(self, text, paths=None):
-        """Note what stops a training; with `paths` their number and the first few follow, none = no problem.
-        """
+        """Note what stops a training; with `paths`, their number and the first few follow."""
         self.problems += with_files(text, paths)
 
     def add_warning(self, text, paths=None):
@@ -93,11 +121,11 @@ def with_files(text, paths):
         return [text]
     if not paths:
         return []
-    text = re.sub(r"\{(.*?)\|(.*?)\}", lambda words: words[1 if len(paths) == 1 else 2], text)
-    lines = [f"{len(paths)} {text}", *(f"      {path}" for path in paths[:LISTED])]
+    text = re.sub(r"\{(.*?)\|(.*?)\}", r"\1" if len(paths) == 1 else r"\2", text)
+    lines = [f"{len(paths)} {text}", *paths[:LISTED]]
     if len(paths) > LISTED:
-        lines.append(f"      and {len(paths) - LISTED} more")
-    return ["\n".join(lines)]
+        lines.append(f"and {len(paths) - LISTED} more")
+    return ["\n      ".join(map(str, lines))]
 
 
 # --- reading the files ------------------------------------------------------------------------------------
@@ -117,7 +145,7 @@ def find_samples(name, root, unlabelled, report):
             report.add_problem(f"{split} {{image has|images have}} no mask: add masks or move them", paths)
         for split, paths in content.masks_without_image.items():
             report.add_problem(f"{split} {{mask has|masks have}} no image: add images or move them", paths)
-        data = ScannedData(name, root, content.splits, entries=content.entries)
+        data = ScannedData(name, root, content.splits, content.entries)
     else:
         source = find_data(DataOptions(dataset=name, data_root=str(root)))
         data = ScannedData(name, root, source.splits)
@@ -152,37 +180,36 @@ def read_files(data, report):
 # --- images -----------------------------------------------------------------------------------------------
 def check_images(data, report):
     """Report kinds of images, rotations, and masks of another size than their image."""
-    modes, images = {}, data.images
-    for sample in data.samples:
+    modes, samples, images = {}, data.samples, data.images
+    for sample in samples:
         modes.setdefault(images[sample].mode, []).append(sample.image)
     report.facts.append("images: " + ", ".join(f"{len(paths)} {mode}" for mode, paths in modes.items()))
     report.add_warning("{image is|images are} not RGB (grayscale, transparent or 16 bit): read as RGB",
                        [path for mode, paths in modes.items() if mode != "RGB" for path in paths])
-    depths = [images[sample].depth for sample in data.samples if images[sample].depth > 8]
+    depths = [images[sample].depth for sample in samples if images[sample].depth > 8]
     if depths:
         bits = " or ".join(map(str, sorted(set(depths))))
         report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth "
                             f"of the values, {bits} bit")
-    turned = [sample for sample in data.samples if images[sample].orientation != 1]
-    with_mask = [sample for sample in turned if images[sample].orientation >= 5
-                 and images[sample].size != images[sample].size[::-1]]
+    with_mask, alone = [], []
+    for sample in samples:
+        height, width = images[sample].size
+        if images[sample].orientation >= 5 and height != width:
+            with_mask.append(sample.image)
+        elif images[sample].orientation != 1:
+            alone.append(sample.image)
     report.add_warning("{image is|images are} turned upright by EXIF, and masks of the size as stored with "
-                       "them", [sample.image for sample in with_mask])
+                       "them", with_mask)
     report.add_warning("{image is|images are} turned upright by EXIF, but their masks stay as stored: look "
-                       "at check.png", [sample.image for sample in turned if sample not in with_mask])
+                       "at check.png", alone)
     report.add_warning("{mask differs|masks differ} in size from {its|their} image: resized (nearest)",
-                       [sample.mask for sample in data.samples if not fits(
+                       [sample.mask for sample in samples if not fits(
                            data.masks[sample].size, images[sample].size, images[sample].orientation)])
-    describe_sizes([images[sample].size for sample in data.samples], report)
-
-
-def describe_sizes(sizes, report):
-    """Report the sizes (H, W) of the images, and what to do where they are much larger than --imgsz."""
-    smallest, largest = min(sizes, key=math.prod), max(sizes, key=math.prod)
+    sizes = [images[sample].size for sample in samples]
+    (height, width), (last_height, last_width) = min(sizes, key=math.prod), max(sizes, key=math.prod)
     different = len(set(sizes))
-    report.facts.append(f"size: {smallest[0]}x{smallest[1]}" if different == 1 else
-                        f"sizes: {different} different ones, {smallest[0]}x{smallest[1]} to "
-                        f"{largest[0]}x{largest[1]}")
+    report.facts.append(f"size: {height}x{width}" if different == 1 else
+                        f"sizes: {different} different ones, {height}x{width} to {last_height}x{last_width}")
     height, width = TrainConfig().imgsz
     times = float(np.median([math.sqrt(math.prod(size) / (height * width)) for size in sizes]))
     if times >= MUCH_LARGER:
@@ -232,14 +259,14 @@ def decode(data, source, report):
         decode_folder(data, report)
     else:
         decode_registered(data, source, report)
-    if not data.classes:
-        return
-    pixels = class_pixels(data.mask_facts(), data.table, len(data.classes))
-    data.pixels = dict(zip(data.samples, pixels, strict=True))
-    share = ignored_share(data.mask_facts(), data.table)
-    report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
-    if source is None:
-        check_ignored(data, share, report)
+    if data.classes:
+        masks = data.mask_facts()
+        pixels = class_pixels(masks, data.table, len(data.classes))
+        data.pixels = dict(zip(data.samples, pixels, strict=True))
+        share = ignored_share(masks, data.table)
+        report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
+        if source is None:
+            check_ignored(data, share, report)
 
 
 def decode_folder(data, report):
@@ -257,14 +284,11 @@ def decode_folder(data, report):
 
 def decode_registered(data, source, report):
     """Decode the masks of a registered data set; a mask that is not as its masks are is a problem."""
-    reasons = {}
-    for sample in data.samples:
-        reason = why_unfit(sample.mask, data.masks[sample], source)
-        if reason:
-            reasons[sample.mask] = reason
-    if reasons:
-        first = next(iter(reasons.values()))
-        report.add_problem(f"{{mask holds|masks hold}} values that are not a class: {first}", list(reasons))
+    reasons = {sample.mask: why_unfit(sample.mask, data.masks[sample], source) for sample in data.samples}
+    unfit = [path for path, reason in reasons.items() if reason]
+    if unfit:
+        report.add_problem(f"{{mask holds|masks hold}} values that are not a class: {reasons[unfit[0]]}",
+                           unfit)
     else:
         data.classes, data.table = source.classes, source.table
 
@@ -317,26 +341,22 @@ def show_files(data, report):
     if len(files) > 1:
         report.hints.append("choose between these, the masks do not tell:")
     for title, text in files.items():
-        lines = "\n".join(f"      {line}" for line in text.splitlines())
         if data.advice.blurred:
-            report.hints.append("the values between these come from resizing or a lossy format; write clean "
-                                f"masks: python check_data.py --data-root {quote(str(data.root))} --fix OUT\n"
-                                f"{lines}")
+            hint = ("the values between these come from resizing or a lossy format; write clean masks: "
+                    f"python check_data.py --data-root {quote(str(data.root))} --fix OUT")
         else:
-            report.hints.append(f"{f'if {title}, ' if title else ''}write this to {path}, with names of your "
-                                f"own (equal names are one class):\n{lines}")
+            hint = (f"{f'if {title}, ' if title else ''}write this to {path}, with names of your own (equal "
+                    "names are one class):")
+        report.hints.append("\n      ".join([hint, *text.splitlines()]))
 
 
 # --- classes and splits -----------------------------------------------------------------------------------
 def check_classes(data, report):
-    """Report shares of the classes in every split, classes that are missing, masks with a single class.
-
-    The validation images are drawn as a training would, where there are none.
-    """
+    """Report shares of the classes, missing ones and masks of a single one in every split."""
     train = data.splits["train"]
     if "val" not in data.splits and len(train) > 1:
         counts, fraction = np.stack([data.pixels[sample] for sample in train]), DataOptions().val_fraction
-        drawn, method = split_samples(train, counts, fraction)
+        drawn, method = split_samples(train, counts, fraction)  # as a training would
         report.facts.append(f"no validation part: {len(drawn['val'])} of {len(train)} images would validate, "
                             f"{method}")
         data.splits.update(drawn)
@@ -390,6 +410,76 @@ def check_duplicates(data, report):
         share = f"{neighbors} of {count_of(len(val), 'validation image')} ({neighbors / len(val):.0%})"
         report.add_warning(f"{share} have a near neighbor in training, as frames of one clip do: their score "
                            "says little about other scenes; validate on other clips (val/ or val.txt)")
+
+
+# --- a clean copy ---------------------------------------------------------------------------------------
+def check_target(out, root):
+    """Raise InputError where a clean copy of `root` must not be written to the folder `out`."""
+    if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
+        raise InputError(f"--fix {out} lies in the data set itself: choose a folder outside of it")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"--fix {out} is not empty: choose a new folder")
+
+
+def write_clean_copy(data, out):
+    """Write images as they are, masks as PNG files of class ids, classes.txt and lists to the folder `out`.
+
+    Training images that are copies of others are on no list. Raises InputError as clean_meaning().
+    """
+    classes, table = clean_meaning(data, out)
+    names = clean_names(data.samples, data.root)
+    utils.make_folder(out)
+
+    def copy_pair(sample):
+        mask = read_mask(sample.mask, table)  # turned or not, as it was: it is read again with the same image
+        visualize.save_mask(mask, classes, out / "masks" / f"{names[sample]}.png")
+        utils.copy_file(sample.image, out / "images" / f"{names[sample]}{sample.image.suffix}")
+        return float((mask == IGNORE).mean())
+
+    ignored = all_in_parallel(copy_pair, data.samples, "copying")
+    visualize.save_classes(classes, out)
+    digests = {data.images[sample].digest
+               for split, samples in data.splits.items() if split != "train" for sample in samples}
+    counts, copies = [], 0
+    for split, samples in data.splits.items():
+        listed = [sample for sample in samples
+                  if split != "train" or data.images[sample].digest not in digests]
+        if listed:
+            utils.write_lines(out / f"{split}.txt", [names[sample] for sample in listed])
+        counts.append(f"{len(listed)} {split}")
+        copies += len(samples) - len(listed)
+    unlisted = f"; {count_of(copies, 'training image')} also in another split: on no list" if copies else ""
+    print(f"clean copy: {out}, {count_of(len(ignored), 'pair')}, {', '.join(counts)}{unlisted}; "
+          f"{100 * sum(ignored) / max(1, len(ignored)):.1f} % of the pixels are ignored")
+
+
+def clean_meaning(data, out):
+    """Return (classes, value table) of a ScannedData, by its advice where there is one. Raises InputError."""
+    files = list(data.advice.files.values())
+    if len(files) > 1:
+        raise InputError(f"--fix {out}: nothing is written. Choose one of the classes.txt above and write it "
+                         f"to {data.root} first")
+    if files:
+        entries = [entry for line in files[0].splitlines() for entry in line_entries("advice", line)]
+        meaning = decode_masks(data.samples, data.mask_facts(), entries, data.advice.blurred)
+        print("\n".join(meaning.notes))
+        return meaning.classes, meaning.table
+    if data.classes is None:
+        raise InputError(f"--fix {out}: nothing is written. Solve the problems above first: nothing tells "
+                         "what the masks mean")
+    return data.classes, data.table
+
+
+def clean_names(samples, root):
+    """Return {sample: a name without ending, different for all}: the image's, else with its folders."""
+    names, used = {}, set()
+    for sample in samples:
+        path = sample.image.relative_to(root).with_suffix("").parts
+        options = ["_".join(path[start:]) for start in range(len(path) - 1, -1, -1)]
+        options += [f"{options[-1]}_{number}" for number in range(2, len(samples) + 2)]
+        names[sample] = next(name for name in options if name.lower() not in used)
+        used.add(names[sample].lower())
+    return names
 
 
 # --- output -----------------------------------------------------------------------------------------------
@@ -454,7 +544,7 @@ def main():
             draw(data, picture)
             report.facts.append(f"picture: {picture}")
         check_duplicates(data, report)
-    fixable = data.classes or data.advice and len(data.advice.files) == 1 and not data.advice.blurred
+    fixable = data.classes or len(data.advice.files) == 1 and not data.advice.blurred
     if report.problems and fixable and not args.fix:
         report.hints.append("or write a clean copy of what can be used: "
                             f"python check_data.py {flags} --fix OUT")

@@ -30,8 +30,8 @@ GRAY_STEP = 20  # classes drawn in shades of gray are at least so far apart
 @dataclasses.dataclass
 class ValueFacts:
     """Of a mask value or color: pixels in all masks; of these compact (touch two of their own kind), between
-    (near two other values) and ramp (on a ramp from a lower to a higher value); area, pixels of all masks
-    that hold it; masks, the paths of these.
+    (near two other values) and ramp (on a ramp from a lower to a higher value); masks: the paths of those
+    that hold it, area: their pixels.
     """
 
     pixels: int = 0
@@ -84,18 +84,15 @@ def count_shapes(path, painted):
     between, ramp = np.zeros((2, len(values)), np.int64)
     if not painted:
         between, ramp = pixels_of(between_others(codes)), pixels_of(on_ramp(codes))
-    columns = values, pixels, pixels_of(is_compact(codes)), between, ramp
-    return codes.size, np.stack(columns, 1).tolist()
+    return codes.size, np.stack([values, pixels, pixels_of(is_compact(codes)), between, ramp], 1).tolist()
 
 
 def is_compact(codes):
     """Return (H, W) bool: pixels that touch two or more of their own value or color."""
-    padded = np.pad(codes, 1, constant_values=-1)
-    height, width = codes.shape
+    padded, (height, width) = np.pad(codes, 1, constant_values=-1), codes.shape
     alike = np.full(codes.shape, -1, np.int8)  # a pixel does not count itself
-    for row in range(3):
-        for column in range(3):
-            alike += padded[row:row + height, column:column + width] == codes
+    for row, column in np.ndindex(3, 3):
+        alike += padded[row:row + height, column:column + width] == codes
     return alike >= 2
 
 
@@ -132,43 +129,37 @@ def is_accident(facts, masks):
 
 # --- what to do -------------------------------------------------------------------------------------------
 def advise(samples, masks):
-    """Return the Advice for masks that do not say what they mean.
-
-    masks: the MaskFacts of the samples. Without files where nothing could be made up.
-    """
+    """Return the Advice for masks that do not tell what they mean; masks: MaskFacts of the samples."""
     painted, advice = any(mask.values is None for mask in masks), Advice()
     if painted:  # 16-bit masks among them have no colors, and cannot be meant
         samples = [sample for sample, mask in zip(samples, masks, strict=True) if mask.colors is not None]
         masks = [mask for mask in masks if mask.colors is not None]
     _, pixels = count_codes(samples, masks, painted)
-    lossy = [mask.kind == "JPEG" for mask in masks]
     if len(pixels) < 2:
         advice.notes.append("all masks hold the same single value: there is nothing to learn, export them "
                             "again")
-    elif len(pixels) > MOST_CLASSES or any(lossy):
+        return advice
+    lossy = [mask.kind == "JPEG" for mask in masks]
+    too_many = len(pixels) > MOST_CLASSES or any(lossy)
+    if too_many:
         modes = find_modes(np.array(list(pixels)), np.array(list(pixels.values())), painted)
-        if snap(pixels, painted, modes):
-            advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), not all(lossy)
-        else:
-            kind = "colors" if painted else "values"
-            advice.notes.append(f"the masks hold {len(pixels)} different {kind}, too near to one another to "
-                                "tell which were meant: they are not class masks, or were blurred by a lossy "
-                                "format; export them again as PNG")
     else:
         facts = value_facts(samples, painted)
         modes = [code for code, value in facts.items() if value.ramp < RAMP * value.pixels]
-        if len(modes) < len(facts) and snap(pixels, painted, modes):
-            advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), True
-        else:
-            sort_values(facts, len(samples), painted, advice)
+    if (too_many or len(modes) < len(facts)) and snap(pixels, painted, modes):
+        advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), not all(lossy)
+    elif too_many:
+        kind = "colors" if painted else "values"
+        advice.notes.append(f"the masks hold {len(pixels)} different {kind}, too near to one another to tell "
+                            "which were meant: they are not class masks, or were blurred by a lossy format; "
+                            "export them again as PNG")
+    else:
+        sort_values(facts, len(samples), painted, advice)
     return advice
 
 
 def sort_values(facts, masks, painted, advice):
-    """Add to an Advice which of the values in {value or color: ValueFacts} are classes, accidents or void.
-
-    masks: their number.
-    """
+    """Add to an Advice what the values in {value or color: ValueFacts} of so many masks are."""
     accidents = [code for code in sorted(facts) if len(facts) > 2 and is_accident(facts[code], masks)]
     if len(facts) - len(accidents) < 2:
         accidents = []
@@ -176,11 +167,11 @@ def sort_values(facts, masks, painted, advice):
         name = f"the color {unpack_color(code)}" if painted else f"the value {code}"
         advice.accidents[f"{name}, {facts[code].pixels} pixels in all"] = facts[code].masks
     codes = [code for code in sorted(facts) if code not in accidents]
-    white = IGNORE in codes and not painted and len(codes) > 2
-    grays = not painted and min(np.diff(codes)) >= GRAY_STEP
-    kind = kind_of_255(facts[IGNORE], masks) if white else "class"
-    if kind == "class" and white and not grays:  # the numbers of a list, which 255 need not be of
-        kind = "unknown"
+    grays, kind = not painted and min(np.diff(codes)) >= GRAY_STEP, "class"
+    if IGNORE in codes and not painted and len(codes) > 2:
+        kind = kind_of_255(facts[IGNORE], masks)
+        if kind == "class" and not grays:  # the numbers of a list, which 255 need not be of
+            kind = "unknown"
     last = max(set(codes) - {IGNORE})
     if not painted and not grays and last < MOST_CLASSES:
         advice.notes.append("if the values are the numbers of a known list of classes, of which these masks "

@@ -36,18 +36,18 @@ def folder(root, options, download=False):
     if options.unlabelled == "ignore":
         ignore_unlabelled(content, root)
     entries, class_notes = known_classes(root, options.classes, content.entries)
+    more = f"; python check_data.py --data-root {quote(str(root))} says more"
     try:
         meaning = decode_masks(samples, masks, entries)
     except InputError as error:
-        raise InputError(f"{error}; {check_data_hint(root)}") from None
+        raise InputError(f"{error}{more}") from None
     notes = [*content.notes, *(f"warning: {doubt}" for doubt in content.doubts), *meaning.notes, *class_notes]
     different = sum(differs for _, differs in facts)
     if different:
         notes.append(f"{different} of {count_of(len(samples), 'mask')} differ in size from their image: "
                      "resized (nearest) to it")
     ignored = ignored_share(masks, meaning.table)
-    hint = f"; {check_data_hint(root)}" if ignored > MUCH_IGNORED else ""
-    notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{hint}")
+    notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{more if ignored > MUCH_IGNORED else ''}")
     rows = class_pixels(masks, meaning.table, len(meaning.classes))
     pixels = dict(zip(samples, rows, strict=True))
     notes += add_validation(content.splits, pixels, meaning.classes, options, root)
@@ -78,9 +78,7 @@ def add_validation(splits, pixels, classes, options, root):
 
 
 def ignore_unlabelled(content, root):
-    """Change the entries of a FolderContent so that what has no label is ignored; where that means nothing,
-    add a doubt. Raises InputError where a single class is left.
-    """
+    """Make a FolderContent ignore what has no label, or add a doubt. Raises InputError."""
     if not content.entries:
         content.doubts.append("--unlabelled ignore has no effect: masks have a value everywhere")
         return
@@ -88,11 +86,6 @@ def ignore_unlabelled(content, root):
                        for entry in content.entries]
     if len({entry.name for entry in content.entries} - {"ignore"}) < 2:
         raise InputError(f"--unlabelled ignore leaves a single class of {root}: leave it out")
-
-
-def check_data_hint(root):
-    """Return the end of a message about masks: the command that tells more."""
-    return f"python check_data.py --data-root {quote(str(root))} says more"
 
 
 def refuse_file(root):

@@ -10,14 +10,14 @@ class; the name `ignore` is not counted.
 """
 import csv
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
 from config import IGNORE, InputError
 from dataio.classes import fill_colors
-from dataio.readers import (OUTSIDE, index_table, outside_message, pack_color, ranges, unpack_color,
-                            value_table)
+from dataio.readers import OUTSIDE, outside_message, pack_color, ranges, unpack_color, value_table
 
 CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")
 MOST_CLASSES = 250
@@ -70,17 +70,13 @@ def known_classes(root, class_names=(), annotated=None):
 
 def check_names(class_names):
     """Raise InputError where the names of --classes are too many, or a single one."""
-    if len(class_names) > MOST_CLASSES:
-        raise InputError(f"--classes names {len(class_names)} classes; masks of 8 bits hold at most "
-                         f"{MOST_CLASSES}")
-    if class_names and len({*class_names} - {"ignore"}) < 2:
-        raise InputError("--classes needs at least two names, in the order of the mask values")
+    if class_names and not 2 <= len({*class_names} - {"ignore"}) <= len(class_names) <= MOST_CLASSES:
+        raise InputError(f"--classes names {len(class_names)} classes; give two to {MOST_CLASSES}, in the "
+                         "order of the mask values")
 
 
 def in_order(entries, class_names):
-    """Return the [Entry] of the names of --classes, in their order, with the values of `entries`. Raises
-    InputError where one of these is not among them.
-    """
+    """Return `entries` in the order of the names of --classes. Raises InputError where a name is missing."""
     annotated = {entry.name for entry in entries}
     unknown = annotated - {*class_names, "background", "ignore"}  # these two the masks need not show
     if unknown:
@@ -89,8 +85,9 @@ def in_order(entries, class_names):
     check_names(class_names)
     unused = [Entry(name, None, UNUSED_VALUE + number) for number, name in enumerate(class_names)
               if name not in annotated]
-    named = [entry for entry in entries if entry.name in {*class_names, "ignore"}]
-    return sorted([*named, *unused], key=lambda entry: [*class_names, "ignore"].index(entry.name))
+    order = [*class_names, "ignore"]
+    named = [entry for entry in entries if entry.name in order]
+    return sorted([*named, *unused], key=lambda entry: order.index(entry.name))
 
 
 def class_file(root):
@@ -114,9 +111,7 @@ def class_file(root):
 
 
 def read_classes(path):
-    """Read classes.txt: return its lines as [Entry], a line with several values as several. Raises
-    InputError.
-    """
+    """Return the [Entry] of a class file, several for several values. Raises InputError."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -139,9 +134,7 @@ def read_classes(path):
 
 
 def line_entries(where, line):
-    """Return the [Entry] of a line `name`, `name R G B`, `R G B name`, `VALUE name R G B` or `name =
-    VALUE ...`. Raises InputError.
-    """
+    """Return the [Entry] of a line of read_classes that is not a row of a table. Raises InputError."""
     words = line.replace("=", " = ").split()
     if "=" in words:
         words, texts = words[:words.index("=")], words[words.index("=") + 1:]
@@ -149,9 +142,9 @@ def line_entries(where, line):
         if not words or not values or max(values) > 65535:
             raise InputError(f"{where}: write `name = VALUE`, values are numbers 0..65535")
         return [Entry(" ".join(words), None, value) for value in values]
-    if len(words) > 3 and numbers(words[-3:]):
+    if len(words) > 3 and numbers(words[-3:]):  # name R G B, maybe behind a value
         color, words = words[-3:], words[:-3]
-    elif len(words) > 3 and numbers(words[:3]) and not numbers(words[3:4]):
+    elif len(words) > 3 and numbers(words[:3]) and not numbers(words[3:4]):  # R G B name
         color, words = words[:3], words[3:]
     else:
         return [Entry(" ".join(words))]
@@ -182,19 +175,17 @@ def table_entries(path, lines):
         return []
     numeric = [column for column, cells in enumerate(zip(*rows, strict=True)) if numbers(cells)]
     texts = [column for column in range(len(titles)) if column not in numeric]
-    color = []
     if titled:
         texts.sort(key=lambda column: titles[column] not in NAME_COLUMNS)
+        color = []
         for channel in COLOR_COLUMNS:
             color += [column for column in numeric if titles[column] in channel][:1]
         color = color if len(color) == 3 else []
         values = [column for column in numeric if column not in color and titles[column] in VALUE_COLUMNS]
     else:
-        if len(texts) != 1 or not numeric:
-            return []
         color = numeric[-3:] if len(numeric) in (3, 4) else []
         values = [column for column in numeric if column not in color]
-    if not texts:
+    if not texts or not titled and (len(texts) > 1 or not numeric):
         return []
     if len(values) > 1:
         columns = " and ".join(titles[column] if titled else str(column + 1) for column in values)
@@ -228,11 +219,11 @@ def check_entries(path, entries):
         if not entry.name or max(entry.color or (0,)) > 255 or (entry.value or 0) > 65535:
             name = entry.name or "a class without a name"
             raise InputError(f"{path}: {name} needs a name, a color of 0..255 or a value of 0..65535")
-    for kind, used in (("color", [entry.color for entry in entries if entry.color]),
-                       ("value", [entry.value for entry in entries if entry.value is not None])):
-        twice = [item for item in used if used.count(item) > 1]
-        if twice:
-            raise InputError(f"{path} has the {kind} {twice[0]} twice; each {kind} means one class")
+    for kind, index in (("color", 1), ("value", 2)):
+        used = Counter(entry[index] for entry in entries if entry[index] is not None)
+        if used and max(used.values()) > 1:
+            twice = used.most_common(1)[0][0]
+            raise InputError(f"{path} has the {kind} {twice} twice; each {kind} means one class")
     if len({entry.value is None for entry in entries}) > 1:
         raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none")
     count = len({entry.name for entry in entries} - {"ignore"})
@@ -260,7 +251,7 @@ def decode_masks(samples, masks, entries, blurred=False):
                              "another, too far to tell them apart here: export masks as PNG")
         notes = [snap_note(pixels, colors, snapped)]
         first_masks = {code: path for code, path in first_masks.items() if snapped[code] == code}
-    meaning = decide_classes(first_masks, entries, colors)
+    meaning = named_colors(entries) if colors else named_values(first_masks, entries)
     for code, mode in snapped.items():
         meaning.table[code] = IGNORE if mode is None else meaning.table[mode]
     for sample, mask in zip(samples, masks, strict=True):
@@ -289,10 +280,7 @@ def is_painted(mask, entries):
 
 
 def count_codes(samples, masks, colors):
-    """Return ({value or color: path of the first mask that has it}, {value or color: pixels in all masks}).
-
-    Raises InputError for a mask that has no colors where `colors` is true, or nothing else where it is not.
-    """
+    """Return ({value or color: first mask that has it}, {the same: pixels in all}). Raises InputError."""
     first_masks, pixels = {}, {}
     for sample, mask in zip(samples, masks, strict=True):
         codes = mask.colors if colors else mask.values
@@ -307,28 +295,8 @@ def count_codes(samples, masks, colors):
     return first_masks, pixels
 
 
-def decide_classes(first_masks, entries, colors):
-    """Return the MaskMeaning of {mask value or color: first mask that has it}, named by [Entry].
-
-    Entries of one name are one class: several values may mean it. Raises InputError for values that nobody
-    named and that are not 0..K-1.
-    """
-    values = sorted(first_masks)
-    if colors:
-        return named_colors(entries)
-    if entries and entries[0].value is not None:
-        return named_values(entries)
-    if is_binary(values, entries):
-        return binary_values(values[-1], entries)
-    if entries:
-        return named_values([entry._replace(value=line) for line, entry in enumerate(entries)])
-    return unnamed_values(values, first_masks)
-
-
 def class_list(entries):
-    """Return the classes [(name, (R, G, B))] of [Entry] in the order of first mention, and {name: class id};
-    the first color of a name counts.
-    """
+    """Return [(name, (R, G, B))] of [Entry], the first color of a name counts, and {name: class id}."""
     colors = {}
     for entry in entries:
         if entry.name != "ignore":
@@ -338,17 +306,33 @@ def class_list(entries):
 
 
 def named_colors(entries):
-    """Masks are painted: colors are the classes of their entries."""
+    """Return the MaskMeaning of masks that are painted in the colors of [Entry]."""
     classes, ids = class_list(entries)
     codes = {pack_color(*entry.color): ids[entry.name] for entry in entries}
     return MaskMeaning(classes, value_table(codes, size=1 << 24), [])
 
 
-def named_values(entries):
-    """Values are the classes of their entries; 255 is ignored unless it is named."""
+def named_values(first_masks, entries):
+    """Return the MaskMeaning of {mask value: first mask that has it}; 255 is ignored unless it is named.
+
+    Entries without values name the lines 0, 1, ..., or black and white. Raises InputError for values that
+    nobody named and that are not 0..K-1.
+    """
+    values, notes = sorted(first_masks), []
+    if entries and entries[0].value is not None:
+        pass
+    elif is_binary(values, entries):
+        first, second = entries or [Entry("background"), Entry("foreground")]
+        entries = [first._replace(value=0), second._replace(value=values[-1])]
+        notes = [f"masks hold 0 and {values[-1]}: read as 0 = {first.name}, 1 = {second.name}"]
+    elif entries:
+        entries = [entry._replace(value=line) for line, entry in enumerate(entries)]
+    else:
+        entries = unnamed_entries(values, first_masks)
+        notes = [f"no classes.txt: the masks hold {len(entries)} classes"]
     classes, ids = class_list(entries)
-    values = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
-    return MaskMeaning(classes, value_table(values), [])
+    table = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
+    return MaskMeaning(classes, value_table(table), notes)
 
 
 def is_binary(values, entries):
@@ -359,30 +343,19 @@ def is_binary(values, entries):
     return len({*names} - {"ignore"}) == len(names) == 2 if names else len(values) == 2
 
 
-def binary_values(white, entries):
-    """0 is the first class, the value `white` the second."""
-    classes, _ = class_list(entries or [Entry("background"), Entry("foreground")])
-    note = f"masks hold 0 and {white}: read as 0 = {classes[0][0]}, 1 = {classes[1][0]}"
-    return MaskMeaning(classes, value_table({IGNORE: IGNORE, 0: 0, white: 1}), [note])
-
-
-def unnamed_values(values, first_masks):
-    """0..K-1 are classes without names, 255 is ignored. Raises InputError for other values."""
+def unnamed_entries(values, first_masks):
+    """Return the [Entry] of mask values 0..K-1 and 255. Raises InputError for others."""
     counted = [value for value in values if value != IGNORE]
     if counted != list(range(len(counted))) or not 2 <= len(counted) <= MOST_CLASSES:
         odd = next((value for id, value in enumerate(counted) if value != id), values[0])
         raise InputError(f"the masks hold the values {ranges(values)}, which are not 0..K-1 ({odd} first in "
                          f"{first_masks[odd]}): repair them, or name them in classes.txt, one name per line")
-    classes, _ = class_list([Entry(f"class {value}" if value else "background") for value in counted])
-    note = f"no classes.txt: the masks hold {len(counted)} classes"
-    return MaskMeaning(classes, index_table(len(classes)), [note])
+    return [Entry(f"class {value}" if value else "background", None, value) for value in counted]
 
 
 # --- pixels of the classes --------------------------------------------------------------------------------
 def codes_of(mask, table):
-    """Return what a value table decodes of a mask's MaskFacts: its colors for a table of colors, else its
-    values; None where it has none.
-    """
+    """Return the colors of MaskFacts for a value table of colors, else the values; None without."""
     return mask.colors if len(table) > 65536 else mask.values
 
 

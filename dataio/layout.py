@@ -7,10 +7,12 @@ The names of folders tell what lies in them (images, masks), for which split (tr
 group (whatever else is in the name: `drive1/images` and `drive1/masks`). Where no name tells where the masks
 are, the files do: masks hold few values, in long runs. Lists such as train.txt may split what was paired.
 """
+import os
 import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +36,7 @@ OTHER_FOLDERS = {"object", "objects", "instance", "instances", "inst", "panoptic
                  "bbox", "overlay", "overlays", "vis", "viz", "visualization", "preview", "previews"}
 CONTENTS = {"other": OTHER_FOLDERS, "masks": MASK_FOLDERS, "images": IMAGE_FOLDERS}  # the first one counts
 NOISE = {"dir", "folder", "set", "data", "png", "jpg", "class", "raw", "files", "of", "the", "and", "jpeg"}
-KNOWN_WORDS = set().union(*CONTENTS.values(), SPLIT_OF, NOISE)
+KNOWN_WORDS = NOISE.union(SPLIT_OF, *CONTENTS.values())
 
 # Words in the names of files: beside its image's name in a mask's, beside what both share in an image's.
 MASK_WORDS = ("masks?|labels?|gt|ground_?truth|seg|segmentation|annotations?|annot|ann|trimap|"
@@ -53,7 +55,7 @@ NAMES_IN_MESSAGE, FOLDERS_IN_MESSAGE = 2, 8
 class FolderContent:
     """Images and masks of a folder: {split: [Sample]}, and {split: [Path]} of files without a partner.
 
-    notes: lines on what was taken for what; doubts: what may have been taken wrongly; entries: the classes
+    notes, doubts: lines on how the files were understood and what of that may be wrong; entries: the classes
     as [labels.Entry], where the files that the masks were drawn from name them.
     """
 
@@ -114,18 +116,16 @@ def existing(samples):
 def find_pairs(root):
     """Return the FolderContent of `root`. Raises NoMasks, which describes the folder, and InputError."""
     paths = list_images(root, MASK_ENDINGS)
-    base = common_folder(root, paths)
-    roles = {folder: role_of(folder.relative_to(base).parts) for folder in {path.parent for path in paths}}
-    roles = {path: roles[path.parent] for path in paths}
+    base = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
+    roles = {path: role_of(path.parent.relative_to(base).parts) for path in paths}
     reason = ""
-    for tell_apart in (by_folder_names, by_bare_folders, by_outer_names, by_file_names, by_content):
-        images, masks = tell_apart(roles)
+    for images, masks, is_sure in told_apart(roles):
         if not images or not masks:
             continue
         try:
             content = pair_splits(images, masks)
         except InputError as error:
-            if tell_apart is not by_content:
+            if is_sure:
                 raise
             reason = str(error)
             continue
@@ -139,20 +139,8 @@ def find_pairs(root):
                   f"{reason or KNOWN_LAYOUTS}")
 
 
-def common_folder(root, paths):
-    """Return the folder below which all image files lie: the names of those around everything tell nothing.
-    """
-    base = Path(root)
-    while paths and all(path.parent != base for path in paths):
-        below = {path.relative_to(base).parts[0] for path in paths}
-        if len(below) > 1:
-            break
-        base = base / below.pop()
-    return base
-
-
 class FolderRole(NamedTuple):
-    """What the names of the folders above a file tell. content: images, masks, other or "" (nothing), of the
+    """What the names of the folders above a file tell. content: images, masks, other or "" (nothing) by the
     innermost name that tells; below_masks: whether any of them means masks.
     """
 
@@ -162,9 +150,9 @@ class FolderRole(NamedTuple):
     below_masks: bool = False
 
 
+@cache
 def role_of(names):
-    """Return the FolderRole of the files of a folder from the names of it and those above, outermost first.
-    """
+    """Return the FolderRole of the names (a tuple) of a folder and those above it, outermost first."""
     content, split, group, below_masks = "", "", [], False
     for name in reversed(names):
         words = words_of(name)
@@ -184,44 +172,29 @@ def words_of(name):
     return re.findall(r"[a-z]+|\d+", spaced.lower())
 
 
-# Ways to tell images and masks apart: f({path: FolderRole}) -> the same of the images and of the masks.
-def by_folder_names(roles):
-    """Images and masks lie in folders called so."""
-    return with_content(roles, "images"), with_content(roles, "masks")
+def told_apart(roles):
+    """Yield the ways to tell images and masks apart, the surest first: ({path: FolderRole} of the images, the
+    same of the masks, whether names tell them apart, and not the files' content).
+    """
+    def with_content(content):
+        return {path: role for path, role in roles.items() if role.content == content}
 
-
-def by_bare_folders(roles):
-    """Masks lie in folders called so, images in folders whose name tells nothing: train and train_masks."""
-    return with_content(roles, ""), with_content(roles, "masks")
-
-
-def by_outer_names(roles):
-    """Masks lie anywhere below a folder called so: masks/images beside images/images."""
-    return divided(roles, {path for path, role in roles.items() if role.below_masks})
-
-
-def by_file_names(roles):
-    """Images and masks lie in the same folder: a.jpg or a_sat.jpg beside a_mask.png."""
+    yield with_content("images"), with_content("masks"), True
+    yield with_content(""), with_content("masks"), True  # train and train_masks
+    # masks/images beside images/images
+    yield *divided(roles, {path for path, role in roles.items() if role.below_masks}), True
+    # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
     image_names = {(path.parent, name) for path in roles
                    for name in (path.stem, common_name(path, IMAGE_AFFIX))}
     mask_names = {path: common_name(path, MASK_AFFIX) for path in roles}
-    return divided(roles, {path for path, name in mask_names.items()
-                           if name != path.stem and (path.parent, name) in image_names})
-
-
-def by_content(roles):
-    """Masks are the files of one ending in one folder that look like masks; a few of each are opened."""
-    kinds = {}
-    for path, role in roles.items():
-        if role.content != "other":
-            kinds.setdefault((path.parent, path.suffix), []).append(path)
+    yield *divided(roles, {path for path, name in mask_names.items()
+                           if name != path.stem and (path.parent, name) in image_names}), True
+    # by their looks: all files of an ending in a folder, of which a few are opened
+    others, kinds = {path: role for path, role in roles.items() if role.content != "other"}, {}
+    for path in others:
+        kinds.setdefault((path.parent, path.suffix), []).append(path)
     masks = {path for files in kinds.values() if all_look_like_masks(files) for path in files}
-    return divided({path: role for path, role in roles.items() if role.content != "other"}, masks)
-
-
-def with_content(roles, content):
-    """Return the items of {path: FolderRole} that have a content."""
-    return {path: role for path, role in roles.items() if role.content == content}
+    yield *divided(others, masks), False
 
 
 def divided(roles, masks):
@@ -236,10 +209,7 @@ def all_look_like_masks(files):
 
 
 def looks_like_mask(path):
-    """Return whether a file holds few values or colors, in long runs, as a mask does and a photo does not.
-
-    A JPEG mask holds many, but few of them often.
-    """
+    """Return whether most of a file's pixels are of few values, in long runs: a mask, not a photo."""
     try:
         codes = decode_mask(path).codes
     except InputError:
@@ -262,13 +232,17 @@ def pair_splits(images, masks):
     if "train" not in image_splits and any(not role.split for role in images.values()):
         splits.insert(0, "")
     for split in splits:
-        split_images = groups_of(images, split if image_splits else None)
-        split_masks = groups_of(masks, split if image_splits and mask_splits else None)
-        pairs, name = match_in_groups(split_images, split_masks), split or "train"
+        name = split or "train"
+        split_images = {path: role.group for path, role in images.items() if role.split == split}
+        split_masks = {path: role.group for path, role in masks.items()
+                       if role.split == split or not image_splits or not mask_splits}
+        pairs = match(split_images, split_masks)
         if not split_masks:  # as the test images of a contest
-            content.notes.append(f"not used: {count_of(len(split_images), 'image')} of {name}, without any "
-                                 "mask")
+            content.notes.append(f"not used: {count_of(len(split_images), 'image')} of {name}, without masks")
             continue
+        if not pairs.samples:  # the groups may differ: roads/ and roads_gt/
+            with suppress(InputError):
+                pairs = match(dict.fromkeys(split_images, ()), dict.fromkeys(split_masks, ()))
         content.splits[name] = pairs.samples
         content.images_without_mask[name] = pairs.images_without_mask
         content.masks_without_image[name] = without_copies(pairs.masks_without_image, pairs.samples)
@@ -278,23 +252,8 @@ def pair_splits(images, masks):
     return content
 
 
-def groups_of(roles, split=None):
-    """Return {path: group} of {path: FolderRole}, of all or of the files of a split."""
-    return {path: role.group for path, role in roles.items() if split is None or role.split == split}
-
-
-def match_in_groups(images, masks):
-    """Return match() of {path: group}, without regard to the groups where none pair: roads/, roads_gt/."""
-    pairs = match(images, masks)
-    if not pairs.samples:
-        with suppress(InputError):
-            return match(dict.fromkeys(images, ()), dict.fromkeys(masks, ()))
-    return pairs
-
-
 def without_copies(masks, samples):
-    """Return the paths of masks without those that are another drawing of a pair: x_color.png beside x.png.
-    """
+    """Return masks without those that are another drawing of a pair: x_color.png beside x.png."""
     names = {common_name(sample.image, affix) for sample in samples for affix in (None, IMAGE_AFFIX)}
     others = []
     for path in masks:
@@ -316,13 +275,10 @@ IMAGE_AFFIX = affix_pattern(IMAGE_WORDS)
 
 
 def common_name(path, affix=None):
-    """Return the name of a file without its ending and, with an affix pattern, without what it takes off.
-
-    The ending of an image within a mask's name (1.jpg.png) goes too then.
-    """
-    stem = path.stem  # inner dots stay
+    """Return the stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png is 1 then."""
     if affix is None:
-        return stem
+        return path.stem
+    stem = path.stem
     while Path(stem).suffix.lower() in IMAGE_ENDINGS:
         stem = Path(stem).stem
     return affix.fullmatch(stem)[1]
@@ -343,23 +299,24 @@ def match(images, masks):
 
     Raises InputError for two files of a side that have the same name.
     """
-    def by_name(image_affix, mask_affix):
-        return index_by_name(images, image_affix), index_by_name(masks, mask_affix)
+    def count_shared(sides):
+        return len(sides[0].keys() & sides[1].keys())
 
-    def names_of_both(sides):
-        return sides[0].keys() & sides[1].keys()
-
-    best = max(by_name(None, None), by_name(None, MASK_AFFIX), by_name(IMAGE_AFFIX, MASK_AFFIX),
-               key=lambda sides: len(names_of_both(sides)))
-    if images and masks and not names_of_both(best):
+    affixes = (None, None), (None, MASK_AFFIX), (IMAGE_AFFIX, MASK_AFFIX)
+    sides = max(((index_by_name(images, image_affix), index_by_name(masks, mask_affix))
+                 for image_affix, mask_affix in affixes), key=count_shared)
+    if images and masks and not count_shared(sides):
         distinctive = index_by_distinct_words(images), index_by_distinct_words(masks)
-        sizes = {len(side) for side in (images, masks, *distinctive)}
-        if distinctive[0].keys() == distinctive[1].keys() and len(sizes) == 1:
-            best = distinctive
-    images_by_name, masks_by_name = best
-    refuse_equal_names(images_by_name)
-    refuse_equal_names(masks_by_name)
-    names = names_of_both(best)
+        if count_shared(distinctive) == len(images) == len(masks):
+            sides = distinctive
+    for by_name in sides:
+        for first, second in (paths[:2] for paths in by_name.values() if len(paths) > 1):
+            if first.parent != second.parent:
+                raise InputError(f"{first.parent} and {second.parent} both hold {first.stem}: move one of "
+                                 "these folders away, or give it the name of the images that it belongs to")
+            raise InputError(f"{first} and {second} have the same name: remove the one that is not meant")
+    images_by_name, masks_by_name = sides
+    names = images_by_name.keys() & masks_by_name.keys()
     return Pairs([Sample(images_by_name[name][0], masks_by_name[name][0]) for name in sorted(names)],
                  [images_by_name[name][0] for name in sorted(images_by_name.keys() - names)],
                  [masks_by_name[name][0] for name in sorted(masks_by_name.keys() - names)])
@@ -383,25 +340,14 @@ def index_by_distinct_words(groups):
     return by_words
 
 
-def refuse_equal_names(by_name):
-    """Raise InputError where a name of {name: [path]} has two files."""
-    for first, second in (paths[:2] for paths in by_name.values() if len(paths) > 1):
-        if first.parent != second.parent:
-            raise InputError(f"{first.parent} and {second.parent} both hold {first.stem}: move one of these "
-                             "folders away, or give it the name of the images that it belongs to")
-        raise InputError(f"{first} and {second} have the same name: remove the one that is not meant")
-
-
 def pair_files(image_folder, mask_folder):
     """Return the Samples of two folders, in which sub-folders have the same names.
 
     Raises InputError for an empty folder, for names of which none pair, for an image without mask or a mask
     without image, and as match() does.
     """
-    def groups_below(folder):
-        return {path: path.parent.relative_to(folder).as_posix() for path in list_images(folder)}
-
-    images, masks = groups_below(image_folder), groups_below(mask_folder)
+    images, masks = ({path: path.parent.relative_to(folder) for path in list_images(folder)}
+                     for folder in (image_folder, mask_folder))
     if not images or not masks:
         raise InputError(f"no images in {mask_folder if images else image_folder} (endings "
                          f"{' '.join(IMAGE_ENDINGS)})")
@@ -423,11 +369,10 @@ def refuse_unpaired(paths, partner):
 
 def names_differ(images, masks):
     """Return why names did not pair, as text: two names of each side, and what was tried."""
-    def first_names(paths):
-        return ", ".join(path.name for path in sorted(paths)[:NAMES_IN_MESSAGE])
-
-    return (f"images are called {first_names(images)}, masks {first_names(masks)}; tried were equal names, "
-            "and names without image, img, ... and mask, label, gt, seg, ... at either end: rename one side")
+    image_names, mask_names = (", ".join(path.name for path in sorted(paths)[:NAMES_IN_MESSAGE])
+                               for paths in (images, masks))
+    return (f"images are called {image_names}, masks {mask_names}; tried were equal names, and names without "
+            "image, img, ... and mask, label, gt, seg, ... at either end: rename one side")
 
 
 # --- lists of the splits ----------------------------------------------------------------------------------
@@ -437,7 +382,9 @@ def use_lists(content, root, base):
     Entries are names or paths of images, with or without ending, alone or followed by the mask's. Raises
     InputError for an entry that is not an image with a mask.
     """
-    paths = list_files(root, base)
+    folders = dict.fromkeys(top / name for top in (root, base) for name in LIST_FOLDERS)
+    paths = [path for folder in folders for path in sorted(folder.glob("*.txt"))
+             if set(words_of(path.stem)) & SPLIT_OF.keys()]
     by_stem = {}
     for sample in content.splits.get("train", []):
         by_stem.setdefault(sample.image.stem, []).append(sample)
@@ -454,24 +401,21 @@ def use_lists(content, root, base):
         return
     splits = {}
     for split, samples_of in entries.items():
-        splits[split] = [only_sample(lists[split], entry, samples) for entry, samples in samples_of.items()]
+        for entry, samples in samples_of.items():
+            if len(samples) != 1:
+                reason = f"{samples[0].image} and {samples[1].image} have that name" if samples else \
+                    "there is no image of that name with a mask"
+                raise InputError(f"{lists[split]} lists {entry}, and {reason}: correct the list, or rename "
+                                 "it if it is not the list of this split")
+        splits[split] = [sample for sample, in samples_of.values()]
     unlisted = set(content.splits["train"]).difference(*splits.values())
     content.splits, content.images_without_mask, content.masks_without_image = splits, {}, {}
     not_used = f"; {count_of(len(unlisted), 'pair')} on none of them: not used" if unlisted else ""
     content.notes.append(f"split by {relative_names([lists[split] for split in entries], root)}{not_used}")
 
 
-def list_files(root, base):
-    """Return the .txt files in LIST_FOLDERS that are called like a split."""
-    folders = dict.fromkeys(top / name for top in (root, base) for name in LIST_FOLDERS)
-    return [path for folder in folders for path in sorted(folder.glob("*.txt"))
-            if set(words_of(path.stem)) & SPLIT_OF.keys()]
-
-
 def lists_by_split(paths):
-    """Return {split: path} of list files, train.txt before train_fold1.txt. Raises InputError for two of one
-    split.
-    """
+    """Return {split: path} of list files, train.txt before train_fold1.txt. Raises InputError for two."""
     def is_exact(path):
         return path.stem.lower() in SPLIT_OF
 
@@ -487,9 +431,7 @@ def lists_by_split(paths):
 
 
 def samples_of_entry(entry, by_stem):
-    """Return the Samples of {stem: [Sample]} that an entry of a list file may mean: of its name, and of those
-    the ones that lie in most of the folders that it names, in their order.
-    """
+    """Return those Samples of {stem: [Sample]} that fit the name and the folders of a list entry best."""
     for text in (entry, re.split(r"[\s,;]+", entry)[0]):
         name = Path(text)
         samples = by_stem.get(name.name) or by_stem.get(name.stem) or []
@@ -509,16 +451,6 @@ def count_shared_folders(names, folders):
     return count
 
 
-def only_sample(path, entry, samples):
-    """Return the one Sample that an entry of a list file means. Raises InputError for none or several."""
-    if len(samples) == 1:
-        return samples[0]
-    reason = f"{samples[0].image} and {samples[1].image} have that name" if samples else \
-        "there is no image of that name with a mask"
-    raise InputError(f"{path} lists {entry}, and {reason}: correct the list, or rename it if it is not the "
-                     "list of this split")
-
-
 def relative_names(paths, root):
     """Return the paths below `root` as text."""
     return ", ".join(str(path.relative_to(root)) for path in paths)
@@ -529,15 +461,9 @@ KNOWN_LAYOUTS = ("it needs images/ and masks/, or train/images train/masks val/i
                  "images/train masks/train images/val masks/val, or train_images train_labels valid_images "
                  "valid_labels")
 ANNOTATIONS = (  # ending, what the text of such a file holds, what it is; the first that fits counts
-    (".npz", "", "NumPy arrays"), (".mat", "", "MATLAB files"), (".svg", "", "drawings"),
-    (".tfrecord", "", "TFRecords"),
-    (".json", '(?s)(?=.*"images")(?=.*"annotations")', "COCO annotations"),
-    (".json", '(?s)(?=.*"shapes")(?=.*"imagePath")', "labelme polygons"),
     (".json", '(?s)(?=.*"objects")(?=.*"imgHeight")', "Cityscapes polygons"),
-    (".json", '(?s)(?=.*"objects")(?=.*"size")', "Supervisely annotations"),
     (".json", '"_via_img_metadata"', "VIA annotations"),
     (".json", '(?s)(?=.*"data")(?=.*"annotations")', "Label Studio annotations"),
-    (".json", r'\{\s*"', "JSON annotations"),
     (".txt", r"\A(?:\d+(?: [01]?\.?\d+ [01]?\.?\d+){3,}\s*)+\Z", "YOLO polygons without their data.yaml"),
     (".txt", r"\A(?:\d+(?: [01]?\.?\d+){4}\s*)+\Z", "YOLO boxes, which hold no shapes"),
     (".xml", "<annotation>", "VOC boxes, which hold no shapes"),
@@ -550,20 +476,25 @@ def report_folders(content, paths, root):
     images = [sample.image for sample in content.samples]
     masks = [sample.mask for sample in content.samples]
     content.notes.insert(0, f"images: {count_by_folder(images, root)}; masks: {count_by_folder(masks, root)}")
-    used = {*images, *masks}
-    for unpaired in (content.images_without_mask, content.masks_without_image):
-        used.update(*unpaired.values())
+    used = {*images, *masks}.union(*content.images_without_mask.values(),
+                                   *content.masks_without_image.values())
     unused = sorted(set(paths) - used)
     if not unused:
         return
     content.notes.append(f"not used: {count_by_folder(unused, root)}")
-    fewest, by_folder = min(Counter(path.parent for path in masks).values()), {}
-    for path in unused:
-        by_folder.setdefault(path.parent, []).append(path)
-    for folder, files in by_folder.items():
+    fewest = min(Counter(path.parent for path in masks).values())
+    for folder, files in files_by_folder(unused).items():
         if len(files) >= fewest and all_look_like_masks(files):
             content.doubts.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks "
                                   "too: if it is what you want to learn, move the other folder of masks away")
+
+
+def files_by_folder(paths):
+    """Return {folder: [path]}."""
+    folders = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+    return folders
 
 
 def count_by_folder(paths, root):
@@ -579,28 +510,21 @@ def shortened(texts):
 
 
 def describe_folder(root, pictures):
-    """Return what lies below `root` as text: the folders, how many files they hold and what these look like.
-
-    pictures: the paths of those files that are images or masks.
-    """
-    by_folder = {}
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and not is_hidden(path, root):
-            by_folder.setdefault(path.parent, []).append(path)
+    """Return as text what each folder below `root` holds; pictures: the set of images and masks."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not is_hidden(path, root)]
     texts = []
-    for folder, files in by_folder.items():
-        own = [path for path in files if path in pictures]
-        others = [path for path in files if path not in pictures]
-        kinds = [f"{count_of(len(own), 'picture')} ({looks_of(own)})"] if own else []
-        kinds += [f"{count_of(len(others), 'file')} ({format_of(others)})"] if others else []
+    for folder, paths in files_by_folder(files).items():
+        own = [path for path in paths if path in pictures]
+        others = [path for path in paths if path not in pictures]
+        kinds = []
+        if own:
+            looks = [looks_like_mask(path) for path in evenly_sampled(own, SAMPLED)]
+            kind = "masks" if 2 * sum(looks) > len(looks) else "photos"
+            kinds.append(f"{count_of(len(own), 'picture')} ({kind}, by their looks)")
+        if others:
+            kinds.append(f"{count_of(len(others), 'file')} ({format_of(others)})")
         texts.append(f"{folder.relative_to(root).as_posix()}/ holds {' and '.join(kinds)}")
     return shortened(texts) or "it is empty"
-
-
-def looks_of(pictures):
-    """Return whether picture files look like photos or like masks."""
-    like_masks = [looks_like_mask(path) for path in evenly_sampled(pictures, SAMPLED)]
-    return "masks, by their looks" if 2 * sum(like_masks) > len(like_masks) else "photos, by their looks"
 
 
 def format_of(files):
@@ -611,7 +535,5 @@ def format_of(files):
     example = next(path for path in files if path.suffix.lower() == ending)
     is_text = ending in (".json", ".txt", ".xml")
     text = example.read_text(encoding="utf-8", errors="replace") if is_text else ""
-    for known, pattern, name in ANNOTATIONS:
-        if known == ending and re.search(pattern, text):
-            return f"{name}, not read: export masks as PNG"
-    return f"{ending or 'without ending'}, not images"
+    names = [name for known, pattern, name in ANNOTATIONS if known == ending and re.search(pattern, text)]
+    return f"{[*names, ending or 'without ending'][0]}, not read: export masks as PNG"

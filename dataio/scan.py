@@ -7,7 +7,6 @@ import hashlib
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import InputError
-from dataio.readers import DECODE_ERRORS, DEPTH, decode_mask, open_photo, stored_size, to_rgb
+from dataio.readers import (DECODE_ERRORS, DEPTH, decode_mask, open_photo, stored_size, to_rgb,
+                            upright_size)
 
 LOOK = 16  # side of the difference hash: 16 x 16 bits
 MOST_VALUES = 4096  # distinct values in a mask; more is a photo or was blurred
@@ -54,42 +54,9 @@ class ImageFacts(NamedTuple):
     depth: int
 
 
-@dataclass
-class ScannedData:
-    """A data set all of whose files were read once, without those that cannot be read.
-
-    splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
-    [labels.Entry] that annotation files name, else None. What the masks mean: classes and table as in
-    DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: a dataio.advice.Advice
-    where there is something to decide first.
-    """
-
-    name: str
-    root: Path
-    splits: dict
-    images: dict = field(default_factory=dict)
-    masks: dict = field(default_factory=dict)
-    entries: list = None
-    classes: list = None
-    table: np.ndarray = None
-    pixels: dict = None
-    advice: object = None
-
-    @property
-    def samples(self):
-        """All samples, each once."""
-        return list(dict.fromkeys(sample for samples in self.splits.values() for sample in samples))
-
-    def mask_facts(self):
-        """Return the MaskFacts of all samples."""
-        return [self.masks[sample] for sample in self.samples]
-
-
 def fits(mask_size, image_size, orientation):
-    """Return whether a mask (H, W) lies pixel on pixel over an image stored as (H, W) with that orientation.
-    """
-    turned = image_size[::-1] if orientation >= 5 else image_size  # 5 to 8 turn by 90 degrees
-    return mask_size in (image_size, turned)
+    """Return whether a mask (H, W) fits an image stored as (H, W), as stored or turned upright."""
+    return mask_size in (image_size, upright_size(image_size, orientation))
 
 
 def distinct(codes):
@@ -103,22 +70,17 @@ def distinct(codes):
 
 def scan_mask(path):
     """Return the MaskFacts of a file. Raises InputError where it is damaged or not a class mask at all."""
-    facts = read_mask_facts(path)
-    if len(facts.counts) > (MOST_BLURRED if facts.kind == "JPEG" else MOST_VALUES):
-        raise InputError(f"{path} holds {len(facts.counts)} different values: it is not a class mask, or a "
-                         "lossy format blurred it; export it again as PNG")
-    return facts
-
-
-def read_mask_facts(path):
-    """Return the MaskFacts of a file, whatever it holds. Raises InputError where it is damaged."""
     mask = decode_mask(path)
-    shape, values = mask.pixels.shape[:2], mask.values
+    values = mask.values
     if values is None:
-        return MaskFacts(shape, mask.mode, mask.kind, None, *distinct(mask.colors))
-    values, counts = distinct(values.astype(np.int32))
-    colors = mask.color_of(values) if mask.pixels.ndim == 2 else values * 0x010101
-    return MaskFacts(shape, mask.mode, mask.kind, values, colors, counts)
+        colors, counts = distinct(mask.colors)
+    else:
+        values, counts = distinct(values.astype(np.int32))
+        colors = mask.color_of(values) if mask.pixels.ndim == 2 else values * 0x010101
+    if len(counts) > (MOST_BLURRED if mask.kind == "JPEG" else MOST_VALUES):
+        raise InputError(f"{path} holds {len(counts)} different values: it is not a class mask, or a lossy "
+                         "format blurred it; export it again as PNG")
+    return MaskFacts(mask.pixels.shape[:2], mask.mode, mask.kind, values, colors, counts)
 
 
 def scan_image(path):
@@ -135,17 +97,13 @@ def scan_image(path):
             small = np.asarray(rgb.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
         except DECODE_ERRORS as error:
             raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
-    bits = small[:, 1:] > small[:, :-1]  # (LOOK, LOOK)
-    look = np.packbits(bits).view(np.uint64)
+    look = np.packbits(small[:, 1:] > small[:, :-1]).view(np.uint64)
     digest = hashlib.blake2b(content, digest_size=16).digest()
     return ImageFacts(size, mode, orientation, digest, look, rgb.info.get(DEPTH, 8))
 
 
 def in_parallel(function, items, title):
-    """Return [function(item)] with threads (decoding frees the interpreter) and a progress bar.
-
-    An InputError becomes the item's result instead of ending the scan.
-    """
+    """Return [function(item)], computed in threads; an InputError becomes the result of its item."""
     def careful(item):
         try:
             return function(item)

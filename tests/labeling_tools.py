@@ -33,10 +33,8 @@ def outlines(mask, id):
 
 
 def shapes(mask):
-    """Yield (id, outline) of a mask."""
-    for id in (1, 2):
-        for ring in outlines(mask, id):
-            yield id, ring
+    """Return [(id, outline)] of a mask."""
+    return [(id, ring) for id in (1, 2) for ring in outlines(mask, id)]
 
 
 def dump(path, content):
@@ -81,12 +79,6 @@ def runs(region):
     return [0, *lengths] if flat[0] else lengths
 
 
-def roboflow_coco(root):
-    """Roboflow's export: _annotations.coco.json beside the images of each split."""
-    head = [dict(id=0, name="things", supercategory="none")]
-    return coco(root, image="{split}/{name}.jpg", file="{split}/_annotations.coco.json", head=head)
-
-
 def labelme(root):
     """labelme: a JSON file beside each image."""
     truth = {}
@@ -113,11 +105,6 @@ def yolo(root, image="images/{split}/{name}.jpg", names=("car", "tree")):
     (root / "data.yaml").write_text(yaml.safe_dump(dict(path=".", train="images/train", val="images/val",
                                                         names=names, nc=2)))
     return truth
-
-
-def roboflow_yolo(root):
-    """Roboflow's export: {train,val}/{images,labels}, names as a list."""
-    return yolo(root, "{split}/images/{name}.jpg", names=["car", "tree"])
 
 
 def supervisely(root):
@@ -198,11 +185,13 @@ TOOLS = {
     "COCO": coco,
     "COCO, compressed run lengths": lambda root: coco(root, "compressed"),
     "COCO, plain run lengths": lambda root: coco(root, "plain", first_id=7),
-    "COCO, Roboflow": roboflow_coco,
+    "COCO, Roboflow": lambda root: coco(
+        root, image="{split}/{name}.jpg", file="{split}/_annotations.coco.json",
+        head=[dict(id=0, name="things", supercategory="none")]),
     "labelme": labelme,
     "YOLO, Ultralytics": yolo,
     "YOLO, names by number": lambda root: yolo(root, names={0: "car", 1: "tree"}),
-    "YOLO, Roboflow": roboflow_yolo,
+    "YOLO, Roboflow": lambda root: yolo(root, "{split}/images/{name}.jpg", names=["car", "tree"]),
     "Supervisely": supervisely,
     "Label Studio": label_studio,
     "Label Studio, without its JSON": lambda root: label_studio(root, tasks=False),

@@ -9,7 +9,7 @@ import pytest
 from conftest import blocks, load, real_data, write_folder, write_pair, write_tree
 from PIL import Image
 from test_scan import painted, photo
-from trees import TREES, frames
+from trees import TREES, follow_advice, frames, save
 
 import check_data
 import datasets
@@ -35,22 +35,10 @@ def write_photos(root, count=8, values=(0, 1, 2), first=0):
     return root
 
 
-def save(path, pixels, **options):
-    """Write an array as an image file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-
-
 def masks_of(root):
     """Yield (path, pixels) of all masks."""
     for path in sorted((root / "masks").iterdir()):
         yield path, np.array(Image.open(path))
-
-
-def take_advice(root, text):
-    """Write the classes.txt that check_data.py suggested, the last one of two."""
-    lines = re.findall(r"to .*classes.txt.*:\n((?: {6}.*\n)+)", text)[-1]
-    (root / "classes.txt").write_text("\n".join(line.strip() for line in lines.splitlines()) + "\n")
 
 
 # --- one fault each ---------------------------------------------------------------------------------------
@@ -159,22 +147,13 @@ def test_missing_roots_exit_with_2(tmp_path, run):
 
 
 # --- values and colors: what is advised works (more in test_folder.py) ------------------------------------
-@pytest.mark.parametrize("values", [(0, 85, 170), (7, 8, 11, 255), (1, 2)])
-def test_values_with_gaps_get_a_classes_txt_that_works(tmp_path, run, values):
-    root = write_photos(tmp_path / "data", values=values)
-    code, text, _ = check(run, root, tmp_path)
-    take_advice(root, text)
-    assert code == 1 and check(run, root, tmp_path)[0] == 0
-    assert len(load("folder", root).classes) == len(set(values) - {255})
-
-
 def test_primary_colors_and_black_masks_saved_as_gray_get_a_classes_txt_that_works(tmp_path, run):
     root = write_photos(tmp_path / "data")
     for path, mask in masks_of(root):
         save(path, np.eye(3, dtype=np.uint8)[mask] * 255 * (mask > 0)[..., None])
     save(root / "masks/03.png", np.zeros((60, 80), np.uint8))
     code, text, _ = check(run, root, tmp_path)
-    take_advice(root, text)
+    follow_advice(root, text, "advice")
     assert code == 1 and check(run, root, tmp_path)[0] == 0
     source = load("folder", root)
     assert len(source.classes) == 3
@@ -186,9 +165,7 @@ def test_a_16_bit_mask_among_painted_masks_is_a_problem(tmp_path, run):
     for path, mask in masks_of(root):
         save(path, painted(mask))
     save(root / "masks/03.png", np.full((60, 80), 300, np.uint16))
-    code, text, _ = check(run, root, tmp_path)
-    take_advice(root, text)
-    assert code == 1
+    follow_advice(root, check(run, root, tmp_path)[1], "advice")
     code, text, _ = check(run, root, tmp_path)
     assert code == 1 and "masks/03.png" in re.search("^problem: (.*)$", text, re.M)[1]
 
@@ -204,7 +181,7 @@ def test_rare_classes_are_not_accidents_and_scattered_pixels_are(tmp_path, run):
     code, text, items = check(run, root, tmp_path)
     assert code == 1 and [files[-1] for files in items["warning"]] == ["and 22 more"]
     assert "133" in re.search("^warning: (.*)$", text, re.M)[1]
-    take_advice(root, text)
+    follow_advice(root, text, "advice")
     assert load("folder", root).table[[0, 40, 90, 133, 200]].tolist() == [0, 1, 2, 255, 3]
 
 
@@ -222,14 +199,6 @@ def test_the_plain_list_of_all_names_is_advised_first_unless_values_are_grays(tm
     for values, count in (((0, 11, 97, 181), 2), ((0, 85, 170), 1)):
         _, text, items = check(run, write_photos(tmp_path / f"{values[1]}", values=values), tmp_path)
         assert len(items["to do"]) == count + 1 and ("182" in text) == (count == 2)  # the last is --fix
-
-
-def test_a_class_alone_is_a_problem_and_the_advice_starts_anew(tmp_path, run):
-    root = write_photos(tmp_path / "data", values=(0, 255))
-    (root / "classes.txt").write_text("sky\nroad\ncar\n")
-    code, text, _ = check(run, root, tmp_path)
-    assert code == 1 and "background = 0\n      class 1 = 255\n" in text
-    assert "sky" in re.search("^problem: (.*)$", text, re.M)[1]
 
 
 # --- splits -----------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_training_learns_every_class(name, tmp_path, run):
     ("pictures/of/cats", ("images", "", ("cats",))),
 ])
 def test_what_the_names_of_folders_tell(folders, role):
-    assert role_of(folders.split("/"))[:3] == role
+    assert role_of(tuple(folders.split("/")))[:3] == role
 
 
 def test_real_crackforest_pairs_by_suffix_in_any_case():

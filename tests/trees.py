@@ -6,7 +6,6 @@ A tree is written by a function root -> [Pair]: photos in which every class has 
 their masks.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -97,7 +96,6 @@ def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as
 
 def layout(image, mask, files=None, first=0):
     """Return a tree with index masks of three classes in a layout, and text files {path: text}."""
-
     def write(root):
         pairs = plain(root, image, mask, classes=3, first=first)
         write_texts(root, files or {})
@@ -108,7 +106,6 @@ def layout(image, mask, files=None, first=0):
 
 def encoded(encode, classes=2, mask="masks/{}.png", files=None, **options):
     """Return a tree images/ masks/ with masks that are encoded in some way, and text files beside them."""
-
     def write(root):
         pairs = plain(root, mask=mask, classes=classes, encode=encode, **options)
         write_texts(root, files or {})
@@ -148,7 +145,6 @@ def lists(folder=".", entry="{}", names=("train", "val")):
 
 def with_folder(tree, folder, names, split=None, mode="L"):
     """Return a tree with another folder of black pictures, of which nothing must be used."""
-
     def write(root):
         pairs = tree(root)
         for name in names:
@@ -160,7 +156,6 @@ def with_folder(tree, folder, names, split=None, mode="L"):
 
 def with_copies(tree, target, encode=as_ids):
     """Return a tree with a second file for each mask; target: its path with {} for the name."""
-
     def write(root):
         pairs = tree(root)
         for pair in pairs:
@@ -172,7 +167,6 @@ def with_copies(tree, target, encode=as_ids):
 
 def joined(**trees):
     """Return a tree that holds others in folders, called like a split where val is among them."""
-
     def write(root):
         pairs = []
         for name, tree in trees.items():
@@ -238,18 +232,17 @@ def blurred(mask, seed):
 
 def rare(root):
     """Values with a gap, one of them in three masks only."""
-    pairs = []
-    for seed in range(PAIRS):
-        pixels, ids = scene(seed, 3 if seed in (1, 5, 9) else 2)
-        pairs.append(Pair(root / f"images/{seed}.jpg", root / f"masks/{seed}.png", ids))
-        save(pairs[-1].image, pixels)
-        save(pairs[-1].mask, np.array([0, 7, 9], np.uint8)[ids])
+    pairs = plain(root, encode=values(0, 7))
+    for pair in pairs[1::4]:
+        pixels, ids = scene(int(pair.image.stem), 3)
+        save(pair.image, pixels)
+        save(pair.mask, np.array([0, 7, 9], np.uint8)[ids])
+        pair.ids[:] = ids
     return pairs
 
 
 def arrays(change):
     """Return a tree with masks as NumPy files; change: (H, W) uint8 -> what is stored."""
-
     def write(root):
         pairs = plain(root, classes=3)
         for pair in pairs:
@@ -270,27 +263,19 @@ def checkpoints_of_notebooks(root):
     return pairs
 
 
-def twelve_bit(root):
-    """Gray images of a 12-bit camera in 16-bit files."""
-    pairs = []
-    for seed in range(PAIRS):
-        pixels, ids = scene(seed, 2)
-        pairs.append(Pair(root / f"images/{seed}.png", root / f"masks/{seed}.png", ids))
-        save(pairs[-1].image, pixels[..., 0].astype(np.uint16) * 16)
-        save(pairs[-1].mask, ids)
-    return pairs
+def deep_images(change, ending):
+    """Return a tree of images of more than 8 bit; change: (H, W, 3) uint8 -> what OpenCV stores."""
+    def write(root):
+        pairs = []
+        for pair in plain(root, "images/{}.png"):
+            path = pair.image.with_suffix(ending)
+            pixels = change(np.array(Image.open(pair.image)))
+            pair.image.unlink()
+            cv2.imwrite(str(path), pixels)
+            pairs.append(pair._replace(image=path))
+        return pairs
 
-
-def deep_tiff(root):
-    """Three channels of 16 bit, which PIL does not read."""
-    pairs = []
-    for seed in range(PAIRS):
-        pixels, ids = scene(seed, 2)
-        pairs.append(Pair(root / f"images/{seed}.tif", root / f"masks/{seed}.png", ids))
-        save(pairs[-1].mask, ids)
-        (root / "images").mkdir(exist_ok=True)
-        cv2.imwrite(str(pairs[-1].image), pixels[..., ::-1].astype(np.uint16) * 257)
-    return pairs
+    return write
 
 
 def frames(root, step=4):
@@ -313,26 +298,14 @@ def images_only(root):
     return []
 
 
-def coco(root):
-    """COCO without categories."""
-    images_only(root)
-    (root / "annotations").mkdir()
-    content = dict(images=[], annotations=[], categories=[])
-    (root / "annotations/instances.json").write_text(json.dumps(content))
+def annotated(files):
+    """Return a tree of images with annotation files {path with {} for the number: text}."""
+    def write(root):
+        images_only(root)
+        write_texts(root, {path.format(number): text.replace("NUMBER", str(number))
+                           for path, text in files.items() for number in range(PAIRS)})
 
-
-def yolo(root):
-    """YOLO polygons without data.yaml."""
-    images_only(root)
-    write_texts(root, {f"labels/{number}.txt": "0 0.1 0.1 0.5 0.1 0.5 0.6\n" for number in range(PAIRS)})
-
-
-def labelme(root):
-    """labelme files without a shape."""
-    images_only(root)
-    for number in range(PAIRS):
-        text = json.dumps(dict(shapes=[], imagePath=f"{number}.jpg"))
-        (root / f"images/{number}.json").write_text(text)
+    return write
 
 
 # --- the trees --------------------------------------------------------------------------------------------
@@ -430,9 +403,13 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
         lambda root: write_texts(root, {"train.txt": "north/0\n3\n"}) or joined(
             north=PLAIN, south=PLAIN)(root), refused=("train.txt", "3.jpg")),
     ".ipynb_checkpoints/": Tree(checkpoints_of_notebooks, THREE),
-    "COCO JSON without classes": Tree(coco, refused=("instances.json",)),
-    "YOLO TXT without data.yaml": Tree(yolo, refused=("labels/", "data.yaml")),
-    "labelme JSON without shapes": Tree(labelme, refused=("0.json",)),
+    "COCO JSON without classes": Tree(
+        annotated({"annotations/instances.json": '{"images": [], "annotations": [], "categories": []}'}),
+        refused=("instances.json",)),
+    "YOLO TXT without data.yaml": Tree(
+        annotated({"labels/{}.txt": "0 0.1 0.1 0.5 0.1 0.5 0.6\n"}), refused=("labels/", "data.yaml")),
+    "labelme JSON without shapes": Tree(
+        annotated({"images/{}.json": '{"shapes": [], "imagePath": "NUMBER.jpg"}'}), refused=("0.json",)),
 }
 ENCODINGS = {
     "0 255": Tree(encoded(values(0, 255)), BINARY),
@@ -495,8 +472,10 @@ ENCODINGS = {
         encoded(painted, 3, mask="masks/{}.jpg", quality=90), PAINTED, "fix", lossy=True),
     "JPEG, 0 1 2": Tree(encoded(values(0, 1, 2), 3, mask="masks/{}.jpg"), refused=("masks/0.jpg",)),
     "PNG, resized with interpolation": Tree(encoded(blurred), TWO, "fix", lossy=True),
-    "12-bit gray images": Tree(twelve_bit, TWO),
-    "16-bit RGB TIFF images": Tree(deep_tiff, TWO),
+    "12-bit gray images": Tree(
+        deep_images(lambda pixels: pixels[..., 0].astype(np.uint16) * 16, ".png"), TWO),
+    "16-bit RGB TIFF images": Tree(
+        deep_images(lambda pixels: pixels[..., ::-1].astype(np.uint16) * 257, ".tif"), TWO),
     "40 frames of a clip": Tree(frames, TWO),
 }
 TREES = LAYOUTS | ENCODINGS

@@ -53,7 +53,12 @@ def find_masks(root):
 def draw_annotations(root, tool, annotations):
     """Draw the masks of Annotations and return the layout.FolderContent. Raises InputError."""
     images = sorted(annotations.images, key=lambda image: image.path)
-    refuse_repeats(images)
+    sources = {}
+    for image in images:
+        if image.path in sources:
+            raise InputError(f"{sources[image.path]} and {image.source} are both of the image {image.path}: "
+                             "remove one of them")
+        sources[image.path] = image.source
     shapes = [shape for image in images for shape in image.shapes]
     drawn = [shape for shape in shapes if shape.draw]
     classes = annotations.classes or sorted({shape.label for shape in drawn})
@@ -61,7 +66,13 @@ def draw_annotations(root, tool, annotations):
     target, splits = masks_folder(root, annotations.files, images), {}
 
     def write_mask(image, folder):
-        draw_mask(image, values, mask_path(image, root, folder))
+        mask = np.zeros(image.size, np.uint8)
+        for shape in image.shapes:
+            if shape.draw:
+                mask[shape.draw(size=image.size)] = values[shape.label]
+        path = mask_path(image, root, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
 
     fill_folder(target, write_mask, images, "drawing masks")
     for image in images:
@@ -70,34 +81,19 @@ def draw_annotations(root, tool, annotations):
     note = (f"{tool} annotations: {count_of(len(drawn), 'shape')} drawn over "
             f"{count_of(len(images), 'image')}, {annotations.order}; the rest is background; masks in "
             f"{target}")
-    pairs = FolderContent(splits, {}, {}, [note], doubts_of(shapes), entries)
-    use_lists(pairs, root, root)
-    pairs.splits.setdefault("train", [])
-    return pairs
-
-
-def refuse_repeats(images):
-    """Raise InputError where two entries describe one image."""
-    sources = {}
-    for image in images:
-        if image.path in sources:
-            raise InputError(f"{sources[image.path]} and {image.source} are both of the image {image.path}: "
-                             "remove one of them")
-        sources[image.path] = image.source
-
-
-def doubts_of(shapes):
-    """Return the warnings about [Shape]."""
     kinds = Counter(shape.kind for shape in shapes if not shape.draw)
     counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
-    return [f"not drawn, because they enclose nothing: {counts}"] if kinds else []
+    doubts = [f"not drawn, because they enclose nothing: {counts}"] if kinds else []
+    content = FolderContent(splits, {}, {}, [note], doubts, entries)
+    use_lists(content, root, root)
+    content.splits.setdefault("train", [])
+    return content
 
 
 def mask_values(classes, file):
     """Return ({label: mask value}, [labels.Entry]): 0 is what has no label, 1.. are the classes.
 
-    What is labeled as background has a value of its own: --unlabelled ignore keeps it. Raises InputError that
-    names the annotation file.
+    What is labeled as background has a value of its own: --unlabelled ignore keeps it. Raises InputError.
     """
     names = [name for name in classes if name.lower() not in BACKGROUND_NAMES | IGNORED_NAMES]
     if not 0 < len(names) < MOST_CLASSES:
@@ -105,14 +101,13 @@ def mask_values(classes, file):
                          f"{MOST_CLASSES - 1} are possible, beside the background")
     values = {name: value for value, name in enumerate(names, 1)}
     entries = [Entry("background", None, 0), *(Entry(name, None, value) for name, value in values.items())]
-    labeled_background = Entry("background", None, len(names) + 1)
     for name in classes:
         if name.lower() in IGNORED_NAMES:
             values[name] = IGNORE
         elif name.lower() in BACKGROUND_NAMES:
-            values[name] = labeled_background.value
-    if labeled_background.value in values.values():
-        entries.insert(1, labeled_background)
+            values[name] = len(names) + 1
+    if len(names) + 1 in values.values():
+        entries.insert(1, Entry("background", None, len(names) + 1))
     return values, entries
 
 
@@ -129,13 +124,3 @@ def masks_folder(root, files, images):
 def mask_path(image, root, folder):
     """Return the path of the mask of an AnnotatedImage in a folder of masks."""
     return folder / f"{image.path.relative_to(root)}.png"
-
-
-def draw_mask(image, values, path):
-    """Write the mask of an AnnotatedImage; values: {label: mask value}."""
-    mask = np.zeros(image.size, np.uint8)
-    for shape in image.shapes:
-        if shape.draw:
-            mask[shape.draw(size=image.size)] = values[shape.label]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mask).save(path)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from config import InputError
 from dataio.layout import count_shared_folders, list_images, role_of
-from dataio.readers import read_orientation
+from dataio.readers import read_orientation, upright_size
 from dataio.scan import in_parallel
 
 
@@ -52,14 +52,11 @@ class FolderFiles:
         for path in self.images:
             self.by_name[path.name].append(path)
             self.by_stem[path.stem].append(path)
-        paths = sorted(path for path in root.rglob("*.json")
-                       if not any(name.startswith(".") for name in path.relative_to(root).parts))
+        paths = list_images(root, (".json",))
         self.json = dict(zip(paths, in_parallel(read_json, paths, "reading annotations"), strict=True))
 
     def json_with(self, *keys):
-        """Return {path: content} of the JSON files with these keys at their top. Raises InputError where
-        there are such, and another JSON file cannot be read.
-        """
+        """Return {path: content} of JSON files with these keys. Raises InputError if others are broken."""
         files = {path: content for path, content in self.json.items()
                  if isinstance(content, dict) and content.keys() >= set(keys)}
         errors = [content for content in self.json.values() if isinstance(content, InputError)]
@@ -76,8 +73,7 @@ class FolderFiles:
         if not candidates:
             raise InputError(f"{where} is of the image {name}, which is not below {self.root}: add it or "
                              "remove the entry")
-        folders = [*near.relative_to(self.root).parts,
-                   *(folder for folder in folders if folder not in (".", ".."))]
+        folders = [*near.relative_to(self.root).parts, *folders]
         scores = [count_shared_folders(folders, self.folders_of(path)) for path in candidates]
         best = [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
         if len(best) > 1:
@@ -117,10 +113,9 @@ def annotated_size(content, keys, image):
     sides = tuple(content.get(key) for key in keys)
     if all(type(side) is int and 0 < side < 100_000 for side in sides):
         return sides
-    return upright_size(image)
+    return image_size(image)
 
 
-def upright_size(image):
+def image_size(image):
     """Return the (H, W) of an image file as it is read. Raises InputError."""
-    size, orientation = read_orientation(image)
-    return size[::-1] if orientation >= 5 else size
+    return upright_size(*read_orientation(image))

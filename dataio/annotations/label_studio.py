@@ -7,7 +7,7 @@ import re
 from functools import partial
 
 from config import InputError
-from dataio.annotations.files import AnnotatedImage, Annotations, form_errors, upright_size
+from dataio.annotations.files import AnnotatedImage, Annotations, form_errors, image_size
 from dataio.annotations.shapes import Shape, picture
 
 PICTURE_NAME = re.compile(r"task-(\d+)-annotation-\d+-by-\d+-tag-(.+)-\d+\.png")
@@ -37,6 +37,6 @@ def read(files, folder):
             raise InputError(f"{error}; masks of Label Studio name the number of a task alone: put its JSON "
                              f"export beside them, or call the image of task {task} {task}.jpg") from None
         if image not in images:
-            images[image] = AnnotatedImage(image, folder.split_of(image), upright_size(image), [], str(path))
+            images[image] = AnnotatedImage(image, folder.split_of(image), image_size(image), [], str(path))
         images[image].shapes.append(Shape(label, "picture", partial(picture, path)))
     return Annotations([], list(images.values()), [*files, *exports])

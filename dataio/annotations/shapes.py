@@ -38,8 +38,7 @@ class Shape(NamedTuple):
 
 # --- regions ----------------------------------------------------------------------------------------------
 def polygons(outlines, holes=(), *, size):
-    """Return (H, W) bool: the pixels inside any of the outlines and none of the holes, both lists of (n, 2).
-    """
+    """Return (H, W) bool: pixels inside any of the outlines, [(n, 2)], and none of the holes."""
     filled = np.zeros((2, *size), bool)
     for mask, rings in zip(filled, (outlines, holes), strict=True):
         if rings:

@@ -27,24 +27,18 @@ def read(files, folder):
         if path in metas:
             continue
         with form_errors(path, "Supervisely"):
-            images.append(read_image(path, content, folder))
-        labels = [shape.label for shape in images[-1].shapes]
-        unknown = [label for label in labels if label not in classes]
+            image = folder.find_image(path.stem, path.parent, str(path))
+            tags = [str(tag.get("name", "")).lower() for tag in content.get("tags", [])]
+            split = next((SPLIT_OF[tag] for tag in tags if tag in SPLIT_OF), folder.split_of(image))
+            size = annotated_size(content["size"], ("height", "width"), image)
+            shapes = [read_shape(entry, f"{path} object {number}")
+                      for number, entry in enumerate(content["objects"], 1)]
+            images.append(AnnotatedImage(image, split, size, shapes, str(path)))
+        unknown = [shape.label for shape in shapes if shape.label not in classes]
         if metas and unknown:
             raise InputError(f"{path} has a shape of the class {unknown[0]}, which {metas[0]} does not list")
         classes += unknown
     return Annotations(list(dict.fromkeys(classes)), images, [*metas, *files])
-
-
-def read_image(path, content, folder):
-    """Return the AnnotatedImage of a file. Raises InputError."""
-    image = folder.find_image(path.stem, path.parent, str(path))
-    tags = [str(tag.get("name", "")).lower() for tag in content.get("tags", [])]
-    split = next((SPLIT_OF[tag] for tag in tags if tag in SPLIT_OF), folder.split_of(image))
-    size = annotated_size(content["size"], ("height", "width"), image)
-    shapes = [read_shape(entry, f"{path} object {number}")
-              for number, entry in enumerate(content["objects"], 1)]
-    return AnnotatedImage(image, split, size, shapes, str(path))
 
 
 def read_shape(entry, where):

@@ -8,7 +8,7 @@ from functools import partial
 import yaml
 
 from config import InputError
-from dataio.annotations.files import AnnotatedImage, Annotations, form_errors, upright_size
+from dataio.annotations.files import AnnotatedImage, Annotations, form_errors, image_size
 from dataio.annotations.shapes import Shape, outline, polygons
 
 CLASS_FILES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -29,13 +29,13 @@ def read(files, folder):
         folders = ["images" if name == "labels" else name for name in folder.folders_of(path)]
         image = folder.find_image(path.stem, folder.root.joinpath(*folders), str(path))
         with form_errors(path, "YOLO"):
-            size = upright_size(image)
+            size = image_size(image)
             shapes = read_shapes(path, size, classes, class_file)
             images.append(AnnotatedImage(image, folder.split_of(image), size, shapes, str(path)))
     labeled = {image.path for image in images}
     for image in folder.images:
         if "images" in folder.folders_of(image) and image not in labeled:
-            images.append(AnnotatedImage(image, folder.split_of(image), upright_size(image), [], str(image)))
+            images.append(AnnotatedImage(image, folder.split_of(image), image_size(image), [], str(image)))
     return Annotations(list(classes.values()), images, [class_file, *texts])
 
 
