@@ -25,10 +25,10 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from config import IGNORE, InputError
-from dataio import readers, transforms, windows
 from dataio.readers import read_image, read_orientation, read_sample, read_targets
-from dataio.transforms import augment, continued, fingerprint, needed_size, resize_image, window_starts
-from dataio.windows import read_native
+from dataio.resizing import continued, resize_image, window_starts
+from dataio.transforms import augment, fingerprint, needed_size
+from dataio.windows import decoding_code, read_native
 from utils import code_hash
 
 SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel of the image
@@ -37,9 +37,8 @@ CONNECTION_LOST = ConnectionResetError, ConnectionRefusedError, EOFError
 
 
 def reading_code():
-    """Return a hash of the code that makes items of files, and whether rasterio is there."""
-    code = code_hash(readers, windows, transforms, sys.modules[__name__])
-    return f"{code} {windows.rasterio is not None}"
+    """Return hashes of the code that makes items of files; what augmentations do is in their fingerprint."""
+    return f"{decoding_code()} {code_hash(sys.modules[__name__])}"
 
 
 # --- datasets ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dataio.classes import ADE20K
 from dataio.feature_cache import file_facts
 from dataio.dataloader import EpochSampler, SegmentationDataset, collate, make_loader, naming_files
 from dataio.readers import DataSource, Sample, Target, index_table, read_image, read_mask
-from dataio.transforms import resize_mask
+from dataio.resizing import resize_mask
 
 
 def small_dataset(root, count=6, **options):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import engine
 from models import logits as logits_module
-from dataio.transforms import resize_image
+from dataio.resizing import resize_image
 from engine import (
     OPTIMIZERS,
     SCHEDULERS,

@@ -14,7 +14,7 @@ import infer_video
 import train
 from checkpoint import load_model, pack_checkpoint
 from config import InputError
-from dataio.transforms import window_starts
+from dataio.resizing import window_starts
 from inference.predictor import Predictor, choose_protocol, label_map, make_protocol, scores_of, views_of
 from inference.tiles import Tiles, edges, ramp
 from model import SegmentationModel
