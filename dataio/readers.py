@@ -97,9 +97,8 @@ class DataSource:
         return [*self.splits["train"], *self.extra]
 
     def fingerprints(self):
-        """Return short hashes that equal data share: data_fingerprint over names and sizes of all files and
-        how masks are decoded, split_fingerprint over which image is in which split, extra_fingerprint of
-        --extra where there is one.
+        """Return short hashes {name: text} that equal data share: of names and sizes of all files and how
+        masks are decoded, of which image is in which split, and of --extra where there is one.
         """
         samples = [sample for split in self.splits.values() for sample in split]
         files = {absolute(path) for sample in samples for path in sample.files()}
@@ -137,9 +136,7 @@ def absolute(path):
 
 
 def drawn_folder():
-    """Return the folder of masks that were drawn or written anew: of the user's cache, below it one folder
-    each, whose name is a hash of all that they were made of.
-    """
+    """Return the folder of drawn masks: in it one folder each, named by a hash of all they were made of."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoseg/masks"
 
 
@@ -190,7 +187,7 @@ def open_of_any_size(path):
 
 
 def is_stack(path, size):
-    """Return whether a TIFF has a second page of the size of the first; smaller ones are previews of it."""
+    """Return whether a TIFF has a second page of the size of the first; smaller ones are previews."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.seek(1)
@@ -241,9 +238,7 @@ def is_interleaved_tiff(path):
 
 
 def decode_deep(path, most_channels):
-    """Return a file of three channels (or four, where so many may be) that are deeper than 8 bit as a PIL
-    image, RGB(A), scaled to 8 bit; None for any other file.
-    """
+    """Return a file of 3 to most_channels channels, deeper than 8 bit, as RGB(A) scaled to 8, else None."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints come as one line
     try:
         pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -288,10 +283,7 @@ def to_rgb(image):
 
 
 def stored_size(image, exif=None):
-    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that has not been decoded yet.
-
-    exif: of the image, where it was read already.
-    """
+    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that is not decoded yet."""
     orientation = (image.getexif() if exif is None else exif).get(EXIF_ORIENTATION, 1)
     orientation = orientation if orientation in range(1, 9) else 1  # PIL does not turn others
     tags = getattr(image, "tag_v2", None)  # of TIFFs, PIL's own size is the turned one
@@ -323,11 +315,9 @@ def read_upright(path, at_least=None):
 
 
 def decode_jpeg(path):
-    """Return the pixels of an RGB JPEG file, (H, W, 3) uint8, in three quarters of PIL's time, None where the
-    end of the file is missing. OpenCV ignores other damage a little more often than PIL does.
-    """
+    """Return the pixels of an RGB JPEG file, (H, W, 3) uint8, in three quarters of PIL's time, or None."""
     data = np.fromfile(path, np.uint8)
-    if data[-2:].tobytes() != b"\xff\xd9":
+    if data[-2:].tobytes() != b"\xff\xd9":  # cut off, which OpenCV does not mind
         return None
     return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
@@ -412,7 +402,7 @@ def decode_mask(path):
 
 
 def read_array(path):
-    """Return the array of a NumPy file; sides of 1 before or behind three go. Raises InputError."""
+    """Return the array of a NumPy file; an axis of length 1 before or after two others is removed."""
     try:
         values = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -425,7 +415,7 @@ def read_array(path):
 
 
 def read_mask_array(path):
-    """Return a NumPy file as (H, W) or (H, W, 3), floats without fractions as integers. Raises InputError."""
+    """Return a NumPy file as (H, W) or (H, W, 3), floats without fractions as integers."""
     values = read_array(path)
     if values.dtype.kind == "f" and values.size and (values % 1 == 0).all():
         values = values.astype(np.int64)
@@ -457,9 +447,7 @@ def read_mask(path, table):
 
 
 def class_ids_of(values, table, path):
-    """Return the class ids (H, W) uint8 of a mask file's values or color codes (H, W). Raises InputError for
-    a value that is OUTSIDE `table`.
-    """
+    """Return class ids (H, W) uint8 of values or color codes (H, W). Raises InputError for those OUTSIDE."""
     mask = cv2.LUT(values, table[:256]) if values.dtype == np.uint8 else table[values]
     if (mask == OUTSIDE).any():
         wrong, counts = np.unique(values[mask == OUTSIDE], return_counts=True)
@@ -473,18 +461,13 @@ def outside_message(path, values, counts, table, classes=()):
     values, counts: (n,) the distinct wrong values and their pixels; classes: [(name, (R, G, B))].
     """
     pixels = f"({counts[0]} pixels)" + (f" and {len(values) - 1} more such values" if len(values) > 1 else "")
-    if len(table) > 65536:
-        return wrong_color_message(path, int(values[0]), pixels, table, classes)
-    allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
-    ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
-    lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    return (f"{path} has the value {values[0]} {pixels}, which is not a class: classes are {allowed}, "
-            f"ignored: {ignored}{lossy}; repair the mask")
-
-
-def wrong_color_message(path, code, pixels, table, classes):
-    """As outside_message, of a painted mask. code: the first wrong color; pixels: how many, as text."""
-    color, codes = unpack_color(code), np.flatnonzero(table != OUTSIDE)
+    if len(table) <= 65536:
+        allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
+        ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
+        lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
+        return (f"{path} has the value {values[0]} {pixels}, which is not a class: classes are {allowed}, "
+                f"ignored: {ignored}{lossy}; repair the mask")
+    color, codes = unpack_color(int(values[0])), np.flatnonzero(table != OUTSIDE)
     allowed = np.stack(unpack_color(codes), axis=1)  # (n, 3)
     nearest = np.abs(allowed - np.array(color)).sum(1).argmin()
     id = table[codes[nearest]]

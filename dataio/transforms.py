@@ -38,7 +38,7 @@ class Augmentation:
     zoom = 1.0
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> (3, H, W), {name: (H, W)}."""
+        """(3, H, W), {name: (H, W)} -> the same, at their own or the run's size."""
         raise NotImplementedError
 
 
@@ -79,9 +79,7 @@ class ScaleCrop(Augmentation):
 
 
 def random_corner(size, window):
-    """Return the random (top, left) of a window (h, w) in an image of `size` (H, W); where the image is
-    smaller, the window begins as far before it as in torchvision's RandomCrop.
-    """
+    """Return the random (top, left) of a window (h, w) in an image (H, W), as torchvision's RandomCrop."""
     corner = []
     for length, side in zip(size, window, strict=True):
         padding = max(0, side - length)  # on both ends
@@ -134,7 +132,6 @@ class Flip(Augmentation):
     share: float = 0.5
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> the same shapes."""
         if torch.rand(1).item() >= self.share:
             return image, targets
         return image.flip(-1), {name: target.flip(-1) for name, target in targets.items()}
@@ -155,7 +152,6 @@ class ColorJitter(Augmentation):
     hue: float = 0.05
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> the same shapes."""
         spans = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
         drawn = (torch.rand(4) * 2 - 1) * spans
         bright, contrasted, saturated = (1 + drawn[:3]).tolist()
@@ -183,7 +179,6 @@ class PhotometricDistortion(Augmentation):
     hue: int = 18
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> the same shapes."""
         drawn = torch.rand(4) * 2 - 1
         bright, contrast, saturation, hue, early = (torch.rand(5) < 0.5).tolist()
         levels = np.arange(256, dtype=np.float32)

@@ -210,9 +210,7 @@ def read_native_image(path):
 
 
 def native_mask(sample, table):
-    """Return the mask (H, W) uint8 of class ids at the size of its image, turned as it is, IGNORE where a
-    TIFF has no data or the image no mask.
-    """
+    """Return class ids (H, W) uint8 at the size of the upright image, IGNORE where it has no data or mask."""
     if is_raster(sample.image):
         with Raster(sample.image) as raster:
             size, orientation, valid = raster.size, 1, raster.valid(slice(0, raster.size[0]))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import blocks
 
-from dataio.transforms import (AUGMENTS, PADDING_COLOR, ScaleCrop, augment, fingerprint, resize_image,
-                               resize_map, resize_mask, resize_targets)
+from dataio.resizing import PADDING_COLOR, resize_image, resize_map, resize_mask, resize_targets
+from dataio.transforms import AUGMENTS, ScaleCrop, augment, fingerprint
 
 
 def shaded(height=120, width=170, seed=3):

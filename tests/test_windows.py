@@ -16,7 +16,7 @@ from dataio import windows
 from dataio.dataloader import NativeDataset, TileDataset, WindowDataset
 from dataio.feature_cache import plan_files
 from dataio.readers import EXIF_ORIENTATION, OUTSIDE, Sample, Target, index_table, read_sample
-from dataio.transforms import PADDING_COLOR
+from dataio.resizing import PADDING_COLOR
 from dataio.windows import POINTS, Raster, WindowReader, check_room, draw_points, native_pair
 from inference.predictor import Predictor
 from inference.rasters import segment
