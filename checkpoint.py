@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import utils
-from config import DataOptions, InputError, ModelOptions, count_of, fields_affecting, flag, has_meaning
+from config import DataOptions, InputError, count_of, fields_affecting, flag, has_meaning
 from dataio import schema
 from dataio.classes import ADE20K, VOC
 from engine import LOG_EVERY
@@ -194,7 +194,7 @@ def load_head(model, path):
     """
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
-    options = [name for name in fields_affecting("head", ModelOptions) if has_meaning(name, model.spec)]
+    options = [name for name in fields_affecting("head", model.spec) if has_meaning(name, model.spec)]
     for name in sorted(options, key=lambda name: name != "head"):  # with the head, the blocks it reads differ
         theirs, ours = getattr(spec, name) or spec.arch, getattr(model.spec, name) or model.spec.arch
         if theirs != ours:

@@ -375,7 +375,7 @@ def flag(name):
 
 
 def fields_affecting(kind, options=TrainConfig):
-    """Return the names of the settings that affect `kind` (as in setting()), of all or of ModelOptions."""
+    """Return the names of the settings that affect `kind` (as in setting()); options: a dataclass of them."""
     return [field.name for field in dataclasses.fields(options) if field.metadata.get("affects") == kind]
 
 

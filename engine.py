@@ -252,13 +252,17 @@ class TrainState:
 
     def learning_rates(self):
         """Return {"lr": that of the head, "backbone_lr": that of the backbone where it trains at another}."""
-        head = {id(parameter) for parameter in self.model.head.parameters()}
         rates = {}
-        for group in self.optimizer.param_groups:
-            in_head = any(id(parameter) in head for parameter in group["params"])
-            rates.setdefault("lr" if in_head else "backbone_lr", []).append(group["lr"])
-        rates = {name: max(values) for name, values in rates.items()}  # copied blocks have a lower one
-        return {"lr": rates.get("lr", max(rates.values())), **rates}
+        for name, module in (("lr", self.model.head), ("backbone_lr", self.model.backbone)):
+            parameters = set(module.parameters())
+            module_rates = [group["lr"] for group in self.optimizer.param_groups
+                            if parameters & set(group["params"])]
+            if module_rates:  # a head's copies of blocks have a lower one
+                rates[name] = max(module_rates)
+        rates.setdefault("lr", rates.get("backbone_lr"))
+        if rates["lr"] == rates.get("backbone_lr"):
+            del rates["backbone_lr"]
+        return rates
 
 
 class EpochLog:

@@ -47,6 +47,7 @@ from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row, has_stalled
 from model import ModelSpec, build_model
 from models.backbones import origins
+from models.heads import HEADS
 from utils import init_distributed, is_main_process, main_process_first, rank, world_size
 
 EXAMPLES = 4  # validation images drawn after every epoch
@@ -129,19 +130,27 @@ def build_objective(config, model, criterion):
     return engine.Objective(model, criterion)
 
 
-def check_effects(given, config, model):
-    """Raise InputError for flags in `given` that have no effect on this model, or do not fit it."""
-    if config.cache_features:
-        model.cached_parts()  # raises where that cannot be
-    if hasattr(model.head, "loss") and {"loss", "class_weights"} & given.keys():
-        raise InputError(f"--head {model.spec.head} has a loss of its own: leave out --loss and "
-                         "--class-weights")
+def check_registered(given, config):
+    """Raise InputError for flags in `given` that contradict what the head and the augmentations are."""
+    check_class_weights(config.loss, config.class_weights)
+    own_loss = config.arch == "dinov2" and hasattr(HEADS[config.head], "loss")
+    if own_loss and {"loss", "class_weights"} & given.keys():
+        raise InputError(f"--head {config.head} has a loss of its own: leave out --loss and --class-weights")
     crops = [name for name in config.augment if AUGMENTS[name].resizes]
     if crops and config.train_scale == "native":
         raise InputError(f"--augment {crops[0]} crops, and --train-scale native draws windows already: give "
                          "--augment without it")
     if len(crops) > 1:
         raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
+
+
+def check_effects(config, model):
+    """Raise InputError for settings that have no effect on this model, or do not fit it."""
+    if config.cache_features:
+        model.cached_parts()  # raises where that cannot be
+    if config.save_head_only and not model.backbone.pretrained:
+        raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one is "
+                         "random: leave it out")
     blocks = trained_blocks(model)
     if blocks and not blocks & blocks_with_gradient(model):
         raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing of "
@@ -257,7 +266,7 @@ def main():
                          "command without --resume")
     saved = read_checkpoint(last) if given.get("resume") else None
     config = resolve(given, saved and saved.get("config", {}))
-    check_class_weights(config.loss, config.class_weights)
+    check_registered(given, config)
     if not {"dataset", "recipe", "resume"} & given.keys():
         print("no --dataset given: training on streets, which are drawn")
     device = init_distributed(utils.pick_device(config.device))
@@ -272,7 +281,7 @@ def main():
     check_trainable(data)
     utils.seed_everything(config.seed)
     state = build_state(config, len(data.classes), device)
-    check_effects(given, config, state.model)
+    check_effects(config, state.model)
     visualize.require_trackers(config.log)
     folder = utils.RunFolder(out_dir, config.resume)
     weights_from = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}

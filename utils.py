@@ -31,9 +31,9 @@ from PIL import Image
 from config import InputError, report_error
 
 # What a run of train.py writes to its folder, trackers included; the last two are of earlier versions.
-RUN_OUTPUTS = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
-               "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds", "tensorboard",
-               "wandb", "trackers.json", ".run.json")
+RUN_OUTPUTS = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "head_scores.png",
+               "per_class_iou.png", "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds",
+               "tensorboard", "wandb", "trackers.json", ".run.json")
 
 
 # --- errors and stops -------------------------------------------------------------------------------------

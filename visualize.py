@@ -26,7 +26,8 @@ from utils import write_atomically, write_lines
 IGNORE_COLOR = (224, 224, 192)  # as in Pascal VOC
 LONGEST_NAME = 32  # characters of a class name that pictures show
 LARGEST_PLOT = 25  # inches that the rows of a plot may take: with many classes they get smaller
-PLOTS = ("loss", "accuracy", "miou", "per_class_iou", "confusion_matrix")  # PNGs of plot_run
+VAL_SCORES = ("val_accuracy", "val_miou", "val_dice")  # of every model; a head may have more
+PLOTS = ("loss", "accuracy", "miou", "head_scores", "per_class_iou", "confusion_matrix")  # PNGs of plot_run
 
 
 # --- color -----------------------------------------------------------------------------------------------
@@ -194,9 +195,27 @@ def plot_history(history, out_dir):
         save_figure(figure, Path(out_dir) / f"{name}.png")
 
 
+def plot_head_scores(history, out_dir):
+    """Draw head_scores.png: the scores of validation that the head itself reports, over epochs, if any."""
+    names = [name for name in history[-1] if name.startswith("val_") and name not in VAL_SCORES
+             and not name.startswith("val_loss")]
+    if not names:
+        return
+    figure, axes = new_figure(7, 4.5)
+    for name in names:
+        axes.plot([row["epoch"] for row in history], [row.get(name) for row in history], "o-", ms=3,
+                  label=name.removeprefix("val_"))
+    axes.set(xlabel="epoch", ylabel="validation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, Path(out_dir) / "head_scores.png")
+
+
 def plot_run(history, counts, classes, out_dir):
     """Draw all plots of a run: curves, and of the latest epoch per-class IoU and confusion counts (K, K)."""
     plot_history(history, out_dir)
+    plot_head_scores(history, out_dir)
     ious = [math.nan if iou is None else iou for iou in history[-1]["per_class_iou"]]
     plot_per_class_iou(ious, classes, Path(out_dir) / "per_class_iou.png")
     plot_confusion(counts.numpy(), classes, Path(out_dir) / "confusion_matrix.png")

@@ -40,7 +40,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 60  # seconds, on a machine that does other work too
 SCRIPTS = ("train", "evaluate", "infer_image", "infer_video", "export", "check_data", "compare", "model")
-PROGRAMS = {"git"}  # that scripts start by themselves
+PROGRAMS = {"git", "ldconfig"}  # that scripts start by themselves, and packages that look for a library
 SMALL_MODEL = ["--backbone", "vit_tiny", "--weights", "none", "--head", "bn", "--imgsz", "28", "28"]
 RESUME = ["--resume", "--epochs", "2", "--workers", "0"]
 
@@ -845,6 +845,7 @@ def warm_up():
     """Import what attacks need, once, without computing anything: threads do not survive a fork."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTORCH_ENABLE_MPS_FALLBACK="1")
+    import conftest  # noqa: F401 - sets the number of threads
     import cv2
     import torch
 

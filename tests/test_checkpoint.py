@@ -17,7 +17,7 @@ import train
 import utils
 from checkpoint import (NUMBERS, data_options, hash_backbone, load_head, load_model, pack_checkpoint,
                         read_checkpoint)
-from config import InputError
+from config import InputError, setting
 from model import ModelSpec
 from models.backbones import build_backbone
 from models.baselines import BASELINES
@@ -206,7 +206,6 @@ def test_checkpoints_of_earlier_versions_load(tmp_path):
 OTHER_VERSION = "{path} was written by another version of this code: use that version"
 
 
-BY_HAND = "{path} was made by hand or is damaged: "
 
 
 def spec(**changes):
@@ -221,11 +220,11 @@ def spec(**changes):
         (dict(spec=spec(no_such_option=4)), OTHER_VERSION),
         (dict(spec=spec(head="no-such-head")), OTHER_VERSION),
         (dict(spec=spec(arch="no_such_arch")), OTHER_VERSION),
-        (dict(spec=[1]), BY_HAND + "spec: a list is no dict"),
-        (dict(spec=spec(num_classes="3")), BY_HAND + "spec.num_classes: '3' is no integer from 1 to 254"),
-        (dict(spec=spec(layers=["1"])), BY_HAND + "spec.layers: '1' is no value of it"),
-        (dict(spec=spec(backbone="")), BY_HAND + "spec.backbone is missing"),
-        (dict(imgsz=[0, 4]), BY_HAND + "imgsz[0]: 0 is no integer from 1 to 65535"),
+        (dict(spec=[1]), "spec"),
+        (dict(spec=spec(num_classes="3")), "spec.num_classes"),
+        (dict(spec=spec(layers=["1"])), "spec.layers"),
+        (dict(spec=spec(backbone="")), "spec.backbone"),
+        (dict(imgsz=[0, 4]), "imgsz.0"),
         (dict(classes=[["a", [0, 0, 0]]]), "{path} names 1 classes, but has 3"),
         (dict(format="x"), "{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)"),
     ],
@@ -236,7 +235,8 @@ def test_whole_messages_of_checkpoints_that_do_not_load(changes, message, tmp_pa
     torch.save(packed(**changes), path)
     with pytest.raises(InputError) as error:
         read_checkpoint(path)
-    assert str(error.value) == message.format(path=path)
+    text = str(error.value)
+    assert text.startswith(str(path)) and message.format(path=path) in text and "\n" not in text
 
 
 def test_an_input_error_is_never_taken_for_a_value_error():
@@ -337,7 +337,8 @@ def test_a_head_starts_from_a_trained_one(tmp_path, run, backbone_file):
 
 def test_a_trained_head_is_taken_with_all_of_its_options(tmp_path):
     """Those of a head that is written later too."""
-    fields = [("act", str, "gelu"), ("rate", float, 0.0)]
+    fields = [("act", str, setting("gelu", "model", "", affects="head")),
+              ("rate", float, setting(0.0, "model", "", affects="head"))]
     spec = dataclasses.make_dataclass("Spec", fields, bases=(ModelSpec,))
     net, path = tiny(), tmp_path / "head.pth"
     torch.save(pack_checkpoint(net, CLASSES, (28, 28)), path)
@@ -345,7 +346,7 @@ def test_a_trained_head_is_taken_with_all_of_its_options(tmp_path):
     for options in (dict(act="tanh"), dict(rate=0.5)):
         net.spec = spec(**dataclasses.asdict(plain), **options)
         with (mock.patch("checkpoint.read_spec", lambda stored, path: spec(**dataclasses.asdict(plain))),
-              pytest.raises(InputError, match=f"trained with --{list(options)[0]} (gelu|0.0), and")):
+              pytest.raises(InputError, match=f"--{list(options)[0]} (gelu|0.0)")):
             load_head(net, path)
     net.spec = dataclasses.replace(plain, split_blocks=1)  # it copies no blocks
     assert load_head(net, path) == ["background", "cat", "dog"]

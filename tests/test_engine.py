@@ -1,79 +1,90 @@
-"""Training step, accumulation, schedules, prediction at native size, non-finite losses."""
+"""The training step, schedules, optimizers, objectives of other kinds, the state of a run, validation."""
 
+import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import build, tiny
 from sklearn.metrics import jaccard_score
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import engine
-from models import logits as logits_module
-from dataio.resizing import resize_image
+from checkpoint import Run
 from engine import (
+    LOG_EVERY,
     OPTIMIZERS,
     SCHEDULERS,
     Objective,
-    Optimization,
+    TrainState,
     backbone_scale,
+    evaluate,
     lr_lambda,
     parameter_groups,
+    set_learning_rates,
     train_one_epoch,
 )
-from inference.predictor import (
-    Protocol,
-    label_map,
-    make_protocol,
-    predict,
-    slide_logits,
-    views_of,
-)
-from inference.tiles import window_starts
-from losses import Criterion
-from conftest import build, tiny
-from model import SegmentationModel
-from models.heads import Head
-from models.logits import Logits, geometry_of
+from losses import LOSSES, Criterion
+from model import ModelSpec, Segmenter
+from models.backbones import Backbone
+from models.heads import Head, logits_of
 from utils import Precision
 
-CPU = torch.device("cpu")
+FLOAT32 = Precision("off", torch.device("cpu"))
 
 
-class Pixelwise(SegmentationModel):
-    """A network without BatchNorm that looks at one pixel at a time: (B, 3, H, W) -> (B, 3, H, W) logits."""
-
-    num_classes = 3
+# --- models of a few convolutions, for test_predictor.py too ----------------------------------------------
+class ImageBackbone(Backbone):
+    """A backbone whose map is the image itself."""
 
     def __init__(self):
+        super().__init__(nn.Identity(), size_divisor=1, layers=[], channels=[3])
+
+    def maps(self, images):
+        return [images]
+
+
+class ConvolutionHead(Head):
+    """Convolutions on the image."""
+
+    def __init__(self, *layers):
         super().__init__()
-        torch.manual_seed(0)
-        self.head = Head()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 3, 1))
-        with torch.no_grad():  # starts as "the brightest channel", so that predictions differ
-            self.layers[0].weight[:3] = 2 * torch.eye(3)[..., None, None]
-            self.layers[2].weight[:, :3] = 2 * torch.eye(3)[..., None, None]
-            self.layers[2].bias.zero_()
+        self.layers = nn.Sequential(*layers)
 
-    def forward(self, images):
-        return self.layers(images.float() / 255)
-
-    def output(self, images):
-        return self(images), geometry_of(images.shape[-2:], 1)
+    def forward(self, features):
+        return self.layers(features.maps[0])
 
 
-def batches_of(images, masks, size):
-    """Return a bar over batches of `size` with names."""
-    names = [f"image_{number}.png" for number in range(len(images))]
-    return tqdm(
-        [
-            (images[i : i + size], {"mask": masks[i : i + size]}, names[i : i + size])
-            for i in range(0, len(images), size)
-        ],
-        disable=True,
-    )
+def on_images(head, num_classes=3):
+    """Return a Segmenter whose head reads images as RGB in 0..1."""
+    return Segmenter(ImageBackbone(), head, ModelSpec(num_classes=num_classes, normalize="none"))
+
+
+def pixelwise(head=ConvolutionHead):
+    """Return a Segmenter without BatchNorm that looks at one pixel at a time."""
+    torch.manual_seed(0)
+    head = head(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 3, 1))
+    with torch.no_grad():  # starts as "the brightest channel", so that predictions differ
+        head.layers[0].weight[:3] = 2 * torch.eye(3)[..., None, None]
+        head.layers[2].weight[:, :3] = 2 * torch.eye(3)[..., None, None]
+        head.layers[2].bias.zero_()
+    return on_images(head)
+
+
+def batches_of(images, masks, size, **targets):
+    """Return a bar over batches of `size`: (images, {"mask": ..., and the further targets}, names)."""
+    targets, batches = {"mask": masks, **targets}, []
+    for start in range(0, len(images), size):
+        rows = slice(start, start + size)
+        names = [f"image_{number}.png" for number in range(len(images))[rows]]
+        batches.append((images[rows], {name: values[rows] for name, values in targets.items()}, names))
+    return tqdm(batches, disable=True)
 
 
 def random_batch(count, height=11, width=13, seed=0):
@@ -86,214 +97,216 @@ def random_batch(count, height=11, width=13, seed=0):
     return images, masks
 
 
-def run_epoch(net, batches, lr=0.1, accumulate=1, precision="off", criterion=None, optimizer=None):
-    """Train one epoch, with plain SGD unless told otherwise; return what train_one_epoch returns."""
+def state_of(net, lr=0.1, optimizer=None, precision=FLOAT32):
+    """Return a TrainState, with plain SGD where no optimizer is named."""
     groups = parameter_groups(net, lr, 0.0)
     optimizer = OPTIMIZERS[optimizer](groups) if optimizer else torch.optim.SGD(groups, lr=lr)
-    precision = Precision(precision, CPU) if isinstance(precision, str) else precision
-    optimization = Optimization(optimizer, precision, accumulate=accumulate)
-    return train_one_epoch(Objective(net, criterion or Criterion("ce")), batches, optimization, 0)
+    return TrainState(net, optimizer, precision)
 
 
+def run_epoch(net, batches, lr=0.1, accumulate=1, precision=FLOAT32, criterion=None, optimizer=None):
+    """Train one epoch; return the scores of train_one_epoch and the TrainState."""
+    state = state_of(net, lr, optimizer, precision)
+    objective = Objective(net, criterion or Criterion("ce"))
+    return train_one_epoch(objective, batches, state, lambda step: 1.0, accumulate), state
+
+
+def weights_of(module):
+    """Return a copy of all parameters as a vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).clone()
+
+
+# --- the step ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("count", "size", "accumulate"), [(8, 2, 4), (7, 2, 2), (5, 2, 3)])
 @pytest.mark.parametrize(("optimizer", "loss"), [(None, "ce"), ("sgd", "ce"), ("adamw", "ce+focal")])
 def test_accumulated_steps_equal_the_large_batch(count, size, accumulate, optimizer, loss):
     images, masks = random_batch(count)
-    small, large = Pixelwise(), Pixelwise()
+    small, large = pixelwise(), pixelwise()
     options = dict(criterion=Criterion(loss, torch.tensor([0.3, 1.0, 2.5])), optimizer=optimizer)
-    taken = run_epoch(small, batches_of(images, masks, size), accumulate=accumulate, **options)["step"]
-    assert taken == run_epoch(large, batches_of(images, masks, size * accumulate), **options)["step"]
-    for a, b in zip(small.parameters(), large.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    _, accumulated = run_epoch(small, batches_of(images, masks, size), accumulate=accumulate, **options)
+    _, at_once = run_epoch(large, batches_of(images, masks, size * accumulate), **options)
+    assert accumulated.step == at_once.step == math.ceil(count / size / accumulate)
+    assert torch.allclose(weights_of(small), weights_of(large), atol=1e-5)
 
 
-def test_epoch_numbers_are_those_of_the_data():
+def test_the_numbers_of_an_epoch_are_those_of_the_data():
     images, masks = random_batch(6)
-    net = Pixelwise()
+    net = pixelwise()
+    losses = []
     with torch.no_grad():
         logits = net(images)
-        want = [
-            F.cross_entropy(logits[i : i + 2], masks[i : i + 2].long(), ignore_index=255).item()
-            for i in (0, 2, 4)
-        ]
-    result = run_epoch(net, batches_of(images, masks, 2), lr=1e-12)
-    assert result["loss"] == result["loss_ce"] == pytest.approx(np.mean(want), rel=1e-5)
-    counted = masks != 255
-    assert result["accuracy"] == pytest.approx(
-        (logits.argmax(1)[counted] == masks[counted]).float().mean().item()
-    )
-    assert result["miou"] == pytest.approx(
-        jaccard_score(masks[counted], logits.argmax(1)[counted], average="macro"), abs=1e-6
-    )
+        for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+            losses.append(F.cross_entropy(logits[rows], masks[rows].long(), ignore_index=255).item())
+    scores, _ = run_epoch(net, batches_of(images, masks, 2), lr=1e-12)
+    assert scores["loss"] == scores["loss_ce"] == pytest.approx(np.mean(losses), rel=1e-5)
+    counted, preds = masks != 255, logits.argmax(1)
+    assert scores["accuracy"] == pytest.approx((preds == masks)[counted].float().mean().item())
+    assert scores["miou"] == pytest.approx(
+        jaccard_score(masks[counted], preds[counted], average="macro"), abs=1e-6)
 
 
-def test_training_learns():
+@pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
+def test_training_learns_in_every_precision_alike(precision):
     images, masks = random_batch(16)
-    net = Pixelwise()
-    losses = [run_epoch(net, batches_of(images, masks, 4), lr=0.5)["loss"] for _ in range(20)]
+    plain, net, precision = pixelwise(), pixelwise(), Precision(precision, torch.device("cpu"))
+    run_epoch(plain, batches_of(images[:4], masks[:4], 2))
+    run_epoch(net, batches_of(images[:4], masks[:4], 2), precision=precision)
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+    assert torch.allclose(weights_of(net), weights_of(plain), atol=2e-3)
+    losses = [run_epoch(net, batches_of(images, masks, 4), lr=0.5)[0]["loss"] for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_training_stays_close(precision):
-    images, masks = random_batch(4)
-    plain, half = Pixelwise(), Pixelwise()
-    run_epoch(plain, batches_of(images, masks, 2))
-    run_epoch(half, batches_of(images, masks, 2), precision=precision)
-    for a, b in zip(plain.parameters(), half.parameters(), strict=True):
-        assert b.dtype == torch.float32 and torch.allclose(a, b, atol=2e-3)
 
 
 def test_a_loss_that_is_not_finite_names_its_files():
     images, masks = random_batch(24)
 
     def criterion(logits, labels):
-        loss = logits.float().mean() * 0 + 1
-        bad = torch.equal(labels, masks[4:6].long())
-        return (loss * float("nan"), {}) if bad else (loss, {})
+        is_bad = torch.equal(labels, masks[4:6].long())
+        return logits.float().mean() * 0 + (float("nan") if is_bad else 1), {}
 
-    with pytest.raises(FloatingPointError, match="image_4.png image_5.png") as error:
-        run_epoch(Pixelwise(), batches_of(images, masks, 2), criterion=criterion)
-    assert "step 2" in str(error.value) and "image_6" not in str(error.value)
+    with pytest.raises(FloatingPointError, match="step 2 .*image_4.png image_5.png") as error:
+        run_epoch(pixelwise(), batches_of(images, masks, 2), criterion=criterion)
+    assert "image_6" not in str(error.value)
 
 
 def test_gradients_are_clipped():
-    images, masks = random_batch(2)
-    net = Pixelwise()
-    before = [p.clone() for p in net.parameters()]
-    run_epoch(
-        net,
-        batches_of(images, masks, 2),
-        lr=1.0,
-        criterion=lambda logits, labels: (1e4 * logits.square().mean(), {}),
-    )
-    moved = math.sqrt(
-        sum((a - b).square().sum().item() for a, b in zip(net.parameters(), before, strict=True))
-    )
-    assert moved == pytest.approx(engine.MAX_GRAD_NORM, rel=1e-3)
-
-
-def test_a_batch_without_valid_pixels_changes_nothing():
-    images, masks = random_batch(2)
-    net = Pixelwise()
-    before = [p.clone() for p in net.parameters()]
-    run_epoch(net, batches_of(images, torch.full_like(masks, 255), 2))
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    net, before = pixelwise(), weights_of(pixelwise())
+    run_epoch(net, batches_of(*random_batch(2), 2), lr=1.0,
+              criterion=lambda logits, labels: (1e4 * logits.square().mean(), {}))
+    assert (weights_of(net) - before).norm() == pytest.approx(engine.MAX_GRAD_NORM, rel=1e-3)
 
 
 def test_gradients_beyond_fp16_are_skipped_and_the_scale_falls():
-    images, masks = random_batch(2)
-    net, precision = Pixelwise(), Precision("fp16", torch.device("cpu"))
-    before, scale = [p.clone() for p in net.parameters()], precision.scaler.get_scale()
-    result = run_epoch(
-        net,
-        batches_of(images, masks, 2),
-        precision=precision,
-        criterion=lambda logits, labels: (1e36 * logits.float().mean(), {}),
-    )
-    assert math.isfinite(result["loss"]) and precision.scaler.get_scale() < scale
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    net, precision = pixelwise(), Precision("fp16", torch.device("cpu"))
+    before, scale = weights_of(net), precision.scaler.get_scale()
+    scores, _ = run_epoch(net, batches_of(*random_batch(2), 2), precision=precision,
+                          criterion=lambda logits, labels: (1e36 * logits.float().mean(), {}))
+    assert math.isfinite(scores["loss"]) and precision.scaler.get_scale() < scale
+    assert torch.equal(weights_of(net), before)
 
 
-@pytest.mark.parametrize("loss", ["ce", "focal", "dice", "lovasz", "ce+dice", "focal+lovasz"])
-def test_batches_of_one_of_one_class_and_without_labels_keep_the_loss_finite(loss):
+@pytest.mark.parametrize("loss", [*LOSSES, "ce+dice", "focal+lovasz"])
+def test_batches_of_a_single_class_and_without_labels_keep_the_loss_finite(loss):
     images, masks = random_batch(5)
+    net, before = pixelwise(), weights_of(pixelwise())
+    run_epoch(net, batches_of(images, torch.full_like(masks, 255), 2), criterion=Criterion(loss))
+    assert torch.equal(weights_of(net), before)  # nothing counts, nothing changes
     masks[0], masks[2:4], masks[4, 0, 0] = 1, 255, 2
-    net = Pixelwise()
     for size in (1, 2, 5):
-        result = run_epoch(net, batches_of(images, masks, size), criterion=Criterion(loss), lr=0.1)
-        assert math.isfinite(result["loss"])
-        assert all(p.isfinite().all() for p in net.parameters())
+        scores, _ = run_epoch(net, batches_of(images, masks, size), criterion=Criterion(loss))
+        assert math.isfinite(scores["loss"]) and weights_of(net).isfinite().all()
+    assert not torch.equal(weights_of(net), before)
 
 
-def test_schedules_are_pure_functions_of_the_step():
+# --- schedules --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_schedule_is_a_function_of_the_step_that_trains_short_runs_too(name):
+    for total in (1, 2, 3, 4, 50):
+        factors = [lr_lambda(name, total, 2)(step) for step in range(total)]
+        assert all(math.isfinite(factor) and factor >= 0 for factor in factors) and max(factors) > 0
+        assert factors[::-1] == [lr_lambda(name, total, 2)(step) for step in reversed(range(total))]
+
+
+def test_schedules_warm_up_and_fall_by_their_formulas():
     assert {lr_lambda("none", 100, 1)(step) for step in range(100)} == {1.0}
-    for scheduler in ("cosine", "poly"):
-        factors = [lr_lambda(scheduler, 100, 1)(step) for step in range(101)]
+    for name in ("cosine", "poly"):
+        factors = [lr_lambda(name, 100, 1)(step) for step in range(101)]
         assert factors[0] == pytest.approx(0.2) and max(factors) == 1.0 and factors[100] == pytest.approx(0.0)
         assert factors[5:] == sorted(factors[5:], reverse=True)
-        assert lr_lambda(scheduler, 1, 1)(1) >= 0  # one step in all
     assert lr_lambda("cosine", 100, 1)(5 + 95 // 2) == pytest.approx(0.5, abs=0.02)
     assert lr_lambda("poly", 100, 1)(24) == pytest.approx((1 - 19 / 95) ** 0.9)
+    linear = lr_lambda("linear", 40_000, 1)  # DINOv2's: 1,500 steps of warm-up on a line from 1 to 0
+    assert linear(749) == pytest.approx(0.5 * (1 - 749 / 40_000)) and linear(30_000) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(("total", "per_epoch"), [(100, 7), (11, 3), (2000, 100)])
 def test_schedules_equal_torchs(total, per_epoch):
     """Exponential steps once an epoch, one-cycle at every optimizer step."""
-
-    def rates(make, every):
+    schedulers = torch.optim.lr_scheduler
+    for name, every, make in (
+        ("exponential", per_epoch, lambda optimizer: schedulers.ExponentialLR(optimizer, 0.98)),
+        ("onecycle", 1, lambda optimizer: schedulers.OneCycleLR(optimizer, max_lr=3.0, total_steps=total)),
+    ):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
-        scheduler, found = make(optimizer), []
+        scheduler, rates = make(optimizer), []
         for step in range(total):
-            found.append(optimizer.param_groups[0]["lr"])
+            rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             if (step + 1) % every == 0 and step + 1 < total:
                 scheduler.step()
-        return found
-
-    schedulers = torch.optim.lr_scheduler
-    for name, every, make in (
-        ("exponential", per_epoch, lambda o: schedulers.ExponentialLR(o, 0.98)),
-        ("onecycle", 1, lambda o: schedulers.OneCycleLR(o, max_lr=3.0, total_steps=total)),
-    ):
-        got = [3.0 * lr_lambda(name, total, per_epoch)(step) for step in range(total)]
-        assert got == pytest.approx(rates(make, every), rel=1e-9), name
+        own_rates = [3.0 * lr_lambda(name, total, per_epoch)(step) for step in range(total)]
+        assert own_rates == pytest.approx(rates, rel=1e-9), name
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_short_runs_have_a_rate(scheduler):
-    for total in (1, 2, 3, 4):
-        assert all(0 < lr_lambda(scheduler, total, 1)(step) <= 1 for step in range(total))
-
-
+# --- optimizers -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_a_loss_and_continues_from_its_saved_state(name):
+    def start():
+        layer = nn.Linear(4, 3)
+        for parameter in layer.parameters():
+            nn.init.ones_(parameter)
+        return layer, OPTIMIZERS[name](parameter_groups(layer, 1e-3, 0.1))
+
+    def train(layer, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            sum(parameter.square().sum() for parameter in layer.parameters()).backward()
+            optimizer.step()
+
+    layer, optimizer = start()
+    train(layer, optimizer, 5)
+    assert weights_of(layer).square().sum() < 15  # of 15 ones
+    file = io.BytesIO()
+    torch.save([layer.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    resumed_layer, resumed_optimizer = start()
+    weights, state = torch.load(file, weights_only=True)  # as a checkpoint is read
+    resumed_layer.load_state_dict(weights)
+    resumed_optimizer.load_state_dict(state)
+    train(layer, optimizer, 3)
+    train(resumed_layer, resumed_optimizer, 3)
+    assert torch.equal(weights_of(layer), weights_of(resumed_layer))
+
+
+FIRST_STEPS = {  # f(weights, gradient, learning rate, weight decay) -> weights after the first step
+    "sgd": lambda old, grad, lr, decay: old - lr * 1.937 * (grad + decay * old),  # Nesterov
+    "adam": lambda old, grad, lr, decay: old - lr * (grad + decay * old).sign(),
+    "adamw": lambda old, grad, lr, decay: old * (1 - lr * decay) - lr,
+}
+
+
+@pytest.mark.parametrize("name", FIRST_STEPS)
 def test_optimizers_take_the_step_of_their_formula(name):
     net = tiny(unfreeze=1)
     optimizer = OPTIMIZERS[name](parameter_groups(net, 1e-2, 0.1, backbone_scale(net, 0.5)))
-    before = {id(p): p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
-    for p in net.parameters():
-        if p.requires_grad:
-            p.grad = torch.full_like(p, 0.3)
+    before = {parameter: parameter.detach().clone() for parameter in net.parameters()}
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 0.3)
     optimizer.step()
     for group in optimizer.param_groups:
-        decay, lr = group["weight_decay"], group["base_lr"]
-        for p in group["params"]:
-            old, grad = before[id(p)], 0.3
-            if name == "sgd":  # first Nesterov step: grad + momentum * grad
-                want = old - lr * 1.937 * (grad + decay * old)
-            elif name == "adamw":
-                want = old * (1 - lr * decay) - lr
-            else:
-                want = old - lr * (grad + decay * old).sign()
-            assert torch.allclose(p, want, atol=1e-6)
+        for parameter in group["params"]:
+            expected = FIRST_STEPS[name](before[parameter], 0.3, group["base_lr"], group["weight_decay"])
+            assert torch.allclose(parameter, expected, atol=1e-6)
 
 
-def test_norms_and_biases_are_not_decayed_and_groups_are_three_at_one_rate():
-    net = build(arch="segformer_b0", unfreeze="all")
-    groups = parameter_groups(net, 1e-3, 0.1)
-    assert [group["weight_decay"] for group in groups].count(0.1) == 1 and len(groups) == 3
-    norms = [m for m in net.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))]
-    kept = {id(p) for m in norms for p in m.parameters()}
-    kept |= {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {id(p) for p in net.parameters()} - kept
-    biases = {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
-    assert sum({id(p) for p in group["params"]} == biases for group in groups) == 1
-
-
-def test_parameter_groups_cover_what_trains_once():
-    net = tiny(unfreeze=2)
-    groups = parameter_groups(net, lr=1e-3, weight_decay=0.1, lr_scale=backbone_scale(net, 0.5))
-    ids = [id(p) for group in groups for p in group["params"]]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in net.parameters() if p.requires_grad}
-    head = {id(p) for p in net.head.parameters()}
+@pytest.mark.parametrize("options", [dict(backbone="vit_tiny", unfreeze=2),
+                                     dict(arch="segformer_b0", unfreeze="all")], ids=str)
+def test_parameter_groups_hold_what_trains_once_and_decay_neither_norms_nor_biases(options):
+    net = build(**options)
+    groups = parameter_groups(net, 1e-3, 0.1, backbone_scale(net, 0.5))
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    assert len(parameters) == len(set(parameters))
+    assert set(parameters) == {parameter for parameter in net.parameters() if parameter.requires_grad}
+    head, norms = set(net.head.parameters()), set()
+    for module in net.modules():
+        if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            norms |= set(module.parameters())
     for group in groups:
-        assert group["base_lr"] == (1e-3 if {id(p) for p in group["params"]} <= head else 5e-4)
-        assert (
-            all(p.ndim > 1 for p in group["params"])
-            if group["weight_decay"]
-            else all(p.ndim == 1 for p in group["params"])
-        )
+        assert group["base_lr"] == group["lr"] == (1e-3 if set(group["params"]) <= head else 5e-4)
+        assert not (group["weight_decay"] and set(group["params"]) & norms)
+        assert group["weight_decay"] == (0.1 if group["params"][0].ndim > 1 else 0.0)
+    assert len(parameter_groups(net, 1e-3, 0.1)) == 3  # few, for few kernels: weights, norms, biases
 
 
 def test_the_lower_rate_is_of_the_backbone_and_of_copies_of_its_blocks_whatever_they_are_called():
@@ -306,152 +319,184 @@ def test_the_lower_rate_is_of_the_backbone_and_of_copies_of_its_blocks_whatever_
     assert rate("head.tail.weight") == 1 and {rate(name) for name in copied | backbone} == {0.5}
 
 
-# --- prediction -------------------------------------------------------------------------------------------
-FLOAT32 = Precision("off", CPU)
+@pytest.mark.parametrize(("options", "scale", "expected"), [
+    (dict(), 0.5, {"lr": 0.2}),
+    (dict(unfreeze=2), 0.5, {"lr": 0.2, "backbone_lr": 0.1}),
+    (dict(unfreeze=2, head="linear"), 1.0, {"lr": 0.2}),  # whose norms are the backbone's alone
+    (dict(unfreeze=2, head="split"), 0.5, {"lr": 0.2, "backbone_lr": 0.1}),  # copies of blocks at 0.1 too
+    (dict(head="split"), 0.5, {"lr": 0.2}),
+], ids=str)
+def test_learning_rates_are_those_of_the_head_and_of_a_backbone_that_differs(options, scale, expected):
+    net = tiny(**options)
+    groups = parameter_groups(net, 0.4, 0.0, backbone_scale(net, scale))
+    state = TrainState(net, OPTIMIZERS["sgd"](groups), FLOAT32)
+    set_learning_rates(state.optimizer, 0.5)
+    assert state.learning_rates() == pytest.approx(expected)
 
 
-def sure(logits):
-    """Return where the best of logits (..., K, H, W) is not a tie up to rounding."""
-    best = logits.topk(2, dim=-3).values
-    return best.select(-3, 0) - best.select(-3, 1) > 1e-5
+# --- objectives of other kinds ----------------------------------------------------------------------------
+class Distillation(Objective):
+    """Follows a teacher on every image, labeled or not."""
+
+    def __init__(self, model, teacher, weight=1.0):
+        super().__init__(model, Criterion("ce"))
+        self.teacher, self.weight = teacher.requires_grad_(False), weight
+
+    def forward(self, images, targets):
+        assert self.model.training and not self.teacher.training
+        logits, _ = self.model.logits(images)
+        loss = (logits - self.teacher.logits(images)[0]).square().mean()
+        weight = self.weight * torch.tensor(float(len(images)))
+        return loss, {"distillation": loss}, logits.argmax(1).to(torch.uint8), weight
 
 
-@pytest.mark.parametrize("block", [1, 1000, 1 << 25])
-@pytest.mark.parametrize("size", [(31, 22), (5, 40), (1, 1), (9, 7), (200, 3)])
-def test_label_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time(size, block, monkeypatch):
-    monkeypatch.setitem(logits_module.BLOCK, "cpu", block)
-    torch.manual_seed(0)
-    logits = torch.randn(4, 9, 7)
-    whole = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
-    pred = label_map([Logits(logits[None])], size)
-    assert pred.shape == size and pred.dtype == torch.uint8
-    assert torch.equal(pred[sure(whole)].long(), whole.argmax(0)[sure(whole)])
+@pytest.fixture
+def process_group(tmp_path):
+    """A torchrun of a single process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
-def test_views_are_averaged_as_probabilities():
-    torch.manual_seed(0)
-    views = [5 * torch.randn(4, *size) for size in ((9, 7), (4, 4), (13, 20))]
-    total = sum(F.interpolate(v[None], size=(30, 21), mode="bilinear")[0].softmax(0) for v in views)
-    got = label_map([Logits(v[None]) for v in views], (30, 21))
-    assert torch.equal(got[sure(total)].long(), total.argmax(0)[sure(total)])
-
-
-def test_predict_gives_the_images_own_size_in_order():
-    net = Pixelwise().eval()
-    images, _ = random_batch(3, 4, 6)
-    images = F.interpolate(images, size=(20, 31))  # patches, so that a smaller image is not plain gray
-    preds = predict(net, images, Protocol((20, 31)), FLOAT32)
-    assert torch.equal(preds.long(), net(images).argmax(1)) and len(preds.unique()) == 3
-    small = predict(net, images, Protocol((10, 15)), FLOAT32)
-    logits = F.interpolate(net(resize_image(images, (10, 15))), size=(20, 31), mode="bilinear")
-    assert small.shape == (3, 20, 31)
-    assert torch.equal(small[sure(logits)].long(), logits.argmax(1)[sure(logits)])
-    assert torch.equal(small[1], predict(net, images[1:2], Protocol((10, 15)), FLOAT32)[0])
-
-
-# --- protocols --------------------------------------------------------------------------------------------
-class Neighbors(Pixelwise):
-    """A network that sees 5x5 pixels and the mean of its window, so that windows and their edges matter."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.Tanh(), nn.Conv2d(8, 3, 1))
-
-    def forward(self, images):
-        logits = super().forward(images)
-        return logits + logits.mean((2, 3), keepdim=True)
-
-
-def test_windows_cover_everything_and_the_last_is_shifted_in():
-    for length, window, stride in ((10, 4, 3), (9, 4, 3), (4, 4, 3), (3, 4, 3), (100, 7, 7), (5, 4, 2)):
-        starts = window_starts(length, window, stride)
-        covered = {p for start in starts for p in range(start, min(start + window, length))}
-        assert covered == set(range(length)) and starts[0] == 0
-        assert all(b - a <= stride for a, b in zip(starts, starts[1:], strict=False))
-        assert starts[-1] + min(window, length) == length and len(set(starts)) == len(starts)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_slide_equals_a_loop_over_windows(batch_size):
-    net = Neighbors().eval()
-    images = torch.randint(0, 256, (2, 3, 23, 31), dtype=torch.uint8)
-    total, count = torch.zeros(2, 3, 23, 31), torch.zeros(23, 31)
+def other_pixelwise():
+    """Return a Segmenter like pixelwise() with other weights."""
+    net = pixelwise()
     with torch.no_grad():
-        for top in (0, 7, 13):  # 13 = 23 - 10, shifted in
-            for left in (0, 9, 18, 19):
-                rows, columns = slice(top, top + 10), slice(left, left + 12)
-                total[..., rows, columns] += net(images[..., rows, columns])
-                count[rows, columns] += 1
-        got = slide_logits(net, images, (10, 12), (7, 9), batch_size)
-    assert torch.allclose(got, total / count, atol=1e-5)
+        net.head.layers[2].bias += 1.0
+    return net
 
 
-@pytest.mark.parametrize("window", [(23, 31), (40, 50)])
-def test_slide_with_a_window_as_large_as_the_image_equals_whole(window):
-    net = Neighbors().eval()
-    images = torch.randint(0, 256, (2, 3, 23, 31), dtype=torch.uint8)
+@pytest.mark.parametrize("distributed", [False, True])
+def test_an_objective_with_a_weight_of_its_own_learns_from_images_without_labels(distributed, request):
+    """The teacher stays in eval mode."""
+    images, masks = random_batch(6)
+    net, teacher = pixelwise(), other_pixelwise()
+    before = (weights_of(net) - weights_of(teacher)).norm()
+    objective, state = Distillation(net, teacher), state_of(net)
+    if distributed:
+        request.getfixturevalue("process_group")
+        objective = DistributedDataParallel(objective)
+    batches = batches_of(images, torch.full_like(masks, 255), 2)
+    scores = train_one_epoch(objective, batches, state, lambda step: 1.0)
+    assert scores["loss"] == scores["loss_distillation"] > 0
+    assert (weights_of(net) - weights_of(teacher)).norm() < 0.99 * before
+    assert torch.equal(weights_of(teacher), weights_of(other_pixelwise()))
+
+
+def test_a_loss_without_a_weight_ends_the_run_soon():
+    objective = Distillation(pixelwise(), other_pixelwise(), weight=0.0)
+    state = state_of(objective.model)
+    with pytest.raises(ValueError):
+        train_one_epoch(objective, batches_of(*random_batch(40), 1), state, lambda step: 1.0)
+    assert state.step <= LOG_EVERY
+
+
+def test_an_objective_returns_loss_terms_predictions_and_the_images_that_count():
+    images, masks = random_batch(3)
+    net = pixelwise()
+    loss, terms, preds, weight = Objective(net, Criterion("ce+dice"))(images, {"mask": masks})
+    assert terms.keys() == {"ce", "dice"} and loss.item() == pytest.approx(sum(terms.values()).item())
+    assert torch.equal(preds.long(), net(images).argmax(1)) and preds.dtype == torch.uint8
+    assert weight.item() == pytest.approx((masks != 255).sum().item() / (11 * 13))
+
+
+class DepthHead(ConvolutionHead):
+    """Takes its first logits for depths."""
+
+    def scores(self, output, targets, geometry):
+        error = (logits_of(output)[:, 0] - targets["depth"]).abs()
+        return {"depth_error": (error.sum(), error.numel())}
+
+
+class DepthObjective(Objective):
+    """Trains these depths beside the classes."""
+
+    def loss(self, output, targets, geometry):
+        loss, terms, preds = super().loss(output, targets, geometry)
+        terms["depth"] = (logits_of(output)[:, 0] - targets["depth"]).abs().mean()
+        return loss + terms["depth"], terms, preds
+
+
+def test_further_targets_reach_the_objective_and_the_scores_of_the_head():
+    images, masks = random_batch(5)
+    depths = torch.rand(masks.shape, generator=torch.Generator().manual_seed(1))
+    net = pixelwise(DepthHead)
     with torch.no_grad():
-        assert torch.equal(slide_logits(net, images, window, (5, 5), 8), net(images))
-    square = torch.randint(0, 256, (1, 3, 30, 30), dtype=torch.uint8)
-    slide, whole = make_protocol("slide", "", (20, 20)), make_protocol("whole", "", (20, 20))
-    assert torch.equal(predict(net, square, slide, FLOAT32), predict(net, square, whole, FLOAT32))
+        error = (net(images)[:, 0] - depths).abs().mean().item()
+    objective, batches = DepthObjective(net, Criterion("ce")), batches_of(images, masks, 2, depth=depths)
+    trained = train_one_epoch(objective, batches, state_of(net, lr=1e-12), lambda step: 1.0)
+    assert trained["loss_depth"] == pytest.approx(error, rel=1e-5)
+    for size in (1, 2, 4):
+        batches = batches_of(images, masks, size, depth=depths)
+        scores, _ = evaluate(net, batches, FLOAT32, objective)
+        assert scores["depth_error"] == pytest.approx(error, rel=1e-5)
+        assert scores["loss_depth"] == pytest.approx(error, rel=1e-5)
 
 
-def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
-    images = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
-    symmetric, other = Pixelwise().eval(), Neighbors().eval()
-    plain, flip = Protocol((20, 30)), Protocol((20, 30), flip=True)
-    assert torch.equal(predict(symmetric, images, plain, FLOAT32), predict(symmetric, images, flip, FLOAT32))
-    a, b = views_of(other, images, flip, FLOAT32)
-    with torch.no_grad():
-        assert torch.equal(a.pixels(), other(images))
-        assert torch.equal(b.pixels(), other(images.flip(-1)).flip(-1))
-    assert not torch.allclose(a.pixels(), b.pixels(), atol=1e-3)
+# --- the state of a run -----------------------------------------------------------------------------------
+def test_an_average_is_scored_and_the_live_weights_are_saved(tmp_path):
+    """best_model_iou.pth holds the average, last.pth the live weights and the average to go on with."""
+    net, average = pixelwise(), other_pixelwise()
+    live, averaged = weights_of(net), weights_of(average)
+    data = SimpleNamespace(classes=[(name, (0, 0, 0)) for name in "abc"], counts={}, fingerprints=dict)
+    folder, settings = SimpleNamespace(path=tmp_path, saved=True), dict(save_head_only=False, imgsz=(8, 8))
+    state = state_of(net)
+    assert state.keep("average", average) is average
+    run = Run(state, settings, data, folder)
+    with state.scored_with(average):
+        assert torch.equal(weights_of(net), averaged)
+        run.end_epoch(dict(epoch=1, val_miou=0.5), torch.zeros(3, 3))
+    assert torch.equal(weights_of(net), live) and state.live_weights is None
+    best = torch.load(tmp_path / "best_model_iou.pth", weights_only=True)
+    last = torch.load(tmp_path / "last.pth", weights_only=True)
+    restored = pixelwise()
+    for saved, expected in ((best["model"], averaged), (last["model"], live)):
+        restored.load_state_dict(saved)
+        assert torch.equal(weights_of(restored), expected)
+    later = state_of(pixelwise())
+    restored = later.keep("average", pixelwise())
+    Run(later, settings, data, folder).restore_state(last)
+    assert torch.equal(weights_of(restored), averaged) and later.history == state.history
 
 
-def test_sizes_of_the_protocols():
-    assert Protocol((64, 48)).sizes(100, 300) == [(64, 48)]
-    assert Protocol((64, 48), scales=(0.5, 1.75)).sizes(100, 300) == [(32, 24), (112, 84)]
-    slide = make_protocol("slide", "ms,flip", (512, 512))
-    assert slide.stride == (341, 341) and slide.flip and slide.scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-    assert slide.sizes(375, 500)[2] == (512, 683)  # the short side fits the window
-    assert Protocol((20, 60), True, (10, 10)).sizes(100, 100) == [(60, 60)]  # covers the window
-    assert make_protocol("whole", "", (7, 9)) == Protocol((7, 9))
-    text = "window 512x512, stride 341x341, scales 0.5 0.75 1 1.25 1.5 1.75, flip"
-    assert str(slide) == text and str(Protocol((7, 9))) == "whole image at 7x9"
+def test_the_live_weights_are_back_after_an_error():
+    net = pixelwise()
+    live, state = weights_of(net), state_of(net)
+    with pytest.raises(KeyboardInterrupt), state.scored_with(other_pixelwise()):
+        raise KeyboardInterrupt
+    assert torch.equal(weights_of(net), live) and state.live_weights is None
 
 
-def test_multi_scale_equals_its_views_written_out():
-    net = Neighbors().eval()
-    images = torch.randint(0, 256, (1, 3, 26, 34), dtype=torch.uint8)
-    total = 0
-    with torch.no_grad():
-        for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
-            seen = resize_image(images, (round(20 * scale), round(24 * scale)))
-            for one in (net(seen), net(seen.flip(-1)).flip(-1)):
-                total = total + F.interpolate(one, size=(26, 34), mode="bilinear").softmax(1)
-    pred = predict(net, images, make_protocol("whole", "ms,flip", (20, 24)), FLOAT32)
-    assert torch.equal(pred[sure(total)].long(), total.argmax(1)[sure(total)])
-
-
+# --- validation -------------------------------------------------------------------------------------------
 def test_evaluate_scores_every_mask_at_its_own_size():
-    net = Pixelwise().train()
+    """With the loss at the network's size, or by a function that predicts at any."""
+    net = pixelwise().train()
     images, _ = random_batch(5, 12, 18)
-    generator = torch.Generator().manual_seed(1)
-    masks = [
-        torch.randint(0, 3, size, dtype=torch.uint8, generator=generator)
-        for size in ((24, 36), (13, 17), (12, 18), (50, 20), (9, 9))
-    ]
+    generator, masks = torch.Generator().manual_seed(1), []
+    for size in ((24, 36), (13, 17), (12, 18), (50, 20), (9, 9)):
+        masks.append(torch.randint(0, 3, size, dtype=torch.uint8, generator=generator))
     masks[1][:4] = 255
-    names = list("abcde")
-    bar = tqdm([(images[:3], {"mask": masks[:3]}, names[:3]), (images[3:], {"mask": masks[3:]}, names[3:])],
-               disable=True)
-    scores, matrix = engine.evaluate(net, bar, Precision("off", CPU), Criterion("ce"))
-    preds = [
-        F.interpolate(net(one[None]), size=mask.shape, mode="bilinear").argmax(1)[0]
-        for one, mask in zip(images, masks, strict=True)
-    ]
+    preds = []
+    for image, mask in zip(images, masks, strict=True):
+        preds.append(F.interpolate(net(image[None]), size=mask.shape, mode="bilinear").argmax(1)[0])
     truth = torch.cat([mask[mask != 255] for mask in masks])
     guess = torch.cat([pred[mask != 255] for pred, mask in zip(preds, masks, strict=True)])
-    assert scores["miou"] == pytest.approx(jaccard_score(truth, guess, average="macro"), abs=1e-9)
-    assert matrix.counts.sum() == len(truth) and scores["loss"] == scores["loss_ce"] and not net.training
+    miou = jaccard_score(truth, guess, average="macro")
+
+    names, batches_done = [], []
+    scores, matrix = evaluate(net, batches_of(images, masks, 3), FLOAT32, Objective(net, Criterion("ce")),
+                              on_image=lambda name, pred, mask, own_matrix: names.append(name),
+                              after_batch=lambda: batches_done.append(1))
+    assert scores["miou"] == pytest.approx(miou, abs=1e-9) and scores["loss"] == scores["loss_ce"] > 0
+    assert matrix.counts.sum() == len(truth) and not net.training
+    assert names == [f"image_{number}.png" for number in range(5)] and len(batches_done) == 2
+
+    asked_sizes, remaining = [], list(preds)
+
+    def predict(images, sizes):
+        asked_sizes.extend(sizes)
+        return [remaining.pop(0).to(torch.uint8) for _ in sizes]
+
+    scores, _ = evaluate(net, batches_of(images, masks, 3), FLOAT32, predict=predict)
+    assert scores["miou"] == pytest.approx(miou, abs=1e-9)
+    assert asked_sizes == [tuple(mask.shape) for mask in masks]

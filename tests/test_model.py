@@ -1,4 +1,4 @@
-"""The Segmenter at odd sizes, frozen and unfrozen parts, checkpoints that are not ours."""
+"""The Segmenter at odd sizes, on images and on cached features; what trains; checkpoint files."""
 
 import pickle
 import shutil
@@ -6,24 +6,22 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_images, tiny
+from conftest import build, loss_of, random_images, tiny
 
 import model
-from config import InputError
 from checkpoint import load_model, pack_checkpoint
-from losses import Criterion
-from model import CachedSegmenter
-from models.logits import pad, geometry_of
+from config import InputError
+from models.backbones import features_of_parts
+from models.heads import HEADS
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("dog", (0, 255, 0))]
 
 
-@pytest.mark.parametrize("head", ["bn", "linear"])
-@pytest.mark.parametrize("size", [(1, 1), (14, 14), (15, 29), (56, 70), (101, 33)], ids=str)
-def test_logits_have_the_size_of_the_images(head, size):
-    net = tiny(head=head).eval()
-    logits = net(random_images(2, 3, *size))
-    assert logits.shape == (2, 3, *size) and logits.dtype == torch.float32 and logits.isfinite().all()
+def cached(net, images):
+    """Return the Features of a cache that hold `images`, at the precision in which they are computed."""
+    with torch.no_grad():
+        parts = net.compute_parts(net.cached_parts(), images)
+    return features_of_parts(parts, net.geometry(images.shape[-2:]))
 
 
 def test_forward_equals_the_steps_written_out():
@@ -32,26 +30,30 @@ def test_forward_equals_the_steps_written_out():
     net.head.bn.running_mean.normal_()
     images = random_images(2, 3, 30, 45)
     with torch.no_grad():
-        pixels = images.float() / 255
+        rgb = images.float() / 255
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        pixels = (pixels - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
-        padded = F.pad(pixels, (5, 6, 6, 6))  # 30 -> 42 and 45 -> 56, zeros, the odd pixel on the far side
-        tokens = net.backbone.net.forward_intermediates(
+        rgb = (rgb - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+        padded = F.pad(rgb, (5, 6, 6, 6))  # 30 -> 42 and 45 -> 56, zeros, the odd pixel on the far side
+        maps = net.backbone.net.forward_intermediates(
             padded, indices=[2, 3, 4, 5], norm=True, intermediates_only=True
         )
-        features = net.head.bn(torch.cat(tokens, 1))
+        features = net.head.bn(torch.cat(maps, 1))
         weight, bias = net.head.conv_seg.weight[:, :, 0, 0], net.head.conv_seg.bias
         logits = torch.einsum("bdhw,kd->bkhw", features, weight) + bias.view(1, -1, 1, 1)
         logits = F.interpolate(logits, size=(42, 56), mode="bilinear", align_corners=False)
         assert torch.allclose(net(images), logits[:, :, 6:36, 5:50], atol=1e-5)
 
 
-def test_padding_is_centerd_and_only_where_needed():
-    images = torch.ones(1, 1, 28, 30)
-    geometry = geometry_of((28, 30), 14)
-    padded, (_, (tall, wide), top, left) = pad(images, geometry), geometry
-    assert padded.shape == (1, 1, tall, wide) == (1, 1, 28, 42) and (top, left) == (0, 6)
-    assert torch.equal(padded[..., top : top + 28, left : left + 30], images) and padded.sum() == images.sum()
+@pytest.mark.parametrize("unfreeze", [0, 2])
+@pytest.mark.parametrize("head", list(HEADS))
+def test_cached_features_give_what_images_give(head, unfreeze):
+    """All that a head returns; the gradients of such a step are in test_feature_cache.py."""
+    net, images = tiny(head=head, unfreeze=unfreeze).eval(), random_images(2, 3, 30, 45)
+    with torch.no_grad():
+        output, geometry = net.output(cached(net, images))
+        live_output, live_geometry = net.output(images)
+    assert geometry == live_geometry
+    torch.testing.assert_close(output, live_output, atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_parts_give_the_same_logits_and_names(monkeypatch):
@@ -63,34 +65,35 @@ def test_compiled_parts_give_the_same_logits_and_names(monkeypatch):
 
     net = tiny()
     names, images = list(net.state_dict()), random_images(1, 3, 30, 43)
-    want = net.eval()(images)
+    expected = net.eval()(images)
     monkeypatch.setattr(torch, "compile", compile)
     net.compile_parts()
-    assert len(compiled) == 2 and torch.equal(net(images), want) and list(net.state_dict()) == names
+    assert len(compiled) == 2 and torch.equal(net(images), expected) and list(net.state_dict()) == names
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_compiled_step_is_a_step(cached, tmp_path):
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_a_compiled_step_is_a_step(from_cache):
     """As --compile trains: blocks, copies of blocks and the head, on images and on cached tokens."""
-    masks, found = torch.randint(0, 3, (4, 30, 43)), []
+    masks, results = torch.randint(0, 3, (4, 30, 43)), []
     for compiled in (False, True):
         net = tiny(head="split-detail", unfreeze=1)
-        trained = CachedSegmenter(net, (30, 43)) if cached else net
+        if from_cache:
+            net.cached_parts()  # from here on its tail is what trains
         if compiled:
-            trained.compile_parts()
-        for seed in (0, 1):  # what one step leaves behind must not reach the next
+            net.compile_parts()
+        for seed in (0, 1):  # what the first step leaves behind must not reach the next
             images = random_images(4, 3, 30, 43, seed=seed)
-            with torch.no_grad():
-                inputs = net.compute_parts(net.cached_parts(), images) if cached else images
-            net.zero_grad()
-            loss, _, _ = trained.train().loss(inputs, masks, Criterion("ce"))
+            net.eval()
+            inputs = cached(net, images) if from_cache else images
+            net.train().zero_grad()
+            loss, _, _ = loss_of(net, inputs, masks)
             loss.backward()
-        found.append([loss, *(p.grad for p in net.parameters() if p.grad is not None)])
-    assert len(found[0]) == len(found[1]) > 20
-    for want, got in zip(*found, strict=True):
-        assert torch.allclose(want, got, rtol=1e-3, atol=1e-5)
+        results.append([loss, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 20
+    for plain, other in zip(*results, strict=True):
+        assert torch.allclose(plain, other, rtol=1e-3, atol=1e-5)
 
 
 # --- what trains ------------------------------------------------------------------------------------------
@@ -110,47 +113,51 @@ def test_unfreeze_trains_what_it_says_and_nothing_else(unfreeze):
     assert net.backbone.net.norm.weight.requires_grad == (unfreeze != 0)
 
 
+def test_frozen_blocks_run_in_eval_mode_without_autograd():
+    net = tiny().train()
+    assert net.head.training and not any(module.training for module in net.backbone.net.modules())
+    with_gradient = []
+    net.head.register_forward_pre_hook(lambda _, args: with_gradient.append(args[0].maps[0].requires_grad))
+    net(random_images(2, 3, 28, 28))
+    assert with_gradient == [False]
+    modes = [block.training for block in tiny(unfreeze=1).train().backbone.blocks]
+    assert modes == [False] * 5 + [True]
+
+
 def test_default_layers_are_the_last_four_and_the_last_one_for_linear():
     assert tiny().spec.layers == (2, 3, 4, 5) and tiny(head="linear").spec.layers == (5,)
     assert tiny(head="linear", layers=(0, 3)).spec.layers == (0, 3)
 
 
-def test_frozen_blocks_run_in_eval_mode_without_autograd():
-    net = tiny().train()
-    assert net.head.training and not any(part.training for part in net.backbone.net.modules())
-    seen = []
-    net.head.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].requires_grad))
-    net(random_images(2, 3, 28, 28))
-    assert seen == [False]
-    partly = tiny(unfreeze=1).train()
-    modes = [block.training for block in partly.backbone.blocks]
-    assert modes == [False] * 5 + [True]
-
-
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "named"),
     [
-        (dict(unfreeze=7), "--unfreeze 7: the backbone has 6 blocks"),
+        (dict(unfreeze=7), "--unfreeze 7: .* 6 "),
         (dict(layers=(0, 6)), "--layers 0 6"),
         (dict(layers=(2, 1)), "--layers 2 1"),
         (dict(backbone="timm/resnet9000"), "timm/resnet9000"),
-        (dict(weights="missing.pth"), "missing.pth does not exist"),
+        (dict(weights="missing.pth"), "missing.pth"),
     ],
 )
-def test_wrong_settings_are_one_line(options, reason):
-    with pytest.raises(InputError, match=reason) as error:
+def test_wrong_settings_are_one_line(options, named):
+    with pytest.raises(InputError, match=named) as error:
         tiny(**options)
     assert "\n" not in str(error.value)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
-def test_checkpoint_is_self_contained_and_gives_the_same_logits(tmp_path):
-    net = tiny(layers=(1, 4)).eval()
+@pytest.mark.parametrize("options", [
+    dict(backbone="vit_tiny", layers=(1, 4)), dict(arch="segformer_b0", normalize="none"),
+    pytest.param(dict(arch="deeplabv3_resnet101", aux_weight=0.4), marks=pytest.mark.long)], ids=str)
+def test_a_checkpoint_is_self_contained_and_gives_the_same_logits(options, tmp_path):
+    net = build(**options).eval()
     torch.save(pack_checkpoint(net, CLASSES, (28, 42)), tmp_path / "model.pth")
     loaded, checkpoint = load_model(tmp_path / "model.pth")
     images = random_images(1, 3, 31, 47)
-    assert torch.equal(loaded(images), net(images))
+    with torch.no_grad():
+        assert torch.equal(loaded(images), net(images))
     assert checkpoint["classes"][1] == ["cat", [255, 0, 0]] and checkpoint["imgsz"] == [28, 42]
+    assert checkpoint["spec"] == net.spec
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
@@ -161,60 +168,50 @@ class Evil:
         return print, ("code ran",)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("truncated", "truncated or damaged"),
-        ("text", "could run code|truncated or damaged"),
-        ("empty", "truncated"),
-        ("flipped", "damaged .checksum of"),
-        ("evil", "could run code"),
-        ("foreign", "is not a checkpoint of train.py"),
-        ("missing", "does not exist"),
-        ("newer", "another version of this code"),
-        ("classes", "names 2 classes, but has 3"),
-        ("incomplete", "incomplete checkpoint"),
-        ("other", "does not fit the model"),
-    ],
-)
-def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path, capsys, content, reason):
+@pytest.fixture(scope="module")
+def packed():
+    """The checkpoint of a model, as it is written."""
+    return pack_checkpoint(tiny(), CLASSES, (28, 28))
+
+
+@pytest.mark.parametrize("content", ["truncated", "flipped", "text", "empty", "evil", "foreign", "newer",
+                                     "classes", "incomplete", "other", "missing"])
+def test_what_is_not_a_checkpoint_is_refused_by_name_and_runs_no_code(packed, tmp_path, capsys, content):
     path = tmp_path / "model.pth"
-    packed = pack_checkpoint(tiny(), CLASSES, (28, 28))
-    if content == "evil":
-        path.write_bytes(pickle.dumps(Evil(), protocol=2))
-    elif content == "foreign":
-        torch.save({"state_dict": {}}, path)
-    elif content == "newer":
-        torch.save(dict(packed, version=99), path)
-    elif content == "classes":
-        torch.save(dict(packed, classes=packed["classes"][:2]), path)
-    elif content == "incomplete":
-        torch.save({"format": "dinoseg", "spec": {}}, path)
-    elif content == "other":
-        torch.save(dict(packed, model=tiny(num_classes=4).state_dict()), path)
-    elif content != "missing":
-        torch.save(packed, path)
-        whole = path.read_bytes()
-        middle = len(whole) // 2
-        flipped = whole[:middle] + bytes([whole[middle] ^ 64]) + whole[middle + 1 :]
-        path.write_bytes(
-            {"truncated": whole[:middle], "text": b"hello\nworld", "empty": b"", "flipped": flipped}[content]
-        )
-    with pytest.raises(InputError, match=reason) as error:
+    dicts = {
+        "foreign": {"state_dict": {}},
+        "newer": dict(packed, version=99),
+        "classes": dict(packed, classes=packed["classes"][:2]),
+        "incomplete": {"format": "dinoseg", "spec": {}},
+        "other": dict(packed, model=tiny(num_classes=4).state_dict()),
+    }
+    torch.save(dicts.get(content, packed), path)
+    data = path.read_bytes()
+    middle = len(data) // 2
+    replaced = {
+        "truncated": data[:middle],
+        "flipped": data[:middle] + bytes([data[middle] ^ 64]) + data[middle + 1:],
+        "text": b"hello\nworld",
+        "empty": b"",
+        "evil": pickle.dumps(Evil(), protocol=2),
+    }
+    if content in replaced:
+        path.write_bytes(replaced[content])
+    elif content == "missing":
+        path.unlink()
+    with pytest.raises(InputError, match="model.pth") as error:
         load_model(path)
-    assert "\n" not in str(error.value) and "model.pth" in str(error.value)
-    assert "code ran" not in capsys.readouterr().out
+    assert "\n" not in str(error.value) and "code ran" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "shown"),
     [
-        (["--unfreeze", 1], "-> logits (1, 7, 30, 45) float32"),
-        (["--dataset", "camvid"], "-> logits (1, 11, 30, 45) float32"),
-        (["--dataset", "folder", "--classes", "a", "b", "c"], "3 classes: --classes names those of a folder"),
-        (["--dataset", "aeroscapes", "--ignore-background"], "-> logits (1, 11, 30, 45) float32"),
+        (["--unfreeze", 1], "(1, 7, 30, 45) float32"),
+        (["--dataset", "folder", "--classes", "a", "b", "c"], "(1, 3, 30, 45) float32"),
+        (["--dataset", "aeroscapes", "--ignore-background"], "(1, 11, 30, 45) float32"),
     ],
 )
-def test_python_model_py_prints_the_model_of_the_data_set(flags, wanted, run):
-    code, text, err = run(model, "--backbone", "vit_tiny", "--imgsz", 30, 45, *flags)
-    assert code == 0 and "BNHead" in text and "trained" in text and wanted in text, err
+def test_python_model_py_prints_the_model_of_the_data_set(flags, shown, run):
+    code, out, err = run(model, "--backbone", "vit_tiny", "--imgsz", 30, 45, *flags)
+    assert code == 0 and "BNHead" in out and shown in out, err

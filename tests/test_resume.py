@@ -269,7 +269,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_leftovers_go(data, 
     for name in (".123.last.pth", ".123.photo.png"):
         (tmp_path / name).write_text("half")
     code, _, err = run(train, *flags_of(data, tmp_path))
-    assert code == 2 and "another run is writing to" in err and not (tmp_path / "last.pth").exists()
+    assert code == 2 and "--out-dir" in err and not (tmp_path / "last.pth").exists()
     assert (tmp_path / ".123.last.pth").exists()
     other.kill()
     other.communicate()

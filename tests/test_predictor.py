@@ -1,0 +1,367 @@
+"""Prediction at an image's own size against loops written out: whole, windows, tiles, views."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_images, tiny, write_folder
+from PIL import Image
+from torch import nn
+
+from checkpoint import load_model, pack_checkpoint
+from config import InputError
+from dataio.resizing import resize_image, window_starts
+from inference import predictor as predictor_module
+from inference.predictor import (
+    Predictor,
+    Protocol,
+    Tiles,
+    choose_protocol,
+    edge_weights,
+    image_rows,
+    label_map,
+    make_protocol,
+    predict,
+    scored_rows,
+    scores_of,
+    slide_logits,
+    views_of,
+)
+from models import upsampling
+from models.upsampling import geometry_of, pixels
+from test_engine import FLOAT32, ConvolutionHead, on_images, pixelwise
+
+VIEW_SIZES = (9, 7), (4, 4), (13, 20)  # of logits
+
+
+class WindowMeanHead(ConvolutionHead):
+    """Adds the mean over all it sees, so that windows matter."""
+
+    def forward(self, features):
+        logits = super().forward(features)
+        return logits + logits.mean((2, 3), keepdim=True)
+
+
+def neighbors():
+    """Return a Segmenter of 3 classes that sees 5x5 pixels and the mean of its window."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 5, padding=2), nn.Tanh(), nn.Conv2d(8, 3, 1)
+    return on_images(WindowMeanHead(*layers)).eval()
+
+
+def local():
+    """Return a Segmenter of 4 classes whose logits depend on the pixels up to two away."""
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)
+    net = on_images(ConvolutionHead(*layers), num_classes=4).eval()
+    with torch.no_grad():
+        net.head.layers[0].weight *= 4
+    return net
+
+
+def predictor_of(net, protocol):
+    """Return a float32 Predictor on the CPU."""
+    classes = [[f"class {number}", [0, 0, number]] for number in range(net.num_classes)]
+    predictor = Predictor(net, dict(classes=classes, imgsz=(24, 20)), "cpu", protocol)
+    predictor.precision = FLOAT32
+    return predictor
+
+
+def resized(values, size):
+    """Return (B, K, h, w) at `size`, bilinear."""
+    return F.interpolate(values, size=size, mode="bilinear", align_corners=False)
+
+
+def assert_argmax(preds, values):
+    """Assert that preds (..., H, W) are the argmax of (..., K, H, W), but for ties up to rounding."""
+    best = values.topk(2, dim=-3).values
+    sure = best.select(-3, 0) - best.select(-3, 1) > 1e-5
+    preds = torch.as_tensor(preds)
+    assert preds.dtype == torch.uint8 and sure.float().mean() > 0.9
+    assert torch.equal(preds[sure].long(), values.argmax(-3)[sure])
+
+
+# --- label maps -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("block", [1, 1000, 1 << 25])
+@pytest.mark.parametrize("size", [(31, 22), (5, 40), (1, 1), (9, 7), (200, 3)])
+def test_label_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time(size, block, monkeypatch):
+    monkeypatch.setitem(upsampling.BLOCK_VALUES, "cpu", block)
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, 9, 7)
+    pred = label_map(scored_rows([(logits, geometry_of((9, 7)))], size), size)
+    assert pred.shape == size
+    assert_argmax(pred, resized(logits, size)[0])
+
+
+@pytest.mark.parametrize("largest_sum", [0, 1 << 28], ids=["in rows", "summed"])
+def test_views_are_averaged_as_probabilities(largest_sum, monkeypatch):
+    monkeypatch.setattr(predictor_module, "LARGE_SUM", largest_sum)
+    monkeypatch.setitem(upsampling.BLOCK_VALUES, "cpu", 300)
+    torch.manual_seed(0)
+    views = [(5 * torch.randn(1, 4, *size), geometry_of(size)) for size in VIEW_SIZES]
+    mean = sum(resized(logits, (30, 21)).softmax(1) for logits, _ in views)[0] / 3
+    scores = scores_of(scored_rows(views, (30, 21)), (30, 21), every_class=True)
+    assert_argmax(scores.pred, mean)
+    assert scores.confidence == pytest.approx(mean.amax(0).numpy(), abs=1e-5)
+    assert scores.probabilities.astype(float) == pytest.approx(mean.numpy(), abs=1e-3)
+
+
+@torch.no_grad()
+def test_predict_gives_the_images_own_size_in_order():
+    net = pixelwise().eval()
+    images = F.interpolate(random_images(3, 3, 4, 6), size=(20, 31))  # patches: smaller images are not gray
+    preds = predict(net, images, Protocol((20, 31)), FLOAT32)
+    assert torch.equal(preds.long(), net(images).argmax(1)) and len(preds.unique()) == 3
+    small = predict(net, images, Protocol((10, 15)), FLOAT32)
+    assert_argmax(small, resized(net(resize_image(images, (10, 15))), (20, 31)))
+    assert torch.equal(small[1], predict(net, images[1:2], Protocol((10, 15)), FLOAT32)[0])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@torch.no_grad()
+def test_images_are_predicted_at_other_sizes_than_their_own(count):
+    net, images = neighbors(), random_images(count, 3, 23, 31)
+    sizes = [(23, 31), (40, 17)][-count:]
+    preds = predictor_of(net, Protocol((18, 22), flip=True)).predict_at(images, sizes)
+    inputs = resize_image(images, (18, 22))
+    views = net(inputs), net(inputs.flip(-1)).flip(-1)
+    for index, (pred, size) in enumerate(zip(preds, sizes, strict=True)):
+        assert_argmax(pred, sum(resized(view[index:index + 1], size).softmax(1) for view in views)[0])
+
+
+@torch.no_grad()
+def test_confidence_is_the_probability_of_the_class():
+    net, image = neighbors(), random_images(1, 3, 23, 31)
+    probabilities = resized(net(resize_image(image, (18, 22))), (23, 31)).softmax(1)[0]
+    scores = predictor_of(net, Protocol((18, 22))).scores(image)
+    assert_argmax(scores.pred, probabilities)
+    assert scores.confidence == pytest.approx(probabilities.amax(0).numpy(), abs=1e-5)
+    assert scores.confidence.dtype == np.float32 and scores.probabilities is None
+
+
+# --- windows and views ------------------------------------------------------------------------------------
+def test_windows_cover_everything_and_the_last_is_shifted_in():
+    for length, window, stride in ((10, 4, 3), (9, 4, 3), (4, 4, 3), (3, 4, 3), (100, 7, 7), (5, 4, 2)):
+        starts = window_starts(length, window, stride)
+        covered = set()
+        for start in starts:
+            covered |= set(range(start, min(start + window, length)))
+        assert covered == set(range(length)) and starts[0] == 0
+        assert all(later - start <= stride for start, later in zip(starts, starts[1:], strict=False))
+        assert starts[-1] + min(window, length) == length and len(set(starts)) == len(starts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@torch.no_grad()
+def test_slide_equals_a_loop_over_windows(batch_size):
+    net, images = neighbors(), random_images(2, 3, 23, 31)
+    total, count = torch.zeros(2, 3, 23, 31), torch.zeros(23, 31)
+    for top in (0, 7, 13):  # 13 = 23 - 10, shifted in
+        for left in (0, 9, 18, 19):
+            rows, columns = slice(top, top + 10), slice(left, left + 12)
+            total[..., rows, columns] += net(images[..., rows, columns])
+            count[rows, columns] += 1
+    logits = slide_logits(net, images, (10, 12), (7, 9), batch_size)
+    assert torch.allclose(logits, total / count, atol=1e-5)
+
+
+@torch.no_grad()
+def test_slide_with_a_window_as_large_as_the_image_equals_whole():
+    net, images = neighbors(), random_images(2, 3, 23, 31)
+    for window in ((23, 31), (40, 50)):
+        assert torch.equal(slide_logits(net, images, window, (5, 5), 8), net(images))
+    square = random_images(1, 3, 30, 30)
+    slide, whole = make_protocol("slide", "", (20, 20)), make_protocol("whole", "", (20, 20))
+    assert torch.equal(predict(net, square, slide, FLOAT32), predict(net, square, whole, FLOAT32))
+
+
+@torch.no_grad()
+def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
+    images, symmetric, other = random_images(2, 3, 20, 30), pixelwise().eval(), neighbors()
+    plain, flip = Protocol((20, 30)), Protocol((20, 30), flip=True)
+    assert torch.equal(predict(symmetric, images, plain, FLOAT32), predict(symmetric, images, flip, FLOAT32))
+    straight, mirrored = (pixels(*view) for view in views_of(other, images, flip, FLOAT32))
+    assert torch.equal(straight, other(images))
+    assert torch.equal(mirrored, other(images.flip(-1)).flip(-1))
+    assert not torch.allclose(straight, mirrored, atol=1e-3)
+
+
+@torch.no_grad()
+def test_multi_scale_equals_its_views_written_out():
+    net, images, total = neighbors(), random_images(1, 3, 26, 34), 0
+    for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+        inputs = resize_image(images, (round(20 * scale), round(24 * scale)))
+        for logits in (net(inputs), net(inputs.flip(-1)).flip(-1)):
+            total = total + resized(logits, (26, 34)).softmax(1)
+    assert_argmax(predict(net, images, make_protocol("whole", "ms,flip", (20, 24)), FLOAT32), total)
+
+
+def test_sizes_of_the_protocols():
+    assert Protocol((64, 48)).sizes(100, 300) == [(64, 48)]
+    assert Protocol((64, 48), scales=(0.5, 1.75)).sizes(100, 300) == [(32, 24), (112, 84)]
+    slide = make_protocol("slide", "ms,flip", (512, 512))
+    assert slide.stride == (341, 341) and slide.flip and slide.scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    assert slide.sizes(375, 500)[2] == (512, 683)  # the short side fits the window
+    assert Protocol((20, 60), True, (10, 10)).sizes(100, 100) == [(60, 60)]  # covers the window
+    assert make_protocol("whole", "", (7, 9)) == Protocol((7, 9))
+    assert make_protocol("tile", "", (24, 20), 0.5, overlap=8).stride == (40, 32)  # tiles of 48x40
+    for protocol, words in ((slide, "512x512 341x341 1.25 flip"), (Protocol((7, 9)), "7x9")):
+        assert all(word in str(protocol) for word in words.split())
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (dict(kind="tile", tta="ms"), "--tta ms"),
+    (dict(tile_scale=2.0), "--protocol tile"),
+    (dict(kind="slide", overlap=0.0), "--protocol tile"),
+    (dict(kind="tile", overlap=20.0), "--overlap 20 .*24x20"),
+])
+def test_flags_that_contradict_each_other(options, named):
+    with pytest.raises(InputError, match=named):
+        choose_protocol(dict(imgsz=(24, 20)), **options)
+
+
+# --- tiles ------------------------------------------------------------------------------------------------
+def tiled(net, image, **options):
+    """Return the probabilities (1, K, H, W) of an image in tiles of 24x20 or of the `window` in options."""
+    protocol = make_protocol("tile", "", **{"imgsz": (24, 20), **options})
+    rows = image_rows(net, image, protocol, FLOAT32, tuple(image.shape[-2:]))
+    return torch.cat([values for _, values, _ in rows], 2)
+
+
+@pytest.mark.parametrize(("size", "window", "overlap"), [
+    ((61, 83), (24, 20), 8), ((61, 83), (24, 20), 0.5), ((24, 20), (24, 20), 0.25), ((25, 20), (24, 20), 8),
+    ((100, 31), (20, 31), 10), ((200, 40), (33, 27), 13), ((61, 83), (24, 20), 0.9)])
+@torch.no_grad()
+def test_a_field_of_view_within_a_quarter_of_the_overlap_sees_the_whole_image(size, window, overlap):
+    net, image = local(), random_images(1, 3, *size)
+    probabilities = tiled(net, image, imgsz=window, overlap=overlap)
+    torch.testing.assert_close(probabilities, net(image).softmax(1), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_less_overlap_than_the_field_of_view_changes_the_seams():
+    """Which the test above would not see if tiles were the whole image."""
+    net, image = local(), random_images(1, 3, 61, 83)
+    assert (tiled(net, image, overlap=2) - net(image).softmax(1)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("size", [(61, 83), (5, 7), (1, 1), (24, 100), (23, 19)])
+def test_what_is_constant_has_no_seams_at_any_size(size):
+    shares = torch.tensor([0.5, 0.3, 0.2]).view(1, 3, 1, 1)
+    tiles = Tiles(lambda crops: shares.expand(len(crops), 3, 24, 20), random_images(1, 3, *size), (24, 20),
+                  (17, 13), 3, batch_size=3)
+    probabilities = torch.cat([values for _, values in tiles.rows()], 2)
+    torch.testing.assert_close(probabilities, shares.expand(1, 3, *size))
+
+
+@pytest.mark.parametrize(("length", "side", "stride"),
+                         [(100, 24, 17), (100, 24, 12), (50, 24, 2), (25, 24, 18)])
+def test_weights_of_neighbors_add_up_to_one_and_every_pixel_has_some(length, side, stride):
+    starts = window_starts(length, side, stride)
+    total = torch.zeros(length)
+    for index, start in enumerate(starts):
+        total[start:start + side] += edge_weights(starts, index, side)
+    assert total.min() > 0.02
+    if 2 * stride >= side and (length - side) % stride == 0:
+        torch.testing.assert_close(total, torch.ones(length))
+    after_8_shared = edge_weights([0, 16], 1, 24)
+    assert (after_8_shared[:2] == 0).all() and (after_8_shared[6:] == 1).all()
+    assert after_8_shared[4] > after_8_shared[3] > after_8_shared[2] > 0
+
+
+def test_memory_is_a_row_of_tiles_however_high_the_image():
+    batch_sizes, height = [], 0
+
+    def probabilities(crops):
+        batch_sizes.append(len(crops))
+        return torch.full((len(crops), 5, 32, 32), 0.2)
+
+    image = torch.zeros(1, 3, 3000, 100, dtype=torch.uint8)
+    tiles = Tiles(probabilities, image, (32, 32), (24, 24), 5, batch_size=2)
+    for rows, values in tiles.rows():
+        assert rows.start == height and values.shape == (1, 5, rows.stop - height, 100)
+        assert tiles.sums.shape == (5, 32, 100) and tiles.weights.shape == (32, 100)
+        height = rows.stop
+    assert height == 3000 and max(batch_sizes) == 2
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+@torch.no_grad()
+def test_tile_scale_is_pixels_of_the_network_per_pixel_of_the_image(scale):
+    """Of an image of the size of a tile, tiles are the whole image at --imgsz."""
+    net, side = local(), tuple(round(length / scale) for length in (24, 20))
+    image, tiles = random_images(1, 3, *side), make_protocol("tile", "flip", (24, 20), scale)
+    assert tiles.side == side
+    whole = predict(net, image, make_protocol("whole", "flip", (24, 20)), FLOAT32)
+    assert torch.equal(predict(net, image, tiles, FLOAT32), whole)
+
+
+@torch.no_grad()
+def test_tiles_give_scores_and_other_sizes_of_every_image_of_a_batch():
+    net, images = local(), random_images(2, 3, 61, 83)
+    predictor = predictor_of(net, make_protocol("tile", "", (24, 20)))
+    probabilities = torch.cat([tiled(net, image) for image in images.split(1)])
+    assert_argmax(predictor(images), probabilities)
+    scores = predictor.scores(images[:1], every_class=True)
+    assert_argmax(scores.pred, probabilities[0])
+    assert scores.confidence == pytest.approx(probabilities[0].amax(0).numpy(), abs=1e-5)
+    assert scores.probabilities.astype(float) == pytest.approx(probabilities[0].numpy(), abs=1e-3)
+    preds = predictor.predict_at(images, [(30, 41), (61, 83)])
+    assert_argmax(preds[0], resized(probabilities[:1].log(), (30, 41))[0])
+    assert_argmax(preds[1], probabilities[1])
+
+
+def test_a_raster_is_0_where_it_has_no_data():
+    class Raster:
+        shape = (3, 61, 83)
+
+        def read(self, top, left, height, width):
+            return None if top < 20 else torch.full((1, 3, height, width), top % 256, dtype=torch.uint8)
+
+    shares = torch.tensor([0.4, 0.6]).view(1, 2, 1, 1)
+    tiles = Tiles(lambda crops: shares.expand(len(crops), 2, 24, 20), Raster(), (24, 20), (18, 15), 2)
+    probabilities = torch.cat([values for _, values in tiles.rows()], 2)
+    assert probabilities.shape == (1, 2, 61, 83) and not probabilities[..., :30, :].any()
+    torch.testing.assert_close(probabilities[..., 42:, :], shares.expand(1, 2, 19, 83))
+
+
+def test_scripts_score_the_tiles_that_they_write(tmp_path, run):
+    """The masks of infer_image.py have the pixels that evaluate.py counts; a clip is taken too."""
+    import evaluate
+    import infer_image
+    import infer_video
+    import train
+    from test_video import write_clip
+
+    data, out = write_folder(tmp_path / "data", count=6, size=(90, 121)), tmp_path / "out"
+    flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--unfreeze", "all"]
+    assert run(train, *flags, "--imgsz", 42, 42, "--epochs", 1, "--workers", 0, "--out-dir", out)[0] == 0
+    tiles = ["--protocol", "tile", "--overlap", 14, "--model", out / "best_model_iou.pth", "--device", "cpu",
+             "--out-dir", out]
+    code, text, err = run(evaluate, *tiles)
+    assert code == 0 and "42x42" in text and "28x28" in text, err
+    (record, *_) = json.loads((out / "evaluation" / "metrics.json").read_text())["records"]
+    assert run(infer_image, "--input", record["name"], *tiles)[0] == 0
+    (mask,) = (out / "inference_results_image").glob("*_mask.png")
+    scored = np.zeros(3)
+    for _, predicted, count in record["cells"]:
+        scored[predicted] += count
+    assert (scored == np.bincount(np.array(Image.open(mask)).ravel(), minlength=3)).all()
+    clip = write_clip(tmp_path / "clip.mp4", count=3, size=(90, 120))
+    code, text, err = run(infer_video, "--input", clip, *tiles)
+    assert code == 0 and "42x42" in text, err
+
+
+@pytest.mark.long
+def test_a_converted_model_takes_tiles_of_small_images_too(tmp_path):
+    """Every tile has the size that it was converted for."""
+    pytest.importorskip("openvino")
+    checkpoint = pack_checkpoint(tiny().eval(), [(name, (0, 0, 0)) for name in "abc"], (42, 42))
+    torch.save(checkpoint, tmp_path / "m.pth")
+    net, facts = load_model(tmp_path / "m.pth")
+    protocol = choose_protocol(facts, kind="tile")
+    plain, other = predictor_of(net, protocol), Predictor(net, facts, "cpu", protocol, "openvino")
+    for size in ((30, 61), (90, 33)):
+        images = random_images(1, 3, *size)
+        assert (plain(images) == other(images)).mean() > 0.99
