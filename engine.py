@@ -17,7 +17,7 @@ from torch import nn
 
 from config import IGNORE
 from dataio.dataloader import collate
-from dataio.transforms import resize_targets
+from dataio.resizing import resize_targets
 from metrics import ConfusionMatrix
 from models.heads import logits_of
 from models.upsampling import label_maps, pixel_loss

@@ -45,8 +45,8 @@ import utils
 from checkpoint import data_options, load_model
 from config import InputError
 from dataio.readers import read_image
+from dataio.resizing import resize_image
 from dataio.streets import draw_scene
-from dataio.transforms import resize_image
 from datasets import load_data
 from inference.backends import FORMATS, Graph, first_line, is_exported
 from inference.predictor import make_protocol

@@ -25,10 +25,10 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from config import IGNORE, InputError
-from dataio import readers, transforms, windows
 from dataio.readers import read_image, read_orientation, read_sample, read_targets
-from dataio.transforms import augment, continued, fingerprint, needed_size, resize_image, window_starts
-from dataio.windows import read_native
+from dataio.resizing import continued, resize_image, window_starts
+from dataio.transforms import augment, fingerprint, needed_size
+from dataio.windows import decoding_code, read_native
 from utils import code_hash
 
 SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel of the image
@@ -37,9 +37,8 @@ CONNECTION_LOST = ConnectionResetError, ConnectionRefusedError, EOFError
 
 
 def reading_code():
-    """Return a hash of the code that makes items of files, and whether rasterio is there."""
-    code = code_hash(readers, windows, transforms, sys.modules[__name__])
-    return f"{code} {windows.rasterio is not None}"
+    """Return hashes of the code that makes items of files; what augmentations do is in their fingerprint."""
+    return f"{decoding_code()} {code_hash(sys.modules[__name__])}"
 
 
 # --- datasets ---------------------------------------------------------------------------------------------
@@ -80,9 +79,8 @@ class SegmentationDataset(Dataset):
 
     @contextmanager
     def drawing(self, item):
-        """Context in which torch's random numbers depend on seed, epoch and image alone, not on the worker or
-        on what was read before: a resumed run sees what an uninterrupted one would. Yields the index of item
-        epoch * len + index.
+        """Context in which torch's random numbers depend on seed, epoch and image alone: a resumed run sees
+        what an uninterrupted one would. Yields the index of item epoch * len + index.
         """
         epoch, index = divmod(item, len(self))
         state = torch.get_rng_state()
@@ -283,9 +281,7 @@ class Noted(Dataset):
             self.closed.share_memory_()
 
     def start_worker(self, _):
-        """Set up a worker process: where all processes are asked to stop, it is the main one that ends the
-        work, and this one loads until it does. (torch ends it where the main process has died.)
-        """
+        """Set up a worker process: where all processes are asked to stop, the main one ends the work."""
         def stop(*_):
             if self.closed:
                 os._exit(0)
@@ -318,28 +314,26 @@ class Batches:
         self.started = self.iterate()
 
     def iterate(self):
-        """Return an iterator over an epoch; where no worker process can be started, it loads by itself."""
+        """Return an iterator over an epoch; where no worker process can be started, it loads by itself. The
+        DataLoader lasts for all epochs.
+        """
         if self.loader is not None:
             return iter(self.loader)
         try:
-            return self.new_loader()
+            self.noted = Noted(self.dataset, self.workers)
+            # a generator of its own, so that starting an epoch early moves no random numbers of the training
+            loader = DataLoader(self.noted, self.batch_size, sampler=self.sampler, num_workers=self.workers,
+                                collate_fn=getattr(self.dataset, "collate", collate),
+                                generator=torch.Generator(), pin_memory=self.pin_memory,
+                                persistent_workers=self.workers > 0, worker_init_fn=self.noted.start_worker)
+            iterator = iter(loader)
         except (OSError, RuntimeError) as error:
             if not self.workers or WORKER_DEATH.search(str(error)):
                 raise
             print(f"note: no worker processes load data (--workers 0), they cannot be started: {error}",
                   flush=True)
-        self.workers = 0
-        return self.new_loader()
-
-    def new_loader(self):
-        """Make the DataLoader, which lasts for all epochs; return an iterator over the first one."""
-        self.noted = Noted(self.dataset, self.workers)
-        # a generator of its own, so that starting an epoch early moves no random numbers of the training
-        loader = DataLoader(self.noted, self.batch_size, sampler=self.sampler, num_workers=self.workers,
-                            collate_fn=getattr(self.dataset, "collate", collate), generator=torch.Generator(),
-                            pin_memory=self.pin_memory, persistent_workers=self.workers > 0,
-                            worker_init_fn=self.noted.start_worker)
-        iterator = iter(loader)
+            self.workers = 0
+            return self.iterate()
         self.loader = loader
         return iterator
 
@@ -386,8 +380,8 @@ def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, world_si
 
 @contextmanager
 def naming_files(*loaders):
-    """Context in which the death of a worker process of these Batches is an InputError with its file; ends
-    the worker processes.
+    """Context in which the death of a worker process of these Batches is an InputError with its file; at its
+    end the worker processes end.
     """
     try:
         yield

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from config import InputError, count_of
 from dataio.dataloader import Batches, collate, naming_files
+from dataio.readers import short_hash
 from models.backbones import features_of_parts
 from utils import barrier, is_out_of_memory, local_rank, local_world_size, write_atomically
 
@@ -45,10 +46,7 @@ class EntryFile:
         return {**self.__dict__, "arrays": None}
 
     def open(self):
-        """Map the file and its checksums. Returns (values (N, *shape), checksums (N,) int64, 0 = none).
-
-        Raises InputError where the files are gone. On a medium that is read-only, nothing can be written.
-        """
+        """Return the mapped (values (N, *shape), checksums (N,) int64, 0 = none). Raises InputError: gone."""
         if self.arrays is None:
             if not self.is_complete():
                 raise InputError(f"--cache-features: {self.path} is gone: start again")
@@ -93,10 +91,7 @@ class EntryFile:
         write_atomically(self.path.with_suffix(".json"), lambda path: path.write_text(text))
 
     def write(self, number, value):
-        """Store an entry, then its checksum: a process that dies between the two leaves no checksum.
-
-        Raises InputError for another type or shape, which torch would convert without a word.
-        """
+        """Store an entry, then its checksum. Raises InputError for a wrong type or shape."""
         values, sums = self.open()
         if value.dtype != self.dtype or tuple(value.shape) != self.shape:
             raise InputError(f"--cache-features: {self.path} holds {self.dtype} {self.shape} and cannot hold "
@@ -139,7 +134,7 @@ class CachedDataset(Dataset):
                                  "--resume, which computes it again")
 
     def picture(self, index):
-        """Return what item `index` of validation shows, (3, H, W) uint8."""
+        """As of a SegmentationDataset."""
         return self.dataset.picture(index)
 
     def __getitem__(self, item):
@@ -166,16 +161,13 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     model.eval()  # BatchNorm of a frozen backbone must not learn from the images that are cached
     files, facts = plan_files(model, parts, dataset, folder, precision, views)
     if local_rank() == 0:
-        with alone_in(folder):
-            reserve(list(files.values()), list(facts.values()), folder)
+        reserve(list(files.values()), list(facts.values()), folder)
     barrier()
     missing = [number for number in range(local_rank(), len(dataset) * views, local_world_size())
                if not all(file.has(number) for file in files.values())]
     if missing and not all(file.is_writable() for file in files.values()):
-        raise InputError(
-            f"--cache-features: the features of {count_of(len(missing), 'view')} are missing or damaged, and "
-            f"{folder} cannot be written: name another folder"
-        )
+        raise InputError(f"--cache-features: the features of {count_of(len(missing), 'view')} are missing or "
+                         f"damaged, and {folder} cannot be written: name another folder")
     if missing:
         fill(model, parts, dataset, files, missing, precision, workers)
     barrier()
@@ -184,9 +176,7 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
 
 
 def plan_files(model, parts, dataset, folder, precision, views):
-    """Return ({Part, or name of a target of training images: its EntryFile}, {the same: the facts on which
-    its content depends}).
-    """
+    """Return two dicts by Part or name of a training target: EntryFile, and facts its content depends on."""
     count = len(dataset) * views
     image, targets, _ = dataset[0]
     with torch.inference_mode(), precision.autocast():
@@ -203,8 +193,8 @@ def plan_files(model, parts, dataset, folder, precision, views):
         facts[name] = dict(shared, part=f"target {name}", table=hashlib.sha256(dataset.table).hexdigest())
     files = {}
     for key, (shape, dtype) in entries.items():
-        digest = hashlib.sha256(json.dumps(facts[key], sort_keys=True).encode()).hexdigest()[:16]
-        files[key] = EntryFile(folder / f"{key}_{digest}.bin", count, shape, dtype)
+        name = f"{key}_{short_hash(json.dumps(facts[key], sort_keys=True))}.bin"
+        files[key] = EntryFile(folder / name, count, shape, dtype)
     return files, facts
 
 
@@ -216,42 +206,41 @@ def file_facts(samples):
         base = os.path.commonpath(list(map(os.path.dirname, paths)))
         names = [os.path.relpath(path, base) for path in paths]
     changes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-            for key, value in (("names", names), ("contents", changes))}
+    return dict(names=short_hash(names), contents=short_hash(changes))
 
 
-@contextmanager
-def alone_in(folder):
-    """Context in which no other run makes files in a cache folder, which is created. Raises InputError."""
+def reserve(files, facts, folder):
+    """Create the folder and the files that are missing, while no other run does; say how large they are.
+    Raises InputError where the disk is full.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
                          "folder") from None
+    # in a folder that is read-only, all may be there already
     with FileLock(folder / ".cache.lock") if os.access(folder, os.W_OK) else nullcontext():
-        yield  # in a folder that is read-only, all may be there already
-
-
-def reserve(files, facts, folder):
-    """Create the files that are missing; say how large they are. Raises InputError where the disk is full."""
-    missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_complete()]
-    for _, fact in missing:
-        remove_outdated(fact, folder)
-    needed, free = sum(file.bytes() for file, _ in missing), shutil.disk_usage(folder).free
-    total = sum(file.bytes() for file in files)
-    views = count_of(files[0].count, f"{facts[0]['split']} view")
-    print(f"feature cache of {views} in {folder}: {total / 1e9:.2f} GB, "
-          f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)
-    if needed + SPARE > free:
-        raise InputError(f"--cache-features needs {needed / 1e9:.2f} GB in {folder}, which has "
-                         f"{free / 1e9:.2f} GB free: free some disk, name another folder "
-                         "(--cache-features DIR), or lower --imgsz or --cache-views")
-    for file, fact in missing:
-        file.create(fact)
+        missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_complete()]
+        for _, fact in missing:
+            remove_outdated(fact, folder)
+        needed, free = sum(file.bytes() for file, _ in missing), shutil.disk_usage(folder).free
+        total = sum(file.bytes() for file in files)
+        views = count_of(files[0].count, f"{facts[0]['split']} view")
+        print(f"feature cache of {views} in {folder}: {total / 1e9:.2f} GB, "
+              f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)
+        if needed + SPARE > free:
+            raise InputError(f"--cache-features needs {needed / 1e9:.2f} GB in {folder}, which has "
+                             f"{free / 1e9:.2f} GB free: free some disk, name another folder "
+                             "(--cache-features DIR), or lower --imgsz or --cache-views")
+        for file, fact in missing:
+            file.create(fact)
 
 
 def remove_outdated(facts, folder):
     """Remove a cache of the same files as they were before they changed; name one that is of other code."""
+    def lasting(facts):
+        return {key: value for key, value in facts.items() if key not in MOVING}
+
     facts = json.loads(json.dumps(facts))
     for path in folder.glob("*.json"):
         with suppress(OSError, ValueError, KeyError, AttributeError):
@@ -264,11 +253,6 @@ def remove_outdated(facts, folder):
             for ending in (".json", ".bin", ".sums"):
                 path.with_suffix(ending).unlink(missing_ok=True)
             print(f"the data set has changed: {file} is removed and computed again")
-
-
-def lasting(facts):
-    """Return the facts of a cache file but those in which an outdated one differs."""
-    return {key: value for key, value in facts.items() if key not in MOVING}
 
 
 def fill(model, parts, dataset, files, missing, precision, workers):

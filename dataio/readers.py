@@ -8,11 +8,11 @@ Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files 
 file is an InputError that names it.
 """
 import hashlib
-import io
 import os
 import struct
 import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,6 @@ MASK_ENDINGS = (*IMAGE_ENDINGS, ".npy")
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MOST_PIXELS = 1 << 30  # of an image or mask; PIL alone stops at a sixth of it
 PIL_LIMIT_LOCK = threading.Lock()  # held while PIL's own limit is raised
 DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
@@ -89,8 +88,8 @@ class DataSource:
     @property
     def counts(self):
         """{split: number of its images}, those of --extra as a split of their own where there are any."""
-        splits = {**self.splits, **({"extra": self.extra} if self.extra else {})}
-        return {name: len(samples) for name, samples in splits.items()}
+        counts = {name: len(samples) for name, samples in self.splits.items()}
+        return {**counts, "extra": len(self.extra)} if self.extra else counts
 
     @property
     def training(self):
@@ -98,21 +97,20 @@ class DataSource:
         return [*self.splits["train"], *self.extra]
 
     def fingerprints(self):
-        """Return short hashes that equal data share: data_fingerprint over names and sizes of all files and
-        how masks are decoded, split_fingerprint over which image is in which split, extra_fingerprint of
-        --extra where there is one.
+        """Return short hashes {name: text} that equal data share: of names and sizes of all files and how
+        masks are decoded, of which image is in which split, and of --extra where there is one.
         """
         samples = [sample for split in self.splits.values() for sample in split]
-        files = [path for sample in samples for path in sample.files()]
-        drawn, full_paths = absolute(drawn_folder()), {path: absolute(path) for path in files}
+        files = {absolute(path) for sample in samples for path in sample.files()}
+        drawn = absolute(drawn_folder())
         # the data may move as a whole, and masks that were drawn lie elsewhere
-        base = os.path.commonpath([path.parent for path in full_paths.values() if drawn not in path.parents])
+        base = os.path.commonpath([path.parent for path in files if drawn not in path.parents])
 
         def name(path):
-            path = full_paths.get(path) or absolute(path)
+            path = absolute(path)
             return str(path.relative_to(drawn if drawn in path.parents else base))
 
-        ordered = sorted({*full_paths.values()}, key=lambda path: (drawn not in path.parents, path))
+        ordered = sorted(files, key=lambda path: (drawn not in path.parents, path))
         data = [(name(path), path.stat().st_size) for path in ordered]
         data.append(hashlib.sha256(self.table).hexdigest())
         if named := sorted({(target.name, target.kind) for sample in samples for target in sample.targets}):
@@ -138,33 +136,34 @@ def absolute(path):
 
 
 def drawn_folder():
-    """Return the folder of masks that were drawn or written anew: of the user's cache, below it one folder
-    each, whose name is a hash of all that they were made of.
-    """
+    """Return the folder of drawn masks: in it one folder each, named by a hash of all they were made of."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoseg/masks"
 
 
 # --- images -----------------------------------------------------------------------------------------------
-def open_image(path, content=None):
-    """Open an image file with PIL, header only. Raises InputError where it is missing or not an image.
+@contextmanager
+def naming_damage(path):
+    """Context in which an error while pixels are decoded is an InputError that names the file."""
+    try:
+        yield
+    except DECODE_ERRORS as error:
+        raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
 
-    content: its bytes, where they are read already.
-    """
+
+def open_image(path):
+    """Open an image file with PIL, header only. Raises InputError where it is missing or not an image."""
     warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of broken files; an InputError says it
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors are enough
     try:
-        image = open_of_any_size(path, content)
+        image = open_of_any_size(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except Image.UnidentifiedImageError:
-        raise InputError(f"{path} is not a readable image (not a known image format): repair or remove the "
-                         "file") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path} claims more pixels than an image may have here ({MOST_PIXELS}): save it as "
                          "several files, or remove it") from None
     except DECODE_ERRORS as error:
         raise InputError(f"{path} is not a readable image ({error}): repair or remove the file") from None
-    if image.format == "TIFF" and is_stack(path if content is None else io.BytesIO(content), image.size):
+    if image.format == "TIFF" and is_stack(path, image.size):
         raise InputError(f"{path} holds several pages: save each of them as a file of its own")
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TIFF_BITS, (8,))
@@ -174,49 +173,46 @@ def open_image(path, content=None):
     return image
 
 
-def open_of_any_size(path, content):
-    """Return Image.open of a file or its bytes, also beyond PIL's limit. Raises DecompressionBombError for
-    more than MOST_PIXELS.
-    """
+def open_of_any_size(path):
+    """Return Image.open of a file, also beyond PIL's limit, up to MOST_PIXELS."""
     try:
-        return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+        return Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:
         with PIL_LIMIT_LOCK:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MOST_PIXELS // 2  # twice it is an error
             try:
-                return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+                return Image.open(path, formats=FORMATS)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
 
 
-def is_stack(file, size):
-    """Return whether a TIFF has a second page of the size of the first; smaller ones are previews of it."""
+def is_stack(path, size):
+    """Return whether a TIFF has a second page of the size of the first; smaller ones are previews."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.seek(1)
             return image.size == size
     except TAG_ERRORS:
         return False
 
 
-def open_photo(path, content=None):
+def open_photo(path):
     """Open an image, no mask: as open_image does, where PIL keeps all of its bits.
 
     Color deeper than 8 bit, which PIL cuts to 8 or does not know at all, comes scaled to 8 bit, as to_8_bit
     does, its pixels decoded by OpenCV.
     """
     try:
-        image = open_image(path, content)
+        image = open_image(path)
     except InputError:
-        if deep := decode_deep(path, content, opened=False):
+        # OpenCV mixes up planar channels, and here a fourth one may be anything
+        if is_interleaved_tiff(path) and (deep := decode_deep(path, 3)):
             return deep
         raise
     if image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in image.tile):
-        try:
+        with naming_damage(path):
             image.load()  # OpenCV is less strict and writes to the terminal
-        except DECODE_ERRORS as error:
-            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
-        if deep := decode_deep(path, content):
+        if deep := decode_deep(path, 4):
             if image.format != "TIFF":  # OpenCV turns these alone
                 deep.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
             return deep
@@ -232,23 +228,23 @@ def tiff_tags(file):
     return tags
 
 
-def decode_deep(path, content=None, opened=True):
-    """Return a file of three or four deep channels as a PIL image, RGB(A), scaled to 8 bit, or None.
+def is_interleaved_tiff(path):
+    """Return whether a file is a TIFF whose channels lie side by side."""
+    try:
+        with open(path, "rb") as file:
+            return tiff_tags(file).get(TIFF_PLANAR) != 2
+    except TAG_ERRORS:
+        return False
 
-    opened: PIL can open it. Of other files, TIFFs of three channels that are interleaved: OpenCV mixes up
-    planar ones, and a fourth channel may be anything.
-    """
+
+def decode_deep(path, most_channels):
+    """Return a file of 3 to most_channels channels, deeper than 8 bit, as RGB(A) scaled to 8, else None."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints come as one line
     try:
-        content = Path(path).read_bytes() if content is None else content
-        tiff = content.startswith(TIFF_STARTS)
-        planar = tiff and tiff_tags(io.BytesIO(content)).get(TIFF_PLANAR) == 2
-        if planar or not (tiff or opened):
-            return None
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    except TAG_ERRORS:
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
         return None
-    if pixels is None or pixels.ndim < 3 or pixels.itemsize < 2 or pixels.shape[2] > (4 if opened else 3):
+    if pixels is None or pixels.ndim < 3 or pixels.itemsize < 2 or pixels.shape[2] > most_channels:
         return None
     values, depth = to_8_bit(pixels[..., 2::-1])  # BGR -> RGB
     if pixels.shape[2] == 4:
@@ -287,54 +283,41 @@ def to_rgb(image):
 
 
 def stored_size(image, exif=None):
-    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that has not been decoded yet.
-
-    exif: of the image, where it was read already.
-    """
-    orientation, size = (image.getexif() if exif is None else exif).get(EXIF_ORIENTATION, 1), image.size[::-1]
+    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that is not decoded yet."""
+    orientation = (image.getexif() if exif is None else exif).get(EXIF_ORIENTATION, 1)
     orientation = orientation if orientation in range(1, 9) else 1  # PIL does not turn others
     tags = getattr(image, "tag_v2", None)  # of TIFFs, PIL's own size is the turned one
-    return (tags[TIFF_HEIGHT], tags[TIFF_WIDTH]) if tags else size, orientation
+    return (tags[TIFF_HEIGHT], tags[TIFF_WIDTH]) if tags else image.size[::-1], orientation
 
 
-def read_image(path, at_least=None):
-    """Read an image file upright (EXIF) as (3, H, W) uint8 RGB. Raises InputError.
-
-    at_least: (h, w) that are enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that is no
-    smaller, which takes a fraction of the time, else by the faster decoder.
-    """
-    return read_upright(path, at_least)[0]
+def read_image(path):
+    """Read an image file upright (EXIF) as (3, H, W) uint8 RGB. Raises InputError."""
+    return read_upright(path)[0]
 
 
 def read_upright(path, at_least=None):
     """Return (image as read_image gives it, its stored size (H, W), its EXIF orientation 1..8, its depth in
     bits, more than 8 where it was scaled to 8).
+
+    at_least: (h, w) that are enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that is no
+    smaller, which takes a fraction of the time, else by the faster decoder.
     """
-    with open_photo(path) as image:
-        try:
-            (size, orientation), depth = stored_size(image), 8
-            if at_least:
-                image.draft(None, (max(at_least),) * 2)
-            pixels = None
-            plain = (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size[::-1], 1)
-            if at_least and plain:
+    with open_photo(path) as image, naming_damage(path):
+        (size, orientation), pixels, depth = stored_size(image), None, 8
+        if at_least:
+            image.draft(None, (max(at_least),) * 2)
+            if (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size[::-1], 1):
                 pixels = decode_jpeg(path)
-            if pixels is None:
-                rgb = to_rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
-                pixels, depth = np.array(rgb), rgb.info.get(DEPTH, 8)  # (H, W, 3)
-        except DECODE_ERRORS as error:
-            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+        if pixels is None:
+            rgb = to_rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
+            pixels, depth = np.array(rgb), rgb.info.get(DEPTH, 8)  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1), size, orientation, depth
 
 
 def decode_jpeg(path):
-    """Return the pixels of an RGB JPEG file, (H, W, 3) uint8, in three quarters of PIL's time.
-
-    Both decode with libjpeg-turbo. None where the end of the file is missing; OpenCV ignores other damage a
-    little more often than PIL does.
-    """
+    """Return the pixels of an RGB JPEG file, (H, W, 3) uint8, in three quarters of PIL's time, or None."""
     data = np.fromfile(path, np.uint8)
-    if data[-2:].tobytes() != b"\xff\xd9":
+    if data[-2:].tobytes() != b"\xff\xd9":  # cut off, which OpenCV does not mind
         return None
     return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
@@ -402,41 +385,24 @@ class StoredMask(NamedTuple):
         return values * np.int32(white) if values.max() < 256 else None
 
 
-def palette_pixels(mask):
-    """Return (pixels (H, W), palette (n, 3)) of a PIL image with a palette, transparent or not."""
-    pixels = np.array(mask)
-    return pixels[..., 0] if mask.mode == "PA" else pixels, np.array(mask.getpalette("RGB")).reshape(-1, 3)
-
-
-def painted_pixels(mask):
-    """Return (pixels (H, W, 3) uint8, None) of a PIL image in colors, without its transparency."""
-    return np.array(mask.convert("RGB")), None
-
-
-def gray_pixels(mask):
-    """Return (pixels (H, W), None) of a PIL image of one channel of any depth."""
-    return np.array(mask.convert("L") if mask.mode == "LA" else mask), None
-
-
-MASK_DECODERS = {"P": palette_pixels, "PA": palette_pixels,  # by PIL's mode; all others are gray
-                 **dict.fromkeys(("RGB", "RGBA", "CMYK", "YCbCr"), painted_pixels)}
-
-
 def decode_mask(path):
     """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
     if Path(path).suffix.lower() == ".npy":
         return StoredMask("array", "NPY", as_mask_pixels(path, read_mask_array(path)), None)
-    with open_image(path) as mask:
-        mode, kind = mask.mode, mask.format
-        try:
-            pixels, palette = MASK_DECODERS.get(mode, gray_pixels)(mask)
-        except DECODE_ERRORS as error:
-            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+    with open_image(path) as mask, naming_damage(path):
+        mode, kind, palette = mask.mode, mask.format, None
+        if mode in ("P", "PA"):
+            pixels = np.array(mask)[..., 0] if mode == "PA" else np.array(mask)
+            palette = np.array(mask.getpalette("RGB")).reshape(-1, 3)
+        elif mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
+            pixels = np.array(mask.convert("RGB"))
+        else:
+            pixels = np.array(mask.convert("L") if mode == "LA" else mask)
     return StoredMask(mode, kind, as_mask_pixels(path, pixels), palette)
 
 
 def read_array(path):
-    """Return the array of a NumPy file; sides of 1 before or behind three go. Raises InputError."""
+    """Return the array of a NumPy file; an axis of length 1 before or after two others is removed."""
     try:
         values = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -449,7 +415,7 @@ def read_array(path):
 
 
 def read_mask_array(path):
-    """Return a NumPy file as (H, W) or (H, W, 3), floats without fractions as integers. Raises InputError."""
+    """Return a NumPy file as (H, W) or (H, W, 3), floats without fractions as integers."""
     values = read_array(path)
     if values.dtype.kind == "f" and values.size and (values % 1 == 0).all():
         values = values.astype(np.int64)
@@ -481,9 +447,7 @@ def read_mask(path, table):
 
 
 def class_ids_of(values, table, path):
-    """Return the class ids (H, W) uint8 of a mask file's values or color codes (H, W). Raises InputError for
-    a value that is OUTSIDE `table`.
-    """
+    """Return class ids (H, W) uint8 of values or color codes (H, W). Raises InputError for those OUTSIDE."""
     mask = cv2.LUT(values, table[:256]) if values.dtype == np.uint8 else table[values]
     if (mask == OUTSIDE).any():
         wrong, counts = np.unique(values[mask == OUTSIDE], return_counts=True)
@@ -497,18 +461,13 @@ def outside_message(path, values, counts, table, classes=()):
     values, counts: (n,) the distinct wrong values and their pixels; classes: [(name, (R, G, B))].
     """
     pixels = f"({counts[0]} pixels)" + (f" and {len(values) - 1} more such values" if len(values) > 1 else "")
-    if len(table) > 65536:
-        return wrong_color_message(path, int(values[0]), pixels, table, classes)
-    allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
-    ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
-    lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    return (f"{path} has the value {values[0]} {pixels}, which is not a class: classes are {allowed}, "
-            f"ignored: {ignored}{lossy}; repair the mask")
-
-
-def wrong_color_message(path, code, pixels, table, classes):
-    """As outside_message, of a painted mask. code: the first wrong color; pixels: how many, as text."""
-    color, codes = unpack_color(code), np.flatnonzero(table != OUTSIDE)
+    if len(table) <= 65536:
+        allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
+        ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
+        lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
+        return (f"{path} has the value {values[0]} {pixels}, which is not a class: classes are {allowed}, "
+                f"ignored: {ignored}{lossy}; repair the mask")
+    color, codes = unpack_color(int(values[0])), np.flatnonzero(table != OUTSIDE)
     allowed = np.stack(unpack_color(codes), axis=1)  # (n, 3)
     nearest = np.abs(allowed - np.array(color)).sum(1).argmin()
     id = table[codes[nearest]]
@@ -541,22 +500,16 @@ def read_map(path):
     """Read numbers (H, W) as float32, as they are stored: of a .npy file of two dimensions, or of a gray PNG
     or TIFF of any depth. Raises InputError.
     """
-    values = read_array(path) if Path(path).suffix.lower() == ".npy" else read_gray(path)
+    if Path(path).suffix.lower() == ".npy":
+        values = read_array(path)
+    else:
+        with open_image(path) as image, naming_damage(path):
+            is_gray = image.mode in ("1", "L", "F") or image.mode.startswith("I")
+            values = np.array(image if is_gray else image.convert("RGB"))
     if values.ndim != 2 or not values.size or values.dtype.kind not in "biuf":
-        raise InputError(f"{path} is not a map of numbers: save it as (H, W) with numpy.save")
+        raise InputError(f"{path} is not a map, one number for each pixel: save it as a gray PNG or TIFF, or "
+                         "as (H, W) with numpy.save")
     return values.astype(np.float32)
-
-
-def read_gray(path):
-    """Return the numbers (H, W) of an image file of one channel. Raises InputError."""
-    with open_image(path) as image:
-        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
-            raise InputError(f"{path} has colors ({image.mode}), and a map has one number for each pixel: "
-                             "save it as a gray PNG or TIFF, or with numpy.save")
-        try:
-            return np.array(image)
-        except DECODE_ERRORS as error:
-            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
 
 
 TARGET_READERS = {"labels": read_labels, "map": read_map}  # by Target.kind
@@ -579,19 +532,16 @@ def has_late_exif(path):
 
 def read_orientation(path):
     """Return (size (H, W) as stored, EXIF orientation 1..8) of an image file. Raises InputError."""
-    with open_photo(path) as image:
-        try:
-            early = image.format == "PNG" and not has_late_exif(path)
-            # of a PNG without EXIF, PIL's own way is to decode all of it and look behind the pixels
-            return stored_size(image, Image.Image.getexif(image) if early else None)
-        except DECODE_ERRORS as error:  # PNG keeps EXIF behind the pixels
-            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+    with open_photo(path) as image, naming_damage(path):  # PNG may keep EXIF behind the pixels
+        early = image.format == "PNG" and not has_late_exif(path)
+        # of a PNG without EXIF, PIL's own way is to decode all of it and look behind the pixels
+        return stored_size(image, Image.Image.getexif(image) if early else None)
 
 
 def read_sample(sample, table, at_least=None):
     """Return a Sample's image (3, H, W) uint8 RGB and its targets {name: (H, W)} as read_targets does.
 
-    at_least: as in read_image; targets keep the size they are stored in. Raises InputError.
+    at_least: as in read_upright; targets keep the size they are stored in. Raises InputError.
     """
     image, size, orientation, _ = read_upright(sample.image, at_least)
     return image, read_targets(sample, table, size, orientation)
@@ -604,9 +554,10 @@ def read_targets(sample, table, size, orientation):
     size, orientation: of the image, as read_orientation says. Raises InputError.
     """
     if sample.mask is None:
-        arrays = {"mask": np.full(upright_size(size, orientation), IGNORE, np.uint8)}
+        mask = np.full(upright_size(size, orientation), IGNORE, np.uint8)
     else:
-        arrays = {"mask": rotate_like(read_mask(sample.mask, table), size, orientation)}
+        mask = rotate_like(read_mask(sample.mask, table), size, orientation)
+    arrays = {"mask": mask}
     for target in sample.targets:
         if target.name in arrays:
             raise ValueError(f"{sample.image} has two targets called {target.name}")

@@ -89,7 +89,7 @@ def scan_image(path):
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    with open_photo(path, content) as image:
+    with open_photo(path) as image:
         try:
             mode, (size, orientation) = image.mode, stored_size(image)
             image.draft("L", (4 * LOOK, 4 * LOOK))

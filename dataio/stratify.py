@@ -5,16 +5,14 @@
 """
 import hashlib
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from config import IGNORE, InputError, count_of
 from dataio import readers
 from dataio.readers import read_mask
-from dataio.scan import in_parallel, scan_image
+from dataio.scan import all_in_parallel, in_parallel, scan_image
 from utils import code_hash, read_kept, write_atomically
 
 SEQUENCE, COMPARED = 8, 8  # images that make a sequence, and pairs of neighbors of it that are compared
@@ -35,14 +33,10 @@ def digest_of_masks(samples, table):
 
 
 def count_pixels(samples, table, num_classes, cache_dir):
-    """Return (N, K) int64: pixels of every class in the mask of every sample, 0 where it has none; read once,
-    then from cache_dir.
-
-    The file there is named by a hash over the masks' names, sizes and times and how they are read, so that a
-    changed data set is counted anew. Raises InputError for a mask that does not fit the table.
+    """Return (N, K) int64: pixels of every class in the mask of every sample, 0 where it has none; counted
+    once, then read from cache_dir. Raises InputError for a mask that does not fit the table.
     """
-    digest = digest_of_masks(samples, table)
-    path = Path(cache_dir) / f"pixels-{digest.hexdigest()[:16]}.npy"
+    path = Path(cache_dir) / f"pixels-{digest_of_masks(samples, table).hexdigest()[:16]}.npy"
     pixels = read_kept(path)
     if pixels is not None and pixels.shape == (len(samples), num_classes):
         return pixels
@@ -52,9 +46,7 @@ def count_pixels(samples, table, num_classes, cache_dir):
             return np.zeros(num_classes, np.int64)
         return np.bincount(read_mask(sample.mask, table).ravel(), minlength=IGNORE + 1)[:num_classes]
 
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(count, samples), "counting pixels", len(samples), leave=False, disable=None)
-        pixels = np.stack(list(bar))
+    pixels = np.stack(all_in_parallel(count, samples, "counting pixels"))
     write_atomically(path, lambda temporary: np.save(temporary, pixels))
     return pixels
 
@@ -91,10 +83,7 @@ def stratified_groups(pixels, sizes):
 
 
 def stratified_split(pixels, val_fraction):
-    """Return (train, val) lists of image indices by stratified_groups, round(N * val_fraction) in val.
-
-    pixels: (N, K). Raises InputError with fewer than two images.
-    """
+    """Return (train, val) lists of indices of images, of pixels (N, K), about N * val_fraction in val."""
     count = len(pixels)
     if count < 2:
         raise InputError("one image cannot be split into training and validation: add images")
@@ -103,10 +92,7 @@ def stratified_split(pixels, val_fraction):
 
 
 def stratified_fold(pixels, number, folds):
-    """Return (train, val) lists of image indices: fold `number` (1-based) of `folds` of one size validates.
-
-    pixels: (N, K). Raises InputError with fewer images than folds.
-    """
+    """Return (train, val) lists of indices of images, of pixels (N, K): fold `number` (1-based) validates."""
     count = len(pixels)
     if count < folds:
         raise InputError(f"--fold {number}/{folds}: {count_of(count, 'image')} (a block of frames counts as "

@@ -8,96 +8,22 @@ How a target is moved depends on its type: class ids (uint8) by nearest neighbor
 made up; maps of numbers (float32) linearly, with NaN there. tests/test_transforms.py checks every registered
 one.
 """
-import hashlib
 import math
-import platform
-import sys
 from dataclasses import dataclass
-from functools import lru_cache
 
 import cv2
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from config import IGNORE
-from utils import code_hash
+from dataio.readers import short_hash
+from dataio.resizing import PADDING_COLOR, resize_image, resize_targets
+from utils import code_hash, modules_of
 
-PADDING_COLOR = (124, 116, 104)  # the ImageNet mean, so that padding is close to zero after normalization
 UNKNOWN = {torch.uint8: IGNORE, torch.float32: math.nan}  # value of target pixels that are made up
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # of RGB (NTSC)
 
 
-# --- resizing ---------------------------------------------------------------------------------------------
-def resize_image(image, size):
-    """Resize (..., 3, H, W) uint8 to (..., 3, h, w), bilinear, antialiased; every script resizes by it.
-
-    Equal to torchvision's resize, whose import takes as long as torch's.
-    """
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    images, size = image.reshape(-1, *image.shape[-3:]), tuple(size)
-    if len(images) == 1 and images.is_contiguous(memory_format=torch.channels_last):
-        # with this stride of its one image, torch leaves the colors of a pixel side by side
-        images = images.as_strided(images.shape, (images.numel(), *images.stride()[1:]))
-    fast = image.device.type == "cpu" and (platform.machine() in ("aarch64", "arm64") or
-                                           torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
-    resized = F.interpolate(images if fast else images.float(), size, mode="bilinear", antialias=True)
-    resized = resized if fast else resized.round_().clamp_(0, 255).to(image.dtype)
-    return resized.reshape(*image.shape[:-2], *size)
-
-
-def resize_mask(mask, size):
-    """Resize class ids (H, W) uint8 to (h, w) by nearest neighbor, pixel centers aligned.
-
-    Equal to torchvision's NEAREST_EXACT in a seventh of the time: whole rows are copied, twice.
-    """
-    rows, columns = (nearest(old, new) for old, new in zip(mask.shape, size, strict=True))
-    return torch.from_numpy(cv2.transpose(cv2.transpose(mask.numpy())[columns])[rows])
-
-
-def resize_map(values, size):
-    """Resize numbers (H, W) float32 to (h, w), bilinear, antialiased.
-
-    Unknown pixels (NaN) are left out of the averages; a new pixel is NaN where most of what it averages is.
-    """
-    if tuple(values.shape) == tuple(size):
-        return values
-    unknown = values.isnan()
-    planes = torch.stack([values.masked_fill(unknown, 0), (~unknown).float()])  # (2, H, W)
-    totals, shares = F.interpolate(planes[None], tuple(size), mode="bilinear", antialias=True)[0]
-    return torch.where(shares >= 0.5, totals / shares, math.nan)
-
-
-def resize_targets(targets, size):
-    """Resize {name: (H, W)} to {name: (h, w)}, class ids by nearest neighbor, maps linearly."""
-    return {name: resize_mask(target, size) if target.dtype == torch.uint8 else resize_map(target, size)
-            for name, target in targets.items()}
-
-
-def continued(image, size):
-    """Return (..., 3, H, W) uint8 of at least `size` = (h, w): what is missing at the right and below is its
-    last pixels.
-    """
-    missing = 0, max(0, size[1] - image.shape[-1]), 0, max(0, size[0] - image.shape[-2])
-    if not any(missing):
-        return image
-    return F.pad(image.float(), missing, mode="replicate").to(image.dtype)
-
-
-def window_starts(length, window, stride):
-    """Return where windows start along one side; the last one is shifted in so that it ends at the edge."""
-    return [*range(0, length - window, stride), max(0, length - window)]
-
-
-@lru_cache(64)
-def nearest(old, new):
-    """Return for each of `new` pixels of a line which of `old` pixels its center lies in, (new,) int64."""
-    centers = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * (np.float32(old) / np.float32(new))
-    return np.minimum(centers.astype(np.int64), old - 1)
-
-
-# --- augmentations ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Augmentation:
     """Base: called with image (3, H, W) uint8, its targets {name: (H, W)}, and the size (h, w) of the run;
@@ -112,7 +38,7 @@ class Augmentation:
     zoom = 1.0
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> (3, H, W), {name: (H, W)}."""
+        """(3, H, W), {name: (H, W)} -> the same, at their own or the run's size."""
         raise NotImplementedError
 
 
@@ -153,9 +79,7 @@ class ScaleCrop(Augmentation):
 
 
 def random_corner(size, window):
-    """Return the random (top, left) of a window (h, w) in an image of `size` (H, W); where the image is
-    smaller, the window begins as far before it as in torchvision's RandomCrop.
-    """
+    """Return the random (top, left) of a window (h, w) in an image (H, W), as torchvision's RandomCrop."""
     corner = []
     for length, side in zip(size, window, strict=True):
         padding = max(0, side - length)  # on both ends
@@ -203,15 +127,11 @@ def is_mixed(mask, max_share):
 
 @dataclass(frozen=True)
 class Flip(Augmentation):
-    """Mirror left to right.
-
-    share: of the images.
-    """
+    """Mirror left to right. share: of the images."""
 
     share: float = 0.5
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> the same shapes."""
         if torch.rand(1).item() >= self.share:
             return image, targets
         return image.flip(-1), {name: target.flip(-1) for name, target in targets.items()}
@@ -232,7 +152,6 @@ class ColorJitter(Augmentation):
     hue: float = 0.05
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> the same shapes."""
         spans = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
         drawn = (torch.rand(4) * 2 - 1) * spans
         bright, contrasted, saturated = (1 + drawn[:3]).tolist()
@@ -260,7 +179,6 @@ class PhotometricDistortion(Augmentation):
     hue: int = 18
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> the same shapes."""
         drawn = torch.rand(4) * 2 - 1
         bright, contrast, saturation, hue, early = (torch.rand(5) < 0.5).tolist()
         levels = np.arange(256, dtype=np.float32)
@@ -305,14 +223,14 @@ def augment(image, targets, size, names):
     numbers come from torch's global generator. Raises ValueError where an augmentation returns anything else.
     """
     steps = [step for name, step in AUGMENTS.items() if name in names]
-    forms = {"image": ((3, *size), torch.uint8)}
-    forms.update({name: (tuple(size), target.dtype) for name, target in targets.items()})
+    forms = {name: (tuple(size), target.dtype) for name, target in targets.items()}
+    forms["image"] = (3, *size), torch.uint8
     if not any(step.resizes for step in steps):
         image, targets = resize_image(image, size), resize_targets(targets, size)
     for step in steps:
         image, targets = step(image, targets, size)
-    tensors = {"image": image, **targets}
-    result = {name: (tuple(values.shape), values.dtype) for name, values in tensors.items()}
+    result = {name: (tuple(target.shape), target.dtype) for name, target in targets.items()}
+    result["image"] = tuple(image.shape), image.dtype
     if result != forms:
         raise ValueError(f"--augment {' '.join(names)} returned {result}: these have to be {forms}")
     return image, targets
@@ -329,8 +247,5 @@ def fingerprint(names):
     modules in which their classes are defined.
     """
     steps = [(name, step) for name, step in AUGMENTS.items() if name in names]
-    modules = {__name__}
-    for _, step in steps:
-        modules |= {base.__module__ for base in type(step).__mro__ if base is not object}
-    facts = code_hash(*(sys.modules[name] for name in sorted(modules))), repr(steps)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    modules = modules_of(Augmentation, *(type(step) for _, step in steps))
+    return short_hash((code_hash(*modules), repr(steps)))

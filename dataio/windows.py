@@ -9,12 +9,12 @@ TIFFs are read by windows (rasterio) where image and mask both are. Other format
 whole: in the folder of a cache they are kept as they are decoded, and windows of them are read from there.
 Targets beside the mask are refused here.
 """
-import errno
 import hashlib
 import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager, suppress
@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from config import IGNORE, InputError, count_of
-from dataio import readers, transforms
+from dataio import readers, resizing
 from dataio.readers import (EXIF_ORIENTATION, TAG_ERRORS, class_ids_of, read_image, read_mask,
-                            read_orientation, read_sample, read_upright, rotate_like, tiff_tags, upright_size)
+                            read_orientation, read_sample, rotate_like, tiff_tags, upright_size)
+from dataio.resizing import PADDING_COLOR, resize_mask
 from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
-from dataio.transforms import PADDING_COLOR, resize_mask
 from utils import code_hash, read_kept, write_atomically
 
 os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of blocks to keep; GDAL would take 5 % of the memory
@@ -39,6 +39,7 @@ try:
     import rasterio
     from rasterio.enums import ColorInterp
     from rasterio.errors import NotGeoreferencedWarning
+    from rasterio.windows import Window
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # such files are usual
 except ImportError:  # TIFFs are then read whole, as other images
     rasterio = None
@@ -57,7 +58,7 @@ NOTHING = (*PADDING_COLOR, IGNORE)
 
 def decoding_code():
     """Return a hash of the code that decodes images and masks, and whether rasterio is there."""
-    return f"{code_hash(readers, transforms, sys.modules[__name__])} {rasterio is not None}"
+    return f"{code_hash(readers, resizing, sys.modules[__name__])} {rasterio is not None}"
 
 
 # --- TIFFs of any size, georeferenced or not --------------------------------------------------------------
@@ -86,10 +87,10 @@ def percentile_ranges(path, bands, changed):
     """Return ((low, high), ...) of bands of a TIFF: PERCENTILES of a small version. changed: its time."""
     with rasterio.open(path) as file:
         small = file.read(bands, out_shape=(len(bands), *small_size(file.shape)), masked=True)
-    values = [band.compressed() for band in small.astype(np.float64)]
     ranges = []
-    for band in values:
-        finite = band[np.isfinite(band)]
+    for band in small.astype(np.float64):
+        values = band.compressed()
+        finite = values[np.isfinite(values)]
         low, high = np.percentile(finite, PERCENTILES) if len(finite) else (0, 1)
         ranges.append((float(low), float(max(high, low + 1e-6))))
     return tuple(ranges)
@@ -138,9 +139,7 @@ class Raster:
                 self.ranges = percentile_ranges(self.path, self.bands, self.path.stat().st_mtime_ns)
 
     def usual_bands(self):
-        """Return the numbers of the bands that are red, green and blue. Raises InputError where that is not
-        known.
-        """
+        """Return the numbers of the bands that are red, green and blue. Raises InputError: unknown."""
         kinds, colors = self.source.colorinterp, (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
         if all(color in kinds for color in colors):
             return tuple(kinds.index(color) + 1 for color in colors)
@@ -163,13 +162,9 @@ class Raster:
             scaled[:, top:top + ROWS] = np.rint(share.clip(0, 255))
         return scaled
 
-    def window(self, top, left, height, width):
-        """Return the window of rasterio."""
-        return rasterio.windows.Window(left, top, width, height)
-
     def read(self, top, left, height, width):
         """Return (1, 3, height, width) uint8, or None where none of these pixels holds data."""
-        window = self.window(top, left, height, width)
+        window = Window(left, top, width, height)
         with named_errors(self.path, DAMAGED):
             if not self.source.dataset_mask(window=window).any():
                 return None
@@ -178,7 +173,7 @@ class Raster:
 
     def valid(self, rows):
         """Return (r, W) bool: which pixels of some rows (a slice) hold data."""
-        window = self.window(rows.start, 0, rows.stop - rows.start, self.size[1])
+        window = Window(0, rows.start, self.size[1], rows.stop - rows.start)
         with named_errors(self.path, DAMAGED):
             return self.source.dataset_mask(window=window) > 0
 
@@ -214,15 +209,13 @@ def read_native_image(path):
     return torch.zeros(3, *raster.size, dtype=torch.uint8) if image is None else image[0]
 
 
-def native_mask(sample, table, stored=None):
-    """Return the mask (H, W) uint8 of class ids at the size of its image, turned as it is, IGNORE where a
-    TIFF has no data or the image no mask. stored: (size, EXIF orientation) of the image where they are known.
-    """
+def native_mask(sample, table):
+    """Return class ids (H, W) uint8 at the size of the upright image, IGNORE where it has no data or mask."""
     if is_raster(sample.image):
         with Raster(sample.image) as raster:
             size, orientation, valid = raster.size, 1, raster.valid(slice(0, raster.size[0]))
     else:
-        (size, orientation), valid = stored or read_orientation(sample.image), True
+        (size, orientation), valid = read_orientation(sample.image), True
     upright = upright_size(size, orientation)
     if sample.mask is None:
         return np.full(upright, IGNORE, np.uint8)
@@ -234,13 +227,8 @@ def native_mask(sample, table, stored=None):
 
 def native_pair(sample, table):
     """Return (H, W, 4) uint8 of a Sample: RGB and class id."""
-    if is_raster(sample.image):
-        image, stored = read_native_image(sample.image), None
-    else:
-        image, *stored, _ = read_upright(sample.image)
-    pixels = np.empty((*image.shape[1:], 4), np.uint8)
-    pixels[..., :3], pixels[..., 3] = image.permute(1, 2, 0).numpy(), native_mask(sample, table, stored)
-    return pixels
+    pixels = read_native_image(sample.image).permute(1, 2, 0).numpy()
+    return np.dstack([pixels, native_mask(sample, table)])
 
 
 def read_native(sample, table):
@@ -278,7 +266,7 @@ def has_windows(sample, table):
 
 def read_tiff_window(sample, table, top, left, height, width):
     """Return (height, width, 4) uint8 of a window of two TIFFs, as native_pair does of all of it."""
-    window = rasterio.windows.Window(left, top, width, height)
+    window = Window(left, top, width, height)
     pixels = np.zeros((height, width, 4), np.uint8)
     with Raster(sample.image) as raster:
         image = raster.read(top, left, height, width)
@@ -387,11 +375,10 @@ def check_room(readers):
         for path in folder.glob(".*.decoded-*.npy"):
             if time.time() - path.stat().st_mtime > OLD:
                 path.unlink()
-        if not os.access(folder, os.W_OK):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"--cache-images: cannot write to {folder} ({error.strerror}); name another folder"
-                         ) from None
+        raise InputError(f"--cache-images: cannot write to {folder} ({error.strerror}); name another "
+                         "folder") from None
     missing = [math.prod(reader.sizes[index]) for reader in readers for index in range(len(reader))
                if not reader.by_windows[index] and not reader.kept_path(index).exists()]
     needed, free = 4 * sum(missing), shutil.disk_usage(folder).free

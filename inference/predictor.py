@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import InputError
 from dataio.readers import read_image
-from dataio.transforms import continued, resize_image, window_starts
+from dataio.resizing import continued, resize_image, window_starts
 from dataio.windows import read_native_image
 from inference.backends import ExportedModel, convert, is_installed
 from models.upsampling import BLOCK_VALUES, block_slices, class_ids, geometry_of, pixels

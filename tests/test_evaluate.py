@@ -26,7 +26,7 @@ import utils
 from checkpoint import load_model, load_official
 from dataio.classes import ADE20K, VOC
 from dataio.readers import read_image, read_mask
-from dataio.transforms import resize_image
+from dataio.resizing import resize_image
 from inference.predictor import choose_protocol
 from metrics import counts_per_image, miou_from_counts
 

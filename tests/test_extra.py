@@ -28,9 +28,7 @@ def masks_of(samples, table):
 def pseudo(tmp_path):
     """A folder of masks with the ids of 150 classes at most, some pixels ignored."""
     root = write_folder(tmp_path / "pseudo", count=4, values=(0, 1, 2, 255))
-    for path in (root / "images").iterdir():
-        path.rename(path.with_stem(f"more {path.stem}"))
-    for path in (root / "masks").iterdir():
+    for path in [*(root / "images").iterdir(), *(root / "masks").iterdir()]:
         path.rename(path.with_stem(f"more {path.stem}"))
     return root
 
@@ -44,7 +42,7 @@ def test_masks_come_out_as_the_data_set_reads_its_own(name, tmp_path, pseudo):
     assert both.splits == source.splits and len(both.training) == len(source.splits["train"]) + 4
     for path, mask in masks_of(both.extra, both.table).items():
         assert (mask == np.array(Image.open(pseudo / "masks" / path))).all()
-    before, after = (masks_of(one.splits["val"], one.table) for one in (source, both))
+    before, after = (masks_of(data.splits["val"], data.table) for data in (source, both))
     assert all((after[path] == mask).all() for path, mask in before.items())
 
 
@@ -74,8 +72,8 @@ def test_images_of_the_data_set_are_left_out_whatever_they_are_called(tmp_path, 
         shutil.copy(sample.image, pseudo / f"images/copy {number}.png")
         shutil.copy(sample.mask, pseudo / f"masks/copy {number}.png")
     both = with_extra(source, pseudo)
-    assert len(both.extra) == 4 and not [one for one in both.extra if "copy" in one.image.name]
-    assert [note for note in both.notes if note.startswith("2 of --extra")]
+    assert len(both.extra) == 4 and not [extra for extra in both.extra if "copy" in extra.image.name]
+    assert any("2 of --extra" in note for note in both.notes)
     few = load("folder", data, val_fraction=0.25, train_images=2)
     for sample in few.splits["unused"]:  # those that pseudo-labels are for
         shutil.copy(sample.image, pseudo / f"images/{sample.image.name}")

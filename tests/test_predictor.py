@@ -11,7 +11,7 @@ from torch import nn
 
 from checkpoint import load_model, pack_checkpoint
 from config import InputError
-from dataio.transforms import resize_image, window_starts
+from dataio.resizing import resize_image, window_starts
 from inference import predictor as predictor_module
 from inference.predictor import (
     Predictor,

@@ -14,22 +14,21 @@ from dataio.stratify import count_pixels, share_table, stratified_fold, stratifi
 
 def test_split_is_deterministic_disjoint_and_fair():
     generator = np.random.default_rng(0)
-    pixels = generator.integers(1, 1000, (120, 6)) * (
-        generator.random((120, 6)) < [1, 0.8, 0.5, 0.3, 0.1, 0.05]
-    )
+    pixels = generator.integers(1, 1000, (120, 6))
+    pixels *= generator.random((120, 6)) < [1, 0.8, 0.5, 0.3, 0.1, 0.05]
     pixels[:3] = 0  # images without any class
     train, val = stratified_split(pixels, 0.2)
     assert (train, val) == stratified_split(pixels, 0.2)
     assert sorted(train + val) == list(range(120)) and len(val) == 24
     shares = pixels[val].sum(0) / pixels.sum(0)
     assert (np.abs(shares - 0.2) < 0.1).all(), shares
-    random_parts = [generator.permutation(120)[:24] for _ in range(50)]
-    spread = np.mean([np.abs(pixels[part].sum(0) / pixels.sum(0) - 0.2).max() for part in random_parts])
+    splits = [generator.permutation(120)[:24] for _ in range(50)]
+    spread = np.mean([np.abs(pixels[split].sum(0) / pixels.sum(0) - 0.2).max() for split in splits])
     assert np.abs(shares - 0.2).max() < spread / 1.5
 
 
 @pytest.mark.parametrize(("count", "fraction", "want"), [(2, 0.2, 1), (3, 0.9, 2), (10, 0.01, 1)])
-def test_small_splits_keep_both_parts(count, fraction, want):
+def test_small_splits_train_and_validate(count, fraction, want):
     train, val = stratified_split(np.ones((count, 2), np.int64), fraction)
     assert len(val) == want and len(train) == count - want
     with refused():
@@ -41,12 +40,12 @@ def test_folds_score_every_image_once(count, folds):
     """Each fold is as large as the others, and every class has its share in it."""
     generator = np.random.default_rng(1)
     pixels = generator.integers(1, 1000, (count, 3)) * (generator.random((count, 3)) < [1, 0.8, 0.6])
-    parts = [stratified_fold(pixels, number + 1, folds) for number in range(folds)]
-    assert sorted(image for _, val in parts for image in val) == list(range(count))
-    for train, val in parts:
+    splits = [stratified_fold(pixels, number + 1, folds) for number in range(folds)]
+    assert sorted(image for _, val in splits for image in val) == list(range(count))
+    for train, val in splits:
         assert sorted(train + val) == list(range(count)) and count // folds <= len(val) <= count // folds + 1
     if count > 4 * folds - 1:
-        shares = np.array([pixels[val].sum(0) / pixels.sum(0) for _, val in parts])
+        shares = np.array([pixels[val].sum(0) / pixels.sum(0) for _, val in splits])
         assert np.abs(shares - 1 / folds).max() < 0.6 / folds
     with refused(f"--fold 1/{count + 1}"):
         stratified_fold(pixels, 1, count + 1)
@@ -61,12 +60,12 @@ def test_the_last_images_of_rare_classes_are_shared():
     assert len({3, 11} & set(val)) == 1 and 7 in train and len(val) == 4
 
 
-@pytest.mark.parametrize(("shown", "wanted"), [(6, 1), (12, 2), (15, 3)])
-def test_a_class_in_a_few_images_has_its_share_in_validation(shown, wanted):
+@pytest.mark.parametrize(("images", "want"), [(6, 1), (12, 2), (15, 3)])
+def test_a_class_in_a_few_images_has_its_share_in_validation(images, want):
     pixels = np.zeros((200, 2), np.int64)
     pixels[:, 0] = 1000
-    pixels[:shown, 1] = 100
-    assert sum(image < shown for image in stratified_split(pixels, 0.2)[1]) == wanted
+    pixels[:images, 1] = 100
+    assert sum(image < images for image in stratified_split(pixels, 0.2)[1]) == want
 
 
 def write_samples(root, count=6):
@@ -93,34 +92,28 @@ def test_pixels_are_counted_once_and_again_when_a_mask_or_the_table_changes(tmp_
     without_zero = index_table(3)
     without_zero[0] = 255
     assert count_pixels(samples, without_zero, 3, tmp_path / "cache")[:, 0].sum() == 0
-    whole = samples[1].mask.stat()
-    Image.fromarray(np.zeros((45, 61), np.uint8)).save(
-        samples[1].mask
-    )  # repaired, the same size
-    samples[1].mask.write_bytes(samples[1].mask.read_bytes().ljust(whole.st_size, b"\0"))
-    os.utime(samples[1].mask, ns=(whole.st_atime_ns, whole.st_mtime_ns + 1000))
-    assert samples[1].mask.stat().st_size == whole.st_size
+    path, before = samples[1].mask, samples[1].mask.stat()
+    Image.fromarray(np.zeros((45, 61), np.uint8)).save(path)  # repaired, the same size
+    path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    assert path.stat().st_size == before.st_size
     assert count_pixels(samples, table, 3, tmp_path / "cache")[1].tolist() == [45 * 61, 0, 0]
     write_pair(samples[2].image, samples[2].mask, blocks(45, 61, (2, 2)))
     assert count_pixels(samples, table, 3, tmp_path / "cache")[2].tolist() == [0, 0, 45 * 61]
 
 
-def test_a_damaged_count_file_is_counted_anew(tmp_path):
+def test_damaged_counts_are_counted_anew_and_a_mask_that_does_not_fit_is_named(tmp_path):
     samples, table = write_samples(tmp_path), index_table(3)
     want = count_pixels(samples, table, 3, tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").iterdir()
-    for content in (b"", kept.read_bytes()[:100], b"not numpy"):
-        kept.write_bytes(content)
+    (path,) = (tmp_path / "cache").iterdir()
+    for content in (b"", path.read_bytes()[:100], b"not numpy"):
+        path.write_bytes(content)
         assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
-
-
-def test_a_mask_that_does_not_fit_is_named(tmp_path):
-    samples = write_samples(tmp_path)
     with refused("masks/0", 2):
         count_pixels(samples, index_table(2), 2, tmp_path / "cache")
 
 
-def test_the_table_of_shares_is_that_of_the_parts():
+def test_the_table_of_shares_is_that_of_the_splits():
     samples = ["a", "b", "c"]
     pixels = np.array([[30, 10], [0, 40], [100, 0]])
     splits = {"train": ["a", "c"], "val": ["b"]}

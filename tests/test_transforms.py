@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import blocks
 
-from dataio.transforms import (AUGMENTS, PADDING_COLOR, ScaleCrop, augment, fingerprint, resize_image,
-                               resize_map, resize_mask, resize_targets)
+from dataio.resizing import PADDING_COLOR, resize_image, resize_map, resize_mask, resize_targets
+from dataio.transforms import AUGMENTS, ScaleCrop, augment, fingerprint
 
 
 def shaded(height=120, width=170, seed=3):
@@ -189,22 +189,12 @@ def test_crops_lie_where_those_of_torchvision_do(scale):
         assert torch.equal(targets["mask"], labels.as_subclass(torch.Tensor))
 
 
-def test_crops_pad_beyond_the_image_and_nothing_else_does():
-    for names in ((), ("flip",), ("crop",), ("crop", "flip")):
-        padded = 0
-        for seed in range(8):
-            out, labels = augmented(*shaded(), (97, 211), names, seed)
-            assert (out.permute(1, 2, 0)[labels == 255] == torch.tensor(PADDING_COLOR)).all()
-            padded += (labels == 255).any().item()
-        assert bool(padded) == ("crop" in names)
-
-
-def test_half_of_the_images_are_flipped():
+def test_half_of_the_images_are_flipped_and_nothing_is_padded():
     image, mask = shaded()
     plain = resize_mask(mask, (64, 64))
-    flipped = [torch.equal(augmented(image, mask, (64, 64), ("flip",), seed)[1], plain.flip(1))
-               for seed in range(40)]
-    assert 8 <= sum(flipped) <= 32
+    results = [augmented(image, mask, (64, 64), ("flip",), seed)[1] for seed in range(40)]
+    assert 8 <= sum(torch.equal(labels, plain.flip(1)) for labels in results) <= 32
+    assert all(torch.equal(labels, plain) or torch.equal(labels, plain.flip(1)) for labels in results)
 
 
 @pytest.mark.parametrize("drawn", [0.0, 0.25, 0.9])
@@ -255,14 +245,6 @@ def test_photometric_distortion_changes_contrast_before_or_after_the_hue(early, 
     assert color == pytest.approx(before if early else after, abs=6)  # 8-bit HSV
 
 
-@pytest.mark.parametrize("name", ["color", "photometric"])
-def test_color_changes_leave_the_targets(name):
-    image, mask = shaded()
-    results = [augmented(image, mask, image.shape[1:], (name,), seed) for seed in range(4)]
-    assert all(torch.equal(labels, mask) for _, labels in results)
-    assert any(not torch.equal(out, image) for out, _ in results)
-
-
 # --- resizing ---------------------------------------------------------------------------------------------
 def test_targets_are_resized_without_a_shift():
     """A centered disc must keep its center; torch's plain `nearest` would move it by two source pixels."""
@@ -288,12 +270,6 @@ def test_an_unknown_pixel_of_a_map_reaches_its_neighbors_alone(size):
     assert not small[~around].isnan().any() and small[ys >= 34][:, xs >= 54].isnan().all()
     assert small[~small.isnan()].min() >= 2 and small[~small.isnan()].max() <= 5  # no zeros are mixed in
     assert (small - values[ys][:, xs])[~around].abs().max() < 0.1
-
-
-def test_images_are_averaged_when_they_shrink():
-    board = torch.zeros(3, 80, 80, dtype=torch.uint8)
-    board[:, ::2, ::2] = board[:, 1::2, 1::2] = 200  # plain bilinear would see only some of the squares
-    assert (resize_image(board, (11, 13)).float() - 100).abs().max() < 12
 
 
 @pytest.mark.parametrize("able", ["AVX2", "DEFAULT"])

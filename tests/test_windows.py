@@ -15,8 +15,8 @@ from config import IGNORE
 from dataio import windows
 from dataio.dataloader import NativeDataset, TileDataset, WindowDataset
 from dataio.feature_cache import plan_files
-from dataio.readers import EXIF_ORIENTATION, OUTSIDE, Sample, Target, index_table, read_sample
-from dataio.transforms import PADDING_COLOR
+from dataio.readers import EXIF_ORIENTATION, Sample, Target, index_table, read_sample
+from dataio.resizing import PADDING_COLOR
 from dataio.windows import POINTS, Raster, WindowReader, check_room, draw_points, native_pair
 from inference.predictor import Predictor
 from inference.rasters import segment
@@ -84,34 +84,27 @@ def test_windows_are_crops_of_the_images(tmp_path, folder, capsys):
                     assert values.dtype == torch.uint8 and (values.numpy() == want).all()
 
 
-def test_a_turned_image_and_a_mask_of_another_size(tmp_path):
-    (turned, small) = samples_of(tmp_path, "jpg", "png")
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = 6
-    Image.open(turned.image).save(turned.image, exif=exif)
-    Image.open(small.mask).resize((30, 22), 0).save(small.mask)
-    reader = WindowReader([turned, small], TABLE)
-    assert reader.sizes == [(61, 45), (45, 61)]
-    image, mask = read_pair(turned)
-    window, labels = reader.read(0, 5, 3, 40, 30)
-    assert (window == image[:, 5:45, 3:33]).all() and (labels == mask[5:45, 3:33]).all()
-    stored = np.array(Image.open(small.mask))
-    _, labels = reader.read(1, 0, 0, 45, 61)
+def test_a_mask_of_another_size_is_resized(tmp_path):
+    (small,) = samples_of(tmp_path, "png")
+    stored = np.array(Image.open(small.mask).resize((30, 22), 0))
+    Image.fromarray(stored).save(small.mask)
+    _, labels = WindowReader([small], TABLE).read(0, 0, 0, 45, 61)
     ys, xs = ((np.arange(45) + 0.5) * 22 / 45).astype(int), ((np.arange(61) + 0.5) * 30 / 61).astype(int)
     assert (labels.numpy() == stored[ys][:, xs]).all()
 
 
-@pytest.mark.parametrize("orientation", [0, 5, 8, 9, 65535])
+@pytest.mark.parametrize("orientation", [0, 5, 6, 8, 9, 65535])
 @pytest.mark.parametrize("ending", ["jpg", "png"])
-def test_orientations_that_mean_nothing_turn_nothing(tmp_path, orientation, ending):
+def test_windows_of_turned_images_are_upright_unless_the_orientation_means_nothing(
+        tmp_path, orientation, ending):
     (sample,) = samples_of(tmp_path, ending)
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     Image.open(sample.image).save(sample.image, exif=exif)
     image, mask = read_pair(sample)
-    window, labels = WindowReader([sample], TABLE).read(0, 0, 0, *image.shape[1:])
-    assert (window == image).all() and (labels == mask).all()
-    assert image.shape[1:] == ((61, 45) if orientation in (5, 8) else (45, 61))
+    assert image.shape[1:] == ((61, 45) if orientation in (5, 6, 8) else (45, 61))
+    window, labels = WindowReader([sample], TABLE).read(0, 5, 3, 40, 30)
+    assert (window == image[:, 5:45, 3:33]).all() and (labels == mask[5:45, 3:33]).all()
 
 
 def test_images_without_mask_have_windows_and_other_targets_are_refused(tmp_path):
@@ -194,26 +187,21 @@ def test_tiffs_that_are_turned_or_hold_pages_are_refused(tmp_path):
     assert WindowReader([Sample(tmp_path / "fine.tif")], TABLE).sizes == [(80, 100)]
 
 
-def test_whole_images_of_tiles_are_scored_as_they_were_trained_on(tmp_path):
-    """evaluate.py --protocol tile scales deep TIFFs as training windows did."""
-    Image.fromarray(blocks(45, 61, (0, 1))).save(tmp_path / "mask.png")
-    sample = Sample(write_tiff(tmp_path / "deep.tif", deep_pixels()), tmp_path / "mask.png")
-    image, targets, _ = NativeDataset([sample], TABLE)[0]
-    window, labels = WindowReader([sample], TABLE).read(0, 0, 0, 45, 61)
-    assert (image == window).all() and (targets["mask"] == labels).all() and OUTSIDE not in labels
-    assert (image.min(), image.max()) == (0, 255)  # by depth it would be at most 187
-
-
 def test_deep_tiffs_are_read_alike_by_every_script(tmp_path):
-    """A Predictor from Python, and the masks that infer_image.py writes."""
+    """Training windows, evaluate.py --protocol tile, a Predictor from Python, masks of infer_image.py."""
     path = write_tiff(tmp_path / "deep.tif", deep_pixels((60, 70), 1400), photometric="RGB")
+    Image.fromarray(blocks(60, 70, (0, 1))).save(tmp_path / "mask.png")
+    sample = Sample(path, tmp_path / "mask.png")
+    image, targets, _ = NativeDataset([sample], TABLE)[0]
+    window, labels = WindowReader([sample], TABLE).read(0, 0, 0, 60, 70)
+    assert (image == window).all() and (targets["mask"] == labels).all()
+    assert (image.min(), image.max()) == (0, 255)  # by depth it would be at most 174
     facts = dict(classes=[["a", [0, 0, 0]]] * 3, imgsz=(42, 42), config=dict(train_scale="native"))
     predictor = Predictor(tiny().eval(), facts, "cpu")
     with Raster(path) as raster:
-        image = raster.read(0, 0, 60, 70)
+        assert (raster.read(0, 0, 60, 70)[0] == image).all()
         rows = [pred for _, pred, _ in segment(raster, predictor)]
-    assert (predictor.predict(path) == np.concatenate(rows)).all()
-    assert (predictor.read(path) == image[0]).all() and image.max() == 255
+    assert (predictor.predict(path) == np.concatenate(rows)).all() and (predictor.read(path) == image).all()
 
 
 # --- the cache of decoded images --------------------------------------------------------------------------
@@ -286,13 +274,9 @@ def test_windows_have_all_scales_and_positions(tmp_path):
     assert (boxes[:, 2].min(), boxes[:, 2].max()) == (20, 80) and abs(np.mean(40 / boxes[:, 2]) - 1.25) < 0.03
     ends = boxes[:, :2] + boxes[:, 2:]
     assert boxes[:, :2].min(0).tolist() == [0, 0] and ends.max(0).tolist() == [150, 201]
-
-
-def test_images_smaller_than_a_window_are_padded(tmp_path):
     data = WindowDataset(WindowReader(samples_of(tmp_path, "png", size=(30, 25)), TABLE), (40, 53))
-    assert len(data) == 1
-    image, targets, _ = data[0]
-    assert image.shape == (3, 40, 53)
+    image, targets, _ = data[0]  # smaller than a window: padded
+    assert len(data) == 1 and image.shape == (3, 40, 53)
     assert IGNORE in targets["mask"] and (targets["mask"] != IGNORE).any()
 
 
@@ -366,8 +350,11 @@ def test_features_of_windows_are_kept_apart(tmp_path):
     table[2] = IGNORE  # other classes, other points
     other = WindowReader(reader.samples, table)
     sets.append(WindowDataset(other, (42, 56), (), 0, 0.5, other.points(5, tmp_path)))
-    names = [plan_files(net, ["map 5"], data, tmp_path, FLOAT32, 1)[0][0].path for data in sets]
-    assert len(set(names)) == len(names)
+    names = set()
+    for data in sets:
+        files, _ = plan_files(net, net.cached_parts(), data, tmp_path, FLOAT32, 1)
+        names.add(next(iter(files.values())).path)
+    assert len(names) == len(sets)
 
 
 # --- as a user runs it ------------------------------------------------------------------------------------
