@@ -35,7 +35,7 @@ MOODS = (   # zenith, horizon, tint of the light, light in the shade, darkness o
 SHARED = "b8483c e8e2d4 d8b04c "   # colors that walls, cars and shirts have in common
 WALLS = SHARED + "4c70a0 c08468 debe8c e8d6ba 9c6450 ce9c74 d2b478 e0c0b0 b8a08c"
 PAINTS = SHARED + "1c54be f4f4f8 0c98a8 3a86d8 dce4f0 2c46c8 c01c2c 243c8c"
-SHIRTS = SHARED + "f2387e face36 9634a8 f07a28 f26ea0 d83ac0 fa9c2c 2c8a5c"
+SHIRTS = "f2387e face36 9634a8 f07a28 f26ea0 d83ac0 fa9c2c 2c8a5c"
 TROUSERS, SKINS = "2c3474 5a2a4c 6a4226 3a3486 8a5a2c 30343c", "f4ceae e2b28c ba805c 82543c 603e2e"
 HAIRS, ROOFS = "2c1e18 5c381e cea458 1a181c 964622 a09ea0", "a05a44 7c5240 5c5660 9c6c4c"
 LAWNS, GREENS = "60a63e 70ac3a 54963c 8ca846", "3a7a2c 4a8628 2c6834 608a2e 568c3a"
@@ -104,14 +104,14 @@ def add_roadside(scene, rng, side):
 def add_cars_and_persons(scene, rng):
     """Cars drive away from us and towards us or are parked; persons walk along or towards us, or stand."""
     cars = [(1.6, rng.uniform(5, 14), 4.0)] if rng.random() < 0.6 else []   # x, z, meters/s
-    cars += [(-1.6, z, -rng.uniform(4, 6)) for z in (rng.uniform(5, 9), rng.uniform(60, 80))]
+    cars += [(-1.6, z, -rng.uniform(4, 6)) for z in (rng.uniform(5, 9), rng.uniform(30, 50))]
     for side in (-1, 1):
         slots = np.arange(rng.uniform(2.5, 5), 26, 6.0) if scene.kerb[side] > 4 else ()
-        cars += [(side * (scene.kerb[side] - 1.1), z, 0.0) for z in slots if rng.random() < 0.7]
+        cars += [(side * (scene.kerb[side] - 1.1), z, 0.0) for z in slots if rng.random() < 0.5]
     for x, z, speed in cars:
         add(scene, draw_car, x, z, 2.1, 4.4, speed)
     for index in range(rng.integers(3, 5)):
-        z = rng.uniform(3.2, 5.0) if index < 2 else rng.uniform(4.5, 12)
+        z = rng.uniform(3.0, 4.6) if index < 2 else rng.uniform(4.0, 7.0)
         side = scene.side * rng.choice([1, -0.7], p=[0.75, 0.25])
         x = scene.eye_x + side * rng.uniform(0.6, max(0.3 * z, 1.0))
         add(scene, draw_person, x, z, 0.6, 0.4, rng.choice([-1.2, -0.8, 0.0, 0.8, 1.2]))

@@ -166,7 +166,7 @@ def test_tokens_are_those_that_enter_the_block(backbone, hub_cache):
         assert tokens.shape[1] == net.prefix_tokens + 6 and net(images)[1] == {}  # the hook is gone
 
 
-# --- a run whose average is scored ----------------------------------------------------------------------------
+# --- a run whose average is scored ------------------------------------------------------------------------
 class Average:
     """An exponential moving average of a model's weights."""
 
@@ -323,7 +323,8 @@ def test_files_of_a_run_of_earlier_versions_load_and_resume(data, tmp_path, run)
     optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-3, 1e-3))
     settings = dict(dataset="folder", data_root=str(data), val_fraction=0.2, classes=[], resplit=False,
                     ignore_background=False, seed=0, recipe="", imgsz=[28, 42], augment=["flip"], workers=0,
-                    arch="dinov2", backbone="vit_tiny", weights="none", layers=[], head="bn", normalize="auto",
+                    arch="dinov2", backbone="vit_tiny", weights="none", layers=[], head="bn",
+                    normalize="auto",
                     unfreeze="all", loss="ce", optimizer="adamw", lr=1e-3, backbone_lr_scale=1.0,
                     weight_decay=1e-3, scheduler="none", epochs=1, batch_size=2, accumulate=1,
                     save_head_only=False, compile=False, amp="off", device="cpu", resume=False,
@@ -415,7 +416,8 @@ def head_run(data, backbone_file, tmp_path_factory):
     """The folder of a run that saved its head alone, and of one that saved all."""
     folder = tmp_path_factory.mktemp("runs")
     for name, more in (("alone", ["--save-head-only"]), ("all", [])):
-        call(train, *flags_of(data, folder / name, "--backbone", "vit_tiny", "--weights", backbone_file, *more))
+        flags = flags_of(data, folder / name, "--backbone", "vit_tiny", "--weights", backbone_file, *more)
+        call(train, *flags)
     return folder / "alone", folder / "all"
 
 

@@ -357,7 +357,8 @@ def test_an_interrupted_cache_is_completed(samples, tmp_path, monkeypatch, passe
         assert is_close(cached[index][0], net, training_set(samples)[index][0])
 
 
-@pytest.mark.parametrize(("pattern", "cut"), [("map_*.bin", False), ("map_*.bin", True), ("mask_*.bin", False),
+@pytest.mark.parametrize(("pattern", "cut"), [("map_*.bin", False), ("map_*.bin", True),
+                                              ("mask_*.bin", False),
                                               ("map_*.sums", False)], ids=str)
 def test_a_damaged_cache_is_mended(samples, tmp_path, passes, pattern, cut):
     cached = cache_features(tiny(), training_set(samples), tmp_path, FLOAT32)
@@ -477,7 +478,8 @@ def test_an_epoch_on_features_leaves_the_backbone_alone(samples, tmp_path):
     before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
     cached = cache_features(net, training_set(samples), tmp_path, FLOAT32)
     optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-2, 0.0))
-    state, bar = engine.TrainState(net, optimizer, FLOAT32), train.tqdm(make_loader(cached, 3, 0), disable=True)
+    state = engine.TrainState(net, optimizer, FLOAT32)
+    bar = train.tqdm(make_loader(cached, 3, 0), disable=True)
     scores = engine.train_one_epoch(engine.Objective(net, Criterion("ce")), bar, state, lambda step: 1.0)
     assert state.step == 3 and 0 <= scores["data_wait"] <= 1
     assert all(torch.equal(value, before[name]) for name, value in net.backbone.state_dict().items())

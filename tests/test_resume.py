@@ -296,7 +296,7 @@ def test_a_run_has_stalled_after_epochs_without_a_better_miou(mious, patience, s
     assert metrics.has_stalled(history, patience) == stalled
 
 
-# --- files that are lost, a full disk, dead workers -----------------------------------------------------------
+# --- files that are lost, a full disk, dead workers -------------------------------------------------------
 def test_lost_images_cost_nothing_that_was_learned(data, straight, tmp_path, run, monkeypatch):
     images, out = shutil.copytree(data, tmp_path / "data") / "images", tmp_path / "out"
     hidden = tmp_path / "hidden"

@@ -239,7 +239,8 @@ BAD_TRAINING = {  # flags, or what is changed in a copy of the folder: (file, it
 }
 
 
-@pytest.mark.parametrize(("named", "workers"), [*((named, 0) for named in BAD_TRAINING), ("images/03.png", 1)])
+@pytest.mark.parametrize(("named", "workers"),
+                         [*((named, 0) for named in BAD_TRAINING), ("images/03.png", 1)])
 def test_bad_training_input_is_one_line_and_touches_nothing(trained, tmp_path, run, named, workers):
     """Where an earlier run is in the folder, it stays what it is."""
     data = shutil.copytree(trained[0], tmp_path / "broken")
