@@ -105,7 +105,7 @@ def test_the_backend_is_chosen_by_trying_and_named(trained, monkeypatch, faster)
         return float((type(model).__name__ == "ExportedModel") == (faster == "torch"))
 
     def converted(model, size, name):
-        other = backends.ExportedModel(size)
+        other = backends.ExportedModel(None, size)
         other.name = "OpenVINO"
         return other
 
@@ -183,7 +183,7 @@ def test_a_padded_batch_is_cut_back():
             return images.astype(np.float32).mean(1, keepdims=True)
 
     images = random_images(6, 3, 6, 8)
-    assert torch.allclose(Mean((6, 8), batch=4)(images), images.float().mean(1, keepdim=True))
+    assert torch.allclose(Mean(None, (6, 8), batch=4)(images), images.float().mean(1, keepdim=True))
 
 
 # --- export.py --------------------------------------------------------------------------------------------
