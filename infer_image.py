@@ -41,8 +41,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
-    if args.bands and args.protocol in ("whole", "slide"):
-        parser.error("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     check_protocol_flags(parser, args)
     return args
 
@@ -238,27 +236,22 @@ class ImageSegmenter:
 
 
 # --- the command ------------------------------------------------------------------------------------------
-def load_predictor(args, paths):
-    """Return the Predictor of the flags."""
-    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
-    model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-    check_inputs(args, paths, protocol.tile)
-    if args.bands and not protocol.tile:
-        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
-    return Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
-
-
 def main():
     """Segment every input; return 1 where a file had to be skipped, 2 where all had, 130 after Ctrl-C."""
     args = parse_args()
     paths = find_inputs(args.input)
     if args.show:
         visualize.require_display()
-    predictor = load_predictor(args, paths)
+    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
+    check_inputs(args, paths, protocol.tile)
+    if args.bands and not protocol.tile:
+        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
+    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
     segmenter = ImageSegmenter(args, predictor)
     utils.make_folder(segmenter.folder)
-    reading = (read_or_error(path, predictor.protocol.tile, args.bands) for path in paths)
+    reading = (read_or_error(path, protocol.tile, args.bands) for path in paths)
     done, failed, depths = 0, 0, set()
     # the next files are read and the last ones written while the model computes
     with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as results,

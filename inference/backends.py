@@ -77,13 +77,9 @@ class ExportedModel(nn.Module):
         # its device is where other code sends images
         self.device_marker = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def run(self, images):
-        """(B, 3, H, W) uint8 numpy -> logits as a numpy array."""
+    def run(self, batches):
+        """[(B, 3, H, W) uint8 numpy] -> the logits of every batch as a numpy array."""
         raise NotImplementedError
-
-    def run_all(self, batches):
-        """run() of several batches."""
-        return [self.run(images) for images in batches]
 
     def logits(self, images):
         """(B, 3, H, W) uint8 -> logits (B, K, h, w) float32, their Geometry. Raises InputError for another
@@ -98,7 +94,7 @@ class ExportedModel(nn.Module):
         if missing := self.batch and self.batch - len(batches[-1]):  # filled up with its first image
             batches[-1] = torch.cat([batches[-1], batches[-1][:1].expand(missing, -1, -1, -1)])
         with runtime_errors("the exported model does not run"):
-            values = self.run_all([batch.contiguous().numpy() for batch in batches])
+            values = self.run([batch.contiguous().numpy() for batch in batches])
         return torch.cat([torch.from_numpy(batch) for batch in values])[:len(images)].float(), self.geometry
 
     def forward(self, images):
@@ -134,8 +130,8 @@ class OnnxRuntime(ExportedModel):
         program.model.metadata_props[METADATA] = text
         program.save(str(path))
 
-    def run(self, images):
-        return self.program.run(None, {"images": images})[0]
+    def run(self, batches):
+        return [self.program.run(None, {"images": images})[0] for images in batches]
 
 
 class OpenVino(ExportedModel):
@@ -180,9 +176,6 @@ class OpenVino(ExportedModel):
             model = ov.convert_model(graph, example_input=example, input=[list(example.shape)])
         return cls(model, graph.size, 1, graph.geometry)
 
-    def run(self, images):
-        return self.compiled([images])[0]
-
     @cached_property
     def queue(self):
         """Requests that run side by side, each on its share of the cores."""
@@ -197,9 +190,9 @@ class OpenVino(ExportedModel):
         queue.set_callback(store)
         return queue
 
-    def run_all(self, batches):
+    def run(self, batches):
         if len(batches) == 1:
-            return [self.run(batches[0])]
+            return [self.compiled(batches)[0]]
         results = [None] * len(batches)
         for index, images in enumerate(batches):
             self.queue.start_async([images], (results, index))
@@ -219,9 +212,8 @@ BACKENDS = {
 
 # --- files ------------------------------------------------------------------------------------------------
 def open_exported(path, precise=False):
-    """Return (ExportedModel in eval mode, its facts: a checkpoint without weights). Raises InputError.
-
-    precise: in float32 whatever the processor can do.
+    """Return (ExportedModel in eval mode, its facts: a checkpoint without weights), in float32 whatever the
+    processor can do where it is `precise`. Raises InputError.
     """
     path = Path(path)
     ending = path.suffix.lower()
@@ -274,12 +266,12 @@ def is_installed(package):
     return importlib.util.find_spec(package) is not None
 
 
-def import_package(name, install=""):
-    """Return a package. Raises InputError where it is not installed. install: its names for pip."""
+def import_package(name):
+    """Return a package. Raises InputError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(f"{name} is not installed: pip install {install or name}") from None
+        raise InputError(f"{name} is not installed: pip install {name}") from None
 
 
 def keep_private():
@@ -294,8 +286,9 @@ def import_openvino():
 
 
 def onnx_program(graph, batch=1):
-    """Return the ONNX program of a Graph; batch 0 = any. Raises InputError where onnxscript is missing."""
-    import_package("onnxscript", "onnx onnxscript")  # torch.onnx needs both
+    """Return the ONNX program of a Graph; batch 0 = any. Raises InputError where a package is missing."""
+    for package in ("onnx", "onnxscript"):
+        import_package(package)
     shapes = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch == 0 else None
     with warnings.catch_warnings(), torch.no_grad(), graph.constants():
         warnings.simplefilter("ignore")

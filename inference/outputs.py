@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
@@ -218,7 +219,8 @@ class Background:
         elif kind != "blur":
             if not Path(kind).is_file():
                 raise InputError(f"--cutout {kind} is not green, blur or an image file")
-            self.picture = fill(read_image(kind).permute(1, 2, 0).numpy(), size)
+            picture = Image.fromarray(read_image(kind).permute(1, 2, 0).numpy())
+            self.picture = np.array(ImageOps.fit(picture, size[::-1], Image.Resampling.BILINEAR))
 
     def replace(self, frame, behind):
         """Return a frame (H, W, 3) with another background; behind (H, W) bool: its pixels.
@@ -243,17 +245,6 @@ def blurred(frame, weight):
     sums, counts = (cv2.GaussianBlur(values, (0, 0), height / 100) for values in (colors, counts))
     means = np.rint(sums / np.maximum(counts, 1e-3)[..., None]).clip(0, 255).astype(np.uint8)
     return cv2.resize(means, (width, height))
-
-
-def fill(image, size):
-    """Return an image (h, w, 3) resized in proportion until it covers `size` (H, W), and cropped to it."""
-    height, width = size
-    scale = max(height / image.shape[0], width / image.shape[1])
-    rows, columns = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (columns, rows), interpolation=method)
-    top, left = (rows - height) // 2, (columns - width) // 2
-    return np.ascontiguousarray(image[top:top + height, left:left + width])
 
 
 def require_background(classes):
