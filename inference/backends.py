@@ -212,8 +212,9 @@ BACKENDS = {
 
 # --- files ------------------------------------------------------------------------------------------------
 def open_exported(path, precise=False):
-    """Return (ExportedModel in eval mode, its facts: a checkpoint without weights), in float32 whatever the
-    processor can do where it is `precise`. Raises InputError.
+    """Return (ExportedModel in eval mode, its facts: a checkpoint without weights). Raises InputError.
+
+    precise: in float32 whatever the processor can do.
     """
     path = Path(path)
     ending = path.suffix.lower()

@@ -180,8 +180,8 @@ class VideoWriter:
     """Writes (H, W, 3) uint8 RGB frames of one size to an H.264 .mp4 of that size and rate.
 
     sound_of: a file whose sound is copied (`sound`: its SoundCopy, or None). The file appears under its name
-    when it is closed, complete; leaving the `with` block by an error closes it too, with what was written
-    before. Raises InputError where PyAV is missing.
+    at the end of the `with` block, with what was written until then, also where an error ends it; without a
+    frame nothing is left. Raises InputError where PyAV is missing.
     """
 
     def __init__(self, path, size, fps, sound_of=None):
@@ -222,8 +222,10 @@ class VideoWriter:
             self.sound.copy_until((self.position + 1) / self.fps)
         self.container.mux(self.stream.encode(picture))
 
-    def close(self):
-        """Finish the file and give it its name; without a frame nothing is left."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         try:
             if self.frames:
                 self.container.mux(self.stream.encode(None))
@@ -233,18 +235,12 @@ class VideoWriter:
         finally:
             self.temporary.unlink(missing_ok=True)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
 
 # --- threads before and behind the work -------------------------------------------------------------------
 class ReadAhead:
     """Iterates over `source` in a thread of its own, up to `depth` items ahead of whoever takes them.
 
-    newest: for live sources: the oldest waiting item is dropped (counted in `dropped`) rather than letting
+    newest: for live sources, the oldest waiting item is dropped (counted in `dropped`) rather than letting
     the source wait. stop: once its `asked` is true, the items end, even where the source sends none. seconds
     = time spent in the source. What the source raises is raised to the taker.
     """
