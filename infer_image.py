@@ -161,7 +161,10 @@ class ImageSegmenter:
         writer.put(pixels, pred, scores, path, name)
         if self.args.show:
             visualize.show_window(self.overlay(pixels, pred), str(path), 0)
-        return outputs.ClassShares(self.classes).add(pred)
+        shares = outputs.ClassShares(self.classes).add(pred, scores.confidence if scores else None)
+        if self.args.json:
+            self.share_entries.append(shares.entry(path, pred.shape))
+        return shares
 
     def save(self, image, pred, scores, path, name):
         """Write what belongs to one image (H, W, 3); scores: its Scores, None where they are not needed."""
@@ -186,9 +189,6 @@ class ImageSegmenter:
                 word = re.sub(r"[^\w-]+", "_", label)[:40] or "class"
                 target = folder / f"{name}_probability_{id}_{word}.png"
                 outputs.save_gray(scores.probabilities[id].astype(np.float32), target, bits)
-        if args.json:
-            shares = outputs.ClassShares(self.classes).add(pred, scores.confidence)
-            self.share_entries.append(shares.entry(path, pred.shape))
         if self.pseudo_labels:
             self.pseudo_labels.add(path, name, pred, scores.confidence)
 

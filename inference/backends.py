@@ -275,14 +275,9 @@ def import_package(name):
         raise InputError(f"{name} is not installed: pip install {name}") from None
 
 
-def keep_private():
-    """Keep OpenVINO from reporting each use to its makers: the package that does it cannot be imported."""
-    sys.modules.setdefault("openvino_telemetry", None)
-
-
 def import_openvino():
-    """Return OpenVINO. Raises InputError where it is not installed."""
-    keep_private()
+    """Return OpenVINO, which is kept from reporting each use to its makers. Raises InputError."""
+    sys.modules.setdefault("openvino_telemetry", None)  # the package that does it cannot be imported
     return import_package("openvino")
 
 

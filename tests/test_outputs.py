@@ -252,11 +252,6 @@ def test_flags_that_contradict_each_other_are_refused_before_a_model_is_loaded(r
 
 
 # --- video ------------------------------------------------------------------------------------------------
-def read_clip(path):
-    """Return the frames (H, W, 3) RGB of a clip."""
-    return [frame.copy() for frame in VideoReader(path)]
-
-
 @pytest.mark.parametrize("kind", ["green", "blur", "beach.png"])
 def test_a_clip_before_another_background(photos, run, tmp_path, kind):
     """Objects keep their colors; behind them, away from the seam, stands what was asked for."""
@@ -268,7 +263,7 @@ def test_a_clip_before_another_background(photos, run, tmp_path, kind):
     assert code == 0, err
     folder = tmp_path / "inference_results_video"
     assert "clip_cutout.mp4" in text and "clip_cutout.csv" in text
-    frames = read_clip(folder / "clip_cutout.mp4")
+    frames = list(VideoReader(folder / "clip_cutout.mp4"))
     with open(folder / "clip_cutout.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["frame", "seconds", "background", "cat", "big dog"]
