@@ -43,9 +43,6 @@ from config import InputError
 from inference.outputs import ClassShares
 from inference.predictor import Predictor, choose_protocol
 
-LISTED_CLASSES = 10  # whose shares are listed
-DELETE_AFTER = 3600  # seconds that an image which was dropped is kept
-
 
 def segment(predictor, path, alpha):
     """Return (overlay (H, W, 3) uint8, {class: share of the pixels}) of an image file.
@@ -71,7 +68,7 @@ def build_page(predictor, alpha):
         except InputError as error:
             raise gradio.Error(str(error)) from None
 
-    deletion = (DELETE_AFTER, DELETE_AFTER)  # how often it looks, and what it deletes
+    deletion = 3600, 3600  # seconds: how often it looks for dropped images, and how old those it deletes are
     with gradio.Blocks(title="dinoseg", analytics_enabled=False, delete_cache=deletion) as page:
         gradio.Markdown(f"# dinoseg\n{predictor}")
         with gradio.Row():
@@ -81,7 +78,7 @@ def build_page(predictor, alpha):
                 weight = gradio.Slider(0, 1, alpha, label="weight of the colors")
             with gradio.Column():
                 overlay = gradio.Image(format="png", label="overlay", interactive=False)
-                shares = gradio.Label(num_top_classes=LISTED_CLASSES, label="share of the pixels")
+                shares = gradio.Label(num_top_classes=10, label="share of the pixels")
                 gradio.Image(visualize.legend(predictor.classes), format="png", label="legend",
                              interactive=False)
         for changed in (image.change, weight.release):

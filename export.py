@@ -36,34 +36,23 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import utils
-from checkpoint import data_options, load_model
+from checkpoint import EXPORTED_ENDINGS, data_options, load_model
 from config import InputError
 from dataio.readers import read_image
 from dataio.resizing import resize_image
 from dataio.streets import draw_scene
 from datasets import load_data
-from inference.backends import FORMATS, Graph, first_line, is_exported
+from inference.backends import FORMATS, Graph, first_line
 from inference.predictor import make_protocol
 
 AGREEMENT = 0.999  # of the pixels, between the exported file and PyTorch, both in float32
 CHECKED = 4  # real images, and as many random ones
 PLAIN_KEYS = ("format", "version", "classes", "config", "epoch", "metrics", "protocol", "data_fingerprint")
-
-
-def output_path(args):
-    """Return the path to write. Raises InputError where its ending does not fit the format."""
-    ending = FORMATS[args.format].ending
-    if not args.out:
-        return Path(args.model).with_suffix(ending)
-    if Path(args.out).suffix.lower() != ending:
-        raise InputError(f"--out {args.out} does not end in {ending}, as files of --format {args.format} do")
-    return Path(args.out)
 
 
 def real_images(checkpoint, size):
@@ -87,18 +76,6 @@ def agreement(model, path, images):
     exported, _ = load_model(path, precise=True)
     equal = [model(image[None]).argmax(1) == exported(image[None]).argmax(1) for image in images]
     return torch.cat(equal).float().mean().item()
-
-
-@contextmanager
-def naming_file(path):
-    """Context in which an error of OpenVINO, of a full disk too, is an InputError that names the file."""
-    try:
-        yield
-    except RuntimeError as error:
-        if utils.is_out_of_memory(error):
-            raise
-        raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try another "
-                         "--format") from None
 
 
 def metadata(model, checkpoint, args):
@@ -128,8 +105,11 @@ def check_agreement(model, path, checkpoint, size):
 def main():
     """Export, check, move into place."""
     args = parse_args()
-    path = output_path(args)
-    if is_exported(args.model):
+    ending = FORMATS[args.format].ending
+    path = Path(args.out or Path(args.model).with_suffix(ending))
+    if path.suffix.lower() != ending:
+        raise InputError(f"--out {path} does not end in {ending}, as files of --format {args.format} do")
+    if Path(args.model).suffix.lower() in EXPORTED_ENDINGS:
         raise InputError(f"--model {args.model} is exported already: give the checkpoint of train.py (.pth)")
     model, checkpoint = load_model(args.model)
     facts = metadata(model, checkpoint, args)
@@ -137,8 +117,13 @@ def main():
     utils.make_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / path.name
-        with naming_file(path):
+        try:
             FORMATS[args.format].write(Graph(model, size).eval(), args.batch_size, text, written)
+        except RuntimeError as error:  # of OpenVINO, of a full disk too
+            if utils.is_out_of_memory(error):
+                raise
+            raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try "
+                             "another --format") from None
         agreed = check_agreement(model, written, checkpoint, size)
         files = list(Path(folder).iterdir())  # OpenVINO writes two
         megabytes = sum(file.stat().st_size for file in files) / 1e6

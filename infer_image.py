@@ -41,8 +41,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
-    if args.bands and args.protocol in ("whole", "slide"):
-        parser.error("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     check_protocol_flags(parser, args)
     return args
 
@@ -52,6 +50,7 @@ if __name__ == "__main__":
 
 import glob
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -80,7 +79,8 @@ def find_inputs(inputs):
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = images_in(path)
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS
+                           and not file.name.startswith(".") and file.is_file())
             reason = f"is a folder without images (endings {' '.join(IMAGE_ENDINGS)})"
         else:
             matches = sorted(map(Path, glob.glob(text, recursive=True)))
@@ -90,12 +90,6 @@ def find_inputs(inputs):
             raise InputError(f"--input {text} {reason}")
         paths += files
     return list(dict.fromkeys(paths))
-
-
-def images_in(folder):
-    """Return the image files of a folder, sorted, without hidden ones."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS
-                  and not path.name.startswith(".") and path.is_file())
 
 
 def output_names(paths):
@@ -167,7 +161,10 @@ class ImageSegmenter:
         writer.put(pixels, pred, scores, path, name)
         if self.args.show:
             visualize.show_window(self.overlay(pixels, pred), str(path), 0)
-        return outputs.ClassShares(self.classes).add(pred)
+        shares = outputs.ClassShares(self.classes).add(pred, scores.confidence if scores else None)
+        if self.args.json:
+            self.share_entries.append(shares.entry(path, pred.shape))
+        return shares
 
     def save(self, image, pred, scores, path, name):
         """Write what belongs to one image (H, W, 3); scores: its Scores, None where they are not needed."""
@@ -175,30 +172,25 @@ class ImageSegmenter:
         utils.save_image(self.overlay(image, pred), folder / f"{name}_overlay.jpg", quality=92)
         visualize.save_mask(pred, self.classes, folder / f"{name}_mask.png")
         if args.polygons:
-            self.save_polygons(pred, path, name)
+            regions = outputs.find_regions(pred, self.background)
+        if "coco" in args.polygons:
+            entry, annotations = outputs.coco_entries(path, pred.shape, regions, len(self.coco_images) + 1)
+            self.coco_images.append(entry)
+            self.coco_annotations += annotations
+        if "geojson" in args.polygons:
+            outputs.save_json(outputs.geojson(regions, self.classes), folder / f"{name}.geojson")
         if args.cutout:
-            outputs.save_cutout(image, pred, self.background, folder / f"{name}_cutout.png")
+            alpha = np.where(pred == self.background, 0, 255).astype(np.uint8)
+            utils.save_image(np.dstack([image, alpha]), folder / f"{name}_cutout.png")
         if args.probabilities == "max":
             outputs.save_gray(scores.confidence, folder / f"{name}_confidence.png", bits)
         if args.probabilities == "classes":
             for id, (label, _) in enumerate(self.classes):
-                target = folder / f"{name}_probability_{id}_{outputs.file_word(label)}.png"
+                word = re.sub(r"[^\w-]+", "_", label)[:40] or "class"
+                target = folder / f"{name}_probability_{id}_{word}.png"
                 outputs.save_gray(scores.probabilities[id].astype(np.float32), target, bits)
-        if args.json:
-            shares = outputs.ClassShares(self.classes).add(pred, scores.confidence)
-            self.share_entries.append(shares.entry(path, pred.shape))
         if self.pseudo_labels:
             self.pseudo_labels.add(path, name, pred, scores.confidence)
-
-    def save_polygons(self, pred, path, name):
-        """Write <name>.geojson, and keep what coco.json will hold."""
-        regions = outputs.find_regions(pred, self.background)
-        if "coco" in self.args.polygons:
-            image, annotations = outputs.coco_entries(path, pred.shape, regions, len(self.coco_images) + 1)
-            self.coco_images.append(image)
-            self.coco_annotations += annotations
-        if "geojson" in self.args.polygons:
-            outputs.save_json(outputs.geojson(regions, self.classes), self.folder / f"{name}.geojson")
 
     def segment_raster(self, raster, name, stop):
         """Write the mask, a small overlay and more of a Raster; return its ClassShares.
@@ -244,27 +236,22 @@ class ImageSegmenter:
 
 
 # --- the command ------------------------------------------------------------------------------------------
-def load_predictor(args, paths):
-    """Return the Predictor of the flags."""
-    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
-    model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-    check_inputs(args, paths, protocol.tile)
-    if args.bands and not protocol.tile:
-        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
-    return Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
-
-
 def main():
     """Segment every input; return 1 where a file had to be skipped, 2 where all had, 130 after Ctrl-C."""
     args = parse_args()
     paths = find_inputs(args.input)
     if args.show:
         visualize.require_display()
-    predictor = load_predictor(args, paths)
+    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
+    check_inputs(args, paths, protocol.tile)
+    if args.bands and not protocol.tile:
+        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
+    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
     segmenter = ImageSegmenter(args, predictor)
     utils.make_folder(segmenter.folder)
-    reading = (read_or_error(path, predictor.protocol.tile, args.bands) for path in paths)
+    reading = (read_or_error(path, protocol.tile, args.bands) for path in paths)
     done, failed, depths = 0, 0, set()
     # the next files are read and the last ones written while the model computes
     with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as results,

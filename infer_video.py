@@ -66,21 +66,19 @@ def output_path(reader, out_dir, cutout):
     return out_dir / f"{kind}_{time.strftime('%Y-%m-%d_%H-%M-%S')}.mp4"
 
 
-def load_predictor(args, reader):
-    """Return the Predictor of the flags."""
-    expected = min(filter(None, (reader.count, args.max_frames)), default=None)
-    model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-    return Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
+def make_pipeline(args, reader, predictor, background, shares, writer):
+    """Return the Pipeline from the reader to the writer.
 
-
-def make_draw(classes, alpha, background, shares, painted):
-    """Return the `draw` of a Pipeline.
-
-    background: the Background of --cutout; shares: the ShareTable of --csv (both may be None); painted:
-    whether the frames come with their overlay.
+    background: the Background of --cutout; shares: the ShareTable of --csv (both may be None).
     """
-    table, background_class = visualize.color_table(classes), visualize.background_id(classes)
+    table = visualize.color_table(predictor.classes)
+    background_class = visualize.background_id(predictor.classes)
+    # frames that are cut into tiles may be too large to stay on the GPU
+    on_gpu = predictor.device.type == "cuda" and not predictor.protocol.tile
+    segment, painted = at_once(predictor), on_gpu and not background
+    if on_gpu:
+        paint = Paint(table, args.alpha, background_class, predictor.device) if painted else None
+        segment = FramesOnGpu(predictor, paint)
 
     def draw(frame, pred, seconds, rate):
         if shares:
@@ -88,29 +86,14 @@ def make_draw(classes, alpha, background, shares, painted):
         if background:
             return background.replace(frame, pred == background_class)
         if not painted:
-            visualize.overlay(frame, pred, table, alpha, background_class, out=frame)
+            visualize.overlay(frame, pred, table, args.alpha, background_class, out=frame)
         draw_rate(frame, rate)
         return frame
 
-    return draw
-
-
-def make_pipeline(args, reader, predictor, background, shares, writer):
-    """Return the Pipeline from the reader to the writer."""
-    classes, each_awaited = predictor.classes, reader.drops or args.show
-    # frames that are cut into tiles may be too large to stay on the GPU
-    on_gpu = predictor.device.type == "cuda" and not predictor.protocol.tile
-    painted = on_gpu and not background
-    if on_gpu:
-        table, background_class = visualize.color_table(classes), visualize.background_id(classes)
-        paint = Paint(table, args.alpha, background_class, predictor.device) if painted else None
-        segment = FramesOnGpu(predictor, paint)
-    else:
-        segment = at_once(predictor)
+    each_awaited = reader.drops or args.show
     default_batch = 1 if each_awaited else 8 if predictor.device.type == "cuda" else 2
     # a GPU has the next batch while the last one is fetched
     ahead = int(on_gpu and not each_awaited)
-    draw = make_draw(classes, args.alpha, background, shares, painted)
     return Pipeline(reader, segment, draw, writer, args.batch_size or default_batch, args.max_frames,
                     show_frame if args.show else None, ahead)
 
@@ -139,13 +122,15 @@ def main():
     require_encoder()
     reader = VideoReader(args.input)
     background = Background(args.cutout, reader.size) if args.cutout else None
-    predictor = load_predictor(args, reader)
+    expected = min(filter(None, (reader.count, args.max_frames)), default=None)
+    model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
+    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
     if args.cutout:
         require_background(predictor.classes)
     out_dir = utils.make_folder(Path(args.out_dir) / "inference_results_video")
     path = output_path(reader, out_dir, args.cutout)
-    csv_path = path.with_suffix(".csv")
-    sound_of = None if reader.live else reader.source
+    csv_path, sound_of = path.with_suffix(".csv"), None if reader.live else reader.source
     start = time.perf_counter()
     with (utils.StopOnSignal() as stop,
           ShareTable(csv_path, predictor.classes) if args.csv else nullcontext() as shares,

@@ -13,7 +13,7 @@ import json
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from models.upsampling import geometry_of, pixels
 
 STREAMS = 2  # batches that OpenVINO computes side by side
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
-TORCHSCRIPT = ".torchscript"  # ending of a format that earlier versions wrote
 
 
 class Graph(nn.Module):
@@ -63,27 +62,24 @@ class Graph(nn.Module):
 class ExportedModel(nn.Module):
     """Base of the models that run outside torch: (B, 3, H, W) uint8 of one size -> logits.
 
-    geometry: the Geometry of its logits where they are coarse, else they are pixels of that size. ending: of
-    its files. open(path) returns (metadata text, function of (size, batch, precise) that returns the model);
-    write(graph, batch, text, path) exports a Graph; of(graph) converts it in memory.
+    program: the runtime's own model; size: (H, W); batch: images per call, 0 = any; geometry: of its logits
+    where they are coarse, else they are pixels of that size; precise: in float32 whatever the processor can
+    do. ending: of its files; read(path) returns (program, metadata text or None); write(graph, batch, text,
+    path) exports a Graph.
     """
 
     ending = ""
 
-    def __init__(self, size, batch=0, geometry=None):
+    def __init__(self, program, size, batch=0, geometry=None, precise=False):
         super().__init__()
-        self.size, self.batch = tuple(size), batch  # batch 0 = any
+        self.program, self.size, self.batch = program, tuple(size), batch
         self.geometry = geometry or geometry_of(size)
         # its device is where other code sends images
         self.device_marker = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def run(self, images):
-        """(B, 3, H, W) uint8 numpy -> logits as a numpy array."""
+    def run(self, batches):
+        """[(B, 3, H, W) uint8 numpy] -> the logits of every batch as a numpy array."""
         raise NotImplementedError
-
-    def run_all(self, batches):
-        """run() of several batches."""
-        return [self.run(images) for images in batches]
 
     def logits(self, images):
         """(B, 3, H, W) uint8 -> logits (B, K, h, w) float32, their Geometry. Raises InputError for another
@@ -94,17 +90,12 @@ class ExportedModel(nn.Module):
             raise InputError(f"this model was exported for {height}x{width} pixels, not for "
                              f"{asked_height}x{asked_width}: leave out --imgsz and --tta ms, or export it "
                              "again with --imgsz")
-        with runtime_errors("the exported model does not run"):
-            values = self.run_all(self.batches(images))
-        values = torch.cat([torch.from_numpy(batch) for batch in values])[:len(images)].float()
-        return values, self.geometry
-
-    def batches(self, images):
-        """Return images as numpy batches of the exported size, the last one padded with its first image."""
         batches = list(images.cpu().split(self.batch or len(images)))
-        if missing := self.batch and self.batch - len(batches[-1]):
+        if missing := self.batch and self.batch - len(batches[-1]):  # filled up with its first image
             batches[-1] = torch.cat([batches[-1], batches[-1][:1].expand(missing, -1, -1, -1)])
-        return [batch.contiguous().numpy() for batch in batches]
+        with runtime_errors("the exported model does not run"):
+            values = self.run([batch.contiguous().numpy() for batch in batches])
+        return torch.cat([torch.from_numpy(batch) for batch in values])[:len(images)].float(), self.geometry
 
     def forward(self, images):
         """(B, 3, H, W) uint8 -> (B, K, H, W) float32."""
@@ -116,27 +107,31 @@ class OnnxRuntime(ExportedModel):
 
     ending = ".onnx"
 
-    def __init__(self, session, size, batch=0):
-        super().__init__(size, batch)
-        self.session = session
-        self.name = f"ONNX Runtime {session.get_providers()[0].removesuffix('ExecutionProvider')}"
+    @property
+    def name(self):
+        """What runs it, as printed."""
+        return f"ONNX Runtime {self.program.get_providers()[0].removesuffix('ExecutionProvider')}"
 
-    @classmethod
-    def open(cls, path):
-        """Return (metadata text, function that opens the model) of an .onnx file."""
-        session = onnx_session(path)
-        text = session.get_modelmeta().custom_metadata_map.get(METADATA)
-        return text, lambda size, batch, precise: cls(session, size, batch)
+    @staticmethod
+    def read(path):
+        """Return (session on the best provider of this machine, metadata text) of an .onnx file."""
+        onnxruntime = import_package("onnxruntime")
+        preferred = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        providers = [name for name in preferred if name in onnxruntime.get_available_providers()]
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return session, session.get_modelmeta().custom_metadata_map.get(METADATA)
 
-    @classmethod
-    def write(cls, graph, batch, text, path):
+    @staticmethod
+    def write(graph, batch, text, path):
         """Export a Graph; batch 0 = any number of images."""
         program = onnx_program(graph, batch)
         program.model.metadata_props[METADATA] = text
         program.save(str(path))
 
-    def run(self, images):
-        return self.session.run(None, {"images": images})[0]
+    def run(self, batches):
+        return [self.program.run(None, {"images": images})[0] for images in batches]
 
 
 class OpenVino(ExportedModel):
@@ -144,29 +139,26 @@ class OpenVino(ExportedModel):
 
     ending = ".xml"
 
-    def __init__(self, model, size, batch=0, geometry=None, precise=False):
-        super().__init__(size, batch, geometry)
-        ov = import_openvino()
-        core = ov.Core()
-        half = not precise and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        hints = dict(INFERENCE_PRECISION_HINT="bf16" if half else "f32", PERFORMANCE_HINT="LATENCY")
+    def __init__(self, program, size, batch=0, geometry=None, precise=False):
+        super().__init__(program, size, batch, geometry)
+        self.core = import_openvino().Core()
+        half = not precise and "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.hints = dict(INFERENCE_PRECISION_HINT="bf16" if half else "f32")
         if precise:
-            hints["EXECUTION_MODE_HINT"] = "ACCURACY"
-        self.compiled, self.queue = core.compile_model(model, "CPU", hints), None
-        self.open_queue = partial(open_queue, ov, core, model, hints)
+            self.hints["EXECUTION_MODE_HINT"] = "ACCURACY"
+        self.compiled = self.core.compile_model(program, "CPU", dict(self.hints, PERFORMANCE_HINT="LATENCY"))
         self.name = f"OpenVINO {'bfloat16' if half else 'float32'}"
 
-    @classmethod
-    def open(cls, path):
-        """Return (metadata text, function that opens the model) of an .xml file with its .bin."""
+    @staticmethod
+    def read(path):
+        """Return (model, metadata text) of an .xml file with its .bin. Raises InputError."""
         if not path.with_suffix(".bin").is_file():
             raise InputError(f"{path.with_suffix('.bin')} is missing: OpenVINO's .xml needs it beside it")
         model = import_openvino().Core().read_model(str(path))
-        text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
-        return text, lambda size, batch, precise: cls(model, size, batch, precise=precise)
+        return model, model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
 
-    @classmethod
-    def write(cls, graph, batch, text, path):
+    @staticmethod
+    def write(graph, batch, text, path):
         """Export a Graph; batch 0 = any number of images."""
         ov, onnx_path = import_openvino(), path.with_suffix(".onnx")
         onnx_program(graph, batch).save(str(onnx_path))
@@ -184,32 +176,28 @@ class OpenVino(ExportedModel):
             model = ov.convert_model(graph, example_input=example, input=[list(example.shape)])
         return cls(model, graph.size, 1, graph.geometry)
 
-    def run(self, images):
-        return self.compiled([images])[0]
+    @cached_property
+    def queue(self):
+        """Requests that run side by side, each on its share of the cores."""
+        hints = dict(self.hints, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=str(STREAMS))
+        compiled = self.core.compile_model(self.program, "CPU", hints)
+        queue = import_openvino().AsyncInferQueue(compiled, STREAMS)
 
-    def run_all(self, batches):
-        """Several batches at a time, each on its share of the cores: none waits for the slowest thread."""
+        def store(request, target):
+            results, index = target
+            results[index] = request.get_output_tensor(0).data.copy()
+
+        queue.set_callback(store)
+        return queue
+
+    def run(self, batches):
         if len(batches) == 1:
-            return [self.run(batches[0])]
-        self.queue = self.queue or self.open_queue()
+            return [self.compiled(batches)[0]]
         results = [None] * len(batches)
         for index, images in enumerate(batches):
             self.queue.start_async([images], (results, index))
         self.queue.wait_all()
         return results
-
-
-def open_queue(ov, core, model, hints):
-    """Return a queue of OpenVINO requests that run side by side."""
-    hints = dict(hints, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=str(STREAMS))
-    queue = ov.AsyncInferQueue(core.compile_model(model, "CPU", hints), STREAMS)
-
-    def store(request, target):
-        results, index = target
-        results[index] = request.get_output_tensor(0).data.copy()
-
-    queue.set_callback(store)
-    return queue
 
 
 # What export.py writes, and what runs a .pth beside torch. A new one is one class above and one line here.
@@ -223,12 +211,6 @@ BACKENDS = {
 
 
 # --- files ------------------------------------------------------------------------------------------------
-def is_exported(path):
-    """Return whether a file's ending is that of an exported model, of an earlier version too."""
-    endings = [model_class.ending for model_class in FORMATS.values()]
-    return Path(path).suffix.lower() in [*endings, TORCHSCRIPT]
-
-
 def open_exported(path, precise=False):
     """Return (ExportedModel in eval mode, its facts: a checkpoint without weights). Raises InputError.
 
@@ -236,17 +218,17 @@ def open_exported(path, precise=False):
     """
     path = Path(path)
     ending = path.suffix.lower()
-    if ending == TORCHSCRIPT:
+    if ending == ".torchscript":  # of earlier versions
         raise InputError(f"{path}: TorchScript files are no longer read; export the checkpoint (.pth) again "
                          "with export.py --format onnx")
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a file of export.py, or a checkpoint of train.py")
     model_class = next(entry for entry in FORMATS.values() if entry.ending == ending)
     with runtime_errors(f"{path} is not a readable {ending} file"):
-        text, build = model_class.open(path)
+        program, text = model_class.read(path)
     facts = check_facts(text, path)
     with runtime_errors(f"{path} does not run here"):
-        model = build(facts["imgsz"], facts["batch"], precise)
+        model = model_class(program, facts["imgsz"], facts["batch"], precise=precise)
     model.num_classes = len(facts["classes"])
     return model.eval(), facts
 
@@ -280,38 +262,29 @@ def first_line(error):
 
 
 # --- packages ---------------------------------------------------------------------------------------------
-def keep_private():
-    """Keep OpenVINO from reporting each use to its makers: the package that does it cannot be imported."""
-    sys.modules.setdefault("openvino_telemetry", None)
+def is_installed(package):
+    """Return whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
 
 
-def import_package(name, install=""):
-    """Return a package. Raises InputError where it is not installed. install: its names for pip."""
+def import_package(name):
+    """Return a package. Raises InputError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(f"{name} is not installed: pip install {install or name}") from None
+        raise InputError(f"{name} is not installed: pip install {name}") from None
 
 
 def import_openvino():
-    """Return OpenVINO. Raises InputError where it is not installed."""
-    keep_private()
+    """Return OpenVINO, which is kept from reporting each use to its makers. Raises InputError."""
+    sys.modules.setdefault("openvino_telemetry", None)  # the package that does it cannot be imported
     return import_package("openvino")
 
 
-def onnx_session(path):
-    """Return an ONNX Runtime session of a file on the best provider of this machine. Raises InputError."""
-    onnxruntime = import_package("onnxruntime")
-    preferred = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    providers = [name for name in preferred if name in onnxruntime.get_available_providers()]
-    return onnxruntime.InferenceSession(str(path), options, providers=providers)
-
-
 def onnx_program(graph, batch=1):
-    """Return the ONNX program of a Graph; batch 0 = any. Raises InputError where onnxscript is missing."""
-    import_package("onnxscript", "onnx onnxscript")  # torch.onnx needs both
+    """Return the ONNX program of a Graph; batch 0 = any. Raises InputError where a package is missing."""
+    for package in ("onnx", "onnxscript"):
+        import_package(package)
     shapes = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch == 0 else None
     with warnings.catch_warnings(), torch.no_grad(), graph.constants():
         warnings.simplefilter("ignore")
@@ -325,12 +298,6 @@ def convert(model, size, backend):
 
     Raises InputError where the package is missing.
     """
-    graph = Graph(model, size, coarse=True).eval()
-    converted = BACKENDS[backend].of(graph)
+    converted = BACKENDS[backend].of(Graph(model, size, coarse=True).eval())
     converted.num_classes = model.num_classes
     return converted.eval()
-
-
-def is_installed(package):
-    """Return whether a package can be imported, without importing it."""
-    return package in sys.modules or importlib.util.find_spec(package) is not None

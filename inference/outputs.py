@@ -4,24 +4,21 @@
     content = geojson(regions, classes)            # or coco_entries(...), for one COCO JSON of all images
 """
 import csv
-import itertools
 import json
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
-from dataio.annotations.shapes import area_of
+from dataio.annotations.shapes import area_of, polygons
 from dataio.readers import read_image
 from utils import copy_file, save_image, write_atomically
 from visualize import background_id, save_classes, save_mask
-
-GREEN = (0, 255, 0)
 
 
 # --- polygons ---------------------------------------------------------------------------------------------
@@ -75,20 +72,16 @@ def coco_entries(path, size, regions, image_id):
     image = dict(id=image_id, file_name=Path(path).name, height=size[0], width=size[1])
     annotations = []
     for region in regions:
-        left, top = region.rings[0].min(0).tolist()
-        right, bottom = region.rings[0].max(0).tolist()
-        shape = run_lengths(region, size) if len(region.rings) > 1 else [region.rings[0].ravel().tolist()]
+        outline, *holes = region.rings
+        shape = [outline.ravel().tolist()]
+        if holes:
+            mask = polygons([outline], holes, size=size)
+            runs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            shape = dict(size=list(size), counts=runs["counts"].decode("ascii"))
+        (left, top), (right, bottom) = outline.min(0).tolist(), outline.max(0).tolist()
         annotations.append(dict(image_id=image_id, category_id=region.id, segmentation=shape, iscrowd=0,
                                 area=region.area, bbox=[left, top, right - left, bottom - top]))
     return image, annotations
-
-
-def run_lengths(region, size):
-    """Return COCO's run lengths of a region with holes in an image of `size` (H, W)."""
-    filled = [coco_mask.frPyObjects([ring.ravel().tolist()], *size)[0] for ring in region.rings]
-    inside = coco_mask.decode(filled[0]) & ~coco_mask.decode(filled[1:]).any(2)
-    runs = coco_mask.encode(np.asfortranarray(inside))
-    return dict(size=list(size), counts=runs["counts"].decode("ascii"))
 
 
 def geojson(regions, classes):
@@ -174,21 +167,10 @@ def save_gray(values, path, bits):
     save_image(np.rint(values.clip(0, 1) * largest).astype(np.uint8 if bits == 8 else np.uint16), path)
 
 
-def save_cutout(image, pred, background, path):
-    """Write an image (H, W, 3) as a PNG whose pixels of the class `background` are transparent."""
-    alpha = np.where(pred == background, 0, 255).astype(np.uint8)
-    save_image(np.dstack([image, alpha]), path)
-
-
 def save_json(content, path):
     """Write a JSON file, completely or not at all."""
     text = json.dumps(content)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def file_word(name):
-    """Return a class name as it may stand in a file name."""
-    return re.sub(r"[^\w-]+", "_", name)[:40] or "class"
 
 
 # --- pseudo-labels ----------------------------------------------------------------------------------------
@@ -199,22 +181,18 @@ class PseudoLabels:
         self.folder, self.classes, self.threshold = folder, classes, threshold
         self.labeled_shares = []  # of each image's pixels
 
-    def move_earlier(self):
-        """Move what an earlier run wrote: another model's labels must not mix with these."""
-        if self.folder.exists():
-            names = (self.folder.with_name(f"{self.folder.name}_{number}") for number in itertools.count(1))
-            target = next(path for path in names if not path.exists())
-            self.folder.rename(target)
-            print(f"the earlier pseudo-labels were moved to {target}")
-
     def add(self, path, name, pred, confidence):
         """Write the pair of an image file; pred, confidence: (H, W), as the image upright."""
-        if not self.labeled_shares:
-            self.move_earlier()
+        if not self.labeled_shares and self.folder.exists():  # another model's labels must not mix with these
+            number = 1
+            while (earlier := self.folder.with_name(f"{self.folder.name}_{number}")).exists():
+                number += 1
+            self.folder.rename(earlier)
+            print(f"the earlier pseudo-labels were moved to {earlier}")
         sure = confidence >= self.threshold
         self.labeled_shares.append(float(sure.mean()))
-        labels = np.where(sure, pred, IGNORE).astype(np.uint8)
-        save_mask(labels, self.classes, self.folder / f"masks/{name}.png")
+        save_mask(np.where(sure, pred, IGNORE).astype(np.uint8), self.classes,
+                  self.folder / f"masks/{name}.png")
         copy_file(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
 
     def finish(self):
@@ -237,11 +215,12 @@ class Background:
     def __init__(self, kind, size):
         self.kind, self.picture = kind, None
         if kind == "green":
-            self.picture = np.full((*size, 3), GREEN, np.uint8)
+            self.picture = np.full((*size, 3), (0, 255, 0), np.uint8)
         elif kind != "blur":
             if not Path(kind).is_file():
                 raise InputError(f"--cutout {kind} is not green, blur or an image file")
-            self.picture = fill(read_image(kind).permute(1, 2, 0).numpy(), size)
+            picture = Image.fromarray(read_image(kind).permute(1, 2, 0).numpy())
+            self.picture = np.array(ImageOps.fit(picture, size[::-1], Image.Resampling.BILINEAR))
 
     def replace(self, frame, behind):
         """Return a frame (H, W, 3) with another background; behind (H, W) bool: its pixels.
@@ -266,17 +245,6 @@ def blurred(frame, weight):
     sums, counts = (cv2.GaussianBlur(values, (0, 0), height / 100) for values in (colors, counts))
     means = np.rint(sums / np.maximum(counts, 1e-3)[..., None]).clip(0, 255).astype(np.uint8)
     return cv2.resize(means, (width, height))
-
-
-def fill(image, size):
-    """Return an image (h, w, 3) resized in proportion until it covers `size` (H, W), and cropped to it."""
-    height, width = size
-    scale = max(height / image.shape[0], width / image.shape[1])
-    rows, columns = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (columns, rows), interpolation=method)
-    top, left = (rows - height) // 2, (columns - width) // 2
-    return np.ascontiguousarray(image[top:top + height, left:left + width])
 
 
 def require_background(classes):

@@ -24,6 +24,7 @@ from visualize import color_table
 if rasterio:
     import rasterio.features
     import rasterio.warp
+    from rasterio.windows import Window
 
 UNWRITTEN = "could not be written completely: is the disk full?"
 BLOCK = 256  # pixels of a side of the blocks in the files that are written
@@ -50,12 +51,11 @@ class MaskFile:
 
     def __init__(self, path, raster, classes):
         self.path, self.temporary = Path(path), Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
-        source = raster.source
+        self.checksum, source, colors = 0, raster.source, color_table(classes)
         self.file = rasterio.open(
             self.temporary, "w", driver="GTiff", dtype="uint8", count=1, height=raster.size[0],
             width=raster.size[1], crs=source.crs, transform=source.transform, nodata=IGNORE, tiled=True,
             blockxsize=BLOCK, blockysize=BLOCK, compress="deflate", bigtiff="if_safer")
-        self.checksum, colors = 0, color_table(classes)
         self.file.write_colormap(1, {id: (*map(int, colors[id]), 255) for id in range(len(classes))})
         self.file.update_tags(**{f"class_{id}": name for id, (name, _) in enumerate(classes)})
         if raster.ranges:
@@ -64,9 +64,8 @@ class MaskFile:
     def write(self, rows, pred):
         """Write some rows (a slice) of class ids (r, W)."""
         self.checksum = zlib.crc32(np.ascontiguousarray(pred), self.checksum)
-        window = rasterio.windows.Window(0, rows.start, pred.shape[1], len(pred))
         with named_errors(self.path, UNWRITTEN):
-            self.file.write(pred, 1, window=window)
+            self.file.write(pred, 1, window=Window(0, rows.start, pred.shape[1], len(pred)))
 
     def __enter__(self):
         return self
@@ -76,19 +75,18 @@ class MaskFile:
             with named_errors(self.path, UNWRITTEN):
                 self.file.close()
                 if error_type is None:
-                    if self.read_checksum() != self.checksum:
+                    if self.checksum_in_file() != self.checksum:
                         raise InputError(f"{self.path} {UNWRITTEN}")
                     os.replace(self.temporary, self.path)
         finally:
             self.temporary.unlink(missing_ok=True)
 
-    def read_checksum(self):
+    def checksum_in_file(self):
         """Return the checksum of what is in the file."""
         checksum = 0
         with rasterio.open(self.temporary) as file:
             for top in range(0, file.height, BLOCK):
-                rows = min(BLOCK, file.height - top)
-                window = rasterio.windows.Window(0, top, file.width, rows)
+                window = Window(0, top, file.width, min(BLOCK, file.height - top))
                 checksum = zlib.crc32(file.read(1, window=window), checksum)
         return checksum
 
@@ -101,26 +99,22 @@ def save_polygons(path, classes, target, keep=None):
     its transform. area: in the square of that system's own unit (square meters for meters), without holes.
     """
     def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
+        with rasterio.open(path) as mask, open(temporary, "w", encoding="utf-8") as file:
             file.write('{"type": "FeatureCollection", "features": [')
-            for number, feature in enumerate(features_of(path, classes, keep)):
-                file.write((",\n" if number else "\n") + json.dumps(feature))
+            separator = "\n"
+            for shape, id in rasterio.features.shapes(rasterio.band(mask, 1), transform=mask.transform):
+                if id in (IGNORE, keep):
+                    continue
+                outline, *holes = [area_of(np.array(ring[:-1])) for ring in shape["coordinates"]]
+                if mask.crs:
+                    shape = rasterio.warp.transform_geom(mask.crs, "EPSG:4326", shape)
+                properties = {"class": classes[int(id)][0], "id": int(id), "area": outline - sum(holes)}
+                feature = dict(type="Feature", geometry=shape, properties=properties)
+                file.write(separator + json.dumps(feature))
+                separator = ",\n"
             file.write("\n]}\n")
 
     write_atomically(target, write)
-
-
-def features_of(path, classes, keep):
-    """Yield the GeoJSON features of save_polygons."""
-    with rasterio.open(path) as file:
-        for shape, id in rasterio.features.shapes(rasterio.band(file, 1), transform=file.transform):
-            if id in (IGNORE, keep):
-                continue
-            rings = [area_of(np.array(ring[:-1])) for ring in shape["coordinates"]]
-            if file.crs:
-                shape = rasterio.warp.transform_geom(file.crs, "EPSG:4326", shape)
-            yield dict(type="Feature", geometry=shape, properties={
-                "class": classes[int(id)][0], "id": int(id), "area": rings[0] - sum(rings[1:])})
 
 
 def read_small(path, size):

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 
 MISSING = "\u2013"  # in place of a score that does not exist
-PANEL_WIDTH = 360  # pixels of one picture of a row
 SCORES = {"miou": "mIoU", "mean_dice": "mean Dice", "pixel_accuracy": "pixel accuracy",
           "mean_class_accuracy": "mean class accuracy", "frequency_weighted_iou": "frequency weighted IoU",
           "boundary_f1": "boundary F1"}
@@ -69,17 +68,6 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 
-def as_jpeg(picture, width=None):
-    """Return a picture (H, W, 3) uint8 as a data URL of a JPEG at most `width` pixels wide."""
-    image = Image.fromarray(picture)
-    if width and image.width > width:
-        height = max(1, round(image.height * width / image.width))
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def number(value):
     """Return a score for reading: four digits, a dash for NaN and None."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -87,11 +75,14 @@ def number(value):
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def figure(caption, picture, width=None):
-    """Return one picture with its caption as HTML."""
-    text = escape(caption)
-    picture = f'<img alt="{text}" src="{as_jpeg(picture, width)}">'
-    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
+def figure(caption, picture, width):
+    """Return a picture (H, W, 3) uint8 as HTML, with its caption; a JPEG at most `width` pixels wide."""
+    image, buffer, text = Image.fromarray(picture), io.BytesIO(), escape(caption)
+    image.thumbnail((width, image.height), Image.Resampling.LANCZOS, reducing_gap=None)
+    image.save(buffer, "JPEG", quality=82)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (f'<figure><img alt="{text}" src="data:image/jpeg;base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>")
 
 
 def class_table(rows):
@@ -115,7 +106,7 @@ def picture_rows(rows):
     """Return rows of pictures as HTML; rows = [(title, [(caption, picture (H, W, 3) uint8), ...]), ...]."""
     lines = []
     for title, panels in rows:
-        pictures = "".join(figure(caption, picture, PANEL_WIDTH) for caption, picture in panels)
+        pictures = "".join(figure(caption, picture, 360) for caption, picture in panels)
         lines.append(f'<h3 class="small">{escape(title)}</h3><div class="row">{pictures}</div>')
     return "".join(lines)
 

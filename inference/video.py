@@ -36,7 +36,6 @@ except ImportError:
     av = None
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complaints come as one line instead
-FALLBACK_FPS = Fraction(30)  # for cameras that do not say
 TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
 LIVE_PROTOCOLS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms"}
 COUNTED = {".mp4", ".mov", ".m4v", ".avi"}  # containers that store how many frames they hold
@@ -57,16 +56,21 @@ class VideoReader:
 
     def __init__(self, source):
         self.source = str(source)
-        self.is_camera, self.is_url = self.source.isdecimal(), "://" in self.source
+        self.is_camera = self.source.isdecimal() and len(self.source) < 5  # indices are small
+        self.is_url = "://" in self.source
         self.live = self.is_camera or self.is_url or Path(self.source).is_fifo()
         if not self.live and not Path(self.source).is_file():
             raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
         check_name(self.source)
-        if self.is_camera and len(self.source) > 4:
-            raise InputError(f"--input {source} is not a camera index: they count from 0")
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        self.capture = self.open_capture()
-        opened, self.first = self.capture.read() if self.capture.isOpened() else (False, None)
+        if self.is_camera:
+            self.capture = cv2.VideoCapture(int(self.source))
+        elif self.is_url:
+            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
+            self.capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
+        else:  # absolute, or a colon in a name would look like a protocol
+            self.capture = cv2.VideoCapture(str(Path(self.source).absolute()))
+        opened, self.first = self.capture.read()
         if not opened:
             raise InputError(f"--input {source} does not open as a video: check the file, camera or URL")
         self.size = self.first.shape[:2]
@@ -75,15 +79,6 @@ class VideoReader:
         self.count = count if count > 0 and not self.live else None
         is_broadcast = self.source.split("://")[0] in LIVE_PROTOCOLS or count <= 0
         self.drops = self.is_camera or self.is_url and is_broadcast
-
-    def open_capture(self):
-        """Return the cv2.VideoCapture of the source, opened or not."""
-        if self.is_camera:
-            return cv2.VideoCapture(int(self.source))
-        if self.is_url:
-            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
-            return cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
-        return cv2.VideoCapture(str(Path(self.source).absolute()))  # a colon in a name is not a protocol then
 
     def __iter__(self):
         return (frame for frame, _ in self.timed())
@@ -106,9 +101,8 @@ class VideoReader:
         self.capture.release()
 
     def ended_early(self, frames):
-        """Return whether `frames` read is clearly fewer than the file claims (which may be off by a few).
-
-        Only where the container stores their number; elsewhere it is a guess from the duration.
+        """Return whether `frames` is clearly fewer than the file claims, which may be off by a few; False
+        where the container does not store their number, so that `count` is a guess from the duration.
         """
         is_stored = Path(self.source).suffix.lower() in COUNTED
         return is_stored and self.count is not None and frames + max(2, 0.02 * self.count) < self.count
@@ -119,14 +113,13 @@ def check_name(path):
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{path}: its name is not UTF-8, which clips need: rename the file or folder"
-                         ) from None
+        raise InputError(f"{path}: its name is not UTF-8: rename the file or folder") from None
 
 
 def exact_rate(fps):
     """Return a frame rate as the fraction it stands for: 29.97 -> 30000/1001, 12.5 -> 25/2."""
-    if not 0 < fps < 1000:  # also NaN
-        return FALLBACK_FPS
+    if not 0 < fps < 1000:  # also NaN: cameras do not always say
+        return Fraction(30)
     for base in (24, 30, 48, 60, 120):
         ntsc = Fraction(base * 1000, 1001)
         if abs(ntsc - Fraction(fps)) < 0.005:
@@ -149,49 +142,46 @@ class SoundCopy:
     """
 
     def __init__(self, path, container):
-        self.container, self.source = container, av.open(str(Path(path).absolute()))
-        stream, picture = self.source.streams.audio[0], self.source.streams.video[0]
-        name = stream.codec_context.codec.canonical_name
-        if name not in MP4_SOUND:
+        source = av.open(str(Path(path).absolute()))
+        stream = source.streams.audio[0]
+        if (name := stream.codec_context.codec.canonical_name) not in MP4_SOUND:
             raise ValueError(f"an .mp4 cannot hold {name}")
-        self.stream = container.add_stream_from_template(stream)
-        start = (picture.start_time or 0) * picture.time_base  # files need not start at 0
-        self.shift, self.last, self.seconds = round(start / stream.time_base), None, 0.0
-        self.packets = self.source.demux(stream)
-        self.packet = self.next_packet()
+        self.container, self.stream = container, container.add_stream_from_template(stream)
+        self.packets, self.seconds = self.packets_from_start(source), 0.0
+        self.packet = next(self.packets, None)
 
-    def next_packet(self):
-        """Return the next packet that lies after the picture's start and the last packet, or None."""
-        try:
-            for packet in self.packets:
+    @staticmethod
+    def packets_from_start(source):
+        """Yield the packets in order, their times from the picture's start on: files need not start at 0."""
+        stream, picture, last = source.streams.audio[0], source.streams.video[0], -1
+        shift = round((picture.start_time or 0) * picture.time_base / stream.time_base)
+        with suppress(av.error.FFmpegError, ValueError):
+            for packet in source.demux(stream):
                 if packet.pts is None or packet.dts is None:
                     continue
-                packet.pts, packet.dts = packet.pts - self.shift, packet.dts - self.shift
-                if packet.dts >= 0 and (self.last is None or packet.dts > self.last):
-                    return packet
-        except (av.error.FFmpegError, ValueError):
-            pass
-        return None
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                if packet.dts > last:
+                    last = packet.dts
+                    yield packet
 
     def copy_until(self, seconds):
         """Write the sound up to `seconds` after the start."""
         while self.packet is not None and self.packet.pts * self.packet.time_base <= seconds:
-            self.last, self.seconds = self.packet.dts, float(self.packet.pts * self.packet.time_base)
+            self.seconds = float(self.packet.pts * self.packet.time_base)
             self.packet.stream = self.stream
             try:
                 self.container.mux(self.packet)
+                self.packet = next(self.packets, None)
             except ValueError:  # out of order for the container
                 self.packet = None
-                return
-            self.packet = self.next_packet()
 
 
 class VideoWriter:
     """Writes (H, W, 3) uint8 RGB frames of one size to an H.264 .mp4 of that size and rate.
 
     sound_of: a file whose sound is copied (`sound`: its SoundCopy, or None). The file appears under its name
-    when it is closed, complete; leaving the `with` block by an error closes it too, with what was written
-    before. Raises InputError where PyAV is missing.
+    at the end of the `with` block, with what was written until then, also where an error ends it; without a
+    frame nothing is left. Raises InputError where PyAV is missing.
     """
 
     def __init__(self, path, size, fps, sound_of=None):
@@ -209,14 +199,11 @@ class VideoWriter:
         self.stream.pix_fmt = "yuv444p" if self.size[0] % 2 or self.size[1] % 2 else "yuv420p"
         self.stream.options = {"crf": "20", "preset": "veryfast", "x264-params": "colormatrix=smpte170m"}
         self.position = -1  # of the last frame, in units of 1 / fps
-        self.sound = self.open_sound(sound_of) if sound_of else None
-
-    def open_sound(self, path):
-        """Return the SoundCopy of a file, or None where it has no sound that an .mp4 may hold."""
-        try:
-            return SoundCopy(path, self.container)
-        except (av.error.FFmpegError, IndexError, ValueError, OSError):
-            return None
+        self.sound = None
+        if sound_of:
+            # it may have none, or none that an .mp4 can hold
+            with suppress(av.error.FFmpegError, IndexError, ValueError, OSError):
+                self.sound = SoundCopy(sound_of, self.container)
 
     def write(self, frame, seconds=0.0):
         """Append one frame, shown `seconds` after the first, at the earliest 1 / fps after the last.
@@ -235,8 +222,10 @@ class VideoWriter:
             self.sound.copy_until((self.position + 1) / self.fps)
         self.container.mux(self.stream.encode(picture))
 
-    def close(self):
-        """Finish the file and give it its name; without a frame nothing is left."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         try:
             if self.frames:
                 self.container.mux(self.stream.encode(None))
@@ -246,18 +235,12 @@ class VideoWriter:
         finally:
             self.temporary.unlink(missing_ok=True)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
 
 # --- threads before and behind the work -------------------------------------------------------------------
 class ReadAhead:
     """Iterates over `source` in a thread of its own, up to `depth` items ahead of whoever takes them.
 
-    newest: for live sources: the oldest waiting item is dropped (counted in `dropped`) rather than letting
+    newest: for live sources, the oldest waiting item is dropped (counted in `dropped`) rather than letting
     the source wait. stop: once its `asked` is true, the items end, even where the source sends none. seconds
     = time spent in the source. What the source raises is raised to the taker.
     """
@@ -388,9 +371,8 @@ class FramesOnGpu:
         predictor = self.predictor
         preds = predict(predictor.model, images.permute(0, 3, 1, 2), predictor.protocol, predictor.precision)
         drawn = self.fetch(self.paint(images, preds)).numpy() if self.paint else frames
-        ids, done = self.fetch(preds).numpy(), torch.cuda.Event() if self.pinned else None
-        if done:
-            done.record(torch.cuda.current_stream(self.device))
+        ids = self.fetch(preds).numpy()
+        done = torch.cuda.current_stream(self.device).record_event() if self.pinned else None
 
         def wait():
             if done:
@@ -425,24 +407,6 @@ def draw_rate(frame, rate):
     cv2.putText(frame, text, (margin, height + margin), font, scale, (255, 255, 255), thickness, cv2.LINE_AA)
 
 
-class Rate:
-    """Frames per second of the last fifty frames that were drawn."""
-
-    def __init__(self):
-        self.times = deque([time.perf_counter()], maxlen=51)
-
-    def tick(self):
-        """Count one frame and return the rate."""
-        self.times.append(time.perf_counter())
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
-
-
-def batches_of(items, size):
-    """Yield lists of up to `size` items."""
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
 @dataclass
 class Pipeline:
     """Reads, segments, draws and writes the frames of a clip, camera or stream.
@@ -468,13 +432,14 @@ class Pipeline:
 
         Returns ({stage: busy seconds}, number of frames that a live source had to drop).
         """
-        reader, rate = self.reader, Rate()
+        reader, times = self.reader, deque([time.perf_counter()], maxlen=51)  # of the last fifty frames
         # of a live source, more are read: those that are dropped do not count
         source = reader.timed() if reader.drops else itertools.islice(reader.timed(), self.max_frames)
         total = min(filter(None, (reader.count, self.max_frames)), default=None)
 
         def draw_and_encode(frame, pred, seconds):
-            drawn = self.draw(frame, pred, seconds, rate.tick())
+            times.append(time.perf_counter())
+            drawn = self.draw(frame, pred, seconds, (len(times) - 1) / (times[-1] - times[0]))
             encode.put(drawn, seconds)
             return drawn
 
@@ -501,7 +466,7 @@ class Pipeline:
         frames: of VideoReader.timed.
         """
         begun = deque()  # (seconds of the frames, function that waits for the result)
-        for batch in batches_of(frames, self.batch_size):
+        while batch := list(itertools.islice(frames, self.batch_size)):
             start = time.perf_counter()
             begun.append(([seconds for _, seconds in batch], self.segment([frame for frame, _ in batch])))
             self.model_seconds += time.perf_counter() - start

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import real_data, tiny
+from conftest import tiny
 
 import infer_video
 import visualize
@@ -65,13 +65,14 @@ def test_frame_rates_as_fractions(fps, want):
     assert exact_rate(fps) == Fraction(want)
 
 
-@pytest.mark.parametrize("fps", [Fraction(30000, 1001), Fraction(25, 2)])
-def test_a_clip_keeps_size_rate_count_and_colors(tmp_path, fps):
-    reader = VideoReader(write_clip(tmp_path / "a.mp4", 30, fps))
+@pytest.mark.parametrize(("fps", "size"), [
+    (Fraction(30000, 1001), (48, 64)), (Fraction(25, 2), (47, 63)), (25, (49, 64)), (25, (48, 65))], ids=str)
+def test_a_clip_keeps_size_rate_count_and_colors(tmp_path, fps, size):
+    reader = VideoReader(write_clip(tmp_path / "a.mp4", 30, fps, size))
     read = list(reader)
-    assert reader.size == (48, 64) and reader.fps == fps and reader.count == len(read) == 30
+    assert reader.size == size and reader.fps == fps and reader.count == len(read) == 30
     assert not reader.live and not reader.ended_early(30) and reader.ended_early(20)
-    for got, want in list(zip(read, frames(30), strict=True))[5:]:
+    for got, want in list(zip(read, frames(30, *size), strict=True))[5:]:
         assert np.abs(got[:, 50:].astype(int).mean((0, 1)) - want[:, 50:].mean((0, 1))).max() < 25
     assert [item.name for item in tmp_path.iterdir()] == ["a.mp4"]
 
@@ -91,12 +92,6 @@ def test_without_pyav_it_is_one_line_before_a_model_is_loaded(tmp_path, run, mon
     assert code == 2 and "pip install av" in err and err.count("\n") == 1
     with pytest.raises(InputError, match="pip install av"):
         VideoWriter(tmp_path / "b.mp4", (48, 64), 25)
-
-
-@pytest.mark.parametrize("size", [(47, 63), (49, 64), (48, 65)], ids=str)
-def test_odd_sizes_stay_odd(tmp_path, size):
-    reader = VideoReader(write_clip(tmp_path / "odd.mp4", 5, size=size))
-    assert reader.size == size and len(list(reader)) == 5
 
 
 def test_an_error_midway_leaves_a_playable_file_and_none_without_frames(tmp_path):
@@ -134,26 +129,14 @@ def test_a_cut_off_clip_is_noticed(tmp_path):
 def test_a_rotated_phone_clip_comes_out_upright(tmp_path, monkeypatch):
     """OpenCV turns frames by the file's rotation; the size is that of the turned frame."""
 
-    class Turned:
-        def __init__(self, source):
-            self.capture = open_capture(source)
-
-        def __getattr__(self, name):
-            return getattr(self.capture, name)
-
+    class Turned(cv2.VideoCapture):
         def read(self):
-            good, frame = self.capture.read()
+            good, frame = super().read()
             return good, cv2.rotate(frame, cv2.ROTATE_90_CLOCKWISE) if good else None
 
-    open_capture = cv2.VideoCapture
     write_clip(tmp_path / "a.mp4", 3)
     monkeypatch.setattr(cv2, "VideoCapture", Turned)
     assert VideoReader(tmp_path / "a.mp4").size == (64, 48)
-
-
-def test_real_clip():
-    reader = VideoReader(real_data("video") / "car-detection.mp4")
-    assert reader.size == (432, 768) and reader.fps == Fraction(25, 2) and reader.count == 377
 
 
 # --- threads ----------------------------------------------------------------------------------------------
@@ -306,10 +289,10 @@ def test_a_stopped_run_does_not_wait_for_a_source_that_sends_nothing():
     assert time.perf_counter() - started < 10
 
 
-def test_a_colon_in_a_name_is_not_a_protocol_and_a_large_number_not_a_camera(tmp_path):
-    assert len(list(VideoReader(write_clip(tmp_path / "12:30:05.mp4", 4)))) == 4
-    with pytest.raises(InputError, match="4294967295"):
-        VideoReader("4294967295")
+def test_a_colon_in_a_name_is_not_a_protocol_and_a_large_number_not_a_camera(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30:05.mp4", "20240131"):
+        assert len(list(VideoReader(write_clip(tmp_path / "a.mp4", 4).rename(name).name))) == 4
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
