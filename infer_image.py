@@ -41,6 +41,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
+    if args.bands and args.protocol in ("whole", "slide"):
+        parser.error("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     check_protocol_flags(parser, args)
     return args
 

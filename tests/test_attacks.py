@@ -41,7 +41,7 @@ from dataio.annotations import find_masks
 from dataio.feature_cache import CachedDataset, EntryFile
 from dataio.labels import read_classes
 from dataio.layout import read_list
-from dataio.readers import index_table, read_image, read_mask, read_pair
+from dataio.readers import index_table, read_image, read_mask, read_sample
 from dataio.stratify import count_pixels
 from dataio.windows import WindowReader
 from inference.backends import import_openvino
@@ -321,7 +321,7 @@ def test_fuzz_classes_files(folder, text):
         read_classes(path)
         source = load("folder", folder)
         for sample in source.splits["train"]:
-            read_pair(sample, source.table)
+            read_sample(sample, source.table)
     except InputError as error:
         assert "\n" not in str(error)
     finally:

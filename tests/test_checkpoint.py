@@ -482,7 +482,6 @@ def test_a_trained_head_is_taken_with_all_of_its_options(tmp_path, monkeypatch):
     fields = [("act", str, config.setting("gelu", "model", "", affects="head")),
               ("rate", float, config.setting(0.0, "model", "", affects="head"))]
     options = dataclasses.make_dataclass("Options", fields, bases=(config.ModelOptions,))
-    monkeypatch.setattr("checkpoint.ModelOptions", options)
     monkeypatch.setattr(config, "FIELDS", {**config.FIELDS, **{
         field.name: field for field in dataclasses.fields(options)}})
     stored = dataclasses.make_dataclass("Spec", [("num_classes", int, 3)], bases=(options,))

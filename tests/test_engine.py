@@ -439,10 +439,11 @@ def test_an_average_is_scored_and_the_live_weights_are_saved(tmp_path):
     net, average = pixelwise(), other_pixelwise()
     live, averaged = weights_of(net), weights_of(average)
     data = SimpleNamespace(classes=[(name, (0, 0, 0)) for name in "abc"], counts={}, fingerprints=dict)
-    folder, settings = SimpleNamespace(path=tmp_path, saved=True), dict(save_head_only=False, imgsz=(8, 8))
-    state = state_of(net)
+    settings = dict(save_head_only=False, imgsz=(8, 8))
+    folder, state = SimpleNamespace(path=tmp_path, make_room=lambda: None), state_of(net)
     assert state.keep("average", average) is average
     run = Run(state, settings, data, folder)
+    run.described = True  # no config.json
     with state.scored_with(average):
         assert torch.equal(weights_of(net), averaged)
         run.end_epoch(dict(epoch=1, val_miou=0.5), torch.zeros(3, 3))
