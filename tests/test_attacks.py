@@ -194,7 +194,8 @@ def test_of_many_processes_the_first_names_the_wrong_flag(tmp_path, monkeypatch,
 def test_a_cache_that_was_cut_off_is_named(tmp_path):
     files = {"map 1": EntryFile(tmp_path / "map.bin", 3, (4, 5), torch.bfloat16)}
     files["map 1"].create({})
-    cached = CachedDataset(SimpleNamespace(samples=[], augments=None, seed=0), files, None, 1)
+    dataset = SimpleNamespace(samples=[], augments=None, seed=0, size=(28, 42))
+    cached = CachedDataset(dataset, tiny(), files, {}, 1)
     cached.check()
     os.truncate(tmp_path / "map.bin", 7)
     with pytest.raises(InputError, match="map.bin .*--resume"):
