@@ -30,7 +30,6 @@ from models.weights import INSTEAD, hash_state, load_strictly, published_weights
 from utils import all_reduce, is_main_process, world_size
 
 VERSION = 1  # of the checkpoint format
-EXPORTED_ENDINGS = (".onnx", ".xml", ".torchscript")  # opened by inference/backends.py
 PROTOCOL = {  # of validation
     "fit": "whole image resized to {}x{}, scored at the size of each mask, 255 ignored",
     "native": "tiles of {}x{} at the image's own resolution, one by one, 255 ignored",
@@ -113,8 +112,8 @@ def load_model(path, precise=False):
     """
     if OFFICIAL_NAME.fullmatch(str(path)) and not Path(path).exists():
         return load_official(str(path))
-    if Path(path).suffix.lower() in EXPORTED_ENDINGS:
-        from inference.backends import open_exported  # training has no use for what runs these
+    if is_exported(path):
+        from inference.backends import open_exported
         return open_exported(path, precise)
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
@@ -133,6 +132,14 @@ def load_model(path, precise=False):
             model, state = timm_twin(spec, state)
     load_strictly(model, state, path)
     return model.requires_grad_(False).eval(), checkpoint
+
+
+def is_exported(path):
+    """Return whether a file's ending is that of an export format."""
+    if Path(path).suffix.lower() in (".pth", ".pt"):
+        return False
+    from inference.backends import ENDINGS  # training has no use for it
+    return Path(path).suffix.lower() in ENDINGS
 
 
 def data_options(checkpoint, dataset=None, data_root=None):

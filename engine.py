@@ -231,8 +231,8 @@ class TrainState:
         scored and become best_model_iou.pth. last.pth holds the live ones, whenever it is written.
         """
         self.live_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(average.state_dict())
         try:
+            self.model.load_state_dict(average.state_dict())
             yield
         finally:
             self.model.load_state_dict(self.live_weights)

@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 
 import utils
-from checkpoint import EXPORTED_ENDINGS, data_options, load_model
+from checkpoint import data_options, is_exported, load_model
 from config import InputError
 from dataio.readers import read_image
 from dataio.resizing import resize_image
@@ -109,7 +109,7 @@ def main():
     path = Path(args.out or Path(args.model).with_suffix(ending))
     if path.suffix.lower() != ending:
         raise InputError(f"--out {path} does not end in {ending}, as files of --format {args.format} do")
-    if Path(args.model).suffix.lower() in EXPORTED_ENDINGS:
+    if is_exported(args.model):
         raise InputError(f"--model {args.model} is exported already: give the checkpoint of train.py (.pth)")
     model, checkpoint = load_model(args.model)
     facts = metadata(model, checkpoint, args)

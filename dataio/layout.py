@@ -105,7 +105,7 @@ def read_list(path):
 
 def existing(samples):
     """Return `samples`. Raises InputError naming the first missing file and how many are missing."""
-    missing = [path for sample in samples for path in (sample.image, sample.mask) if not path.is_file()]
+    missing = [path for sample in samples for path in sample.files() if not path.is_file()]
     if missing:
         more = f" (and {count_of(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
         raise InputError(f"{missing[0]} is listed but does not exist{more}: complete the data set")

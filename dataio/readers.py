@@ -162,7 +162,8 @@ def open_image(path):
         raise InputError(f"{path} claims more pixels than an image may have here ({MOST_PIXELS}): save it as "
                          "several files, or remove it") from None
     except DECODE_ERRORS as error:
-        raise InputError(f"{path} is not a readable image ({error}): repair or remove the file") from None
+        reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
     if image.format == "TIFF" and is_stack(path, image.size):
         raise InputError(f"{path} holds several pages: save each of them as a file of its own")
     tags = getattr(image, "tag_v2", {})

@@ -208,6 +208,7 @@ FORMATS = {
 BACKENDS = {
     "openvino": OpenVino,
 }
+ENDINGS = {*(model_class.ending for model_class in FORMATS.values()), TORCHSCRIPT}
 
 
 # --- files ------------------------------------------------------------------------------------------------

@@ -40,10 +40,10 @@ def sizes_of(module, kind):
     "size", [pytest.param((70, 98), marks=pytest.mark.long), (61, 90), (14, 14), (1, 1)], ids=str
 )
 def test_every_head_gives_logits_of_any_image_and_gradients_to_all_it_holds(head, size):
-    net = tiny(head=head, unfreeze="all").train()
-    logits = net(random_images(2, 3, *size))
+    net, images = tiny(head=head, unfreeze="all").train(), random_images(2, 3, *size)
+    logits = net(images)
     assert logits.shape == (2, 3, *size) and logits.dtype == torch.float32
-    F.cross_entropy(logits, torch.randint(0, 3, (2, *size))).backward()
+    loss_of(net, images, torch.randint(0, 3, (2, *size)))[0].backward()
     without = [name for name, p in net.head.named_parameters() if p.grad is None]
     assert not without and all(p.grad.isfinite().all() for p in net.head.parameters())
 
