@@ -14,7 +14,7 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 from config import (add_group_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, add_run_flags,
-                    batch_images, names, script_parser)
+                    batch_images, check_protocol_flags, names, script_parser)
 
 
 def parse_args(argv=None):
@@ -33,7 +33,9 @@ def parse_args(argv=None):
     parser.add_argument("--report", action="store_true", help="write report.html too")
     add_group_flag(parser)
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_protocol_flags(parser, args)
+    return args
 
 
 if __name__ == "__main__":
@@ -70,7 +72,6 @@ from models.weights import hash_model_file, hash_state
 WORST_IMAGES, CONFUSED_PAIRS = 20, 8  # rows of pictures in a report
 RUN_FIGURES = {"loss.png": "loss", "accuracy.png": "pixel accuracy", "miou.png": "mIoU"}
 FIGURES = {"per_class_iou.png": "IoU of every class", "confusion_matrix.png": "confusion matrix"}
-LARGEST_IMGSZ = 65_535, 65_535
 
 
 # --- the data to score on ---------------------------------------------------------------------------------
@@ -329,17 +330,9 @@ def make_report(result, data, samples, predictor, out_dir, run_dir):
 
 
 # --- the command ------------------------------------------------------------------------------------------
-def check_flags(args):
-    """Raise InputError for flags that contradict each other whatever the model, before it is loaded."""
-    if args.protocol:
-        imgsz = args.imgsz or LARGEST_IMGSZ
-        choose_protocol(dict(imgsz=imgsz), imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-
-
 def main():
     """Score, print, write."""
     args = parse_args()
-    check_flags(args)
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol)

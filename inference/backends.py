@@ -208,7 +208,7 @@ FORMATS = {
 BACKENDS = {
     "openvino": OpenVino,
 }
-ENDINGS = {*(model_class.ending for model_class in FORMATS.values()), ".torchscript"}  # the last of earlier versions
+ENDINGS = {".torchscript", *(model_class.ending for model_class in FORMATS.values())}
 
 
 # --- files ------------------------------------------------------------------------------------------------

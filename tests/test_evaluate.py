@@ -260,8 +260,6 @@ def test_bad_input_is_one_line(trained, tmp_path, run, flags, names):
     ("flags", "names"),
     [
         ("--protocol tile --tta ms", "--tta ms"),
-        ("--protocol tile --imgsz 28 28 --overlap 28", "--overlap"),
-        ("--protocol tile --overlap 70000", "--overlap"),
         ("--protocol slide --tile-scale 2", "--tile-scale"),
         ("--protocol whole --overlap 0.5", "--overlap"),
     ],
