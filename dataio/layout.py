@@ -460,15 +460,13 @@ def relative_names(paths, root):
 KNOWN_LAYOUTS = ("it needs images/ and masks/, or train/images train/masks val/images val/masks, or "
                  "images/train masks/train images/val masks/val, or train_images train_labels valid_images "
                  "valid_labels")
-ANNOTATIONS = (  # ending, what the text of such a file holds, what it is; the first that fits counts
-    (".json", '(?s)(?=.*"objects")(?=.*"imgHeight")', "Cityscapes polygons"),
-    (".json", '"_via_img_metadata"', "VIA annotations"),
-    (".json", '(?s)(?=.*"data")(?=.*"annotations")', "Label Studio annotations"),
-    (".txt", r"\A(?:\d+(?: [01]?\.?\d+ [01]?\.?\d+){3,}\s*)+\Z", "YOLO polygons without their data.yaml"),
-    (".txt", r"\A(?:\d+(?: [01]?\.?\d+){4}\s*)+\Z", "YOLO boxes, which hold no shapes"),
-    (".xml", "<annotation>", "VOC boxes, which hold no shapes"),
-    (".xml", "<annotations>", "CVAT annotations"),
-)
+ANNOTATIONS = {  # by ending: what the text of such a file holds, what it is; the first that fits counts
+    ".json": ((('"objects"', '"imgHeight"'), "Cityscapes polygons"),
+              (('"_via_img_metadata"',), "VIA annotations"),
+              (('"data"', '"annotations"'), "Label Studio annotations")),
+    ".xml": ((("<annotation>",), "VOC boxes, which hold no shapes"),
+             (("<annotations>",), "CVAT annotations")),
+}
 
 
 def report_folders(content, paths, root):
@@ -533,7 +531,22 @@ def format_of(files):
     if ending in (".zip", ".tar", ".gz"):
         return "an archive: unpack it"
     example = next(path for path in files if path.suffix.lower() == ending)
-    is_text = ending in (".json", ".txt", ".xml")
-    text = example.read_text(encoding="utf-8", errors="replace") if is_text else ""
-    names = [name for known, pattern, name in ANNOTATIONS if known == ending and re.search(pattern, text)]
-    return f"{[*names, ending or 'without ending'][0]}, not read: export masks as PNG"
+    kind = annotation_kind(example, ending) or ending or "without ending"
+    return f"{kind}, not read: export masks as PNG"
+
+
+def annotation_kind(path, ending):
+    """Return which tool's annotations a text file holds, "" where it is not known."""
+    if ending not in (".json", ".xml", ".txt"):
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for words, name in ANNOTATIONS.get(ending, ()):
+        if all(word in text for word in words):
+            return name
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    is_yolo = ending == ".txt" and all(re.fullmatch(r"[\d.]+", word) for line in lines for word in line)
+    if is_yolo and lines and all(len(line) == 5 for line in lines):
+        return "YOLO boxes, which hold no shapes"
+    if is_yolo and lines and all(len(line) > 6 for line in lines):
+        return "YOLO polygons without their data.yaml"
+    return ""
