@@ -142,7 +142,7 @@ class SoundCopy:
     """
 
     def __init__(self, path, container):
-        source = av.open(str(Path(path).absolute()))
+        self.source = source = av.open(str(Path(path).absolute()))  # has to outlive its packets
         stream = source.streams.audio[0]
         if (name := stream.codec_context.codec.canonical_name) not in MP4_SOUND:
             raise ValueError(f"an .mp4 cannot hold {name}")

@@ -129,11 +129,18 @@ def test_a_cut_off_clip_is_noticed(tmp_path):
 def test_a_rotated_phone_clip_comes_out_upright(tmp_path, monkeypatch):
     """OpenCV turns frames by the file's rotation; the size is that of the turned frame."""
 
-    class Turned(cv2.VideoCapture):
+    class Turned:  # no subclass: OpenCV's own class does not survive one
+        def __init__(self, source):
+            self.capture = open_capture(source)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
         def read(self):
-            good, frame = super().read()
+            good, frame = self.capture.read()
             return good, cv2.rotate(frame, cv2.ROTATE_90_CLOCKWISE) if good else None
 
+    open_capture = cv2.VideoCapture
     write_clip(tmp_path / "a.mp4", 3)
     monkeypatch.setattr(cv2, "VideoCapture", Turned)
     assert VideoReader(tmp_path / "a.mp4").size == (64, 48)
