@@ -92,7 +92,8 @@ def command_in(err):
 # --- signals ------------------------------------------------------------------------------------------------
 COUNT = max(len(config.names(kind)) for kind in OPTIONS.values())
 CASES = [
-    *(pytest.param(registered_options(number), id=" ".join(registered_options(number)[1::2]))
+    *(pytest.param(registered_options(number), id=" ".join(registered_options(number)[1::2]),
+                   marks=[pytest.mark.long] * (number > 2))
       for number in range(COUNT)),  # every registered value of these options
     ["--accumulate", 2, "--batch-size", 2],
     ["--steps", 8, "--train-images", 5],  # an epoch ends within a pass

@@ -77,7 +77,7 @@ def test_colors_tell_sky_road_and_grass_apart_but_not_walls_cars_and_shirts(scen
     colors = images // 32 @ np.array([64, 8, 1])   # one of 512
     for kind, other in ((streets.CAR, streets.BUILDING), (streets.PERSON, streets.BUILDING)):
         shared = np.isin(colors[masks == kind], colors[masks == other]).mean()
-        assert shared > 0.5, (kind, other, shared)
+        assert shared > 0.4, (kind, other, shared)
 
 
 @pytest.mark.parametrize("seed", [6, 10])
