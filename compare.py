@@ -125,7 +125,7 @@ def read_run(folder):
             raise InputError(f"{path} is not of {model} as it is now: score it again")
         return Run(folder, metrics, model, {}, [])
     config = read_json(folder / "config.json", schema.RunConfig)
-    history = read_json(folder / "history.jsonl", schema.LoggedHistory, lines=True)
+    history = read_json(folder / "history.jsonl", list[schema.LoggedRow], lines=True)
     for row in history:
         row["val_miou"] = math.nan if row["val_miou"] is None else row["val_miou"]
     if len(history) < config["epochs"] and not has_stalled(history, config.get("patience", 0)):

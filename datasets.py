@@ -316,7 +316,7 @@ def check_source(source, classes):
     if "train" not in source.splits or source.splits.keys() - {"train", "val", "test"}:
         raise InputError(f"--dataset {source.name} has the splits {', '.join(source.splits)}: its function "
                          "has to call them train, val and test (train may be empty)")
-    schema.check(schema.ClassList, source.classes, f"the class list of --dataset {source.name}")
+    schema.check(schema.Classes, source.classes, f"the class list of --dataset {source.name}")
     if classes is not None and [name for name, _ in classes] != [name for name, _ in source.classes]:
         raise InputError(f"--dataset {source.name} has other classes than DATASETS says: correct its entry")
     ids = np.unique(source.table)

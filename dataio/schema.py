@@ -7,37 +7,38 @@ needed and their types; a file may hold more, since later versions add some. The
 options of a model are declared in config.py and are checked as their flags are.
 """
 import argparse
-import math
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, RootModel, Strict, ValidationError
-from pydantic import create_model
+from pydantic import (AfterValidator, BaseModel, Field, InstanceOf, Strict, StrictBool, StrictFloat,
+                      TypeAdapter, ValidationError, create_model)
 
 from config import FIELDS, RECIPES, InputError, ModelOptions, names
 
 MOST_CLASSES = 254  # masks are 8 bit: 255 is IGNORE
-LONGEST_NAME, LONGEST_TEXT = 200, 4096  # characters of a class name, of anything else
+LONGEST_TEXT = 4096  # characters
 LARGEST_SIDE = (1 << 16) - 1  # pixels
 LARGEST = 1 << 53  # integers that a float holds too
+LONGEST_PROBLEM = 300  # characters of a message
 
 
 def check(form, value, path):
-    """Return a value that is as its form, a class below, says. Raises InputError that names the file `path`
+    """Return a value that is as its form, a type below, says. Raises InputError that names the file `path`
     and the entry which is not, such as `classes.2.1`.
     """
     try:
-        form.model_validate(value)
+        TypeAdapter(form).validate_python(value)
     except ValidationError as errors:
         error = errors.errors(include_url=False, include_context=False)[0]
-        entry = ".".join(shorten(str(key)) for key in error["loc"] if key != "[key]")
-        problem = error["msg"].removeprefix("Input ").removeprefix("Value ").removeprefix("error, ")
+        entry = ".".join(str(key) for key in error["loc"] if key != "[key]") or "it"
+        reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if error["type"] == "missing":
-            problem = "is missing"
-        elif ", not " not in problem:
-            problem += f", not {describe(error['input'])}"
-        problem = f"{entry or 'it'} {shorten(problem, 300)}"
+            problem = f"{entry} is missing"
+        else:
+            problem = f"{entry} is {describe(error['input'])} and {reason}"
+        if not problem.isprintable() or len(problem) > LONGEST_PROBLEM:
+            problem = ascii(problem[:LONGEST_PROBLEM])
         raise InputError(f"{path} was edited or is damaged: {problem}") from None
     return value
 
@@ -45,55 +46,25 @@ def check(form, value, path):
 def describe(value):
     """Return a value as messages show it: short, in one line."""
     if isinstance(value, (str, bytes)):
-        return shorten(ascii(value[:80]))
-    if value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < 1 << 99:
+        return ascii(value[:60])
+    if value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < LARGEST:
         return ascii(value)
     return f"a {type(value).__name__}"
 
 
-def shorten(text, length=60):
-    """Return the beginning of a text in one line."""
-    return text if len(text) <= length and text.isprintable() else f"{ascii(text[:length])[1:-1]}..."
-
-
 # --- single values ----------------------------------------------------------------------------------------
-def require(condition, expected):
-    """Raise ValueError, which pydantic reports with the entry's path, where a condition does not hold."""
-    if not condition:
-        raise ValueError(f"should be {expected}")
+def check_line(value):
+    """Return a text without control characters; names of files may not be UTF-8. Raises ValueError."""
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT or any(ord(char) < 32 for char in value):
+        raise ValueError(f"should be one line of up to {LONGEST_TEXT} characters")
+    return value
 
 
-def where(is_valid, expected):
-    """Return a validator: values for which is_valid(value) does not hold are not what is `expected`."""
-    def validate(value):
-        require(is_valid(value), expected)
-        return value
-
-    return AfterValidator(validate)
-
-
-def is_number(value):
-    """Return whether a value is an int or a float and no subclass of these: no bool, nothing of numpy's."""
-    return type(value) in (int, float) and (value != value or abs(value) == math.inf or abs(value) < LARGEST)
-
-
-def is_line(value, longest=LONGEST_TEXT):
-    """Return whether a value is a text without control characters; names of files may not be UTF-8."""
-    return isinstance(value, str) and len(value) <= longest and not any(ord(char) < 32 for char in value)
-
-
-def plain_list(value):
-    """Return a list or a tuple as a list."""
-    require(isinstance(value, (list, tuple)), "a list")
-    return list(value)
-
-
-def only_tensors(state):
-    """Return a state dict. Checked by a loop, since large models have thousands of tensors."""
-    for name, value in state.items():
-        require(isinstance(name, str) and isinstance(value, torch.Tensor),
-                f"a dictionary of tensors, but {describe(name)} is {describe(value)}")
-    return state
+def check_stride(sides):
+    """Return none or two sides. Raises ValueError."""
+    if len(sides) not in (0, 2):
+        raise ValueError("should be two sides")
+    return sides
 
 
 def integer(lowest, highest=LARGEST):
@@ -101,53 +72,42 @@ def integer(lowest, highest=LARGEST):
     return Annotated[int, Strict(), Field(ge=lowest, le=highest)]
 
 
-def tuple_of(*types):
-    """Return the type of a list or tuple of entries of these types."""
-    return Annotated[tuple[types], BeforeValidator(plain_list)]
-
-
-Item = TypeVar("Item")
-ListOf = Annotated[list[Item], BeforeValidator(plain_list)]
-Flag = Annotated[bool, Strict()]
-Text = Annotated[Any, where(is_line, f"one line of up to {LONGEST_TEXT} characters")]
-Name = Annotated[Any, where(lambda name: is_line(name, LONGEST_NAME), f"one line of up to {LONGEST_NAME} "
-                            "characters")]
+Text = Annotated[Any, AfterValidator(check_line)]
 Count, ClassId = integer(0), integer(0, MOST_CLASSES - 1)
 Side, Channel = integer(1, LARGEST_SIDE), integer(0, 255)
-Number = Annotated[Any, where(is_number, "a number"), where(math.isfinite, "a finite number")]
-Loss = Annotated[Any, where(is_number, "a number")] | None  # in half precision it may be infinite
-Score = Annotated[Loss, where(lambda score: score is None or not math.isinf(score), "a finite number")]
-Metric = Annotated[Any, where(lambda score: score is None or isinstance(score, list) or is_number(score),
-                              "a number")]
-Tensor = Annotated[Any, where(lambda value: isinstance(value, torch.Tensor), "a tensor")]
-State = Annotated[dict, AfterValidator(only_tensors)]
-Size = tuple_of(Side, Side)
-Classes = Annotated[ListOf[tuple_of(Name, tuple_of(Channel, Channel, Channel))],
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Scale = Annotated[StrictFloat, Field(gt=0, le=16)]
+Score = StrictFloat | None  # a loss in half precision may be infinite
+Tensor = InstanceOf[torch.Tensor]
+Size = tuple[Side, Side]
+Classes = Annotated[list[tuple[Text, tuple[Channel, Channel, Channel]]],
                     Field(min_length=1, max_length=MOST_CLASSES)]
 
 
 # --- settings ---------------------------------------------------------------------------------------------
 def check_setting(field, value):
-    """Return a value that a field of TrainConfig may have: its default, or what its flag would take.
-
-    Raises ValueError.
+    """Return a value that a field of TrainConfig may have: its default, or what its flag would take; "" for
+    what whole networks do not have. Raises ValueError.
     """
-    is_list = field.type is tuple
-    items = plain_list(value) if is_list else [value]
+    is_list, options = field.type is tuple, field.metadata
+    items = value if is_list else [value]
+    if is_list and not isinstance(value, (list, tuple)):
+        raise ValueError("should be a list")
+    if not {type(item) for item in items} <= set(types_of(field)):
+        raise ValueError("should be a value of the setting")
     for item in items:
-        require(type(item) in types_of(field), "a value of the setting")
-        require(not isinstance(item, str) or is_line(item), "one line")
-    if items == (list(field.default) if is_list else [field.default]):
+        if isinstance(item, str):
+            check_line(item)
+    if value == "" or list(items) == (list(field.default) if is_list else [field.default]):
         return value
     choices = choices_of(field)
-    for item in items:
-        require(not choices or item in choices, f"one of {', '.join(choices or ())}")
-    count = field.metadata.get("nargs")
-    require(not isinstance(count, int) or len(items) == count, f"a list of {count}")
-    convert = field.metadata.get("type")
-    texts = ["/".join(map(str, items))] if field.name == "fold" else map(str, items)
+    if choices and not set(items) <= set(choices):
+        raise ValueError(f"should be of {', '.join(choices)}")
+    if isinstance(options.get("nargs"), int) and len(items) != options["nargs"]:
+        raise ValueError(f"should be a list of {options['nargs']}")
+    convert = options.get("type", str)
     try:
-        for text in texts if convert else ():
+        for text in ["/".join(map(str, items))] if field.name == "fold" else map(str, items):
             convert(text)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"should be what the flag takes ({error})") from None
@@ -171,27 +131,18 @@ def choices_of(field):
     return field.metadata.get("choices")
 
 
-def type_of_setting(field):
-    """Return the type of a setting."""
-    return Annotated[Any, AfterValidator(partial(check_setting, field))]
+def form_of(form_name, setting_names, **needed):
+    """Return a form of settings, which may be missing, and of entries that are `needed`."""
+    settings = {name: (Annotated[Any, AfterValidator(partial(check_setting, FIELDS[name]))], None)
+                for name in setting_names}
+    return create_model(form_name, **settings, **needed)
 
 
-def type_of_option(field):
-    """Return the type of an option of a model: whole networks have no backbone and no head."""
-    return Annotated[Any, AfterValidator(lambda value: value == "" or check_setting(field, value))]
-
-
-Settings = create_model("Settings", **{
-    name: (type_of_setting(field), None) for name, field in FIELDS.items()})
-Spec = create_model("Spec", num_classes=(integer(1, MOST_CLASSES), ...), **{
-    name: (type_of_option(FIELDS[name]), None) for name in ModelOptions.__dataclass_fields__})
+Settings = form_of("Settings", FIELDS)
+Spec = form_of("Spec", ModelOptions.__dataclass_fields__, num_classes=integer(1, MOST_CLASSES))
 
 
 # --- files ------------------------------------------------------------------------------------------------
-class ClassList(RootModel[Classes]):
-    """[(name, (R, G, B)), ...]."""
-
-
 class UserNames(BaseModel):
     """What a user names and a checkpoint holds."""
 
@@ -203,12 +154,11 @@ class Protocol(BaseModel):
     """inference.predictor.Protocol."""
 
     window: Size
-    slide: Flag = False
-    stride: Annotated[ListOf[Side], where(lambda sides: len(sides) in (0, 2), "two sides")] = ()
-    scales: Annotated[ListOf[Annotated[Number, where(lambda scale: 0 < scale <= 16, "from 0 to 16")]],
-                      Field(min_length=1, max_length=32)] = (1.0,)
-    flip: Flag = False
-    tile: Annotated[Number, where(lambda factor: factor >= 0, "at least 0")] = 0.0
+    slide: StrictBool = False
+    stride: Annotated[list[Side], AfterValidator(check_stride)] = ()
+    scales: Annotated[list[Scale], Field(min_length=1, max_length=32)] = (1.0,)
+    flip: StrictBool = False
+    tile: Annotated[Number, Field(ge=0)] = 0.0
 
 
 class ModelFile(BaseModel):
@@ -220,8 +170,7 @@ class ModelFile(BaseModel):
     config: Settings = {}
     protocol: Protocol = None
     epoch: Count = 0
-    metrics: dict[Text, Metric] = {}
-    data_fingerprint: Name = ""
+    data_fingerprint: Text = ""
 
 
 class Exported(ModelFile):
@@ -234,8 +183,8 @@ class Checkpoint(ModelFile):
     """A .pth file of train.py, its spec not read yet."""
 
     spec: dict
-    model: State
-    backbone_sha256: Name = ""
+    model: dict[InstanceOf[str], Tensor]
+    backbone_sha256: Text = ""
 
 
 class StoredSpec(BaseModel):
@@ -252,27 +201,23 @@ class LoggedRow(BaseModel):
     val_miou: Score
 
 
-class LoggedHistory(RootModel[list[LoggedRow]]):
-    """history.jsonl."""
-
-
 class HistoryRow(LoggedRow):
     """A row of the history of a run that is resumed."""
 
-    train_loss: Loss
+    train_loss: Score
     train_accuracy: Score
     train_miou: Score
-    val_loss: Loss
+    val_loss: Score
     val_accuracy: Score
     val_dice: Score
-    per_class_iou: ListOf[Score]
+    per_class_iou: list[Score]
 
 
 class OptimizerState(BaseModel):
     """The state dict of an optimizer."""
 
     state: dict
-    param_groups: ListOf[dict]
+    param_groups: list[dict]
 
 
 class Progress(BaseModel):
@@ -280,7 +225,7 @@ class Progress(BaseModel):
 
     batches: Count
     images: Count
-    sums: dict[Text, Loss]
+    sums: dict[Text, Score]
     counts: Tensor
 
 
@@ -292,7 +237,7 @@ class Resumed(BaseModel):
     optimizer: OptimizerState
     scaler: dict
     step: Count
-    history: ListOf[HistoryRow]
+    history: list[HistoryRow]
     counts: Tensor | None
     random: dict
     progress: Progress | None
@@ -311,21 +256,21 @@ class RunConfig(BaseModel):
     seed: Count
     epochs: integer(1)
     patience: Count = 0
-    fold: ListOf[integer(1)] = ()
-    parameters: tuple_of(Count, Count)
+    fold: list[integer(1)] = ()
+    parameters: tuple[Count, Count]
     images: dict[Text, Count] = {}
-    data_fingerprint: Name = ""
-    extra_fingerprint: Name = ""
+    data_fingerprint: Text = ""
+    extra_fingerprint: Text = ""
     processes: integer(1, 1 << 16) = 1
-    code: Name = ""
+    code: Text = ""
 
 
 class ScoringProtocol(BaseModel):
     """How evaluate.py scored a model."""
 
     imgsz: Size
-    weights_sha256: Name
-    data_fingerprint: Name = ""
+    weights_sha256: Text
+    data_fingerprint: Text = ""
     views: Text
     precision: Text
     split: Text
@@ -336,20 +281,20 @@ class ScoringProtocol(BaseModel):
 class Record(BaseModel):
     """The scores of one image: (class, class, pixels) of the confusion counts that are not 0."""
 
-    name: Annotated[str, Strict()]
-    cells: ListOf[tuple_of(ClassId, ClassId, Count)]
-    boundary: ListOf[Score]
+    name: InstanceOf[str]
+    cells: list[tuple[ClassId, ClassId, Count]]
+    boundary: list[Score]
 
 
 class ClassScores(BaseModel):
     """The scores of one class."""
 
-    name: Name
+    name: Text
 
 
 class Metrics(BaseModel):
     """metrics.json of evaluate.py."""
 
     protocol: ScoringProtocol
-    records: ListOf[Record]
-    per_class: ListOf[ClassScores]
+    records: list[Record]
+    per_class: list[ClassScores]
