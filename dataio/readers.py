@@ -10,9 +10,8 @@ file is an InputError that names it.
 import hashlib
 import os
 import struct
-import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +31,6 @@ OUTSIDE = 254  # entry of a value table for mask values that are no class: an er
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
 MOST_PIXELS = 1 << 30  # of an image or mask; PIL alone stops at a sixth of it
-PIL_LIMIT_LOCK = threading.Lock()  # held while PIL's own limit is raised
 DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
 TAG_ERRORS = (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error)  # of TIFFs
@@ -154,47 +152,24 @@ def open_image(path):
     """Open an image file with PIL, header only. Raises InputError where it is missing or not an image."""
     warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of broken files; an InputError says it
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors are enough
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # twice it is an error
     try:
-        image = open_of_any_size(path)
+        image = Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{path} claims more pixels than an image may have here ({MOST_PIXELS}): save it as "
-                         "several files, or remove it") from None
     except DECODE_ERRORS as error:
-        reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
-    if image.format == "TIFF" and is_stack(path, image.size):
-        raise InputError(f"{path} holds several pages: save each of them as a file of its own")
+        raise InputError(f"{path} is not a readable image ({error}): repair or remove the file") from None
+    if image.format == "TIFF":
+        with suppress(*TAG_ERRORS), Image.open(path, formats=FORMATS) as pages:
+            pages.seek(1)
+            if pages.size == image.size:  # smaller ones are previews
+                raise InputError(f"{path} holds several pages: save each of them as a file of its own")
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TIFF_BITS, (8,))
     if tags.get(TIFF_PLANAR) == 2 and len(bits) > 1 and max(bits) > 8:  # PIL would take bytes for pixels
         raise InputError(f"{path} stores one {max(bits)}-bit channel after the other (planar), which is not "
                          "read: save it with interleaved channels")
     return image
-
-
-def open_of_any_size(path):
-    """Return Image.open of a file, also beyond PIL's limit, up to MOST_PIXELS."""
-    try:
-        return Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError:
-        with PIL_LIMIT_LOCK:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MOST_PIXELS // 2  # twice it is an error
-            try:
-                return Image.open(path, formats=FORMATS)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-
-
-def is_stack(path, size):
-    """Return whether a TIFF has a second page of the size of the first; smaller ones are previews."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.seek(1)
-            return image.size == size
-    except TAG_ERRORS:
-        return False
 
 
 def open_photo(path):
@@ -207,7 +182,7 @@ def open_photo(path):
         image = open_image(path)
     except InputError:
         # OpenCV mixes up planar channels, and here a fourth one may be anything
-        if is_interleaved_tiff(path) and (deep := decode_deep(path, 3)):
+        if tiff_tag(path, TIFF_PLANAR) == 1 and (deep := decode_deep(path, 3)):
             return deep
         raise
     if image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in image.tile):
@@ -220,22 +195,17 @@ def open_photo(path):
     return image
 
 
-def tiff_tags(file):
-    """Return the tags of the first page of an open TIFF, {number: value}. Raises one of TAG_ERRORS."""
-    start = file.read(4)
-    tags = TiffImagePlugin.ImageFileDirectory_v2(start + file.read(12 if b"+" in start else 4))
-    file.seek(tags.next)
-    tags.load(file)
-    return tags
-
-
-def is_interleaved_tiff(path):
-    """Return whether a file is a TIFF whose channels lie side by side."""
+def tiff_tag(path, number):
+    """Return a tag of the first page of a TIFF, 1 where it is left out, None where the file is no TIFF."""
     try:
         with open(path, "rb") as file:
-            return tiff_tags(file).get(TIFF_PLANAR) != 2
+            start = file.read(4)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(start + file.read(12 if b"+" in start else 4))
+            file.seek(tags.next)
+            tags.load(file)
+            return tags.get(number, 1)
     except TAG_ERRORS:
-        return False
+        return None
 
 
 def decode_deep(path, most_channels):
@@ -389,9 +359,9 @@ class StoredMask(NamedTuple):
 def decode_mask(path):
     """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
     if Path(path).suffix.lower() == ".npy":
-        return StoredMask("array", "NPY", as_mask_pixels(path, read_mask_array(path)), None)
+        return StoredMask("array", "NPY", as_mask_pixels(path, read_array(path)), None)
     with open_image(path) as mask, naming_damage(path):
-        mode, kind, palette = mask.mode, mask.format, None
+        mode, palette = mask.mode, None
         if mode in ("P", "PA"):
             pixels = np.array(mask)[..., 0] if mode == "PA" else np.array(mask)
             palette = np.array(mask.getpalette("RGB")).reshape(-1, 3)
@@ -399,7 +369,7 @@ def decode_mask(path):
             pixels = np.array(mask.convert("RGB"))
         else:
             pixels = np.array(mask.convert("L") if mode == "LA" else mask)
-    return StoredMask(mode, kind, as_mask_pixels(path, pixels), palette)
+    return StoredMask(mode, mask.format, as_mask_pixels(path, pixels), palette)
 
 
 def read_array(path):
@@ -415,22 +385,16 @@ def read_array(path):
     return values
 
 
-def read_mask_array(path):
-    """Return a NumPy file as (H, W) or (H, W, 3), floats without fractions as integers."""
-    values = read_array(path)
-    if values.dtype.kind == "f" and values.size and (values % 1 == 0).all():
-        values = values.astype(np.int64)
+def as_mask_pixels(path, values):
+    """Return an array as a StoredMask's pixels, uint8 or int32. Raises InputError: not integers 0..65535."""
     if not values.size or values.ndim != 2 and values.shape[2:] != (3,):
         raise InputError(f"{path} is an array of the shape {values.shape}: masks are (H, W), or (H, W, 3) "
                          "where they are painted")
-    return values
-
-
-def as_mask_pixels(path, pixels):
-    """Return numbers as uint8 or int32. Raises InputError where they are not integers 0..65535."""
-    if pixels.dtype.kind not in "biu" or pixels.min() < 0 or pixels.max() > 65535:
+    if values.dtype.kind == "f" and (values % 1 == 0).all():
+        values = values.astype(np.int64)
+    if values.dtype.kind not in "biu" or values.min() < 0 or values.max() > 65535:
         raise InputError(f"{path} does not hold integers 0..65535: save masks as 8- or 16-bit PNG")
-    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)
+    return values if values.dtype == np.uint8 else values.astype(np.int32)
 
 
 def read_mask(path, table):

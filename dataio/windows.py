@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -26,8 +25,8 @@ import torch
 
 from config import IGNORE, InputError, count_of
 from dataio import readers, resizing
-from dataio.readers import (EXIF_ORIENTATION, TAG_ERRORS, class_ids_of, read_image, read_mask,
-                            read_orientation, read_sample, rotate_like, tiff_tags, upright_size)
+from dataio.readers import (EXIF_ORIENTATION, class_ids_of, read_image, read_mask, read_orientation,
+                            read_sample, rotate_like, tiff_tag, upright_size)
 from dataio.resizing import PADDING_COLOR, resize_mask
 from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
@@ -52,7 +51,6 @@ DAMAGED = "is damaged or not a TIFF: repair or remove it"
 SPARE = 1 << 28  # bytes of disk that stay free
 POINTS = 16  # pixels of every class in every image that windows may be drawn around
 LARGE_BLOCK = 1 << 22  # pixels that a TIFF decodes at once, above which it is kept decoded
-OLD = 600  # seconds after which an unfinished file is a leftover
 NOTHING = (*PADDING_COLOR, IGNORE)
 
 
@@ -63,7 +61,7 @@ def decoding_code():
 
 # --- TIFFs of any size, georeferenced or not --------------------------------------------------------------
 @contextmanager
-def named_errors(path, what):
+def named_errors(path, what=DAMAGED):
     """Context in which an error of rasterio is an InputError that names the file and says what is wrong."""
     try:
         yield
@@ -100,12 +98,7 @@ def check_pages(path, source):
     """Raise InputError for an open TIFF of several pages, or one that is stored turned."""
     if source.subdatasets:
         raise InputError(f"{path} holds several pages: save each of them as a file of its own")
-    with open(path, "rb") as file:
-        try:
-            turned = tiff_tags(file).get(EXIF_ORIENTATION, 1) != 1
-        except TAG_ERRORS:
-            turned = False  # the file does not say
-    if turned:
+    if tiff_tag(path, EXIF_ORIENTATION) not in (1, None):
         raise InputError(f"{path} is stored turned (its orientation tag), and windows of it would lie "
                          "elsewhere: save it upright")
 
@@ -120,7 +113,7 @@ class Raster:
 
     def __init__(self, path, bands=()):
         self.path = Path(path)
-        with named_errors(path, DAMAGED):
+        with named_errors(path):
             self.source = rasterio.open(path)
             check_pages(path, self.source)
             self.bands = tuple(bands) or self.usual_bands()
@@ -165,7 +158,7 @@ class Raster:
     def read(self, top, left, height, width):
         """Return (1, 3, height, width) uint8, or None where none of these pixels holds data."""
         window = Window(left, top, width, height)
-        with named_errors(self.path, DAMAGED):
+        with named_errors(self.path):
             if not self.source.dataset_mask(window=window).any():
                 return None
             pixels = self.source.read(self.bands, window=window)
@@ -174,12 +167,12 @@ class Raster:
     def valid(self, rows):
         """Return (r, W) bool: which pixels of some rows (a slice) hold data."""
         window = Window(0, rows.start, self.size[1], rows.stop - rows.start)
-        with named_errors(self.path, DAMAGED):
+        with named_errors(self.path):
             return self.source.dataset_mask(window=window) > 0
 
     def preview(self):
         """Return a small version (h, w, 3) uint8."""
-        with named_errors(self.path, DAMAGED):
+        with named_errors(self.path):
             small = self.source.read(self.bands, out_shape=(3, *small_size(self.size)))
         return np.ascontiguousarray(self.to_8_bit(small).transpose(1, 2, 0))
 
@@ -194,7 +187,7 @@ class Raster:
 def native_size(path):
     """Return the (H, W) of an upright image file; reads its header. Raises InputError."""
     if is_raster(path):
-        with named_errors(path, DAMAGED), rasterio.open(path) as file:
+        with named_errors(path), rasterio.open(path) as file:
             check_pages(path, file)
             return file.shape
     return upright_size(*read_orientation(path))
@@ -209,8 +202,11 @@ def read_native_image(path):
     return torch.zeros(3, *raster.size, dtype=torch.uint8) if image is None else image[0]
 
 
-def native_mask(sample, table):
-    """Return class ids (H, W) uint8 at the size of the upright image, IGNORE where it has no data or mask."""
+def native_mask(sample, table, resize=True):
+    """Return class ids (H, W) uint8 at the size of the upright image, IGNORE where it has no data or mask.
+
+    resize: False = leave a mask of another size as it is.
+    """
     if is_raster(sample.image):
         with Raster(sample.image) as raster:
             size, orientation, valid = raster.size, 1, raster.valid(slice(0, raster.size[0]))
@@ -221,6 +217,8 @@ def native_mask(sample, table):
         return np.full(upright, IGNORE, np.uint8)
     values = rotate_like(read_mask(sample.mask, table), size, orientation)
     if values.shape != tuple(upright):
+        if not resize:
+            return values
         values = resize_mask(torch.from_numpy(values), upright).numpy()
     return np.where(valid, values, np.uint8(IGNORE))
 
@@ -238,11 +236,8 @@ def read_native(sample, table):
     if not is_raster(sample.image):
         return read_sample(sample, table)
     refuse_targets(sample)
-    image = read_native_image(sample.image)
-    mask = None if sample.mask is None else read_mask(sample.mask, table)
-    if mask is None or mask.shape == tuple(image.shape[1:]):
-        mask = native_mask(sample, table)
-    return image, {"mask": torch.from_numpy(mask)}
+    mask = torch.from_numpy(native_mask(sample, table, resize=False))
+    return read_native_image(sample.image), {"mask": mask}
 
 
 def refuse_targets(sample):
@@ -256,8 +251,8 @@ def has_windows(sample, table):
     """Return whether image and mask of a Sample are TIFFs of which windows are what the files hold there."""
     if len(table) > 65536 or sample.mask is None or not (is_raster(sample.image) and is_raster(sample.mask)):
         return False
-    with (named_errors(sample.mask, DAMAGED), rasterio.open(sample.mask) as mask,
-          named_errors(sample.image, DAMAGED), rasterio.open(sample.image) as image):
+    with (named_errors(sample.mask), rasterio.open(sample.mask) as mask,
+          named_errors(sample.image), rasterio.open(sample.image) as image):
         blocks = [math.prod(shape) for file in (mask, image) for shape in file.block_shapes]
         white = mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # PIL inverts these
         plain = mask.count == 1 and mask.dtypes[0] in ("uint8", "uint16") and not white
@@ -270,9 +265,9 @@ def read_tiff_window(sample, table, top, left, height, width):
     pixels = np.zeros((height, width, 4), np.uint8)
     with Raster(sample.image) as raster:
         image = raster.read(top, left, height, width)
-        with named_errors(sample.mask, DAMAGED), rasterio.open(sample.mask) as mask:
+        with named_errors(sample.mask), rasterio.open(sample.mask) as mask:
             pixels[..., 3] = class_ids_of(mask.read(1, window=window), table, sample.mask)
-        with named_errors(sample.image, DAMAGED):
+        with named_errors(sample.image):
             pixels[raster.source.dataset_mask(window=window) == 0, 3] = IGNORE
     if image is not None:
         pixels[..., :3] = image[0].permute(1, 2, 0).numpy()
@@ -319,7 +314,7 @@ class WindowReader:
             return native_pair(sample, self.table)
         path = self.kept_path(index)
         pixels = read_kept(path, mmap_mode="r")
-        if pixels is None or pixels.dtype != np.uint8 or pixels.shape != (*self.sizes[index], 4):
+        if pixels is None:
             pixels = native_pair(sample, self.table)
             with suppress(OSError):  # another process was faster, or the disk is full: it goes on without
                 write_atomically(path, lambda temporary: np.save(temporary, pixels))
@@ -354,7 +349,7 @@ class WindowReader:
         state.update(repr((decoding_code(), POINTS, num_classes, self.sizes, changes)).encode())
         path = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
         rows = read_kept(path)
-        if rows is not None and rows.ndim == 2 and rows.shape[1] == 4:
+        if rows is not None:
             return rows
 
         def draw(index):
@@ -372,9 +367,6 @@ def check_room(readers):
     folder = readers[0].folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(".*.decoded-*.npy"):
-            if time.time() - path.stat().st_mtime > OLD:
-                path.unlink()
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--cache-images: cannot write to {folder} ({error.strerror}); name another "
