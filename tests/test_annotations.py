@@ -1,12 +1,10 @@
 """Annotation files of labeling tools: the masks drawn from them are those they were made of."""
 import json
-import re
 
 import cv2
 import numpy as np
 import pytest
-from conftest import load
-from matplotlib.path import Path as Outline
+from conftest import load, refused
 from pycocotools import mask as coco_mask
 from labeling_tools import NAMES, TOOLS, png_text
 
@@ -14,9 +12,8 @@ import check_data
 import evaluate
 import infer_image
 import train
-from config import InputError
 from dataio.annotations import find_masks
-from dataio.annotations.shapes import area_of, polygons, run_lengths
+from dataio.annotations.shapes import run_lengths
 from dataio.readers import read_sample
 
 EXACT = ("run lengths", "Label Studio", "CVAT", "masks")  # tools whose files hold pixels, not outlines
@@ -67,21 +64,6 @@ def test_masks_are_those_that_the_annotations_were_made_of(tool, tmp_path):
 
 
 # --- shapes -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(4))
-def test_polygons_are_those_of_another_rasterizer(seed):
-    generator, size = np.random.default_rng(seed), (61, 83)
-    angles = np.sort(generator.uniform(0, 2 * np.pi, 9))
-    rays = np.stack([np.cos(angles), np.sin(angles)], 1)
-    outer = (45, 30) + rays * generator.uniform(15, 60, (9, 1))  # reaches beyond the image
-    hole = (45, 30) + rays * generator.uniform(5, 12, (9, 1))
-    rows, columns = np.mgrid[:61, :83] + 0.5
-    centers = np.stack([columns.ravel(), rows.ravel()], 1)
-    inner, filled = (Outline(ring).contains_points(centers).reshape(size) for ring in (hole, outer))
-    differs = polygons([outer], [hole], size=size) != (filled & ~inner)
-    assert differs.mean() < 0.05 and not (differs & interior(filled) & interior(inner)).any()
-    assert area_of(hole) == pytest.approx(cv2.contourArea(hole.astype(np.float32)), rel=1e-4)
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_run_lengths_are_those_of_pycocotools(seed):
     generator = np.random.default_rng(seed)
@@ -133,14 +115,14 @@ def test_shapes_of_labelme(shape, tmp_path):
 
 
 def test_holes_bitmaps_beyond_the_edges_and_tags_of_supervisely(tmp_path):
-    square, hole = [[10, 10], [70, 10], [70, 70], [10, 70]], [[30, 30], [50, 30], [50, 50], [30, 50]]
+    square, hole = [[-9, 10], [70, 10], [70, 70], [-9, 70]], [[30, 30], [50, 30], [50, 50], [30, 50]]
     bitmap = dict(origin=[-4, 80], data=png_text(np.ones((20, 10), bool), True))
     entries = [dict(classTitle="car", geometryType="polygon", points=dict(exterior=square, interior=[hole])),
                dict(classTitle="tree", geometryType="bitmap", bitmap=bitmap)]
     TOOLS["Supervisely"](tmp_path)
     edit(tmp_path, "Supervisely", lambda content: content.update(objects=entries, tags=[dict(name="Test")]))
     expected = np.zeros((84, 112), int)
-    expected[10:70, 10:70], expected[30:50, 30:50], expected[80:, :6] = 1, 0, 2
+    expected[10:70, :70], expected[30:50, 30:50], expected[80:, :6] = 1, 0, 2
     assert (load_mask(tmp_path)[1] == expected).all()
     assert [sample.image.stem for sample in load("folder", tmp_path).splits["test"]] == ["shot 0"]
 
@@ -159,25 +141,26 @@ def test_what_encloses_nothing_is_counted(tool, values, count, tmp_path):
     assert count in doubt
 
 
-@pytest.mark.parametrize("large_first", [True, False])
-@pytest.mark.parametrize(("tool", "shape"), [("COCO", -1), ("labelme", (-1, 2))])
+@pytest.mark.parametrize("labels", [("car", "tree"), ("tree", "car")])
+@pytest.mark.parametrize("tool", ["COCO", "labelme"])
 def test_smaller_shapes_of_coco_lie_over_larger_ones_and_later_ones_of_labelme_over_earlier(
-        tool, shape, large_first, tmp_path):
-    key = EDITED[tool][1]
-    rings = {1: [20, 20, 40, 20, 40, 40, 20, 40], 2: [10, 10, 60, 10, 60, 60, 10, 60]}
+        tool, labels, tmp_path):
+    rings = {"car": [[20, 20], [40, 20], [40, 40], [20, 40]],
+             "tree": [[10, 10], [60, 10], [60, 60], [10, 60]]}
 
     def redraw(content):
-        like = content[key][0]
-        content[key] = [entry for entry in content[key] if entry.get("image_id") != like.get("image_id")]
-        for id in (2, 1) if large_first else (1, 2):
-            points = np.reshape(rings[id], shape).tolist()
-            content[key].append({**like, "category_id": id, "label": NAMES[id], "segmentation": [points],
-                                 "points": points})
+        shapes = content[EDITED[tool][1]]
+        first = shapes[0]
+        shapes[:] = [entry for entry in shapes if entry.get("image_id") != first.get("image_id")]
+        for label in labels:
+            points = rings[label]
+            shapes.append({**first, "label": label, "category_id": NAMES.index(label), "points": points,
+                           "segmentation": [np.ravel(points).tolist()]})
 
     TOOLS[tool](tmp_path)
     edit(tmp_path, tool, redraw)
     names, mask = load_mask(tmp_path)
-    assert names[mask[30, 30]] == ("car" if tool == "COCO" or large_first else "tree")
+    assert names[mask[30, 30]] == ("car" if tool == "COCO" else labels[1])
     assert names[mask[55, 55]] == "tree" and names[mask[5, 5]] == "background"
 
 
@@ -198,20 +181,13 @@ BROKEN_SHAPES = [
 ]
 
 
-def refused(root):
-    """Return the message of the InputError that a folder ends in, a line."""
-    with pytest.raises(InputError) as error:
-        find_masks(root)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(("tool", "values"), BROKEN_SHAPES)
 def test_broken_shapes_are_named_with_their_file(tool, values, tmp_path):
     TOOLS[tool](tmp_path)
     edit_first(tmp_path, tool, **values)
     file, _, entry = EDITED[tool]
-    assert f"{file} {entry}".rstrip() in refused(tmp_path)
+    with refused(f"{file} {entry}".rstrip()):
+        find_masks(tmp_path)
 
 
 @pytest.mark.parametrize(("tool", "change", "named"), [
@@ -229,7 +205,8 @@ def test_broken_shapes_are_named_with_their_file(tool, values, tmp_path):
 def test_broken_json_files_are_named(tool, change, named, tmp_path):
     TOOLS[tool](tmp_path)
     edit(tmp_path, tool, change)
-    assert named in refused(tmp_path)
+    with refused(named):
+        find_masks(tmp_path)
 
 
 @pytest.mark.parametrize(("tool", "file", "text", "named"), [
@@ -250,16 +227,8 @@ def test_missing_and_broken_files_are_named(tool, file, text, named, tmp_path):
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_text(text)
-    assert named in refused(tmp_path)
-
-
-@pytest.mark.parametrize(("command", "flags"), [(train, ["--dataset", "folder"]), (check_data, [])],
-                         ids=["train", "check_data"])
-def test_commands_refuse_broken_annotations(command, flags, tmp_path, run):
-    TOOLS["COCO"](tmp_path / "data")
-    edit_first(tmp_path / "data", "COCO", category_id=99)
-    code, _, err = run(command, *flags, "--data-root", tmp_path / "data", "--out-dir", tmp_path / "out")
-    assert code == 2 and "train2017.json annotation 0" in err and err.count("\n") == 1
+    with refused(named):
+        find_masks(tmp_path)
 
 
 # --- folders and the cache --------------------------------------------------------------------------------
@@ -292,7 +261,7 @@ def test_classes_in_an_order_of_ones_own(tmp_path):
     names, mask = load_mask(tmp_path, classes=("tree", "background", "boat", "car"))
     assert names == ["tree", "background", "boat", "car"]
     assert (np.array([1, 3, 0])[load_mask(tmp_path)[1]] == mask).all()
-    with pytest.raises(InputError, match="tree"):
+    with refused("tree"):
         load("folder", tmp_path, classes=("background", "car"))
 
 
@@ -353,9 +322,7 @@ def test_check_data_takes_unlabelled_as_train_does(tmp_path, run):
     assert code == 0 and command.endswith("--unlabelled ignore"), text + err
     source = load("folder", tmp_path / "data", unlabelled="ignore")
     masks = [read_sample(sample, source.table)[1]["mask"].numpy() for sample in samples_of(source).values()]
-    ignored = 100 * np.mean([mask == 255 for mask in masks])
-    shares = map(float, re.findall(r"[\d.]+(?= %)", text))
-    assert any(share == pytest.approx(ignored, abs=0.06) for share in shares)
+    assert f"{100 * np.mean([mask == 255 for mask in masks]):.1f} %" in text
     assert run(check_data, "--dataset", "camvid", "--unlabelled", "ignore")[0] == 2
     assert run(check_data, *flags, "--fix", tmp_path / "clean")[0] == 0
     assert [name for name, _ in load("folder", tmp_path / "clean").classes] == ["car", "tree"]

@@ -35,16 +35,17 @@ def picture(height=130, width=171, seed=0):
     return small.repeat(16, 1).repeat(16, 2)[:, :height, :width].astype(np.uint8)
 
 
-@pytest.fixture
-def model_file(tmp_path):
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
     """A model of three classes that predicts all of them."""
     net = tiny().eval()
     torch.nn.init.normal_(net.head.conv_seg.weight, std=0.3)
     image = torch.from_numpy(picture())[None]
     with torch.no_grad():
         net.head.conv_seg.bias -= net(image).mean((0, 2, 3))
-    torch.save(pack_checkpoint(net, CLASSES, (56, 56)), tmp_path / "model.pth")
-    return tmp_path / "model.pth"
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    torch.save(pack_checkpoint(net, CLASSES, (56, 56)), path)
+    return path
 
 
 @pytest.fixture
@@ -65,11 +66,13 @@ def in_memory(model_file, pixels):
     return predictor(torch.from_numpy(pixels)[None])[0]
 
 
-def test_a_geotiff_gives_a_mask_that_lies_where_it_lies(tmp_path, segment, model_file):
+def test_a_geotiff_gives_a_mask_and_polygons_that_lie_where_it_lies(tmp_path, segment, model_file):
     pixels = picture()
     pixels[:, 40:90, 100:] = 0  # no data
+    nothing = (pixels == 0).all(0)
     path = write_tiff(tmp_path / "ortho.tif", pixels, nodata=0)
     folder, text = segment("--input", path, "--polygons", "geojson", "--json")
+    features = json.loads((folder / "ortho.geojson").read_text())["features"]
     with rasterio.open(path) as source, rasterio.open(folder / "ortho_mask.tif") as file:
         mask = file.read(1)
         assert (file.crs, file.transform, file.shape) == (source.crs, source.transform, source.shape)
@@ -77,34 +80,24 @@ def test_a_geotiff_gives_a_mask_that_lies_where_it_lies(tmp_path, segment, model
         assert file.block_shapes == [(256, 256)]
         assert [file.colormap(1)[id][:3] for id in range(3)] == [color for _, color in CLASSES]
         assert [file.tags()[f"class_{id}"] for id in range(3)] == [name for name, _ in CLASSES]
-    nothing = (pixels == 0).all(0)
-    assert ((mask == 255) == nothing).all()
-    assert (mask == in_memory(model_file, pixels))[~nothing].all() and len(np.unique(mask)) == 4
-    (entry,) = json.loads((folder / "shares.json").read_text())
-    for id, (name, _) in enumerate(CLASSES):
-        share = (mask == id).sum() / (~nothing).sum()
-        assert entry["classes"][name]["share"] == pytest.approx(share, abs=1e-5)
-        assert f"{name} {100 * share:.1f} %" in text
-    assert (np.array(Image.open(folder / "ortho_overlay.jpg")).shape) == (130, 171, 3)
-
-
-def test_polygons_are_the_mask_again_and_their_areas_those_of_its_pixels(tmp_path, segment):
-    path = write_tiff(tmp_path / "ortho.tif", picture())
-    folder, _ = segment("--input", path, "--polygons", "geojson")
-    features = json.loads((folder / "ortho.geojson").read_text())["features"]
-    with rasterio.open(folder / "ortho_mask.tif") as file:
-        mask = file.read(1)
         shapes = [(rasterio.warp.transform_geom("EPSG:4326", file.crs, feature["geometry"]),
                    feature["properties"]["id"]) for feature in features]
         drawn = rasterio.features.rasterize(shapes, mask.shape, transform=file.transform, fill=0)
-    assert (drawn == mask).mean() > 0.999  # longitude and latitude round
+    assert ((mask == 255) == nothing).all()
+    assert (mask == in_memory(model_file, pixels))[~nothing].all() and len(np.unique(mask)) == 4
+    assert (drawn == mask)[~nothing].mean() > 0.999  # longitude and latitude round
     longitude, latitude = features[0]["geometry"]["coordinates"][0][0]
     assert 11 < longitude < 12 and 48 < latitude < 49  # where EPSG:32632 has these coordinates
     entries = [feature["properties"] for feature in features]
-    for id in (1, 2):
-        area = sum(entry["area"] for entry in entries if entry["id"] == id)
-        assert area == pytest.approx(0.04 * (mask == id).sum(), rel=1e-5)  # square meters
     assert {entry["class"] for entry in entries} == {"roof", "road"}
+    (shares,) = json.loads((folder / "shares.json").read_text())
+    for id, (name, _) in enumerate(CLASSES):
+        share = (mask == id).sum() / (~nothing).sum()
+        assert shares["classes"][name]["share"] == pytest.approx(share, abs=1e-5)
+        assert f"{name} {100 * share:.1f} %" in text
+        area = sum(entry["area"] for entry in entries if entry["id"] == id)
+        assert area == pytest.approx(0.04 * (mask == id).sum() if id else 0, rel=1e-4)  # square meters
+    assert np.array(Image.open(folder / "ortho_overlay.jpg")).shape == (130, 171, 3)
 
 
 def test_deep_bands_in_another_order_are_scaled_by_percentiles(tmp_path, segment, model_file):
@@ -175,12 +168,10 @@ def test_bands_are_those_that_the_file_says_or_the_user(tmp_path, segment):
         file.colorinterp = [kinds.undefined, kinds.blue, kinds.green, kinds.red, kinds.undefined]
     with windows.Raster(path) as raster:
         assert raster.bands == (4, 3, 2)
-    segment("--input", path)
 
 
-@pytest.mark.parametrize("size", [(20, 31), (57, 40)])
-def test_images_without_data_or_smaller_than_a_tile(tmp_path, segment, model_file, size):
-    pixels = picture(*size)
+def test_images_without_data_or_smaller_than_a_tile(tmp_path, segment, model_file):
+    pixels = picture(57, 40)
     write_tiff(tmp_path / "small.tif", pixels, crs=None)
     write_tiff(tmp_path / "empty.tif", 0 * pixels, nodata=0)
     folder, text = segment("--input", tmp_path / "small.tif", tmp_path / "empty.tif", "--polygons", "geojson")
@@ -195,9 +186,10 @@ def test_images_without_data_or_smaller_than_a_tile(tmp_path, segment, model_fil
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the size of files")
 def test_a_disk_that_is_full_leaves_no_mask(tmp_path, segment):
     import resource
-    path = write_tiff(tmp_path / "ortho.tif", picture(260, 300))
+    noise = np.random.default_rng(0).integers(0, 256, (3, 80, 300), np.uint8)
+    path = write_tiff(tmp_path / "ortho.tif", noise)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
     try:
         folder, text = segment("--input", path, code=2)
     finally:
