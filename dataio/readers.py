@@ -271,26 +271,15 @@ def read_upright(path, at_least=None):
     bits, more than 8 where it was scaled to 8).
 
     at_least: (h, w) that are enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that is no
-    smaller, which takes a fraction of the time, else by the faster decoder.
+    smaller, which takes a fraction of the time.
     """
     with open_photo(path) as image, naming_damage(path):
-        (size, orientation), pixels, depth = stored_size(image), None, 8
+        size, orientation = stored_size(image)
         if at_least:
             image.draft(None, (max(at_least),) * 2)
-            if (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size[::-1], 1):
-                pixels = decode_jpeg(path)
-        if pixels is None:
-            rgb = to_rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
-            pixels, depth = np.array(rgb), rgb.info.get(DEPTH, 8)  # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1), size, orientation, depth
-
-
-def decode_jpeg(path):
-    """Return the pixels of an RGB JPEG file, (H, W, 3) uint8, in three quarters of PIL's time, or None."""
-    data = np.fromfile(path, np.uint8)
-    if data[-2:].tobytes() != b"\xff\xd9":  # cut off, which OpenCV does not mind
-        return None
-    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        rgb = to_rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
+        pixels = np.array(rgb)  # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1), size, orientation, rgb.info.get(DEPTH, 8)
 
 
 # --- masks ------------------------------------------------------------------------------------------------
@@ -533,6 +522,11 @@ def read_targets(sample, table, size, orientation):
 def upright_size(size, orientation):
     """Return the (H, W) of an image that is stored as `size` and turned by its EXIF orientation."""
     return size[::-1] if orientation >= 5 else size  # 5 to 8 turn by 90 degrees
+
+
+def image_size(path):
+    """Return the (H, W) of an upright image file; reads its header. Raises InputError."""
+    return upright_size(*read_orientation(path))
 
 
 def rotate_like(values, size, orientation):

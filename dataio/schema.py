@@ -194,30 +194,11 @@ class StoredSpec(BaseModel):
 
 
 class LoggedRow(BaseModel):
-    """What is compared of a row of history.jsonl."""
+    """What is compared of an epoch of a run."""
 
     epoch: integer(1)
     seconds: Number
     val_miou: Score
-
-
-class HistoryRow(LoggedRow):
-    """A row of the history of a run that is resumed."""
-
-    train_loss: Score
-    train_accuracy: Score
-    train_miou: Score
-    val_loss: Score
-    val_accuracy: Score
-    val_dice: Score
-    per_class_iou: list[Score]
-
-
-class OptimizerState(BaseModel):
-    """The state dict of an optimizer."""
-
-    state: dict
-    param_groups: list[dict]
 
 
 class Progress(BaseModel):
@@ -234,10 +215,10 @@ class Resumed(BaseModel):
 
     config: dict
     epoch: Count
-    optimizer: OptimizerState
+    optimizer: dict
     scaler: dict
     step: Count
-    history: list[HistoryRow]
+    history: list[LoggedRow]
     counts: Tensor | None
     random: dict
     progress: Progress | None

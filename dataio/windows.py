@@ -25,8 +25,8 @@ import torch
 
 from config import IGNORE, InputError, count_of
 from dataio import readers, resizing
-from dataio.readers import (EXIF_ORIENTATION, class_ids_of, read_image, read_mask, read_orientation,
-                            read_sample, rotate_like, tiff_tag, upright_size)
+from dataio.readers import (EXIF_ORIENTATION, class_ids_of, image_size, read_image, read_mask,
+                            read_orientation, read_sample, rotate_like, tiff_tag, upright_size)
 from dataio.resizing import PADDING_COLOR, resize_mask
 from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
@@ -190,7 +190,7 @@ def native_size(path):
         with named_errors(path), rasterio.open(path) as file:
             check_pages(path, file)
             return file.shape
-    return upright_size(*read_orientation(path))
+    return image_size(path)
 
 
 def read_native_image(path):

@@ -2,7 +2,6 @@
 
 Smaller shapes lie over larger ones; crowds count as their class; boxes alone are not drawn.
 """
-from collections import Counter
 from functools import partial
 
 from config import InputError
@@ -31,17 +30,16 @@ def read_categories(path, content):
     """Return {id: name}, without the head of the list that Roboflow adds. Raises InputError."""
     used = {entry.get("category_id") for entry in content["annotations"]}
     heads = {entry.get("supercategory") for entry in content["categories"]}
-    ids, names = [], []
+    categories = {}
     for entry in content["categories"]:
         id, name = entry.get("id"), str(entry.get("name", "")).strip()
-        if id in used or name not in heads:
-            ids.append(id)
-            names.append(name)
-    for kind, values in (("id", ids), ("name", names)):
-        repeated = [value for value, count in Counter(values).items() if count > 1]
-        if repeated:
-            raise InputError(f"{path} lists two categories of the {kind} {repeated[0]}: rename one of them")
-    return dict(zip(ids, names, strict=True))
+        if name in heads and id not in used:
+            continue
+        if id in categories or name in categories.values():
+            raise InputError(f"{path} lists two categories of the id {id} or the name {name}: rename one of "
+                             "them")
+        categories[id] = name
+    return categories
 
 
 def read_images(path, content, categories, folder):

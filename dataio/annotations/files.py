@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from config import InputError
 from dataio.layout import count_shared_folders, list_images, role_of
-from dataio.readers import read_orientation, upright_size
+from dataio.readers import image_size
 from dataio.scan import in_parallel
 
 
@@ -114,8 +114,3 @@ def annotated_size(content, keys, image):
     if all(type(side) is int and 0 < side < 100_000 for side in sides):
         return sides
     return image_size(image)
-
-
-def image_size(image):
-    """Return the (H, W) of an image file as it is read. Raises InputError."""
-    return upright_size(*read_orientation(image))

@@ -24,8 +24,6 @@ def read(files, folder):
             titles = [str(entry.get("title", "")) for entry in read_json(meta).get("classes", [])]
         classes += titles
     for path, content in files.items():
-        if path in metas:
-            continue
         with form_errors(path, "Supervisely"):
             image = folder.find_image(path.stem, path.parent, str(path))
             tags = [str(tag.get("name", "")).lower() for tag in content.get("tags", [])]
