@@ -348,7 +348,10 @@ class StoredMask(NamedTuple):
 def decode_mask(path):
     """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
     if Path(path).suffix.lower() == ".npy":
-        return StoredMask("array", "NPY", as_mask_pixels(path, read_array(path)), None)
+        values = read_array(path)
+        if values.dtype.kind == "f" and (values % 1 == 0).all():
+            values = values.astype(np.int64)
+        return StoredMask("array", "NPY", as_mask_pixels(path, values), None)
     with open_image(path) as mask, naming_damage(path):
         mode, palette = mask.mode, None
         if mode in ("P", "PA"):
@@ -379,8 +382,6 @@ def as_mask_pixels(path, values):
     if not values.size or values.ndim != 2 and values.shape[2:] != (3,):
         raise InputError(f"{path} is an array of the shape {values.shape}: masks are (H, W), or (H, W, 3) "
                          "where they are painted")
-    if values.dtype.kind == "f" and (values % 1 == 0).all():
-        values = values.astype(np.int64)
     if values.dtype.kind not in "biu" or values.min() < 0 or values.max() > 65535:
         raise InputError(f"{path} does not hold integers 0..65535: save masks as 8- or 16-bit PNG")
     return values if values.dtype == np.uint8 else values.astype(np.int32)
