@@ -64,8 +64,7 @@ def coco(root, encoding="polygon", image="{split}2017/{name}.jpg",
             }[encoding]
             content["annotations"].append(dict(
                 id=len(content["annotations"]), image_id=number, category_id=id + first_id - 1,
-                segmentation=segmentation, area=int((mask == id).sum()), iscrowd=int(encoding == "plain"),
-                bbox=coco_mask.toBbox(rle).tolist()))
+                segmentation=segmentation, area=int((mask == id).sum()), iscrowd=int(encoding == "plain")))
     for split, content in files.items():
         dump(root / file.format(split=split), content)
     return truth
@@ -84,10 +83,10 @@ def labelme(root):
     truth = {}
     for name, _, path, mask in scenes(root, "{name}.jpg"):
         truth[path] = mask
-        entries = [dict(label=NAMES[id], points=ring.tolist(), shape_type="polygon", group_id=None, flags={})
+        entries = [dict(label=NAMES[id], points=ring.tolist(), shape_type="polygon", group_id=None)
                    for id, ring in shapes(mask)]
-        dump(root / f"{name}.json", dict(version="5.4.1", flags={}, shapes=entries, imagePath=path.name,
-                                         imageData=None, imageHeight=mask.shape[0], imageWidth=mask.shape[1]))
+        dump(root / f"{name}.json", dict(shapes=entries, imagePath=path.name, imageData=None,
+                                         imageHeight=mask.shape[0], imageWidth=mask.shape[1]))
     return truth
 
 
@@ -112,8 +111,7 @@ def supervisely(root):
     truth = {}
     for _, _, path, mask in scenes(root, "{split}/img/{name}.jpg"):
         truth[path] = mask
-        objects = [dict(classTitle="car", geometryType="polygon", points=dict(exterior=ring.tolist(),
-                                                                              interior=[]))
+        objects = [dict(classTitle="car", geometryType="polygon", points=dict(exterior=ring.tolist()))
                    for ring in outlines(mask, 1)]
         if (mask == 2).any():
             rows, columns = np.nonzero(mask == 2)
@@ -122,9 +120,8 @@ def supervisely(root):
                 origin=[left, top], data=png_text((mask == 2)[top:, left:], True))))
         height, width = mask.shape
         dump(path.parents[1] / f"ann/{path.name}.json",
-             dict(description="", tags=[], size=dict(height=height, width=width), objects=objects))
-    dump(root / "meta.json", dict(classes=[dict(title=name, shape="any", color="#FF0000")
-                                           for name in NAMES[1:]], tags=[]))
+             dict(tags=[], size=dict(height=height, width=width), objects=objects))
+    dump(root / "meta.json", dict(classes=[dict(title=name, color="#FF0000") for name in NAMES[1:]], tags=[]))
     return truth
 
 

@@ -184,15 +184,15 @@ def test_images_and_their_targets_come_upright(tmp_path, orientation, ending):
     stored = np.ascontiguousarray(STORED[orientation](upright))
     turn = dict(tiffinfo={EXIF_ORIENTATION: orientation})
     save(stored, path, **(turn if ending == "tif" else dict(exif=oriented(orientation))))
-    image, size, found, depth = read_upright(path)
+    image, size, turn_read, depth = read_upright(path)
     assert (image.permute(1, 2, 0).numpy() == upright).all() and depth == 8
-    assert (size, found) == read_orientation(path) == (stored.shape[:2], orientation)
+    assert (size, turn_read) == read_orientation(path) == (stored.shape[:2], orientation)
     mask = upright[..., 0]
-    assert (rotate_like(mask, size, found) == mask).all()  # made on the upright image: stays
+    assert (rotate_like(mask, size, orientation) == mask).all()  # made on the upright image: stays
     if orientation >= 5:  # made on the stored pixels: turned with them, whatever its type
         on_stored = np.ascontiguousarray(STORED[orientation](mask))
         for kind in (np.uint8, np.float32):
-            assert (rotate_like(on_stored.astype(kind), size, found) == mask).all()
+            assert (rotate_like(on_stored.astype(kind), size, orientation) == mask).all()
 
 
 @pytest.mark.parametrize("key", ["exif", "late exif", "XML:com.adobe.xmp", "Raw profile type exif"])
