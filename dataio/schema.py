@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (AfterValidator, BaseModel, Field, InstanceOf, Strict, StrictBool, StrictFloat,
-                      TypeAdapter, ValidationError, create_model)
+                      StrictStr, TypeAdapter, ValidationError, create_model)
 
 from config import FIELDS, RECIPES, InputError, ModelOptions, names
 
@@ -170,6 +170,7 @@ class ModelFile(BaseModel):
     config: Settings = {}
     protocol: Protocol = None
     epoch: Count = 0
+    metrics: dict[Text, Any] = {}
     data_fingerprint: Text = ""
 
 
@@ -183,7 +184,7 @@ class Checkpoint(ModelFile):
     """A .pth file of train.py, its spec not read yet."""
 
     spec: dict
-    model: dict[InstanceOf[str], Tensor]
+    model: dict[StrictStr, Tensor]
     backbone_sha256: Text = ""
 
 
@@ -262,7 +263,7 @@ class ScoringProtocol(BaseModel):
 class Record(BaseModel):
     """The scores of one image: (class, class, pixels) of the confusion counts that are not 0."""
 
-    name: InstanceOf[str]
+    name: StrictStr
     cells: list[tuple[ClassId, ClassId, Count]]
     boundary: list[Score]
 
