@@ -126,7 +126,7 @@ def test_a_good_folder_is_ready_and_the_command_to_train_is_printed(tmp_path, ru
     root = write_photos(tmp_path / "data")
     code, text, _ = check(run, root, tmp_path)
     assert code == 0 and f"python train.py --dataset folder --data-root {root}" in text
-    assert "8 train" in text and "0..2" in text and "8 L PNG" in text
+    assert "8 train" in text and "0..2" in text and "L PNG (8)" in text
     picture = np.array(Image.open(tmp_path / "check.png"))
     assert picture.std() > 10 and picture.shape[1] > 1000
 

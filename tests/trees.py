@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,9 +79,10 @@ def as_ids(mask, seed):
     return mask
 
 
-def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_ids, first=0, **options):
+def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_ids, first=0, files=None,
+          **options):
     """Write PAIRS pairs; image, mask: paths with {} for the number; encode(mask, seed) -> what is stored;
-    first: seed of the first scene.
+    first: seed of the first scene; files: {path: text} of text files.
     """
     pairs = []
     for seed in range(PAIRS):
@@ -91,27 +93,18 @@ def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as
         save(pair.image, pixels)
         save(pair.mask, encode(ids, seed), **options)
         pairs.append(pair)
+    write_texts(root, files or {})
     return pairs
 
 
 def layout(image, mask, files=None, first=0):
-    """Return a tree with index masks of three classes in a layout, and text files {path: text}."""
-    def write(root):
-        pairs = plain(root, image, mask, classes=3, first=first)
-        write_texts(root, files or {})
-        return pairs
-
-    return write
+    """Return a tree with index masks of three classes in a layout, and text files."""
+    return partial(plain, image=image, mask=mask, classes=3, files=files, first=first)
 
 
 def encoded(encode, classes=2, mask="masks/{}.png", files=None, **options):
-    """Return a tree images/ masks/ with masks that are encoded in some way, and text files beside them."""
-    def write(root):
-        pairs = plain(root, mask=mask, classes=classes, encode=encode, **options)
-        write_texts(root, files or {})
-        return pairs
-
-    return write
+    """Return a tree images/ masks/ with masks that are encoded in some way, and text files."""
+    return partial(plain, mask=mask, classes=classes, encode=encode, files=files, **options)
 
 
 def write_texts(root, files):
@@ -143,13 +136,12 @@ def lists(folder=".", entry="{}", names=("train", "val")):
             for name, split_numbers in zip(names, numbers, strict=True)}
 
 
-def with_folder(tree, folder, names, split=None, mode="L"):
+def with_folder(tree, folder, names, mode="L"):
     """Return a tree with another folder of black pictures, of which nothing must be used."""
     def write(root):
-        pairs = tree(root)
         for name in names:
             save(root / folder / name, Image.new(mode, SIZE[::-1]))
-        return pairs
+        return tree(root)
 
     return write
 
