@@ -46,12 +46,11 @@ import visualize
 from config import IGNORE, DataOptions, InputError, TrainConfig, count_of
 from dataio.advice import Advice, advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
-from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled
-from dataio.labels import (class_file, class_pixels, codes_of, decode_masks, ignored_share, known_classes,
-                           line_entries, read_classes)
+from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlabelled
+from dataio.labels import class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
 from dataio.scan import all_in_parallel, fits, in_parallel, scan_image, scan_mask
-from dataio.stratify import ALIKE, share_table, split_samples
+from dataio.stratify import ALIKE, share_table
 from datasets import find_data
 from utils import evenly_sampled, grouped
 
@@ -69,8 +68,8 @@ class ScannedData:
     """A data set all of whose files were read once, without those that cannot be read.
 
     splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
-    [labels.Entry] that annotation files name, else None. What the masks mean: classes and table as in
-    DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first.
+    [labels.Entry] that files of a folder name. What the masks mean: classes and table as in DataSource, and
+    pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first.
     """
 
     name: str
@@ -174,14 +173,9 @@ def check_images(data, report):
         bits = " or ".join(map(str, sorted(set(depths))))
         report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth "
                             f"of the values, {bits} bit")
-    turned = [sample for sample in samples if images[sample].orientation != 1]
-    with_mask = [sample.image for sample in turned
-                 if images[sample].orientation >= 5 and len(set(images[sample].size)) == 2]
-    alone = [sample.image for sample in turned if sample.image not in with_mask]
-    report.warnings += with_files("image", "turned upright by EXIF, and masks of the size as stored with "
-                                           "them", with_mask)
-    report.warnings += with_files("image", "turned upright by EXIF, but their masks stay as stored: look at "
-                                           "check.png", alone)
+    report.warnings += with_files(
+        "image", "turned upright by EXIF, and masks of the size as stored with them, others not: look at "
+        "check.png", [sample.image for sample in samples if images[sample].orientation != 1])
     report.warnings += with_files(
         "mask", "of another size than the image: resized (nearest)",
         [sample.mask for sample in samples
@@ -250,8 +244,8 @@ def decode(data, source, report):
 def decode_folder(data, report):
     """Decode the masks of a folder as training would, or give advice."""
     try:
-        entries, notes = known_classes(data.root, annotated=data.entries)
-        meaning = decode_masks(data.samples, data.mask_facts(), entries)
+        data.entries, notes = known_classes(data.root, annotated=data.entries)
+        meaning = decode_masks(data.samples, data.mask_facts(), data.entries)
     except InputError as error:
         report.problems.append(str(error))
         suggest_classes(data, report)
@@ -285,9 +279,7 @@ def check_ignored(data, share, report):
     if share > MUCH_IGNORED:
         report.warnings.append(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values "
                                "a class?")
-    path = class_file(data.root)
-    explicit = data.entries or path and any(entry.name == "ignore" or entry.value is not None or entry.color
-                                            for entry in read_classes(path))
+    explicit = any(entry.name == "ignore" or entry.value is not None or entry.color for entry in data.entries)
     white = [sample for sample in data.samples if data.masks[sample].values is not None
              and IGNORE in data.masks[sample].values]
     if (sum(data.pixels.values()) > 0).sum() == 1:
@@ -328,13 +320,9 @@ def show_files(data, report):
 # --- classes and splits -----------------------------------------------------------------------------------
 def check_classes(data, report):
     """Report shares of the classes, missing ones and masks of a single one in every split."""
-    train = data.splits["train"]
-    if "val" not in data.splits and len(train) > 1:
-        counts, fraction = np.stack([data.pixels[sample] for sample in train]), DataOptions().val_fraction
-        drawn, method = split_samples(train, counts, fraction)  # as a training would
-        report.facts.append(f"no validation part: {len(drawn['val'])} of {len(train)} images would validate, "
-                            f"{method}")
-        data.splits.update(drawn)
+    if len(data.splits["train"]) > 1:
+        notes = add_validation(data.splits, data.pixels, data.classes, DataOptions(), data.root)
+        report.facts += notes[:1]  # all splits have a table below
     splits = {split: samples for split, samples in data.splits.items() if samples}
     report.facts += ["classes:", *share_table(data.pixels, splits, data.classes)]
     for split, samples in splits.items():

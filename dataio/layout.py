@@ -298,8 +298,9 @@ def match(images, masks):
         return len(sides[0].keys() & sides[1].keys())
 
     affixes = (None, None), (None, MASK_AFFIX), (IMAGE_AFFIX, MASK_AFFIX)
-    sides = max(((index_by_name(images, image_affix), index_by_name(masks, mask_affix))
-                 for image_affix, mask_affix in affixes), key=count_shared)
+    ways = [(index_by_name(images, image_affix), index_by_name(masks, mask_affix))
+            for image_affix, mask_affix in affixes]
+    sides = max(ways, key=count_shared)
     if images and masks and not count_shared(sides):
         distinctive = index_by_distinct_words(images), index_by_distinct_words(masks)
         if count_shared(distinctive) == len(images) == len(masks):

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import blocks, load, real_data, refused, write_folder
+from conftest import load, real_data, refused, write_folder
 from PIL import Image
 from trees import COLORS, ENCODINGS, PLAIN, TREES, flags_of_training, follow_advice, frames
 
@@ -77,9 +77,7 @@ def test_training_learns_every_class(name, tmp_path, run):
 
 
 @pytest.mark.parametrize(("folders", "role"), [
-    ("SegmentationClassPNG", ("masks", "", ())),
     ("SegmentationObject", ("other", "", ())),
-    ("Training_Images", ("images", "train", ())),
     ("val2017/drive_3/leftImg8bit", ("images", "val", ("2017", "drive", "3"))),
     ("road segmentation/images/test", ("images", "test", ("road",))),
     ("gt_image_2", ("masks", "", ("2",))),
@@ -287,18 +285,3 @@ def test_a_rare_value_of_blurred_masks_is_a_mode_and_noise_is_not():
     assert snapped[20] is None and snapped[5] == 0 and snapped[250] == 255 and snapped[128] == 128
     assert not snap({0: 900, 1: 900, 2: 900}, False)  # too near to one another
     assert not snap(dict.fromkeys(range(256), 100), False)  # a photo
-
-
-@pytest.mark.parametrize(("values", "unclear"), [((0, 255), 1e-9), ((0, 85, 170), 0.03)])
-def test_jpeg_masks_come_out_as_they_were_drawn(tmp_path, values, unclear):
-    write_folder(tmp_path, values=range(len(values)), size=(90, 122))
-    (tmp_path / "classes.txt").write_text("".join(f"class {value} = {value}\n" for value in values))
-    for path in sorted((tmp_path / "masks").iterdir()):
-        stored = np.array(values, np.uint8)[np.array(Image.open(path))]
-        Image.fromarray(stored).save(path.with_suffix(".jpg"), quality=75)
-        path.unlink()
-    source = load("folder", tmp_path)
-    for sample in source.splits["train"]:
-        mask = read_mask(sample.mask, source.table)
-        drawn = blocks(90, 122, range(len(values)), seed=int(sample.mask.stem))
-        assert ((mask == drawn) | (mask == 255)).all() and (mask == 255).mean() < unclear
