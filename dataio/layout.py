@@ -179,23 +179,26 @@ def told_apart(roles):
     def with_content(content):
         return {path: role for path, role in roles.items() if role.content == content}
 
-    def divided(masks):
+    def divided(roles, masks):
         return ({path: role for path, role in roles.items() if path not in masks},
                 {path: role for path, role in roles.items() if path in masks})
 
     yield with_content("images"), with_content("masks"), True
     yield with_content(""), with_content("masks"), True  # train and train_masks
-    yield *divided({path for path in roles if roles[path].below_masks}), True  # masks/images, images/images
+    masks = {path for path, role in roles.items() if role.below_masks}
+    yield *divided(roles, masks), True  # masks/images beside images/images
     # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
     names = {path: common_name(path, MASK_AFFIX) for path in roles}
     image_names = {(path.parent, path.stem) for path in roles}
     image_names |= {(path.parent, common_name(path, IMAGE_AFFIX)) for path in roles}
-    yield *divided({path for path, name in names.items()
-                    if name != path.stem and (path.parent, name) in image_names}), True
+    masks = {path for path, name in names.items()
+             if name != path.stem and (path.parent, name) in image_names}
+    yield *divided(roles, masks), True
     # by their looks: all files of an ending in a folder, of which a few are opened
-    roles = {path: role for path, role in roles.items() if role.content != "other"}
-    kinds = grouped(roles, lambda path: (path.parent, path.suffix)).values()
-    yield *divided({path for files in kinds if all_look_like_masks(files) for path in files}), False
+    others = {path: role for path, role in roles.items() if role.content != "other"}
+    kinds = grouped(others, lambda path: (path.parent, path.suffix)).values()
+    masks = {path for files in kinds if all_look_like_masks(files) for path in files}
+    yield *divided(others, masks), False
 
 
 def all_look_like_masks(files):
