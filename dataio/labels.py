@@ -131,7 +131,7 @@ def line_entries(line):
     words = line.replace("=", " = ").split()
     if "=" in words:
         name, texts = words[:words.index("=")], words[words.index("=") + 1:]
-        values = [int(text) if numbers([text]) else NO_VALUE for text in texts or [""]]
+        values = [int(text) if text.isdecimal() else NO_VALUE for text in texts or [""]]
         return [Entry(" ".join(name), None, value) for value in values]
     if len(words) > 3 and numbers(words[-3:]):  # name R G B, maybe behind a value
         color, words = words[-3:], words[:-3]
@@ -146,8 +146,8 @@ def line_entries(line):
 
 
 def numbers(words):
-    """Return whether all words are whole numbers of at most nine digits."""
-    return all(word.isdecimal() and len(word) < 10 for word in words)
+    """Return whether all words are whole numbers."""
+    return all(word.isdecimal() for word in words)
 
 
 def table_entries(path, lines):
