@@ -34,8 +34,6 @@ if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
 import math
-import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -48,13 +46,13 @@ import visualize
 from config import IGNORE, DataOptions, InputError, TrainConfig, count_of
 from dataio.advice import Advice, advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
-from dataio.folder import MUCH_IGNORED, check_root, ignore_unlabelled
-from dataio.labels import (class_file, class_pixels, codes_of, decode_masks, ignored_share, known_classes,
-                           line_entries, read_classes)
+from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlabelled
+from dataio.labels import class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
 from dataio.scan import all_in_parallel, fits, in_parallel, scan_image, scan_mask
-from dataio.stratify import ALIKE, share_table, split_samples
+from dataio.stratify import ALIKE, share_table
 from datasets import find_data
+from utils import evenly_sampled, grouped
 
 COPY = 10  # bits of 256 in which the looks of two versions of an image may differ
 MUCH_ALIKE = 0.2  # share of validation images with a near neighbor in training, above which to warn
@@ -62,6 +60,7 @@ MUCH_LARGER = 3  # times --imgsz, from which images are large
 SAME = 0.9  # share of the pixels of shapes that agree, above which masks are the same picture
 COMPARED = 4  # masks that are compared to see whether all are the same picture
 LISTED = 8  # overlays in check.png, files of a problem that are listed
+LINE = "\n      "  # begins a line that belongs to the one above it
 
 
 @dataclass
@@ -69,8 +68,8 @@ class ScannedData:
     """A data set all of whose files were read once, without those that cannot be read.
 
     splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
-    [labels.Entry] that annotation files name, else None. What the masks mean: classes and table as in
-    DataSource, and pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first.
+    [labels.Entry] that files of a folder name. What the masks mean: classes and table as in DataSource, and
+    pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first.
     """
 
     name: str
@@ -103,29 +102,15 @@ class Report:
     hints: list = field(default_factory=list)
     facts: list = field(default_factory=list)
 
-    def add_problem(self, text, paths=None):
-        """Note what stops a training; with `paths`, their number and the first few follow."""
-        self.problems += with_files(text, paths)
 
-    def add_warning(self, text, paths=None):
-        """Note what does not stop a training; paths as in add_problem()."""
-        self.warnings += with_files(text, paths)
-
-
-def with_files(text, paths):
-    """Return [text] where paths is None, else [their number, text and the first few], [] without any.
-
-    {singular|plural} in the text stands for the words that go with their number.
-    """
-    if paths is None:
-        return [text]
+def with_files(noun, text, paths):
+    """Return [a line such as '3 masks TEXT' with the first few files below it], [] where there are none."""
     if not paths:
         return []
-    text = re.sub(r"\{(.*?)\|(.*?)\}", r"\1" if len(paths) == 1 else r"\2", text)
-    lines = [f"{len(paths)} {text}", *paths[:LISTED]]
+    lines = [f"{count_of(len(paths), noun)} {text}", *paths[:LISTED]]
     if len(paths) > LISTED:
         lines.append(f"and {len(paths) - LISTED} more")
-    return ["\n      ".join(map(str, lines))]
+    return [LINE.join(map(str, lines))]
 
 
 # --- reading the files ------------------------------------------------------------------------------------
@@ -141,75 +126,64 @@ def find_samples(name, root, unlabelled, report):
             ignore_unlabelled(content, root)
         report.facts += content.notes
         report.warnings += content.doubts
-        for split, paths in content.images_without_mask.items():
-            report.add_problem(f"{split} {{image has|images have}} no mask: add masks or move them", paths)
-        for split, paths in content.masks_without_image.items():
-            report.add_problem(f"{split} {{mask has|masks have}} no image: add images or move them", paths)
+        report.problems += with_files("image", "without mask: add masks or move them",
+                                      content.images_without_mask)
+        report.problems += with_files("mask", "without image: add images or move them",
+                                      content.masks_without_image)
         data = ScannedData(name, root, content.splits, content.entries)
     else:
         source = find_data(DataOptions(dataset=name, data_root=str(root)))
         data = ScannedData(name, root, source.splits)
     train = set(data.splits.get("train", []))
-    leaks = [sample.image for sample in data.splits.get("val", []) if sample in train]
-    report.add_problem("validation {image is|images are} in the training list too: scores would be too good",
-                       leaks)
+    report.problems += with_files(
+        "validation image", "in the training list too: scores would be too good",
+        [sample.image for sample in data.splits.get("val", []) if sample in train])
     return data, source
 
 
 def read_files(data, report):
     """Read all files of a ScannedData; those that cannot be read go into the report and out of its splits."""
-    start, samples = time.perf_counter(), data.samples
+    samples = data.samples
     images = in_parallel(scan_image, [sample.image for sample in samples], "image")
     masks = in_parallel(scan_mask, [sample.mask for sample in samples], "mask")
-    report.add_problem("{file|files} cannot be read",
-                       [facts for facts in [*images, *masks] if isinstance(facts, InputError)])
+    report.problems += with_files("file", "cannot be read", [facts for facts in [*images, *masks]
+                                                             if isinstance(facts, InputError)])
     for sample, image, mask in zip(samples, images, masks, strict=True):
         if not isinstance(image, InputError) and not isinstance(mask, InputError):
             data.images[sample], data.masks[sample] = image, mask
-    counts = []
-    for split, listed in data.splits.items():
-        data.splits[split] = [sample for sample in listed if sample in data.images]
-        counts.append(f"{len(data.splits[split])} {split}")
-    report.facts.insert(0, f"{data.name} under {data.root}: {count_of(len(samples), 'pair')} "
-                           f"({', '.join(counts)}) read in {time.perf_counter() - start:.1f} s")
+    data.splits = {split: [sample for sample in listed if sample in data.images]
+                   for split, listed in data.splits.items()}
+    counts = ", ".join(f"{len(readable)} {split}" for split, readable in data.splits.items())
+    report.facts.insert(0, f"{data.name} under {data.root}: {count_of(len(samples), 'pair')} ({counts})")
     if not data.splits.get("train"):
-        report.add_problem("there is no training image that can be read: these images are only good to "
-                           "evaluate on")
+        report.problems.append("there is no training image that can be read: these images are only good to "
+                               "evaluate on")
 
 
 # --- images -----------------------------------------------------------------------------------------------
 def check_images(data, report):
     """Report kinds of images, rotations, and masks of another size than their image."""
-    modes, samples, images = {}, data.samples, data.images
-    for sample in samples:
-        modes.setdefault(images[sample].mode, []).append(sample.image)
-    report.facts.append("images: " + ", ".join(f"{len(paths)} {mode}" for mode, paths in modes.items()))
-    report.add_warning("{image is|images are} not RGB (grayscale, transparent or 16 bit): read as RGB",
-                       [path for mode, paths in modes.items() if mode != "RGB" for path in paths])
+    samples, images = data.samples, data.images
+    modes = grouped(samples, lambda sample: images[sample].mode)
+    report.facts.append("images: " + ", ".join(f"{mode} ({len(alike)})" for mode, alike in modes.items()))
+    report.warnings += with_files("image", "not in RGB (grayscale, transparent or 16 bit): read as RGB",
+                                  [sample.image for sample in samples if images[sample].mode != "RGB"])
     depths = [images[sample].depth for sample in samples if images[sample].depth > 8]
     if depths:
         bits = " or ".join(map(str, sorted(set(depths))))
         report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth "
                             f"of the values, {bits} bit")
-    with_mask, alone = [], []
-    for sample in samples:
-        height, width = images[sample].size
-        if images[sample].orientation >= 5 and height != width:
-            with_mask.append(sample.image)
-        elif images[sample].orientation != 1:
-            alone.append(sample.image)
-    report.add_warning("{image is|images are} turned upright by EXIF, and masks of the size as stored with "
-                       "them", with_mask)
-    report.add_warning("{image is|images are} turned upright by EXIF, but their masks stay as stored: look "
-                       "at check.png", alone)
-    report.add_warning("{mask differs|masks differ} in size from {its|their} image: resized (nearest)",
-                       [sample.mask for sample in samples if not fits(
-                           data.masks[sample].size, images[sample].size, images[sample].orientation)])
+    report.warnings += with_files(
+        "image", "turned upright by EXIF, and masks of the size as stored with them, others not: look at "
+        "check.png", [sample.image for sample in samples if images[sample].orientation != 1])
+    report.warnings += with_files(
+        "mask", "of another size than the image: resized (nearest)",
+        [sample.mask for sample in samples
+         if not fits(data.masks[sample].size, images[sample].size, images[sample].orientation)])
     sizes = [images[sample].size for sample in samples]
-    (height, width), (last_height, last_width) = min(sizes, key=math.prod), max(sizes, key=math.prod)
-    different = len(set(sizes))
-    report.facts.append(f"size: {height}x{width}" if different == 1 else
-                        f"sizes: {different} different ones, {height}x{width} to {last_height}x{last_width}")
+    texts = [f"{height}x{width}" for height, width in sorted(set(sizes), key=math.prod)]
+    largest = f" to {texts[-1]}" if len(texts) > 1 else ""
+    report.facts.append(f"{count_of(len(texts), 'image size')}: {texts[0]}{largest}")
     height, width = TrainConfig().imgsz
     times = float(np.median([math.sqrt(math.prod(size) / (height * width)) for size in sizes]))
     if times >= MUCH_LARGER:
@@ -222,20 +196,18 @@ def check_images(data, report):
 # --- masks ------------------------------------------------------------------------------------------------
 def describe_masks(data, report):
     """Report how the masks are stored: mode, kind, values, lossy files."""
-    kinds, values = {}, set()
-    for sample in data.samples:
-        mask = data.masks[sample]
-        kinds.setdefault(f"{'1-bit' if mask.mode == '1' else mask.mode} {mask.kind}", []).append(sample.mask)
-        values |= set(mask.values.tolist()) if mask.values is not None else set()
-    report.facts.append("masks: " + ", ".join(f"{len(paths)} {kind}" for kind, paths in kinds.items()))
+    masks = data.masks
+    kinds = grouped(data.samples, lambda sample: f"{masks[sample].mode} {masks[sample].kind}")
+    report.facts.append("masks: " + ", ".join(f"{kind} ({len(alike)})" for kind, alike in kinds.items()))
+    values = [facts.values.tolist() for facts in masks.values() if facts.values is not None]
     if values:
-        text = ranges(sorted(values))
+        text = ranges(sorted(set().union(*values)))
         report.facts.append(f"mask values: {text if len(text) < 200 else text[:200] + ' ...'}")
-    if are_alike([sample.mask for sample in utils.evenly_sampled(data.samples, COMPARED)]):
-        report.add_warning("the masks all look alike: are these the classes, or the camera's field of view?")
-    lossy = [path for kind, paths in kinds.items() if kind.endswith("JPEG") for path in paths]
-    report.add_warning("{mask is a JPEG file, and JPEG blurs|masks are JPEG files, which blur} class "
-                       "borders: export PNG, or see --fix", lossy)
+    if are_alike([sample.mask for sample in evenly_sampled(data.samples, COMPARED)]):
+        report.warnings.append("the masks all look alike: are these the classes, or the camera's field of "
+                               "view?")
+    report.warnings += with_files("mask", "in JPEG files, which blur class borders: export PNG, or see --fix",
+                                  [sample.mask for sample in data.samples if masks[sample].kind == "JPEG"])
 
 
 def are_alike(paths):
@@ -263,7 +235,7 @@ def decode(data, source, report):
         masks = data.mask_facts()
         pixels = class_pixels(masks, data.table, len(data.classes))
         data.pixels = dict(zip(data.samples, pixels, strict=True))
-        share = ignored_share(masks, data.table)
+        share = ignored_share(masks, pixels)
         report.facts.append(f"ignored: {100 * share:.1f} % of the pixels")
         if source is None:
             check_ignored(data, share, report)
@@ -272,10 +244,10 @@ def decode(data, source, report):
 def decode_folder(data, report):
     """Decode the masks of a folder as training would, or give advice."""
     try:
-        entries, notes = known_classes(data.root, annotated=data.entries)
-        meaning = decode_masks(data.samples, data.mask_facts(), entries)
+        data.entries, notes = known_classes(data.root, annotated=data.entries)
+        meaning = decode_masks(data.samples, data.mask_facts(), data.entries)
     except InputError as error:
-        report.add_problem(str(error))
+        report.problems.append(str(error))
         suggest_classes(data, report)
         return
     data.classes, data.table = meaning.classes, meaning.table
@@ -284,35 +256,30 @@ def decode_folder(data, report):
 
 def decode_registered(data, source, report):
     """Decode the masks of a registered data set; a mask that is not as its masks are is a problem."""
-    reasons = {sample.mask: why_unfit(sample.mask, data.masks[sample], source) for sample in data.samples}
-    unfit = [path for path, reason in reasons.items() if reason]
-    if unfit:
-        report.add_problem(f"{{mask holds|masks hold}} values that are not a class: {reasons[unfit[0]]}",
-                           unfit)
+    reasons = {}
+    for sample in data.samples:
+        mask, path = data.masks[sample], sample.mask
+        codes = codes_of(mask, source.table)
+        if codes is None:
+            kind = "is painted in colors" if mask.values is None else "holds class numbers"
+            reasons[path] = (f"{path} {kind}, unlike the masks of {source.name}; for masks of your own, give "
+                             "--dataset folder")
+        elif OUTSIDE in source.table[codes]:
+            wrong = source.table[codes] == OUTSIDE
+            reasons[path] = outside_message(path, codes[wrong], mask.counts[wrong], source.table)
+    if reasons:
+        first = next(iter(reasons.values()))
+        report.problems += with_files("mask", f"with values that are not a class: {first}", list(reasons))
     else:
         data.classes, data.table = source.classes, source.table
-
-
-def why_unfit(path, mask, source):
-    """Return why a mask file (its MaskFacts) is not as the masks of a DataSource are, "" where it is."""
-    codes = codes_of(mask, source.table)
-    if codes is None and mask.values is not None:
-        return f"{path} holds class numbers, {source.name} has masks painted in colors"
-    if codes is None:
-        return (f"{path} is painted in colors, {source.name} has masks of class numbers; for masks in colors "
-                "of your own, give --dataset folder")
-    outside = source.table[codes] == OUTSIDE
-    return outside_message(path, codes[outside], mask.counts[outside], source.table) if outside.any() else ""
 
 
 def check_ignored(data, share, report):
     """Report what is doubtful about the ignored `share` of a folder's pixels, and a folder of one class."""
     if share > MUCH_IGNORED:
-        report.add_warning(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values a "
-                           "class?")
-    path = class_file(data.root)
-    explicit = data.entries or path and any(entry.name == "ignore" or entry.value is not None or entry.color
-                                            for entry in read_classes(path))
+        report.warnings.append(f"{100 * share:.1f} % of the pixels are ignored: is one of the ignored values "
+                               "a class?")
+    explicit = any(entry.name == "ignore" or entry.value is not None or entry.color for entry in data.entries)
     white = [sample for sample in data.samples if data.masks[sample].values is not None
              and IGNORE in data.masks[sample].values]
     if (sum(data.pixels.values()) > 0).sum() == 1:
@@ -320,8 +287,8 @@ def check_ignored(data, share, report):
     elif white and not explicit and len(data.table) <= 65536 and data.table[IGNORE] == IGNORE:
         facts = value_facts(white, painted=False)[IGNORE]
         if kind_of_255(facts, len(data.samples)) != "void":
-            report.add_warning("255 is read as not labeled, and does not lie between other values as a "
-                               "border does")
+            report.warnings.append("255 is read as not labeled, and does not lie between other values as a "
+                                   "border does")
             data.advice = either_way([name for name, _ in data.classes])
             show_files(data, report)
 
@@ -330,7 +297,7 @@ def suggest_classes(data, report):
     """Note in `data` the advice on what the masks could mean, and add it to the report."""
     data.advice = advise(data.samples, data.mask_facts())
     for value, paths in data.advice.accidents.items():
-        report.add_warning(f"{{mask holds|masks hold}} {value}: an accident?", paths)
+        report.warnings += with_files("mask", f"with {value}: an accident?", paths)
     report.hints += data.advice.notes
     show_files(data, report)
 
@@ -347,19 +314,15 @@ def show_files(data, report):
         else:
             hint = (f"{f'if {title}, ' if title else ''}write this to {path}, with names of your own (equal "
                     "names are one class):")
-        report.hints.append("\n      ".join([hint, *text.splitlines()]))
+        report.hints.append(LINE.join([hint, *text.splitlines()]))
 
 
 # --- classes and splits -----------------------------------------------------------------------------------
 def check_classes(data, report):
     """Report shares of the classes, missing ones and masks of a single one in every split."""
-    train = data.splits["train"]
-    if "val" not in data.splits and len(train) > 1:
-        counts, fraction = np.stack([data.pixels[sample] for sample in train]), DataOptions().val_fraction
-        drawn, method = split_samples(train, counts, fraction)  # as a training would
-        report.facts.append(f"no validation part: {len(drawn['val'])} of {len(train)} images would validate, "
-                            f"{method}")
-        data.splits.update(drawn)
+    if len(data.splits["train"]) > 1:
+        notes = add_validation(data.splits, data.pixels, data.classes, DataOptions(), data.root)
+        report.facts += notes[:1]  # all splits have a table below
     splits = {split: samples for split, samples in data.splits.items() if samples}
     report.facts += ["classes:", *share_table(data.pixels, splits, data.classes)]
     for split, samples in splits.items():
@@ -369,20 +332,21 @@ def check_classes(data, report):
         for number, text in ((0, "nothing but ignored pixels"), (1, "a single class (empty?)")):
             paths = [sample.mask for sample, count in zip(samples, classes_per_mask, strict=True)
                      if count == number]
-            report.add_warning(f"{{mask|masks}} of {split} {{holds|hold}} {text}", paths)
+            report.warnings += with_files("mask", f"of {split} with {text}", paths)
 
 
 def check_missing(split, names, present, report):
     """Report classes without a pixel in a split; present: (K,) bool."""
     missing = [name for name, has_pixels in zip(names, present, strict=True) if not has_pixels]
     if not present.any():
-        report.add_problem(f"the masks of {split} hold nothing but ignored pixels: there is nothing to learn")
+        report.problems.append(f"the masks of {split} hold nothing but ignored pixels: there is nothing to "
+                               "learn")
     elif present.sum() == 1 and split == "train":
-        report.add_problem(f"only one class, {names[present.argmax()]}, has pixels in {split}: there is "
-                           "nothing to learn")
+        report.problems.append(f"only one class, {names[present.argmax()]}, has pixels in {split}: there is "
+                               "nothing to learn")
     elif missing:
         more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
-        report.add_warning(f"no pixel of {', '.join(missing[:LISTED])}{more} in {split}")
+        report.warnings.append(f"no pixel of {', '.join(missing[:LISTED])}{more} in {split}")
 
 
 def check_duplicates(data, report):
@@ -391,8 +355,7 @@ def check_duplicates(data, report):
     digests = {images[sample].digest: sample.image for sample in train}
     copies = [f"{sample.image} = {digests[images[sample].digest]}" for sample in val
               if digests.get(images[sample].digest, sample.image) != sample.image]
-    report.add_problem("validation {image is a copy of a training image|images are copies of training "
-                       "images}: remove one of each", copies)
+    report.problems += with_files("validation image", "equal to a training image: remove one of each", copies)
     if not train or not val:
         return
     looks = np.stack([images[sample].look for sample in train])  # (N, 4)
@@ -404,12 +367,12 @@ def check_duplicates(data, report):
         if distance[closest] <= COPY and not copy and images[sample].look.any():
             alike.append(f"{sample.image} ~ {train[closest].image}")
         neighbors += int(distance[closest]) <= ALIKE
-    report.add_warning("validation {image looks|images look} like training images (neighboring frames?)",
-                       alike)
+    report.warnings += with_files("validation image", "like a training image (neighboring frames?)", alike)
     if neighbors > MUCH_ALIKE * len(val):
         share = f"{neighbors} of {count_of(len(val), 'validation image')} ({neighbors / len(val):.0%})"
-        report.add_warning(f"{share} have a near neighbor in training, as frames of one clip do: their score "
-                           "says little about other scenes; validate on other clips (val/ or val.txt)")
+        report.warnings.append(
+            f"{share} have a near neighbor in training, as frames of one clip do: their score says little "
+            "about other scenes; validate on other clips (val/ or val.txt)")
 
 
 # --- a clean copy ---------------------------------------------------------------------------------------
@@ -442,10 +405,10 @@ def write_clean_copy(data, out):
                for split, samples in data.splits.items() if split != "train" for sample in samples}
     counts, copies = [], 0
     for split, samples in data.splits.items():
-        listed = [sample for sample in samples
+        listed = [names[sample] for sample in samples
                   if split != "train" or data.images[sample].digest not in digests]
         if listed:
-            utils.write_lines(out / f"{split}.txt", [names[sample] for sample in listed])
+            utils.write_lines(out / f"{split}.txt", listed)
         counts.append(f"{len(listed)} {split}")
         copies += len(samples) - len(listed)
     unlisted = f"; {count_of(copies, 'training image')} also in another split: on no list" if copies else ""
@@ -460,7 +423,7 @@ def clean_meaning(data, out):
         raise InputError(f"--fix {out}: nothing is written. Choose one of the classes.txt above and write it "
                          f"to {data.root} first")
     if files:
-        entries = [entry for line in files[0].splitlines() for entry in line_entries("advice", line)]
+        entries = [entry for line in files[0].splitlines() for entry in line_entries(line)]
         meaning = decode_masks(data.samples, data.mask_facts(), entries, data.advice.blurred)
         print("\n".join(meaning.notes))
         return meaning.classes, meaning.table
@@ -490,7 +453,7 @@ def draw(data, path):
     figure = visualize.plain_figure(4 * columns, 6 + bars)
     grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
     colors = visualize.color_table(classes)
-    for position, sample in enumerate(utils.evenly_sampled(data.samples, LISTED)):
+    for position, sample in enumerate(evenly_sampled(data.samples, LISTED)):
         image, targets = read_sample(sample, data.table)
         image, mask = image.numpy(), targets["mask"].numpy()
         image = cv2.resize(image.transpose(1, 2, 0), mask.shape[::-1], interpolation=cv2.INTER_AREA)

@@ -343,6 +343,14 @@ def evenly_sampled(items, count):
     return [items[position] for position in positions.tolist()]
 
 
+def grouped(items, key):
+    """Return {key(item): [item]}, in the order of the items."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def save_checkpoint(checkpoint, path):
     """Write a dict of tensors and plain values as a .pth file, never half of it, and through to the disk."""
     def write(temporary):

@@ -8,6 +8,8 @@ separates other values, as a thin border does.
 """
 import dataclasses
 import math
+from collections import defaultdict
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -27,19 +29,18 @@ TITLES = {"class": "255 is a class", "void": "255 is not labeled"}
 GRAY_STEP = 20  # classes drawn in shades of gray are at least so far apart
 
 
-@dataclasses.dataclass
-class ValueFacts:
+class ValueFacts(NamedTuple):
     """Of a mask value or color: pixels in all masks; of these compact (touch two of their own kind), between
-    (near two other values) and ramp (on a ramp from a lower to a higher value); masks: the paths of those
-    that hold it, area: their pixels.
+    (near two other values) and ramp (on a ramp from a lower to a higher value); area: pixels of the masks
+    that hold it; masks: their paths.
     """
 
-    pixels: int = 0
-    compact: int = 0
-    between: int = 0
-    ramp: int = 0
-    area: int = 0
-    masks: list = dataclasses.field(default_factory=list)
+    pixels: int
+    compact: int
+    between: int
+    ramp: int
+    area: int
+    masks: list
 
 
 @dataclasses.dataclass
@@ -57,22 +58,17 @@ class Advice:
 # --- what a value is --------------------------------------------------------------------------------------
 def value_facts(samples, painted):
     """Return {value or, of painted masks, 24-bit color: ValueFacts}; every mask is read again."""
-    facts = {}
+    sums, masks = defaultdict(int), defaultdict(list)
     counts = in_parallel(lambda sample: count_shapes(sample.mask, painted), samples, "mask values")
-    for sample, (size, rows) in zip(samples, counts, strict=True):
-        for code, pixels, compact, between, ramp in rows:
-            value = facts.setdefault(code, ValueFacts())
-            value.pixels += pixels
-            value.compact += compact
-            value.between += between
-            value.ramp += ramp
-            value.area += size
-            value.masks.append(sample.mask)
-    return facts
+    for sample, (codes, rows) in zip(samples, counts, strict=True):
+        for code, row in zip(codes, rows, strict=True):
+            sums[code] += row
+            masks[code].append(sample.mask)
+    return {code: ValueFacts(*sums[code].tolist(), masks[code]) for code in sums}
 
 
 def count_shapes(path, painted):
-    """Return (pixels, [(code, its pixels, compact, between, ramp), ...]) of a mask file."""
+    """Return (the n codes of a mask file, (n, 5) counts: pixels, compact, between, ramp, all of the mask)."""
     mask = decode_mask(path)
     codes = (mask.colors if painted else mask.values).astype(np.int32)  # (H, W)
     values, pixels = distinct(codes)
@@ -84,7 +80,8 @@ def count_shapes(path, painted):
     between, ramp = np.zeros((2, len(values)), np.int64)
     if not painted:
         between, ramp = pixels_of(between_others(codes)), pixels_of(on_ramp(codes))
-    return codes.size, np.stack([values, pixels, pixels_of(is_compact(codes)), between, ramp], 1).tolist()
+    area = np.full(len(values), codes.size)
+    return values.tolist(), np.stack([pixels, pixels_of(is_compact(codes)), between, ramp, area], 1)
 
 
 def is_compact(codes):
@@ -149,10 +146,8 @@ def advise(samples, masks):
     if (too_many or len(modes) < len(facts)) and snap(pixels, painted, modes):
         advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), not all(lossy)
     elif too_many:
-        kind = "colors" if painted else "values"
-        advice.notes.append(f"the masks hold {len(pixels)} different {kind}, too near to one another to tell "
-                            "which were meant: they are not class masks, or were blurred by a lossy format; "
-                            "export them again as PNG")
+        advice.notes.append(f"the masks hold {len(pixels)} different {'colors' if painted else 'values'}, "
+                            "too near to one another to tell which were meant: export them again as PNG")
     else:
         sort_values(facts, len(samples), painted, advice)
     return advice
@@ -164,22 +159,23 @@ def sort_values(facts, masks, painted, advice):
     if len(facts) - len(accidents) < 2:
         accidents = []
     for code in accidents:
-        name = f"the color {unpack_color(code)}" if painted else f"the value {code}"
-        advice.accidents[f"{name}, {facts[code].pixels} pixels in all"] = facts[code].masks
+        name = f"color {unpack_color(code)}" if painted else f"value {code}"
+        advice.accidents[f"the {name}, {facts[code].pixels} pixels in all"] = facts[code].masks
     codes = [code for code in sorted(facts) if code not in accidents]
-    grays, kind = not painted and min(np.diff(codes)) >= GRAY_STEP, "class"
-    if IGNORE in codes and not painted and len(codes) > 2:
-        kind = kind_of_255(facts[IGNORE], masks)
-        if kind == "class" and not grays:  # the numbers of a list, which 255 need not be of
-            kind = "unknown"
-    last = max(set(codes) - {IGNORE})
-    if not painted and not grays and last < MOST_CLASSES:
-        advice.notes.append("if the values are the numbers of a known list of classes, of which these masks "
-                            "hold some, write all of its names into classes.txt in their order (at least "
-                            f"{last + 1}), line 1 = value 0; that is the usual case")
     without_white = [code for code in codes if code != IGNORE]
     texts = {"class": class_lines(codes, accidents, painted),
              "void": class_lines(without_white, [IGNORE, *accidents], painted)}
+    kind = "class"
+    if not painted:
+        grays = min(np.diff(codes)) >= GRAY_STEP
+        if IGNORE in codes and len(codes) > 2:
+            kind = kind_of_255(facts[IGNORE], masks)
+            if kind == "class" and not grays:  # the numbers of a list, which 255 need not be of
+                kind = "unknown"
+        if not grays and without_white[-1] < MOST_CLASSES:
+            advice.notes.append("if the values are the numbers of a known list of classes, of which these "
+                                "masks hold some, write all of its names into classes.txt in their order (at "
+                                f"least {without_white[-1] + 1}), line 1 = value 0; that is the usual case")
     if kind == "unknown":
         advice.files = {TITLES[meaning]: text for meaning, text in texts.items()}
     else:

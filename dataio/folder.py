@@ -27,9 +27,8 @@ def folder(root, options, download=False):
     """
     check_root(root)
     content = find_masks(root)
-    for split in {**content.images_without_mask, **content.masks_without_image}:
-        refuse_unpaired(content.images_without_mask.get(split, []), "mask")
-        refuse_unpaired(content.masks_without_image.get(split, []), "image")
+    refuse_unpaired(content.images_without_mask, "mask")
+    refuse_unpaired(content.masks_without_image, "image")
     samples = content.samples
     facts = all_in_parallel(scan_pair, samples, "reading masks")
     masks = [mask for mask, _ in facts]
@@ -46,9 +45,9 @@ def folder(root, options, download=False):
     if different:
         notes.append(f"{different} of {count_of(len(samples), 'mask')} differ in size from their image: "
                      "resized (nearest) to it")
-    ignored = ignored_share(masks, meaning.table)
-    notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{more if ignored > MUCH_IGNORED else ''}")
     rows = class_pixels(masks, meaning.table, len(meaning.classes))
+    ignored = ignored_share(masks, rows)
+    notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{more if ignored > MUCH_IGNORED else ''}")
     pixels = dict(zip(samples, rows, strict=True))
     notes += add_validation(content.splits, pixels, meaning.classes, options, root)
     return DataSource("folder", meaning.classes, content.splits, meaning.table, notes,
@@ -88,18 +87,18 @@ def ignore_unlabelled(content, root):
         raise InputError(f"--unlabelled ignore leaves a single class of {root}: leave it out")
 
 
-def refuse_file(root):
-    """Raise InputError where --data-root is a file."""
-    if root.is_file():
-        raise InputError(f"--data-root {root} is a file: give the folder that holds the data set (unpack "
-                         "archives)")
-
-
 def check_root(root):
     """Raise InputError where --data-root is not a folder."""
     refuse_file(root)
     if not root.is_dir():
         raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
+
+
+def refuse_file(root):
+    """Raise InputError where --data-root is a file."""
+    if root.is_file():
+        raise InputError(f"--data-root {root} is a file: give the folder that holds the data set (unpack "
+                         "archives)")
 
 
 def scan_pair(sample):

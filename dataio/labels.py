@@ -26,6 +26,7 @@ COLOR_COLUMNS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 VALUE_COLUMNS = {"id", "value", "index", "idx", "pixel value", "class_id", "label_id", "pixel", "train_id",
                  "trainid"}
 UNUSED_VALUE = 1000  # and above: values for classes that are in no mask
+NO_VALUE = 65536  # stands for text that is not a mask value
 GAP = 24  # steps of 255 by which the values that a lossy format blurred must be apart
 BLURRED = 0.15  # share of the pixels that may lie further than half of GAP from all of them
 MODE_SHARE, PEAK_SHARE, PEAK = 5e-3, 1e-4, 20  # see find_modes
@@ -60,12 +61,9 @@ def known_classes(root, class_names=(), annotated=None):
     if path is None:
         check_names(class_names)
         return [Entry(name) for name in class_names], []
-    entries = read_classes(path)
     if class_names:
         raise InputError(f"--classes has no effect, {path} names the classes: leave it out")
-    if len(entries) > MOST_CLASSES:
-        raise InputError(f"{path} has {len(entries)} lines; at most {MOST_CLASSES} are read")
-    return entries, [f"the classes are those of {path}"] if path != root / "classes.txt" else []
+    return read_classes(path), [f"the classes are those of {path}"] if path != root / "classes.txt" else []
 
 
 def check_names(class_names):
@@ -116,44 +114,35 @@ def read_classes(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B` per line") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1)
-                if line.strip() and not line.lstrip().startswith("#")]
-    if path.suffix.lower() == ".csv" and numbered and numbered[0][1].strip().lower() in NAME_COLUMNS:
-        numbered = numbered[1:]  # the title of the only column
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if path.suffix.lower() == ".csv" and lines and lines[0].strip().lower() in NAME_COLUMNS:
+        lines = lines[1:]  # the title of the only column
     if path.name == "labelmap.txt":  # of CVAT: label:R,G,B:parts:actions
-        numbered = [(number, re.sub(r":(\d+),(\d+),(\d+):.*", r" \1 \2 \3", line))
-                    for number, line in numbered]
-    entries = table_entries(path, [line for _, line in numbered])
-    if not entries:
-        for number, line in numbered:
-            entries += line_entries(f"{path} line {number}", line)
+        lines = [re.sub(r":(\d+),(\d+),(\d+):.*", r" \1 \2 \3", line) for line in lines]
+    entries = table_entries(path, lines) or [entry for line in lines for entry in line_entries(line)]
     entries = [entry._replace(name="ignore") if entry.name.lower() == "ignore" else entry
                for entry in entries]
     check_entries(path, entries)
     return entries
 
 
-def line_entries(where, line):
-    """Return the [Entry] of a line of read_classes that is not a row of a table. Raises InputError."""
+def line_entries(line):
+    """Return the [Entry] of a line of a class file that is not a row of a table."""
     words = line.replace("=", " = ").split()
     if "=" in words:
-        words, texts = words[:words.index("=")], words[words.index("=") + 1:]
-        values = [int(text) if text.isdecimal() else 65536 for text in texts]
-        if not words or not values or max(values) > 65535:
-            raise InputError(f"{where}: write `name = VALUE`, values are numbers 0..65535")
-        return [Entry(" ".join(words), None, value) for value in values]
+        name, texts = words[:words.index("=")], words[words.index("=") + 1:]
+        values = [int(text) if text.isdecimal() else NO_VALUE for text in texts or [""]]
+        return [Entry(" ".join(name), None, value) for value in values]
     if len(words) > 3 and numbers(words[-3:]):  # name R G B, maybe behind a value
         color, words = words[-3:], words[:-3]
     elif len(words) > 3 and numbers(words[:3]) and not numbers(words[3:4]):  # R G B name
         color, words = words[:3], words[3:]
     else:
         return [Entry(" ".join(words))]
-    color, value = tuple(map(int, color)), None
+    value = None
     if len(words) > 1 and numbers(words[:1]) and not numbers(words[1:2]):
         value, words = int(words[0]), words[1:]
-    if max(color) > 255:
-        raise InputError(f"{where}: {color} is not a color: give three numbers 0..255")
-    return [Entry(" ".join(words), color, value)]
+    return [Entry(" ".join(words), tuple(map(int, color)), value)]
 
 
 def numbers(words):
@@ -167,34 +156,29 @@ def table_entries(path, lines):
     A header tells which column is which; without one, three columns of numbers are a color, a single one is
     the value, and of four the first is. Raises InputError for two columns of values.
     """
-    rows = table_rows(lines)
-    titles = [cell.lower() for cell in rows[0]] if rows else []
-    titled = bool(NAME_COLUMNS & set(titles)) and not any(title.isdecimal() for title in titles)
-    rows = rows[1:] if titled else rows
+    rows, titles = table_rows(lines), []
+    if rows and NAME_COLUMNS & set(map(str.lower, rows[0])) and not any(map(str.isdecimal, rows[0])):
+        titles, rows = [cell.lower() for cell in rows[0]], rows[1:]
     if not rows:
         return []
     numeric = [column for column, cells in enumerate(zip(*rows, strict=True)) if numbers(cells)]
-    texts = [column for column in range(len(titles)) if column not in numeric]
-    if titled:
+    texts = [column for column in range(len(rows[0])) if column not in numeric]
+    if titles:
         texts.sort(key=lambda column: titles[column] not in NAME_COLUMNS)
-        color = []
-        for channel in COLOR_COLUMNS:
-            color += [column for column in numeric if titles[column] in channel][:1]
+        color = [column for channel in COLOR_COLUMNS for column in numeric if titles[column] in channel]
         color = color if len(color) == 3 else []
         values = [column for column in numeric if column not in color and titles[column] in VALUE_COLUMNS]
     else:
         color = numeric[-3:] if len(numeric) in (3, 4) else []
         values = [column for column in numeric if column not in color]
-    if not texts or not titled and (len(texts) > 1 or not numeric):
+    if not texts or not titles and (len(texts) > 1 or not numeric):
         return []
     if len(values) > 1:
-        columns = " and ".join(titles[column] if titled else str(column + 1) for column in values)
-        raise InputError(f"{path} has several columns of numbers ({columns}): leave the one that the masks "
-                         "hold")
+        raise InputError(f"{path} has {len(values)} columns of numbers: leave the one that the masks hold")
     entries = []
     for row in rows:
-        rgb = tuple(min(int(row[column]), 256) for column in color)
-        entries.append(Entry(row[texts[0]], rgb or None, min(int(row[values[0]]), 65536) if values else None))
+        rgb = tuple(int(row[column]) for column in color) or None
+        entries.append(Entry(row[texts[0]], rgb, int(row[values[0]]) if values else None))
     return entries
 
 
@@ -214,22 +198,22 @@ def table_rows(lines):
 
 
 def check_entries(path, entries):
-    """Raise InputError where the lines of classes.txt contradict each other or cannot be."""
-    for entry in entries:
-        if not entry.name or max(entry.color or (0,)) > 255 or (entry.value or 0) > 65535:
-            name = entry.name or "a class without a name"
-            raise InputError(f"{path}: {name} needs a name, a color of 0..255 or a value of 0..65535")
-    for kind, index in (("color", 1), ("value", 2)):
-        used = Counter(entry[index] for entry in entries if entry[index] is not None)
-        if used and max(used.values()) > 1:
-            twice = used.most_common(1)[0][0]
-            raise InputError(f"{path} has the {kind} {twice} twice; each {kind} means one class")
+    """Raise InputError where the lines of a class file contradict each other or cannot be."""
+    for name, color, value in entries:
+        if not name or max(color or [0]) > 255 or (value or 0) > 65535:
+            raise InputError(f"{path}: {name or 'a class without a name'} needs a name, a color of 0..255 or "
+                             "a value of 0..65535, as in `name R G B` or `name = VALUE`")
+    for kind, used in (("color", [entry.color for entry in entries if entry.color]),
+                       ("value", [entry.value for entry in entries if entry.value is not None])):
+        for code, count in Counter(used).items():
+            if count > 1:
+                raise InputError(f"{path} has the {kind} {code} twice; each {kind} means one class")
     if len({entry.value is None for entry in entries}) > 1:
         raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none")
     count = len({entry.name for entry in entries} - {"ignore"})
-    if not 2 <= count <= MOST_CLASSES:
-        raise InputError(f"{path} names {count} class{'es' * (count != 1)}; it needs two to {MOST_CLASSES}, "
-                         "one per line")
+    if not 2 <= count <= MOST_CLASSES or len(entries) > MOST_CLASSES:
+        raise InputError(f"{path} names {count} of two to {MOST_CLASSES} classes in {len(entries)} lines: "
+                         "write a line for each class")
 
 
 # --- what masks mean --------------------------------------------------------------------------------------
@@ -251,16 +235,18 @@ def decode_masks(samples, masks, entries, blurred=False):
                              "another, too far to tell them apart here: export masks as PNG")
         notes = [snap_note(pixels, colors, snapped)]
         first_masks = {code: path for code, path in first_masks.items() if snapped[code] == code}
-    meaning = named_colors(entries) if colors else named_values(first_masks, entries)
+    if not colors:
+        entries, value_notes = with_values(entries, first_masks)
+        notes = value_notes + notes
+    classes, table = classes_and_table(entries, colors)
     for code, mode in snapped.items():
-        meaning.table[code] = IGNORE if mode is None else meaning.table[mode]
+        table[code] = IGNORE if mode is None else table[mode]
     for sample, mask in zip(samples, masks, strict=True):
-        codes = codes_of(mask, meaning.table)
-        wrong = meaning.table[codes] == OUTSIDE
+        codes = codes_of(mask, table)
+        wrong = table[codes] == OUTSIDE
         if wrong.any():
-            raise InputError(outside_message(sample.mask, codes[wrong], mask.counts[wrong], meaning.table,
-                                             meaning.classes))
-    return meaning._replace(notes=meaning.notes + notes)
+            raise InputError(outside_message(sample.mask, codes[wrong], mask.counts[wrong], table, classes))
+    return MaskMeaning(classes, table, notes)
 
 
 def is_painted(mask, entries):
@@ -281,58 +267,53 @@ def is_painted(mask, entries):
 
 def count_codes(samples, masks, colors):
     """Return ({value or color: first mask that has it}, {the same: pixels in all}). Raises InputError."""
-    first_masks, pixels = {}, {}
+    first_masks, pixels = {}, Counter()
     for sample, mask in zip(samples, masks, strict=True):
         codes = mask.colors if colors else mask.values
-        if codes is None and colors:
-            raise InputError(f"{sample.mask} has no colors, and other masks are painted")
         if codes is None:
-            raise InputError(f"{sample.mask} is painted in colors: list them in classes.txt, one "
+            raise InputError(f"{sample.mask} has no colors, and other masks are painted" if colors else
+                             f"{sample.mask} is painted in colors: list them in classes.txt, one "
                              "`name R G B` per line")
         for code, count in zip(codes.tolist(), mask.counts.tolist(), strict=True):
             first_masks.setdefault(code, sample.mask)
-            pixels[code] = pixels.get(code, 0) + count
+            pixels[code] += count
     return first_masks, pixels
 
 
-def class_list(entries):
-    """Return [(name, (R, G, B))] of [Entry], the first color of a name counts, and {name: class id}."""
-    colors = {}
+def classes_and_table(entries, colors):
+    """Return ([(name, (R, G, B))], value table) of [Entry]: of their colors, else of their values.
+
+    Equal names are one class, whose first color counts; 255 is ignored unless it is the value of an entry.
+    """
+    first_colors = {}
     for entry in entries:
         if entry.name != "ignore":
-            colors[entry.name] = colors.get(entry.name) or entry.color
-    ids = {name: id for id, name in enumerate(colors)} | {"ignore": IGNORE}
-    return fill_colors(list(colors.items())), ids
+            first_colors[entry.name] = first_colors.get(entry.name) or entry.color
+    ids = {name: id for id, name in enumerate(first_colors)} | {"ignore": IGNORE}
+    if colors:
+        table = value_table({pack_color(*entry.color): ids[entry.name] for entry in entries}, size=1 << 24)
+    else:
+        table = value_table({IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}})
+    return fill_colors(list(first_colors.items())), table
 
 
-def named_colors(entries):
-    """Return the MaskMeaning of masks that are painted in the colors of [Entry]."""
-    classes, ids = class_list(entries)
-    codes = {pack_color(*entry.color): ids[entry.name] for entry in entries}
-    return MaskMeaning(classes, value_table(codes, size=1 << 24), [])
-
-
-def named_values(first_masks, entries):
-    """Return the MaskMeaning of {mask value: first mask that has it}; 255 is ignored unless it is named.
+def with_values(entries, first_masks):
+    """Return ([Entry] that all have a value, notes) for {mask value: first mask that has it}.
 
     Entries without values name the lines 0, 1, ..., or black and white. Raises InputError for values that
     nobody named and that are not 0..K-1.
     """
-    values, notes = sorted(first_masks), []
+    values = sorted(first_masks)
     if entries and entries[0].value is not None:
-        pass
-    elif is_binary(values, entries):
+        return entries, []
+    if is_binary(values, entries):
         first, second = entries or [Entry("background"), Entry("foreground")]
-        entries = [first._replace(value=0), second._replace(value=values[-1])]
-        notes = [f"masks hold 0 and {values[-1]}: read as 0 = {first.name}, 1 = {second.name}"]
-    elif entries:
-        entries = [entry._replace(value=line) for line, entry in enumerate(entries)]
-    else:
-        entries = unnamed_entries(values, first_masks)
-        notes = [f"no classes.txt: the masks hold {len(entries)} classes"]
-    classes, ids = class_list(entries)
-    table = {IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}}
-    return MaskMeaning(classes, value_table(table), notes)
+        return ([first._replace(value=0), second._replace(value=values[-1])],
+                [f"masks hold 0 and {values[-1]}: read as 0 = {first.name}, 1 = {second.name}"])
+    if entries:
+        return [entry._replace(value=line) for line, entry in enumerate(entries)], []
+    entries = unnamed_entries(values, first_masks)
+    return entries, [f"no classes.txt: the masks hold {len(entries)} classes"]
 
 
 def is_binary(values, entries):
@@ -368,10 +349,9 @@ def class_pixels(masks, table, num_classes):
     return pixels
 
 
-def ignored_share(masks, table):
-    """Return the share of all pixels that a value table ignores, from the MaskFacts of the masks."""
-    ignored = sum(mask.counts[table[codes_of(mask, table)] == IGNORE].sum() for mask in masks)
-    return ignored / max(1, sum(mask.counts.sum() for mask in masks))
+def ignored_share(masks, class_counts):
+    """Return the share of all pixels that is ignored, from MaskFacts and what class_pixels() counted."""
+    return 1 - class_counts.sum() / sum(mask.counts.sum() for mask in masks)
 
 
 # --- masks that a lossy format or resizing blurred --------------------------------------------------------
@@ -423,10 +403,8 @@ def snap(pixels, colors, modes=()):
 
 def snap_note(pixels, colors, snapped):
     """Return the line on what snap() did to {value or color: pixels in all masks}."""
-    total = sum(pixels.values())
     modes = sorted({mode for mode in snapped.values() if mode is not None})
-    moved = sum(pixels[code] for code, mode in snapped.items() if mode not in (code, None))
-    unclear = sum(pixels[code] for code, mode in snapped.items() if mode is None)
     names = ", ".join(str(unpack_color(mode) if colors else mode) for mode in modes)
-    note = f"blurred masks (JPEG or resized): {100 * moved / total:.2f} % of the pixels snapped to {names}"
-    return note + f", {100 * unclear / total:.2f} % lie between them and are ignored" * (unclear > 0)
+    unclear = sum(pixels[code] for code, mode in snapped.items() if mode is None) / sum(pixels.values())
+    return (f"blurred masks (JPEG or resized) are snapped to {names}; {100 * unclear:.2f} % of the pixels "
+            "lie between them and are ignored")

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from config import InputError, count_of
 from dataio.readers import IMAGE_ENDINGS, MASK_ENDINGS, Sample, decode_mask
 from dataio.scan import distinct
-from utils import evenly_sampled
+from utils import evenly_sampled, grouped
 
 # Words in the names of folders.
 SPLITS = {"train": "train training trn tr", "val": "val valid validation dev", "test": "test testing tst te"}
@@ -53,17 +53,17 @@ NAMES_IN_MESSAGE, FOLDERS_IN_MESSAGE = 2, 8
 
 @dataclass
 class FolderContent:
-    """Images and masks of a folder: {split: [Sample]}, and {split: [Path]} of files without a partner.
+    """Images and masks of a folder, {split: [Sample]}, and the paths of those without a partner.
 
     notes, doubts: lines on how the files were understood and what of that may be wrong; entries: the classes
     as [labels.Entry], where the files that the masks were drawn from name them.
     """
 
-    splits: dict
-    images_without_mask: dict
-    masks_without_image: dict
-    notes: list
-    doubts: list
+    splits: dict = field(default_factory=dict)
+    images_without_mask: list = field(default_factory=list)
+    masks_without_image: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+    doubts: list = field(default_factory=list)
     entries: list = None
 
     @property
@@ -135,7 +135,7 @@ def find_pairs(root):
             content.splits.setdefault("train", [])
             return content
         reason = reason or names_differ(images, masks)
-    raise NoMasks(f"no images with masks were found under {root}: {describe_folder(root, set(paths))}; "
+    raise NoMasks(f"no images with masks were found under {root}: {describe_folder(root)}; "
                   f"{reason or KNOWN_LAYOUTS}")
 
 
@@ -156,9 +156,9 @@ def role_of(names):
     content, split, group, below_masks = "", "", [], False
     for name in reversed(names):
         words = words_of(name)
-        meanings = [meaning for meaning, known in CONTENTS.items() if known & set(words)]
-        content = content or next(iter(meanings), "")
-        below_masks |= meanings[:1] == ["masks"]
+        meaning = next((meaning for meaning, known in CONTENTS.items() if known & set(words)), "")
+        content = content or meaning
+        below_masks |= meaning == "masks"
         split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
         group += [word for word in reversed(words) if word not in KNOWN_WORDS]
     return FolderRole(content, split, tuple(reversed(group)), below_masks)
@@ -179,28 +179,26 @@ def told_apart(roles):
     def with_content(content):
         return {path: role for path, role in roles.items() if role.content == content}
 
+    def divided(roles, masks):
+        return ({path: role for path, role in roles.items() if path not in masks},
+                {path: role for path, role in roles.items() if path in masks})
+
     yield with_content("images"), with_content("masks"), True
     yield with_content(""), with_content("masks"), True  # train and train_masks
-    # masks/images beside images/images
-    yield *divided(roles, {path for path, role in roles.items() if role.below_masks}), True
+    masks = {path for path, role in roles.items() if role.below_masks}
+    yield *divided(roles, masks), True  # masks/images beside images/images
     # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
-    image_names = {(path.parent, name) for path in roles
-                   for name in (path.stem, common_name(path, IMAGE_AFFIX))}
-    mask_names = {path: common_name(path, MASK_AFFIX) for path in roles}
-    yield *divided(roles, {path for path, name in mask_names.items()
-                           if name != path.stem and (path.parent, name) in image_names}), True
+    names = {path: common_name(path, MASK_AFFIX) for path in roles}
+    image_names = {(path.parent, path.stem) for path in roles}
+    image_names |= {(path.parent, common_name(path, IMAGE_AFFIX)) for path in roles}
+    masks = {path for path, name in names.items()
+             if name != path.stem and (path.parent, name) in image_names}
+    yield *divided(roles, masks), True
     # by their looks: all files of an ending in a folder, of which a few are opened
-    others, kinds = {path: role for path, role in roles.items() if role.content != "other"}, {}
-    for path in others:
-        kinds.setdefault((path.parent, path.suffix), []).append(path)
-    masks = {path for files in kinds.values() if all_look_like_masks(files) for path in files}
+    others = {path: role for path, role in roles.items() if role.content != "other"}
+    kinds = grouped(others, lambda path: (path.parent, path.suffix)).values()
+    masks = {path for files in kinds if all_look_like_masks(files) for path in files}
     yield *divided(others, masks), False
-
-
-def divided(roles, masks):
-    """Return {path: FolderRole} of the images and of the masks, a set of paths."""
-    return ({path: role for path, role in roles.items() if path not in masks},
-            {path: role for path, role in roles.items() if path in masks})
 
 
 def all_look_like_masks(files):
@@ -225,7 +223,7 @@ def pair_splits(images, masks):
 
     Where only the images are in splits, each of them chooses among all masks. Raises InputError as match().
     """
-    content = FolderContent({}, {}, {}, [], [])
+    content = FolderContent()
     image_splits = {role.split for role in images.values()} - {""}
     mask_splits = {role.split for role in masks.values()} - {""}
     splits = sorted(image_splits)
@@ -236,31 +234,31 @@ def pair_splits(images, masks):
         split_images = {path: role.group for path, role in images.items() if role.split == split}
         split_masks = {path: role.group for path, role in masks.items()
                        if role.split == split or not image_splits or not mask_splits}
-        pairs = match(split_images, split_masks)
         if not split_masks:  # as the test images of a contest
             content.notes.append(f"not used: {count_of(len(split_images), 'image')} of {name}, without masks")
             continue
+        pairs = match(split_images, split_masks)
         if not pairs.samples:  # the groups may differ: roads/ and roads_gt/
             with suppress(InputError):
                 pairs = match(dict.fromkeys(split_images, ()), dict.fromkeys(split_masks, ()))
         content.splits[name] = pairs.samples
-        content.images_without_mask[name] = pairs.images_without_mask
-        content.masks_without_image[name] = without_copies(pairs.masks_without_image, pairs.samples)
+        content.images_without_mask += pairs.images_without_mask
+        content.masks_without_image += without_copies(pairs.masks_without_image, pairs.samples)
     if image_splits and not mask_splits:
         used = {sample.mask for sample in content.samples}
-        content.masks_without_image = {"train": sorted(set(masks) - used)}
+        content.masks_without_image = sorted(set(masks) - used)
     return content
 
 
 def without_copies(masks, samples):
     """Return masks without those that are another drawing of a pair: x_color.png beside x.png."""
     names = {common_name(sample.image, affix) for sample in samples for affix in (None, IMAGE_AFFIX)}
-    others = []
-    for path in masks:
+
+    def is_copy(path):
         ends = [separator.start() for separator in re.finditer(SEPARATORS, path.stem)]
-        if not any(path.stem[:end] in names for end in ends):
-            others.append(path)
-    return others
+        return any(path.stem[:end] in names for end in ends)
+
+    return [path for path in masks if not is_copy(path)]
 
 
 # --- pairs by the names of files --------------------------------------------------------------------------
@@ -303,18 +301,17 @@ def match(images, masks):
         return len(sides[0].keys() & sides[1].keys())
 
     affixes = (None, None), (None, MASK_AFFIX), (IMAGE_AFFIX, MASK_AFFIX)
-    sides = max(((index_by_name(images, image_affix), index_by_name(masks, mask_affix))
-                 for image_affix, mask_affix in affixes), key=count_shared)
+    ways = [(index_by_name(images, image_affix), index_by_name(masks, mask_affix))
+            for image_affix, mask_affix in affixes]
+    sides = max(ways, key=count_shared)
     if images and masks and not count_shared(sides):
         distinctive = index_by_distinct_words(images), index_by_distinct_words(masks)
         if count_shared(distinctive) == len(images) == len(masks):
             sides = distinctive
     for by_name in sides:
         for first, second in (paths[:2] for paths in by_name.values() if len(paths) > 1):
-            if first.parent != second.parent:
-                raise InputError(f"{first.parent} and {second.parent} both hold {first.stem}: move one of "
-                                 "these folders away, or give it the name of the images that it belongs to")
-            raise InputError(f"{first} and {second} have the same name: remove the one that is not meant")
+            raise InputError(f"{first} and {second} have the same name: remove the file that is not meant, "
+                             "or move its folder away")
     images_by_name, masks_by_name = sides
     names = images_by_name.keys() & masks_by_name.keys()
     return Pairs([Sample(images_by_name[name][0], masks_by_name[name][0]) for name in sorted(names)],
@@ -324,20 +321,14 @@ def match(images, masks):
 
 def index_by_name(groups, affix):
     """Return {(group, common name): [path]} of {path: group}."""
-    by_name = {}
-    for path, group in groups.items():
-        by_name.setdefault((group, common_name(path, affix)), []).append(path)
-    return by_name
+    return grouped(groups, lambda path: (groups[path], common_name(path, affix)))
 
 
 def index_by_distinct_words(groups):
     """Return {(group, words of the name that not all names have): [path]} of {path: group}."""
     words = {path: re.split(SEPARATORS, path.stem.lower()) for path in groups}
-    shared, by_words = set.intersection(*map(set, words.values())), {}
-    for path, group in groups.items():
-        key = group, *(word for word in words[path] if word not in shared)
-        by_words.setdefault(key, []).append(path)
-    return by_words
+    shared = set.intersection(*map(set, words.values()))
+    return grouped(groups, lambda path: (groups[path], *(word for word in words[path] if word not in shared)))
 
 
 def pair_files(image_folder, mask_folder):
@@ -385,48 +376,45 @@ def use_lists(content, root, base):
     folders = dict.fromkeys(top / name for top in (root, base) for name in LIST_FOLDERS)
     paths = [path for folder in folders for path in sorted(folder.glob("*.txt"))
              if set(words_of(path.stem)) & SPLIT_OF.keys()]
-    by_stem = {}
-    for sample in content.splits.get("train", []):
-        by_stem.setdefault(sample.image.stem, []).append(sample)
-    lists, entries = lists_by_split(paths), {}
-    for split, path in lists.items():
+    by_stem = grouped(content.splits.get("train", []), lambda sample: sample.image.stem)
+    lists = {}  # {split: (path, {entry: the Samples of that name})}
+    for split, path in lists_by_split(paths).items():
         samples_of = {entry: samples_of_entry(entry, by_stem) for entry in read_list(path)}
         if any(samples_of.values()):  # else it lists something else
-            entries[split] = samples_of
-    if "train" not in entries or set(content.splits) != {"train"}:
+            lists[split] = path, samples_of
+    if "train" not in lists or set(content.splits) != {"train"}:
         if paths:
             reason = "the folders name the splits" if len(content.splits) > 1 else \
                 "none lists images to train on"
             content.notes.append(f"not used: {relative_names(paths, root)} ({reason})")
         return
     splits = {}
-    for split, samples_of in entries.items():
+    for split, (path, samples_of) in lists.items():
         for entry, samples in samples_of.items():
             if len(samples) != 1:
-                reason = f"{samples[0].image} and {samples[1].image} have that name" if samples else \
-                    "there is no image of that name with a mask"
-                raise InputError(f"{lists[split]} lists {entry}, and {reason}: correct the list, or rename "
-                                 "it if it is not the list of this split")
+                images = " and ".join(str(sample.image) for sample in samples[:2]) or "no image with a mask"
+                raise InputError(f"{path} lists {entry}, which is the name of {images}: correct the list, or "
+                                 "rename it if it is not the list of this split")
         splits[split] = [sample for sample, in samples_of.values()]
     unlisted = set(content.splits["train"]).difference(*splits.values())
-    content.splits, content.images_without_mask, content.masks_without_image = splits, {}, {}
+    content.splits, content.images_without_mask, content.masks_without_image = splits, [], []
     not_used = f"; {count_of(len(unlisted), 'pair')} on none of them: not used" if unlisted else ""
-    content.notes.append(f"split by {relative_names([lists[split] for split in entries], root)}{not_used}")
+    used = [path for path, _ in lists.values()]
+    content.notes.append(f"split by {relative_names(used, root)}{not_used}")
 
 
 def lists_by_split(paths):
     """Return {split: path} of list files, train.txt before train_fold1.txt. Raises InputError for two."""
-    def is_exact(path):
-        return path.stem.lower() in SPLIT_OF
-
     lists = {}
-    for path in sorted(paths, key=is_exact, reverse=True):
+    for path in paths:
         splits = {SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF}
-        if len(splits) > 1:
-            continue  # train_val.txt
-        first = lists.setdefault(splits.pop(), path)
-        if first != path and is_exact(first) == is_exact(path):
-            raise InputError(f"{first} and {path} list images of the same split: move one away")
+        if len(splits) == 1:  # not train_val.txt
+            lists.setdefault(splits.pop(), []).append(path)
+    for split, named in lists.items():
+        path, *others = [path for path in named if path.stem.lower() in SPLIT_OF] or named
+        if others:
+            raise InputError(f"{path} and {others[0]} list images of the same split: move one away")
+        lists[split] = path
     return lists
 
 
@@ -443,11 +431,10 @@ def samples_of_entry(entry, by_stem):
 
 def count_shared_folders(names, folders):
     """Return how many of `names` are among `folders` in their order, from the last one on."""
-    count, folders = 0, list(folders)
+    count, folders = 0, folders[::-1]
     for name in reversed(names):
         if name in folders:
-            last = len(folders) - 1 - folders[::-1].index(name)
-            count, folders = count + 1, folders[:last]
+            count, folders = count + 1, folders[folders.index(name) + 1:]
     return count
 
 
@@ -460,13 +447,9 @@ def relative_names(paths, root):
 KNOWN_LAYOUTS = ("it needs images/ and masks/, or train/images train/masks val/images val/masks, or "
                  "images/train masks/train images/val masks/val, or train_images train_labels valid_images "
                  "valid_labels")
-ANNOTATIONS = {  # by ending: what the text of such a file holds, what it is; the first that fits counts
-    ".json": ((('"objects"', '"imgHeight"'), "Cityscapes polygons"),
-              (('"_via_img_metadata"',), "VIA annotations"),
-              (('"data"', '"annotations"'), "Label Studio annotations")),
-    ".xml": ((("<annotation>",), "VOC boxes, which hold no shapes"),
-             (("<annotations>",), "CVAT annotations")),
-}
+HINTS = {ending: "unpack it" for ending in (".zip", ".tar", ".gz")} | {
+    ".json": "not read, export masks as PNG", ".xml": "not read, export masks as PNG",
+    ".txt": "not read, outlines of YOLO need their data.yaml"}
 
 
 def report_folders(content, paths, root):
@@ -474,25 +457,16 @@ def report_folders(content, paths, root):
     images = [sample.image for sample in content.samples]
     masks = [sample.mask for sample in content.samples]
     content.notes.insert(0, f"images: {count_by_folder(images, root)}; masks: {count_by_folder(masks, root)}")
-    used = {*images, *masks}.union(*content.images_without_mask.values(),
-                                   *content.masks_without_image.values())
+    used = {*images, *masks, *content.images_without_mask, *content.masks_without_image}
     unused = sorted(set(paths) - used)
     if not unused:
         return
     content.notes.append(f"not used: {count_by_folder(unused, root)}")
     fewest = min(Counter(path.parent for path in masks).values())
-    for folder, files in files_by_folder(unused).items():
+    for folder, files in grouped(unused, lambda path: path.parent).items():
         if len(files) >= fewest and all_look_like_masks(files):
             content.doubts.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks "
                                   "too: if it is what you want to learn, move the other folder of masks away")
-
-
-def files_by_folder(paths):
-    """Return {folder: [path]}."""
-    folders = {}
-    for path in paths:
-        folders.setdefault(path.parent, []).append(path)
-    return folders
 
 
 def count_by_folder(paths, root):
@@ -507,46 +481,12 @@ def shortened(texts):
     return ", ".join(texts[:FOLDERS_IN_MESSAGE]) + more
 
 
-def describe_folder(root, pictures):
-    """Return as text what each folder below `root` holds; pictures: the set of images and masks."""
+def describe_folder(root):
+    """Return as text which files each folder below `root` holds, and a hint for those that are not read."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and not is_hidden(path, root)]
+    counts = Counter((path.parent, path.suffix.lower()) for path in files)
     texts = []
-    for folder, paths in files_by_folder(files).items():
-        own = [path for path in paths if path in pictures]
-        others = [path for path in paths if path not in pictures]
-        kinds = []
-        if own:
-            looks = [looks_like_mask(path) for path in evenly_sampled(own, SAMPLED)]
-            kind = "masks" if 2 * sum(looks) > len(looks) else "photos"
-            kinds.append(f"{count_of(len(own), 'picture')} ({kind}, by their looks)")
-        if others:
-            kinds.append(f"{count_of(len(others), 'file')} ({format_of(others)})")
-        texts.append(f"{folder.relative_to(root).as_posix()}/ holds {' and '.join(kinds)}")
+    for (folder, ending), count in counts.items():
+        hint = f" ({HINTS[ending]})" if ending in HINTS else ""
+        texts.append(f"{folder.relative_to(root).as_posix()}/ holds {count} x {ending or 'no ending'}{hint}")
     return shortened(texts) or "it is empty"
-
-
-def format_of(files):
-    """Return what kind of files without pixels these are, such as the annotations of a tool."""
-    ending = Counter(path.suffix.lower() for path in files).most_common(1)[0][0]
-    if ending in (".zip", ".tar", ".gz"):
-        return "an archive: unpack it"
-    example = next(path for path in files if path.suffix.lower() == ending)
-    kind = annotation_kind(example, ending) or ending or "without ending"
-    return f"{kind}, not read: export masks as PNG"
-
-
-def annotation_kind(path, ending):
-    """Return which tool's annotations a text file holds, "" where it is not known."""
-    if ending not in (".json", ".xml", ".txt"):
-        return ""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for words, name in ANNOTATIONS.get(ending, ()):
-        if all(word in text for word in words):
-            return name
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    is_yolo = ending == ".txt" and all(re.fullmatch(r"[\d.]+", word) for line in lines for word in line)
-    if is_yolo and lines and all(len(line) == 5 for line in lines):
-        return "YOLO boxes, which hold no shapes"
-    if is_yolo and lines and all(len(line) > 6 for line in lines):
-        return "YOLO polygons without their data.yaml"
-    return ""

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import InputError
-from dataio.readers import (DECODE_ERRORS, DEPTH, decode_mask, open_photo, stored_size, to_rgb,
+from dataio.readers import (DEPTH, decode_mask, naming_damage, open_photo, stored_size, to_rgb,
                             upright_size)
 
 LOOK = 16  # side of the difference hash: 16 x 16 bits
@@ -85,20 +85,13 @@ def scan_mask(path):
 
 def scan_image(path):
     """Return the ImageFacts of a file; JPEGs are decoded at a fraction of their size. Raises InputError."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    with open_photo(path) as image:
-        try:
-            mode, (size, orientation) = image.mode, stored_size(image)
-            image.draft("L", (4 * LOOK, 4 * LOOK))
-            rgb = to_rgb(image)  # as it is read, or else all 16-bit images would look alike
-            small = np.asarray(rgb.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
-        except DECODE_ERRORS as error:
-            raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
+    with open_photo(path) as image, naming_damage(path):
+        mode, (size, orientation) = image.mode, stored_size(image)
+        image.draft("L", (4 * LOOK, 4 * LOOK))
+        rgb = to_rgb(image)  # as it is read, or else all 16-bit images would look alike
+        small = np.asarray(rgb.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
+        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
     look = np.packbits(small[:, 1:] > small[:, :-1]).view(np.uint64)
-    digest = hashlib.blake2b(content, digest_size=16).digest()
     return ImageFacts(size, mode, orientation, digest, look, rgb.info.get(DEPTH, 8))
 
 

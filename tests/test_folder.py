@@ -4,19 +4,16 @@ import re
 
 import numpy as np
 import pytest
-from conftest import blocks, load, real_data, write_folder, write_tree
+from conftest import load, real_data, refused, write_folder
 from PIL import Image
 from trees import COLORS, ENCODINGS, PLAIN, TREES, flags_of_training, follow_advice, frames
 
 import check_data
 import train
-from config import InputError
 from dataio.labels import find_modes, read_classes, snap
 from dataio.layout import role_of
-from dataio.readers import IMAGE_ENDINGS, index_table, read_mask
+from dataio.readers import index_table, read_mask
 from datasets import check_trainable
-
-QUICK = {"0 255, stray 3 and 4", "JPEG, painted, cleaned"}
 
 
 # --- every tree -------------------------------------------------------------------------------------------
@@ -48,9 +45,8 @@ def prepare(name, tmp_path, run):
 def test_every_tree_gives_the_pairs_classes_and_pixels_that_were_drawn(name, tmp_path, run):
     tree, (data, pairs) = TREES[name], prepare(name, tmp_path, run)
     if tree.refused:
-        with pytest.raises(InputError) as error:
+        with refused(*tree.refused):
             load("folder", data)
-        assert "\n" not in str(error.value) and all(words in str(error.value) for words in tree.refused)
         return
     source = load("folder", data)
     names = [name for name, _ in source.classes]
@@ -69,8 +65,8 @@ def test_every_tree_gives_the_pairs_classes_and_pixels_that_were_drawn(name, tmp
         assert any(words in note for note in source.notes), source.notes
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long)
-                                  for name, tree in ENCODINGS.items() if not tree.refused])
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name, tree in ENCODINGS.items() if not tree.refused])
 def test_training_learns_every_class(name, tmp_path, run):
     data, _ = prepare(name, tmp_path, run)
     code, text, err = run(train, *flags_of_training(data, tmp_path / "out"))
@@ -81,9 +77,7 @@ def test_training_learns_every_class(name, tmp_path, run):
 
 
 @pytest.mark.parametrize(("folders", "role"), [
-    ("SegmentationClassPNG", ("masks", "", ())),
     ("SegmentationObject", ("other", "", ())),
-    ("Training_Images", ("images", "train", ())),
     ("val2017/drive_3/leftImg8bit", ("images", "val", ("2017", "drive", "3"))),
     ("road segmentation/images/test", ("images", "test", ("road",))),
     ("gt_image_2", ("masks", "", ("2",))),
@@ -94,24 +88,20 @@ def test_what_the_names_of_folders_tell(folders, role):
     assert role_of(tuple(folders.split("/")))[:3] == role
 
 
-def test_real_crackforest_pairs_by_suffix_in_any_case():
+def test_real_folders():
     source = load("folder", real_data("crackforest"), classes=("road", "crack"))
     assert len(source.splits["train"]) == 19 and len(source.splits["val"]) == 5
     assert all(sample.mask.name == f"{sample.image.stem}_label.PNG" for sample in source.splits["val"])
-
-
-def test_real_person_photos():
     source = load("folder", real_data("person_sample"), classes=("background", "person"))
     assert len(source.splits["train"]) == 96 and len(source.splits["val"]) == 24
     assert any("43 of 120" in note for note in source.notes)  # masks of another size than their image
     assert source.classes == [("background", (0, 0, 0)), ("person", (0, 255, 0))]
-    assert {sample.image.suffix for sample in source.splits["train"]} <= set(IMAGE_ENDINGS)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "voc", "streets", "camvid"])
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, dataset):
     (tmp_path / "data.zip").write_bytes(b"PK")
-    with pytest.raises(InputError, match="--data-root .*data.zip"):
+    with refused("--data-root", "data.zip"):
         load(dataset, tmp_path / "data.zip")
 
 
@@ -120,7 +110,7 @@ def test_validation_folders_alone_can_be_scored_and_not_trained(tmp_path):
     write_folder(tmp_path / "test", count=3)
     source = load("folder", tmp_path)
     assert len(source.splits["val"]) == len(source.splits["test"]) == 3 and not source.splits["train"]
-    with pytest.raises(InputError):
+    with refused():
         check_trainable(source)
 
 
@@ -131,7 +121,7 @@ def test_stacks_of_pages_are_refused_and_previews_are_not(tmp_path):
     page.save(tmp_path / "images/00.tif", save_all=True, append_images=[page.resize((30, 22))])
     load("folder", tmp_path)
     page.save(tmp_path / "images/00.tif", save_all=True, append_images=[page])
-    with pytest.raises(InputError, match="00.tif"):
+    with refused("00.tif"):
         load("folder", tmp_path)
 
 
@@ -163,7 +153,7 @@ def test_numbered_photos_that_do_not_look_alike_are_not_a_clip(tmp_path):
 def test_flags_that_split_have_no_effect_beside_a_validation_folder(tmp_path):
     write_folder(tmp_path / "train", count=6)
     write_folder(tmp_path / "val", count=2)
-    with pytest.raises(InputError, match="--fold.*--resplit"):
+    with refused("--fold", "--resplit"):
         load("folder", tmp_path, fold=(1, 4))
     assert len(load("folder", tmp_path, fold=(1, 4), resplit=True).splits["val"]) == 2
     for fraction, warned in ((0.2, False), (0.4, True), (0, False)):  # 0.2 is the default, 0 for scoring
@@ -212,50 +202,46 @@ def test_forms_of_class_lists(tmp_path, text, entries):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("one\n", "1"), ("", "0"), ("a\na\n", "1"),
-    ("a 1 2 3\nb 300 0 0\n", "line 2"),
-    ("name,r,g,b\nground,0,0,0\nroof,300,30,30\n", "roof"),
-    ("a = 1\nb\n", "VALUE"), ("a = 1\nb = 1\n", "value 1"),
-    ("a = 1\nb = x\n", "line 2"), ("a = 70000\nb = 1\n", "line 1"),
-    ("a 1 2 3\nb 1 2 3\n", ".1, 2, 3."),
-    ("name,id,trainId\nroad,7,0\ncar,26,13\n", "id and trainid"),
-    (b"\xff\xfe\x00", "UTF-8"),
+    ("one\n", "1"), ("", "0"), ("a\na\n", "1"), (b"\xff\xfe\x00", "UTF-8"),
+    ("a 1 2 3\nb 300 0 0\n", "b needs"), ("name,r,g,b\nground,0,0,0\nroof,300,30,30\n", "roof"),
+    ("a = 1\nb\n", "VALUE"), ("a = 1\nb = 1\n", "value 1"), ("a = 1\nb = x\n", "b needs"),
+    ("a = 1\nb =\n", "b needs"), ("a = 70000\nb = 1\n", "a needs"), ("name,id\na,1\nb,99999999999\n", "b needs"),
+    ("a 1 2 3\nb 1 2 3\n", "(1, 2, 3)"), ("name,id,trainId\nroad,7,0\ncar,26,13\n", "2 columns"),
 ])
 def test_bad_classes_txt_is_named(tmp_path, text, words):
     write_folder(tmp_path, count=2)
     (tmp_path / "classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=f"classes.txt.*{words}"):
+    with refused("classes.txt", words):
         load("folder", tmp_path)
 
 
 def test_tables_of_classes_that_differ_are_not_guessed_and_names_are_given_once(tmp_path):
     write_folder(tmp_path / "city", values=(0, 1))
-    for name, text in (("a_classes.csv", "name,id\nroad,0\ncar,1\n"),
-                       ("b_classes.csv", "name,id\nroad,1\ncar,0\n")):
-        (tmp_path / "city" / name).write_text(text)
-    with pytest.raises(InputError, match="a_classes.csv and .*b_classes.csv"):
+    (tmp_path / "city/a_classes.csv").write_text("name,id\nroad,0\ncar,1\n")
+    (tmp_path / "city/b_classes.csv").write_text("name,id\nroad,1\ncar,0\n")
+    with refused("a_classes.csv", "b_classes.csv"):
         load("folder", tmp_path)
     (tmp_path / "classes.txt").write_text("road\ncar\n")
-    with pytest.raises(InputError, match="--classes.*classes.txt"):
+    with refused("--classes", "classes.txt"):
         load("folder", tmp_path, classes=("road", "car"))
-    (tmp_path / "classes.txt").unlink()
 
 
 @pytest.mark.parametrize("names", [("only",), ("ignore",), ("a", "ignore"), [f"c{id}" for id in range(251)]])
 def test_names_of_the_command_line_are_two_to_250(tmp_path, names):
     write_folder(tmp_path, count=3, values=(0, 1))
-    with pytest.raises(InputError, match="--classes"):
+    with refused("--classes"):
         load("folder", tmp_path, classes=tuple(names))
 
 
-def test_the_table_holds_what_the_list_names_255_and_nothing_else(tmp_path):
+@pytest.mark.parametrize(("text", "table"), [
+    ("road\ncar\nroad\nignore\n", [0, 1, 0, 255, 254, 255]),
+    ("a = 1\nb = 0 2\nignore = 3\n", [1, 0, 1, 255, 254, 255]),
+    ("road\nignore\ncar\ntree\n", [0, 255, 1, 2, 254, 255]),  # 255 beside 1
+])
+def test_the_table_holds_what_the_list_names_255_and_nothing_else(tmp_path, text, table):
     write_folder(tmp_path, values=(0, 1, 2, 3))
-    (tmp_path / "classes.txt").write_text("road\ncar\nroad\nignore\n")
-    assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == [0, 1, 0, 255, 254, 255]
-    (tmp_path / "classes.txt").write_text("a = 1\nb = 0 2\nignore = 3\n")
-    assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == [1, 0, 1, 255, 254, 255]
-    (tmp_path / "classes.txt").write_text("road\nignore\ncar\ntree\n")  # 255 beside 1
-    assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == [0, 255, 1, 2, 254, 255]
+    (tmp_path / "classes.txt").write_text(text)
+    assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == table
 
 
 # --- masks that do not fit --------------------------------------------------------------------------------
@@ -264,7 +250,7 @@ def test_a_value_or_color_that_is_not_listed_is_named(tmp_path):
     mask = np.array(Image.open(tmp_path / "masks/05.png"))
     mask[7, 7] = 3
     Image.fromarray(mask).save(tmp_path / "masks/05.png")
-    with pytest.raises(InputError, match=r"masks/05.png .*\b3\b"):
+    with refused("masks/05.png", " 3 "):
         load("folder", tmp_path, classes=("road", "crack"))
     for path in (tmp_path / "masks").iterdir():
         Image.fromarray(COLORS[np.array(Image.open(path)) // 255]).save(path)
@@ -272,36 +258,23 @@ def test_a_value_or_color_that_is_not_listed_is_named(tmp_path):
     colors = np.array(Image.open(tmp_path / "masks/02.png"))
     colors[3, 4:7] = 205, 31, 30
     Image.fromarray(colors).save(tmp_path / "masks/02.png")
-    with pytest.raises(InputError, match=r"02.png .*\(205, 31, 30\) \(3 .*roof \(200, 30, 30\)"):
+    with refused("masks/02.png", "(205, 31, 30) (3 ", "roof (200, 30, 30)"):
         load("folder", tmp_path)
 
 
 def test_masks_of_a_single_class_do_not_train(tmp_path):
     write_folder(tmp_path, values=(0, 255))
     (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
-    with pytest.raises(InputError, match="sky.*check_data.py"):
+    with refused("sky", "check_data.py"):
         check_trainable(load("folder", tmp_path))
 
 
-def test_painted_masks_of_a_registered_data_set_name_the_folder_data_set(tmp_path):
-    write_tree("aeroscapes", tmp_path)
-    for path in (tmp_path / "SegmentationClass").iterdir():
-        Image.fromarray(COLORS[np.array(Image.open(path)) % 2]).save(path)
-    with pytest.raises(InputError, match="--dataset folder"):
-        load("aeroscapes", tmp_path)
-
-
-@pytest.mark.parametrize("content", [
-    np.zeros((4, 5, 2)), np.zeros((0, 5)), np.full((4, 5), 0.5), np.full((4, 5), np.nan), np.full((4, 5), -1),
-    np.array([["a"]]), b"not an array", np.array([[{}]])], ids=str)
-def test_arrays_that_are_not_masks_are_named(tmp_path, content):
-    path = tmp_path / "mask.npy"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        np.save(path, content, allow_pickle=True)
-    with pytest.raises(InputError, match="mask.npy"):
-        read_mask(path, index_table(3))
+@pytest.mark.parametrize("array", [np.zeros((0, 5)), np.full((4, 5), np.nan), np.full((4, 5), -1),
+                                   np.array([["a"]]), np.array([[{}]])], ids=str)
+def test_arrays_that_are_not_masks_are_named(tmp_path, array):
+    np.save(tmp_path / "mask.npy", array, allow_pickle=True)
+    with refused("mask.npy"):
+        read_mask(tmp_path / "mask.npy", index_table(3))
 
 
 def test_a_rare_value_of_blurred_masks_is_a_mode_and_noise_is_not():
@@ -312,18 +285,3 @@ def test_a_rare_value_of_blurred_masks_is_a_mode_and_noise_is_not():
     assert snapped[20] is None and snapped[5] == 0 and snapped[250] == 255 and snapped[128] == 128
     assert not snap({0: 900, 1: 900, 2: 900}, False)  # too near to one another
     assert not snap(dict.fromkeys(range(256), 100), False)  # a photo
-
-
-@pytest.mark.parametrize(("values", "unclear"), [((0, 255), 1e-9), ((0, 85, 170), 0.03)])
-def test_jpeg_masks_come_out_as_they_were_drawn(tmp_path, values, unclear):
-    write_folder(tmp_path, values=range(len(values)), size=(90, 122))
-    (tmp_path / "classes.txt").write_text("".join(f"class {value} = {value}\n" for value in values))
-    for path in sorted((tmp_path / "masks").iterdir()):
-        stored = np.array(values, np.uint8)[np.array(Image.open(path))]
-        Image.fromarray(stored).save(path.with_suffix(".jpg"), quality=75)
-        path.unlink()
-    source = load("folder", tmp_path)
-    for sample in source.splits["train"]:
-        mask = read_mask(sample.mask, source.table)
-        drawn = blocks(90, 122, range(len(values)), seed=int(sample.mask.stem))
-        assert ((mask == drawn) | (mask == 255)).all() and (mask == 255).mean() < unclear

@@ -2,8 +2,7 @@
 
 import cv2
 import numpy as np
-import pytest
-from conftest import blocks
+from conftest import blocks, refused
 from PIL import Image
 
 from config import InputError
@@ -28,9 +27,8 @@ def bits_apart(facts, others):
     return int(np.bitwise_count(facts.look ^ others.look).sum())
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (30, 41)], ids=str)
-def test_distinct_equals_numpy_unique(shape):
-    for codes in (np.random.default_rng(0).integers(0, 9, shape), np.zeros(shape, np.int64)):
+def test_distinct_equals_numpy_unique():
+    for codes in (np.random.default_rng(0).integers(0, 9, (30, 41)), np.zeros((1, 1), np.int64)):
         for ours, theirs in zip(distinct(codes), np.unique(codes, return_counts=True), strict=True):
             assert (ours == theirs).all()
 
@@ -61,10 +59,9 @@ def test_files_that_are_damaged_or_not_class_masks_are_named(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(blocks(90, 90, (0, 1, 2))).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:90])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "noise.png").read_bytes()[:90])
     for name in ("noise.png", "float.tif", "cut.png", "gone.png"):
-        with pytest.raises(InputError, match=name):
+        with refused(name):
             scan_mask(tmp_path / name)
 
 

@@ -12,6 +12,9 @@ from dataio.readers import Sample, index_table
 from dataio.stratify import count_pixels, share_table, stratified_fold, stratified_split
 
 
+TABLE = index_table(3)
+
+
 def test_split_is_deterministic_disjoint_and_fair():
     generator = np.random.default_rng(0)
     pixels = generator.integers(1, 1000, (120, 6))
@@ -31,8 +34,6 @@ def test_split_is_deterministic_disjoint_and_fair():
 def test_small_splits_train_and_validate(count, fraction, want):
     train, val = stratified_split(np.ones((count, 2), np.int64), fraction)
     assert len(val) == want and len(train) == count - want
-    with refused():
-        stratified_split(np.ones((1, 2), np.int64), fraction)
 
 
 @pytest.mark.parametrize(("count", "folds"), [(20, 5), (23, 5), (6, 6), (7, 2)])
@@ -49,13 +50,15 @@ def test_folds_score_every_image_once(count, folds):
         assert np.abs(shares - 1 / folds).max() < 0.6 / folds
     with refused(f"--fold 1/{count + 1}"):
         stratified_fold(pixels, 1, count + 1)
+    with refused():
+        stratified_split(pixels[:1], 0.5)
 
 
 def test_the_last_images_of_rare_classes_are_shared():
     pixels = np.zeros((20, 3), np.int64)
     pixels[:, 0] = 1000
-    pixels[[3, 11], 1] = 50  # two images show it: one must validate
-    pixels[7, 2] = 10  # one image shows it: it must train
+    pixels[[3, 11], 1] = 50  # in two images: one must validate
+    pixels[7, 2] = 10  # in a single image: it must train
     train, val = stratified_split(pixels, 0.2)
     assert len({3, 11} & set(val)) == 1 and 7 in train and len(val) == 4
 
@@ -68,47 +71,44 @@ def test_a_class_in_a_few_images_has_its_share_in_validation(images, want):
     assert sum(image < images for image in stratified_split(pixels, 0.2)[1]) == want
 
 
-def write_samples(root, count=6):
-    """Write pairs and return their Samples."""
-    write_folder(root, count=count)
-    return [Sample(root / f"images/{n:02d}.png", root / f"masks/{n:02d}.png") for n in range(count)]
+@pytest.fixture
+def samples(tmp_path):
+    """Six pairs of a folder."""
+    write_folder(tmp_path, count=6)
+    return [Sample(tmp_path / f"images/{n:02d}.png", tmp_path / f"masks/{n:02d}.png") for n in range(6)]
 
 
-def test_pixels_are_counted_once_and_again_when_a_mask_or_the_table_changes(tmp_path, monkeypatch):
-    samples, table = write_samples(tmp_path), index_table(3)
+def test_pixels_are_counted_once_and_again_when_a_mask_or_the_table_changes(samples, tmp_path, monkeypatch):
+    def count(samples=samples, table=TABLE):
+        return count_pixels(samples, table, 3, tmp_path / "cache")
+
     want = np.stack([np.bincount(np.array(Image.open(s.mask)).ravel(), minlength=3)[:3] for s in samples])
-    assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert (count() == want).all() and len(list((tmp_path / "cache").iterdir())) == 1
     with monkeypatch.context() as patch:
         patch.setattr(stratify, "read_mask", None)  # reading would fail
-        assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
+        assert (count() == want).all()
     with monkeypatch.context() as patch:
         patch.setattr(stratify, "code_hash", lambda *modules: "changed")
         patch.setattr(stratify, "read_mask", lambda *_: np.zeros((2, 2), np.uint8))
-        assert count_pixels(samples, table, 3, tmp_path / "cache")[1].tolist() == [4, 0, 0]
-    unlabeled = [samples[0], Sample(samples[1].image), *samples[2:]]
-    rows = count_pixels(unlabeled, table, 3, tmp_path / "cache")
+        assert count()[1].tolist() == [4, 0, 0]
+    rows = count([samples[0], Sample(samples[1].image), *samples[2:]])
     assert not rows[1].any() and (rows[2:] == want[2:]).all()
-    without_zero = index_table(3)
-    without_zero[0] = 255
-    assert count_pixels(samples, without_zero, 3, tmp_path / "cache")[:, 0].sum() == 0
+    assert count(table=index_table(3, ignored=(0, 255)))[:, 0].sum() == 0
     path, before = samples[1].mask, samples[1].mask.stat()
     Image.fromarray(np.zeros((45, 61), np.uint8)).save(path)  # repaired, the same size
     path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
-    assert path.stat().st_size == before.st_size
-    assert count_pixels(samples, table, 3, tmp_path / "cache")[1].tolist() == [45 * 61, 0, 0]
+    assert path.stat().st_size == before.st_size and count()[1].tolist() == [45 * 61, 0, 0]
     write_pair(samples[2].image, samples[2].mask, blocks(45, 61, (2, 2)))
-    assert count_pixels(samples, table, 3, tmp_path / "cache")[2].tolist() == [0, 0, 45 * 61]
+    assert count()[2].tolist() == [0, 0, 45 * 61]
 
 
-def test_damaged_counts_are_counted_anew_and_a_mask_that_does_not_fit_is_named(tmp_path):
-    samples, table = write_samples(tmp_path), index_table(3)
-    want = count_pixels(samples, table, 3, tmp_path / "cache")
+def test_damaged_counts_are_counted_anew_and_a_mask_that_does_not_fit_is_named(samples, tmp_path):
+    want = count_pixels(samples, index_table(3), 3, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     for content in (b"", path.read_bytes()[:100], b"not numpy"):
         path.write_bytes(content)
-        assert (count_pixels(samples, table, 3, tmp_path / "cache") == want).all()
+        assert (count_pixels(samples, index_table(3), 3, tmp_path / "cache") == want).all()
     with refused("masks/0", 2):
         count_pixels(samples, index_table(2), 2, tmp_path / "cache")
 

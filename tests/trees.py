@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,11 +66,15 @@ def scene(seed, classes=2, size=SIZE):
 
 
 def save(path, array, **options):
-    """Write an array as an image file."""
+    """Write an array, or a picture of PIL, as an image file or as a NumPy file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(array, Image.Image):
-        array = Image.fromarray(array)
-    array.save(path, **options)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif isinstance(array, np.ndarray) and array.ndim == 3 and array.dtype == np.uint16:
+        cv2.imwrite(str(path), array[..., ::-1])  # PIL has no deep colors
+    else:
+        picture = array if isinstance(array, Image.Image) else Image.fromarray(array)
+        picture.save(path, **options)
 
 
 # --- writers of trees -------------------------------------------------------------------------------------
@@ -78,9 +83,10 @@ def as_ids(mask, seed):
     return mask
 
 
-def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_ids, first=0, **options):
-    """Write PAIRS pairs; image, mask: paths with {} for the number; encode(mask, seed) -> what is stored;
-    first: seed of the first scene.
+def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as_ids, first=0, files=None,
+          develop=np.array, **options):
+    """Write PAIRS pairs; image, mask: paths with {} for the number; encode(mask, seed) and develop(image) ->
+    what is stored; first: seed of the first scene; files: {path: text} of text files.
     """
     pairs = []
     for seed in range(PAIRS):
@@ -88,30 +94,21 @@ def plain(root, image="images/{}.jpg", mask="masks/{}.png", classes=2, encode=as
         split, long = ("train", "training") if seed < PAIRS * 2 // 3 else ("val", "validation")
         paths = [root / path.format(seed, split=split, long=long) for path in (image, mask)]
         pair = Pair(*paths, ids, split if "{split}" in image or "{long}" in image else "")
-        save(pair.image, pixels)
+        save(pair.image, develop(pixels))
         save(pair.mask, encode(ids, seed), **options)
         pairs.append(pair)
+    write_texts(root, files or {})
     return pairs
 
 
 def layout(image, mask, files=None, first=0):
-    """Return a tree with index masks of three classes in a layout, and text files {path: text}."""
-    def write(root):
-        pairs = plain(root, image, mask, classes=3, first=first)
-        write_texts(root, files or {})
-        return pairs
-
-    return write
+    """Return a tree with index masks of three classes in a layout, and text files."""
+    return partial(plain, image=image, mask=mask, classes=3, files=files, first=first)
 
 
 def encoded(encode, classes=2, mask="masks/{}.png", files=None, **options):
-    """Return a tree images/ masks/ with masks that are encoded in some way, and text files beside them."""
-    def write(root):
-        pairs = plain(root, mask=mask, classes=classes, encode=encode, **options)
-        write_texts(root, files or {})
-        return pairs
-
-    return write
+    """Return a tree images/ masks/ with masks that are encoded in some way, and text files."""
+    return partial(plain, mask=mask, classes=classes, encode=encode, files=files, **options)
 
 
 def write_texts(root, files):
@@ -136,20 +133,18 @@ def listed(files):
     return write
 
 
-def lists(folder=".", entry="{}", names=("train", "val")):
+def lists(folder=".", entry="{}"):
     """Return the two list files of a folder."""
-    numbers = (range(8), range(8, PAIRS - 1))
-    return {f"{folder}/{name}.txt": numbers_of(split_numbers, entry)
-            for name, split_numbers in zip(names, numbers, strict=True)}
+    return {f"{folder}/train.txt": numbers_of(range(8), entry),
+            f"{folder}/val.txt": numbers_of(range(8, PAIRS - 1), entry)}
 
 
-def with_folder(tree, folder, names, split=None, mode="L"):
+def with_folder(tree, folder, names, mode="L"):
     """Return a tree with another folder of black pictures, of which nothing must be used."""
     def write(root):
-        pairs = tree(root)
         for name in names:
             save(root / folder / name, Image.new(mode, SIZE[::-1]))
-        return pairs
+        return tree(root)
 
     return write
 
@@ -241,18 +236,6 @@ def rare(root):
     return pairs
 
 
-def arrays(change):
-    """Return a tree with masks as NumPy files; change: (H, W) uint8 -> what is stored."""
-    def write(root):
-        pairs = plain(root, classes=3)
-        for pair in pairs:
-            np.save(pair.mask.with_suffix(".npy"), change(pair.ids))
-            pair.mask.unlink()
-        return [pair._replace(mask=pair.mask.with_suffix(".npy")) for pair in pairs]
-
-    return write
-
-
 def checkpoints_of_notebooks(root):
     """Copies that Jupyter leaves in hidden folders."""
     pairs = plain(root, classes=3)
@@ -261,21 +244,6 @@ def checkpoints_of_notebooks(root):
         target.mkdir()
         shutil.copy(root / name / f"1.{ending}", target / f"1-checkpoint.{ending}")
     return pairs
-
-
-def deep_images(change, ending):
-    """Return a tree of images of more than 8 bit; change: (H, W, 3) uint8 -> what OpenCV stores."""
-    def write(root):
-        pairs = []
-        for pair in plain(root, "images/{}.png"):
-            path = pair.image.with_suffix(ending)
-            pixels = change(np.array(Image.open(pair.image)))
-            pair.image.unlink()
-            cv2.imwrite(str(path), pixels)
-            pairs.append(pair._replace(image=path))
-        return pairs
-
-    return write
 
 
 def frames(root, step=4):
@@ -458,9 +426,9 @@ ENCODINGS = {
     "id;name": Tree(encoded(as_ids, 3, files={"classes.csv": TABLE_OF_LABELS}), ROOFS),
     "scores of evaluate.py": Tree(
         encoded(as_ids, 3, files={"outputs/evaluation/per_class.csv": "name,pixels\ncat,5\ndog,6\n"}), THREE),
-    "NumPy arrays": Tree(arrays(lambda ids: ids.astype(np.float32)), THREE),
-    "NumPy arrays (1, H, W)": Tree(arrays(lambda ids: ids[None].astype(np.int64)), THREE),
-    "NumPy arrays (H, W, 1)": Tree(arrays(lambda ids: ids[..., None]), THREE),
+    "NumPy arrays": Tree(encoded(lambda ids, seed: ids.astype(np.float32), 3, "masks/{}.npy"), THREE),
+    "NumPy arrays (1, H, W)": Tree(encoded(lambda ids, seed: ids[None], 3, "masks/{}.npy"), THREE),
+    "NumPy arrays (H, W, 1)": Tree(encoded(lambda ids, seed: ids[..., None], 3, "masks/{}.npy"), THREE),
     "JPEG, 0 255": Tree(encoded(values(0, 255), mask="masks/{}.jpg"), BINARY),
     "JPEG, 0 85 170": Tree(encoded(values(0, 85, 170), 3, mask="masks/{}.jpg"), THREE, "advice", lossy=True),
     "JPEG, named": Tree(
@@ -472,10 +440,10 @@ ENCODINGS = {
         encoded(painted, 3, mask="masks/{}.jpg", quality=90), PAINTED, "fix", lossy=True),
     "JPEG, 0 1 2": Tree(encoded(values(0, 1, 2), 3, mask="masks/{}.jpg"), refused=("masks/0.jpg",)),
     "PNG, resized with interpolation": Tree(encoded(blurred), TWO, "fix", lossy=True),
-    "12-bit gray images": Tree(
-        deep_images(lambda pixels: pixels[..., 0].astype(np.uint16) * 16, ".png"), TWO),
-    "16-bit RGB TIFF images": Tree(
-        deep_images(lambda pixels: pixels[..., ::-1].astype(np.uint16) * 257, ".tif"), TWO),
+    "12-bit gray images": Tree(partial(
+        plain, image="images/{}.png", develop=lambda pixels: pixels[..., 0].astype(np.uint16) * 16), TWO),
+    "16-bit RGB TIFF images": Tree(partial(
+        plain, image="images/{}.tif", develop=lambda pixels: pixels.astype(np.uint16) * 257), TWO),
     "40 frames of a clip": Tree(frames, TWO),
 }
 TREES = LAYOUTS | ENCODINGS

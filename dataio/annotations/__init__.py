@@ -84,7 +84,7 @@ def draw_annotations(root, tool, annotations):
     kinds = Counter(shape.kind for shape in shapes if not shape.draw)
     counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
     doubts = [f"not drawn, because they enclose nothing: {counts}"] if kinds else []
-    content = FolderContent(splits, {}, {}, [note], doubts, entries)
+    content = FolderContent(splits, [], [], [note], doubts, entries)
     use_lists(content, root, root)
     content.splits.setdefault("train", [])
     return content
