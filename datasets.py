@@ -10,7 +10,6 @@ A new data set is one function that returns a DataSource, entered in DATASETS wi
 import dataclasses
 import hashlib
 import random
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,29 +33,23 @@ VOC_TAR = "VOCtrainval_11-May-2012.tar"
 
 # --- one function per data set ----------------------------------------------------------------------------
 # f(root, options, download) -> DataSource: options are config.DataOptions, download says whether it may.
-def first_with(root, folders, inside):
-    """Return the first of `folders` below `root` that holds `inside`, else None."""
-    return next((root / name for name in folders if (root / name / inside).exists()), None)
+def find_base(root, folders, inside, name, advice, download=None):
+    """Return the first of `folders` below `root` that holds `inside`; where none does, download() first.
 
-
-def find_base(root, folders, inside, name, advice):
-    """Return the folder of a data set, as first_with does. Raises InputError: what to download."""
-    base = first_with(root, folders, inside)
-    if base is None:
-        raise InputError(f"no {name} under {root}: {advice}, or give --data-root")
-    return base
-
-
-def fetch(name, size, root, allowed, download, advice):
-    """Call download(). Raises InputError where it is not allowed or fails: what goes where."""
-    if not allowed:
-        raise InputError(f"no {name} under {root}")
-    print(f"{name} is not under {root}: downloading it there ({size})", flush=True)
-    try:
-        download()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"no {name} under {root} and no download ({error}): {advice}, or give --data-root"
-                         ) from None
+    Raises InputError: what to download by hand, and where it goes.
+    """
+    missing = f"no {name} under {root}"
+    bases = [root / folder for folder in folders]
+    if download and not any((base / inside).exists() for base in bases):
+        print(f"{missing}: downloading it there", flush=True)
+        try:
+            download()
+        except (OSError, RuntimeError) as error:
+            missing += f" and no download ({error})"
+    for base in bases:
+        if (base / inside).exists():
+            return base
+    raise InputError(f"{missing}: {advice}, or give --data-root")
 
 
 def listed(base, lists, image, mask, name_of=str):
@@ -82,14 +75,13 @@ def first_name(line):
 
 def voc(root, options, download):
     """Pascal VOC 2012: 1,464 train, 1,449 val, 21 classes, 255 = void. Downloads 2 GB by torchvision."""
-    folders = ["VOCdevkit/VOC2012", "VOC2012", ".", "voc/VOCdevkit/VOC2012"]
-    base = first_with(root, folders, "ImageSets/Segmentation/train.txt")
-    if base is None:
+    def fetch():
         from torchvision.datasets import VOCSegmentation
-        base = root / "VOCdevkit/VOC2012"
-        fetch("VOC 2012", "2 GB", root, download,
-              partial(VOCSegmentation, str(root), year="2012", image_set="train", download=True),
-              f"put {VOC_TAR} (2 GB) or the unpacked VOCdevkit/VOC2012 into {root}")
+        VOCSegmentation(str(root), year="2012", image_set="train", download=True)
+
+    folders = ["VOCdevkit/VOC2012", "VOC2012", ".", "voc/VOCdevkit/VOC2012"]
+    base = find_base(root, folders, "ImageSets/Segmentation/train.txt", "VOC 2012 (2 GB)",
+                     f"put {VOC_TAR} or the unpacked VOCdevkit/VOC2012 there", download and fetch)
     lists = {split: f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val")}
     return DataSource("voc", VOC, listed(base, lists, "JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
                       index_table(21))
@@ -149,14 +141,13 @@ def aeroscapes(root, options, download):
 
 def pet(root, options, download):
     """Oxford-IIIT Pet: 3,680 train, 3,669 val (its test list); trimaps: 1 pet, 2 background, 3 border."""
-    base = first_with(root, [".", "oxford-iiit-pet"], "annotations/trainval.txt")
-    if base is None:
+    def fetch():
         from torchvision.datasets import OxfordIIITPet
-        base = root / "oxford-iiit-pet"
-        fetch("Oxford-IIIT Pet", "800 MB", root, download,
-              partial(OxfordIIITPet, str(root), target_types="segmentation", download=True),
-              "unpack images.tar.gz (755 MB) and annotations.tar.gz (18 MB) of "
-              f"www.robots.ox.ac.uk/~vgg/data/pets into {base}")
+        OxfordIIITPet(str(root), target_types="segmentation", download=True)
+
+    base = find_base(root, [".", "oxford-iiit-pet"], "annotations/trainval.txt", "Oxford-IIIT Pet (800 MB)",
+                     "unpack images.tar.gz (755 MB) and annotations.tar.gz (18 MB) of "
+                     f"www.robots.ox.ac.uk/~vgg/data/pets into {root}/oxford-iiit-pet", download and fetch)
     lists = {"train": "annotations/trainval.txt", "val": "annotations/test.txt"}
     splits = listed(base, lists, "images/{}.jpg", "annotations/trimaps/{}.png", first_name)
     return DataSource("pet", PET, splits, value_table({1: 0, 2: 1, 3: 2, IGNORE: IGNORE}))
@@ -332,9 +323,8 @@ def find_data(options, download=True):
     Raises InputError where the root is a file, or it or a file of the data set is missing.
     """
     find, classes = DATASETS[options.dataset]
-    root = Path(options.data_root)
-    refuse_file(root)
-    source = find(root, options, download)
+    refuse_file(Path(options.data_root))
+    source = find(Path(options.data_root), options, download)
     check_source(source, classes)
     return source
 

@@ -49,20 +49,20 @@ class ConfusionMatrix:
         """Add the counts of another matrix over the same classes."""
         self.counts += other.counts.to(self.counts.device)
 
-    def _overlap_and_total(self):
-        """Pixels right, and pixels of truth plus prediction, per class: (K,) float64 on the CPU."""
-        counts = self.counts.cpu()  # MPS has no float64
-        return counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
+    def sums(self):
+        """Return right, true and predicted pixels of every class, (K,) float64 each, on the CPU."""
+        counts = self.counts.cpu().double()  # MPS has no float64
+        return counts.diag(), counts.sum(1), counts.sum(0)
 
     def per_class_iou(self):
         """Intersection over union per class, (K,) float64; NaN where the class is absent. Jaccard (1912)."""
-        overlap, total = self._overlap_and_total()
-        return overlap / (total - overlap)
+        right, true, predicted = self.sums()
+        return right / (true + predicted - right)
 
     def per_class_dice(self):
         """Dice coefficient (F1) per class, (K,) float64; NaN where the class is absent. Dice (1945)."""
-        overlap, total = self._overlap_and_total()
-        return 2 * overlap / total
+        right, true, predicted = self.sums()
+        return 2 * right / (true + predicted)
 
     def miou(self):
         """Mean IoU over the classes that occur in truth or prediction; NaN where no pixel counted."""
@@ -74,18 +74,18 @@ class ConfusionMatrix:
 
     def pixel_accuracy(self):
         """Share of counted pixels that are right; NaN where no pixel counted."""
-        overlap, total = self._overlap_and_total()
-        return (2 * overlap.sum() / total.sum()).item()
+        right, true, _ = self.sums()
+        return (right.sum() / true.sum()).item()
 
     def per_class_recall(self):
         """Share of every class's true pixels that are right, (K,) float64; NaN where it has none."""
-        counts = self.counts.cpu().double()
-        return counts.diag() / counts.sum(1)
+        right, true, _ = self.sums()
+        return right / true
 
     def per_class_precision(self):
         """Share of every class's predicted pixels that are right, (K,) float64; NaN where never predicted."""
-        counts = self.counts.cpu().double()
-        return counts.diag() / counts.sum(0)
+        right, _, predicted = self.sums()
+        return right / predicted
 
     def mean_class_accuracy(self):
         """Mean recall over the classes that occur in the truth; NaN where no pixel counted."""
@@ -93,13 +93,13 @@ class ConfusionMatrix:
 
     def frequency_weighted_iou(self):
         """Mean IoU weighted by each class's share of the true pixels; NaN where no pixel counted."""
-        counts = self.counts.cpu().double()
-        shares = counts.sum(1) / counts.sum()
-        return (shares * self.per_class_iou().nan_to_num(0.0)).sum().item()
+        _, true, _ = self.sums()
+        return (true / true.sum() * self.per_class_iou().nan_to_num(0.0)).sum().item()
 
     def absent(self):
         """Ids of the classes that occur in neither truth nor prediction: left out of the means."""
-        return torch.nonzero(self._overlap_and_total()[1] == 0).flatten().tolist()
+        _, true, predicted = self.sums()
+        return torch.nonzero(true + predicted == 0).flatten().tolist()
 
 
 def best_row(history):

@@ -9,14 +9,12 @@
 An item of a dataset is (image (3, h, w) uint8, targets {name: (h, w)}, file name). targets["mask"] are class
 ids, uint8, 255 = ignore; other targets of a Sample are uint8 labels or float32 maps under their names.
 """
-import atexit
 import hashlib
 import math
 import os
 import re
 import signal
 import sys
-import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -34,11 +32,6 @@ from utils import code_hash
 SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel of the image
 WORKER_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)")  # torch's words
 CONNECTION_LOST = ConnectionResetError, ConnectionRefusedError, EOFError
-
-
-def reading_code():
-    """Return hashes of the code that makes items of files; what augmentations do is in their fingerprint."""
-    return f"{decoding_code()} {code_hash(sys.modules[__name__])}"
 
 
 # --- datasets ---------------------------------------------------------------------------------------------
@@ -71,8 +64,8 @@ class SegmentationDataset(Dataset):
 
     def facts(self):
         """Return a dict of all that the items depend on beside the files and the table."""
-        facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size),
-                     reading=reading_code())
+        code = f"{decoding_code()} {code_hash(sys.modules[__name__])}"  # augment has its own
+        facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size), reading=code)
         if self.augments:
             facts.update(augment=fingerprint(self.augments), seed=self.seed)
         return facts
@@ -94,10 +87,11 @@ class SegmentationDataset(Dataset):
         sample = self.samples[item % len(self)]
         if self.augments is None:
             image, targets = read_sample(sample, self.table)
-            return resize_image(image, self.size) if self.size else image, targets, str(sample.image)
-        image, targets = read_sample(sample, self.table, at_least=needed_size(self.size, self.augments))
-        with self.drawing(item):
-            image, targets = augment(image, targets, self.size, self.augments)
+            image = resize_image(image, self.size) if self.size else image
+        else:
+            image, targets = read_sample(sample, self.table, at_least=needed_size(self.size, self.augments))
+            with self.drawing(item):
+                image, targets = augment(image, targets, self.size, self.augments)
         return image, targets, str(sample.image)
 
 
@@ -133,7 +127,6 @@ class WindowDataset(SegmentationDataset):
         self.reader, self.balance, self.points = reader, balance, points
 
     def facts(self):
-        """As of the base."""
         points = hashlib.sha256(np.ascontiguousarray(self.points)).hexdigest() if self.balance else ""
         return dict(super().facts(), seed=self.seed, windows=[SCALES, self.balance, points])
 
@@ -182,7 +175,6 @@ class TileDataset(SegmentationDataset):
         super().__init__([reader.samples[index] for index, _, _ in self.tiles], reader.table, size)
 
     def facts(self):
-        """As of the base."""
         return dict(super().facts(), tiles=True)
 
     def read(self, item):
@@ -196,11 +188,9 @@ class TileDataset(SegmentationDataset):
         return continued(image, self.size), pad(mask, (0, right, 0, below), value=IGNORE)
 
     def targets(self, index):
-        """As of the base, of a tile."""
         return {"mask": self.read(index)[1]}
 
     def picture(self, index):
-        """As of the base, of a tile."""
         return self.read(index)[0]
 
     def __getitem__(self, item):
@@ -257,14 +247,12 @@ def collate(items):
         images = default_collate(images)
     else:  # the colors of a pixel lie side by side: stacked as they lie
         images = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    batch = {name: stack([target[name] for target in targets]) for name in targets[0]}
+    batch = {}
+    for name in targets[0]:
+        tensors = [target[name] for target in targets]
+        has_one_size = len({tensor.shape for tensor in tensors}) == 1
+        batch[name] = default_collate(tensors) if has_one_size else tensors
     return images, batch, list(names)
-
-
-def stack(tensors):
-    """Return tensors of one size as one tensor (B, ...), others as the list that they are."""
-    same_size = all(tensor.shape == tensors[0].shape for tensor in tensors)
-    return default_collate(tensors) if same_size else tensors
 
 
 # --- worker processes -------------------------------------------------------------------------------------
@@ -305,7 +293,6 @@ class Batches:
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
         self.workers, self.pin_memory = workers, pin_memory
         self.noted = self.loader = self.started = None
-        atexit.register(close_if_alive, weakref.ref(self))
 
     def start(self, epoch=0, skip=0):
         """Let the workers begin with an epoch (0-based), without its first `skip` batches."""
@@ -314,9 +301,7 @@ class Batches:
         self.started = self.iterate()
 
     def iterate(self):
-        """Return an iterator over an epoch; where no worker process can be started, it loads by itself. The
-        DataLoader lasts for all epochs.
-        """
+        """Return an iterator over an epoch; where no worker process can be started, it loads by itself."""
         if self.loader is not None:
             return iter(self.loader)
         try:
@@ -341,7 +326,6 @@ class Batches:
         return -(-len(self.sampler) // self.batch_size)
 
     def __iter__(self):
-        """Return an iterator of (images, targets, names)."""
         started, self.started = self.started or self.iterate(), None
         return started
 
@@ -357,12 +341,6 @@ class Batches:
             if number == process:
                 return self.dataset.samples[item % len(self.dataset)].image
         return None
-
-
-def close_if_alive(reference):
-    """Close the Batches of a weak reference at the end of the program, which would wait for the workers."""
-    if batches := reference():
-        batches.close()
 
 
 def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, world_size=1, per_epoch=0):
@@ -391,9 +369,6 @@ def naming_files(*loaders):
             raise
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would say once more that one died
-        for batches in loaders:
-            if hasattr(batches.dataset, "check"):
-                batches.dataset.check()
         processes = map(int, death[1].split(",")) if death else ()
         files = [batches.file_read_by(process) for process in processes for batches in loaders]
         names = " and ".join(str(file) for file in files if file) or "no file"

@@ -12,6 +12,7 @@ file is a hash of all that its content depends on.
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
@@ -39,7 +40,10 @@ class EntryFile:
     """An array (N, *shape) in a memory-mapped file, and a checksum for each of its N entries."""
 
     def __init__(self, path, count, shape, dtype):
-        self.path, self.count, self.shape, self.dtype = Path(path), count, tuple(shape), dtype
+        self.path, self.sums_path = Path(path), Path(path).with_suffix(".sums")
+        self.count, self.shape, self.dtype = count, tuple(shape), dtype
+        self.values = count * math.prod(shape)
+        self.bytes = self.values * dtype.itemsize
         self.arrays = None  # (values, checksums), once it is open
 
     def __getstate__(self):  # a worker process maps the file itself
@@ -50,34 +54,25 @@ class EntryFile:
         if self.arrays is None:
             if not self.is_complete():
                 raise InputError(f"--cache-features: {self.path} is gone: start again")
-            size, shared = self.count * torch.Size(self.shape).numel(), self.is_writable()
-            values = torch.from_file(str(self.path), shared=shared, size=size, dtype=self.dtype)
+            shared = self.is_writable()
+            values = torch.from_file(str(self.path), shared=shared, size=self.values, dtype=self.dtype)
             sums = torch.from_file(str(self.sums_path), shared=shared, size=self.count, dtype=torch.int64)
             self.arrays = values.view(self.count, *self.shape), sums
         return self.arrays
-
-    @property
-    def sums_path(self):
-        """Where the checksums are."""
-        return self.path.with_suffix(".sums")
 
     def is_writable(self):
         """Return whether entries can be added."""
         return os.access(self.path, os.W_OK) and os.access(self.sums_path, os.W_OK)
 
-    def bytes(self):
-        """Return the size of the whole file."""
-        return self.count * torch.Size(self.shape).numel() * self.dtype.itemsize
-
     def is_complete(self):
         """Return whether both files have the size that they should have."""
         return all(path.is_file() and path.stat().st_size == size
-                   for path, size in ((self.path, self.bytes()), (self.sums_path, 8 * self.count)))
+                   for path, size in ((self.path, self.bytes), (self.sums_path, 8 * self.count)))
 
     def create(self, facts):
         """Reserve both files on disk, empty, and write `facts` beside them. Raises InputError: no room."""
         try:
-            for path, size in ((self.sums_path, 8 * self.count), (self.path, self.bytes())):
+            for path, size in ((self.sums_path, 8 * self.count), (self.path, self.bytes)):
                 path.unlink(missing_ok=True)
                 with open(path, "wb") as file:
                     os.truncate(file.fileno(), size)
@@ -126,15 +121,7 @@ class CachedDataset(Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def check(self):
-        """Raise InputError where a file of the cache is gone or cut off."""
-        for file in (*self.parts.values(), *self.targets.values()):
-            if not file.is_complete():
-                raise InputError(f"--cache-features: {file.path} was cut off or removed: go on with "
-                                 "--resume, which computes it again")
-
     def picture(self, index):
-        """As of a SegmentationDataset."""
         return self.dataset.picture(index)
 
     def __getitem__(self, item):
@@ -213,18 +200,14 @@ def reserve(files, facts, folder):
     """Create the folder and the files that are missing, while no other run does; say how large they are.
     Raises InputError where the disk is full.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--cache-features: cannot create {folder} ({error.strerror}); name another "
-                         "folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
     # in a folder that is read-only, all may be there already
     with FileLock(folder / ".cache.lock") if os.access(folder, os.W_OK) else nullcontext():
         missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_complete()]
         for _, fact in missing:
             remove_outdated(fact, folder)
-        needed, free = sum(file.bytes() for file, _ in missing), shutil.disk_usage(folder).free
-        total = sum(file.bytes() for file in files)
+        needed, free = sum(file.bytes for file, _ in missing), shutil.disk_usage(folder).free
+        total = sum(file.bytes for file in files)
         views = count_of(files[0].count, f"{facts[0]['split']} view")
         print(f"feature cache of {views} in {folder}: {total / 1e9:.2f} GB, "
               f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -38,7 +37,6 @@ from config import (FIELDS, RECIPES, InputError, TrainConfig, names, one_line, r
                     setting)
 from dataio import schema
 from dataio.annotations import find_masks
-from dataio.feature_cache import CachedDataset, EntryFile
 from dataio.labels import read_classes
 from dataio.layout import read_list
 from dataio.readers import index_table, read_image, read_mask, read_sample, read_upright
@@ -187,17 +185,6 @@ def test_of_many_processes_the_first_names_the_wrong_flag(tmp_path, monkeypatch,
     if printed:
         content = json.loads((tmp_path / "error.json").read_text())["message"]
         assert content["message"] in err and content["extraInfo"]["timestamp"].isdecimal()
-
-
-def test_a_cache_that_was_cut_off_is_named(tmp_path):
-    files = {"map 1": EntryFile(tmp_path / "map.bin", 3, (4, 5), torch.bfloat16)}
-    files["map 1"].create({})
-    dataset = SimpleNamespace(samples=[], augments=None, seed=0, size=(28, 42))
-    cached = CachedDataset(dataset, tiny(), files, {}, 1)
-    cached.check()
-    os.truncate(tmp_path / "map.bin", 7)
-    with pytest.raises(InputError, match="map.bin .*--resume"):
-        cached.check()
 
 
 def test_nothing_reports_that_it_is_used():

@@ -40,23 +40,6 @@ def test_lovasz_and_dice_equal_smp_on_the_classes_present(present):
     assert dice(logits, masks).item() == pytest.approx(expected * 5 / present, abs=1e-5)  # smp: all classes
 
 
-def test_lovasz_of_a_sure_prediction_is_one_minus_iou():
-    """The extension equals the set function at its corners: 1 - mean IoU over the classes present."""
-    generator = torch.Generator().manual_seed(1)
-    truth, guess = (torch.randint(0, 3, (1, 8, 8), generator=generator) for _ in range(2))
-    logits = 100.0 * F.one_hot(guess, 3).movedim(-1, 1).float()
-    ious = [((truth == c) & (guess == c)).sum() / ((truth == c) | (guess == c)).sum() for c in range(3)]
-    assert lovasz(logits, truth).item() == pytest.approx(1 - sum(ious).item() / 3, abs=1e-5)
-
-
-def test_focal_of_two_classes_equals_smp_on_the_difference_of_the_logits():
-    logits, masks = random_case(classes=2)
-    counted = masks != 255
-    difference = (logits[:, 1] - logits[:, 0])[counted]
-    expected = smp.losses.FocalLoss("binary", gamma=2.0)(difference, masks[counted].float())
-    assert focal(logits, masks).item() == pytest.approx(expected.item(), abs=1e-6)
-
-
 def test_focal_equals_a_loop_over_pixels():
     logits, masks = random_case()
     weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
@@ -70,9 +53,9 @@ def test_focal_equals_a_loop_over_pixels():
     assert focal(logits, masks, weights).item() == pytest.approx(weighted.item() / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", LOSSES)
 def test_gradients_in_float64(name):
-    logits, masks = random_case(classes=4, height=3, width=4, dtype=torch.float64)
+    logits, masks = random_case(classes=4, height=2, width=4, dtype=torch.float64)
     weights = torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=torch.float64)
     criterion = Criterion(name, weights)
     assert torch.autograd.gradcheck(lambda z: criterion(z, masks)[0], logits.requires_grad_())
@@ -131,13 +114,6 @@ def test_half_precision_logits_are_summed_in_float32_also_under_autocast(name, d
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_terms_are_named_and_summed():
-    logits, masks = random_case()
-    loss, terms = Criterion("focal+dice")(logits, masks)
-    assert list(terms) == ["focal", "dice"] and loss == terms["focal"] + terms["dice"]
-    assert terms["focal"] == focal(logits, masks) and terms["dice"] == dice(logits, masks)
-
-
 def test_class_weights_need_a_loss_that_uses_them(monkeypatch):
     check_class_weights("lovasz+ce", "enet")
     check_class_weights("dice", "none")
@@ -158,9 +134,7 @@ def test_enet_and_median_weights_are_their_formulas_with_mean_one_over_pixels():
     median = 0.4 / torch.tensor([0.8, 0.2, 0.4])  # of 2400 / 3000, 200 / 1000, 400 / 1000
     for name, plain in (("enet", enet), ("median", median)):
         weights = class_weights(PIXELS, name)
-        assert weights.dtype == torch.float32 and weights[3] == 1.0
         assert torch.allclose(weights[:3], plain / (plain * shares).sum(), atol=1e-5)
-        assert (weights[:3] * shares).sum().item() == pytest.approx(1.0, abs=1e-5)
     assert class_weights(PIXELS, "none") is None
     assert class_weights([[0, 0]], "median").isfinite().all()
 
@@ -170,4 +144,4 @@ def test_class_weights_of_any_name_have_a_mean_of_one_over_pixels(name):
     weights, totals = class_weights(PIXELS, name), torch.tensor(PIXELS).sum(0)
     if weights is not None:
         assert (weights * totals).sum().item() == pytest.approx(totals.sum().item(), rel=1e-4)
-        assert weights.isfinite().all() and weights[3] == 1.0
+        assert weights.isfinite().all() and weights[3] == 1.0 and weights.dtype == torch.float32

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import blocks, real_data
-from PIL import Image
+from conftest import blocks
 from sklearn.metrics import (balanced_accuracy_score, confusion_matrix, f1_score, jaccard_score,
                              precision_score, recall_score)  # fmt: skip
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
@@ -79,29 +78,10 @@ def test_nothing_counted_is_nan_and_wrong_shapes_raise():
         matrix.update(torch.zeros(4, 4), torch.zeros(4, 5))
 
 
-def test_known_wrong_definitions_differ_where_they_are_wrong():
-    """What peers compute in place of the mIoU over the whole data set, on a case where each is wrong."""
-    first_truth, first_pred = torch.tensor([[0, 0, 1, 7]]), torch.tensor([[0, 1, 1, 7]])
-    second_truth, second_pred = torch.tensor([[7, 7, 7, 7]]), torch.tensor([[7, 7, 7, 6]])
-    matrix = ConfusionMatrix(8)
-    for pred, truth in ((first_pred, first_truth), (second_pred, second_truth)):
-        matrix.update(pred, truth)
-    right = (1 / 2 + 1 / 2 + 4 / 5 + 0 / 1) / 4  # classes 0, 1, 7 and 6, which is predicted only
-    assert matrix.miou() == pytest.approx(right)
-    per_batch = np.mean([(1 / 2 + 1 / 2 + 1) / 3, (3 / 4 + 0) / 2])
-    absent_as_zero = (1 / 2 + 1 / 2 + 4 / 5) / 8
-    truth, pred = torch.cat([first_truth, second_truth]), torch.cat([first_pred, second_pred])
-    bitwise = ((truth & pred).sum() / (truth | pred).sum()).item()
-    without_class_0 = (1 / 2 + 4 / 5 + 0) / 3
-    micro = 6 / 10  # one IoU over all pixels
-    for wrong in (per_batch, absent_as_zero, bitwise, without_class_0, micro):
-        assert abs(wrong - right) > 0.01
-    fine_truth = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0]])  # scored at half the size, a thin error is lost
-    fine_pred = torch.tensor([[0, 0, 1, 0, 1, 0, 0, 0]])
-    native, resized = ConfusionMatrix(2), ConfusionMatrix(2)
-    native.update(fine_pred, fine_truth)
-    resized.update(fine_pred[:, ::2], fine_truth[:, ::2])
-    assert resized.miou() == 1.0 and native.miou() == pytest.approx((5 / 6 + 2 / 3) / 2)
+def test_a_class_that_is_only_predicted_counts_with_an_iou_of_0():
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]))
+    assert matrix.miou() == 0.25 and matrix.mean_class_accuracy() == 0.5 and matrix.absent() == [2]
 
 
 # --- boundaries -------------------------------------------------------------------------------------------
@@ -219,16 +199,6 @@ def test_ignored_pixels_give_no_boundary_for_free():
     assert (boundary_pixels(with_object) == expected).all() and expected.sum() == 2 * 476 + 4
     sides = boundary_pixels(trimap())
     assert (sides & (rectangle() == 1)).sum() == 476 and not (sides & (trimap() == 255)).any()
-
-
-def test_boundary_f1_of_real_trimaps_falls_with_the_shift():
-    folder = real_data("voc_sample") / "VOCdevkit/VOC2012/SegmentationClass"
-    truth = np.array(Image.open(folder / "2007_000063.png"))  # dog and chair, ignored lines around both
-    shifted = [np.roll(truth, by, axis=1) for by in (0, 2, 5, 10, 40)]
-    scores = [np.nanmean(boundary_f1(np.where(pred == 255, 0, pred), truth, 21)) for pred in shifted]
-    assert scores[0] == 1.0 and scores[1] > 0.8 and (np.diff(scores) < 0.01).all() and scores[-1] < 0.4
-    dog = boundary_f1(np.where(truth == 12, 12, 0).astype(np.uint8), truth, 21)
-    assert dog[12] > 0.7 and dog[9] == 0  # the chair was missed
 
 
 # --- how certain a score is -------------------------------------------------------------------------------
