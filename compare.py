@@ -13,10 +13,6 @@ with every other by a paired bootstrap, and where the 95 % interval of the diffe
 Writes compare.md and compare.png to --out-dir. Latency is measured now, on this machine, the models taking
 turns; GFLOPs count a multiplication and an addition as two; both are of one forward pass.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
 from config import add_group_flag, add_run_flags, script_parser
 
 
@@ -34,6 +30,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import re
 import statistics
 import time
@@ -333,16 +330,17 @@ def score_rows(columns, groups):
         text = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
         against_best.append(f"tie, {text}" if tie else text)
     against_best[0] = "best"
-    boundary = [nan_mean([nan_mean(seed.boundary) for seed in column.seeds]) for column in columns]
-    dice = [nan_mean([seed.matrix.mean_dice() for seed in column.seeds]) for column in columns]
-    accuracy = [nan_mean([seed.matrix.pixel_accuracy() for seed in column.seeds]) for column in columns]
+
+    def means(value):
+        return score_cells([nan_mean([value(seed) for seed in column.seeds]) for column in columns])
+
     rows = [("mIoU", mious), ("seeds", [str(len(column.seeds)) for column in columns]),
             ("95 % interval", intervals), ("against the best", against_best),
-            ("boundary F1", score_cells(boundary)), ("mean Dice", score_cells(dice)),
-            ("pixel accuracy", score_cells(accuracy))]
-    for name, ious in zip(columns[0].classes, zip(*(column.class_ious for column in columns), strict=True),
-                          strict=True):
-        rows.append((f"IoU {name}", score_cells(ious)))
+            ("boundary F1", means(lambda seed: nan_mean(seed.boundary))),
+            ("mean Dice", means(lambda seed: seed.matrix.mean_dice())),
+            ("pixel accuracy", means(lambda seed: seed.matrix.pixel_accuracy()))]
+    for id, name in enumerate(columns[0].classes):
+        rows.append((f"IoU {name}", score_cells([column.class_ious[id] for column in columns])))
     return rows
 
 
@@ -489,8 +487,7 @@ def main():
     out_dir = Path(utils.make_folder(args.out_dir))
     rows = score_rows(columns, groups) + cost_rows(columns, *measure(columns, device))
     text = heading(columns, groups, args.group_by, device) + markdown(columns, rows)
-    utils.write_atomically(out_dir / "compare.md", lambda path: path.write_text(
-        text, encoding="utf-8", errors="backslashreplace"))
+    utils.write_text(out_dir / "compare.md", text)
     with visualize.drawing(out_dir / "compare.png"):
         draw(columns, out_dir / "compare.png")
     print(f"{text}\nwritten: {out_dir / 'compare.md'}, {out_dir / 'compare.png'}")

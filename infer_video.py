@@ -9,24 +9,15 @@ Decoding, the model, drawing and encoding run at the same time, in threads. Writ
 OUT_DIR/inference_results_video/<name>.mp4: H.264, with the sound of the file. Ctrl-C, a full disk or a stream
 that ends leave a playable file of what was done until then.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
-from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, batch_images, check_protocol_flags, positive_int, script_parser)
+from config import add_overlay_flags, add_run_flags, batch_images, inference_parser, positive_int
 
 
 def parse_args(argv=None):
     """Return the flags."""
-    parser = script_parser(__doc__)
+    parser = inference_parser(__doc__)
     parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
-    add_model_flag(parser)
-    add_imgsz_flag(parser)
-    add_protocol_flags(parser)
     parser.add_argument("--batch-size", type=batch_images, help="frames per forward pass (default: 1 for "
                         "cameras and streams, else 2, on a GPU 8)")
-    add_backend_flag(parser)
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
     parser.add_argument("--cutout", default="", metavar="green|blur|FILE", help="in place of the overlay: "
                         "what is background becomes green, blurred, or this image; without the FPS counter")
@@ -34,9 +25,7 @@ def parse_args(argv=None):
                         "in every frame")
     add_overlay_flags(parser)
     add_run_flags(parser)
-    args = parser.parse_args(argv)
-    check_protocol_flags(parser, args)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import torch
 from tqdm import tqdm
 
 from config import InputError
-from inference.predictor import predict
 
 try:
     import av
@@ -368,8 +367,7 @@ class FramesOnGpu:
         staged = torch.empty(len(frames), *frames[0].shape, dtype=torch.uint8, pin_memory=self.pinned)
         np.stack(frames, out=staged.numpy())
         images = staged.to(self.device, non_blocking=True)  # (n, H, W, 3)
-        predictor = self.predictor
-        preds = predict(predictor.model, images.permute(0, 3, 1, 2), predictor.protocol, predictor.precision)
+        preds = self.predictor.label_maps(images.permute(0, 3, 1, 2))
         drawn = self.fetch(self.paint(images, preds)).numpy() if self.paint else frames
         ids = self.fetch(preds).numpy()
         done = torch.cuda.current_stream(self.device).record_event() if self.pinned else None

@@ -5,6 +5,7 @@ import os
 os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 
 import check_data
+import evaluate
+import train
 import utils
 import visualize
 from config import DataOptions, InputError
@@ -163,10 +166,37 @@ def call(module, *flags, plots=False):
         assert not module.main()
 
 
+def train_flags(data, out, *more):
+    """Return the flags of a run of seconds: vit_tiny from scratch on a small folder."""
+    return ("--dataset", "folder", "--data-root", data, "--out-dir", out, "--backbone", "vit_tiny",
+            "--unfreeze", "all", "--imgsz", 42, 56, "--batch-size", 4, "--lr", 5e-4, "--backbone-lr-scale", 1,
+            "--workers", 0, "--scheduler", "none", *more)
+
+
+def history_of(out):
+    """Return the rows of history.jsonl."""
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder whose masks and images may differ in size, and a finished run of two epochs: (data, out).
+
+    Tests of many files share it: they write elsewhere, or into a copy.
+    """
+    data, out = write_folder(tmp_path_factory.mktemp("data"), count=10), tmp_path_factory.mktemp("run")
+    for number in (1, 4, 7):
+        path = data / f"images/{number:02d}.png"
+        Image.open(path).resize((90, 70)).save(path)
+    call(train, *train_flags(data, out, "--epochs", 2, "--amp", "off"), plots=True)
+    return data, out
+
+
 def leave_out_plots(patch):
-    """Leave out the plots of training runs and check.png, half a second each."""
+    """Leave out the plots of training runs and evaluations and check.png, half a second each."""
     patch.setattr(visualize, "plot_run", lambda *args: None)
     patch.setattr(check_data, "draw", lambda *args: None)
+    patch.setattr(evaluate, "draw", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,9 @@
 """Prediction at an image's own size against loops written out: whole, windows, tiles, views."""
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_images, tiny, write_folder
-from PIL import Image
+from conftest import random_images, tiny
 from torch import nn
 
 from checkpoint import load_model, pack_checkpoint
@@ -19,10 +16,8 @@ from inference.predictor import (
     Tiles,
     choose_protocol,
     edge_weights,
-    image_rows,
     label_map,
     make_protocol,
-    predict,
     scored_rows,
     scores_of,
     slide_logits,
@@ -70,6 +65,11 @@ def predictor_of(net, protocol):
     return predictor
 
 
+def predict(net, images, protocol):
+    """Return the label maps (B, H, W) of images (B, 3, H, W), in float32."""
+    return predictor_of(net, protocol).label_maps(images)
+
+
 def resized(values, size):
     """Return (B, K, h, w) at `size`, bilinear."""
     return F.interpolate(values, size=size, mode="bilinear", align_corners=False)
@@ -114,11 +114,11 @@ def test_views_are_averaged_as_probabilities(largest_sum, monkeypatch):
 def test_predict_gives_the_images_own_size_in_order():
     net = pixelwise().eval()
     images = F.interpolate(random_images(3, 3, 4, 6), size=(20, 31))  # patches: smaller images are not gray
-    preds = predict(net, images, Protocol((20, 31)), FLOAT32)
+    preds = predict(net, images, Protocol((20, 31)))
     assert torch.equal(preds.long(), net(images).argmax(1)) and len(preds.unique()) == 3
-    small = predict(net, images, Protocol((10, 15)), FLOAT32)
+    small = predict(net, images, Protocol((10, 15)))
     assert_argmax(small, resized(net(resize_image(images, (10, 15))), (20, 31)))
-    assert torch.equal(small[1], predict(net, images[1:2], Protocol((10, 15)), FLOAT32)[0])
+    assert torch.equal(small[1], predict(net, images[1:2], Protocol((10, 15)))[0])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -176,14 +176,14 @@ def test_slide_with_a_window_as_large_as_the_image_equals_whole():
         assert torch.equal(slide_logits(net, images, window, (5, 5), 8), net(images))
     square = random_images(1, 3, 30, 30)
     slide, whole = make_protocol("slide", "", (20, 20)), make_protocol("whole", "", (20, 20))
-    assert torch.equal(predict(net, square, slide, FLOAT32), predict(net, square, whole, FLOAT32))
+    assert torch.equal(predict(net, square, slide), predict(net, square, whole))
 
 
 @torch.no_grad()
 def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
     images, symmetric, other = random_images(2, 3, 20, 30), pixelwise().eval(), neighbors()
     plain, flip = Protocol((20, 30)), Protocol((20, 30), flip=True)
-    assert torch.equal(predict(symmetric, images, plain, FLOAT32), predict(symmetric, images, flip, FLOAT32))
+    assert torch.equal(predict(symmetric, images, plain), predict(symmetric, images, flip))
     straight, mirrored = (pixels(*view) for view in views_of(other, images, flip, FLOAT32))
     assert torch.equal(straight, other(images))
     assert torch.equal(mirrored, other(images.flip(-1)).flip(-1))
@@ -197,7 +197,7 @@ def test_multi_scale_equals_its_views_written_out():
         inputs = resize_image(images, (round(20 * scale), round(24 * scale)))
         for logits in (net(inputs), net(inputs.flip(-1)).flip(-1)):
             total = total + resized(logits, (26, 34)).softmax(1)
-    assert_argmax(predict(net, images, make_protocol("whole", "ms,flip", (20, 24)), FLOAT32), total)
+    assert_argmax(predict(net, images, make_protocol("whole", "ms,flip", (20, 24))), total)
 
 
 def test_sizes_of_the_protocols():
@@ -228,7 +228,7 @@ def test_flags_that_contradict_each_other(options, named):
 def tiled(net, image, **options):
     """Return the probabilities (1, K, H, W) of an image in tiles of 24x20 or of the `window` in options."""
     protocol = make_protocol("tile", "", **{"imgsz": (24, 20), **options})
-    rows = image_rows(net, image, protocol, FLOAT32, tuple(image.shape[-2:]))
+    rows = predictor_of(net, protocol).rows(image, tuple(image.shape[-2:]))
     return torch.cat([values for _, values, _ in rows], 2)
 
 
@@ -296,8 +296,8 @@ def test_tile_scale_is_pixels_of_the_network_per_pixel_of_the_image(scale):
     net, side = local(), tuple(round(length / scale) for length in (24, 20))
     image, tiles = random_images(1, 3, *side), make_protocol("tile", "flip", (24, 20), scale)
     assert tiles.side == side
-    whole = predict(net, image, make_protocol("whole", "flip", (24, 20)), FLOAT32)
-    assert torch.equal(predict(net, image, tiles, FLOAT32), whole)
+    whole = predict(net, image, make_protocol("whole", "flip", (24, 20)))
+    assert torch.equal(predict(net, image, tiles), whole)
 
 
 @torch.no_grad()
@@ -327,33 +327,6 @@ def test_a_raster_is_0_where_it_has_no_data():
     probabilities = torch.cat([values for _, values in tiles.rows()], 2)
     assert probabilities.shape == (1, 2, 61, 83) and not probabilities[..., :30, :].any()
     torch.testing.assert_close(probabilities[..., 42:, :], shares.expand(1, 2, 19, 83))
-
-
-def test_scripts_score_the_tiles_that_they_write(tmp_path, run):
-    """The masks of infer_image.py have the pixels that evaluate.py counts; a clip is taken too."""
-    import evaluate
-    import infer_image
-    import infer_video
-    import train
-    from test_video import write_clip
-
-    data, out = write_folder(tmp_path / "data", count=6, size=(90, 121)), tmp_path / "out"
-    flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--unfreeze", "all"]
-    assert run(train, *flags, "--imgsz", 42, 42, "--epochs", 1, "--workers", 0, "--out-dir", out)[0] == 0
-    tiles = ["--protocol", "tile", "--overlap", 14, "--model", out / "best_model_iou.pth", "--device", "cpu",
-             "--out-dir", out]
-    code, text, err = run(evaluate, *tiles)
-    assert code == 0 and "42x42" in text and "28x28" in text, err
-    (record, *_) = json.loads((out / "evaluation" / "metrics.json").read_text())["records"]
-    assert run(infer_image, "--input", record["name"], *tiles)[0] == 0
-    (mask,) = (out / "inference_results_image").glob("*_mask.png")
-    scored = np.zeros(3)
-    for _, predicted, count in record["cells"]:
-        scored[predicted] += count
-    assert (scored == np.bincount(np.array(Image.open(mask)).ravel(), minlength=3)).all()
-    clip = write_clip(tmp_path / "clip.mp4", count=3, size=(90, 120))
-    code, text, err = run(infer_video, "--input", clip, *tiles)
-    assert code == 0 and "42x42" in text, err
 
 
 @pytest.mark.long
