@@ -28,7 +28,7 @@ from model import ModelSpec, build_model
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"  # real samples; tests that need them are skipped where they are missing
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)  # small networks gain nothing from more
 
 
 def real_data(name):

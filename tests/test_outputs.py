@@ -215,6 +215,7 @@ def test_what_is_done_is_written_after_ctrl_c(photos, run, tmp_path, monkeypatch
     ("--protocol slide --overlap 0.5", "--overlap"),
     ("--protocol whole --tile-scale 2", "--tile-scale"),
     ("--protocol tile --tta ms,flip", "--tta ms"),
+    ("--protocol tile --overlap 56", "--overlap 56"),
     ("--protocol tile --cutout", "photo.tif"),
     ("--protocol whole --bands 1 2 3", "--bands"),
     ("--bands 1 2 3", "--bands"),
