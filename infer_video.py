@@ -41,7 +41,7 @@ from checkpoint import load_model
 from config import InputError, count_of
 from inference.outputs import Background, ShareTable, require_background
 from inference.predictor import Predictor, choose_protocol
-from inference.video import (FramesOnGpu, Paint, Pipeline, VideoReader, VideoWriter, at_once, draw_rate,
+from inference.video import (FrameSegmenter, Paint, Pipeline, VideoReader, VideoWriter, draw_rate,
                              require_encoder)
 
 
@@ -62,29 +62,27 @@ def make_pipeline(args, reader, predictor, background, shares, writer):
     """
     table = visualize.color_table(predictor.classes)
     background_class = visualize.background_id(predictor.classes)
-    # frames that are cut into tiles may be too large to stay on the GPU
-    on_gpu = predictor.device.type == "cuda" and not predictor.protocol.tile
-    segment, painted = at_once(predictor), on_gpu and not background
-    if on_gpu:
-        paint = Paint(table, args.alpha, background_class, predictor.device) if painted else None
-        segment = FramesOnGpu(predictor, paint)
+    on_gpu = predictor.device.type == "cuda"
+    paint = None
+    if on_gpu and not background:
+        paint = Paint(table, args.alpha, background_class, predictor.device)
 
     def draw(frame, pred, seconds, rate):
         if shares:
             shares.add(pred, seconds)
         if background:
             return background.replace(frame, pred == background_class)
-        if not painted:
+        if not paint:
             visualize.overlay(frame, pred, table, args.alpha, background_class, out=frame)
         draw_rate(frame, rate)
         return frame
 
     each_awaited = reader.drops or args.show
-    default_batch = 1 if each_awaited else 8 if predictor.device.type == "cuda" else 2
+    default_batch = 1 if each_awaited else 8 if on_gpu else 2
     # a GPU has the next batch while the last one is fetched
     ahead = int(on_gpu and not each_awaited)
-    return Pipeline(reader, segment, draw, writer, args.batch_size or default_batch, args.max_frames,
-                    show_frame if args.show else None, ahead)
+    return Pipeline(reader, FrameSegmenter(predictor, paint), draw, writer, args.batch_size or default_batch,
+                    args.max_frames, show_frame if args.show else None, ahead)
 
 
 def show_frame(frame):

@@ -337,20 +337,11 @@ class WriteBehind:
 
 
 # --- segmenting, and painting on a GPU --------------------------------------------------------------------
-def at_once(predictor):
-    """Return the `segment` of a Pipeline that calls a function of images (n, 3, H, W) uint8 and waits."""
-    def segment(frames):
-        preds = predictor(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))  # (n, H, W) uint8
-        return lambda: list(zip(frames, preds, strict=True))
+class FrameSegmenter:
+    """The `segment` of a Pipeline. On a GPU it begins with a batch, and nothing but its result waits.
 
-    return segment
-
-
-class FramesOnGpu:
-    """The `segment` of a Pipeline that begins with a batch and lets nothing but its result wait for the GPU.
-
-    predictor: a Predictor on a GPU (on a CPU, it works at once); paint: a Paint, None = frames as they are.
-    Memory that is pinned lets copies run beside the GPU's work; torch keeps and reuses it.
+    predictor: a Predictor; paint: a Paint, None = frames as they are. Memory that is pinned lets copies run
+    beside the GPU's work; torch keeps and reuses it.
     """
 
     def __init__(self, predictor, paint=None):

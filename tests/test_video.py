@@ -24,8 +24,8 @@ from checkpoint import pack_checkpoint
 from config import InputError
 from inference import video
 from inference.predictor import Predictor
-from inference.video import (FramesOnGpu, Paint, Pipeline, ReadAhead, VideoReader, VideoWriter, WriteBehind,
-                             exact_rate)
+from inference.video import (FrameSegmenter, Paint, Pipeline, ReadAhead, VideoReader, VideoWriter,
+                             WriteBehind, exact_rate)
 from utils import Precision
 
 CLASSES = [("a", (250, 0, 9)), ("b", (0, 180, 0)), ("c", (0, 9, 200))]
@@ -379,7 +379,7 @@ def test_batches_begun_ahead_come_back_in_order_and_complete(tmp_path, count, ah
     reader = VideoReader(write_clip(tmp_path / "clip.mp4", count, size=(30, 41)))
     originals = [frame.copy() for frame in VideoReader(tmp_path / "clip.mp4")]
     predictor.precision = Precision("off", predictor.device)
-    on_gpu = FramesOnGpu(predictor, Paint(table, 0.5, None, "cpu"))
+    on_gpu = FrameSegmenter(predictor, Paint(table, 0.5, None, "cpu"))
 
     def segment(batch):
         wait, index = on_gpu(batch), len(waiting)
