@@ -177,11 +177,6 @@ class SeedScores(NamedTuple):
     matrix: ConfusionMatrix
     boundary: np.ndarray
 
-    @property
-    def true_pixels(self):
-        """The pixels of every class in every mask, (N, K)."""
-        return self.counts[:, 1]
-
 
 @dataclass
 class Column:
@@ -242,7 +237,7 @@ def make_column(runs):
                              "of them, or score folds on the images that validated them")
         seeds.append(score_seed(records, len(classes)))
     for seed in seeds[1:]:
-        if seed.images != seeds[0].images or not np.array_equal(seed.true_pixels, seeds[0].true_pixels):
+        if seed.images != seeds[0].images or not same_masks(seed, seeds[0]):
             raise InputError(f"{folders} differ in --seed alone, but were not scored on the same images: "
                              "give every seed the same folds")
     return Column(column_name([run.folder.name for run in runs]), classes, runs, seeds)
@@ -260,6 +255,11 @@ def score_seed(records, num_classes):
                       nan_mean_per_class(boundaries))
 
 
+def same_masks(seed, other):
+    """Return whether the masks of two SeedScores have as many pixels of every class, image by image."""
+    return np.array_equal(seed.counts[:, 1], other.counts[:, 1])
+
+
 def column_name(folder_names):
     """Return what the names of folders share but for a number: bn of bn-10, bn-11; bn518 of bn518-0."""
     prefix = os.path.commonprefix(folder_names)
@@ -275,7 +275,7 @@ def check_comparable(first, other):
         what = f"the classes ({', '.join(first.classes[:5])} / {', '.join(other.classes[:5])})"
     elif [Path(name).name for name in seed.images] != [Path(name).name for name in other_seed.images]:
         what = f"the images that were scored ({len(seed.images)} / {len(other_seed.images)})"
-    elif not np.array_equal(seed.true_pixels, other_seed.true_pixels):
+    elif not same_masks(seed, other_seed):
         what = "the masks that were scored"
     else:
         return

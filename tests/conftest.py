@@ -226,25 +226,13 @@ def dinov2_vitb14(*, pretrained=True, **kwargs):  # the width of the real one, f
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """A TORCH_HOME as torch.hub leaves it: the code folder and the weights file of dinov2_vits14."""
-    import timm
-
     home = tmp_path / "torch_home"
     code = home / "hub/facebookresearch_dinov2_main"
     code.mkdir(parents=True)
     (code / "hubconf.py").write_text(HUBCONF)
     monkeypatch.setenv("TORCH_HOME", str(home))
     torch.manual_seed(5)
-    net = timm.create_model(
-        "vit_tiny_patch16_224",
-        patch_size=14,
-        img_size=56,
-        depth=5,
-        embed_dim=48,
-        num_heads=3,
-        num_classes=0,
-        dynamic_img_size=True,
-        init_values=1e-5,
-    )
+    net = torch.hub.load(str(code), "dinov2_vits14", source="local")
     weights = home / "hub/checkpoints/dinov2_vits14_pretrain.pth"
     weights.parent.mkdir()
     torch.save(net.state_dict(), weights)
