@@ -170,11 +170,11 @@ def views_of(model, images, protocol, precision, batch_size=8):
 
 def mean_probabilities(views, size, rows=slice(None)):
     """Return the mean softmax (B, K, h, w) float32 of views at `size` = (h, w), or `rows` (a slice) of it."""
-    total, count = None, 0
+    total = count = 0
     for logits, geometry in views:
-        probabilities = pixels(logits, geometry, size, rows).softmax(1)
-        total, count = probabilities if total is None else total + probabilities, count + 1
-    return total / count if count > 1 else total
+        total += pixels(logits, geometry, size, rows).softmax(1)
+        count += 1
+    return total / count
 
 
 # --- tiles ------------------------------------------------------------------------------------------------

@@ -167,16 +167,6 @@ def test_metadata_that_export_did_not_write(change):
             backends.check_facts(text, "m.onnx")
 
 
-def test_a_padded_batch_is_cut_back():
-    class Mean(backends.ExportedModel):
-        def run(self, batches):
-            assert all(images.shape == (4, 3, 6, 8) for images in batches)
-            return [images.astype(np.float32).mean(1, keepdims=True) for images in batches]
-
-    images = random_images(6, 3, 6, 8)
-    assert torch.allclose(Mean(None, (6, 8), batch=4)(images), images.float().mean(1, keepdim=True))
-
-
 # --- export.py --------------------------------------------------------------------------------------------
 def test_an_export_that_disagrees_is_not_written(tmp_path, run, monkeypatch):
     classes = [("a", (0, 0, 0)), ("b", (9, 9, 9)), ("c", (1, 2, 3))]
