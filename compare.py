@@ -13,10 +13,6 @@ with every other by a paired bootstrap, and where the 95 % interval of the diffe
 Writes compare.md and compare.png to --out-dir. Latency is measured now, on this machine, the models taking
 turns; GFLOPs count a multiplication and an addition as two; both are of one forward pass.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
 from config import add_group_flag, add_run_flags, script_parser
 
 
@@ -34,6 +30,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import re
 import statistics
 import time
@@ -180,11 +177,6 @@ class SeedScores(NamedTuple):
     matrix: ConfusionMatrix
     boundary: np.ndarray
 
-    @property
-    def true_pixels(self):
-        """The pixels of every class in every mask, (N, K)."""
-        return self.counts[:, 1]
-
 
 @dataclass
 class Column:
@@ -245,7 +237,7 @@ def make_column(runs):
                              "of them, or score folds on the images that validated them")
         seeds.append(score_seed(records, len(classes)))
     for seed in seeds[1:]:
-        if seed.images != seeds[0].images or not np.array_equal(seed.true_pixels, seeds[0].true_pixels):
+        if seed.images != seeds[0].images or not same_masks(seed, seeds[0]):
             raise InputError(f"{folders} differ in --seed alone, but were not scored on the same images: "
                              "give every seed the same folds")
     return Column(column_name([run.folder.name for run in runs]), classes, runs, seeds)
@@ -263,6 +255,11 @@ def score_seed(records, num_classes):
                       nan_mean_per_class(boundaries))
 
 
+def same_masks(seed, other):
+    """Return whether the masks of two SeedScores have as many pixels of every class, image by image."""
+    return np.array_equal(seed.counts[:, 1], other.counts[:, 1])
+
+
 def column_name(folder_names):
     """Return what the names of folders share but for a number: bn of bn-10, bn-11; bn518 of bn518-0."""
     prefix = os.path.commonprefix(folder_names)
@@ -278,7 +275,7 @@ def check_comparable(first, other):
         what = f"the classes ({', '.join(first.classes[:5])} / {', '.join(other.classes[:5])})"
     elif [Path(name).name for name in seed.images] != [Path(name).name for name in other_seed.images]:
         what = f"the images that were scored ({len(seed.images)} / {len(other_seed.images)})"
-    elif not np.array_equal(seed.true_pixels, other_seed.true_pixels):
+    elif not same_masks(seed, other_seed):
         what = "the masks that were scored"
     else:
         return
@@ -333,16 +330,17 @@ def score_rows(columns, groups):
         text = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
         against_best.append(f"tie, {text}" if tie else text)
     against_best[0] = "best"
-    boundary = [nan_mean([nan_mean(seed.boundary) for seed in column.seeds]) for column in columns]
-    dice = [nan_mean([seed.matrix.mean_dice() for seed in column.seeds]) for column in columns]
-    accuracy = [nan_mean([seed.matrix.pixel_accuracy() for seed in column.seeds]) for column in columns]
+
+    def means(value):
+        return score_cells([nan_mean([value(seed) for seed in column.seeds]) for column in columns])
+
     rows = [("mIoU", mious), ("seeds", [str(len(column.seeds)) for column in columns]),
             ("95 % interval", intervals), ("against the best", against_best),
-            ("boundary F1", score_cells(boundary)), ("mean Dice", score_cells(dice)),
-            ("pixel accuracy", score_cells(accuracy))]
-    for name, ious in zip(columns[0].classes, zip(*(column.class_ious for column in columns), strict=True),
-                          strict=True):
-        rows.append((f"IoU {name}", score_cells(ious)))
+            ("boundary F1", means(lambda seed: nan_mean(seed.boundary))),
+            ("mean Dice", means(lambda seed: seed.matrix.mean_dice())),
+            ("pixel accuracy", means(lambda seed: seed.matrix.pixel_accuracy()))]
+    for id, name in enumerate(columns[0].classes):
+        rows.append((f"IoU {name}", score_cells([column.class_ious[id] for column in columns])))
     return rows
 
 
@@ -489,8 +487,7 @@ def main():
     out_dir = Path(utils.make_folder(args.out_dir))
     rows = score_rows(columns, groups) + cost_rows(columns, *measure(columns, device))
     text = heading(columns, groups, args.group_by, device) + markdown(columns, rows)
-    utils.write_atomically(out_dir / "compare.md", lambda path: path.write_text(
-        text, encoding="utf-8", errors="backslashreplace"))
+    utils.write_text(out_dir / "compare.md", text)
     with visualize.drawing(out_dir / "compare.png"):
         draw(columns, out_dir / "compare.png")
     print(f"{text}\nwritten: {out_dir / 'compare.md'}, {out_dir / 'compare.png'}")

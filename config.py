@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch, which scripts import after this
 LONGEST_LINE = 1200  # characters of an error
 IGNORE = 255  # mask value that no loss and no metric counts, whatever the data set stores
 PROTOCOLS = ("whole", "slide", "tile")
@@ -498,21 +499,12 @@ def add_model_flag(parser, exported=True):
                         "DINOv2 head such as dinov2_vits14_voc2012_linear (outputs/best_model_iou.pth)")
 
 
-def add_backend_flag(parser):
-    """Add --backend."""
-    parser.add_argument("--backend", choices=["auto", "torch", *names("backend")], default="auto",
-                        help="what runs a .pth: auto = torch, or on a CPU OpenVINO where it is installed, "
-                        "faster and worth its start; exported files have their own")
-
-
-def add_imgsz_flag(parser):
-    """Add --imgsz of a trained model."""
+def inference_parser(description, backend=True):
+    """Return the parser of a script that runs a trained model, with --backend or without."""
+    parser = script_parser(description)
+    add_model_flag(parser)
     parser.add_argument("--imgsz", nargs=2, type=image_side, metavar=("H", "W"),
                         help="size the network runs at, with slide the window (default: as trained)")
-
-
-def add_protocol_flags(parser):
-    """Add --protocol, --tta and what belongs to tiles."""
     parser.add_argument("--protocol", choices=PROTOCOLS, default="",
                         help="whole = the image resized to --imgsz; slide = resized until it just covers "
                         "--imgsz, then windows of that size, as mmsegmentation does; tile = windows "
@@ -524,21 +516,11 @@ def add_protocol_flags(parser):
                         help="tile: what neighbors share, below 1 of their side, else in pixels (0.25)")
     parser.add_argument("--tta", choices=TTA, default="",
                         help="average over the mirrored image, over scales 0.5-1.75, or both")
-
-
-def check_protocol_flags(parser, args):
-    """End with an error where flags of add_protocol_flags and add_backend_flag contradict each other for any
-    model.
-    """
-    if args.protocol in ("whole", "slide") and (args.tile_scale, args.overlap) != (None, None):
-        parser.error("--tile-scale and --overlap belong to --protocol tile: give that, or leave them out")
-    if args.protocol == "tile" and "ms" in args.tta:
-        parser.error("--tta ms cannot be combined with --protocol tile, which has --tile-scale: leave it out")
-    if getattr(args, "backend", "auto") not in ("auto", "torch"):
-        if "ms" in args.tta:
-            parser.error(f"--backend {args.backend} runs at one size: leave out --tta ms")
-        if args.device.split(":")[0] not in ("auto", "cpu"):
-            parser.error(f"--backend {args.backend} runs on the CPU: give --device cpu")
+    if backend:
+        parser.add_argument("--backend", choices=["auto", "torch", *names("backend")], default="auto",
+                            help="what runs a .pth: auto = torch, or on a CPU OpenVINO where it is "
+                            "installed, faster and worth its start; exported files have their own")
+    return parser
 
 
 def add_group_flag(parser):

@@ -7,30 +7,22 @@ Needs the package gradio. Images stay on the machine that runs this.
 """
 import os
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by gradio when it is imported
 os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
 os.environ["no_proxy"] = os.environ["NO_PROXY"]  # gradio checks that its own page can be reached
 
-from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_protocol_flags,
-                    check_protocol_flags, fraction, port_number, script_parser)
+from config import fraction, inference_parser, port_number
 
 
 def parse_args(argv=None):
     """Return the flags."""
-    parser = script_parser(__doc__)
-    add_model_flag(parser)
-    add_imgsz_flag(parser)
-    add_protocol_flags(parser)
-    add_backend_flag(parser)
+    parser = inference_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine "
                         "alone; 0.0.0.0: all that reach it)")
     parser.add_argument("--port", type=port_number, default=7860, help="port to listen at (7860)")
     parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colors at first (0.5)")
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
-    args = parser.parse_args(argv)
-    check_protocol_flags(parser, args)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -9,33 +9,23 @@
 Writes OUT_DIR/evaluation/: metrics.json, per_class.csv, per_class_iou.png, confusion_matrix.png, and with
 --report one self-contained HTML file.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
-from config import (add_group_flag, add_imgsz_flag, add_model_flag, add_protocol_flags, add_run_flags,
-                    batch_images, check_protocol_flags, names, script_parser)
+from config import add_group_flag, add_run_flags, batch_images, inference_parser, names
 
 
 def parse_args(argv=None):
     """Return the flags."""
-    parser = script_parser(__doc__)
-    add_model_flag(parser)
+    parser = inference_parser(__doc__, backend=False)
     parser.add_argument("--dataset", choices=names("dataset"),
                         help="data set (default: the one the model was trained on)")
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds it (default: as in training)")
     parser.add_argument("--split", choices=["train", "val", "test", "all"],
                         help="which images of it (default: val; all of another folder that has no val)")
-    add_imgsz_flag(parser)
-    add_protocol_flags(parser)
     parser.add_argument("--batch-size", type=batch_images, default=8,
                         help="images or windows per forward pass (8)")
     parser.add_argument("--report", action="store_true", help="write report.html too")
     add_group_flag(parser)
     add_run_flags(parser)
-    args = parser.parse_args(argv)
-    check_protocol_flags(parser, args)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
@@ -158,7 +148,7 @@ def split_samples(data, split):
 # --- scoring ----------------------------------------------------------------------------------------------
 def make_batches(samples, table, protocol, batch_size):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
-    workers = min(2, os.cpu_count() or 1)
+    workers = 2 if len(samples) > 16 else 0  # processes take longer to start than a few images to read
     if protocol.slide or protocol.tile or protocol.scales != (1.0,):
         return make_loader(images_for(protocol, samples, table), 1, workers)
     return make_loader(SegmentationDataset(samples, table, protocol.window), batch_size, workers)
@@ -207,14 +197,11 @@ def summarize(total, records, classes, groups):
                 per_class=per_class, absent=[classes[id][0] for id in total.absent()])
 
 
-def hash_weights(model, path):
-    """Return the first 16 digits of the SHA-256 of a model's file, or of the weights of an official head."""
-    return (hash_model_file(path) if Path(path).is_file() else hash_state(model.state_dict()))[:16]
-
-
 def describe_protocol(args, data, split, samples, predictor):
     """Return the protocol as a dict of plain values: all that a score depends on."""
     model, protocol = predictor.model, predictor.protocol
+    is_file = Path(args.model).is_file()  # else an official head
+    weights = hash_model_file(args.model) if is_file else hash_state(model.state_dict())
     return dict(
         dataset=data.name, split=split, images=len(samples), classes=len(data.classes), ignore=IGNORE,
         views=str(protocol), imgsz=list(protocol.window), slide=protocol.slide, stride=list(protocol.stride),
@@ -223,7 +210,7 @@ def describe_protocol(args, data, split, samples, predictor):
         scored="each mask at its own size, one confusion matrix",
         boundary_tolerance=f"{100 * BOUNDARY_TOLERANCE:g} % of the diagonal, {100 * BOUNDARY_BAND:g} % of it "
                            "across ignored pixels",
-        model=str(args.model), weights_sha256=hash_weights(model, args.model), **data.fingerprints())
+        model=str(args.model), weights_sha256=weights[:16], **data.fingerprints())
 
 
 # --- output -----------------------------------------------------------------------------------------------
@@ -253,21 +240,19 @@ def print_scores(scores):
         print(f"absent from truth and prediction, left out of the means: {', '.join(scores['absent'])}")
 
 
-def write_text(path, text):
-    """Write a text file, all of it or not at all; what UTF-8 cannot hold becomes a backslash escape."""
-    utils.write_atomically(path, lambda temporary: temporary.write_text(
-        text, encoding="utf-8", newline="", errors="backslashreplace"))
-
-
-def write_results(out_dir, result, total, classes):
-    """Write metrics.json, per_class.csv and the two pictures."""
-    write_text(out_dir / "metrics.json", json.dumps(utils.finite(result)))
+def write_results(out_dir, result):
+    """Write metrics.json and per_class.csv."""
+    utils.write_text(out_dir / "metrics.json", json.dumps(utils.finite(result)))
     table = io.StringIO()
     columns = [key for key in result["per_class"][0] if key != "color"]
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(utils.finite(result["per_class"]))
-    write_text(out_dir / "per_class.csv", table.getvalue())
+    utils.write_text(out_dir / "per_class.csv", table.getvalue())
+
+
+def draw(out_dir, total, classes):
+    """Draw the IoU of every class and the confusion matrix."""
     with visualize.drawing(f"the pictures in {out_dir}"):
         visualize.plot_per_class_iou(total.per_class_iou().tolist(), classes, out_dir / "per_class_iou.png")
         visualize.plot_confusion(total.counts.cpu().numpy(), classes, out_dir / "confusion_matrix.png")
@@ -359,11 +344,12 @@ def main():
               "as independent and is too narrow; --group-by REGEX takes it over drives or clips")
     result = dict(protocol=protocol_facts, **scores, sequences=sequences, confusion=total.counts.tolist(),
                   records=records)
-    write_results(out_dir, result, total, data.classes)
+    write_results(out_dir, result)
+    draw(out_dir, total, data.classes)
     print(f"written: {out_dir / 'metrics.json'}, per_class.csv, per_class_iou.png, confusion_matrix.png")
     if args.report:
         page = make_report(result, data, samples, predictor, out_dir, Path(args.model).parent)
-        write_text(out_dir / "report.html", page)
+        utils.write_text(out_dir / "report.html", page)
         print(f"report: {out_dir / 'report.html'} ({len(page) / 1e6:.1f} MB)")
 
 

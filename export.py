@@ -9,10 +9,6 @@ and cropping are inside; classes, colors and size are in its metadata, so that i
 infer_video.py and evaluate.py need nothing else. It is written only where its classes on real and on random
 images agree with PyTorch's in 99.9 % of the pixels.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
 from config import add_model_flag, any_batch, image_side, names, script_parser
 
 

@@ -7,22 +7,13 @@ Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png 
 class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. A file that
 cannot be read is reported and skipped; the exit code is then 1.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
-from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, check_protocol_flags, fraction, positive_int, script_parser)
+from config import add_overlay_flags, add_run_flags, fraction, inference_parser, positive_int
 
 
 def parse_args(argv=None):
     """Return the flags."""
-    parser = script_parser(__doc__)
+    parser = inference_parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
-    add_model_flag(parser)
-    add_imgsz_flag(parser)
-    add_protocol_flags(parser)
-    add_backend_flag(parser)
     add_overlay_flags(parser)
     more = parser.add_argument_group("more output")
     more.add_argument("--polygons", nargs="+", choices=("coco", "geojson"), default=[], metavar="FORMAT",
@@ -41,9 +32,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
-    if args.bands and args.protocol in ("whole", "slide"):
-        parser.error("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
-    check_protocol_flags(parser, args)
     return args
 
 
@@ -52,6 +40,7 @@ if __name__ == "__main__":
 
 import glob
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -106,6 +95,8 @@ def output_names(paths):
 
 def check_inputs(args, paths, tiled):
     """Raise InputError where flags do not fit the images. tiled: whether TIFFs are read in tiles."""
+    if args.bands and not tiled:
+        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     pseudo_labels = args.min_confidence is not None
     folder = Path(args.out_dir) / PSEUDO_LABELS
     if pseudo_labels and any(folder.resolve() in path.resolve().parents for path in paths):
@@ -180,7 +171,8 @@ class ImageSegmenter:
             self.coco_images.append(entry)
             self.coco_annotations += annotations
         if "geojson" in args.polygons:
-            outputs.save_json(outputs.geojson(regions, self.classes), folder / f"{name}.geojson")
+            content = outputs.geojson(regions, self.classes)
+            utils.write_text(folder / f"{name}.geojson", json.dumps(content))
         if args.cutout:
             alpha = np.where(pred == self.background, 0, 255).astype(np.uint8)
             utils.save_image(np.dstack([image, alpha]), folder / f"{name}_cutout.png")
@@ -230,9 +222,9 @@ class ImageSegmenter:
             categories = [dict(id=id, name=name, supercategory="") for id, (name, _) in
                           enumerate(self.classes) if id != self.background]
             content = dict(images=self.coco_images, annotations=annotations, categories=categories)
-            outputs.save_json(content, self.folder / "coco.json")
+            utils.write_text(self.folder / "coco.json", json.dumps(content))
         if self.args.json:
-            outputs.save_json(self.share_entries, self.folder / "shares.json")
+            utils.write_text(self.folder / "shares.json", json.dumps(self.share_entries))
         if self.pseudo_labels and self.pseudo_labels.labeled_shares:
             print(self.pseudo_labels.finish())
 
@@ -244,12 +236,9 @@ def main():
     paths = find_inputs(args.input)
     if args.show:
         visualize.require_display()
-    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     check_inputs(args, paths, protocol.tile)
-    if args.bands and not protocol.tile:
-        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
     segmenter = ImageSegmenter(args, predictor)
     utils.make_folder(segmenter.folder)

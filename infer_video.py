@@ -9,24 +9,15 @@ Decoding, the model, drawing and encoding run at the same time, in threads. Writ
 OUT_DIR/inference_results_video/<name>.mp4: H.264, with the sound of the file. Ctrl-C, a full disk or a stream
 that ends leave a playable file of what was done until then.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
-from config import (add_backend_flag, add_imgsz_flag, add_model_flag, add_overlay_flags, add_protocol_flags,
-                    add_run_flags, batch_images, check_protocol_flags, positive_int, script_parser)
+from config import add_overlay_flags, add_run_flags, batch_images, inference_parser, positive_int
 
 
 def parse_args(argv=None):
     """Return the flags."""
-    parser = script_parser(__doc__)
+    parser = inference_parser(__doc__)
     parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
-    add_model_flag(parser)
-    add_imgsz_flag(parser)
-    add_protocol_flags(parser)
     parser.add_argument("--batch-size", type=batch_images, help="frames per forward pass (default: 1 for "
                         "cameras and streams, else 2, on a GPU 8)")
-    add_backend_flag(parser)
     parser.add_argument("--max-frames", type=positive_int, help="stop after this many frames")
     parser.add_argument("--cutout", default="", metavar="green|blur|FILE", help="in place of the overlay: "
                         "what is background becomes green, blurred, or this image; without the FPS counter")
@@ -34,9 +25,7 @@ def parse_args(argv=None):
                         "in every frame")
     add_overlay_flags(parser)
     add_run_flags(parser)
-    args = parser.parse_args(argv)
-    check_protocol_flags(parser, args)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
@@ -52,7 +41,7 @@ from checkpoint import load_model
 from config import InputError, count_of
 from inference.outputs import Background, ShareTable, require_background
 from inference.predictor import Predictor, choose_protocol
-from inference.video import (FramesOnGpu, Paint, Pipeline, VideoReader, VideoWriter, at_once, draw_rate,
+from inference.video import (FrameSegmenter, Paint, Pipeline, VideoReader, VideoWriter, draw_rate,
                              require_encoder)
 
 
@@ -73,29 +62,27 @@ def make_pipeline(args, reader, predictor, background, shares, writer):
     """
     table = visualize.color_table(predictor.classes)
     background_class = visualize.background_id(predictor.classes)
-    # frames that are cut into tiles may be too large to stay on the GPU
-    on_gpu = predictor.device.type == "cuda" and not predictor.protocol.tile
-    segment, painted = at_once(predictor), on_gpu and not background
-    if on_gpu:
-        paint = Paint(table, args.alpha, background_class, predictor.device) if painted else None
-        segment = FramesOnGpu(predictor, paint)
+    on_gpu = predictor.device.type == "cuda"
+    paint = None
+    if on_gpu and not background:
+        paint = Paint(table, args.alpha, background_class, predictor.device)
 
     def draw(frame, pred, seconds, rate):
         if shares:
             shares.add(pred, seconds)
         if background:
             return background.replace(frame, pred == background_class)
-        if not painted:
+        if not paint:
             visualize.overlay(frame, pred, table, args.alpha, background_class, out=frame)
         draw_rate(frame, rate)
         return frame
 
     each_awaited = reader.drops or args.show
-    default_batch = 1 if each_awaited else 8 if predictor.device.type == "cuda" else 2
+    default_batch = 1 if each_awaited else 8 if on_gpu else 2
     # a GPU has the next batch while the last one is fetched
     ahead = int(on_gpu and not each_awaited)
-    return Pipeline(reader, segment, draw, writer, args.batch_size or default_batch, args.max_frames,
-                    show_frame if args.show else None, ahead)
+    return Pipeline(reader, FrameSegmenter(predictor, paint), draw, writer, args.batch_size or default_batch,
+                    args.max_frames, show_frame if args.show else None, ahead)
 
 
 def show_frame(frame):

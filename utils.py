@@ -319,6 +319,12 @@ def copy_file(path, target):
     write_atomically(target, lambda temporary: shutil.copyfile(path, temporary))
 
 
+def write_text(path, text):
+    """Write a text file, whole or not at all; what UTF-8 cannot hold becomes a backslash escape."""
+    write_atomically(path, lambda temporary: temporary.write_text(
+        text, encoding="utf-8", newline="", errors="backslashreplace"))
+
+
 def write_lines(path, lines):
     """Write lines as a UTF-8 text file, whole or not at all."""
     text = "\n".join(lines) + "\n"

@@ -4,7 +4,6 @@
     content = geojson(regions, classes)            # or coco_entries(...), for one COCO JSON of all images
 """
 import csv
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from pycocotools import mask as coco_mask
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of, polygons
 from dataio.readers import read_image
-from utils import copy_file, save_image, write_atomically
+from utils import copy_file, save_image
 from visualize import background_id, save_classes, save_mask
 
 
@@ -165,12 +164,6 @@ def save_gray(values, path, bits):
     """Write probabilities (H, W) as a gray PNG of 8 or 16 bit, whose largest value stands for 1."""
     largest = 2 ** bits - 1
     save_image(np.rint(values.clip(0, 1) * largest).astype(np.uint8 if bits == 8 else np.uint16), path)
-
-
-def save_json(content, path):
-    """Write a JSON file, completely or not at all."""
-    text = json.dumps(content)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # --- pseudo-labels ----------------------------------------------------------------------------------------

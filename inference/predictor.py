@@ -24,10 +24,9 @@ from models.upsampling import BLOCK_VALUES, block_slices, class_ids, geometry_of
 from utils import Precision, pick_device, shortest_time
 
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
-LARGE_SUM = 1 << 28  # probabilities that are summed at full size, 1 GB
+LARGE_SUM = 1 << 27  # probabilities that are summed at full size, 0.5 GB
 WORTH_CONVERTING = 200  # images that pay for the seconds OpenVINO takes to start
 OVERLAP = 0.25  # of tiles, share of their sides
-TILES_WITH_BAR = 50  # tiles from which a progress bar is worth its lines
 SMALLEST = 1e-12  # of a probability, so that it has a logarithm
 
 
@@ -169,13 +168,13 @@ def views_of(model, images, protocol, precision, batch_size=8):
             yield logits, geometry._replace(mirrored=mirrored)
 
 
-def mean_probabilities(views, size):
-    """Return the mean softmax (B, K, h, w) float32 of views at `size` = (h, w)."""
-    total, count = None, 0
+def mean_probabilities(views, size, rows=slice(None)):
+    """Return the mean softmax (B, K, h, w) float32 of views at `size` = (h, w), or `rows` (a slice) of it."""
+    total = count = 0
     for logits, geometry in views:
-        probabilities = pixels(logits, geometry, size).softmax(1)
-        total, count = probabilities if total is None else total + probabilities, count + 1
-    return total / count if count > 1 else total
+        total += pixels(logits, geometry, size, rows).softmax(1)
+        count += 1
+    return total / count
 
 
 # --- tiles ------------------------------------------------------------------------------------------------
@@ -215,9 +214,8 @@ class Tiles:
 
     def rows(self):
         """Yield (rows, probabilities (1, K, r, W) float32); 0 where the image has no data."""
-        count = len(self.tops) * len(self.lefts)
-        with tqdm(total=count, desc="tiles", leave=False,
-                  disable=None if count >= TILES_WITH_BAR else True) as bar:
+        count = len(self.tops) * len(self.lefts)  # a bar of a few would only flicker
+        with tqdm(total=count, desc="tiles", leave=False, disable=None if count >= 50 else True) as bar:
             for index, top in enumerate(self.tops):
                 self.move_to(top)
                 self.add_row_of_tiles(index, bar)
@@ -278,16 +276,6 @@ class Tiles:
         return (self.sums[:, inside, :self.size[1]] / weights)[None]
 
 
-def tiles_of(model, image, protocol, precision, batch_size=8):
-    """Return the Tiles of an image (1, 3, H, W) uint8, or of a Raster, under a Protocol with tiles."""
-    resized_tiles = protocol._replace(tile=0.0, stride=())
-
-    def probabilities(crops):
-        return mean_probabilities(views_of(model, crops, resized_tiles, precision), protocol.side)
-
-    return Tiles(probabilities, image, protocol.side, protocol.stride, model.num_classes, batch_size)
-
-
 # --- from views and tiles to label maps -------------------------------------------------------------------
 def scored_rows(views, size):
     """Yield (rows, values (1, K, r, W), whether they are probabilities) that cover an image at `size` (H, W).
@@ -305,19 +293,12 @@ def scored_rows(views, size):
             yield rows, pixels(logits, geometry, size, rows), False
         return
     views = chain([first, second], views)
-    if math.prod(shape) > LARGE_SUM:
-        views = list(views)
-        for _, rows in block_slices(shape, logits.device):
-            probabilities = [pixels(*view, size, rows).softmax(1) for view in views]
-            yield rows, sum(probabilities) / len(views), True
+    if math.prod(shape) <= LARGE_SUM:
+        yield slice(0, size[0]), mean_probabilities(views, size), True
         return
-    total, count = torch.zeros(shape, device=logits.device), 0
-    del first, second, logits
-    for view in views:
-        count += 1
-        for _, rows in block_slices(shape, total.device):
-            total[..., rows, :] += pixels(*view, size, rows).softmax(1)
-    yield slice(0, size[0]), total.div_(count), True
+    views = list(views)
+    for _, rows in block_slices(shape, logits.device):
+        yield rows, mean_probabilities(views, size, rows), True
 
 
 def scored_tile_rows(tiles, size):
@@ -330,13 +311,6 @@ def scored_tile_rows(tiles, size):
     yield from scored_rows([(logits, geometry_of(tiles.size))], size)
 
 
-def image_rows(model, image, protocol, precision, size, batch_size=8):
-    """Yield what scored_rows yields, of one image (1, 3, H, W) uint8 or a Raster under any Protocol."""
-    if protocol.tile:
-        return scored_tile_rows(tiles_of(model, image, protocol, precision, batch_size), size)
-    return scored_rows(views_of(model, image, protocol, precision, batch_size), size)
-
-
 def label_map(scored, size):
     """Return class ids (H, W) uint8 from what scored_rows yields."""
     pred = None
@@ -345,26 +319,6 @@ def label_map(scored, size):
             pred = torch.empty(tuple(size), dtype=torch.uint8, device=values.device)
         pred[rows] = class_ids(values)[0]
     return pred
-
-
-@torch.inference_mode()
-def predict_at(model, images, sizes, protocol, precision, batch_size=8):
-    """Return the class ids of images (B, 3, H, W) uint8, a list of (H, W) uint8 of `sizes`, on the device."""
-    if protocol.tile or len(images) == 1:  # the views of a single image need not be kept
-        return [label_map(image_rows(model, image, protocol, precision, size, batch_size), size)
-                for image, size in zip(images.split(1), sizes, strict=True)]
-    views = list(views_of(model, images, protocol, precision, batch_size))
-    preds = []
-    for index, size in enumerate(sizes):
-        views_of_image = [(logits[index:index + 1], geometry) for logits, geometry in views]
-        preds.append(label_map(scored_rows(views_of_image, size), size))
-    return preds
-
-
-def predict(model, images, protocol, precision, batch_size=8):
-    """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the model's device."""
-    sizes = [tuple(images.shape[-2:])] * len(images)
-    return torch.stack(predict_at(model, images, sizes, protocol, precision, batch_size))
 
 
 class Scores(NamedTuple):
@@ -452,22 +406,48 @@ class Predictor:
         """Return an image file as the protocol wants it, (3, H, W) uint8 RGB. Raises InputError."""
         return read_native_image(path) if self.protocol.tile else read_image(path)
 
+    def rows(self, image, size, batch_size=8):
+        """Yield what scored_rows yields, of an image (1, 3, H, W) uint8 or a Raster, at `size` = (H, W)."""
+        protocol = self.protocol
+        if not protocol.tile:
+            return scored_rows(views_of(self.model, image, protocol, self.precision, batch_size), size)
+        resized_tiles = protocol._replace(tile=0.0, stride=())
+
+        def probabilities(crops):
+            views = views_of(self.model, crops, resized_tiles, self.precision)
+            return mean_probabilities(views, protocol.side)
+
+        num_classes = self.model.num_classes
+        return scored_tile_rows(Tiles(probabilities, image, protocol.side, protocol.stride, num_classes,
+                                      batch_size), size)
+
     @torch.inference_mode()
     def scores(self, images, every_class=False):
         """Return the Scores of one image (1, 3, H, W) uint8; every_class: with the probabilities of all."""
         size = tuple(images.shape[-2:])
         return scores_of(self.rows(images, size), size, every_class)
 
+    @torch.inference_mode()
     def predict_at(self, images, sizes, batch_size=8):
-        """Return the class ids of images (B, 3, H, W) uint8, a list of (H, W) uint8 of the `sizes`."""
-        return predict_at(self.model, images, sizes, self.protocol, self.precision, batch_size)
+        """Return the class ids of images (B, 3, H, W) uint8, a list of (H, W) uint8 of the `sizes`, on the
+        device.
+        """
+        if self.protocol.tile or len(images) == 1:  # the views of a single image need not be kept
+            return [label_map(self.rows(image, size, batch_size), size)
+                    for image, size in zip(images.split(1), sizes, strict=True)]
+        views = list(views_of(self.model, images, self.protocol, self.precision, batch_size))
+        preds = []
+        for index, size in enumerate(sizes):
+            views_of_image = [(logits[index:index + 1], geometry) for logits, geometry in views]
+            preds.append(label_map(scored_rows(views_of_image, size), size))
+        return preds
 
-    def rows(self, image, size, batch_size=8):
-        """Yield what scored_rows yields, of an image (1, 3, H, W) uint8 or a Raster, at `size` = (H, W)."""
-        return image_rows(self.model, image, self.protocol, self.precision, size, batch_size)
+    def label_maps(self, images):
+        """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the device."""
+        return torch.stack(self.predict_at(images, [tuple(images.shape[-2:])] * len(images)))
 
     def __call__(self, images):
-        return predict(self.model, images, self.protocol, self.precision).cpu().numpy()
+        return self.label_maps(images).cpu().numpy()
 
     def __str__(self):
         exported = isinstance(self.model, ExportedModel)

@@ -28,7 +28,6 @@ import torch
 from tqdm import tqdm
 
 from config import InputError
-from inference.predictor import predict
 
 try:
     import av
@@ -338,20 +337,11 @@ class WriteBehind:
 
 
 # --- segmenting, and painting on a GPU --------------------------------------------------------------------
-def at_once(predictor):
-    """Return the `segment` of a Pipeline that calls a function of images (n, 3, H, W) uint8 and waits."""
-    def segment(frames):
-        preds = predictor(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))  # (n, H, W) uint8
-        return lambda: list(zip(frames, preds, strict=True))
+class FrameSegmenter:
+    """The `segment` of a Pipeline. On a GPU it begins with a batch, and nothing but its result waits.
 
-    return segment
-
-
-class FramesOnGpu:
-    """The `segment` of a Pipeline that begins with a batch and lets nothing but its result wait for the GPU.
-
-    predictor: a Predictor on a GPU (on a CPU, it works at once); paint: a Paint, None = frames as they are.
-    Memory that is pinned lets copies run beside the GPU's work; torch keeps and reuses it.
+    predictor: a Predictor; paint: a Paint, None = frames as they are. Memory that is pinned lets copies run
+    beside the GPU's work; torch keeps and reuses it.
     """
 
     def __init__(self, predictor, paint=None):
@@ -368,8 +358,7 @@ class FramesOnGpu:
         staged = torch.empty(len(frames), *frames[0].shape, dtype=torch.uint8, pin_memory=self.pinned)
         np.stack(frames, out=staged.numpy())
         images = staged.to(self.device, non_blocking=True)  # (n, H, W, 3)
-        predictor = self.predictor
-        preds = predict(predictor.model, images.permute(0, 3, 1, 2), predictor.protocol, predictor.precision)
+        preds = self.predictor.label_maps(images.permute(0, 3, 1, 2))
         drawn = self.fetch(self.paint(images, preds)).numpy() if self.paint else frames
         ids = self.fetch(preds).numpy()
         done = torch.cuda.current_stream(self.device).record_event() if self.pinned else None

@@ -6,6 +6,7 @@ os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
 
 import copy
+import json
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 
 import check_data
+import evaluate
+import train
 import utils
 import visualize
 from config import DataOptions, InputError
@@ -28,7 +31,7 @@ from models import backbones
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"  # real samples; tests that need them are skipped where they are missing
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)  # small networks gain nothing from more
 
 
 @lru_cache(maxsize=8)
@@ -184,10 +187,37 @@ def call(module, *flags, plots=False):
         assert not module.main()
 
 
+def train_flags(data, out, *more):
+    """Return the flags of a run of seconds: vit_tiny from scratch on a small folder."""
+    return ("--dataset", "folder", "--data-root", data, "--out-dir", out, "--backbone", "vit_tiny",
+            "--unfreeze", "all", "--imgsz", 42, 56, "--batch-size", 4, "--lr", 5e-4, "--backbone-lr-scale", 1,
+            "--workers", 0, "--scheduler", "none", *more)
+
+
+def history_of(out):
+    """Return the rows of history.jsonl."""
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder whose masks and images may differ in size, and a finished run of two epochs: (data, out).
+
+    Tests of many files share it: they write elsewhere, or into a copy.
+    """
+    data, out = write_folder(tmp_path_factory.mktemp("data"), count=10), tmp_path_factory.mktemp("run")
+    for number in (1, 4, 7):
+        path = data / f"images/{number:02d}.png"
+        Image.open(path).resize((90, 70)).save(path)
+    call(train, *train_flags(data, out, "--epochs", 2, "--amp", "off"), plots=True)
+    return data, out
+
+
 def leave_out_plots(patch):
-    """Leave out the plots of training runs and check.png, half a second each."""
+    """Leave out the plots of training runs and evaluations and check.png, half a second each."""
     patch.setattr(visualize, "plot_run", lambda *args: None)
     patch.setattr(check_data, "draw", lambda *args: None)
+    patch.setattr(evaluate, "draw", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)
@@ -217,25 +247,13 @@ def dinov2_vitb14(*, pretrained=True, **kwargs):  # the width of the real one, f
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """A TORCH_HOME as torch.hub leaves it: the code folder and the weights file of dinov2_vits14."""
-    import timm
-
     home = tmp_path / "torch_home"
     code = home / "hub/facebookresearch_dinov2_main"
     code.mkdir(parents=True)
     (code / "hubconf.py").write_text(HUBCONF)
     monkeypatch.setenv("TORCH_HOME", str(home))
     torch.manual_seed(5)
-    net = timm.create_model(
-        "vit_tiny_patch16_224",
-        patch_size=14,
-        img_size=56,
-        depth=5,
-        embed_dim=48,
-        num_heads=3,
-        num_classes=0,
-        dynamic_img_size=True,
-        init_values=1e-5,
-    )
+    net = torch.hub.load(str(code), "dinov2_vits14", source="local")
     weights = home / "hub/checkpoints/dinov2_vits14_pretrain.pth"
     weights.parent.mkdir()
     torch.save(net.state_dict(), weights)

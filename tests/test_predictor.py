@@ -1,33 +1,15 @@
 """Prediction at an image's own size against loops written out: whole, windows, tiles, views."""
-import json
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_images, tiny, write_folder
-from PIL import Image
+from conftest import random_images, tiny
 from torch import nn
 
 from checkpoint import load_model, pack_checkpoint
-from config import InputError
-from dataio.resizing import resize_image, window_starts
+from dataio.resizing import resize_image
 from inference import predictor as predictor_module
-from inference.predictor import (
-    Predictor,
-    Protocol,
-    Tiles,
-    choose_protocol,
-    edge_weights,
-    image_rows,
-    label_map,
-    make_protocol,
-    predict,
-    scored_rows,
-    scores_of,
-    slide_logits,
-    views_of,
-)
+from inference.predictor import (Predictor, Protocol, Tiles, choose_protocol, edge_weights, label_map,
+                                 make_protocol, scored_rows, scores_of, slide_logits, views_of)
 from models import upsampling
 from models.upsampling import geometry_of, pixels
 from test_engine import FLOAT32, ConvolutionHead, on_images, pixelwise
@@ -70,6 +52,11 @@ def predictor_of(net, protocol):
     return predictor
 
 
+def predict(net, images, protocol):
+    """Return the label maps (B, H, W) of images (B, 3, H, W), in float32."""
+    return predictor_of(net, protocol).label_maps(images)
+
+
 def resized(values, size):
     """Return (B, K, h, w) at `size`, bilinear."""
     return F.interpolate(values, size=size, mode="bilinear", align_corners=False)
@@ -97,28 +84,18 @@ def test_label_map_is_argmax_of_the_upsampled_logits_however_many_rows_at_a_time
     assert_argmax(pred, resized(logits, size)[0])
 
 
-@pytest.mark.parametrize("largest_sum", [0, 1 << 28], ids=["in rows", "summed"])
-def test_views_are_averaged_as_probabilities(largest_sum, monkeypatch):
+@pytest.mark.parametrize(("count", "largest_sum"), [(1, 0), (3, 0), (3, 1 << 28)])
+def test_views_are_averaged_as_probabilities_of_which_the_largest_is_the_confidence(count, largest_sum,
+                                                                                    monkeypatch):
     monkeypatch.setattr(predictor_module, "LARGE_SUM", largest_sum)
     monkeypatch.setitem(upsampling.BLOCK_VALUES, "cpu", 300)
     torch.manual_seed(0)
-    views = [(5 * torch.randn(1, 4, *size), geometry_of(size)) for size in VIEW_SIZES]
-    mean = sum(resized(logits, (30, 21)).softmax(1) for logits, _ in views)[0] / 3
+    views = [(5 * torch.randn(1, 4, *size), geometry_of(size)) for size in VIEW_SIZES[:count]]
+    mean = sum(resized(logits, (30, 21)).softmax(1) for logits, _ in views)[0] / count
     scores = scores_of(scored_rows(views, (30, 21)), (30, 21), every_class=True)
     assert_argmax(scores.pred, mean)
     assert scores.confidence == pytest.approx(mean.amax(0).numpy(), abs=1e-5)
     assert scores.probabilities.astype(float) == pytest.approx(mean.numpy(), abs=1e-3)
-
-
-@torch.no_grad()
-def test_predict_gives_the_images_own_size_in_order():
-    net = pixelwise().eval()
-    images = F.interpolate(random_images(3, 3, 4, 6), size=(20, 31))  # patches: smaller images are not gray
-    preds = predict(net, images, Protocol((20, 31)), FLOAT32)
-    assert torch.equal(preds.long(), net(images).argmax(1)) and len(preds.unique()) == 3
-    small = predict(net, images, Protocol((10, 15)), FLOAT32)
-    assert_argmax(small, resized(net(resize_image(images, (10, 15))), (20, 31)))
-    assert torch.equal(small[1], predict(net, images[1:2], Protocol((10, 15)), FLOAT32)[0])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -133,28 +110,7 @@ def test_images_are_predicted_at_other_sizes_than_their_own(count):
         assert_argmax(pred, sum(resized(view[index:index + 1], size).softmax(1) for view in views)[0])
 
 
-@torch.no_grad()
-def test_confidence_is_the_probability_of_the_class():
-    net, image = neighbors(), random_images(1, 3, 23, 31)
-    probabilities = resized(net(resize_image(image, (18, 22))), (23, 31)).softmax(1)[0]
-    scores = predictor_of(net, Protocol((18, 22))).scores(image)
-    assert_argmax(scores.pred, probabilities)
-    assert scores.confidence == pytest.approx(probabilities.amax(0).numpy(), abs=1e-5)
-    assert scores.confidence.dtype == np.float32 and scores.probabilities is None
-
-
 # --- windows and views ------------------------------------------------------------------------------------
-def test_windows_cover_everything_and_the_last_is_shifted_in():
-    for length, window, stride in ((10, 4, 3), (9, 4, 3), (4, 4, 3), (3, 4, 3), (100, 7, 7), (5, 4, 2)):
-        starts = window_starts(length, window, stride)
-        covered = set()
-        for start in starts:
-            covered |= set(range(start, min(start + window, length)))
-        assert covered == set(range(length)) and starts[0] == 0
-        assert all(later - start <= stride for start, later in zip(starts, starts[1:], strict=False))
-        assert starts[-1] + min(window, length) == length and len(set(starts)) == len(starts)
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @torch.no_grad()
 def test_slide_equals_a_loop_over_windows(batch_size):
@@ -176,14 +132,14 @@ def test_slide_with_a_window_as_large_as_the_image_equals_whole():
         assert torch.equal(slide_logits(net, images, window, (5, 5), 8), net(images))
     square = random_images(1, 3, 30, 30)
     slide, whole = make_protocol("slide", "", (20, 20)), make_protocol("whole", "", (20, 20))
-    assert torch.equal(predict(net, square, slide, FLOAT32), predict(net, square, whole, FLOAT32))
+    assert torch.equal(predict(net, square, slide), predict(net, square, whole))
 
 
 @torch.no_grad()
 def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
     images, symmetric, other = random_images(2, 3, 20, 30), pixelwise().eval(), neighbors()
     plain, flip = Protocol((20, 30)), Protocol((20, 30), flip=True)
-    assert torch.equal(predict(symmetric, images, plain, FLOAT32), predict(symmetric, images, flip, FLOAT32))
+    assert torch.equal(predict(symmetric, images, plain), predict(symmetric, images, flip))
     straight, mirrored = (pixels(*view) for view in views_of(other, images, flip, FLOAT32))
     assert torch.equal(straight, other(images))
     assert torch.equal(mirrored, other(images.flip(-1)).flip(-1))
@@ -197,7 +153,7 @@ def test_multi_scale_equals_its_views_written_out():
         inputs = resize_image(images, (round(20 * scale), round(24 * scale)))
         for logits in (net(inputs), net(inputs.flip(-1)).flip(-1)):
             total = total + resized(logits, (26, 34)).softmax(1)
-    assert_argmax(predict(net, images, make_protocol("whole", "ms,flip", (20, 24)), FLOAT32), total)
+    assert_argmax(predict(net, images, make_protocol("whole", "ms,flip", (20, 24))), total)
 
 
 def test_sizes_of_the_protocols():
@@ -213,22 +169,11 @@ def test_sizes_of_the_protocols():
         assert all(word in str(protocol) for word in words.split())
 
 
-@pytest.mark.parametrize(("options", "named"), [
-    (dict(kind="tile", tta="ms"), "--tta ms"),
-    (dict(tile_scale=2.0), "--protocol tile"),
-    (dict(kind="slide", overlap=0.0), "--protocol tile"),
-    (dict(kind="tile", overlap=20.0), "--overlap 20 .*24x20"),
-])
-def test_flags_that_contradict_each_other(options, named):
-    with pytest.raises(InputError, match=named):
-        choose_protocol(dict(imgsz=(24, 20)), **options)
-
-
 # --- tiles ------------------------------------------------------------------------------------------------
 def tiled(net, image, **options):
     """Return the probabilities (1, K, H, W) of an image in tiles of 24x20 or of the `window` in options."""
     protocol = make_protocol("tile", "", **{"imgsz": (24, 20), **options})
-    rows = image_rows(net, image, protocol, FLOAT32, tuple(image.shape[-2:]))
+    rows = predictor_of(net, protocol).rows(image, tuple(image.shape[-2:]))
     return torch.cat([values for _, values, _ in rows], 2)
 
 
@@ -258,19 +203,10 @@ def test_what_is_constant_has_no_seams_at_any_size(size):
     torch.testing.assert_close(probabilities, shares.expand(1, 3, *size))
 
 
-@pytest.mark.parametrize(("length", "side", "stride"),
-                         [(100, 24, 17), (100, 24, 12), (50, 24, 2), (25, 24, 18)])
-def test_weights_of_neighbors_add_up_to_one_and_every_pixel_has_some(length, side, stride):
-    starts = window_starts(length, side, stride)
-    total = torch.zeros(length)
-    for index, start in enumerate(starts):
-        total[start:start + side] += edge_weights(starts, index, side)
-    assert total.min() > 0.02
-    if 2 * stride >= side and (length - side) % stride == 0:
-        torch.testing.assert_close(total, torch.ones(length))
-    after_8_shared = edge_weights([0, 16], 1, 24)
-    assert (after_8_shared[:2] == 0).all() and (after_8_shared[6:] == 1).all()
-    assert after_8_shared[4] > after_8_shared[3] > after_8_shared[2] > 0
+def test_the_weights_of_neighbors_are_a_straight_line_that_adds_up_to_one():
+    before, after = edge_weights([0, 16], 0, 24)[16:], edge_weights([0, 16], 1, 24)[:8]  # 8 are shared
+    torch.testing.assert_close(before + after, torch.ones(8))
+    torch.testing.assert_close(after, torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]))
 
 
 def test_memory_is_a_row_of_tiles_however_high_the_image():
@@ -296,8 +232,8 @@ def test_tile_scale_is_pixels_of_the_network_per_pixel_of_the_image(scale):
     net, side = local(), tuple(round(length / scale) for length in (24, 20))
     image, tiles = random_images(1, 3, *side), make_protocol("tile", "flip", (24, 20), scale)
     assert tiles.side == side
-    whole = predict(net, image, make_protocol("whole", "flip", (24, 20)), FLOAT32)
-    assert torch.equal(predict(net, image, tiles, FLOAT32), whole)
+    whole = predict(net, image, make_protocol("whole", "flip", (24, 20)))
+    assert torch.equal(predict(net, image, tiles), whole)
 
 
 @torch.no_grad()
@@ -327,33 +263,6 @@ def test_a_raster_is_0_where_it_has_no_data():
     probabilities = torch.cat([values for _, values in tiles.rows()], 2)
     assert probabilities.shape == (1, 2, 61, 83) and not probabilities[..., :30, :].any()
     torch.testing.assert_close(probabilities[..., 42:, :], shares.expand(1, 2, 19, 83))
-
-
-def test_scripts_score_the_tiles_that_they_write(tmp_path, run):
-    """The masks of infer_image.py have the pixels that evaluate.py counts; a clip is taken too."""
-    import evaluate
-    import infer_image
-    import infer_video
-    import train
-    from test_video import write_clip
-
-    data, out = write_folder(tmp_path / "data", count=6, size=(90, 121)), tmp_path / "out"
-    flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--unfreeze", "all"]
-    assert run(train, *flags, "--imgsz", 42, 42, "--epochs", 1, "--workers", 0, "--out-dir", out)[0] == 0
-    tiles = ["--protocol", "tile", "--overlap", 14, "--model", out / "best_model_iou.pth", "--device", "cpu",
-             "--out-dir", out]
-    code, text, err = run(evaluate, *tiles)
-    assert code == 0 and "42x42" in text and "28x28" in text, err
-    (record, *_) = json.loads((out / "evaluation" / "metrics.json").read_text())["records"]
-    assert run(infer_image, "--input", record["name"], *tiles)[0] == 0
-    (mask,) = (out / "inference_results_image").glob("*_mask.png")
-    scored = np.zeros(3)
-    for _, predicted, count in record["cells"]:
-        scored[predicted] += count
-    assert (scored == np.bincount(np.array(Image.open(mask)).ravel(), minlength=3)).all()
-    clip = write_clip(tmp_path / "clip.mp4", count=3, size=(90, 120))
-    code, text, err = run(infer_video, "--input", clip, *tiles)
-    assert code == 0 and "42x42" in text, err
 
 
 @pytest.mark.long

@@ -1,7 +1,6 @@
 """The scripts as a user runs them: training, inference on images and video, bad input."""
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,22 +11,20 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, blocks, call, real_data, write_folder
+from conftest import ROOT, blocks, history_of, real_data, train_flags, write_folder
 from PIL import Image
 from test_video import write_clip
 
-import checkpoint
 import config
 import engine
 import infer_image
 import infer_video
 import train
-import utils
 import visualize
 from checkpoint import load_model
 from dataio.readers import DataSource, read_image
 from inference import video
-from inference.predictor import Protocol, predict
+from inference.predictor import Predictor, choose_protocol
 from inference.video import VideoReader
 
 RUN_FILES = {"config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "per_class_iou.png",
@@ -47,30 +44,10 @@ def registered_options(number, leave_out=()):
     return flags
 
 
-def train_flags(data, out, *more):
-    """Return the flags of a run of seconds: vit_tiny from scratch on a small folder."""
-    return ("--dataset", "folder", "--data-root", data, "--out-dir", out, "--backbone", "vit_tiny",
-            "--unfreeze", "all", "--imgsz", 42, 56, "--batch-size", 4, "--lr", 5e-4, "--backbone-lr-scale", 1,
-            "--workers", 0, "--scheduler", "none", *more)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder data set and a finished run of two epochs: (data, out)."""
-    data, out = write_folder(tmp_path_factory.mktemp("data"), count=10), tmp_path_factory.mktemp("run")
-    call(train, *train_flags(data, out, "--epochs", 2), plots=True)
-    return data, out
-
-
 @pytest.fixture
 def model_file(trained):
     """The best checkpoint of the run."""
     return trained[1] / "best_model_iou.pth"
-
-
-def history_of(out):
-    """Return the rows of history.jsonl."""
-    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
 def files_in(folder):
@@ -78,10 +55,10 @@ def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def predicted(model, image, imgsz=(42, 56)):
-    """Return the label map (H, W) of an image (3, H, W) uint8, at its own size."""
-    precision = utils.Precision("auto", torch.device("cpu"))
-    return predict(model, image[None], Protocol(imgsz), precision)[0].numpy()
+def predicted(model_file, image, **options):
+    """Return the label map (H, W) of an image (3, H, W) uint8; options: of choose_protocol."""
+    model, facts = load_model(model_file)
+    return Predictor(model, facts, "cpu", choose_protocol(facts, **options))(image[None])[0]
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -115,8 +92,10 @@ def test_accumulate_scheduler_and_amp_reach_the_run(trained, tmp_path, run):
 
 
 def test_optimizer_losses_and_class_weights_reach_the_run(trained, tmp_path, run):
+    """With a head of copied blocks, which have the backbone's rate."""
     more = ["--epochs", 2, "--optimizer", "sgd", "--scheduler", "onecycle", "--loss", "focal+dice"]
     more += ["--class-weights", "median", "--resplit"]
+    more += ["--head", "split", "--split-blocks", 1, "--unfreeze", 1, "--backbone-lr-scale", 0.5]
     code, text, _ = run(train, *train_flags(trained[0], tmp_path, *more))
     (line,) = (line for line in text.splitlines() if line.startswith("class weights"))
     assert code == 0 and all(name in line for name in ("background", "class 1", "class 2"))
@@ -125,16 +104,10 @@ def test_optimizer_losses_and_class_weights_reach_the_run(trained, tmp_path, run
         for split in ("train", "val"):
             total = row[f"{split}_loss_focal"] + row[f"{split}_loss_dice"]
             assert row[f"{split}_loss"] == pytest.approx(total, rel=1e-5)
+        assert row["backbone_lr"] == pytest.approx(0.5 * row["lr"])
     assert rows[-1]["lr"] == pytest.approx(5e-4 * engine.lr_lambda("onecycle", 4, 2)(3))
     assert torch.load(tmp_path / "last.pth")["optimizer"]["param_groups"][0]["nesterov"]
     assert len(list((tmp_path / "cache").iterdir())) == 2  # pixels of all images, of those that train
-
-
-def test_the_rates_of_a_head_with_copied_blocks_are_its_own_and_the_backbones(trained, tmp_path, run):
-    more = ["--head", "split", "--split-blocks", 1, "--unfreeze", 1, "--backbone-lr-scale", 0.5]
-    assert run(train, *train_flags(trained[0], tmp_path, "--epochs", 1, *more))[0] == 0
-    (row,) = history_of(tmp_path)
-    assert (row["lr"], row["backbone_lr"]) == (5e-4, 2.5e-4)
 
 
 def test_a_data_set_without_training_images_is_refused(tmp_path, run):
@@ -144,48 +117,25 @@ def test_a_data_set_without_training_images_is_refused(tmp_path, run):
     assert code == 2 and err.count("\n") == 1 and not (tmp_path / "out/last.pth").exists()
 
 
-def test_a_baseline_trains_resumes_and_infers(trained, tmp_path, run):
-    data = trained[0]
-    base = ["--arch", "segformer_b0", "--weights", "none", "--imgsz", 40, 56, "--epochs", 1]
-    base += ["--batch-size", 3, "--workers", 0]
-    code, text, _ = run(train, "--dataset", "folder", "--data-root", data, "--out-dir", tmp_path, *base)
-    assert code == 0 and "segformer_b0" in text and "3,714,915" in text  # parameters
-    code, text, _ = run(train, "--resume", "--epochs", 2, "--out-dir", tmp_path)
-    assert code == 0 and [row["epoch"] for row in history_of(tmp_path)] == [1, 2]
-    flags = ["--input", data / "images/00.png", "--model", tmp_path / "best_model_iou.pth"]
-    assert run(infer_image, *flags, "--out-dir", tmp_path)[0] == 0
-    mask = np.array(Image.open(tmp_path / "inference_results_image/00_mask.png"))
-    assert mask.shape == (45, 61) and mask.max() < 3
-
-
 def test_the_mean_without_background_is_reported_beside_the_mean(trained, tmp_path, run):
     data = shutil.copytree(trained[0], tmp_path / "data")
     (data / "classes.txt").write_text("background\ncat\ndog\n")
     flags = train_flags(data, tmp_path / "out", "--epochs", 1)
     text = run(train, *flags)[1]
+    assert "warning: the backbone" not in text
     (row,) = history_of(tmp_path / "out")
     ious = [iou for iou in row["per_class_iou"][1:] if iou is not None]
     assert f"{len(ious)} classes other than background: {np.mean(ious):.4f}" in text
     assert "other than background" not in run(train, *flags, "--ignore-background")[1]
 
 
-def test_random_state_is_saved_and_restored():
-    torch.rand(3), np.random.rand(3), random.random()
-    state = checkpoint.random_state()
-    drawn = torch.rand(4).tolist(), np.random.rand(4).tolist(), random.random()
-    checkpoint.restore_random_state(state)
-    assert drawn == (torch.rand(4).tolist(), np.random.rand(4).tolist(), random.random())
-
-
 def test_a_random_frozen_backbone_is_warned_about_and_data_hashed_once(trained, tmp_path, run, monkeypatch):
     """A file that is lost midway must cost no epoch."""
     calls, fingerprints = [], DataSource.fingerprints
     monkeypatch.setattr(DataSource, "fingerprints", lambda self: calls.append(1) or fingerprints(self))
-    flags = [*train_flags(trained[0], tmp_path, "--epochs", 1)]
-    assert "warning: the backbone" not in run(train, *flags)[1] and len(calls) == 1
-    flags[flags.index("--unfreeze") + 1] = 0
-    scale = flags.index("--backbone-lr-scale")
-    assert "warning: the backbone" in run(train, *flags[:scale], *flags[scale + 2:])[1]
+    flags = ["--dataset", "folder", "--data-root", trained[0], "--backbone", "vit_tiny", "--imgsz", 28, 28]
+    text = run(train, *flags, "--epochs", 1, "--workers", 0, "--out-dir", tmp_path)[1]
+    assert "warning: the backbone" in text and len(calls) == 1
 
 
 def test_a_new_run_moves_the_earlier_one_and_nothing_else(trained, tmp_path, run):
@@ -202,11 +152,9 @@ def test_a_new_run_moves_the_earlier_one_and_nothing_else(trained, tmp_path, run
     assert len(history_of(out)) == 1 and all((out / name).read_text() == "mine" for name in mine)
 
 
-@pytest.mark.parametrize("head", ["bn", "linear"])
-def test_hub_backbone_trains_saves_and_infers_offline(head, hub_cache, tmp_path, run):
+def test_hub_backbone_trains_saves_and_infers_offline(hub_cache, tmp_path, run):
     data = write_folder(tmp_path / "data")
-    more = ["--epochs", 1, "--head", head, "--augment", "crop", "flip", "color", "--accumulate", 2]
-    more += ["--backbone", "dinov2_vits14", "--unfreeze", 1]
+    more = ["--epochs", 1, "--backbone", "dinov2_vits14", "--unfreeze", 1]
     code, _, err = run(train, *train_flags(data, tmp_path, *more))
     assert code == 0, err
     flags = ["--input", data / "images", "--model", tmp_path / "best_model_iou.pth", "--out-dir", tmp_path]
@@ -239,8 +187,8 @@ BAD_TRAINING = {  # flags, or what is changed in a copy of the folder: (file, it
 }
 
 
-@pytest.mark.parametrize(("named", "workers"),
-                         [*((named, 0) for named in BAD_TRAINING), ("images/03.png", 1)])
+@pytest.mark.parametrize(("named", "workers"), [
+    *((named, 0) for named in BAD_TRAINING), pytest.param("images/03.png", 1, marks=pytest.mark.long)])
 def test_bad_training_input_is_one_line_and_touches_nothing(trained, tmp_path, run, named, workers):
     """Where an earlier run is in the folder, it stays what it is."""
     data = shutil.copytree(trained[0], tmp_path / "broken")
@@ -282,12 +230,11 @@ def test_images_of_every_kind_come_out_right(model_file, tmp_path, run):
     code, text, _ = run(infer_image, "--input", photos, "--model", model_file, "--out-dir", tmp_path)
     out = tmp_path / "inference_results_image"
     assert code == 0 and "5 of 5 images" in text and text.count("16 bit") == 1
-    model, _ = load_model(model_file)
     for path in photos.iterdir():
         upright = read_image(path)
         assert upright.shape[1:] == ((71, 50) if path.stem == "phone" else (50, 71))
         mask = Image.open(out / f"{path.stem}_mask.png")
-        assert mask.mode == "P" and (np.array(mask) == predicted(model, upright)).all()
+        assert mask.mode == "P" and (np.array(mask) == predicted(model_file, upright)).all()
         assert Image.open(out / f"{path.stem}_overlay.jpg").size == mask.size
     assert Image.open(out / "legend.png").size[0] > 60
 
@@ -301,9 +248,8 @@ def test_overlay_is_the_prediction_over_the_image(model_file, tmp_path, run, fla
     flags = ("--input", tmp_path / "a.png", "--model", model_file, "--out-dir", tmp_path, *flags)
     code, text, _ = run(infer_image, *flags)
     assert code == 0 and f"{imgsz[0]}x{imgsz[1]}" in text
-    model, saved = load_model(model_file)
-    pred = predicted(model, torch.from_numpy(image).permute(2, 0, 1), imgsz)
-    colors = np.array([color for _, color in saved["classes"]])[pred]
+    pred = predicted(model_file, torch.from_numpy(image).permute(2, 0, 1), imgsz=imgsz)
+    colors = np.array([color for _, color in load_model(model_file)[1]["classes"]])[pred]
     want = np.where((pred == 0)[..., None], image, (1 - alpha) * image + alpha * colors)  # 0 = background
     got = np.array(Image.open(tmp_path / "inference_results_image/a_overlay.jpg"))
     assert np.abs(got - want).mean() < 6  # JPEG
@@ -336,7 +282,6 @@ def test_a_corrupt_image_is_skipped(model_file, tmp_path, run):
     (["--input", "{tmp}.png", "--model", "none.pth"], "none.pth"),
     (["--imgsz", "0", "4"], "--imgsz"),
     (["--input", "{tmp}", "--alpha", "2"], "--alpha"),
-    (["--input", "{tmp}.png", "--overlap", "0.5", "--protocol", "whole"], "--overlap"),
 ], ids=str)
 @pytest.mark.parametrize("script", [infer_image, infer_video], ids=["image", "video"])
 def test_bad_inference_input_is_one_line(model_file, tmp_path, run, script, flags, named):
@@ -351,36 +296,28 @@ def test_bad_inference_input_is_one_line(model_file, tmp_path, run, script, flag
 
 
 # --- video --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_clip_keeps_size_rate_and_frames(model_file, tmp_path, run, batch_size):
-    clip = write_clip(tmp_path / "clip.mp4", 11, Fraction(30000, 1001), (48, 64))
-    flags = ["--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", batch_size]
-    code, text, err = run(infer_video, *flags)
-    assert code == 0 and "11 frames" in text and "29.97 frames/s" in text, err
+@pytest.mark.parametrize("kind", ["whole", "tile"])
+def test_a_clip_keeps_size_rate_and_frames_each_with_its_prediction(model_file, tmp_path, run, kind):
+    clip = write_clip(tmp_path / "clip.mp4", 6, Fraction(30000, 1001), (96, 128))
+    flags = ["--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", 4]
+    code, text, err = run(infer_video, *flags, "--alpha", 0.25, "--protocol", kind)
+    assert code == 0 and "6 frames" in text and "29.97 frames/s" in text, err
     assert all(stage in text for stage in ("decode", "model", "draw", "encode"))
     reader = VideoReader(tmp_path / "inference_results_video/clip.mp4")
-    assert reader.size == (48, 64) and reader.fps == Fraction(30000, 1001) and len(list(reader)) == 11
-
-
-def test_every_frame_shows_its_own_prediction_in_order(model_file, tmp_path, run):
-    clip = write_clip(tmp_path / "clip.mp4", 6, size=(96, 128))
-    flags = ["--input", clip, "--model", model_file, "--out-dir", tmp_path, "--batch-size", 4]
-    assert run(infer_video, *flags, "--alpha", 0.25)[0] == 0
-    model, saved = load_model(model_file)
-    table = visualize.color_table(saved["classes"])
-    drawn = list(VideoReader(tmp_path / "inference_results_video/clip.mp4"))
-    for frame, got in zip(VideoReader(clip), drawn, strict=True):
-        pred = predicted(model, torch.from_numpy(frame).permute(2, 0, 1))
+    assert reader.size == (96, 128) and reader.fps == Fraction(30000, 1001)
+    table = visualize.color_table(load_model(model_file)[1]["classes"])
+    for frame, drawn in zip(VideoReader(clip), reader, strict=True):
+        pred = predicted(model_file, torch.from_numpy(frame).permute(2, 0, 1), kind=kind)
         want = visualize.overlay(frame, pred, table, 0.25)[24:]  # the counter stands above
-        assert np.abs(got[24:].astype(int) - want).mean() < 12
+        assert np.abs(drawn[24:].astype(int) - want).mean() < 12
 
 
 def test_an_early_end_is_told_and_what_was_read_stays(model_file, tmp_path, run):
-    clip = write_clip(tmp_path / "cut.mp4", 120)
+    clip = write_clip(tmp_path / "cut.mp4", 60)
     clip.write_bytes(clip.read_bytes()[: int(clip.stat().st_size * 0.6)])
     code, _, err = run(infer_video, "--input", clip, "--model", model_file, "--out-dir", tmp_path)
-    assert code == 2 and "of 120 frames" in err and "Traceback" not in err
-    assert len(list(VideoReader(tmp_path / "inference_results_video/cut.mp4"))) > 10
+    assert code == 2 and "of 60 frames" in err and "Traceback" not in err
+    assert len(list(VideoReader(tmp_path / "inference_results_video/cut.mp4"))) > 5
 
 
 def test_a_clip_is_never_written_over_its_input(model_file, tmp_path, run):
@@ -392,28 +329,22 @@ def test_a_clip_is_never_written_over_its_input(model_file, tmp_path, run):
 
 
 def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
-    clip, open_capture = write_clip(tmp_path / "clip.mp4", 20), video.cv2.VideoCapture
-
     class Camera:
-        """Plays the clip again and again: a camera never ends, however many frames are dropped."""
+        """A camera never ends, however many frames are dropped."""
 
-        def __init__(self):
-            self.clip = open_capture(str(clip))
-
-        def __getattr__(self, name):
-            return getattr(self.clip, name)
+        def __init__(self, index):
+            assert index == 0
 
         def read(self):
-            good, frame = self.clip.read()
-            if not good:
-                self.clip = open_capture(str(clip))
-                good, frame = self.clip.read()
-            return good, frame
+            return True, np.full((48, 64, 3), 90, np.uint8)
 
-    monkeypatch.setattr(video.cv2, "VideoCapture",
-                        lambda source: Camera() if source == 0 else open_capture(source))
+        def get(self, _):
+            return 0.0
+
+    monkeypatch.setattr(video.cv2, "VideoCapture", Camera)
     flags = ["--input", 0, "--max-frames", 5, "--model", model_file, "--out-dir", tmp_path]
     code, text, _ = run(infer_video, *flags)
+    monkeypatch.undo()
     (made,) = (tmp_path / "inference_results_video").iterdir()
     assert code == 0 and made.name.startswith("camera0_") and "5 frames" in text
     assert len(list(VideoReader(made))) == 5
@@ -445,7 +376,7 @@ def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
     """In a process of its own, the only one whose signals are those of a terminal."""
-    clip = write_clip(tmp_path / "clip.mp4", 1000)
+    clip = write_clip(tmp_path / "clip.mp4", 500)
     flags = ["--input", clip, "--model", model_file, "--out-dir", tmp_path, "--imgsz", "224", "224"]
     process = subprocess.Popen([sys.executable, "infer_video.py", *flags, "--backend", "torch"], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -453,12 +384,12 @@ def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
     started = time.time()
     while not list(tmp_path.glob("inference_results_video/.*.mp4")) and time.time() - started < 60:
         time.sleep(0.05)
-    time.sleep(1.0)
+    time.sleep(0.5)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, out + err
     (made,) = (tmp_path / "inference_results_video").iterdir()
-    assert 0 < len(list(VideoReader(made))) < 1000
+    assert 0 < len(list(VideoReader(made))) < 500
 
 
 def test_real_clip_and_photos(model_file, tmp_path, run):

@@ -88,7 +88,7 @@ from datasets import load_data
 from inference.backends import first_line, is_installed
 from inference.predictor import Predictor, choose_protocol, make_protocol
 from inference.rasters import MaskFile, save_polygons, segment
-from inference.video import (FramesOnGpu, Paint, Pipeline, VideoReader, VideoWriter, at_once, draw_rate)
+from inference.video import FrameSegmenter, Paint, Pipeline, VideoReader, VideoWriter, draw_rate
 from losses import Criterion
 from model import ModelSpec, build_model
 
@@ -327,9 +327,7 @@ def run_pipeline(predictor, source, target, batch_size, max_frames=None):
         return frame
 
     reader = VideoReader(source)
-    segment = at_once(predictor)
-    if gpu:
-        segment = FramesOnGpu(predictor, Paint(colors, 0.5, None, predictor.device))
+    segment = FrameSegmenter(predictor, Paint(colors, 0.5, None, predictor.device) if gpu else None)
     with VideoWriter(target, reader.size, reader.fps, source) as writer:
         pipeline = Pipeline(reader, segment, draw, writer, batch_size, max_frames, ahead=int(gpu))
         stages, _ = pipeline.run(SimpleNamespace(asked=False))
