@@ -107,73 +107,40 @@ def safe_streams():
 
 
 # --- argparse types ---------------------------------------------------------------------------------------
-def integer_between(text, lowest, highest, expected=""):
-    """Return a text as an integer from `lowest` to `highest`. Raises ArgumentTypeError."""
-    if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
-        expected = expected or f"an integer from {lowest} to {highest:,}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return int(text)
+def integer_between(lowest, highest):
+    """Return the argparse type of an integer from `lowest` to `highest`."""
+    def parse(text):
+        if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {lowest} to {highest:,}")
+        return int(text)
+
+    return parse
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1 that fits 31 bits."""
-    return integer_between(text, 1, 2 ** 31 - 1)
+positive_int = integer_between(1, 2 ** 31 - 1)
+non_negative_int = integer_between(0, 2 ** 32 - 1)
+step_count = integer_between(0, 10 ** 7)
+image_side = batch_images = port_number = integer_between(1, 2 ** 16 - 1)
+any_batch = integer_between(0, 2 ** 16 - 1)  # 0 = any number of images
 
 
-def non_negative_int(text):
-    """argparse type: an integer of at least 0 that fits 32 bits."""
-    return integer_between(text, 0, 2 ** 32 - 1)
+def number_where(is_valid, expected):
+    """Return the argparse type of a float for which is_valid(float) holds; expected: it in words."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return parse
 
 
-def step_count(text):
-    """argparse type: optimizer steps of a run."""
-    return integer_between(text, 0, 10 ** 7)
-
-
-def image_side(text):
-    """argparse type: a side of an image in pixels."""
-    return integer_between(text, 1, 2 ** 16 - 1)
-
-
-def batch_images(text):
-    """argparse type: images of a batch."""
-    return integer_between(text, 1, 2 ** 16 - 1)
-
-
-def any_batch(text):
-    """argparse type: images of a batch, 0 = any number."""
-    return integer_between(text, 0, 2 ** 16 - 1)
-
-
-def port_number(text):
-    """argparse type: a TCP port."""
-    return integer_between(text, 1, 2 ** 16 - 1, "a port from 1 to 65535")
-
-
-def number_where(text, is_valid, expected):
-    """Return a text as a float for which is_valid(float) holds. Raises ArgumentTypeError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not is_valid(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return value
-
-
-def fraction(text):
-    """argparse type: a number between 0 and 1, both excluded."""
-    return number_where(text, lambda value: 0.0 < value < 1.0, "a number between 0 and 1")
-
-
-def positive_float(text):
-    """argparse type: a finite number above 0."""
-    return number_where(text, lambda value: 0.0 < value < math.inf, "a number above 0")
-
-
-def non_negative_float(text):
-    """argparse type: a finite number of at least 0."""
-    return number_where(text, lambda value: 0.0 <= value < math.inf, "a number of at least 0")
+fraction = number_where(lambda value: 0.0 < value < 1.0, "a number between 0 and 1")
+positive_float = number_where(lambda value: 0.0 < value < math.inf, "a number above 0")
+non_negative_float = number_where(lambda value: 0.0 <= value < math.inf, "a number of at least 0")
 
 
 def fold_of(text):

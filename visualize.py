@@ -5,7 +5,7 @@
     with Trackers(["tensorboard", "wandb"], "outputs", settings, classes) as trackers:
         trackers.follow(history)                     # the rows that they do not have yet, and the pictures
 """
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -171,6 +171,15 @@ def save_figure(figure, path):
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
+def save_curves(figure, axes, path):
+    """Label the axes of curves over epochs and write their figure."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
 def plot_history(history, out_dir):
     """Draw loss.png, accuracy.png and miou.png: training and validation over epochs, the best epoch marked.
 
@@ -186,13 +195,10 @@ def plot_history(history, out_dir):
         best_value = best[f"val_{name}"]
         axes.plot(best["epoch"], best_value, "*", ms=14, color="tab:red",
                   label=f"best mIoU: epoch {best['epoch']}, {label} {best_value:.4f}")
-        axes.set(xlabel="epoch", ylabel=label)
+        axes.set_ylabel(label)
         if name != "loss":
             axes.set_ylim(0, 1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        save_figure(figure, Path(out_dir) / f"{name}.png")
+        save_curves(figure, axes, Path(out_dir) / f"{name}.png")
 
 
 def plot_head_scores(history, out_dir):
@@ -205,11 +211,8 @@ def plot_head_scores(history, out_dir):
     for name in names:
         axes.plot([row["epoch"] for row in history], [row.get(name) for row in history], "o-", ms=3,
                   label=name.removeprefix("val_"))
-    axes.set(xlabel="epoch", ylabel="validation")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, Path(out_dir) / "head_scores.png")
+    axes.set_ylabel("validation")
+    save_curves(figure, axes, Path(out_dir) / "head_scores.png")
 
 
 def plot_run(history, counts, classes, out_dir):
@@ -273,21 +276,17 @@ def plot_confusion(counts, classes, path):
 class TensorBoard:
     """Event files in OUT_DIR/tensorboard, for `tensorboard --logdir OUT_DIR`."""
 
-    module, package = "torch.utils.tensorboard", "tensorboard"
-
     def __init__(self, folder, settings):
-        library = importlib.import_module(self.module)
-        started = time.strftime("%Y-%m-%d_%H-%M-%S")
-        self.writer = library.SummaryWriter(folder / "tensorboard" / started)
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(folder / "tensorboard" / time.strftime("%Y-%m-%d_%H-%M-%S"))
         self.writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 
-    def add_numbers(self, epoch, numbers):
+    def add(self, epoch, numbers, pictures):
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, epoch)
-
-    def add_picture(self, epoch, name, path):
-        pixels = np.array(Image.open(path, formats=["PNG"]).convert("RGB"))
-        self.writer.add_image(name, pixels, epoch, dataformats="HWC")
+        for name, path in pictures.items():
+            pixels = np.array(Image.open(path).convert("RGB"))
+            self.writer.add_image(name, pixels, epoch, dataformats="HWC")
         self.writer.flush()
 
     def close(self, failed):
@@ -297,18 +296,15 @@ class TensorBoard:
 class WandB:
     """Weights & Biases, project WANDB_PROJECT or dinoseg; WANDB_MODE=offline keeps all in OUT_DIR/wandb."""
 
-    module = package = "wandb"
-
     def __init__(self, folder, settings):
-        self.wandb = importlib.import_module(self.module)
-        self.run = self.wandb.init(project=os.environ.get("WANDB_PROJECT", "dinoseg"), dir=str(folder),
-                                   name=folder.resolve().name, config=settings)
+        import wandb
+        self.picture = wandb.Image
+        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "dinoseg"), dir=str(folder),
+                              name=folder.resolve().name, config=settings)
 
-    def add_numbers(self, epoch, numbers):
-        self.run.log(numbers, step=epoch)
-
-    def add_picture(self, epoch, name, path):
-        self.run.log({name: self.wandb.Image(str(path))}, step=epoch)
+    def add(self, epoch, numbers, pictures):
+        pictures = {name: self.picture(str(path)) for name, path in pictures.items()}
+        self.run.log({**numbers, **pictures}, step=epoch)
 
     def close(self, failed):
         self.run.finish(exit_code=int(failed))
@@ -317,25 +313,23 @@ class WandB:
 class MLflow:
     """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where to, else MLflow's own default."""
 
-    module = package = "mlflow"
-
     def __init__(self, folder, settings):
-        self.mlflow = importlib.import_module(self.module)
-        self.mlflow.start_run(run_name=folder.resolve().name)
-        self.mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
+        import mlflow
+        self.mlflow = mlflow
+        mlflow.start_run(run_name=folder.resolve().name)
+        mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
 
-    def add_numbers(self, epoch, numbers):  # class names lose what MLflow does not allow
+    def add(self, epoch, numbers, pictures):  # class names lose what MLflow does not allow
         allowed = {re.sub(r"[^\w\-. /]", "_", name): value for name, value in numbers.items()}
         self.mlflow.log_metrics(allowed, step=epoch)
-
-    def add_picture(self, epoch, name, path):
-        self.mlflow.log_artifact(str(path), name)
+        for name, path in pictures.items():
+            self.mlflow.log_artifact(str(path), name)
 
     def close(self, failed):
         self.mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
-# A new tracker is one class above and one line here.
+# A new tracker is one class above and one line here, under the name of its package.
 TRACKERS = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
@@ -344,16 +338,11 @@ TRACKERS = {
 
 
 def require_trackers(names):
-    """Raise InputError where the library of a tracker is missing."""
+    """Raise InputError where the package of a tracker is missing."""
     for name in names:
-        tracker = TRACKERS[name]
-        try:
-            # wandb leaves a folder called so where it ran, which Python would import as an empty package
-            if importlib.import_module(tracker.module).__file__ is None:
-                raise ImportError
-        except ImportError:
-            raise InputError(f"--log {name} needs the package {tracker.package}: pip install "
-                             f"{tracker.package}, or leave it out") from None
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # wandb leaves an empty folder of its name where it ran
+            raise InputError(f"--log {name} needs the package {name}: pip install {name}, or leave it out")
 
 
 def numbers_of(row, classes):
@@ -378,44 +367,42 @@ class Trackers:
             try:
                 self.running[name] = TRACKERS[name](self.folder, settings)
             except Exception as error:  # of another library: it could be any
+                message = f"--log {name} does not start: {error_text(error)}"
                 if not resumed:
                     self.close(failed=True)
-                    raise InputError(f"--log {name} does not start: {error_text(error)}") from None
-                print(f"warning: --log {name} does not start and is left out: {error_text(error)}")
+                    raise InputError(message) from None
+                print(f"warning: {message}; it is left out")
         if resumed and self.running:
             print(f"the resumed run is a new run in {', '.join(self.running)}, with all of its epochs")
 
     def follow(self, history):
-        """Hand over the rows of the history that are new, and the pictures of the last."""
-        epoch, new_rows = history[-1]["epoch"], history[self.rows_logged:]
-        pictures = {"predictions": self.folder / f"valid_preds/epoch_{epoch:03d}.png",
-                    **{name: self.folder / f"{name}.png" for name in PLOTS}}
-        for name in list(self.running):
-            with self.guarded(name) as tracker:
-                for row in new_rows:
-                    tracker.add_numbers(row["epoch"], numbers_of(row, self.classes))
-                for title, path in pictures.items():
-                    if new_rows and path.exists():
-                        tracker.add_picture(epoch, title, path)
+        """Hand over the rows of the history that are new, and the pictures with the last."""
+        for row in history[self.rows_logged:]:
+            pictures = self.pictures(row["epoch"]) if row is history[-1] else {}
+            self.call_each("add", row["epoch"], numbers_of(row, self.classes), pictures)
         self.rows_logged = len(history)
+
+    def pictures(self, epoch):
+        """Return {name: path} of the pictures that the run has drawn after an epoch."""
+        paths = {"predictions": self.folder / f"valid_preds/epoch_{epoch:03d}.png",
+                 **{name: self.folder / f"{name}.png" for name in PLOTS}}
+        return {name: path for name, path in paths.items() if path.exists()}
 
     def close(self, failed=False):
         """End all; failed: the run did not come to its end."""
-        for name in list(self.running):
-            with self.guarded(name) as tracker:
-                tracker.close(failed)
+        self.call_each("close", failed)
+
+    def call_each(self, method, *args):
+        """Call a method of every tracker; an error costs that tracker, and no more."""
+        for name, tracker in list(self.running.items()):
+            try:
+                getattr(tracker, method)(*args)
+            except Exception as error:  # of another library: it could be any
+                del self.running[name]
+                print(f"warning: --log {name} failed and is left out from here on: {error_text(error)}")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
         self.close(failed=kind is not None)
-
-    @contextmanager
-    def guarded(self, name):
-        """Yield a tracker; an error within the `with` block costs that tracker, and no more."""
-        try:
-            yield self.running[name]
-        except Exception as error:  # of another library: it could be any
-            del self.running[name]
-            print(f"warning: --log {name} failed and is left out from here on: {error_text(error)}")

@@ -32,8 +32,10 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -47,15 +49,17 @@ RESUME = ["--resume", "--epochs", "2", "--workers", "0"]
 
 @dataclass
 class Attack:
-    """One command: script.py with flags, in `folder`, where prepare(folder) was called before.
+    """One command, a script and its flags, in `folder`, which is prepared before.
 
-    streams: encoding of stdout and stderr, "closed", "full" (a full disk), or "" as usual; limits: {resource:
-    soft limit}; env: variables.
+    copies: folders of the world that are copied there; files: path -> bytes that are written there, or a
+    function that makes the path, or None where nothing may be; streams: encoding of stdout and stderr,
+    "closed", "full" (a full disk), or "" as usual; limits: {resource: soft limit}; env: variables.
     """
 
     script: str
     flags: list
-    prepare: object = None
+    files: dict = field(default_factory=dict)
+    copies: tuple = ()
     streams: str = ""
     limits: dict = field(default_factory=dict)
     env: dict = field(default_factory=dict)
@@ -66,6 +70,19 @@ class Attack:
         flags = " ".join(ascii(str(flag))[1:-1][:80] for flag in self.flags)
         more = f" {self.streams}{self.limits or ''}{list(self.env) or ''}"
         return f"{self.family}: {self.script}.py {flags}{more}".strip()
+
+    def prepare(self, world):
+        """Copy and write what lies in the folder."""
+        for name in self.copies:
+            shutil.copytree(world.root / name, self.folder / name)
+        for name, content in self.files.items():
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            elif content:
+                content(path)
 
 
 FAMILIES = {}  # name -> function (world, rng) -> iterable of Attacks
@@ -100,19 +117,17 @@ class World:
         for frame in np.random.default_rng(0).integers(0, 256, (4, 40, 50, 3), dtype=np.uint8):
             writer.write(frame)
         writer.release()
-        self.command("train", *self.train_flags, "--out-dir", self.run)
-        self.command("evaluate", "--model", self.last, "--out-dir", self.run, "--device", "cpu")
+        self.call("train", *self.train_flags, "--out-dir", self.run)
+        self.call("evaluate", "--model", self.last, "--out-dir", self.run, "--device", "cpu")
         for kind, name in (("onnx", "m.onnx"), ("openvino", "m.xml")) if exports else ():
-            self.command("export", "--model", self.best, "--format", kind, "--out", self.root / name)
+            self.call("export", "--model", self.best, "--format", kind, "--out", self.root / name)
 
-    def command(self, script, *flags):
+    def call(self, script, *flags):
         """Run a script in a process of its own. Raises RuntimeError where it fails."""
         folder = self.root / "built"
         folder.mkdir(exist_ok=True)
-        process = os.fork()
-        if process == 0:
-            carry_out(Attack(script, flags, folder=folder))
-        if os.waitpid(process, 0)[1]:
+        code = wait_for(start_attack(Attack(script, flags, folder=folder)), 300)
+        if code:
             raise RuntimeError(f"{script}.py failed: {Path(f'{folder}.output').read_text()}")
 
     def files(self):
@@ -120,10 +135,10 @@ class World:
         paths = [path for path in self.root.rglob("*") if "cases" not in path.parts]
         return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
-    def flags_of(self, script):
-        """Return flags with which a script does something small."""
+    def command(self, script, *more, replaced=()):
+        """Return (script, flags with which it does something small), some of them replaced, and more."""
         common = ["--device", "cpu", "--out-dir", "out"]
-        return {
+        flags = {
             "train": [*self.train_flags, "--out-dir", "out"], "evaluate": ["--model", self.best, *common],
             "infer_image": ["--input", self.photo, "--model", self.best, *common],
             "infer_video": ["--input", self.clip, "--model", self.best, *common],
@@ -131,31 +146,23 @@ class World:
             "check_data": ["--dataset", "folder", "--data-root", self.data, "--out-dir", "out"],
             "compare": [self.run, *common], "model": self.train_flags,
         }[script]
+        return script, [*(dict(replaced).get(flag, flag) for flag in flags), *more]
 
-    def small_commands(self):
-        """Return every script with flags that work."""
-        return [(script, self.flags_of(script)) for script in SCRIPTS]
+    def commands(self):
+        """Return a command of every script."""
+        return [self.command(script) for script in SCRIPTS]
 
     def users_of(self, model):
         """Return commands that read a model."""
-        replaced = {self.best: model}
-        return [(script, [replaced.get(flag, flag) for flag in self.flags_of(script)])
-                for script in ("infer_image", "evaluate", "export")]
+        scripts = ("infer_image", "evaluate", "export")
+        return [self.command(script, replaced={self.best: model}) for script in scripts]
 
     def on_data(self):
         """Return commands that read the data set of an attack."""
         replaced = {self.data: "data", self.photo: "data/images"}
-        commands = [(script, [replaced.get(flag, flag) for flag in self.flags_of(script)])
-                    for script in ("train", "check_data", "infer_image")]
-        return [*commands, ("evaluate", [*self.flags_of("evaluate"), "--data-root", "data"])]
-
-    def copied(self, change):
-        """Return a function that copies the data set to an attack's folder and changes it."""
-        def prepare(folder):
-            shutil.copytree(self.data, folder / "data")
-            change(folder)
-
-        return prepare
+        scripts = ("train", "check_data", "infer_image")
+        commands = [self.command(script, replaced=replaced) for script in scripts]
+        return [*commands, self.command("evaluate", "--data-root", "data")]
 
 
 # --- one attack, in a process of its own ------------------------------------------------------------------
@@ -222,38 +229,33 @@ def carry_out(attack):
     os._exit(code)
 
 
-class Process:
-    """A forked process that carries an attack out."""
-
-    def __init__(self, attack):
-        self.attack, self.result, self.start = attack, None, time.monotonic()
+def start_attack(attack):
+    """Carry an attack out in a process of its own; return its id."""
+    process = os.fork()
+    if process == 0:
         try:
-            if attack.prepare:
-                attack.prepare(attack.folder)
-        except OSError as error:
-            self.result = f"skipped: {error}"  # names that this file system cannot hold
-            return
-        self.id = os.fork()
-        if self.id == 0:
-            try:
-                os.setsid()
-                carry_out(attack)
-            except BaseException as error:
-                Path(f"{attack.folder}.output").write_text(f"the harness failed: {error!r}")
-            finally:
-                os._exit(70)
+            os.setsid()
+            carry_out(attack)
+        except BaseException as error:
+            Path(f"{attack.folder}.output").write_text(f"the harness failed: {error!r}")
+        finally:
+            os._exit(70)
+    return process
 
-    def is_over(self):
-        """Return whether it has ended; ends it where it takes too long. Then `result` says what is wrong."""
-        if self.result is None:
-            done, status = os.waitpid(self.id, os.WNOHANG)
-            if done:
-                self.result = judge(self.attack, os.waitstatus_to_exitcode(status))
-            elif time.monotonic() - self.start > LIMIT:
-                os.killpg(self.id, signal.SIGKILL)
-                os.waitpid(self.id, 0)
-                self.result = f"took more than {LIMIT} s"
-        return self.result is not None
+
+def exit_code(process):
+    """Return the exit code of a process, None while it runs."""
+    done, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def wait_for(process, seconds):
+    """Wait for a process at most so long; return its exit code, or None while it runs."""
+    end, code = time.monotonic() + seconds, None
+    while code is None and time.monotonic() < end:
+        code = exit_code(process)
+        time.sleep(0.002)
+    return code
 
 
 def judge(attack, code):
@@ -295,13 +297,13 @@ def options_of(script):
 @family
 def flags(world, rng):
     """Every flag of every script with every hostile value."""
-    for script, works in world.small_commands():
+    for script in SCRIPTS:
         for option, value in product(options_of(script), HOSTILE):
             if option == "--show" or (option == "--input" and value in ("0", "1")):
                 continue  # windows and cameras are not files
             if option.startswith("--out") and value in ("../..", "/"):
                 continue  # it is where the user wants it
-            yield Attack(script, [*works, option, *[value] * (2 if option == "--imgsz" else 1)])
+            yield Attack(*world.command(script, option, *[value] * (2 if option == "--imgsz" else 1)))
 
 
 # --- content of checkpoints and other files that scripts write and read -----------------------------------
@@ -320,33 +322,30 @@ def json_junk():
     return [value for value in JUNK if not isinstance(value, (bytes, set))]
 
 
-def changed(path, change, target):
-    """Return a function that writes a checkpoint, changed, below the folder of an attack."""
-    def prepare(folder):
+def changed(path, change):
+    """Return a function that writes a checkpoint in which change(content) was called."""
+    def write(target):
         import torch
 
-        content = change(torch.load(path, map_location="cpu", weights_only=True))
-        (folder / target).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, folder / target)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        torch.save(change(content) or content, target)
 
-    return prepare
+    return write
 
 
 def with_entry(keys, value):
     """Return a function that sets an entry of nested dicts."""
     def change(content):
-        inner = content
         for key in keys[:-1]:
-            inner = inner[key]
-        inner[keys[-1]] = value
-        return content
+            content = content[key]
+        content[keys[-1]] = value
 
     return change
 
 
 def resumed(world, change):
     """Return an attack on a run that goes on from a changed last.pth."""
-    return Attack("train", [*RESUME, "--out-dir", "out"], changed(world.last, change, "out/last.pth"))
+    return Attack("train", [*RESUME, "--out-dir", "out"], {"out/last.pth": changed(world.last, change)})
 
 
 @family
@@ -360,8 +359,8 @@ def checkpoints(world, rng):
     entries += [["config", key] for key in (*DataOptions.__dataclass_fields__, "weights", "imgsz")]
     entries += [["spec", key] for key in (*ModelSpec.__dataclass_fields__, "unknown")]
     for entry, value in product(entries, JUNK):
-        script, works = rng.choice(world.users_of("m.pth"))
-        yield Attack(script, works, changed(world.best, with_entry(entry, value), "m.pth"))
+        command = rng.choice(world.users_of("m.pth"))
+        yield Attack(*command, {"m.pth": changed(world.best, with_entry(entry, value))})
 
 
 @family
@@ -392,44 +391,43 @@ def tensors(world, rng):
         lambda value: torch.zeros(1).expand(1 << 40), lambda value: value > 0,
     ]
 
-    def with_tensor(function):
-        def change(content):
-            state = content["model"]
-            key = sorted(state)[len(state) // 3]
-            state[key] = function(state[key])
-            return content
+    def with_tensor(function, content):
+        state = content["model"]
+        key = sorted(state)[len(state) // 3]
+        state[key] = function(state[key])
 
-        return change
-
-    def backbone_of(content):
+    def backbone_with_tensor(function, content):
+        with_tensor(function, content)
         return {key.removeprefix("backbone.net."): value for key, value in content["model"].items()
                 if key.startswith("backbone.net.")}
 
     for function in kinds:
-        change = with_tensor(function)
-        for script, works in world.users_of("m.pth"):
-            yield Attack(script, works, changed(world.best, change, "m.pth"))
+        change = partial(with_tensor, function)
+        for command in world.users_of("m.pth"):
+            yield Attack(*command, {"m.pth": changed(world.best, change)})
         yield resumed(world, change)
-        prepare = changed(world.best, lambda content, change=change: backbone_of(change(content)), "w.pth")
-        yield Attack("train", [*world.flags_of("train"), "--unfreeze", "all", "--weights", "w.pth"], prepare)
+        yield Attack(*world.command("train", "--unfreeze", "all", "--weights", "w.pth"),
+                     {"w.pth": changed(world.best, partial(backbone_with_tensor, function))})
     for key in (5, None, (1, 2), "", "a" * 10_000, "\udce9"):
-        script, works = world.users_of("m.pth")[0]
-        yield Attack(script, works, changed(world.best, with_entry(["model", key], torch.zeros(2)), "m.pth"))
+        change = with_entry(["model", key], torch.zeros(2))
+        yield Attack(*world.users_of("m.pth")[0], {"m.pth": changed(world.best, change)})
 
 
 @family
 def backbones(world, rng):
     """Names of backbones that would reach a hub or a folder."""
+    def with_name(name, content):
+        content["spec"]["backbone"] = content["config"]["backbone"] = name
+
     for name in (
         "timm/hf-hub:evil/x", "timm/hf_hub:evil/x", "timm/local-dir:/tmp", "timm/local_dir:/tmp", "timm/",
         "timm/../../x", "timm/vit_tiny_patch16_224.x", "timm/https://example.com/x", "dinov2_vits14\n", "",
         "evil/repo:main", "timm/vit_small_patch14_dinov2.lvd142m", "timm/resnet18", "timm/RESNET18",
     ):
-        in_spec = with_entry(["spec", "backbone"], name)
-        in_both = with_entry(["config", "backbone"], name)
-        for script, works in world.users_of("m.pth"):
-            yield Attack(script, works, changed(world.best, in_spec, "m.pth"))
-        yield resumed(world, lambda content, change=in_both, first=in_spec: change(first(content)))
+        for command in world.users_of("m.pth"):
+            in_spec = with_entry(["spec", "backbone"], name)
+            yield Attack(*command, {"m.pth": changed(world.best, in_spec)})
+        yield resumed(world, partial(with_name, name))
 
 
 @family
@@ -448,55 +446,49 @@ def pickles(world, rng):
     ]
     payloads = [pickle.dumps(Evil(*call), protocol) for call in calls for protocol in (2, 4)]
     payloads += [b"", b"\x80", b"PK\x03\x04", b"\x80\x02}q\x00.", b"cos\nsystem\n(S'touch x'\ntR."]
-    for payload in payloads:
-        def prepare(folder, payload=payload):
-            (folder / "m.pth").write_bytes(payload)
-
-        for script, works in world.users_of("m.pth"):
-            yield Attack(script, works, prepare)
-        yield Attack("train", [*world.flags_of("train"), "--weights", "m.pth"], prepare)
+    commands = [*world.users_of("m.pth"), world.command("train", "--weights", "m.pth")]
+    for payload, command in product(payloads, commands):
+        yield Attack(*command, {"m.pth": payload})
 
 
 @family
 def json_files(world, rng):
     """The files of a run that compare.py reads, in which an entry is junk, or that are something else."""
-    def attack(target, text):
-        def prepare(folder):
-            shutil.copytree(world.run, folder / "run")
-            (folder / target).write_bytes(text)
-
-        return Attack("compare", ["run", "--device", "cpu", "--out-dir", "out"], prepare)
-
+    command = world.command("compare", replaced={world.run: "run"})
     for target in ("run/config.json", "run/history.jsonl", "run/evaluation/metrics.json"):
         text = (world.root / target).read_text()
         content = json.loads(text.splitlines()[-1] if target.endswith("l") else text)
-        for key, value in product(content, json_junk()):
-            yield attack(target, json.dumps({**content, key: value}).encode())
-        for junk in JSON_TEXTS:
-            yield attack(target, junk)
+        texts = [json.dumps({**content, key: value}).encode() for key, value in product(content, json_junk())]
+        for text in (*texts, *JSON_TEXTS):
+            yield Attack(*command, {target: text}, ("run",))
 
 
 @family
 def exported(world, rng):
     """Metadata of exported files."""
-    def prepare_of(key, value):
-        def prepare(folder):
-            import onnx
+    def write(key, value, target):
+        import onnx
 
-            model = onnx.load(world.root / "m.onnx")
-            facts = json.loads(model.metadata_props[0].value)
-            model.metadata_props[0].value = json.dumps({**facts, key: value})
-            onnx.save(model, folder / "m.onnx")
-
-        return prepare
+        model = onnx.load(world.root / "m.onnx")
+        facts = json.loads(model.metadata_props[0].value)
+        model.metadata_props[0].value = json.dumps({**facts, key: value})
+        onnx.save(model, target)
 
     keys = ("format", "imgsz", "batch", "classes", "config", "protocol", "version", "metrics", "epoch")
     for key, value in product(keys, json_junk()):
-        script, works = rng.choice(world.users_of("m.onnx")[:2])
-        yield Attack(script, works, prepare_of(key, value))
+        yield Attack(*rng.choice(world.users_of("m.onnx")[:2]), {"m.onnx": partial(write, key, value)})
 
 
 # --- damaged files ----------------------------------------------------------------------------------------
+def png_header(width, height):
+    """Return a PNG that says it is this large and holds next to nothing."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"x\x9c") + chunk(b"IEND", b"")
+
+
 def damaged(content, rng):
     """Return bytes with a few of them changed, cut off, doubled or replaced."""
     content, kind, position = bytearray(content), rng.randrange(5), rng.randrange(len(content))
@@ -514,99 +506,79 @@ def damaged(content, rng):
     return bytes(content)
 
 
-def damaged_file(world, rng, source, target, commands):
+def damaged_files(world, rng, target, commands, source=None, **options):
     """Yield attacks by a file of the world that is damaged and lies at `target`; commands: that read it."""
-    content = (world.root / source).read_bytes()
+    content = (world.root / (source or target)).read_bytes()
     for _ in range(40):
-        script, works = rng.choice(commands)
-        new = damaged(content, rng)
-
-        def prepare(folder, new=new):
-            if target.startswith(("data/", "run/")):
-                top = target.split("/")[0]
-                shutil.copytree(world.root / top, folder / top)
-            if target == "m.xml":
-                shutil.copy(world.root / "m.bin", folder)
-            (folder / target).write_bytes(new)
-
-        yield Attack(script, works, prepare)
+        yield Attack(*rng.choice(commands), {target: damaged(content, rng)}, **options)
 
 
 @family
 def damaged_data(world, rng):
     """Damaged images, masks, lists of classes, clips."""
     for target in ("data/images/03.png", "data/masks/03.png"):
-        yield from damaged_file(world, rng, target, target, world.on_data())
+        yield from damaged_files(world, rng, target, world.on_data(), copies=("data",))
     readers = [command for command in world.on_data() if command[0] != "infer_image"]
-    yield from damaged_file(world, rng, "data/classes.txt", "data/classes.txt", readers)
-    replaced = {world.clip: "clip.mp4"}
-    video = "infer_video", [replaced.get(flag, flag) for flag in world.flags_of("infer_video")]
-    yield from damaged_file(world, rng, "clip.mp4", "clip.mp4", [video])
+    yield from damaged_files(world, rng, "data/classes.txt", readers, copies=("data",))
+    video = world.command("infer_video", replaced={world.clip: "clip.mp4"})
+    yield from damaged_files(world, rng, "clip.mp4", [video])
 
 
 @family
 def damaged_models(world, rng):
     """Damaged checkpoints and pictures of a run."""
     resume, report = [*RESUME, "--out-dir", "run"], ["--report", "--device", "cpu", "--out-dir", "run"]
-    yield from damaged_file(world, rng, "run/best_model_iou.pth", "m.pth", world.users_of("m.pth"))
-    yield from damaged_file(world, rng, "run/last.pth", "run/last.pth", [("train", resume)])
-    yield from damaged_file(world, rng, "run/miou.png", "run/miou.png",
-                            [("evaluate", ["--model", "run/last.pth", *report])])
+    yield from damaged_files(world, rng, "m.pth", world.users_of("m.pth"), "run/best_model_iou.pth")
+    yield from damaged_files(world, rng, "run/last.pth", [("train", resume)], copies=("run",))
+    yield from damaged_files(world, rng, "run/miou.png", [("evaluate", ["--model", "run/last.pth", *report])],
+                             copies=("run",))
 
 
 @family
 def damaged_exports(world, rng):
     """Damaged exported files."""
+    weights = (world.root / "m.bin").read_bytes()
     for name in ("m.onnx", "m.xml"):
-        yield from damaged_file(world, rng, name, name, world.users_of(name)[:2])
+        for attack in damaged_files(world, rng, name, world.users_of(name)[:2]):
+            attack.files["m.bin"] = weights
+            yield attack
 
 
 @family
 def wrong_formats(world, rng):
     """Files that are something else than their name says."""
-    huge = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     contents = {
         "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 40\n(x) (w) file closefile showpage\n",
         "pdf": b"%PDF-1.4\n", "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "empty": b"",
-        "html": b"<html><img src='http://localhost/x'></html>", "text": b"photo", "bomb": huge + b"\0" * 8,
+        "html": b"<html><img src='http://localhost/x'></html>", "text": b"photo",
+        "bomb": png_header(60_000, 60_000),
         "gif": b"GIF89a\xff\xff\xff\xff\0\0\0", "bmp": b"BM" + b"\xff" * 60, "ppm": b"P6 99999 99999 255 ",
         "tiff": b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 60, "wmf": b"\xd7\xcd\xc6\x9a" + b"\0" * 60,
         "m3u": b"#EXTM3U\nhttp://127.0.0.1:9/x.ts\n", "concat": b"ffconcat version 1.0\nfile /etc/passwd\n",
         "sdp": b"v=0\nc=IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\n",
     }
 
-    def writes(target, content):
-        return lambda folder: (folder / target).write_bytes(content)
-
-    for content, (script, works) in product(contents.values(), world.on_data()):
+    for content, command in product(contents.values(), world.on_data()):
         for target in ("data/images/03.png", "data/masks/03.png"):
-            yield Attack(script, works, world.copied(writes(target, content)))
+            yield Attack(*command, {target: content}, ("data",))
     for name, content in contents.items():
-        replaced = {world.clip: f"clip.{name}"}
-        works = [replaced.get(flag, flag) for flag in world.flags_of("infer_video")]
-        yield Attack("infer_video", works, writes(f"clip.{name}", content))
+        clip = f"clip.{name}"
+        yield Attack(*world.command("infer_video", replaced={world.clip: clip}), {clip: content})
 
 
 @family
 def no_files(world, rng):
     """Pipes, devices, loops and folders where files are expected."""
-    def replaced(make, target):
-        def change(folder):
-            (folder / "data" / target).unlink()
-            make(folder / "data" / target)
+    def link(target, path):
+        path.symlink_to(target or path)
 
-        return world.copied(change)
-
-    def link(target):
-        return lambda path: path.symlink_to(target or path)
-
-    makers = [os.mkfifo, os.mkdir, *map(link, ("/dev/zero", None, "/nowhere", "/dev/null", "/proc/self/mem",
-                                               "/dev/tty"))]
-    for make, (script, works) in product(makers, world.on_data()):
-        for target in ("images/03.png", "masks/03.png", "classes.txt"):
-            yield Attack(script, works, replaced(make, target))
-    for make, (script, works) in product(makers, world.users_of("m.pth")):
-        yield Attack(script, works, lambda folder, make=make: make(folder / "m.pth"))
+    targets = ("/dev/zero", None, "/nowhere", "/dev/null", "/proc/self/mem", "/dev/tty")
+    makers = [os.mkfifo, os.mkdir, *(partial(link, target) for target in targets)]
+    for make, command in product(makers, world.on_data()):
+        for target in ("data/images/03.png", "data/masks/03.png", "data/classes.txt"):
+            yield Attack(*command, {target: make}, ("data",))
+    for make, command in product(makers, world.users_of("m.pth")):
+        yield Attack(*command, {"m.pth": make})
 
 
 # --- names ------------------------------------------------------------------------------------------------
@@ -626,42 +598,33 @@ FILE_NAMES = [
 @family
 def class_names(world, rng):
     """Names of classes in classes.txt and in --classes, and how many there are."""
-    def with_classes(lines):
-        return world.copied(lambda folder: (folder / "data/classes.txt").write_text(lines))
-
-    without_classes = world.copied(lambda folder: (folder / "data/classes.txt").unlink())
-    for script, works in world.on_data()[:2]:
+    for script, flags in world.on_data()[:2]:
         for name in CLASS_NAMES:
-            yield Attack(script, works, with_classes(f"background 0 0 0\n{name} 255 0 0\nb 0 255 0\n"))
-            yield Attack(script, [*works, "--classes", "background", name, "b"], without_classes)
+            lines = f"background 0 0 0\n{name} 255 0 0\nb 0 255 0\n"
+            yield Attack(script, flags, {"data/classes.txt": lines.encode()}, ("data",))
+            yield Attack(script, [*flags, "--classes", "background", name, "b"], {"data/classes.txt": None},
+                         ("data",))
         for count in (0, 1, 2, 254, 255, 256, 300, 5000):
-            yield Attack(script, works, with_classes("".join(f"name {id}\n" for id in range(count))))
+            lines = "".join(f"name {id}\n" for id in range(count))
+            yield Attack(script, flags, {"data/classes.txt": lines.encode()}, ("data",))
 
 
 @family
 def file_names(world, rng):
     """Names of images, with their masks; of folders; of checkpoints and clips."""
-    def renamed(name):
-        def change(folder):
-            for kind in (b"images", b"masks"):
-                below = os.fsencode(folder) + b"/data/" + kind + b"/"
-                os.rename(below + b"03.png", below + name + b".png")
-
-        return world.copied(change)
-
-    for name, (script, works) in product(FILE_NAMES, world.on_data()):
+    contents = {kind: (world.data / kind / "03.png").read_bytes() for kind in ("images", "masks")}
+    for name, (script, flags) in product(FILE_NAMES, world.on_data()):
+        files = {f"data/{kind}/{os.fsdecode(name)}.png": content for kind, content in contents.items()}
+        files |= {f"data/{kind}/03.png": None for kind in contents}
         for streams in ("", "ascii", "cp1252") if name in FILE_NAMES[:3] else ("",):
             report = ["--report"] if script == "evaluate" else []
-            yield Attack(script, [*works, *report], renamed(name), streams)
+            yield Attack(script, [*flags, *report], files, ("data",), streams)
+    model, clip = world.best.read_bytes(), world.clip.read_bytes()
     for name in map(os.fsdecode, FILE_NAMES):
-        def prepare(folder, name=name):
-            (folder / name).mkdir()
-            (folder / name / "m.pth").symlink_to(world.best)
-            (folder / name / "clip.mp4").symlink_to(world.clip)
-
         replaced = {world.best: f"./{name}/m.pth", world.clip: f"./{name}/clip.mp4", "out": f"./{name}"}
         for script in ("infer_image", "evaluate", "export", "infer_video", "train"):
-            yield Attack(script, [replaced.get(flag, flag) for flag in world.flags_of(script)], prepare)
+            yield Attack(*world.command(script, replaced=replaced),
+                         {f"{name}/m.pth": model, f"{name}/clip.mp4": clip})
 
 
 # --- streams, limits, surroundings ------------------------------------------------------------------------
@@ -669,9 +632,9 @@ def file_names(world, rng):
 def streams(world, rng):
     """Terminals that cannot print, that are closed, and full disks behind them."""
     kinds = ("ascii", "cp1252", "latin-1", "closed", "full")
-    for (script, works), kind in product(world.small_commands(), kinds):
-        for given in (works, ["--help"], [*works, "--nonsense", "\u263a"]):
-            yield Attack(script, given, None, kind)
+    for (script, flags), kind in product(world.commands(), kinds):
+        for given in (flags, ["--help"], [*flags, "--nonsense", "\u263a"]):
+            yield Attack(script, given, streams=kind)
 
 
 @family
@@ -681,9 +644,9 @@ def limits(world, rng):
 
     known = [(resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_FSIZE, 20_000), (resource.RLIMIT_FSIZE, 200_000),
              (resource.RLIMIT_CORE, 0), (resource.RLIMIT_STACK, 1 << 20)]
-    workers = "train", [*world.flags_of("train"), "--workers", "2"]
-    for (script, works), (kind, value) in product([*world.small_commands(), workers], known):
-        yield Attack(script, works, limits={kind: value})
+    commands = [*world.commands(), world.command("train", "--workers", "2")]
+    for command, (kind, value) in product(commands, known):
+        yield Attack(*command, limits={kind: value})
 
 
 @family
@@ -696,25 +659,21 @@ def surroundings(world, rng):
         ("PYTORCH_ENABLE_MPS_FALLBACK", "x"), ("CUDA_VISIBLE_DEVICES", "99"), ("TERM", ""),
         ("LC_ALL", "nope"), ("PIL_LIMIT", "0"), ("XDG_CACHE_HOME", "/dev/null"),
     ]
-    for (script, works), (name, value) in product(world.small_commands(), variables):
-        yield Attack(script, works, env={name: value})
+    for command, (name, value) in product(world.commands(), variables):
+        yield Attack(*command, env={name: value})
     long = "t" * 60
-    yield Attack("train", [*world.flags_of("train"), "--workers", "2"],
-                 lambda folder: (folder / long / long).mkdir(parents=True), env=dict(TMPDIR=f"{long}/{long}"))
-
-    def with_obstacles(folder):
-        (folder / "file").write_text("x")
-        (folder / "loop").symlink_to("loop")
-
+    yield Attack(*world.command("train", "--workers", "2"), {f"{long}/{long}/file": b""},
+                 env=dict(TMPDIR=f"{long}/{long}"))
+    obstacles = {"file": b"x", "loop": lambda path: path.symlink_to("loop")}
     out_dirs = ("/dev/null", "/dev/null/x", "/proc", "/proc/self", "/sys/x", "file", "file/x", "loop",
                 "a" * 300, "a/" * 3000, "\x01", "")
-    for (script, works), out_dir in product(world.small_commands(), out_dirs):
-        if "out" in works:
-            yield Attack(script, [out_dir if flag == "out" else flag for flag in works], with_obstacles)
+    for script, out_dir in product(SCRIPTS, out_dirs):
+        if script not in ("export", "model"):
+            yield Attack(*world.command(script, replaced={"out": out_dir}), obstacles)
     usual = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_PORT="1")
     for name, value in product(usual, ("x", "-1", "", "1e3", "99999999999999999999")):
         env = {**usual, "MASTER_ADDR": "nowhere.invalid", name: value}
-        yield Attack("train", world.flags_of("train"), env=env)
+        yield Attack(*world.command("train"), env=env)
 
 
 # --- kills ------------------------------------------------------------------------------------------------
@@ -749,17 +708,6 @@ def start_run(data, out, resume, workers):
         os._exit(end.code)
     finally:
         os._exit(1)
-
-
-def wait_for(process, seconds):
-    """Wait for a process at most so long; return its exit code, or None while it runs."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
 
 
 def saved_steps(out):
@@ -872,19 +820,36 @@ def all_attacks(world, chosen, each, seed):
 
 def carry_out_all(world, attacks, tell):
     """Carry attacks out, two at a time, tell(attack, what is wrong) of each; return all of these pairs."""
-    before, results, running = world.files(), [], []
+    before, results, running = world.files(), [], {}  # process -> attack, time of its start
+
+    def finish(attack, result):
+        results.append((attack, result))
+        tell(attack, result)
+        if not result:
+            shutil.rmtree(attack.folder, ignore_errors=True)
+
     while attacks or running:
         while attacks and len(running) < 2:
-            running.append(Process(attacks.pop(0)))
-        for process in [process for process in running if process.is_over()]:
-            running.remove(process)
-            results.append((process.attack, process.result))
-            tell(process.attack, process.result)
-            if not process.result:
-                shutil.rmtree(process.attack.folder, ignore_errors=True)
+            attack = attacks.pop(0)
+            try:
+                attack.prepare(world)
+                running[start_attack(attack)] = attack, time.monotonic()
+            except OSError as error:
+                finish(attack, f"skipped: {error}")  # names that this file system cannot hold
+        for process, (attack, start) in list(running.items()):
+            code = exit_code(process)
+            if code is not None:
+                result = judge(attack, code)
+            elif time.monotonic() - start > LIMIT:
+                os.killpg(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                result = f"took more than {LIMIT} s"
+            else:
+                continue
+            del running[process]
+            finish(attack, result)
         time.sleep(0.005)
-    changes = before.items() ^ world.files().items()
-    if changes:
+    if changes := before.items() ^ world.files().items():
         problem = f"files outside were changed: {sorted({str(path) for path, _ in changes})[:5]}"
         results.append((Attack("", [], family="world"), problem))
     return results

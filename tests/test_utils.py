@@ -28,15 +28,8 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, name):
         pick_device(name)
 
 
-@pytest.mark.parametrize(
-    ("kind", "capability", "want"),
-    [
-        ("cuda", (8, 0), torch.bfloat16),
-        ("cuda", (9, 0), torch.bfloat16),
-        ("cuda", (7, 5), torch.float16),
-        ("mps", None, None),
-    ],
-)
+@pytest.mark.parametrize(("kind", "capability", "want"), [
+    ("cuda", (9, 0), torch.bfloat16), ("cuda", (7, 5), torch.float16), ("mps", None, None)])
 def test_autocast_type_follows_the_device(monkeypatch, kind, capability, want):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert utils.best_dtype(torch.device(kind)) is want
@@ -45,29 +38,28 @@ def test_autocast_type_follows_the_device(monkeypatch, kind, capability, want):
 @pytest.mark.parametrize(("able", "want"), [({}, None), ({"avx512_bf16": True}, torch.bfloat16)])
 def test_cpu_autocast_needs_bf16_instructions(monkeypatch, able, want):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    precision = Precision("auto", torch.device("cpu"))
-    assert precision.dtype is want
-    with precision.autocast():
+    with Precision("auto", torch.device("cpu")).autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (want or torch.float32)
 
 
-def test_only_fp16_scales_gradients():
-    cpu = torch.device("cpu")
-    enabled = {name: Precision(name, cpu).scaler.is_enabled() for name in ("fp16", "bf16", "off")}
-    assert enabled == dict(fp16=True, bf16=False, off=False)
+@pytest.mark.parametrize("name", utils.PRECISIONS)
+def test_only_fp16_scales_gradients(name):
+    assert Precision(name, torch.device("cpu")).scaler.is_enabled() == (name == "fp16")
 
 
-def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("encoder error -2")])
+def test_a_failed_write_says_why_and_leaves_the_earlier_file_and_no_rubbish(tmp_path, error):
     path = tmp_path / "history.jsonl"
     utils.save_json_lines([{"epoch": 1, "x": math.nan}], path)
 
     def fail(temporary):
         temporary.write_text("half")
-        raise OSError(28, "No space left on device")
+        raise error
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=error.strerror or str(error)) as raised:  # PIL's have a text alone
         utils.write_atomically(path, fail)
+    assert raised.value.filename == str(path)
     assert json.loads(path.read_text()) == {"epoch": 1, "x": None}
     assert [item.name for item in tmp_path.iterdir()] == ["history.jsonl"]
 
@@ -89,40 +81,29 @@ def files_in(folder):
 
 
 def test_an_earlier_run_is_moved_and_nothing_else(tmp_path):
-    mine = ("notes/a.txt", "photo.jpg", "inference_results_image/b.png", "other/last.pth", "cache/c.bin")
+    mine = ("notes/a.txt", "photo.jpg", ".123.photo.png", "other/last.pth", "cache/c.bin")
     for name in mine:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
     for number in range(3):
         write_run(tmp_path, "last.pth", "valid_preds/epoch_001.png", f"tensorboard/{number}")
-    found = files_in(tmp_path)
-    assert {name for name in found if not name.startswith("previous/")} == {
+    assert {name for name in files_in(tmp_path) if not name.startswith("previous/")} == {
         *mine, "last.pth", "valid_preds/epoch_001.png", "tensorboard/2"}
     earlier = list((tmp_path / "previous").iterdir())
     assert len(earlier) == 2  # though they ended within the same second
     assert {len(files_in(folder)) for folder in earlier} == {3}
 
 
-def test_a_run_that_fails_before_it_writes_has_touched_nothing(tmp_path):
+def test_a_run_that_fails_before_it_writes_and_a_resumed_run_move_nothing(tmp_path):
     write_run(tmp_path, "last.pth", "wandb/1")
     before = files_in(tmp_path)
+    (tmp_path / ".123.last.pth").write_text("half")  # of a run that was killed
     with pytest.raises(InputError), RunFolder(tmp_path) as folder:
         assert not folder.saved
         raise InputError("a bad image")
     assert files_in(tmp_path) == before
-
-
-def test_a_resumed_run_stays_where_it_is(tmp_path):
-    write_run(tmp_path, "last.pth")
     write_run(tmp_path, "miou.png", resume=True)
-    assert set(files_in(tmp_path)) == {"last.pth", "miou.png"}
-
-
-def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
-    for name in (".123.last.pth", ".123.photo.png"):
-        (tmp_path / name).write_text("half")
-    with RunFolder(tmp_path):
-        assert set(files_in(tmp_path)) == {".123.photo.png"}
+    assert set(files_in(tmp_path)) == {"last.pth", "wandb/1", "miou.png"}
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
@@ -174,12 +155,3 @@ def test_a_fault_of_ours_keeps_its_traceback(fault):
 
     with pytest.raises(fault):
         utils.run_main(main)
-
-
-def test_a_picture_that_cannot_be_written_says_why(tmp_path):
-    def write(path):
-        raise OSError("encoder error -2 when writing image file")  # as PIL does, without a number
-
-    with pytest.raises(OSError, match="encoder error -2") as error:
-        utils.write_atomically(tmp_path / "a.png", write)
-    assert error.value.filename == str(tmp_path / "a.png") and not list(tmp_path.iterdir())
