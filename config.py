@@ -613,9 +613,6 @@ def check_training_settings(config, given):
         reason = "trains" if config.unfreeze != 0 else "is random"
         raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one "
                          f"{reason}: leave it out")
-    copies_blocks = has_meaning("split_blocks", config)
-    if "backbone_lr_scale" in given and config.unfreeze == 0 and not copies_blocks:
-        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
 
 
 def parse_train_args(argv=None, description="Train a segmentation model."):

@@ -349,9 +349,10 @@ def train_one_epoch(objective, batches, state, schedule, accumulate=1, after_ste
     `progress` with which a later call goes on from there, over the batches that are left; it is called in all
     processes or in none.
 
-    Returns a dict: loss and its terms (means over images), accuracy and miou on the training images as the
-    network saw them, images_per_s, data_wait (share of the time in which the next batch was not ready; both
-    None where `progress` left no batch). Raises FloatingPointError for a loss that is not finite.
+    Returns a dict: loss and its terms (means over all images: a batch without labels adds 0), accuracy and
+    miou on the training images as the network saw them, images_per_s, data_wait (share of the time in which
+    the next batch was not ready; both None where `progress` left no batch). Raises FloatingPointError for a
+    loss that is not finite.
     """
     device = next(objective.parameters()).device
     matrix = ConfusionMatrix(getattr(objective, "module", objective).num_classes, device)

@@ -144,17 +144,31 @@ def check_registered(given, config):
         raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
 
 
-def check_effects(config, model):
+def check_effects(given, config, model):
     """Raise InputError for settings that have no effect on this model, or do not fit it."""
     if config.cache_features:
         model.cached_parts()  # raises where that cannot be
-    if config.save_head_only and not model.backbone.pretrained:
-        raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one is "
-                         "random: leave it out")
+    backbone = model.backbone
+    if config.save_head_only and (backbone.trains() or not backbone.pretrained):
+        raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one "
+                         f"{'trains' if backbone.trains() else 'is random'}: leave it out")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if "backbone_lr_scale" in given and not trained & model.pretrained():
+        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
     blocks = trained_blocks(model)
     if blocks and not blocks & blocks_with_gradient(model):
         raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing of "
                          "these blocks (it may train copies of them): leave it out, or give more")
+
+
+def check_targets(head, data):
+    """Raise InputError for a data set without the targets that a head learns."""
+    for sample in [*data.training, *data.splits["val"]]:
+        kinds = {target.name: target.kind for target in sample.targets}
+        for name, kind in head.targets.items():
+            if kinds.get(name) != kind:
+                raise InputError(f"--dataset {data.name} has no target {name!r} of the kind {kind!r} for "
+                                 f"{sample.image}, which this head learns: choose another --head")
 
 
 def trained_blocks(model):
@@ -281,7 +295,8 @@ def main():
     check_trainable(data)
     utils.seed_everything(config.seed)
     state = build_state(config, len(data.classes), device)
-    check_effects(config, state.model)
+    check_effects(given, config, state.model)
+    check_targets(state.model.head, data)
     visualize.require_trackers(config.log)
     folder = utils.RunFolder(out_dir, config.resume)
     weights_from = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}

@@ -516,7 +516,12 @@ def read_targets(sample, table, size, orientation):
     for target in sample.targets:
         if target.name in arrays:
             raise ValueError(f"{sample.image} has two targets called {target.name}")
-        arrays[target.name] = rotate_like(TARGET_READERS[target.kind](target.path), size, orientation)
+        values = rotate_like(TARGET_READERS[target.kind](target.path), size, orientation)
+        (height, width), (tall, wide) = values.shape, upright_size(size, orientation)
+        if abs(height * wide - width * tall) > tall + wide:  # a pixel more or less on each side is rounding
+            raise InputError(f"{target.path} has {height}x{width} values, which are not the proportions of "
+                             f"{sample.image}, {tall}x{wide} pixels: write it in the image's shape")
+        arrays[target.name] = values
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 

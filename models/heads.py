@@ -57,6 +57,7 @@ class Head(nn.Module):
 
     reads: what it reads. logits_multiple: its logits cover the padded images, continued to multiples of this
     in pixels. auxiliary: {name: weight} of further logits in the dict, of which --loss is taken in training.
+    targets: {name: kind} of the targets beside the mask that its loss or its scores take.
 
     A head may define loss(output, targets, geometry) -> {name: term}, which stands in for --loss; targets:
     {"mask": (B, H, W) int64, ...}, geometry: of models/upsampling.py. It may define scores(output, targets,
@@ -66,6 +67,7 @@ class Head(nn.Module):
     reads = Reads()
     logits_multiple = 1
     auxiliary = {}
+    targets = {}
 
     @classmethod
     def build(cls, backbone, spec):

@@ -21,7 +21,7 @@ import evaluate
 import train
 import utils
 import visualize
-from config import DataOptions, InputError
+from config import IGNORE, DataOptions, InputError
 from datasets import load_data
 from engine import Objective
 from losses import Criterion
@@ -151,7 +151,13 @@ def loss_of(net, images, masks, criterion="ce"):
     criterion: a Criterion, or its name.
     """
     criterion = Criterion(criterion) if isinstance(criterion, str) else criterion
-    return Objective(net, criterion)(images, {"mask": masks})[:3]
+    return Objective(net, criterion)(images, {"mask": masks, **targets_of(net.head, masks)})[:3]
+
+
+def targets_of(head, masks):
+    """Return the further targets that a head learns, unknown where the masks (B, H, W) are 255."""
+    made = {"map": masks.float().masked_fill(masks == IGNORE, torch.nan), "labels": masks.byte()}
+    return {name: made[kind] for name, kind in head.targets.items()}
 
 
 def load(dataset, root, cache_dir="outputs/cache", **options):
