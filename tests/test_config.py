@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
+from conftest import ROOT, refused, tiny
+from torch import nn
 
 import config
+import train
 from config import (FIELDS, RECIPES, REGISTRIES, InputError, ModelOptions, TrainConfig, count_of,
                     fields_affecting, has_meaning, names, parse_train_args, resolve)
 from dataio.transforms import AUGMENTS
@@ -27,6 +29,21 @@ def test_explicit_flags_beat_the_recipe_and_the_recipe_beats_the_defaults():
     assert resolve(parse_train_args(["--augment", "none"])).augment == ()
     same_as_default = resolve(parse_train_args(["--recipe", "demo", "--unfreeze", "0"]))
     assert same_as_default.unfreeze == 0  # given, though it is the default of the flag
+
+
+def test_what_trains_is_asked_of_the_model_not_of_unfreeze():
+    """Adapters train although --unfreeze is 0."""
+    model = tiny()
+    model.backbone.pretrained = True
+    frozen = TrainConfig(save_head_only=True)
+    train.check_effects({"save_head_only": True}, frozen, model)
+    with refused("--backbone-lr-scale"):
+        train.check_effects({"backbone_lr_scale": 0.5}, TrainConfig(), model)
+    attention = model.backbone.blocks[-1].attn
+    attention.qkv = nn.Sequential(attention.qkv, nn.Linear(attention.qkv.out_features, 576))
+    train.check_effects({"backbone_lr_scale": 0.5}, TrainConfig(), model)
+    with refused("--save-head-only"):
+        train.check_effects({"save_head_only": True}, frozen, model)
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

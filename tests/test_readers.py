@@ -297,6 +297,13 @@ def test_a_sample_is_read_with_all_its_targets(tmp_path):
     for path in (photo, depth):  # colors, and numbers that are not class ids
         with refused(path):
             read_sample(Sample(photo, None, (Target("x", path, "labels"),)), index_table(3))
+    half, swapped = tmp_path / "half.npy", tmp_path / "swapped.npy"
+    upright = tuple(image.shape[1:])
+    np.save(half, np.zeros([-(-side // 2) for side in upright]))
+    np.save(swapped, np.zeros((upright[0], 2 * upright[1])))
+    read_sample(Sample(photo, None, (Target("x", half),)), index_table(3))
+    with refused(swapped):  # of other proportions it would be stretched over the image
+        read_sample(Sample(photo, None, (Target("x", swapped),)), index_table(3))
 
 
 # --- pairs and lists --------------------------------------------------------------------------------------
