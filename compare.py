@@ -16,13 +16,13 @@ turns; GFLOPs count a multiplication and an addition as two; both are of one for
 from config import add_group_flag, add_run_flags, script_parser
 
 
-def parse_args(argv=None):
+def parse_args():
     """Return the flags."""
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="--out-dir of evaluate.py (and train.py)")
     add_group_flag(parser)
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

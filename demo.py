@@ -14,7 +14,7 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"]  # gradio checks that its own pa
 from config import fraction, inference_parser, port_number
 
 
-def parse_args(argv=None):
+def parse_args():
     """Return the flags."""
     parser = inference_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine "
@@ -22,7 +22,7 @@ def parse_args(argv=None):
     parser.add_argument("--port", type=port_number, default=7860, help="port to listen at (7860)")
     parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colors at first (0.5)")
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Writes OUT_DIR/evaluation/: metrics.json, per_class.csv, per_class_iou.png, conf
 from config import add_group_flag, add_run_flags, batch_images, inference_parser, names
 
 
-def parse_args(argv=None):
+def parse_args():
     """Return the flags."""
     parser = inference_parser(__doc__, backend=False)
     parser.add_argument("--dataset", choices=names("dataset"),
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     parser.add_argument("--report", action="store_true", help="write report.html too")
     add_group_flag(parser)
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
@@ -307,11 +307,13 @@ def make_report(result, data, samples, predictor, out_dir, run_dir):
     """Return the HTML page; its images are predicted once more to show them."""
     records, names = result["records"], [name for name, _ in data.classes]
     dataset = images_for(predictor.protocol, samples, data.table)
-    worst, confused = ([(title, image_panels(index, dataset, predictor)) for title, index in rows] for rows
-                       in (worst_images(records, len(names)),
-                           confused_pairs(records, result["confusion"], names)))
+
+    def with_panels(rows):
+        return [(title, image_panels(index, dataset, predictor)) for title, index in rows]
+
     figures = [*existing_figures(run_dir, RUN_FIGURES), *existing_figures(out_dir, FIGURES)]
-    return report_page(result, figures, worst, confused)
+    return report_page(result, figures, with_panels(worst_images(records, len(names))),
+                       with_panels(confused_pairs(records, result["confusion"], names)))
 
 
 # --- the command ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ images agree with PyTorch's in 99.9 % of the pixels.
 from config import add_model_flag, any_batch, image_side, names, script_parser
 
 
-def parse_args(argv=None):
+def parse_args():
     """Return the flags."""
     parser = script_parser(__doc__)
     add_model_flag(parser, exported=False)
@@ -22,7 +22,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=any_batch, default=1, metavar="N",
                         help="images per call; 0 = any number (1)")
     parser.add_argument("--out", metavar="FILE", help="default: beside the model, with the format's ending")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

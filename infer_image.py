@@ -10,7 +10,7 @@ cannot be read is reported and skipped; the exit code is then 1.
 from config import add_overlay_flags, add_run_flags, fraction, inference_parser, positive_int
 
 
-def parse_args(argv=None):
+def parse_args():
     """Return the flags."""
     parser = inference_parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
@@ -29,7 +29,7 @@ def parse_args(argv=None):
     parser.add_argument("--bands", nargs=3, type=positive_int, default=(), metavar=("R", "G", "B"),
                         help="tile: bands of TIFFs that are red, green and blue, from 1 (as the file says)")
     add_run_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
     return args

@@ -12,7 +12,7 @@ that ends leave a playable file of what was done until then.
 from config import add_overlay_flags, add_run_flags, batch_images, inference_parser, positive_int
 
 
-def parse_args(argv=None):
+def parse_args():
     """Return the flags."""
     parser = inference_parser(__doc__)
     parser.add_argument("--input", required=True, help="video file, camera index or stream URL")
@@ -25,7 +25,7 @@ def parse_args(argv=None):
                         "in every frame")
     add_overlay_flags(parser)
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

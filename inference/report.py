@@ -10,8 +10,9 @@ import math
 from html import escape
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
+
+from dataio.readers import read_image
 
 MISSING = "\u2013"  # in place of a score that does not exist
 SCORES = {"miou": "mIoU", "mean_dice": "mean Dice", "pixel_accuracy": "pixel accuracy",
@@ -142,15 +143,8 @@ def report_page(result, figures, worst, confused):
 
 
 def existing_figures(folder, names):
-    """Return [(caption, picture (H, W, 3) uint8)] of the PNG files {name: caption} that a folder holds;
-    prints which of them are damaged.
+    """Return [(caption, picture (H, W, 3) uint8)] of the pictures {file name: caption} that a folder holds.
+    Raises InputError where one is damaged.
     """
-    figures = []
-    for name, caption in names.items():
-        path = Path(folder) / name
-        if path.is_file():
-            try:
-                figures.append((caption, np.asarray(Image.open(path, formats=["PNG"]).convert("RGB"))))
-            except (OSError, ValueError, SyntaxError) as error:
-                print(f"{path} is damaged ({error}): the report goes without it")
-    return figures
+    paths = [(caption, Path(folder) / name) for name, caption in names.items()]
+    return [(caption, read_image(path).permute(1, 2, 0).numpy()) for caption, path in paths if path.is_file()]

@@ -237,16 +237,16 @@ class VideoWriter:
 
 # --- threads before and behind the work -------------------------------------------------------------------
 class ReadAhead:
-    """Iterates over `source` in a thread of its own, up to `depth` items ahead of whoever takes them.
+    """Iterates over `source` in a thread of its own, up to DEPTH items ahead of whoever takes them.
 
     newest: for live sources, the oldest waiting item is dropped (counted in `dropped`) rather than letting
     the source wait. stop: once its `asked` is true, the items end, even where the source sends none. seconds
     = time spent in the source. What the source raises is raised to the taker.
     """
 
-    def __init__(self, source, depth=DEPTH, newest=False, stop=None):
+    def __init__(self, source, newest=False, stop=None):
         self.source, self.newest, self.stop = source, newest, stop
-        self.queue, self.closed = queue.Queue(depth), threading.Event()
+        self.queue, self.closed = queue.Queue(DEPTH), threading.Event()
         self.seconds, self.dropped = 0.0, 0
         self.thread = threading.Thread(target=self.work, daemon=True)
 
@@ -304,8 +304,8 @@ class WriteBehind:
     seconds = time spent in the function. What it raises is raised by the next put, or at the end.
     """
 
-    def __init__(self, function, depth=DEPTH):
-        self.function, self.queue, self.error, self.seconds = function, queue.Queue(depth), None, 0.0
+    def __init__(self, function):
+        self.function, self.queue, self.error, self.seconds = function, queue.Queue(DEPTH), None, 0.0
         self.thread = threading.Thread(target=self.work, daemon=True)
 
     def work(self):
@@ -320,7 +320,7 @@ class WriteBehind:
                 self.seconds += time.perf_counter() - start
 
     def put(self, *items):
-        """Hand over the arguments of one call; waits while `depth` calls are waiting already."""
+        """Hand over the arguments of one call; waits while DEPTH calls are waiting already."""
         if self.error is not None:
             raise self.error
         self.queue.put(items)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import infer_image
 import infer_video
-from checkpoint import load_model, pack_checkpoint
+from checkpoint import pack_checkpoint
 from dataio.readers import read_image, read_sample
 from inference.outputs import Background, ShareTable, coco_entries, find_regions
 from inference.predictor import Predictor
@@ -117,9 +117,8 @@ def test_regions_with_holes_and_islands_in_them_come_back_from_coco_json(photos,
 
 @pytest.mark.parametrize(("flags", "bits"), [((), 8), (("--tta", "flip", "--protocol", "slide"), 16)],
                          ids=str)
-def test_probabilities_are_the_softmax_of_the_logits(photos, segment, tmp_path, flags, bits):
+def test_probabilities_masks_and_shares_agree(photos, segment, flags, bits):
     folder, _ = segment("--probabilities", "classes", "--bits", bits, "--json", *flags)
-    model, checkpoint = load_model(tmp_path / "model.pth")
     path = sorted(photos.iterdir())[1]
     stored = [np.array(Image.open(folder / f"{path.stem}_probability_{id}_{name}.png")) / (2**bits - 1)
               for id, name in enumerate(("background", "cat", "big_dog"))]
@@ -134,13 +133,6 @@ def test_probabilities_are_the_softmax_of_the_logits(photos, segment, tmp_path, 
     for id, (name, _) in enumerate(CLASSES):
         share = row["classes"].get(name, {"share": 0})["share"]
         assert share == pytest.approx((mask == id).mean(), abs=1e-5)
-    if not flags:
-        image = read_image(path)[None]
-        with torch.no_grad():
-            small = torch.nn.functional.interpolate(image.float(), (42, 56), mode="bilinear", antialias=True)
-            logits = model.eval()(small.round().clamp(0, 255).to(torch.uint8))
-            want = torch.nn.functional.interpolate(logits, mask.shape, mode="bilinear").softmax(1)[0].numpy()
-        assert np.abs(np.stack(stored) - want).mean() < 0.02  # bfloat16, and roundings
 
 
 def test_a_cutout_is_the_image_without_its_background(photos, segment):

@@ -153,10 +153,10 @@ def test_read_ahead_keeps_the_order_and_stays_a_few_items_ahead():
             made.append(number)
             yield number
 
-    with ReadAhead(source(), depth=3) as items:
+    with ReadAhead(source()) as items:
         for item in items:
             received.append(item)
-            assert len(made) - len(received) <= 3 + 2  # in the queue, on its way, and being made
+            assert len(made) - len(received) <= video.DEPTH + 2  # in the queue, on its way, and being made
     assert received == list(range(200))
 
 
@@ -179,10 +179,10 @@ def test_a_slow_taker_gets_the_newest_frames_of_a_live_source():
         yield from range(100)
         go.set()
 
-    with ReadAhead(camera(), depth=2, newest=True) as items:
+    with ReadAhead(camera(), newest=True) as items:
         assert go.wait(5)  # the camera never waits
         got = list(items)
-    assert got == [98, 99] and items.dropped == 98
+    assert got == list(range(100))[-video.DEPTH:] and items.dropped == 100 - video.DEPTH
 
 
 def test_write_behind_keeps_the_order_and_reports_what_fails():
@@ -197,7 +197,7 @@ def test_write_behind_keeps_the_order_and_reports_what_fails():
         raise OSError(28, "No space left on device")
 
     done.clear()
-    with pytest.raises(OSError), WriteBehind(fails, depth=2) as writer:
+    with pytest.raises(OSError), WriteBehind(fails) as writer:
         for number in range(100):  # never waits for ever, though nothing more is taken
             writer.put(number)
     assert done == [0]
