@@ -49,26 +49,20 @@ def broken(root):
     (root / "masks/04.png").write_bytes((root / "masks/04.png").read_bytes()[:60])
 
 
-def gray_image(root):
-    save(root / "images/01.png", Image.open(root / "images/01.png").convert("L"))
-
-
-def small_mask(root):
-    save(root / "masks/02.png", blocks(30, 40, (0, 1, 2)))
-
-
-def transposed_mask(root):
-    save(root / "masks/02.png", blocks(80, 60, (0, 1, 2)))
-
-
-def empty_mask(root):
-    save(root / "masks/03.png", np.zeros((60, 80), np.uint8))
-
-
 def turned_image(root):
     exif = Image.Exif()
     exif[0x0112] = 3
     save(root / "images/04.png", photo(4, (60, 80)), exif=exif)
+
+
+def all_ignored(root):
+    write_photos(root, values=(0,))
+    (root / "classes.txt").write_text("ignore\na\nb\n")
+
+
+def same_masks(root):
+    for number in range(8):
+        save(root / f"masks/{number:02d}.png", blocks(60, 80, (0, 1, 2), seed=1))
 
 
 def jpeg_masks(root):
@@ -76,36 +70,26 @@ def jpeg_masks(root):
     write_photos(root, quality=95)
 
 
-def same_masks(root):
-    for path in (root / "masks").iterdir():
-        save(path, blocks(60, 80, (0, 1, 2), seed=1))
+FAULTS = {  # what is changed, the exit code, the kind of line and the files it lists
+    "unpaired": (unpaired, 1, "problem", [["images/03.png"], ["masks/05.png"]]),
+    "broken": (broken, 1, "problem", [["images/02.png", "masks/04.png"]]),
+    "gray image": (lambda root: save(root / "images/01.png", photo(1, (60, 80))[..., 0]),
+                   0, "warning", [["images/01.png"]]),
+    "small mask": (lambda root: save(root / "masks/02.png", blocks(30, 40, (0, 1, 2))),
+                   0, "warning", [["masks/02.png"]]),
+    "transposed mask": (lambda root: save(root / "masks/02.png", blocks(80, 60, (0, 1, 2))),
+                        0, "warning", [["masks/02.png"]]),
+    "empty mask": (lambda root: save(root / "masks/03.png", np.zeros((60, 80), np.uint8)),
+                   0, "warning", [["masks/03.png"]]),
+    "turned image": (turned_image, 0, "warning", [["images/04.png"]]),
+    "JPEG masks": (jpeg_masks, 1, "warning", [[f"masks/{number:02d}.jpg" for number in range(8)]]),
+    "same masks": (same_masks, 0, "warning", [[]]),
+    "single value": (lambda root: write_photos(root, values=(0,)), 1, "problem", [[]]),
+    "all ignored": (all_ignored, 1, "problem", [[], []]),
+}
 
 
-def single_value(root):
-    write_photos(root, values=(0,))
-
-
-def all_ignored(root):
-    single_value(root)
-    (root / "classes.txt").write_text("ignore\na\nb\n")
-
-
-ALL_MASKS = [f"masks/{number:02d}.jpg" for number in range(8)]
-
-
-@pytest.mark.parametrize(("fault", "code", "kind", "files"), [
-    (unpaired, 1, "problem", [["images/03.png"], ["masks/05.png"]]),
-    (broken, 1, "problem", [["images/02.png", "masks/04.png"]]),
-    (gray_image, 0, "warning", [["images/01.png"]]),
-    (small_mask, 0, "warning", [["masks/02.png"]]),
-    (transposed_mask, 0, "warning", [["masks/02.png"]]),
-    (empty_mask, 0, "warning", [["masks/03.png"]]),
-    (turned_image, 0, "warning", [["images/04.png"]]),
-    (jpeg_masks, 1, "warning", [ALL_MASKS]),
-    (same_masks, 0, "warning", [[]]),
-    (single_value, 1, "problem", [[]]),
-    (all_ignored, 1, "problem", [[], []]),
-])
+@pytest.mark.parametrize(("fault", "code", "kind", "files"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_named_with_its_files(tmp_path, run, fault, code, kind, files):
     root = write_photos(tmp_path / "data")
     fault(root)

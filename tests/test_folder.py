@@ -205,7 +205,8 @@ def test_forms_of_class_lists(tmp_path, text, entries):
     ("one\n", "1"), ("", "0"), ("a\na\n", "1"), (b"\xff\xfe\x00", "UTF-8"),
     ("a 1 2 3\nb 300 0 0\n", "b needs"), ("name,r,g,b\nground,0,0,0\nroof,300,30,30\n", "roof"),
     ("a = 1\nb\n", "VALUE"), ("a = 1\nb = 1\n", "value 1"), ("a = 1\nb = x\n", "b needs"),
-    ("a = 1\nb =\n", "b needs"), ("a = 70000\nb = 1\n", "a needs"), ("name,id\na,1\nb,99999999999\n", "b needs"),
+    ("a = 1\nb =\n", "b needs"), ("a = 70000\nb = 1\n", "a needs"),
+    ("name,id\na,1\nb,99999999999\n", "b needs"),
     ("a 1 2 3\nb 1 2 3\n", "(1, 2, 3)"), ("name,id,trainId\nroad,7,0\ncar,26,13\n", "2 columns"),
 ])
 def test_bad_classes_txt_is_named(tmp_path, text, words):
