@@ -8,10 +8,6 @@ Reads every file and writes OUT_DIR/check.png (overlays and the classes' shares)
 training can start, or where --fix wrote its copy; 1 where something must be repaired first; 2 where the data
 are not found, their lists are incomplete, or --fix has written nothing.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
 from config import names, script_parser
 
 

@@ -490,6 +490,23 @@ def inference_parser(description, backend=True):
     return parser
 
 
+def parse_inference_args(parser):
+    """Return the flags of an inference_parser; ends with an error where they contradict each other, whatever
+    the model is.
+    """
+    args = parser.parse_args()
+    if args.protocol in ("whole", "slide") and (args.tile_scale, args.overlap) != (None, None):
+        parser.error("--tile-scale and --overlap belong to --protocol tile: give that, or leave them out")
+    if args.protocol == "tile" and "ms" in args.tta:
+        parser.error("--tta ms cannot be combined with --protocol tile, which has --tile-scale: leave it out")
+    if getattr(args, "backend", "auto") not in ("auto", "torch"):
+        if "ms" in args.tta:
+            parser.error(f"--backend {args.backend} runs at one size: leave out --tta ms")
+        if args.device.split(":")[0] not in ("auto", "cpu"):
+            parser.error(f"--backend {args.backend} runs on the CPU: give --device cpu")
+    return args
+
+
 def add_group_flag(parser):
     """Add --group-by."""
     parser.add_argument("--group-by", default="", metavar="REGEX",

@@ -11,7 +11,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by gradio whe
 os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
 os.environ["no_proxy"] = os.environ["NO_PROXY"]  # gradio checks that its own page can be reached
 
-from config import fraction, inference_parser, port_number
+from config import fraction, inference_parser, parse_inference_args, port_number
 
 
 def parse_args():
@@ -22,7 +22,7 @@ def parse_args():
     parser.add_argument("--port", type=port_number, default=7860, help="port to listen at (7860)")
     parser.add_argument("--alpha", type=fraction, default=0.5, help="weight of the colors at first (0.5)")
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
-    return parser.parse_args()
+    return parse_inference_args(parser)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 Writes OUT_DIR/evaluation/: metrics.json, per_class.csv, per_class_iou.png, confusion_matrix.png, and with
 --report one self-contained HTML file.
 """
-from config import add_group_flag, add_run_flags, batch_images, inference_parser, names
+from config import add_group_flag, add_run_flags, batch_images, inference_parser, names, parse_inference_args
 
 
 def parse_args():
@@ -25,7 +25,7 @@ def parse_args():
     parser.add_argument("--report", action="store_true", help="write report.html too")
     add_group_flag(parser)
     add_run_flags(parser)
-    return parser.parse_args()
+    return parse_inference_args(parser)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png 
 class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. A file that
 cannot be read is reported and skipped; the exit code is then 1.
 """
-from config import add_overlay_flags, add_run_flags, fraction, inference_parser, positive_int
+from config import (add_overlay_flags, add_run_flags, fraction, inference_parser, parse_inference_args,
+                    positive_int)
 
 
 def parse_args():
@@ -29,9 +30,11 @@ def parse_args():
     parser.add_argument("--bands", nargs=3, type=positive_int, default=(), metavar=("R", "G", "B"),
                         help="tile: bands of TIFFs that are red, green and blue, from 1 (as the file says)")
     add_run_flags(parser)
-    args = parser.parse_args()
+    args = parse_inference_args(parser)
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
+    if args.bands and args.protocol in ("whole", "slide"):
+        parser.error("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     return args
 
 
@@ -95,8 +98,6 @@ def output_names(paths):
 
 def check_inputs(args, paths, tiled):
     """Raise InputError where flags do not fit the images. tiled: whether TIFFs are read in tiles."""
-    if args.bands and not tiled:
-        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     pseudo_labels = args.min_confidence is not None
     folder = Path(args.out_dir) / PSEUDO_LABELS
     if pseudo_labels and any(folder.resolve() in path.resolve().parents for path in paths):
@@ -236,9 +237,12 @@ def main():
     paths = find_inputs(args.input)
     if args.show:
         visualize.require_display()
+    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     check_inputs(args, paths, protocol.tile)
+    if args.bands and not protocol.tile:
+        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
     segmenter = ImageSegmenter(args, predictor)
     utils.make_folder(segmenter.folder)

@@ -9,7 +9,8 @@ Decoding, the model, drawing and encoding run at the same time, in threads. Writ
 OUT_DIR/inference_results_video/<name>.mp4: H.264, with the sound of the file. Ctrl-C, a full disk or a stream
 that ends leave a playable file of what was done until then.
 """
-from config import add_overlay_flags, add_run_flags, batch_images, inference_parser, positive_int
+from config import (add_overlay_flags, add_run_flags, batch_images, inference_parser, parse_inference_args,
+                    positive_int)
 
 
 def parse_args():
@@ -25,7 +26,7 @@ def parse_args():
                         "in every frame")
     add_overlay_flags(parser)
     add_run_flags(parser)
-    return parser.parse_args()
+    return parse_inference_args(parser)
 
 
 if __name__ == "__main__":

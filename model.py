@@ -6,10 +6,6 @@
 
 Normalization and padding live in the Segmenter, so training, inference and export cannot disagree.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
 import dataclasses
 from dataclasses import dataclass
 

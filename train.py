@@ -11,12 +11,9 @@
 Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,
 per_class_iou.png, confusion_matrix.png, best_model_iou.pth (best validation mIoU), last.pth (for --resume).
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
 import dataclasses
 import math
+import os
 import shutil
 import sys
 import time

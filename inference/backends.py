@@ -208,7 +208,7 @@ FORMATS = {
 BACKENDS = {
     "openvino": OpenVino,
 }
-ENDINGS = {model_class.ending for model_class in FORMATS.values()}
+ENDINGS = {".torchscript", *(model_class.ending for model_class in FORMATS.values())}
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -219,6 +219,9 @@ def open_exported(path, precise=False):
     """
     path = Path(path)
     ending = path.suffix.lower()
+    if ending == ".torchscript":  # of earlier versions
+        raise InputError(f"{path}: TorchScript files are no longer read; export the checkpoint (.pth) again "
+                         "with export.py --format onnx")
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a file of export.py, or a checkpoint of train.py")
     model_class = next(entry for entry in FORMATS.values() if entry.ending == ending)

@@ -9,8 +9,8 @@ one of transformers. Both packages are imported when asked for.
 import torch
 from torch import nn
 
-from models.backbones import Backbone
 from config import InputError
+from models.backbones import Backbone
 from models.heads import BatchNorm2d, Head
 from models.weights import hugging_face_weights, load_strictly, published_weights, read_weights
 

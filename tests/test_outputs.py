@@ -12,6 +12,7 @@ import torch
 from conftest import load, random_images, tiny, write_folder
 from PIL import Image
 
+import demo
 import infer_image
 import infer_video
 from checkpoint import pack_checkpoint
@@ -207,15 +208,28 @@ def test_what_is_done_is_written_after_ctrl_c(photos, run, tmp_path, monkeypatch
     ("--protocol slide --overlap 0.5", "--overlap"),
     ("--protocol whole --tile-scale 2", "--tile-scale"),
     ("--protocol tile --tta ms,flip", "--tta ms"),
-    ("--protocol tile --overlap 56", "--overlap 56"),
     ("--protocol tile --cutout", "photo.tif"),
     ("--protocol whole --bands 1 2 3", "--bands"),
-    ("--bands 1 2 3", "--bands"),
     ("--backend openvino --tta ms", "--tta ms"),
+    ("--backend openvino --device cuda:0", "--device cpu"),
 ])
-def test_flags_that_contradict_each_other_are_refused(photos, run, tmp_path, flags, named):
-    if "photo.tif" in named:
+@pytest.mark.parametrize("script", [infer_image, infer_video, demo], ids=lambda script: script.__name__)
+def test_flags_that_contradict_each_other_are_refused_before_a_model_is_loaded(run, script, tmp_path, flags,
+                                                                               named):
+    photo = tmp_path / "photo.tif"
+    Image.new("RGB", (9, 9)).save(photo)
+    if script is not infer_image and {"--bits", "--cutout", "--bands"} & set(flags.split()):
+        pytest.skip("a flag of infer_image.py alone")
+    if "--cutout" in flags:
         pytest.importorskip("rasterio")
+    source = [] if script is demo else ["--input", photo]
+    code, _, err = run(script, *source, "--model", "gone.pth", *flags.split())
+    assert code == 2 and named in err.splitlines()[-1] and "gone.pth" not in err
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    ("--protocol tile --overlap 56", "--overlap 56"), ("--bands 1 2 3", "--bands")])
+def test_flags_that_do_not_fit_the_model_are_refused(photos, run, tmp_path, flags, named):
     Image.new("RGB", (9, 9)).save(tmp_path / "photo.tif")
     code, _, err = run(infer_image, "--input", tmp_path / "photo.tif", "--model", tmp_path / "model.pth",
                        "--out-dir", tmp_path / "out", *flags.split())

@@ -8,10 +8,6 @@
 Absolute times depend on the machine and on what else it does; docs/evaluation.md quotes the ratios.
 Prints a table and writes OUT_DIR/benchmark_CASE.json.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
-
 from config import (add_run_flags, backbone_name, batch_images, image_side, names, non_negative_int,
                     positive_int, registered, script_parser)
 
@@ -55,6 +51,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
