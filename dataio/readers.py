@@ -158,7 +158,8 @@ def open_image(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except DECODE_ERRORS as error:
-        raise InputError(f"{path} is not a readable image ({error}): repair or remove the file") from None
+        reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
     if image.format == "TIFF":
         with suppress(*TAG_ERRORS), Image.open(path, formats=FORMATS) as pages:
             pages.seek(1)

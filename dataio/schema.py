@@ -38,7 +38,7 @@ def check(form, value, path):
         else:
             problem = f"{entry} is {describe(error['input'])} and {reason}"
         if not problem.isprintable() or len(problem) > LONGEST_PROBLEM:
-            problem = ascii(problem[:LONGEST_PROBLEM])
+            problem = ascii(problem[:LONGEST_PROBLEM])[1:-1]
         raise InputError(f"{path} was edited or is damaged: {problem}") from None
     return value
 
@@ -102,7 +102,7 @@ def check_setting(field, value):
         return value
     choices = choices_of(field)
     if choices and not set(items) <= set(choices):
-        raise ValueError(f"should be of {', '.join(choices)}")
+        raise ValueError(f"should be among {', '.join(choices)}")
     if isinstance(options.get("nargs"), int) and len(items) != options["nargs"]:
         raise ValueError(f"should be a list of {options['nargs']}")
     convert = options.get("type", str)

@@ -341,14 +341,14 @@ def test_features_of_windows_are_kept_apart(tmp_path):
 
 
 # --- as a user runs it ------------------------------------------------------------------------------------
-NATIVE = ["--dataset", "folder", "--backbone", "vit_tiny", "--weights", "none", "--imgsz", 42, 42,
-          "--train-scale", "native", "--workers", 0]
+NATIVE = ["--dataset", "folder", "--backbone", "vit_tiny", "--weights", "none", "--head", "bn", "--imgsz", 42,
+          42, "--train-scale", "native", "--workers", 0]
 
 
 def test_a_native_run_is_validated_and_used_in_tiles(tmp_path, run):
     data, out = write_folder(tmp_path / "data", count=6, size=(90, 121)), tmp_path / "out"
-    code, text, err = run(train, *NATIVE, "--data-root", data, "--balance", "--unfreeze", "all",
-                          "--epochs", 1, "--cache-images", tmp_path / "decoded", "--out-dir", out)
+    code, text, err = run(train, *NATIVE, "--data-root", data, "--balance", "--epochs", 1,
+                          "--cache-images", tmp_path / "decoded", "--out-dir", out)
     assert code == 0 and "30 random windows" in text and "9 tiles" in text, err
     assert len(list((tmp_path / "decoded").iterdir())) == 6
     assert "42x42" in json.loads((out / "config.json").read_text())["protocol"]
@@ -367,7 +367,7 @@ def test_a_native_run_is_validated_and_used_in_tiles(tmp_path, run):
 def test_native_features_can_be_kept(tmp_path, run):
     data, scores = write_folder(tmp_path / "data", count=6, size=(90, 121)), []
     for _ in range(2):
-        code, text, err = run(train, *NATIVE, "--data-root", data, "--head", "bn", "--epochs", 1,
+        code, text, err = run(train, *NATIVE, "--data-root", data, "--epochs", 1,
                               "--cache-features", tmp_path / "cache", "--out-dir", tmp_path / "out")
         assert code == 0 and "feature cache of 30 train views" in text, err
         scores.append(json.loads((tmp_path / "out/history.jsonl").read_text())["val_miou"])
