@@ -112,13 +112,13 @@ def test_features_and_masks_are_those_of_the_images(samples, tmp_path):
 def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path):
     """Tokens, images, the mask and every other target, in the type that training has without a cache."""
     generator, with_targets = np.random.default_rng(0), []
-    for sample in samples:
+    for sample in samples[:3]:
         depth, edges = tmp_path / f"depth_{sample.image.stem}.npy", tmp_path / f"edges_{sample.image.name}"
         np.save(depth, np.where(generator.random((45, 61)) < 0.1, np.nan, generator.normal(size=(45, 61))))
         Image.fromarray(generator.integers(0, 3, (45, 61), dtype=np.uint8)).save(edges)
         targets = Target("depth", depth), Target("edges", edges, "labels")
         with_targets.append(sample._replace(targets=targets))
-    net, count = tiny(head="split-detail"), len(samples)
+    net, count = tiny(head="split-detail"), len(with_targets)
     (block,) = net.head.reads.tokens
     dataset = training_set(with_targets, ("crop", "flip", "color"), seed=3)
     cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32, views=3)
