@@ -452,22 +452,25 @@ class RunFolder:
 
 
 @lru_cache
+def code_of(module):
+    """Return the code of an imported module without comments, docstrings and line breaks."""
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError):  # typed in a notebook: nothing that it made is used again
+        tree = ast.parse(str(time.time_ns()))
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return f"{module.__name__} {ast.dump(tree)}"
+
+
+@lru_cache
 def code_hash(*modules):
-    """Return a short hash of the code of imported modules without comments, docstrings and line breaks: what
-    they made is kept under it, and made anew where they were changed.
+    """Return a short hash of the code of imported modules: what they made is kept under it, and made anew
+    where they were changed.
     """
-    digest = hashlib.sha256()
-    for module in modules:
-        try:
-            tree = ast.parse(inspect.getsource(module))
-        except (OSError, TypeError):  # typed in a notebook: nothing that it made is used again
-            tree = ast.parse(str(time.time_ns()))
-        for node in ast.walk(tree):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            if documented and ast.get_docstring(node) is not None:
-                del node.body[0]
-        digest.update(f"{module.__name__} {ast.dump(tree)}".encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("".join(map(code_of, modules)).encode()).hexdigest()[:16]
 
 
 def modules_of(*objects):
@@ -483,10 +486,10 @@ def training_modules():
     """Return the modules of this code that are imported, but those that only use trained models."""
     folder, modules = Path(__file__).parent, {}
     for module in list(sys.modules.values()):
-        file = Path(getattr(module, "__file__", None) or "/")
-        if folder in file.parents:
-            name = file.relative_to(folder).parts
-            if "site-packages" not in name and name[0] not in ("inference", "tests", "tools"):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(f"{folder}{os.sep}") and "site-packages" not in file:
+            name = Path(file).relative_to(folder).parts
+            if name[0] not in ("inference", "tests", "tools"):
                 modules[name] = module
     return [modules[name] for name in sorted(modules)]
 

@@ -230,7 +230,7 @@ def carry_out(attack):
 
 
 def start_attack(attack):
-    """Carry an attack out in a process of its own; return its id."""
+    """Carry an attack out in a process of its own; return its id. It begins at once, all is imported."""
     process = os.fork()
     if process == 0:
         try:
@@ -680,43 +680,11 @@ def surroundings(world, rng):
 TIMES = ("seconds", "train_images_per_s", "train_data_wait")  # of a history row: no two runs share them
 
 
-def start_run(data, out, resume, workers):
-    """Start a run in a process of its own; return its id. It begins at once: all is imported already."""
-    import checkpoint
-    import train
-    import utils
-    import visualize
-
-    process = os.fork()
-    if process:
-        return process
-    try:
-        os.setpgid(0, 0)
-        log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        checkpoint.SAVE_MINUTES = 0  # after every step
-        visualize.plot_run = lambda *args: None  # so that more of the time goes into what is saved
-        begin = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--unfreeze", "all",
-                 "--imgsz", 28, 42, "--epochs", 4, "--batch-size", 2, "--augment", "crop", "flip", "--device",
-                 "cpu"]
-        given = ["--out-dir", out, "--workers", workers, *(["--resume"] if resume else begin)]
-        sys.argv = ["train.py", *map(str, given)]
-        utils.run_main(train.main)
-    except SystemExit as end:
-        sys.stdout.flush()
-        os._exit(end.code)
-    finally:
-        os._exit(1)
-
-
-def saved_steps(out):
+def saved_steps(out, reported):
     """Return the steps in last.pth; raises where a file is broken or a reported epoch is missing."""
     from checkpoint import read_checkpoint
     from metrics import best_row
 
-    reported = max(map(int, re.findall(r"^epoch (\d+)/\d+: loss", out.with_suffix(".log").read_text(), re.M)),
-                   default=0)
     if not (out / "last.pth").exists():
         assert not reported, f"epoch {reported} was reported, and there is no last.pth"
         return 0
@@ -760,31 +728,44 @@ def kill_runs(folder, kills, seed):
     """Kill and resume runs until there were so many kills; return counts of what happened. Raises where
     something was lost.
     """
+    import checkpoint
+    import visualize
     from conftest import write_folder
 
-    chance, counts = random.Random(seed), Counter()
-    data, straight = write_folder(folder / "data", count=12), folder / "straight"
-    began = time.monotonic()
-    assert wait_for(start_run(data, straight, False, 0), 300) == 0, straight.with_suffix(".log").read_text()
-    length, steps, out = time.monotonic() - began, 0, folder / "run0"
+    checkpoint.SAVE_MINUTES = 0  # after every step
+    visualize.plot_run = lambda *args: None  # so that more of the time goes into what is saved
+    root, chance, counts = folder / "kills", random.Random(seed), Counter()
+    data, output = write_folder(root / "data", count=12), folder / "kills.output"
+    new = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--unfreeze", "all",
+           "--imgsz", 28, 42, "--epochs", 4, "--batch-size", 2, "--augment", "crop", "flip",
+           "--device", "cpu"]
+
+    def start(out, workers):
+        flags = ["--resume"] if (out / "last.pth").exists() else new
+        return start_attack(Attack("train", [*flags, "--out-dir", out, "--workers", workers], folder=root))
+
+    straight, began = root / "straight", time.monotonic()
+    assert wait_for(start(straight, 0), 300) == 0, output.read_text()
+    length, out, steps, reported = time.monotonic() - began, root / "run0", 0, 0
     while counts["kills"] < kills:
-        process = start_run(data, out, (out / "last.pth").exists(), chance.choice((0, 1)))
+        process = start(out, chance.choice((0, 1)))
         code = wait_for(process, chance.uniform(0.0, length * 0.6))
         if code is None:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             counts["kills"] += 1
             counts["inside a write"] += any(path.name != ".lock" for path in out.glob("**/.*"))
-        elif code != 0:
-            raise RuntimeError(f"exit code {code}:\n" + out.with_suffix(".log").read_text()[-3000:])
-        before, steps = steps, saved_steps(out)
+        assert not code, f"exit code {code}:\n{output.read_text()[-3000:]}"
+        epochs = re.findall(r"^epoch (\d+)/\d+: loss", output.read_text(), re.M)
+        before, reported = steps, max([reported, *map(int, epochs)])
+        steps = saved_steps(out, reported)
         assert steps >= before, f"{before} steps were saved, {steps} are left"
         counts["before the first save"] += code is None and steps == 0
         if code == 0:
             same_run(straight, out)
             shutil.rmtree(out)
             counts["runs finished, equal to an uninterrupted one"] += 1
-            steps, out = 0, folder / f"run{counts['runs finished, equal to an uninterrupted one']}"
+            steps, reported = 0, 0
     return counts
 
 

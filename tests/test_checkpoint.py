@@ -4,18 +4,14 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from attacks import same_run
 from conftest import build, call, load, random_images, refused, tiny, write_folder
 from test_scripts import registered_options
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 import config
 import engine
@@ -166,103 +162,22 @@ def test_tokens_are_those_that_enter_the_block(backbone, hub_cache):
         assert tokens.shape[1] == net.prefix_tokens + 6 and net(images)[1] == {}  # the hook is gone
 
 
-# --- a run whose average is scored ------------------------------------------------------------------------
-class Average:
-    """An exponential moving average of a model's weights."""
-
-    def __init__(self, model):
-        self.weights = copy.deepcopy(model.state_dict())
-
-    def update(self, model):
-        for name, value in model.state_dict().items():
-            self.weights[name].copy_(value if not value.is_floating_point() else
-                                     0.7 * self.weights[name] + 0.3 * value)
-
-    def state_dict(self):
-        return self.weights
-
-    def load_state_dict(self, weights):
-        self.weights = copy.deepcopy(weights)
-
-
-def make_run(data, out, resume=False):
-    """Return a Run as train.py makes it, and its training and validation batches."""
-    settings = config.resolve(dict(dataset="folder", data_root=str(data), backbone="vit_tiny", head="bn",
-                                   unfreeze="all", imgsz=(28, 42), epochs=2, batch_size=2, workers=0,
-                                   out_dir=str(out), resume=resume))
-    source = load("folder", data)
-    utils.seed_everything(settings.seed)
+# --- what a run keeps in its files -------------------------------------------------------------------------
+@pytest.fixture
+def new_run(data, tmp_path):
+    """A Run as train.py makes it, before its first step."""
+    settings = config.resolve(dict(dataset="folder", data_root=str(data), out_dir=str(tmp_path)))
     net = tiny(unfreeze="all")
     optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-3, 1e-3))
     state = engine.TrainState(net, optimizer, utils.Precision("off", torch.device("cpu")))
-    run = Run(state, dataclasses.asdict(settings), source, utils.RunFolder(out, resume))
-    run.stop = SimpleNamespace(asked=0)
-    batches = [train.make_loader(dataset, 2, 0) for dataset in train.build_datasets(settings, source)]
-    return run, *batches
+    return Run(state, dataclasses.asdict(settings), load("folder", data), utils.RunFolder(tmp_path))
 
 
-def train_with_average(data, out, stop_in=0, resume=False):
-    """Train two epochs, scoring an average of the weights; a signal comes in the validation of `stop_in`.
-
-    Returns {(what, epoch): weights} of the `live` and the `average` ones when an epoch was validated.
-    """
-    run, train_batches, val_batches = make_run(data, out, resume)
-    state, weights = run.state, {}
-    average = state.keep("average", Average(state.model))
-    if resume:
-        run.restore(read_checkpoint(out / "last.pth"))
-    objective = engine.Objective(state.model, Criterion("ce"))
-
-    def after_step(progress):
-        average.update(state.model)
-        run.after_step(progress)
-
-    for epoch in range(len(state.history) + 1, 3):
-        train_batches.start(epoch - 1, state.progress["batches"] if state.progress else 0)
-        scores = engine.train_one_epoch(objective, tqdm(train_batches, disable=True), state, lambda step: 1.0,
-                                        after_step=after_step)
-        weights["live", epoch] = copy.deepcopy(state.model.state_dict())
-        weights["average", epoch] = copy.deepcopy(average.weights)
-        run.stop.asked = signal.SIGTERM if epoch == stop_in else 0
-        try:
-            with state.scored_with(average):
-                val_scores, matrix = engine.evaluate(state.model, tqdm(val_batches, disable=True),
-                                                     state.precision, objective, after_batch=run.after_batch)
-                row = dict(epoch=epoch, **state.learning_rates(), seconds=1.0,
-                           **{f"train_{name}": value for name, value in scores.items()},
-                           **{f"val_{name}": value for name, value in val_scores.items()},
-                           per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
-                run.end_epoch(row, matrix.counts)
-        except utils.Stopped:
-            break
-        finally:
-            assert equal_states(state.model.state_dict(), weights["live", epoch])
-    return weights
-
-
-@pytest.mark.parametrize("stop_in", [1, 2])
-def test_averaged_weights_are_scored_and_the_live_ones_are_resumed(data, tmp_path, stop_in):
-    weights = train_with_average(data, tmp_path / "straight")
-    best = read_checkpoint(tmp_path / "straight/best_model_iou.pth")
-    assert equal_states(best["model"], weights["average", best["epoch"]])
-    assert not equal_states(best["model"], weights["live", best["epoch"]])
-    stopped = tmp_path / "stopped"
-    before = train_with_average(data, stopped, stop_in)
-    last = read_checkpoint(stopped / "last.pth")
-    assert last["epoch"] == stop_in - 1 and len(before) == 2 * stop_in
-    assert equal_states(last["model"], before["live", stop_in])
-    assert equal_states(last["kept"]["average"], before["average", stop_in])
-    train_with_average(data, stopped, resume=True)
-    same_run(tmp_path / "straight", stopped)
-    assert equal_states(read_checkpoint(stopped / "last.pth")["model"], weights["live", 2])
-
-
-def test_a_run_without_what_is_kept_now_does_not_resume(data, tmp_path):
-    run, *_ = make_run(data, tmp_path)
-    run.save()
-    run.state.keep("average", Average(run.state.model))
+def test_a_run_without_what_is_kept_now_does_not_resume(new_run, tmp_path):
+    new_run.save()
+    new_run.state.keep("average", tiny())
     with refused("last.pth", "average"):
-        run.restore(read_checkpoint(tmp_path / "last.pth"))
+        new_run.restore(read_checkpoint(tmp_path / "last.pth"))
 
 
 ROW = dict(epoch=1, lr=1e-3, seconds=1.0, train_loss=1.0, train_loss_ce=1.0, train_accuracy=0.5,
@@ -271,46 +186,49 @@ ROW = dict(epoch=1, lr=1e-3, seconds=1.0, train_loss=1.0, train_loss_ce=1.0, tra
 
 
 @pytest.mark.parametrize("value", [np.float64(0.5), torch.tensor(0.5), math.nan], ids=str)
-def test_a_new_score_of_another_type_costs_no_checkpoint(value, data, tmp_path):
+def test_a_new_score_of_another_type_costs_no_checkpoint(value, new_run, tmp_path):
     """numpy's float is a float to all but the reader of the file."""
-    run, *_ = make_run(data, tmp_path)
     row, counts = dict(ROW, val_new=value), torch.zeros(3, 3)
     if torch.is_tensor(value):
         with pytest.raises(TypeError):
-            run.end_epoch(row, counts)
+            new_run.end_epoch(row, counts)
         assert not list(tmp_path.glob("*.pth"))
         return
-    run.end_epoch(row, counts)
+    new_run.end_epoch(row, counts)
     for name in ("last.pth", "best_model_iou.pth"):
         assert read_checkpoint(tmp_path / name)["metrics"]["new"] == pytest.approx(value, nan_ok=True)
 
 
-def test_the_code_that_is_noted_is_the_one_that_ran(data, tmp_path, monkeypatch):
+def test_the_code_that_is_noted_is_the_one_that_ran(new_run, tmp_path, monkeypatch):
     """Not the one that lies there when the run first saves."""
     before = utils.code_hash(*utils.training_modules())
-    run, *_ = make_run(data, tmp_path)
     monkeypatch.setattr(utils, "code_hash", lambda *modules: "edited")
-    run.save()
+    new_run.save()
     assert json.loads((tmp_path / "config.json").read_text())["code"] == before
     assert torch.load(tmp_path / "last.pth")["code"] == before
 
 
 # --- versions -----------------------------------------------------------------------------------------------
-def packed(**changes):
-    """Return a checkpoint of a small model with some entries changed."""
-    return {**pack_checkpoint(tiny(), CLASSES, (28, 28)), **changes}
+OLD_SPEC = dict(arch="dinov2", backbone="vit_tiny", head="bn", normalize="auto", num_classes=3,
+                layers=[2, 3, 4, 5])
 
 
-def test_checkpoints_of_earlier_versions_load(tmp_path):
-    state = packed()
-    for spec in (
-        dict(arch="dinov2", backbone="vit_tiny", head="bn", num_classes=3, layers=[2, 3, 4, 5]),
-        dict(backbone="vit_tiny", head="bn", num_classes=3, layers=[2, 3, 4, 5]),  # the first ones
-    ):
-        torch.save(dict(state, spec=spec), tmp_path / "old.pth")
-        model, checkpoint = load_model(tmp_path / "old.pth")
-        assert checkpoint["spec"] == model.spec == tiny().spec
-        assert torch.equal(model(random_images(1, 3, 20, 30)), tiny().eval()(random_images(1, 3, 20, 30)))
+@pytest.fixture(scope="module")
+def packed():
+    """A checkpoint of a small model."""
+    return pack_checkpoint(tiny(), CLASSES, (28, 28))
+
+
+@pytest.mark.parametrize("missing", [["normalize"], ["normalize", "arch"]], ids=str)  # in the first versions
+def test_checkpoints_of_earlier_versions_load(missing, packed, tmp_path):
+    spec = {name: value for name, value in OLD_SPEC.items() if name not in missing}
+    torch.save(dict(packed, spec=spec), tmp_path / "old.pth")
+    model, checkpoint = load_model(tmp_path / "old.pth")
+    assert checkpoint["spec"] == model.spec == tiny().spec
+    assert torch.equal(model(random_images(1, 3, 20, 30)), tiny().eval()(random_images(1, 3, 20, 30)))
+
+
+def test_a_checkpoint_of_another_architecture_of_an_earlier_version_loads(tmp_path):
     old = dict(arch="segformer_b0", backbone="", head="", num_classes=3, layers=[])
     net = build(arch="segformer_b0").eval()
     torch.save(dict(pack_checkpoint(net, CLASSES, (28, 28)), spec=old), tmp_path / "old.pth")
@@ -332,8 +250,7 @@ def test_files_of_a_run_of_earlier_versions_load_and_resume(data, tmp_path, run)
     metrics = {name.removeprefix("val_"): ROW[name] for name in ROW if name.startswith("val_")}
     best = dict(
         format="dinoseg", version=1, classes=[[name, list(color)] for name, color in CLASSES], imgsz=[28, 42],
-        spec=dict(arch="dinov2", backbone="vit_tiny", head="bn", normalize="auto", num_classes=3,
-                  layers=[2, 3, 4, 5]),
+        spec=OLD_SPEC,
         model=net.state_dict(), epoch=1, config=settings, metrics=metrics, processes=1,
         **load("folder", data).fingerprints())
     numbers = torch.Generator().get_state()
@@ -355,26 +272,21 @@ def test_files_of_a_run_of_earlier_versions_load_and_resume(data, tmp_path, run)
     assert resumed["step"] == 2 + 3 and not equal_states(resumed["model"], net.state_dict())
 
 
-def spec(**changes):
-    """Return the stored spec of a small model with some entries changed."""
-    return dict(dataclasses.asdict(tiny().spec), **changes)
-
-
 @pytest.mark.parametrize(("changes", "named"), [
     (dict(version=2), "version"),
-    (dict(spec=spec(no_such_option=4)), "version"),
-    (dict(spec=spec(head="no-such-head")), "version"),
-    (dict(spec=spec(arch="no_such_arch")), "version"),
+    (dict(spec=dict(OLD_SPEC, no_such_option=4)), "version"),
+    (dict(spec=dict(OLD_SPEC, head="no-such-head")), "version"),
+    (dict(spec=dict(OLD_SPEC, arch="no_such_arch")), "version"),
     (dict(spec=[1]), "spec"),
-    (dict(spec=spec(num_classes="3")), "spec.num_classes"),
-    (dict(spec=spec(layers=["1"])), "spec.layers"),
-    (dict(spec=spec(backbone="")), "spec.backbone"),
+    (dict(spec=dict(OLD_SPEC, num_classes="3")), "spec.num_classes"),
+    (dict(spec=dict(OLD_SPEC, layers=["1"])), "spec.layers"),
+    (dict(spec=dict(OLD_SPEC, backbone="")), "spec.backbone"),
     (dict(imgsz=[0, 4]), "imgsz.0"),
     (dict(classes=[["a", [0, 0, 0]]]), "1 classes"),
     (dict(format="x"), "train.py"),
 ], ids=lambda value: value if isinstance(value, str) else next(iter(value)))
-def test_checkpoints_that_do_not_load_are_named(changes, named, tmp_path):
-    torch.save(packed(**changes), tmp_path / "model.pth")
+def test_checkpoints_that_do_not_load_are_named(changes, named, packed, tmp_path):
+    torch.save({**packed, **changes}, tmp_path / "model.pth")
     with refused(tmp_path / "model.pth", named):
         read_checkpoint(tmp_path / "model.pth")
 
