@@ -9,12 +9,14 @@
 An item of a dataset is (image (3, h, w) uint8, targets {name: (h, w)}, file name). targets["mask"] are class
 ids, uint8, 255 = ignore; other targets of a Sample are uint8 labels or float32 maps under their names.
 """
+import atexit
 import hashlib
 import math
 import os
 import re
 import signal
 import sys
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -293,6 +295,7 @@ class Batches:
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
         self.workers, self.pin_memory = workers, pin_memory
         self.noted = self.loader = self.started = None
+        atexit.register(close_if_alive, weakref.ref(self))
 
     def start(self, epoch=0, skip=0):
         """Let the workers begin with an epoch (0-based), without its first `skip` batches."""
@@ -341,6 +344,12 @@ class Batches:
             if number == process:
                 return self.dataset.samples[item % len(self.dataset)].image
         return None
+
+
+def close_if_alive(reference):
+    """Close the Batches of a weak reference at the end of the program, which would wait for the workers."""
+    if batches := reference():
+        batches.close()
 
 
 def make_loader(dataset, batch_size, workers, pin_memory=False, rank=0, world_size=1, per_epoch=0):
