@@ -432,7 +432,7 @@ def script_parser(description, **options):
 
 
 def train_parser(description):
-    """Return the argparse parser made from TrainConfig. Flags not given stay out of the namespace."""
+    """Return the argparse parser made from TrainConfig. The namespace holds explicit flags alone."""
     listed = {"recipes": {name: line for name, (line, _) in RECIPES.items()},
               **{heading: registered(*REGISTRIES[kind]) for heading, kind in LISTED.items()}}
     epilog = "\n\n".join(f"{heading}:\n" + "\n".join(f"  {name:21}{line}" for name, line in lines.items())
@@ -526,29 +526,29 @@ def add_overlay_flags(parser):
     parser.add_argument("--show", action="store_true", help="open a window")
 
 
-def resolve(given, saved=None):
-    """Merge settings into a TrainConfig: defaults < recipe < saved run < flags that were given.
+def resolve(flags, saved=None):
+    """Merge settings into a TrainConfig: defaults < recipe < saved run < flags.
 
-    Args: given = dict of the flags that were given (with `recipe` if any); saved = settings of a run to
-    resume. Raises InputError where `given` changes a setting of the saved run that must stay.
+    flags: {name: value} of those on the command line, also `recipe`; saved: settings of a run to resume.
+    Raises InputError where a flag changes a setting of the saved run that must stay.
     """
-    given = {name: as_setting(value) for name, value in given.items()}
+    flags = {name: as_setting(value) for name, value in flags.items()}
     if saved is None:
-        defaults = recipe_settings(given)
+        defaults = recipe_settings(flags)
     else:
         defaults = {name: as_setting(value) for name, value in saved.items()}
-        check_resumed(given, defaults)
+        check_resumed(flags, defaults)
     if unknown := sorted(map(str, defaults.keys() - FIELDS.keys())):
         raise InputError(f"the run to resume has settings unknown here ({', '.join(unknown)}): resume it "
                          "with the version that wrote it")
-    config = TrainConfig(**{**defaults, **given})
-    check_settings(config, given)
+    config = TrainConfig(**{**defaults, **flags})
+    check_settings(config, flags)
     return config
 
 
-def check_resumed(given, saved):
-    """Raise InputError where flags in `given` would make another run of the one with the settings `saved`."""
-    for name, value in given.items():
+def check_resumed(flags, saved):
+    """Raise InputError where flags would make another run of the one with the settings `saved`."""
+    for name, value in flags.items():
         metadata = FIELDS[name].metadata
         if metadata["affects"] == "nothing" or metadata.get("may_grow"):
             continue
@@ -556,7 +556,7 @@ def check_resumed(given, saved):
         if value != before:
             raise InputError(f"{flag(name)} is {value!r}, but the run to resume has {before!r}: leave the "
                              "flag out, or start a new run without --resume")
-    if saved.get("steps") and given.get("epochs", saved["epochs"]) != saved["epochs"]:
+    if saved.get("steps") and flags.get("epochs", saved["epochs"]) != saved["epochs"]:
         raise InputError(f"--epochs cannot change, the run to resume has {saved['steps']} steps in "
                          f"{saved['epochs']}: leave it out, or start a new run without --resume")
 
@@ -567,22 +567,22 @@ def as_setting(value):
     return () if value == ("none",) else value
 
 
-def recipe_settings(given):
-    """Return the settings of the recipe in `given`, fitted to the --arch in `given`."""
-    settings = dict(RECIPES[given["recipe"]][1]) if given.get("recipe") else {}
-    if "epochs" in given:  # means passes over the images, unless --steps is given too
+def recipe_settings(flags):
+    """Return the settings of the recipe among the flags, fitted to their --arch."""
+    settings = dict(RECIPES[flags["recipe"]][1]) if flags.get("recipe") else {}
+    if "epochs" in flags:  # means passes over the images, unless --steps is given too
         settings.pop("steps", None)
     arch_of_recipe = settings.get("arch", "dinov2")
-    arch = given.get("arch", arch_of_recipe)
+    arch = flags.get("arch", arch_of_recipe)
     if (arch == "dinov2") != (arch_of_recipe == "dinov2"):  # the recipe's data with a model of the other kind
         of_model = {*fields_affecting("features"), *fields_affecting("head"), *BASELINE_DEFAULTS}
         settings = {name: value for name, value in settings.items() if name not in of_model}
     return settings if arch == "dinov2" else {**BASELINE_DEFAULTS, **settings}
 
 
-def check_settings(config, given):
-    """Raise InputError for flags in `given` that contradict each other or would have no effect."""
-    for name in given:
+def check_settings(config, flags):
+    """Raise InputError for flags that contradict each other or would have no effect."""
+    for name in flags:
         if unmet := unmet_condition(name, config):
             option, values = unmet
             raise InputError(f"{flag(name)} belongs to {flag(option)} {', '.join(values)}, and this run has "
@@ -590,48 +590,48 @@ def check_settings(config, given):
     for name in ("augment", "log"):
         if "none" in getattr(config, name):
             raise InputError(f"{flag(name)} none stands alone: leave out none or the others")
-    check_data_settings(config, given)
-    check_training_settings(config, given)
+    check_data_settings(config, flags)
+    check_training_settings(config, flags)
 
 
-def check_data_settings(config, given):
+def check_data_settings(config, flags):
     """Raise InputError for flags of the data set and its images that contradict each other."""
-    if given.get("classes") and config.dataset != "folder":
+    if flags.get("classes") and config.dataset != "folder":
         raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
                          "own: leave it out")
-    if "unlabelled" in given and config.dataset != "folder":
+    if "unlabelled" in flags and config.dataset != "folder":
         raise InputError("--unlabelled is for annotation files in a folder, and --dataset "
                          f"{config.dataset} has masks: leave it out")
-    splitting = [name for name in ("val_fraction", "fold") if name in given]
+    splitting = [name for name in ("val_fraction", "fold") if name in flags]
     if splitting and config.dataset != "folder" and not config.resplit:
         raise InputError(f"{flag(splitting[0])} has no effect, {config.dataset} has a validation part: add "
                          "--resplit to split all images anew")
     if len(splitting) == 2:
         raise InputError("--fold I/N has a validation part of 1/N: leave out --val-fraction")
     for name in ("balance", "cache_images"):
-        if given.get(name) and config.train_scale != "native":
+        if flags.get(name) and config.train_scale != "native":
             raise InputError(f"{flag(name)} belongs to windows of large images: add --train-scale native, or "
                              "leave it out")
 
 
-def check_training_settings(config, given):
+def check_training_settings(config, flags):
     """Raise InputError for flags of model, training and caches that contradict each other."""
     if config.steps % config.epochs:
         counts = range(min(config.epochs, config.steps), 0, -1)
         fitting = next(count for count in counts if not config.steps % count)
         raise InputError(f"--steps {config.steps} cannot be shared out equally among {config.epochs} epochs: "
                          f"give a multiple of them, or --epochs {fitting}")
-    if "cache_views" in given and not config.cache_features:
+    if "cache_views" in flags and not config.cache_features:
         raise InputError("--cache-views has no effect without --cache-features: add it")
-    if config.cache_features and config.cache_views == 1 and given.get("augment"):
+    if config.cache_features and config.cache_views == 1 and flags.get("augment"):
         raise InputError("--augment has no effect on the one view that is cached: give --cache-views K to "
                          "keep K augmented ones, or leave out --augment")
-    if "save_head_only" in given and (config.unfreeze != 0 or config.weights == "none"):
+    if "save_head_only" in flags and (config.unfreeze != 0 or config.weights == "none"):
         reason = "trains" if config.unfreeze != 0 else "is random"
         raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one "
                          f"{reason}: leave it out")
 
 
 def parse_train_args(argv=None, description="Train a segmentation model."):
-    """Return the dict of train flags given on the command line; exits with code 2 on a wrong flag."""
+    """Return {name: value} of the train flags on the command line; exits with code 2 on a wrong flag."""
     return vars(train_parser(description).parse_args(argv))

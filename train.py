@@ -127,11 +127,11 @@ def build_objective(config, model, criterion):
     return engine.Objective(model, criterion)
 
 
-def check_registered(given, config):
-    """Raise InputError for flags in `given` that contradict what the head and the augmentations are."""
+def check_registered(flags, config):
+    """Raise InputError for flags in `flags` that contradict what the head and the augmentations are."""
     check_class_weights(config.loss, config.class_weights)
     own_loss = config.arch == "dinov2" and hasattr(HEADS[config.head], "loss")
-    if own_loss and {"loss", "class_weights"} & given.keys():
+    if own_loss and {"loss", "class_weights"} & flags.keys():
         raise InputError(f"--head {config.head} has a loss of its own: leave out --loss and --class-weights")
     crops = [name for name in config.augment if AUGMENTS[name].resizes]
     if crops and config.train_scale == "native":
@@ -141,7 +141,7 @@ def check_registered(given, config):
         raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
 
 
-def check_effects(given, config, model):
+def check_effects(flags, config, model):
     """Raise InputError for settings that have no effect on this model, or do not fit it."""
     if config.cache_features:
         model.cached_parts()  # raises where that cannot be
@@ -150,7 +150,7 @@ def check_effects(given, config, model):
         raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one "
                          f"{'trains' if backbone.trains() else 'is random'}: leave it out")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if "backbone_lr_scale" in given and not trained & model.pretrained():
+    if "backbone_lr_scale" in flags and not trained & model.pretrained():
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
     blocks = trained_blocks(model)
     if blocks and not blocks & blocks_with_gradient(model):
@@ -269,16 +269,16 @@ def print_result(history, data, out_dir):
 @utils.stopping_at_once(lambda: f"stopped before the run began; start it again with: {command()}")
 def main():
     """Train as the flags say."""
-    given = parse_train_args(description=__doc__)
-    out_dir = Path(given.get("out_dir", "outputs"))
+    flags = parse_train_args(description=__doc__)
+    out_dir = Path(flags.get("out_dir", "outputs"))
     last = out_dir / "last.pth"
-    if given.get("resume") and not last.exists():
+    if flags.get("resume") and not last.exists():
         raise InputError(f"--resume: {last} does not exist, the run has saved nothing yet: start it by its "
                          "command without --resume")
-    saved = read_checkpoint(last) if given.get("resume") else None
-    config = resolve(given, saved and saved.get("config", {}))
-    check_registered(given, config)
-    if not {"dataset", "recipe", "resume"} & given.keys():
+    saved = read_checkpoint(last) if flags.get("resume") else None
+    config = resolve(flags, saved and saved.get("config", {}))
+    check_registered(flags, config)
+    if not {"dataset", "recipe", "resume"} & flags.keys():
         print("no --dataset given: training on streets, which are drawn")
     device = init_distributed(utils.pick_device(config.device))
     print_settings(config)
@@ -292,7 +292,7 @@ def main():
     check_trainable(data)
     utils.seed_everything(config.seed)
     state = build_state(config, len(data.classes), device)
-    check_effects(given, config, state.model)
+    check_effects(flags, config, state.model)
     check_targets(state.model.head, data)
     visualize.require_trackers(config.log)
     folder = utils.RunFolder(out_dir, config.resume)
