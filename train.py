@@ -128,7 +128,7 @@ def build_objective(config, model, criterion):
 
 
 def check_registered(flags, config):
-    """Raise InputError for flags in `flags` that contradict what the head and the augmentations are."""
+    """Raise InputError for flags that contradict what the head and the augmentations are."""
     check_class_weights(config.loss, config.class_weights)
     own_loss = config.arch == "dinov2" and hasattr(HEADS[config.head], "loss")
     if own_loss and {"loss", "class_weights"} & flags.keys():
