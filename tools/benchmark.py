@@ -53,8 +53,8 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,13 +343,23 @@ def benchmark_infer(args):
 
 
 # --- memory -----------------------------------------------------------------------------------------------
-def peak_memory(device):
-    """Return the most memory, GB, that was needed until now: of the GPU, else of this process."""
+def memory_now():
+    """Return the memory of this process, GB: on Linux without mapped files, which the system takes back when
+    it needs the room; elsewhere the most it has had.
+    """
     import resource
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = [line.split() for line in status.read_text().splitlines()]
+        return sum(int(values[1]) for values in fields if values[0] in ("RssAnon:", "RssShmem:")) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def watch_memory(peaks):
+    """Keep peaks[0] at the most memory, GB, that this process has had since the call."""
+    while True:
+        peaks[0] = max(peaks[0], memory_now())
+        time.sleep(0.01)
 
 
 def draw_map(path, side):
@@ -373,18 +383,21 @@ def benchmark_memory(args):
     predictor = Predictor(make_model(args).eval(), dict(classes=CLASSES), args.device,
                           make_protocol("tile", "", args.imgsz))
     network_rate(predictor, args.batch_size, calls=1)
+    gpu, peaks = predictor.device.type == "cuda", [0.0]
     with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
         path, mask_path = Path(folder) / "map.tif", Path(folder) / "mask.tif"
         draw_map(path, args.side)
-        peak_of_model, start = peak_memory(predictor.device), time.perf_counter()
+        before = torch.cuda.max_memory_allocated(predictor.device) / 1e9 if gpu else memory_now()
+        threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
+        start = time.perf_counter()
         with Raster(path) as raster, MaskFile(mask_path, raster, CLASSES) as mask:
             for rows, pred, _ in segment(raster, predictor):
                 mask.write(rows, pred)
         save_polygons(mask_path, CLASSES, Path(folder) / "map.geojson", keep=0)
         seconds = time.perf_counter() - start
+    peak = (torch.cuda.max_memory_allocated(predictor.device) / 1e9 if gpu else peaks[0]) - before
     logits = len(CLASSES) * 4 * args.side ** 2 / 1e9  # GB of all logits at once, float32
-    row = dict(name=f"{args.side}x{args.side} in tiles", logits_gb=logits,
-               peak_gb=peak_memory(predictor.device) - peak_of_model,
+    row = dict(name=f"{args.side}x{args.side} in tiles", peak_gb=peak, logits_gb=logits,
                s_per_megapixel=seconds * 1e6 / args.side ** 2)
     return dict(backbone=args.backbone, rows=[row])
 
