@@ -117,14 +117,14 @@ LISTS = {
 def write_tree(dataset, root, counts=(4, 2), size=(45, 61)):
     """Write a few small images in the tree of a data set; return {value in the files: class id}."""
     image, mask, values = TREES[dataset]
-    for part, (split, long) in enumerate((("train", "training"), ("val", "validation"))):
-        names = [f"{split}_{number:06d}" for number in range(counts[part])]
+    for index, (split, long) in enumerate((("train", "training"), ("val", "validation"))):
+        names = [f"{split}_{number:06d}" for number in range(counts[index])]
         for seed, name in enumerate(names):
             paths = [root / text.format(split=split, long=long, name=name) for text in (image, mask)]
-            write_pair(*paths, blocks(*size, list(values), seed=10 * part + seed), seed=seed)
+            write_pair(*paths, blocks(*size, list(values), seed=10 * index + seed), seed=seed)
         if dataset in LISTS:
             lines = [f"{name} 1 1 1" if dataset == "pet" else name for name in names]
-            path = root / LISTS[dataset][part]
+            path = root / LISTS[dataset][index]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(lines) + "\n")
     return values

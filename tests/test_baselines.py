@@ -139,11 +139,11 @@ def test_resnet_weights_come_from_torchvisions_cache(torch_home):
 
 
 def test_the_encoder_of_a_whole_network_file_is_read(torch_home, tmp_path):
-    whole = segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
-    torch.save(whole.state_dict(), tmp_path / "coco.pth")
+    network = segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+    torch.save(network.state_dict(), tmp_path / "coco.pth")
     net = build("fcn_resnet50", weights=str(tmp_path / "coco.pth"))
     for name, value in net.backbone.net.state_dict().items():
-        assert torch.equal(value, whole.state_dict()[f"backbone.{name}"])
+        assert torch.equal(value, network.state_dict()[f"backbone.{name}"])
     with pytest.raises(InputError, match="coco.pth"):
         build("deeplabv3_resnet101", weights=str(tmp_path / "coco.pth"))
 

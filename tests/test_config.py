@@ -159,8 +159,8 @@ def test_a_recipe_with_another_architecture_keeps_its_data_and_steps():
 def test_a_run_resumes_with_its_own_flags_and_with_some_of_them(flags):
     saved = json.loads(json.dumps(dataclasses.asdict(resolve(parse_train_args(flags)))))
     again = dataclasses.asdict(resolve(parse_train_args([*flags, "--resume"]), saved))
-    part = dataclasses.asdict(resolve(parse_train_args([*flags[:2], "--resume"]), saved))
-    assert again == part == {**dataclasses.asdict(resolve(parse_train_args(flags))), "resume": True}
+    resumed = dataclasses.asdict(resolve(parse_train_args([*flags[:2], "--resume"]), saved))
+    assert again == resumed == {**dataclasses.asdict(resolve(parse_train_args(flags))), "resume": True}
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,13 @@ RECIPE_TABLE = {  # data set, model, unfreeze, loss, optimizer, schedule, size, 
 
 
 def test_recipes_are_those_of_the_write_ups():
-    found = {}
+    lines = {}
     for name in RECIPE_TABLE:
         c = resolve({"recipe": name})
         model = f"{c.backbone}+{c.head}" if c.arch == "dinov2" else c.arch
         steps = (c.loss, c.optimizer, c.scheduler, c.imgsz[0], c.batch_size, c.epochs)
-        found[name] = " ".join(map(str, (c.dataset, model, c.unfreeze, *steps)))
-    assert found == RECIPE_TABLE
+        lines[name] = " ".join(map(str, (c.dataset, model, c.unfreeze, *steps)))
+    assert lines == RECIPE_TABLE
     drone = resolve({"recipe": "drone-deeplab"})
     assert drone.resplit and drone.accumulate == 2 and drone.weights == "auto" and drone.val_fraction == 0.2
     assert resolve({"recipe": "voc-unet"}).lr == resolve({"recipe": "aeroscapes-deconv"}).lr == 1e-4

@@ -141,12 +141,12 @@ def test_epochs_of_a_number_of_images_go_on_where_the_last_one_ended(length, per
 
 
 # --- finding data sets ------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "place"), [
+@pytest.mark.parametrize(("name", "folder"), [
     ("voc", "VOCdevkit/VOC2012"), ("voc", "VOC2012"), ("voc", "."), ("voc", "voc/VOCdevkit/VOC2012"),
     ("pet", "oxford-iiit-pet"), ("cityscapes", "Cityscapes"),
 ])
-def test_data_sets_are_found_in_every_tree_users_have(tmp_path, name, place):
-    write_tree(name, tmp_path / place)
+def test_data_sets_are_found_in_every_tree_users_have(tmp_path, name, folder):
+    write_tree(name, tmp_path / folder)
     assert load(name, tmp_path).counts == {"train": 4, "val": 2}
 
 
@@ -247,7 +247,7 @@ def test_resplit_pools_all_images_and_shares_no_image(tmp_path):
     again = load("voc", tmp_path, resplit=True, val_fraction=0.5, cache_dir=tmp_path / "cache")
     train, val = (set(again.splits[split]) for split in ("train", "val"))
     assert len(train) == len(val) == 3 and not train & val
-    assert train | val == {sample for part in plain.splits.values() for sample in part}
+    assert train | val == {sample for split in plain.splits.values() for sample in split}
     assert again.fingerprints()["data_fingerprint"] == plain.fingerprints()["data_fingerprint"]
     assert again.fingerprints()["split_fingerprint"] != plain.fingerprints()["split_fingerprint"]
     assert "3 of 6 images" in again.notes[0] and "background" in "".join(again.notes)
@@ -255,17 +255,17 @@ def test_resplit_pools_all_images_and_shares_no_image(tmp_path):
 
 def test_a_few_training_images_are_drawn_by_the_seed(tmp_path):
     write_tree("aeroscapes", tmp_path, counts=(9, 3))
-    whole, drawn = load("aeroscapes", tmp_path), []
+    complete, drawn = load("aeroscapes", tmp_path), []
     for seed in range(4):
         few = load("aeroscapes", tmp_path, train_images=5, seed=seed)
         train, unused = few.splits["train"], few.splits["unused"]
-        assert len(train) == 5 and sorted([*train, *unused]) == sorted(whole.splits["train"])
-        assert few.splits["val"] == whole.splits["val"]
-        assert few.fingerprints()["data_fingerprint"] == whole.fingerprints()["data_fingerprint"]
+        assert len(train) == 5 and sorted([*train, *unused]) == sorted(complete.splits["train"])
+        assert few.splits["val"] == complete.splits["val"]
+        assert few.fingerprints()["data_fingerprint"] == complete.fingerprints()["data_fingerprint"]
         assert few.splits == load("aeroscapes", tmp_path, train_images=5, seed=seed).splits
         drawn.append(tuple(train))
     assert len(set(drawn)) > 1
-    assert load("aeroscapes", tmp_path, train_images=10).splits["train"] == whole.splits["train"]
+    assert load("aeroscapes", tmp_path, train_images=10).splits["train"] == complete.splits["train"]
 
 
 def test_validation_images_in_the_train_list_do_not_train(tmp_path):
@@ -377,10 +377,10 @@ def test_a_data_set_that_cannot_be_right_or_train_is_refused(tmp_path, monkeypat
 @pytest.mark.parametrize(("name", "gone"), [("aeroscapes", 0), ("pet", 1)])
 def test_ignore_background_leaves_out_its_pixels_and_nothing_else(name, gone, tmp_path):
     write_tree(name, tmp_path)
-    whole, without = load(name, tmp_path), load(name, tmp_path, ignore_background=True)
-    assert without.classes == [c for c in whole.classes if c[0] != "background"]
-    for sample in whole.splits["train"]:
-        before, after = read_mask(sample.mask, whole.table), read_mask(sample.mask, without.table)
+    complete, without = load(name, tmp_path), load(name, tmp_path, ignore_background=True)
+    assert without.classes == [c for c in complete.classes if c[0] != "background"]
+    for sample in complete.splits["train"]:
+        before, after = read_mask(sample.mask, complete.table), read_mask(sample.mask, without.table)
         assert ((after == 255) == ((before == 255) | (before == gone))).all()
         kept = after != 255
         assert (after[kept] == before[kept] - (before[kept] > gone)).all() and kept.any()
@@ -433,7 +433,7 @@ def test_registered_classes_are_names_with_colors(name):
     _, classes = datasets.DATASETS[name]
     if classes is not None:
         assert 2 <= len(classes) < datasets.OUTSIDE and len({name for name, _ in classes}) == len(classes)
-        assert all(len(color) == 3 and all(0 <= part <= 255 for part in color) for _, color in classes)
+        assert all(len(color) == 3 and all(0 <= value <= 255 for value in color) for _, color in classes)
 
 
 ADVICE = {  # what to download, how large it is, and where it goes

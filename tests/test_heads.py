@@ -122,8 +122,8 @@ def test_a_blob_in_what_a_head_reads_is_in_its_place_in_the_logits(head, patch):
             continue
         for axis, (positions, index) in enumerate(zip((rows, columns), patch, strict=True)):
             expected = 14 * index + 7
-            found = ((positions * change).sum() / change.sum()).item()
-            assert abs(found - expected) < 0.8 + 0.2 * abs(expected - center[axis]), kind
+            centroid = ((positions * change).sum() / change.sum()).item()
+            assert abs(centroid - expected) < 0.8 + 0.2 * abs(expected - center[axis]), kind
     assert moved
 
 
@@ -329,8 +329,8 @@ def test_the_detail_head_keeps_what_it_sees_in_its_place(size):
     maps = torch.zeros(1, 8, geometry.padded[0] // 7, geometry.padded[1] // 7)
     with torch.no_grad():
         values = pixels(head(Features([maps], {}, images, geometry)), geometry)[0, 0]
-    found = [((positions * values).sum() / values.sum()).item() for positions in (rows, columns)]
-    assert values.shape == size and found == pytest.approx(center, abs=0.1)
+    centroid = [((positions * values).sum() / values.sum()).item() for positions in (rows, columns)]
+    assert values.shape == size and centroid == pytest.approx(center, abs=0.1)
 
 
 def test_the_detail_head_starts_as_the_bn_head_and_corrects_it():

@@ -32,11 +32,12 @@ def reference(net, grid):
                      "mlp.fc2": block.mlp.fc2, "norm1": block.norm1, "norm2": block.norm2}
             for theirs, ours in layers.items():
                 state[f"{here}{theirs}.{kind}"] = getattr(ours, kind)
-        state.update({f"{here}layer_scale{one}.lambda1": torch.ones(width) for one in (1, 2)})
+        state.update({f"{here}layer_scale{number}.lambda1": torch.ones(width) for number in (1, 2)})
     for kind in ("weight", "bias"):
         state[f"layernorm.{kind}"] = getattr(head.tail.norm, kind)
         state[f"class_predictor.{kind}"] = getattr(head.conv_seg, kind)
-        state.update({f"mask_head.fc{one + 1}.{kind}": getattr(head.mask[2 * one], kind) for one in range(3)})
+        for index in range(3):
+            state[f"mask_head.fc{index + 1}.{kind}"] = getattr(head.mask[2 * index], kind)
         for number, layer in enumerate(head.up):
             here = f"upscale_block.block.{number}."
             state[f"{here}conv1.{kind}"] = getattr(layer[0], kind)

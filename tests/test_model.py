@@ -204,13 +204,13 @@ def test_what_is_not_a_checkpoint_is_refused_by_name_and_runs_no_code(packed, tm
 
 
 @pytest.mark.parametrize(
-    ("flags", "shown"),
+    ("flags", "printed"),
     [
         (["--unfreeze", 1], "(1, 7, 30, 45) float32"),
         (["--dataset", "folder", "--classes", "a", "b", "c"], "(1, 3, 30, 45) float32"),
         (["--dataset", "aeroscapes", "--ignore-background"], "(1, 11, 30, 45) float32"),
     ],
 )
-def test_python_model_py_prints_the_model_of_the_data_set(flags, shown, run):
+def test_python_model_py_prints_the_model_of_the_data_set(flags, printed, run):
     code, out, err = run(model, "--backbone", "vit_tiny", "--imgsz", 30, 45, *flags)
-    assert code == 0 and "BNHead" in out and shown in out, err
+    assert code == 0 and "BNHead" in out and printed in out, err

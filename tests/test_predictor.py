@@ -131,8 +131,8 @@ def test_slide_with_a_window_as_large_as_the_image_equals_whole():
     for window in ((23, 31), (40, 50)):
         assert torch.equal(slide_logits(net, images, window, (5, 5), 8), net(images))
     square = random_images(1, 3, 30, 30)
-    slide, whole = make_protocol("slide", "", (20, 20)), make_protocol("whole", "", (20, 20))
-    assert torch.equal(predict(net, square, slide), predict(net, square, whole))
+    slide, resized = make_protocol("slide", "", (20, 20)), make_protocol("whole", "", (20, 20))
+    assert torch.equal(predict(net, square, slide), predict(net, square, resized))
 
 
 @torch.no_grad()
@@ -232,8 +232,8 @@ def test_tile_scale_is_pixels_of_the_network_per_pixel_of_the_image(scale):
     net, side = local(), tuple(round(length / scale) for length in (24, 20))
     image, tiles = random_images(1, 3, *side), make_protocol("tile", "flip", (24, 20), scale)
     assert tiles.side == side
-    whole = predict(net, image, make_protocol("whole", "flip", (24, 20)))
-    assert torch.equal(predict(net, image, tiles), whole)
+    resized = predict(net, image, make_protocol("whole", "flip", (24, 20)))
+    assert torch.equal(predict(net, image, tiles), resized)
 
 
 @torch.no_grad()

@@ -55,13 +55,13 @@ CASES += [pytest.param(name, (), marks=pytest.mark.long) for name in sorted(LARG
 @pytest.mark.parametrize(("name", "imgsz"), CASES)
 def test_a_recipe_runs_from_its_name_alone(name, imgsz, data_root, tmp_path, hub_cache, run, monkeypatch):
     few_streets(monkeypatch)
-    place = hub_cache / "hub/checkpoints/resnet101-63fe2227.pth"
+    weights_file = hub_cache / "hub/checkpoints/resnet101-63fe2227.pth"
     dataset = resolve({"recipe": name}).dataset
     flags = ["--recipe", name, "--data-root", data_root(dataset), "--out-dir", tmp_path / "out"]
     flags += ["--epochs", 1, "--workers", 0, "--batch-size", 2, "--accumulate", 2]
     flags += ["--imgsz", *imgsz] if imgsz else []
     if name == "drone-deeplab":
-        torch.save(resnet101().state_dict(), place)
+        torch.save(resnet101().state_dict(), weights_file)
     elif RECIPES[name][1].get("backbone") == "dinov2_vitb14":
         flags += ["--weights", "none"]
     code, text, err = run(train, *flags)

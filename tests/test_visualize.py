@@ -53,8 +53,8 @@ def long_names(count, letters=200):
 
 def test_short_names_keep_beginning_and_end_on_one_line():
     assert [visualize.short(name) for name in ("cat", " a \n dog", "m" * 32)] == ["cat", "a dog", "m" * 32]
-    shown = visualize.short("surface marking, painted, white, dashed, number 17")
-    assert shown == "surface marking,…shed, number 17" and len(shown) == visualize.LONGEST_NAME
+    name = visualize.short("surface marking, painted, white, dashed, number 17")
+    assert name == "surface marking,…shed, number 17" and len(name) == visualize.LONGEST_NAME
     assert len({visualize.short(name) for name, _ in long_names(254)}) == 254
 
 
@@ -80,7 +80,7 @@ def test_plots_hold_long_names_and_many_classes(count, letters, tmp_path):
 @pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # a file that another test left open
 @pytest.mark.parametrize("epochs", [1, 300])
 def test_curves_are_drawn_without_a_warning(epochs, tmp_path):
-    row = {f"{part}_{name}": 0.5 for part in ("train", "val") for name in ("loss", "accuracy", "miou")}
+    row = {f"{split}_{name}": 0.5 for split in ("train", "val") for name in ("loss", "accuracy", "miou")}
     history = [dict(row, epoch=epoch) for epoch in range(1, epochs + 1)]
     history[-1] |= dict(val_miou=math.nan, val_loss=math.nan, val_labeled=1.0)
     visualize.plot_history(history, tmp_path)
