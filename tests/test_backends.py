@@ -229,6 +229,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.long
 def test_three_lines_in_another_program_that_has_modules_of_the_same_names(trained, exported, tmp_path):
     """In a process of its own, which imports torch and ONNX Runtime anew."""
     files = [ROOT, exported / "model.pth", trained[0] / "images/00.png", exported / "model.onnx"]
