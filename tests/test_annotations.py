@@ -13,7 +13,7 @@ import evaluate
 import infer_image
 import train
 from dataio.annotations import find_masks
-from dataio.annotations.shapes import run_lengths
+from dataio.annotations.shapes import polygons, run_lengths
 from dataio.readers import read_sample
 
 EXACT = ("run lengths", "Label Studio", "CVAT", "masks")  # tools whose files hold pixels, not outlines
@@ -70,6 +70,18 @@ def test_run_lengths_are_those_of_pycocotools(seed):
     mask = generator.random((generator.integers(1, 60), generator.integers(1, 300))) < generator.random() ** 3
     text = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     assert (run_lengths(dict(size=mask.shape, counts=text), "", size=mask.shape) == mask).all()
+
+
+def test_outlines_of_one_shape_that_overlap_are_filled():
+    """COCO has an object in several polygons; where two lie over each other is no hole of it."""
+    def square(start, end):
+        return np.array([[start, start], [end, start], [end, end], [start, end]], float)
+
+    expected = np.zeros((40, 50), bool)
+    expected[5:20, 5:20] = expected[15:30, 15:30] = True
+    expected[17:25, 17:25] = False
+    overlapping = square(5, 20), square(15, 30)
+    assert (polygons(overlapping, [square(17, 25), square(19, 23)], size=(40, 50)) == expected).all()
 
 
 EDITED = {  # tool: (the file that tests edit, its list of shapes, what errors call the first)

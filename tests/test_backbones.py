@@ -121,6 +121,19 @@ def test_timm_backbone_equals_timm_at_another_size():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_maps_of_a_pyramid_are_resized_to_the_finest_without_a_shift():
+    """A ramp is a ramp again, with the same values in the same places of the image."""
+    net = tiny(backbone="timm/convnext_atto", layers=(0, 1, 3)).eval()
+    rising = [torch.arange(2.0 * side)[None] + torch.arange(side)[:, None] for side in (16, 8, 2)]
+    net.backbone.net.forward_intermediates = lambda *args, **options: [ramp[None, None] for ramp in rising]
+    maps = net.backbone.maps(torch.zeros(1, 3, 64, 128))
+    rows, columns = torch.meshgrid(torch.arange(16) + 0.5, torch.arange(32) + 0.5, indexing="ij")
+    for values, side in zip(maps, (16, 8, 2), strict=True):
+        expected = (rows + columns) * side / 16 - 1  # at the centers of the pixels
+        inside = slice(8 // side, 16 - 8 // side), slice(8 // side, 32 - 8 // side)
+        torch.testing.assert_close(values[0, 0][inside], expected[inside])
+
+
 # --- torch.hub offline ------------------------------------------------------------------------------------
 @pytest.fixture
 def offline_hub(hub_cache, monkeypatch):

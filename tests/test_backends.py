@@ -82,12 +82,13 @@ def test_flip_and_windows_work_with_an_exported_file(trained, exported, tmp_path
 def test_a_model_converted_in_memory_gives_the_same_logits(head):
     net = tiny(head=head).eval().requires_grad_(False)
     converted = convert(net, SIZE, "openvino")
-    images = random_images(2, 3, *SIZE)
+    images = random_images(5, 3, *SIZE)  # more than it computes side by side
+    images[::2] //= 3
     with torch.no_grad():
-        want, side_by_side, alone = net(images), converted(images), converted(images[1:])
+        want, side_by_side, alone = net(images), converted(images), converted(images[1:2])
     tolerance = 0.03 * want.abs().max()  # it may use bfloat16
     assert torch.allclose(side_by_side, want, atol=tolerance)
-    assert torch.allclose(alone, want[1:], atol=tolerance)
+    assert torch.allclose(alone, want[1:2], atol=tolerance)
 
 
 @pytest.mark.parametrize("faster", ["torch", "openvino"])

@@ -3,15 +3,20 @@ import copy
 import dataclasses
 import json
 import math
+import random
 import shutil
+import signal
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from attacks import same_run
 from conftest import build, call, load, random_images, refused, tiny, write_folder
 from test_scripts import registered_options
 from torch.nn.functional import interpolate
+from tqdm import tqdm
 
 import config
 import engine
@@ -20,7 +25,7 @@ import export
 import train
 import utils
 from checkpoint import (Run, data_options, hash_backbone, load_head, load_model, pack_checkpoint,
-                        read_checkpoint)
+                        random_state, read_checkpoint, restore_random_state)
 from config import InputError
 from losses import Criterion
 from model import ModelSpec
@@ -163,6 +168,97 @@ def test_tokens_are_those_that_enter_the_block(backbone, hub_cache):
         assert tokens.shape[1] == net.prefix_tokens + 6 and net(images)[1] == {}  # the hook is gone
 
 
+# --- a run whose average is scored ------------------------------------------------------------------------
+class Average:
+    """An exponential moving average of a model's weights."""
+
+    def __init__(self, model):
+        self.weights = copy.deepcopy(model.state_dict())
+
+    def update(self, model):
+        for name, value in model.state_dict().items():
+            self.weights[name].copy_(value if not value.is_floating_point() else
+                                     0.7 * self.weights[name] + 0.3 * value)
+
+    def state_dict(self):
+        return self.weights
+
+    def load_state_dict(self, weights):
+        self.weights = copy.deepcopy(weights)
+
+
+def make_run(data, out, resume=False):
+    """Return a Run as train.py makes it, and its training and validation batches."""
+    settings = config.resolve(dict(dataset="folder", data_root=str(data), backbone="vit_tiny", head="bn",
+                                   unfreeze="all", imgsz=(28, 42), epochs=2, batch_size=2, workers=0,
+                                   out_dir=str(out), resume=resume))
+    source = load("folder", data)
+    utils.seed_everything(settings.seed)
+    net = tiny(unfreeze="all")
+    optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-3, 1e-3))
+    state = engine.TrainState(net, optimizer, utils.Precision("off", torch.device("cpu")))
+    run = Run(state, dataclasses.asdict(settings), source, utils.RunFolder(out, resume))
+    run.stop = SimpleNamespace(asked=0)
+    batches = [train.make_loader(dataset, 2, 0) for dataset in train.build_datasets(settings, source)]
+    return run, *batches
+
+
+def train_with_average(data, out, stop_in=0, resume=False):
+    """Train two epochs, scoring an average of the weights; a signal comes in the validation of `stop_in`.
+
+    Returns {(what, epoch): weights} of the `live` and the `average` ones when an epoch was validated.
+    """
+    run, train_batches, val_batches = make_run(data, out, resume)
+    state, weights = run.state, {}
+    average = state.keep("average", Average(state.model))
+    if resume:
+        run.restore(read_checkpoint(out / "last.pth"))
+    objective = engine.Objective(state.model, Criterion("ce"))
+
+    def after_step(progress):
+        average.update(state.model)
+        run.after_step(progress)
+
+    for epoch in range(len(state.history) + 1, 3):
+        train_batches.start(epoch - 1, state.progress["batches"] if state.progress else 0)
+        scores = engine.train_one_epoch(objective, tqdm(train_batches, disable=True), state, lambda step: 1.0,
+                                        after_step=after_step)
+        weights["live", epoch] = copy.deepcopy(state.model.state_dict())
+        weights["average", epoch] = copy.deepcopy(average.weights)
+        run.stop.asked = signal.SIGTERM if epoch == stop_in else 0
+        try:
+            with state.scored_with(average):
+                val_scores, matrix = engine.evaluate(state.model, tqdm(val_batches, disable=True),
+                                                     state.precision, objective, after_batch=run.after_batch)
+                row = dict(epoch=epoch, **state.learning_rates(), seconds=1.0,
+                           **{f"train_{name}": value for name, value in scores.items()},
+                           **{f"val_{name}": value for name, value in val_scores.items()},
+                           per_class_iou=utils.finite(matrix.per_class_iou().tolist()))
+                run.end_epoch(row, matrix.counts)
+        except utils.Stopped:
+            break
+        finally:
+            assert equal_states(state.model.state_dict(), weights["live", epoch])
+    return weights
+
+
+@pytest.mark.parametrize("stop_in", [1, 2])
+def test_averaged_weights_are_scored_and_the_live_ones_are_resumed(data, tmp_path, stop_in):
+    weights = train_with_average(data, tmp_path / "straight")
+    best = read_checkpoint(tmp_path / "straight/best_model_iou.pth")
+    assert equal_states(best["model"], weights["average", best["epoch"]])
+    assert not equal_states(best["model"], weights["live", best["epoch"]])
+    stopped = tmp_path / "stopped"
+    before = train_with_average(data, stopped, stop_in)
+    last = read_checkpoint(stopped / "last.pth")
+    assert last["epoch"] == stop_in - 1 and len(before) == 2 * stop_in
+    assert equal_states(last["model"], before["live", stop_in])
+    assert equal_states(last["kept"]["average"], before["average", stop_in])
+    train_with_average(data, stopped, resume=True)
+    same_run(tmp_path / "straight", stopped)
+    assert equal_states(read_checkpoint(stopped / "last.pth")["model"], weights["live", 2])
+
+
 # --- what a run keeps in its files -------------------------------------------------------------------------
 @pytest.fixture
 def new_run(data, tmp_path):
@@ -172,6 +268,17 @@ def new_run(data, tmp_path):
     optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-3, 1e-3))
     state = engine.TrainState(net, optimizer, utils.Precision("off", torch.device("cpu")))
     return Run(state, dataclasses.asdict(settings), load("folder", data), utils.RunFolder(tmp_path))
+
+
+def test_every_random_generator_goes_on_where_it_was(tmp_path):
+    def draw():
+        devices = [torch.rand(1, device="cuda").item()] if torch.cuda.is_available() else []
+        return random.random(), random.gauss(0, 1), np.random.random(), torch.rand(1).item(), *devices
+
+    torch.save(random_state(), tmp_path / "state.pth")
+    first, second = draw(), draw()
+    restore_random_state(torch.load(tmp_path / "state.pth"))
+    assert draw() == first and draw() == second and not {*first} & {*second}
 
 
 def test_a_run_without_what_is_kept_now_does_not_resume(new_run, tmp_path):

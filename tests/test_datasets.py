@@ -15,7 +15,8 @@ from PIL import Image
 
 import datasets
 import model
-from dataio.classes import ADE20K
+from config import IGNORE
+from dataio.classes import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC, plain
 from dataio.feature_cache import file_facts
 from dataio.dataloader import EpochSampler, SegmentationDataset, collate, make_loader, naming_files
 from dataio.readers import DataSource, Sample, Target, index_table, read_image, read_mask
@@ -416,6 +417,21 @@ def test_class_names_of_ade20k_are_those_of_its_list():
         synonyms = ";" + line.split(",")[-1].lower() + ";"  # the list has `;` for every space
         assert f";{name.replace(' ', ';')};" in synonyms, (name, line)
     assert ADE20K[130][0] == "screen" and ADE20K[141][0] == "crt screen"
+
+
+def test_classes_of_cityscapes_and_voc_are_those_of_torchvision():
+    """In the order of their ids; the colors of VOC are the bits of these."""
+    from torchvision.datasets import Cityscapes
+    from torchvision.models.segmentation import FCN_ResNet50_Weights
+    classes = sorted((entry for entry in Cityscapes.classes if 0 <= entry.train_id < IGNORE),
+                     key=lambda entry: entry.train_id)
+    assert [(entry.name, entry.color) for entry in classes] == CITYSCAPES
+    assert [entry.id for entry in classes] == CITYSCAPES_IDS
+    names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+    assert [plain(name) for name in names] == [name for name, _ in VOC]
+    for id, (_, color) in enumerate(VOC):
+        assert color == tuple(sum((id >> 3 * bit + part & 1) << 7 - bit for bit in range(3))
+                              for part in range(3))
 
 
 def test_the_test_part_of_camvid_is_scored_where_it_lies_there(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from dataio.classes import ADE20K, VOC
 from dataio.readers import read_image, read_mask
 from dataio.resizing import resize_image
 from inference.predictor import choose_protocol
-from metrics import counts_per_image, miou_from_counts
+from metrics import ConfusionMatrix, counts_per_image, miou_from_counts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,6 +145,25 @@ def test_the_protocol_holds_all_that_a_score_depends_on(trained, scored):
     for fact in ("folder val", protocol["views"], protocol["data_fingerprint"][:8],
                  protocol["split_fingerprint"][:8], protocol["weights_sha256"]):
         assert fact in line
+
+
+def test_the_boundary_score_is_a_mean_over_classes_each_of_which_counts_once():
+    """However many images a class is in."""
+    boundaries = [[1.0, math.nan], [0.5, math.nan], [0.0, 0.9]]
+    records = [dict(name=f"{number}.png", cells=[[0, 0, 5]], boundary=boundary)
+               for number, boundary in enumerate(boundaries)]
+    total = ConfusionMatrix(2)
+    total.counts[0, 0] = 15
+    classes = [("background", (0, 0, 0)), ("cat", (255, 0, 0))]
+    scores = evaluate.summarize(total, records, classes, [record["name"] for record in records])
+    assert [row["boundary_f1"] for row in scores["per_class"]] == pytest.approx([0.5, 0.9])
+    assert scores["boundary_f1"] == pytest.approx(0.7)
+
+
+def test_the_worst_images_are_those_of_the_lowest_miou_and_unlabeled_ones_the_last():
+    cells = [[[0, 0, 9], [1, 0, 1]], [], [[0, 0, 5], [1, 0, 5]], [[0, 0, 9]]]
+    records = [dict(name=f"{number}.png", cells=entries) for number, entries in enumerate(cells)]
+    assert [index for _, index in evaluate.worst_images(records, 2)] == [2, 0, 3, 1]
 
 
 def test_absent_classes_are_named_and_left_out(trained, tmp_path):

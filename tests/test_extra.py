@@ -1,9 +1,11 @@
 """--extra: images of another folder train beside those of a data set, and never those it validates on."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import load, refused, write_folder, write_tree
 from PIL import Image
 
@@ -11,6 +13,7 @@ import evaluate
 import train
 from dataio.readers import read_sample
 from datasets import with_extra
+from losses import class_weights
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,16 @@ def test_images_of_the_data_set_are_left_out_whatever_they_are_called(tmp_path, 
         shutil.copy(sample.mask, pseudo / f"masks/{sample.image.name}")
     names = {sample.image.name for sample in with_extra(few, pseudo).extra}
     assert names >= {sample.image.name for sample in few.splits["unused"]} and val.image.name not in names
+
+
+def test_class_weights_are_of_all_images_that_train(tmp_path, pseudo):
+    both = with_extra(load("folder", write_folder(tmp_path / "data", count=6)), pseudo)
+    settings = SimpleNamespace(class_weights="enet", loss="ce", out_dir=tmp_path)
+    weights = train.build_criterion(settings, both, torch.device("cpu")).class_weights
+    masks = masks_of(both.training, both.table).values()
+    assert len(masks) == len(both.splits["train"]) + 4
+    pixels = np.stack([np.bincount(mask[mask != 255], minlength=3) for mask in masks])
+    assert torch.equal(weights, class_weights(pixels, "enet"))
 
 
 def test_a_run_with_more_images_resumes_scores_and_notices_their_change(tmp_path, pseudo, run):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build, refused, tiny, write_folder
+from conftest import build, random_images, refused, tiny, write_folder
 from PIL import Image
 from test_scripts import history_of
 
@@ -21,7 +21,7 @@ import train
 from dataio import feature_cache as cache
 from dataio.dataloader import SegmentationDataset, collate
 from dataio.feature_cache import EntryFile, cache_features
-from dataio.readers import Sample, Target, index_table
+from dataio.readers import Sample, Target, index_table, value_table
 from dataio.transforms import AUGMENTS, ScaleCrop
 from losses import Criterion
 from models.backbones import Part
@@ -282,6 +282,13 @@ def test_other_parameters_of_an_augmentation_are_another_cache(samples, fill, mo
     assert views(("crop",)) == 14 and views(seed=1) == 14
 
 
+def test_another_table_of_classes_is_another_cache_of_masks(samples, tmp_path):
+    for values in ({0: 0, 1: 1, 2: 2}, {0: 2, 1: 0, 2: 255}):
+        dataset = SegmentationDataset(samples, value_table({**values, 255: 255}), (30, 43), ())
+        cached = cache_features(tiny(), dataset, tmp_path, FLOAT32)
+        assert torch.equal(cached[0][1]["mask"], dataset[0][1]["mask"])
+
+
 def test_what_trains_is_not_in_the_key_of_what_enters_it(fill):
     """Else --resume would compute the cache again, on weights that have moved on."""
     def fill_with(changed):
@@ -354,6 +361,18 @@ def test_a_changed_data_set_is_noticed_and_the_old_cache_removed(samples, tmp_pa
     assert not before & after and len(before) == len(after) == 15  # four maps and the mask, three files each
     image, targets, _ = training_set(samples)[2]
     assert is_close(cached[2][0], net, image) and torch.equal(cached[2][1]["mask"], targets["mask"])
+
+
+def test_a_file_with_another_content_of_the_same_size_is_noticed(tmp_path):
+    sample, net = Sample(tmp_path / "photo.bmp", tmp_path / "mask.bmp"), tiny()
+    for seed in (0, 1):
+        pixels = random_images(3, 45, 61, seed=seed)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(sample.image)
+        Image.fromarray(pixels[0].numpy() % 3).save(sample.mask)
+        dataset = training_set([sample])
+        values, targets, _ = cache_features(net, dataset, tmp_path, FLOAT32)[0]
+        image, want, _ = dataset[0]
+        assert is_close(values, net, image) and torch.equal(targets["mask"], want["mask"])
 
 
 def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypatch):

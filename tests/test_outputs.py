@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import load, random_images, tiny, write_folder
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 import demo
 import infer_image
 import infer_video
 from checkpoint import pack_checkpoint
 from dataio.readers import read_image, read_sample
-from inference.outputs import Background, ShareTable, coco_entries, find_regions
+from inference.outputs import Background, ClassShares, ShareTable, coco_entries, find_regions
 from inference.predictor import Predictor
 from inference.video import VideoReader
 from test_video import write_clip
@@ -104,6 +105,11 @@ def test_regions_with_holes_and_islands_in_them_come_back_from_coco_json(photos,
     entry, annotations = coco_entries(image, pred.shape, find_regions(pred, keep=0), 1)
     kinds = {type(annotation["segmentation"]) for annotation in annotations}
     assert kinds == {list, dict}  # without and with holes
+    for annotation in annotations:
+        shape = annotation["segmentation"]
+        runs = coco_mask.frPyObjects(shape, *pred.shape)[0] if isinstance(shape, list) else shape
+        assert annotation["bbox"] == coco_mask.toBbox(runs).tolist()
+        assert annotation["area"] == coco_mask.area(runs)
     numbered = [dict(id=number, **annotation) for number, annotation in enumerate(annotations)]
     content = dict(images=[entry], annotations=numbered,
                    categories=[dict(id=1, name="cat"), dict(id=2, name="dog")])
@@ -134,6 +140,20 @@ def test_probabilities_masks_and_shares_agree(photos, segment, flags, bits):
     for id, (name, _) in enumerate(CLASSES):
         share = row["classes"].get(name, {"share": 0})["share"]
         assert share == pytest.approx((mask == id).mean(), abs=1e-5)
+
+
+def test_shares_and_confidences_of_blocks_are_those_of_the_image():
+    generator = np.random.default_rng(0)
+    pred, confidence = generator.choice([0, 2, 255], (30, 20)), generator.random((30, 20))
+    shares = ClassShares(CLASSES)
+    for rows in (slice(0, 7), slice(7, 9), slice(9, 30)):
+        shares.add(pred[rows], confidence[rows])
+    entry = shares.entry("a.tif", pred.shape)
+    assert entry["classes"].keys() == {"background", "big dog"}
+    assert entry["confidence"] == pytest.approx(confidence[pred != 255].mean(), abs=1e-3)
+    for id, name in ((0, "background"), (2, "big dog")):
+        share, mean = (pred == id).sum() / (pred != 255).sum(), confidence[pred == id].mean()
+        assert entry["classes"][name] == pytest.approx(dict(share=share, confidence=mean), abs=1e-4)
 
 
 def test_a_cutout_is_the_image_without_its_background(photos, segment):

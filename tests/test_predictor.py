@@ -147,6 +147,15 @@ def test_flip_of_a_symmetric_network_changes_nothing_and_of_another_one_does():
 
 
 @torch.no_grad()
+def test_windows_of_a_mirrored_image_are_mirrored_back():
+    net, images = neighbors(), random_images(2, 3, 20, 30)
+    protocol = Protocol((20, 18), True, (20, 7), flip=True)
+    straight, mirrored = (pixels(*view) for view in views_of(net, images, protocol, FLOAT32))
+    assert torch.equal(straight, slide_logits(net, images, (20, 18), (20, 7), 8))
+    assert torch.equal(mirrored, slide_logits(net, images.flip(-1), (20, 18), (20, 7), 8).flip(-1))
+
+
+@torch.no_grad()
 def test_multi_scale_equals_its_views_written_out():
     net, images, total = neighbors(), random_images(1, 3, 26, 34), 0
     for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):

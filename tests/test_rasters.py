@@ -13,6 +13,7 @@ import infer_image
 from checkpoint import load_model, pack_checkpoint
 from dataio import windows
 from inference.predictor import Predictor, Tiles, choose_protocol
+from inference.rasters import save_polygons
 
 rasterio = pytest.importorskip("rasterio")
 CLASSES = [("background", (0, 0, 0)), ("roof", (255, 0, 0)), ("road", (0, 255, 0))]
@@ -98,6 +99,18 @@ def test_a_geotiff_gives_a_mask_and_polygons_that_lie_where_it_lies(tmp_path, se
         area = sum(entry["area"] for entry in entries if entry["id"] == id)
         assert area == pytest.approx(0.04 * (mask == id).sum() if id else 0, rel=1e-4)  # square meters
     assert np.array(Image.open(folder / "ortho_overlay.jpg")).shape == (130, 171, 3)
+
+
+def test_areas_are_those_of_the_pixels_without_holes(tmp_path):
+    ids = np.zeros((40, 50), np.uint8)
+    ids[5:35, 5:45], ids[10:20, 10:30], ids[24:30, 12:20] = 1, 2, 255
+    centimeter = rasterio.transform.from_origin(691_000.37, 5_335_000.41, 0.01, 0.01)
+    path = write_tiff(tmp_path / "mask.tif", ids[None], nodata=255, transform=centimeter)
+    save_polygons(path, CLASSES, tmp_path / "mask.geojson", keep=0)
+    features = json.loads((tmp_path / "mask.geojson").read_text())["features"]
+    entries = [feature["properties"] for feature in features]
+    assert {entry["id"]: entry["area"] for entry in entries} == {
+        id: pytest.approx(1e-4 * (ids == id).sum()) for id in (1, 2)}
 
 
 def test_deep_bands_in_another_order_are_scaled_by_percentiles(tmp_path, segment, model_file):

@@ -11,7 +11,7 @@ import torch
 from conftest import blocks
 
 from dataio.resizing import PADDING_COLOR, resize_image, resize_map, resize_mask, resize_targets
-from dataio.transforms import AUGMENTS, ScaleCrop, augment, fingerprint
+from dataio.transforms import AUGMENTS, ScaleCrop, augment, fingerprint, is_mixed
 
 
 def shaded(height=120, width=170, seed=3):
@@ -162,6 +162,15 @@ def test_crops_with_a_limit_avoid_one_class_alone():
     assert mixed[0] > 1.5 * mixed[1] > 0
     nothing = {"mask": torch.full_like(mask, 255)}
     assert step(image, nothing, (100, 100))[1]["mask"].unique().tolist() == [255]
+
+
+def test_ignored_pixels_are_no_class_of_a_crop_with_a_limit():
+    """Neither a second class beside the only one, nor the most of what counts."""
+    mask = torch.full((10, 10), 255, dtype=torch.uint8)
+    mask[:6] = 1
+    assert not is_mixed(mask, 0.75)
+    mask[0, :4], mask[1:] = 2, 255
+    assert is_mixed(mask, 0.75) and not is_mixed(mask, 0.5)
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 1.9])

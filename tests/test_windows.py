@@ -147,7 +147,7 @@ def test_one_band_a_palette_and_inverted_gray_look_as_in_other_programs(tmp_path
             assert raster.preview().shape == (130, 171, 3)
 
 
-def test_inverted_masks_and_large_strips_are_not_read_by_windows(tmp_path, monkeypatch):
+def test_inverted_masks_others_in_size_and_large_strips_are_not_read_by_windows(tmp_path, monkeypatch):
     """PIL inverts MINISWHITE, rasterio does not: windows must be what the image as a whole is."""
     values = blocks(45, 61, (0, 1, 2))[None]
     image = write_tiff(tmp_path / "image.tif", np.full((3, 45, 61), 99, np.uint8))
@@ -155,6 +155,8 @@ def test_inverted_masks_and_large_strips_are_not_read_by_windows(tmp_path, monke
     assert (WindowReader([Sample(image, inverted)], TABLE).read(0, 0, 0, 45, 61)[1].numpy() == values).all()
     sample = Sample(image, write_tiff(tmp_path / "plain.tif", values))
     assert WindowReader([sample], TABLE).by_windows == [True]
+    larger = Sample(image, write_tiff(tmp_path / "larger.tif", values.repeat(2, 1).repeat(2, 2)))
+    assert (WindowReader([larger], TABLE).read(0, 9, 7, 30, 40)[1].numpy() == values[0, 9:39, 7:47]).all()
     monkeypatch.setattr(windows, "LARGE_BLOCK", 1000)
     assert WindowReader([sample], TABLE).by_windows == [False]
 
@@ -186,6 +188,13 @@ def test_deep_tiffs_are_read_alike_by_every_script(tmp_path):
         assert (raster.read(0, 0, 60, 70)[0] == image).all()
         rows = [pred for _, pred, _ in segment(raster, predictor)]
     assert (predictor.predict(path) == np.concatenate(rows)).all() and (predictor.read(path) == image).all()
+
+
+def test_deep_tiffs_do_not_depend_on_how_many_rows_are_scaled_at_once(tmp_path, monkeypatch):
+    with Raster(write_tiff(tmp_path / "deep.tif", deep_pixels())) as raster:
+        at_once = raster.read(0, 0, 45, 61)
+        monkeypatch.setattr(windows, "ROWS", 20)
+        assert (raster.read(0, 0, 45, 61) == at_once).all()
 
 
 # --- the cache of decoded images --------------------------------------------------------------------------
@@ -320,6 +329,15 @@ def test_balance_shows_rare_classes(tmp_path):
         data = WindowDataset(reader, (40, 53), (), 0, balance, points)
         share = np.mean([2 in data[item][1]["mask"] for item in range(200)])
         assert least <= share <= most, balance
+
+
+def test_windows_around_a_pixel_show_it_at_every_place(tmp_path):
+    reader = WindowReader(samples_of(tmp_path, "png", size=(300, 410)), TABLE)
+    data = WindowDataset(reader, (10, 13), (), 0, 0.9999, np.array([[0, 1, 100, 200]]))
+    torch.manual_seed(0)
+    boxes = np.array([data.draw_window(0) for _ in range(2000)])
+    before, after = (100, 200) - boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - (101, 201)  # rows and columns
+    assert before.min(0).tolist() == after.min(0).tolist() == [0, 0]
 
 
 def test_features_of_windows_are_kept_apart(tmp_path):

@@ -144,5 +144,6 @@ def circle(points):
 
 def area_of(points):
     """Return the area of a polygon (n, 2) in pixels."""
+    points = points - points[0]  # of coordinates in the millions, the products would lose the area
     (x, y), (next_x, next_y) = points.T, np.roll(points, -1, 0).T
     return abs((x * next_y - next_x * y).sum()) / 2
