@@ -32,9 +32,8 @@ MOODS = (   # zenith, horizon, tint of the light, light in the shade, darkness o
     ((92, 152, 222), (236, 226, 206), (1.08, 1.01, 0.90), 0.62, 0.40, 0.4),   # morning
     ((146, 162, 182), (206, 214, 222), (0.94, 0.97, 1.02), 0.86, 0.12, 0.7),  # overcast
     ((72, 84, 154), (246, 172, 122), (1.02, 0.86, 0.84), 0.66, 0.30, 0.5))    # dusk
-SHARED = "b8483c e8e2d4 "   # colors that walls and cars have in common
-WALLS = SHARED + "d8b04c 4c70a0 c08468 debe8c e8d6ba 9c6450 ce9c74 d2b478 e0c0b0 b8a08c"
-PAINTS = SHARED + "1c54be f4f4f8 0c98a8 3a86d8 dce4f0 2c46c8 c01c2c 243c8c"
+WALLS = "b8483c e8e2d4 d8b04c 4c70a0 c08468 debe8c e8d6ba 9c6450 ce9c74 d2b478 e0c0b0 b8a08c"
+PAINTS = "1c54be 0c98a8 3a86d8 2c46c8 c01c2c 243c8c 28303c f4f4f8"
 SHIRTS = "f2387e face36 9634a8 f07a28 f26ea0 d83ac0 fa9c2c 2c8a5c"
 TROUSERS, SKINS = "2c3474 5a2a4c 6a4226 3a3486 8a5a2c 30343c", "f4ceae e2b28c ba805c 82543c 603e2e"
 HAIRS, ROOFS = "2c1e18 5c381e cea458 1a181c 964622 a09ea0", "a05a44 7c5240 5c5660 9c6c4c"
@@ -111,7 +110,7 @@ def add_cars_and_persons(scene, rng):
     for x, z, speed in cars:
         add(scene, draw_car, x, z, 2.1, 4.4, speed)
     for index in range(rng.integers(2, 4)):
-        z = rng.uniform(3.0, 4.6) if index < 2 else rng.uniform(4.0, 7.0)
+        z = rng.uniform(2.6, 4.2) if index < 2 else rng.uniform(4.0, 6.0)
         side = scene.side * rng.choice([1, -0.7], p=[0.75, 0.25])
         x = scene.eye_x + side * rng.uniform(0.6, max(0.3 * z, 1.0))
         add(scene, draw_person, x, z, 0.6, 0.4, rng.choice([-1.2, -0.8, 0.0, 0.8, 1.2]))
