@@ -403,8 +403,10 @@ def snap(pixels, colors, modes=()):
 
 def snap_note(pixels, colors, snapped):
     """Return the line on what snap() did to {value or color: pixels in all masks}."""
+    total = sum(pixels.values())
     modes = sorted({mode for mode in snapped.values() if mode is not None})
+    moved = sum(pixels[code] for code, mode in snapped.items() if mode not in (code, None))
+    unclear = sum(pixels[code] for code, mode in snapped.items() if mode is None)
     names = ", ".join(str(unpack_color(mode) if colors else mode) for mode in modes)
-    unclear = sum(pixels[code] for code, mode in snapped.items() if mode is None) / sum(pixels.values())
-    return (f"blurred masks (JPEG or resized) are snapped to {names}; {100 * unclear:.2f} % of the pixels "
-            "lie between them and are ignored")
+    note = f"blurred masks (JPEG or resized): {100 * moved / total:.2f} % of the pixels snapped to {names}"
+    return note + f", {100 * unclear / total:.2f} % lie between them and are ignored" * (unclear > 0)
