@@ -65,7 +65,7 @@ def describe(seed):
     scene.side = side = int(rng.choice([-1, 1]))   # the camera walks on the pavement of this side
     scene.kerb = {side: 5.3 if rng.random() < 0.7 else 3.1, -side: 5.3 if rng.random() < 0.3 else 3.1}
     scene.park = {side: rng.random() < 0.4, -side: rng.random() < 0.25}   # trees instead of buildings
-    scene.lawn = {side: rng.uniform(4.5, 8), -side: 5.0 if scene.park[-side] else 0.0}   # meters wide
+    scene.lawn = {side: rng.uniform(6, 10), -side: 6.0 if scene.park[-side] else 0.0}   # meters wide
     scene.eye_x, scene.eye_height = side * (scene.kerb[side] + rng.uniform(0.6, 0.9)), rng.uniform(1.8, 2.5)
     scene.vanishing = 0.5 + side * rng.uniform(-0.16, 0.3), rng.uniform(0.45, 0.53)   # of width and height
     scene.grass, scene.asphalt = pick(rng, LAWNS), rng.uniform(84, 116) + np.array([0, 1, 5])
