@@ -60,6 +60,7 @@ from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, FEW, bootstrap_interval,
 from models.weights import hash_model_file, hash_state
 
 WORST_IMAGES, CONFUSED_PAIRS = 20, 8  # rows of pictures in a report
+FEW_IMAGES = 16  # that this process reads itself: others take longer to start
 RUN_FIGURES = {"loss.png": "loss", "accuracy.png": "pixel accuracy", "miou.png": "mIoU"}
 FIGURES = {"per_class_iou.png": "IoU of every class", "confusion_matrix.png": "confusion matrix"}
 
@@ -148,7 +149,7 @@ def split_samples(data, split):
 # --- scoring ----------------------------------------------------------------------------------------------
 def make_batches(samples, table, protocol, batch_size):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
-    workers = 2 if len(samples) > 16 else 0  # processes take longer to start than a few images to read
+    workers = 2 if len(samples) > FEW_IMAGES else 0
     if protocol.slide or protocol.tile or protocol.scales != (1.0,):
         return make_loader(images_for(protocol, samples, table), 1, workers)
     return make_loader(SegmentationDataset(samples, table, protocol.window), batch_size, workers)

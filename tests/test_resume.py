@@ -17,6 +17,7 @@ from test_scripts import OPTIONS, history_of, registered_options, train_flags
 import checkpoint
 import config
 import metrics
+import evaluate
 import train
 import utils
 from config import InputError
@@ -344,6 +345,7 @@ def test_a_worker_that_dies_is_reported_with_its_file(data, straight, tmp_path, 
     if script == "train":
         flags = flags_of(data, tmp_path / "out", "--workers", 2)
     else:
+        monkeypatch.setattr(evaluate, "FEW_IMAGES", 0)
         flags = ["--model", straight() / "best_model_iou.pth", "--split", "all", "--out-dir", tmp_path]
     code, _, err = run(__import__(script), *flags)
     if logging._lock._is_owned():  # torch's SIGCHLD handler raised while this process forked other workers
