@@ -430,10 +430,13 @@ def clean_meaning(data, out):
 
 
 def clean_names(samples, root):
-    """Return {sample: a name without ending, different for all}: the image's, else with its folders."""
+    """Return {sample: a name without ending, different for all}: the image's, else with its folders; "_" for
+    characters that a list of names cannot hold.
+    """
     names, used = {}, set()
     for sample in samples:
-        path = sample.image.relative_to(root).with_suffix("").parts
+        path = ["".join(char if char.isprintable() else "_" for char in name)
+                for name in sample.image.relative_to(root).with_suffix("").parts]
         options = ["_".join(path[start:]) for start in range(len(path) - 1, -1, -1)]
         options += [f"{options[-1]}_{number}" for number in range(2, len(samples) + 2)]
         names[sample] = next(name for name in options if name.lower() not in used)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from config import InputError
 from dataio.readers import read_image
 
 MISSING = "\u2013"  # in place of a score that does not exist
@@ -143,8 +144,15 @@ def report_page(result, figures, worst, confused):
 
 
 def existing_figures(folder, names):
-    """Return [(caption, picture (H, W, 3) uint8)] of the pictures {file name: caption} that a folder holds.
-    Raises InputError where one is damaged.
+    """Return [(caption, picture (H, W, 3) uint8)] of the pictures {file name: caption} that a folder holds;
+    prints which of them are damaged.
     """
-    paths = [(caption, Path(folder) / name) for name, caption in names.items()]
-    return [(caption, read_image(path).permute(1, 2, 0).numpy()) for caption, path in paths if path.is_file()]
+    figures = []
+    for name, caption in names.items():
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                figures.append((caption, read_image(path).permute(1, 2, 0).numpy()))
+            except InputError as error:
+                print(f"{error}; the report goes without it")
+    return figures

@@ -1,6 +1,7 @@
 """check_data.py on data sets with one fault each: the verdict, the files that are listed; --fix."""
 
 import re
+import sys
 import shutil
 from types import SimpleNamespace
 
@@ -326,6 +327,19 @@ def test_copies_between_splits_and_damaged_files_are_left_out_of_a_copy(tmp_path
     source = load("folder", tmp_path / "clean")
     assert len(source.splits["train"]) == 2 and len(source.splits["val"]) == 2
     assert len(list((tmp_path / "clean/masks").iterdir())) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes, as Linux has them")
+def test_names_of_a_copy_stand_in_its_lists_whatever_bytes_they_had(tmp_path, run):
+    root = write_photos(tmp_path / "data", count=6)
+    for number, name in enumerate(("\udcff", "\udcfe", "a\nb", "a\tb")):  # of bytes that are not UTF-8
+        for kind in ("images", "masks"):
+            path = root / kind / f"{number:02d}.png"
+            path.rename(path.with_name(f"{name}.png"))
+    code, text, _ = check(run, root, tmp_path, "--fix", tmp_path / "clean")
+    assert code == 0, text
+    splits = load("folder", tmp_path / "clean").splits
+    assert sum(map(len, splits.values())) == 6 and len(splits["val"]) > 0
 
 
 def test_what_must_not_be_written_is_refused_before_anything_is_read(tmp_path, run, monkeypatch):

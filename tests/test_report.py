@@ -13,7 +13,7 @@ from conftest import call, real_data
 from PIL import Image
 
 import evaluate
-from inference.report import SCORES, class_table, number, report_page
+from inference.report import SCORES, class_table, existing_figures, number, report_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -118,6 +118,15 @@ def test_absent_classes_and_markup_in_names():
     assert table.count('data-value="">\u2013<') == 2 and "#0102ff" in table
     texts = [number(value) for value in (None, float("nan"), 1234567, 0.5)]
     assert texts == ["\u2013", "\u2013", "1,234,567", "0.5000"]
+
+
+def test_a_damaged_figure_is_said_and_left_out(tmp_path, capsys):
+    Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    (caption, picture), = existing_figures(tmp_path, {"a.png": "A", "b.png": "B", "missing.png": "C"})
+    assert caption == "A" and picture.shape == (4, 5, 3) and (picture == (1, 2, 3)).all()
+    text = capsys.readouterr().out
+    assert text.count("\n") == 1 and "b.png" in text
 
 
 def test_a_long_report_stays_small():
