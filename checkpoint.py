@@ -98,7 +98,7 @@ def read_spec(stored, path):
         raise InputError(f"{path} was written by another version of this code: use that version")
     schema.check(schema.StoredSpec, {"spec": stored}, path)
     if arch == "dinov2" and stored.get("backbone") == "":
-        raise InputError(f"{path} was made by hand or is damaged: spec.backbone is missing")
+        raise InputError(f"{path} was edited or is damaged: spec.backbone is missing")
     return ModelSpec(**{name: tuple(value) if types[name] is tuple else value
                         for name, value in stored.items()})
 
@@ -369,8 +369,7 @@ class Run:
                      protocol=PROTOCOL[self.settings["train_scale"]].format(*self.settings["imgsz"]),
                      class_names=[name for name, _ in self.classes], images=self.image_counts,
                      parameters=model.parameter_counts(), **utils.run_facts(model.mean.device))
-        text = json.dumps(facts, indent=1)
-        utils.write_atomically(self.folder.path / "config.json", lambda path: path.write_text(text))
+        utils.write_text(self.folder.path / "config.json", json.dumps(facts, indent=1))
 
     def pack(self, weights=None, **more):
         """Return the model (or `weights`, its state dict) as a checkpoint, with the settings, the data it was

@@ -79,9 +79,10 @@ def voc(root, options, download):
         from torchvision.datasets import VOCSegmentation
         VOCSegmentation(str(root), year="2012", image_set="train", download=True)
 
+    archive = f"{VOC_TAR} or " if download else ""  # which the download would find and unpack
     folders = ["VOCdevkit/VOC2012", "VOC2012", ".", "voc/VOCdevkit/VOC2012"]
     base = find_base(root, folders, "ImageSets/Segmentation/train.txt", "VOC 2012 (2 GB)",
-                     f"put {VOC_TAR} or the unpacked VOCdevkit/VOC2012 there", download and fetch)
+                     f"put {archive}the unpacked VOCdevkit/VOC2012 there", download and fetch)
     lists = {split: f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val")}
     return DataSource("voc", VOC, listed(base, lists, "JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
                       index_table(21))

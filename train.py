@@ -160,10 +160,9 @@ def check_effects(flags, config, model):
 
 def check_targets(head, data):
     """Raise InputError for a data set without the targets that a head learns."""
-    for sample in [*data.training, *data.splits["val"]]:
-        kinds = {target.name: target.kind for target in sample.targets}
-        for name, kind in head.targets.items():
-            if kinds.get(name) != kind:
+    for name, kind in head.targets.items():
+        for sample in [*data.training, *data.splits["val"]]:
+            if (name, kind) not in {(target.name, target.kind) for target in sample.targets}:
                 raise InputError(f"--dataset {data.name} has no target {name!r} of the kind {kind!r} for "
                                  f"{sample.image}, which this head learns: choose another --head")
 

@@ -1,7 +1,7 @@
 """What scripts share: errors and signals, device and precision, torchrun, files, the folder of a run.
 
     device = pick_device("auto")
-    write_atomically("outputs/metrics.json", lambda path: path.write_text(text))
+    write_text("outputs/metrics.json", text)
 """
 import ast
 import hashlib
@@ -326,8 +326,7 @@ def write_text(path, text):
 
 def write_lines(path, lines):
     """Write lines as a UTF-8 text file, whole or not at all."""
-    text = "\n".join(lines) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_kept(path, **options):
@@ -379,8 +378,7 @@ def save_image(pixels, path, **options):
 
 def save_json_lines(rows, path):
     """Write one JSON object per line, never half of them; NaN becomes null."""
-    text = "".join(json.dumps(finite(row)) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, "".join(json.dumps(finite(row)) + "\n" for row in rows))
 
 
 def finite(value):

@@ -28,7 +28,7 @@ from config import InputError, count_of
 from dataio.dataloader import Batches, collate, naming_files
 from dataio.readers import short_hash
 from models.backbones import features_of_parts
-from utils import barrier, is_out_of_memory, local_rank, local_world_size, write_atomically
+from utils import barrier, is_out_of_memory, local_rank, local_world_size, write_text
 
 VERSION = 4  # of the format
 MOVING = "contents", "reading", "code"  # facts in which a cache of the same files, once, may differ
@@ -82,8 +82,7 @@ class EntryFile:
             self.path.unlink(missing_ok=True)
             raise InputError(f"--cache-features: no room for {self.path} ({error.strerror}): free some disk, "
                              "or name another folder") from None
-        text = json.dumps(facts, indent=1)
-        write_atomically(self.path.with_suffix(".json"), lambda path: path.write_text(text))
+        write_text(self.path.with_suffix(".json"), json.dumps(facts, indent=1))
 
     def write(self, number, value):
         """Store an entry, then its checksum. Raises InputError for a wrong type or shape."""

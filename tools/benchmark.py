@@ -458,8 +458,7 @@ def main():
     facts = " ".join(f"{key}={value}" for key, value in result.items() if key != "rows")
     print(facts + "\n\n" + "\n".join(lines))
     path = Path(args.out_dir) / f"benchmark_{args.case}.json"
-    text = json.dumps(utils.finite(result), indent=1)
-    utils.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    utils.write_text(path, json.dumps(utils.finite(result), indent=1))
     print(f"\nwritten: {path}")
 
 
