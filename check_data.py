@@ -8,7 +8,7 @@ Reads every file and writes OUT_DIR/check.png (overlays and the classes' shares)
 training can start, or where --fix wrote its copy; 1 where something must be repaired first; 2 where the data
 are not found, their lists are incomplete, or --fix has written nothing.
 """
-from config import names, script_parser
+from config import add_image_flags, names, script_parser
 
 
 def parse_args(argv=None):
@@ -20,6 +20,7 @@ def parse_args(argv=None):
                         help="folder that holds it (default: data)")
     parser.add_argument("--unlabelled", choices=("background", "ignore"), default="background",
                         help="folder with annotation files: what has no label, as in train.py")
+    add_image_flags(parser, "as train.py")
     parser.add_argument("--fix", metavar="OUT",
                         help="write a clean copy: images, PNG masks of class ids, classes.txt, split lists")
     parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where check.png goes (outputs)")
@@ -29,6 +30,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +41,13 @@ import numpy as np
 
 import utils
 import visualize
-from config import IGNORE, DataOptions, InputError, TrainConfig, count_of
+from config import IGNORE, DataOptions, InputError, TrainConfig, check_image_flags, count_of
 from dataio.advice import Advice, advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlabelled
 from dataio.labels import class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries
+from dataio.image_rule import ImageRule, decide_rule, sample_values
+from dataio.images import stored_of
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
 from dataio.scan import all_in_parallel, fits, in_parallel, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table
@@ -65,7 +69,8 @@ class ScannedData:
 
     splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
     [labels.Entry] that files of a folder name. What the masks mean: classes and table as in DataSource, and
-    pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first.
+    pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first. rule: the ImageRule
+    by which training would read the images, not strict, None where none can be decided.
     """
 
     name: str
@@ -78,6 +83,7 @@ class ScannedData:
     table: np.ndarray = None
     pixels: dict = None
     advice: Advice = field(default_factory=Advice)
+    rule: ImageRule = None
 
     @property
     def samples(self):
@@ -162,13 +168,9 @@ def check_images(data, report):
     samples, images = data.samples, data.images
     modes = grouped(samples, lambda sample: images[sample].mode)
     report.facts.append("images: " + ", ".join(f"{mode} ({len(alike)})" for mode, alike in modes.items()))
-    report.warnings += with_files("image", "not in RGB (grayscale, transparent or 16 bit): read as RGB",
-                                  [sample.image for sample in samples if images[sample].mode != "RGB"])
-    depths = [images[sample].depth for sample in samples if images[sample].depth > 8]
-    if depths:
-        bits = " or ".join(map(str, sorted(set(depths))))
-        report.facts.append(f"{count_of(len(depths), 'image')} deeper than 8 bit: scaled to 8 by the depth "
-                            f"of the values, {bits} bit")
+    report.warnings += with_files("image", "not in RGB (grayscale or transparent): read as RGB",
+                                  [sample.image for sample in samples if images[sample].stored.is_picture
+                                   and images[sample].mode != "RGB"])
     report.warnings += with_files(
         "image", "turned upright by EXIF, and masks of the size as stored with them, others not: look at "
         "check.png", [sample.image for sample in samples if images[sample].orientation != 1])
@@ -187,6 +189,44 @@ def check_images(data, report):
             f"large images: {times:.1f} times as long and wide as --imgsz {height} {width}, to which "
             "training shrinks them. Where things are small (drones, maps, scans), add --train-scale native, "
             "and --cache-images unless they are tiled TIFFs; where they fill the image, neither")
+
+
+def check_rule(data, report, bands, value_range):
+    """Decide the ImageRule as training would; report it, what the files hold, and which of them do not
+    fit."""
+    paths = [sample.image for sample in data.splits.get("train") or data.samples]
+    try:
+        rule = decide_rule(paths, bands, value_range)
+    except InputError as error:
+        report.problems.append(str(error))
+        return
+    data.rule = dataclasses.replace(rule, strict=False)
+    report.facts.append(f"images are read as: {rule} (decided from {rule.looked_at[0]} of "
+                        f"{count_of(rule.looked_at[1], 'training image')})")
+    banded = [data.images[sample] for sample in data.samples if data.images[sample].quantiles is not None]
+    same = [facts for facts in banded if facts.stored.bands == rule.count]
+    if same:
+        ends = np.stack([facts.quantiles for facts in same])  # (N, C, 3)
+        for number, (low, middle, high) in enumerate(ends.transpose(1, 2, 0), start=1):  # (N,) each
+            report.facts.append(f"  band {number}: {np.nanmin(low):.6g} to {np.nanmax(high):.6g}, median "
+                                f"{np.nanmedian(middle):.6g}{' (not read)' * (number not in rule.bands)}")
+        empty = np.mean([facts.empty for facts in same])
+        report.facts.append(f"  no data: {100 * empty:.1f} % of the pixels, which masks ignore")
+    marked = [facts for facts in banded if facts.stored.alpha]
+    if marked and not rule.alpha and marked[0].stored.alpha not in rule.bands:
+        report.warnings.append(f"band {marked[0].stored.alpha} is marked as transparency, and its values "
+                               "are not: it is not read (--bands all reads it)")
+    doubts = [rule.misfit(sample.image, data.images[sample].stored) or far_outside(rule, sample, data)
+              for sample in data.samples]
+    report.problems += with_files("image", "not as the others, which training refuses",
+                                  [doubt for doubt in doubts if doubt])
+
+
+def far_outside(rule, sample, data):
+    """Return why the values of an image are not those of the data set, "" = they are."""
+    quantiles = data.images[sample].quantiles
+    return "" if quantiles is None else rule.outside(sample.image, [quantiles[band - 1, 1]
+                                                                    for band in rule.bands])
 
 
 # --- masks ------------------------------------------------------------------------------------------------
@@ -449,12 +489,15 @@ def draw(data, path):
     """Write check.png: overlays of a few masks, the legend, and every class's share of the pixels."""
     columns, classes = LISTED // 2, data.classes
     bars = 1 + min(0.28 * len(classes), visualize.LARGEST_PLOT)  # inches
-    figure = visualize.plain_figure(4 * columns, 6 + bars)
-    grid = figure.add_gridspec(3, columns, height_ratios=[3, 3, bars])
+    values = [] if data.rule.is_plain else [3]
+    figure = visualize.plain_figure(4 * columns, 6 + bars + sum(values))
+    grid = figure.add_gridspec(3 + len(values), columns, height_ratios=[3, 3, bars, *values])
+    if values:
+        draw_values(figure.add_subplot(grid[3, :]), data)
     colors = visualize.color_table(classes)
     for position, sample in enumerate(evenly_sampled(data.samples, LISTED)):
-        image, targets = read_sample(sample, data.table)
-        image, mask = image.numpy(), targets["mask"].numpy()
+        image, targets = read_sample(sample, data.table, rule=data.rule)
+        image, mask = data.rule.picture(image).numpy(), targets["mask"].numpy()
         image = cv2.resize(image.transpose(1, 2, 0), mask.shape[::-1], interpolation=cv2.INTER_AREA)
         axes = figure.add_subplot(grid[position // columns, position % columns])
         axes.imshow(visualize.overlay(image, mask, colors, 0.6, visualize.background_id(classes)))
@@ -470,6 +513,24 @@ def draw(data, path):
     visualize.name_ticks(axes.yaxis, classes, min(10, 60 * bars / len(classes)))
     axes.set(xlabel="share of all counted pixels, %", ylim=(len(classes) - 0.5, -0.5))
     visualize.save_figure(figure, path)
+
+
+def draw_values(axes, data):
+    """Draw what values each band of the training images holds, and which of them become black and white."""
+    rule = data.rule
+    paths = evenly_sampled([sample.image for sample in data.splits.get("train") or data.samples], COMPARED)
+    stored = {path: stored_of(path) for path in paths}
+    fitting = [path for path in paths if not rule.misfit(path, stored[path])]
+    for number, values in dict(zip(rule.bands, sample_values(fitting, stored, rule), strict=True)).items():
+        position = rule.bands.index(number)
+        low, high = rule.ranges[position] if rule.ranges else (0, 255)
+        margin = (high - low) / 4
+        _, _, (line, *_) = axes.hist(values, 128, range=(low - margin, high + margin), histtype="step",
+                                     label=f"band {number}: {low:.6g}..{high:.6g}")
+        for end in (low, high):
+            axes.axvline(end, color=line.get_edgecolor(), linestyle=":")
+    axes.set(xlabel="value in the file; dotted: what becomes black and white", ylabel="pixels")
+    axes.legend(ncols=1 + rule.channels // 8, fontsize=8)
 
 
 def print_report(report, command):
@@ -492,6 +553,8 @@ def main():
     if args.unlabelled == "ignore" and args.dataset != "folder":
         raise InputError(f"--unlabelled is for annotation files in a folder, and --dataset {args.dataset} "
                          "has masks: leave it out")
+    bands, value_range = tuple(args.bands), tuple(args.value_range)
+    check_image_flags(bands, value_range)
     if args.fix:
         check_target(Path(args.fix), root)
     data, source = find_samples(args.dataset, root, args.unlabelled, report)
@@ -502,16 +565,20 @@ def main():
         decode(data, source, report)
         if data.classes:
             check_classes(data, report)
+        check_rule(data, report, bands, value_range)
+        if data.classes and data.rule:
             picture = Path(utils.make_folder(args.out_dir)) / "check.png"
             draw(data, picture)
             report.facts.append(f"picture: {picture}")
         check_duplicates(data, report)
+    image_flags = "".join(f" {name} {' '.join(map(str, values))}" for name, values in
+                          (("--bands", bands), ("--value-range", value_range)) if values)
     fixable = data.classes or len(data.advice.files) == 1 and not data.advice.blurred
     if report.problems and fixable and not args.fix:
         report.hints.append("or write a clean copy of what can be used: "
                             f"python check_data.py {flags} --fix OUT")
     print_report(report, f"python train.py {flags}"
-                         + " --unlabelled ignore" * (args.unlabelled == "ignore"))
+                         + " --unlabelled ignore" * (args.unlabelled == "ignore") + image_flags)
     if args.fix:
         write_clean_copy(data, Path(args.fix))
         return 0

@@ -20,6 +20,7 @@ import utils
 from config import DataOptions, InputError, count_of, fields_affecting, flag, has_meaning
 from dataio import schema
 from dataio.classes import ADE20K, VOC
+from dataio.image_rule import ImageRule
 from engine import LOG_EVERY
 from metrics import best_row
 from model import ModelSpec, build_model
@@ -56,7 +57,8 @@ def pack_checkpoint(model, classes, imgsz, backbone_sha256=None, weights=None, *
     state dict in place of the model's own.
     """
     classes = [[name, list(color)] for name, color in classes]
-    spec = dict(dataclasses.asdict(model.spec), layers=list(model.spec.layers))
+    spec = {name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(model.spec).items()}
     state = model.state_dict() if weights is None else weights
     if backbone_sha256:
         state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
@@ -80,6 +82,8 @@ def read_checkpoint(path):
         raise InputError(f"{path} was written by another version of this code: use that version")
     schema.check(schema.Checkpoint, checkpoint, path)
     checkpoint["spec"] = read_spec(checkpoint["spec"], path)
+    if ImageRule.of(checkpoint.get("image_rule")).channels != checkpoint["spec"].num_bands:
+        raise InputError(f"{path} was edited or is damaged: image_rule and spec have other numbers of bands")
     if len(checkpoint["classes"]) != checkpoint["spec"].num_classes:
         raise InputError(f"{path} names {len(checkpoint['classes'])} classes, but has "
                          f"{checkpoint['spec'].num_classes}")
@@ -207,14 +211,19 @@ def load_head(model, path):
         if theirs != ours:
             raise InputError(f"--head-weights {path} was trained with {flag(name)} {theirs}, "
                              f"and this run has {ours}: give both the same")
+    if spec.num_bands != model.spec.num_bands:
+        raise InputError(f"--head-weights {path} was trained on images of "
+                         f"{count_of(spec.num_bands, 'band')}, and this run has "
+                         f"{model.spec.num_bands}: give --bands alike")
     of_module = {"head": {}, "backbone": {}}
     for name, value in state.items():
         module, _, inner_name = name.partition(".")
         of_module.setdefault(module, {})[inner_name] = value
     hash_in_training = checkpoint.get("backbone_sha256") or hash_backbone(of_module["backbone"])
     check_backbone(hash_backbone(model.backbone.state_dict()), hash_in_training, spec, path)
+    theirs, ours = list(spec.colors), list(model.spec.colors)  # that of other bands is the data set's own
     for name in ("mean", "std"):
-        if not torch.equal(state[name], getattr(model, name).cpu()):
+        if not torch.equal(state[name][:, theirs], getattr(model, name).cpu()[:, ours]):
             raise InputError(f"--head-weights {path} was trained with another --normalize: give the same one")
     load_strictly(model.head, of_module["head"], path)
     return [name for name, _ in checkpoint["classes"]]
@@ -296,6 +305,7 @@ class Run:
     def __init__(self, state, settings, data, folder, origins=None):
         self.state, self.settings, self.classes = state, utils.finite(settings), data.classes
         self.folder, self.origins, self.image_counts = folder, origins or {}, data.counts
+        self.rule = data.rule
         names = dict(config=self.settings, classes=self.classes)
         schema.check(schema.UserNames, names, "the checkpoint of this run")
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
@@ -368,7 +378,8 @@ class Run:
         facts = dict(self.settings, **self.facts, **self.origins, code=self.code,
                      protocol=PROTOCOL[self.settings["train_scale"]].format(*self.settings["imgsz"]),
                      class_names=[name for name, _ in self.classes], images=self.image_counts,
-                     parameters=model.parameter_counts(), **utils.run_facts(model.mean.device))
+                     image_rule=self.rule.as_dict(), parameters=model.parameter_counts(),
+                     **utils.run_facts(model.mean.device))
         utils.write_text(self.folder.path / "config.json", json.dumps(facts, indent=1))
 
     def pack(self, weights=None, **more):
@@ -379,7 +390,7 @@ class Run:
         scores = history[-1] if history else {}
         return pack_checkpoint(
             self.state.model, self.classes, self.settings["imgsz"], self.backbone_sha256, weights,
-            epoch=len(history), config=self.settings,
+            epoch=len(history), config=self.settings, image_rule=self.rule.as_dict(),
             metrics={name.removeprefix("val_"): scores[name] for name in scores if name.startswith("val_")},
             **self.facts, **more)
 

@@ -120,6 +120,7 @@ def integer_between(lowest, highest):
 positive_int = integer_between(1, 2 ** 31 - 1)
 non_negative_int = integer_between(0, 2 ** 32 - 1)
 step_count = integer_between(0, 10 ** 7)
+band_index = integer_between(1, 2 ** 16 - 1)
 image_side = batch_images = port_number = integer_between(1, 2 ** 16 - 1)
 any_batch = integer_between(0, 2 ** 16 - 1)  # 0 = any number of images
 
@@ -139,6 +140,7 @@ def number_where(is_valid, expected):
 
 
 fraction = number_where(lambda value: 0.0 < value < 1.0, "a number between 0 and 1")
+finite_number = number_where(math.isfinite, "a number")
 positive_float = number_where(lambda value: 0.0 < value < math.inf, "a number above 0")
 non_negative_float = number_where(lambda value: 0.0 <= value < math.inf, "a number of at least 0")
 
@@ -149,6 +151,16 @@ def fold_of(text):
     if not (number.isdecimal() and folds.isdecimal() and 1 <= int(number) <= int(folds) > 1):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/5")
     return int(number), int(folds)
+
+
+def band_number(text):
+    """argparse type of --bands: a number from 1, or `all`."""
+    return text if text == "all" else band_index(text)
+
+
+def range_end(text):
+    """argparse type of --value-range: a number, or `auto`."""
+    return text if text == "auto" else finite_number(text)
 
 
 def block_count(text):
@@ -241,6 +253,9 @@ class ModelOptions:
                                 "loss on the third stage; torchvision trains them with 0.5",
                                 type=non_negative_float,
                                 only=("arch", "fcn_resnet50", "deeplabv3_resnet101"), affects="head")
+    widen: bool = setting(False, "model", "--bands of other numbers than three: widen the first convolution "
+                          "of the backbone to all of them, and train it (always with --unfreeze all)",
+                          action="store_true", affects="features")
     normalize: str = setting("auto", "model", "auto = the mean and std that the weights were trained with, "
                              "none = pixels / 255 only", choices=("auto", "none"), affects="features")
 
@@ -264,6 +279,17 @@ class TrainConfig(ModelOptions, DataOptions):
     cache_images: str = setting("", "data", "native: keep decoded images in DIR (4 bytes a pixel), so that "
                                 "windows of them are read without decoding the rest (DIR: outputs/cache)",
                                 nargs="?", const="outputs/cache", metavar="DIR", affects="nothing")
+    bands: tuple = setting((), "data", "bands of the images that are read, from 1 and in this order, or all "
+                           "(default: those that are red, green and blue). Of more than three, a frozen "
+                           "backbone sees those that are, else the first three; --head detail and "
+                           "split-detail see all", nargs="+", type=band_number, metavar="I", affects="run")
+    value_range: tuple = setting((), "data", "values that become black and white: LOW HIGH of all bands, or "
+                                 "auto = percentiles 0.5 and 99.5 of each band in the training images "
+                                 "(default: auto, and 8-bit images as they are)", nargs="+", type=range_end,
+                                 metavar="X", affects="run")
+    show_bands: tuple = setting((), "data", "bands that pictures show as red, green and blue (default: those "
+                                "that a frozen backbone sees)", nargs=3, type=band_index,
+                                metavar=("R", "G", "B"), affects="nothing")
     extra: str = setting("", "data", "folder of more images to train on, of the same classes, such as "
                          "pseudo-labels (infer_image.py --min-confidence)", metavar="DIR",
                          affects="nothing")
@@ -507,6 +533,14 @@ def parse_inference_args(parser):
     return args
 
 
+def add_image_flags(parser, origin):
+    """Add --bands and --value-range; origin: what they are without, in words."""
+    parser.add_argument("--bands", nargs="+", type=band_number, default=(), metavar="I",
+                        help=f"bands of the images that are read, from 1, or all ({origin})")
+    parser.add_argument("--value-range", nargs="+", type=range_end, default=(), metavar="X",
+                        help=f"values that become black and white: LOW HIGH, or auto ({origin})")
+
+
 def add_group_flag(parser):
     """Add --group-by."""
     parser.add_argument("--group-by", default="", metavar="REGEX",
@@ -594,8 +628,19 @@ def check_settings(config, flags):
     check_training_settings(config, flags)
 
 
+def check_image_flags(bands, value_range):
+    """Raise InputError for values of --bands and --value-range that say nothing."""
+    if "all" in bands and len(bands) > 1:
+        raise InputError("--bands all stands alone: leave out all, or the numbers")
+    if value_range and value_range != ("auto",) and (
+            len(value_range) != 2 or "auto" in value_range or value_range[0] >= value_range[1]):
+        raise InputError(f"--value-range {' '.join(map(str, value_range))}: give auto, or LOW HIGH with LOW "
+                         "below HIGH")
+
+
 def check_data_settings(config, flags):
     """Raise InputError for flags of the data set and its images that contradict each other."""
+    check_image_flags(config.bands, config.value_range)
     if flags.get("classes") and config.dataset != "folder":
         raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
                          "own: leave it out")

@@ -43,7 +43,8 @@ def segment(predictor, path, alpha):
     """
     image, classes = predictor.read(path), predictor.classes
     pred = predictor(image[None])[0]  # (H, W)
-    drawn = visualize.overlay(image.permute(1, 2, 0).numpy(), pred, visualize.color_table(classes), alpha,
+    picture = predictor.rule.picture(image).permute(1, 2, 0).contiguous().numpy()
+    drawn = visualize.overlay(picture, pred, visualize.color_table(classes), alpha,
                               visualize.background_id(classes))
     return drawn, {name: share for name, share, _ in ClassShares(classes).add(pred).per_class()}
 

@@ -48,8 +48,10 @@ import utils
 import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, InputError, count_of
-from dataio.dataloader import SegmentationDataset, images_for, make_loader, naming_files
+from dataio.dataloader import SegmentationDataset, make_loader, naming_files
+from dataio.images import stored_of
 from dataio.labels import class_file
+from dataio.scan import all_in_parallel
 from dataio.stratify import blocks_of
 from datasets import load_data
 from inference.predictor import Predictor, choose_protocol
@@ -147,12 +149,22 @@ def split_samples(data, split):
 
 
 # --- scoring ----------------------------------------------------------------------------------------------
-def make_batches(samples, table, protocol, batch_size):
+def make_batches(samples, table, protocol, batch_size, rule):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
     workers = 2 if len(samples) > FEW_IMAGES else 0
     if protocol.slide or protocol.tile or protocol.scales != (1.0,):
-        return make_loader(images_for(protocol, samples, table), 1, workers)
-    return make_loader(SegmentationDataset(samples, table, protocol.window), batch_size, workers)
+        return make_loader(SegmentationDataset(samples, table, (), rule=rule), 1, workers)
+    return make_loader(SegmentationDataset(samples, table, protocol.window, rule=rule), batch_size, workers)
+
+
+def warn_of_misfits(samples, rule):
+    """Print a warning where image files are not as those of the training."""
+    misfits = all_in_parallel(lambda sample: rule.misfit(sample.image, stored_of(sample.image)), samples,
+                              "image headers")
+    misfits = list(filter(None, misfits))
+    if misfits:
+        print(f"warning: {count_of(len(misfits), 'image')} not as in training: {misfits[0]}: their scores "
+              "may say little", flush=True)
 
 
 def score(predictor, loader, batch_size):
@@ -205,8 +217,8 @@ def describe_protocol(args, data, split, samples, predictor):
     weights = hash_model_file(args.model) if is_file else hash_state(model.state_dict())
     return dict(
         dataset=data.name, split=split, images=len(samples), classes=len(data.classes), ignore=IGNORE,
-        views=str(protocol), imgsz=list(protocol.window), slide=protocol.slide, stride=list(protocol.stride),
-        scales=list(protocol.scales), flip=protocol.flip,
+        images_read_as=str(predictor.rule), views=str(protocol), imgsz=list(protocol.window),
+        slide=protocol.slide, stride=list(protocol.stride), scales=list(protocol.scales), flip=protocol.flip,
         precision=getattr(model, "name", str(predictor.precision)),  # exported files have a name
         scored="each mask at its own size, one confusion matrix",
         boundary_tolerance=f"{100 * BOUNDARY_TOLERANCE:g} % of the diagonal, {100 * BOUNDARY_BAND:g} % of it "
@@ -274,7 +286,8 @@ def image_panels(index, dataset, predictor):
     truth, pred = targets["mask"].numpy(), predictor(image[None])[0]
     if pred.shape != truth.shape:  # masks of another size than their image
         pred = cv2.resize(pred, truth.shape[::-1], interpolation=cv2.INTER_NEAREST)
-    pixels = cv2.resize(image.permute(1, 2, 0).numpy(), truth.shape[::-1], interpolation=cv2.INTER_AREA)
+    picture = predictor.rule.picture(image).permute(1, 2, 0).numpy()
+    pixels = cv2.resize(picture, truth.shape[::-1], interpolation=cv2.INTER_AREA)
     table = visualize.color_table(predictor.classes)
     return [("image", pixels), ("truth", visualize.overlay(pixels, truth, table, 0.65)),
             ("prediction", visualize.overlay(pixels, pred, table, 0.65)),
@@ -307,7 +320,7 @@ def confused_pairs(records, confusion, names):
 def make_report(result, data, samples, predictor, out_dir, run_dir):
     """Return the HTML page; its images are predicted once more to show them."""
     records, names = result["records"], [name for name, _ in data.classes]
-    dataset = images_for(predictor.protocol, samples, data.table)
+    dataset = SegmentationDataset(samples, data.table, (), rule=predictor.rule)
 
     def with_panels(rows):
         return [(title, image_panels(index, dataset, predictor)) for title, index in rows]
@@ -333,7 +346,8 @@ def main():
     for note in data.notes:
         print(f"  {note}")
     print(protocol_line(protocol_facts), flush=True)
-    loader = make_batches(samples, data.table, protocol, args.batch_size)
+    warn_of_misfits(samples, predictor.rule)
+    loader = make_batches(samples, data.table, protocol, args.batch_size, predictor.rule)
     with naming_files(loader):
         total, records = score(predictor, loader, args.batch_size)
     scores = summarize(total, records, data.classes, groups)

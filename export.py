@@ -4,10 +4,10 @@
     python export.py --format openvino --imgsz 480 640 --out person.xml
     python infer_video.py --model person.xml --input clip.mp4
 
-The file takes uint8 RGB images (B, 3, H, W) of --imgsz and gives logits (B, K, H, W): normalization, padding
-and cropping are inside; classes, colors and size are in its metadata, so that infer_image.py,
-infer_video.py and evaluate.py need nothing else. It is written only where its classes on real and on random
-images agree with PyTorch's in 99.9 % of the pixels.
+The file takes uint8 images (B, C, H, W) of --imgsz, of most models RGB, and gives logits (B, K, H, W):
+normalization, padding and cropping are inside; classes, colors and size are in its metadata, so that
+infer_image.py, infer_video.py and evaluate.py need nothing else. It is written only where its classes on real
+and on random images agree with PyTorch's in 99.9 % of the pixels.
 """
 from config import add_model_flag, any_batch, image_side, names, script_parser
 
@@ -39,7 +39,7 @@ import torch
 import utils
 from checkpoint import data_options, is_exported, load_model
 from config import InputError
-from dataio.readers import read_image
+from dataio.image_rule import ImageRule, read_image
 from dataio.resizing import resize_image
 from dataio.streets import draw_scene
 from datasets import load_data
@@ -48,21 +48,25 @@ from inference.predictor import make_protocol
 
 AGREEMENT = 0.999  # of the pixels, between the exported file and PyTorch, both in float32
 CHECKED = 4  # real images, and as many random ones
-PLAIN_KEYS = ("format", "version", "classes", "config", "epoch", "metrics", "protocol", "data_fingerprint")
+PLAIN_KEYS = ("format", "version", "classes", "config", "epoch", "metrics", "protocol", "data_fingerprint",
+              "image_rule")
 
 
-def real_images(checkpoint, size):
-    """Return (images (n, 3, H, W) uint8, what they are): of the data set of the training, else drawn ones."""
+def real_images(checkpoint, size, num_bands):
+    """Return (images (n, C, H, W) uint8, what they are): of the data set of the training, else drawn ones."""
     images, origin = [], checkpoint.get("config", {}).get("dataset", "streets")
     if origin != "streets":
         try:
             data = load_data(data_options(checkpoint), download=False)
-            images = [read_image(sample.image) for sample in data.splits["val"][:CHECKED]]
+            rule = ImageRule.of(checkpoint.get("image_rule"))
+            images = [read_image(sample.image, rule) for sample in data.splits["val"][:CHECKED]]
         except (InputError, OSError):
             pass  # it is on another machine
     if not images:
         scenes = (draw_scene(seed, size=(240, 320))[0] for seed in range(CHECKED))
-        images, origin = [torch.from_numpy(scene).permute(2, 0, 1) for scene in scenes], "drawn streets"
+        bands = [number % 3 for number in range(num_bands)]
+        images = [torch.from_numpy(scene[..., bands]).permute(2, 0, 1) for scene in scenes]
+        origin = "drawn streets"
     return torch.stack([resize_image(image, size) for image in images]), f"images of {origin}"
 
 
@@ -87,9 +91,10 @@ def metadata(model, checkpoint, args):
 
 def check_agreement(model, path, checkpoint, size):
     """Return how far an exported file agrees with PyTorch, as text. Raises InputError where it does not."""
-    real, origin = real_images(checkpoint, size)
+    real, origin = real_images(checkpoint, size, model.spec.num_bands)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (CHECKED, 3, *size), dtype=torch.uint8, generator=generator)
+    noise = torch.randint(0, 256, (CHECKED, model.spec.num_bands, *size), dtype=torch.uint8,
+                          generator=generator)
     shares = {origin: agreement(model, path, real), "random images": agreement(model, path, noise)}
     text = ", ".join(f"{100 * share:.3f} % on {name}" for name, share in shares.items())
     if sum(shares.values()) / len(shares) < AGREEMENT:

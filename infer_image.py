@@ -7,8 +7,8 @@ Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png 
 class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. A file that
 cannot be read is reported and skipped; the exit code is then 1.
 """
-from config import (add_overlay_flags, add_run_flags, fraction, inference_parser, parse_inference_args,
-                    positive_int)
+from config import (add_image_flags, add_overlay_flags, add_run_flags, fraction, inference_parser,
+                    parse_inference_args)
 
 
 def parse_args():
@@ -27,14 +27,11 @@ def parse_args():
     more.add_argument("--cutout", action="store_true", help="<name>_cutout.png: the background transparent")
     more.add_argument("--min-confidence", type=fraction, metavar="X", help="pseudo_labels/: a folder to "
                       "train on, in whose masks pixels of a lower probability are ignored")
-    parser.add_argument("--bands", nargs=3, type=positive_int, default=(), metavar=("R", "G", "B"),
-                        help="tile: bands of TIFFs that are red, green and blue, from 1 (as the file says)")
+    add_image_flags(parser, "as in training")
     add_run_flags(parser)
     args = parse_inference_args(parser)
     if args.bits and not args.probabilities:
         parser.error("--bits has no effect without --probabilities: add it")
-    if args.bands and args.protocol in ("whole", "slide"):
-        parser.error("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     return args
 
 
@@ -54,9 +51,9 @@ from tqdm import tqdm
 import utils
 import visualize
 from checkpoint import load_model
-from config import InputError, count_of
+from config import InputError, check_image_flags, count_of
+from dataio.images import IMAGE_ENDINGS, READERS
 from dataio.windows import Raster, is_raster
-from dataio.readers import IMAGE_ENDINGS, read_upright
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
 from inference.rasters import MaskFile, read_small, save_polygons, segment
@@ -75,6 +72,8 @@ def find_inputs(inputs):
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS
                            and not file.name.startswith(".") and file.is_file())
+            pictures = [file for file in files if file.suffix.lower() not in READERS]
+            files = pictures or files  # arrays beside pictures are more likely results
             reason = f"is a folder without images (endings {' '.join(IMAGE_ENDINGS)})"
         else:
             matches = sorted(map(Path, glob.glob(text, recursive=True)))
@@ -109,16 +108,12 @@ def check_inputs(args, paths, tiled):
                          "--min-confidence and --polygons coco, which need the image at once")
 
 
-def read_or_error(path, tiled, bands):
-    """Return (image (3, H, W) uint8, its depth in bits), or the InputError that says what is wrong with it.
-
-    tiled: give a Raster in place of the image of a TIFF, with these `bands`.
+def read_or_error(path, tiled, rule):
+    """Return a Photo by an ImageRule or, of a TIFF that is `tiled`, a Raster, or the InputError that says
+    what is wrong with the file.
     """
     try:
-        if tiled and is_raster(path):
-            return Raster(path, bands), 8
-        image, _, _, depth = read_upright(path)
-        return image, depth
+        return Raster(path, rule) if tiled and is_raster(path) else rule.read(path)
     except InputError as error:
         return error
 
@@ -146,12 +141,12 @@ class ImageSegmenter:
         return visualize.overlay(image, pred, self.table, self.args.alpha, self.background)
 
     def segment_image(self, image, path, name, writer):
-        """Segment an image (3, H, W); return its ClassShares. writer: the WriteBehind of save()."""
+        """Segment an image (C, H, W); return its ClassShares. writer: the WriteBehind of save()."""
         scores = None
         if self.needs_scores:
             scores = self.predictor.scores(image[None], self.args.probabilities == "classes")
         pred = scores.pred if scores else self.predictor(image[None])[0]  # (H, W)
-        pixels = image.permute(1, 2, 0).numpy()
+        pixels = self.predictor.rule.picture(image).permute(1, 2, 0).contiguous().numpy()
         writer.put(pixels, pred, scores, path, name)
         if self.args.show:
             visualize.show_window(self.overlay(pixels, pred), str(path), 0)
@@ -200,12 +195,9 @@ class ImageSegmenter:
                                         f"{raster.size[0]}, its mask is not written")
                 mask.write(rows, pred)
                 shares.add(pred, confidence)
-            image, has_coordinates = raster.preview(), raster.source.crs is not None
+            image, has_coordinates = raster.preview(), raster.file.source.crs is not None
         drawn = self.overlay(image, read_small(path, image.shape[:2]))
         utils.save_image(drawn, self.folder / f"{name}_overlay.jpg", quality=92)
-        if raster.ranges:
-            ranges = ", ".join(f"{low:g} to {high:g}" for low, high in raster.ranges)
-            tqdm.write(f"{raster.path}: bands deeper than 8 bit were scaled from {ranges}")
         if "geojson" in self.args.polygons:
             save_polygons(path, self.classes, self.folder / f"{name}.geojson", self.background)
             if not has_coordinates:
@@ -234,6 +226,8 @@ class ImageSegmenter:
 def main():
     """Segment every input; return 1 where a file had to be skipped, 2 where all had, 130 after Ctrl-C."""
     args = parse_args()
+    bands, value_range = tuple(args.bands), tuple(args.value_range)
+    check_image_flags(bands, value_range)
     paths = find_inputs(args.input)
     if args.show:
         visualize.require_display()
@@ -241,13 +235,12 @@ def main():
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     check_inputs(args, paths, protocol.tile)
-    if args.bands and not protocol.tile:
-        raise InputError("--bands is for TIFFs that are read in tiles: give --protocol tile, or leave it out")
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
+    predictor.rule = predictor.rule.told(bands, value_range)
     segmenter = ImageSegmenter(args, predictor)
     utils.make_folder(segmenter.folder)
-    reading = (read_or_error(path, protocol.tile, args.bands) for path in paths)
-    done, failed, depths = 0, 0, set()
+    reading = (read_or_error(path, protocol.tile, predictor.rule) for path in paths)
+    done = failed = 0
     # the next files are read and the last ones written while the model computes
     with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as results,
           WriteBehind(segmenter.save) as writer,
@@ -259,10 +252,10 @@ def main():
             try:
                 if isinstance(result, InputError):
                     raise result
-                image, depth = result
-                depths.add(depth)
-                if isinstance(image, Raster):
-                    shares = segmenter.segment_raster(image, name, stop)
+                if result.doubt:
+                    tqdm.write(f"warning: {result.doubt}", file=sys.stderr)
+                if isinstance(result, Raster):
+                    shares = segmenter.segment_raster(result, name, stop)
             except InputError as error:
                 failed += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
@@ -270,15 +263,14 @@ def main():
             except utils.Stopped as stopped:
                 tqdm.write(stopped.args[1], file=sys.stderr)
                 break
-            if not isinstance(image, Raster):  # what is wrong with the model here is so for all images
-                shares = segmenter.segment_image(image, path, name, writer)
+            if not isinstance(result, Raster):  # what is wrong with the model here is so for all images
+                shares = segmenter.segment_image(result.image, path, name, writer)
             tqdm.write(f"{path}: {shares}")
             done += 1
     if done:
         segmenter.finish()
-    if deep := sorted(depths - {8}):
-        bits = ", ".join(f"{depth} bit" for depth in deep)
-        print(f"images deeper than 8 bit were scaled by the depth of their values: {bits}")
+    if not predictor.rule.is_plain:
+        print(f"images: {predictor.rule}")
     print(f"{done} of {count_of(len(paths), 'image')} segmented ({predictor}); overlays, masks and "
           f"legend.png are in {segmenter.folder}")
     if stop.asked:

@@ -114,6 +114,9 @@ def main():
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, expected)
+    if predictor.rule.dtype not in ("", "uint8"):
+        print(f"warning: the images of the training hold {predictor.rule.dtype} values, and a video 8 bit: "
+              "its pixels are taken as if they were scaled to these")
     if args.cutout:
         require_background(predictor.classes)
     out_dir = utils.make_folder(Path(args.out_dir) / "inference_results_video")

@@ -33,19 +33,25 @@ class ModelSpec(ModelOptions):
     """
 
     num_classes: int = 0
+    num_bands: int = 3
+    colors: tuple = (0, 1, 2)  # positions of the bands that a backbone made for RGB sees
 
     @classmethod
-    def of(cls, options, num_classes):
-        """Return the spec that the ModelOptions (or a TrainConfig) describe."""
+    def of(cls, options, num_classes, num_bands=3, colors=(0, 1, 2)):
+        """Return the spec that the ModelOptions (or a TrainConfig) describe, for images of so many bands."""
         fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
-        return cls(**fields, num_classes=num_classes)
+        widen = options.widen or getattr(options, "unfreeze", 0) == "all"  # what trains can see all bands
+        return cls(**{**fields, "widen": widen and num_bands != 3}, num_classes=num_classes,
+                   num_bands=num_bands, colors=tuple(colors))
 
 
 class Segmenter(nn.Module):
     """Images in, logits at the same size out. `spec` is what build_model needs to make it again.
 
-    Wherever it takes images, it takes the Features of a feature cache, in which what is frozen is done.
-    stretched: whether logits are stretched over the images instead of cropped, as in geometry_of.
+    Images have spec.num_bands bands; of other numbers than three, a backbone that was not widened sees the
+    three spec.colors, the head all. Wherever it takes images, it takes the Features of a feature cache, in
+    which what is frozen is done. stretched: whether logits are stretched over the images instead of cropped,
+    as in geometry_of.
     """
 
     def __init__(self, backbone, head, spec):
@@ -54,20 +60,30 @@ class Segmenter(nn.Module):
         self.stretched = False
         self.trained_tail = ()  # the Tail that trains on cached tokens; a tuple, as its blocks are not new
         mean, std = backbone.normalization if spec.normalize == "auto" else ((0.0,) * 3, (1.0,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
+        for name, values, other in (("mean", mean, 0.0), ("std", std, 1.0)):
+            buffer = torch.full((1, spec.num_bands, 1, 1), other)
+            buffer[0, list(spec.colors), 0, 0] = torch.tensor(values)
+            self.register_buffer(name, buffer * 255)
+
+    def normalize_bands(self, mean, std):
+        """Normalize the bands beside spec.colors by these means and standard deviations of values 0..255,
+        (C,) each, unless normalize is none.
+        """
+        for position in set(range(self.spec.num_bands)) - set(self.spec.colors):
+            if self.spec.normalize == "auto":
+                self.mean[0, position], self.std[0, position] = mean[position], std[position]
 
     def forward(self, images):
-        """(B, 3, H, W) uint8 RGB of any H, W -> (B, K, H, W) float32 logits."""
+        """(B, C, H, W) uint8 of any H, W -> (B, K, H, W) float32 logits."""
         return pixels(*self.logits(images))
 
     def logits(self, images):
-        """(B, 3, H, W) uint8 RGB, or Features of a cache -> logits (B, K, h, w), their Geometry."""
+        """(B, C, H, W) uint8, or Features of a cache -> logits (B, K, h, w), their Geometry."""
         output, geometry = self.output(images)
         return logits_of(output), geometry
 
     def output(self, images, geometry=None):
-        """(B, 3, H, W) uint8 RGB, or Features of a cache -> (what the head returns, Geometry)."""
+        """(B, C, H, W) uint8, or Features of a cache -> (what the head returns, Geometry)."""
         cached = isinstance(images, Features)
         features = self.finish(images) if cached else self.features(images, geometry)
         # the layout of tokens: in bfloat16 heads are two to three times as fast in it, in float32 up to 1.6
@@ -77,19 +93,24 @@ class Segmenter(nn.Module):
         return self.head(features), features.geometry
 
     def features(self, images, geometry=None):
-        """(B, 3, H, W) uint8 RGB -> Features of the normalized, padded images."""
+        """(B, C, H, W) uint8 -> Features of the normalized, padded images."""
         geometry = geometry or self.geometry(images.shape[-2:])
         images = self.normalized(images, geometry)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone.trains()):
-            maps, tokens = self.backbone(images, self.head.reads.tokens)
+            maps, tokens = self.backbone(self.seen(images), self.head.reads.tokens)
         return Features(maps, tokens, images, geometry)
+
+    def seen(self, images):
+        """(B, C, H, W) normalized -> those of its bands that the backbone sees, (B, channels_in, H, W)."""
+        as_it_is = self.backbone.channels_in == self.spec.num_bands and self.spec.colors == (0, 1, 2)
+        return images if as_it_is or self.backbone.channels_in != 3 else images[:, list(self.spec.colors)]
 
     def geometry(self, size):
         """Return the Geometry of images of `size` = (H, W)."""
         return geometry_of(size, self.backbone.size_divisor, self.head.logits_multiple, self.stretched)
 
     def normalized(self, images, geometry):
-        """(B, 3, H, W) uint8 RGB -> (B, 3, *geometry.padded) float32, normalized, then padded with zeros."""
+        """(B, C, H, W) uint8 -> (B, C, *geometry.padded) float32, normalized, then padded with zeros."""
         return pad((images.float() - self.mean) / self.std, geometry)
 
     # --- for the feature cache
@@ -115,13 +136,14 @@ class Segmenter(nn.Module):
         return [*(Part("tokens", block) for block in sorted(token_blocks) if block <= first), *image]
 
     def compute_parts(self, parts, images):
-        """(B, 3, H, W) uint8 RGB -> {Part: (B, ...)}, maps and tokens as the backbone computes them."""
+        """(B, C, H, W) uint8 -> {Part: (B, ...)}, maps and tokens as the backbone computes them."""
         blocks = [part.block for part in parts if part.kind == "tokens"]
-        maps, tokens = self.backbone(self.normalized(images, self.geometry(images.shape[-2:])), blocks)
+        normalized = self.normalized(images, self.geometry(images.shape[-2:]))
+        maps, tokens = self.backbone(self.seen(normalized), blocks)
         values = {Part("map", layer): values.permute(0, 2, 3, 1)  # (B, h, w, D)
                   for layer, values in zip(self.backbone.layers, maps, strict=True)}
         values.update({Part("tokens", block): values for block, values in tokens.items()})
-        values[Part("image")] = images.permute(0, 2, 3, 1)  # (B, H, W, 3)
+        values[Part("image")] = images.permute(0, 2, 3, 1)  # (B, H, W, C)
         return {part: values[part] for part in parts}
 
     def finish(self, cached):
@@ -142,8 +164,10 @@ class Segmenter(nn.Module):
         code = utils.code_hash(*utils.modules_of(type(self), type(self.backbone), pad))
         options = {name: getattr(self.spec, name) for name in fields_affecting("features", ModelOptions)
                    if getattr(self.spec, name) != getattr(ModelOptions, name)}
-        shared = dict(options, backbone=self.spec.backbone, mean=self.mean.flatten().tolist(),
-                      std=self.std.flatten().tolist(), code=[code, origin_code(self.spec.backbone)])
+        colors = list(self.spec.colors)
+        shared = dict(options, backbone=self.spec.backbone, mean=self.mean[0, colors].flatten().tolist(),
+                      std=self.std[0, colors].flatten().tolist(), colors=colors,
+                      code=[code, origin_code(self.spec.backbone)])
         all_weights, facts = None, {}
         for part in parts:
             if part.kind == "image":
@@ -186,8 +210,8 @@ def build_model(spec, weights="none", unfreeze=0, backbone=None):
     """Return the Segmenter of a ModelSpec, on the CPU. Raises InputError.
 
     weights: auto, none or a file, of the backbone; unfreeze: number of last blocks that train, or "all";
-    backbone: a Backbone to use in place of the one that the spec names. An arch other than dinov2 is a whole
-    network: it has no use for backbone, head and layers.
+    backbone: a Backbone to use in place of the one that the spec names, not widened. An arch other than
+    dinov2 is a whole network: it has no use for backbone, head and layers.
     """
     if spec.arch == "dinov2":
         head = HEADS[spec.head]
@@ -197,6 +221,8 @@ def build_model(spec, weights="none", unfreeze=0, backbone=None):
     else:
         backbone, decoder = build_baseline(spec, weights)
         spec = dataclasses.replace(spec, backbone="", head="", layers=())
+    if spec.widen:
+        backbone.widen(spec.colors, spec.num_bands)
     backbone.unfreeze(unfreeze)
     return Segmenter(backbone, decoder, spec)
 
@@ -210,10 +236,12 @@ def main():
         classes = [(name, None) for name in config.classes or ("background", "foreground")]
         print(f"{len(classes)} classes: --classes names those of a {config.dataset}")
     num_classes = len(classes) - any(config.ignore_background and name == "background" for name, _ in classes)
-    model = build_model(ModelSpec.of(config, num_classes), "none", config.unfreeze)
+    num_bands = len(config.bands) if len(config.bands) > 1 else 3  # of all bands, it is not known how many
+    colors = [min(position, num_bands - 1) for position in range(3)]
+    model = build_model(ModelSpec.of(config, num_classes, num_bands, colors), "none", config.unfreeze)
     print(model)
     trained, total = model.parameter_counts()
-    shape = (1, 3, *config.imgsz)
+    shape = (1, num_bands, *config.imgsz)
     with torch.inference_mode():
         logits = model.eval()(torch.zeros(shape, dtype=torch.uint8))
     backbone = model.backbone

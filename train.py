@@ -36,6 +36,7 @@ import visualize
 from checkpoint import Run, load_head, read_checkpoint
 from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, make_loader, naming_files
 from dataio.feature_cache import cache_features
+from dataio.image_rule import ImageRule, decide_rule
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
 from dataio.windows import WindowReader, check_room
@@ -51,12 +52,23 @@ EXAMPLES = 4  # validation images drawn after every epoch
 
 
 # --- what a run consists of ---------------------------------------------------------------------------------
-def build_state(config, num_classes, device):
-    """Return the TrainState that a TrainConfig describes, at its beginning."""
+def image_rule(config, data, saved):
+    """Return the ImageRule of the data set; of a run that is resumed, that of its checkpoint `saved`."""
+    if not saved:
+        paths = [sample.image for sample in data.training]
+        return decide_rule(paths, config.bands, config.value_range, config.show_bands)
+    rule = ImageRule.of(saved.get("image_rule"), strict=True)
+    return rule.showing(config.show_bands)
+
+
+def build_state(config, data, device):
+    """Return the TrainState that a TrainConfig describes for a DataSource, at its beginning."""
     in_checkpoint = config.resume and not config.save_head_only  # last.pth holds all weights
     weights = "none" if in_checkpoint else config.weights
+    spec = ModelSpec.of(config, len(data.classes), data.rule.channels, data.rule.colors)
     with main_process_first():  # it may download
-        model = build_model(ModelSpec.of(config, num_classes), weights, config.unfreeze)
+        model = build_model(spec, weights, config.unfreeze)
+    model.normalize_bands(data.rule.mean, data.rule.std)
     if config.head_weights and not config.resume:
         trained_on = load_head(model, config.head_weights)
         print(f"the head starts from {config.head_weights}, trained on {', '.join(trained_on)}")
@@ -87,10 +99,10 @@ def build_datasets(config, data):
     single_view = config.cache_features and config.cache_views == 1
     table, size, augments = data.table, config.imgsz, () if single_view else config.augment
     if config.train_scale == "fit":
-        return [SegmentationDataset(data.training, table, size, augments, config.seed),
-                SegmentationDataset(data.splits["val"], table, size)]
+        return [SegmentationDataset(data.training, table, size, augments, config.seed, data.rule),
+                SegmentationDataset(data.splits["val"], table, size, rule=data.rule)]
     with main_process_first():
-        readers = [WindowReader(samples, table, config.cache_images)
+        readers = [WindowReader(samples, table, config.cache_images, data.rule)
                    for samples in (data.training, data.splits["val"])]
         if config.cache_images:
             check_room(readers)
@@ -149,6 +161,7 @@ def check_effects(flags, config, model):
     if config.save_head_only and (backbone.trains() or not backbone.pretrained):
         raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one "
                          f"{'trains' if backbone.trains() else 'is random'}: leave it out")
+    check_bands(config, model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if "backbone_lr_scale" in flags and not trained & model.pretrained():
         raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
@@ -156,6 +169,23 @@ def check_effects(flags, config, model):
     if blocks and not blocks & blocks_with_gradient(model):
         raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing of "
                          "these blocks (it may train copies of them): leave it out, or give more")
+
+
+def check_bands(config, model):
+    """Raise InputError where no part of a model sees the bands beside three, or a part does not train."""
+    spec, backbone = model.spec, model.backbone
+    if config.widen and spec.num_bands == 3:
+        raise InputError("--widen has no effect on images of three bands: leave it out, or give more --bands")
+    if spec.num_bands == 3:
+        return
+    if backbone.first_conv and not backbone.net.get_submodule(backbone.first_conv).weight.requires_grad:
+        raise InputError("the first convolution was widened and is frozen, and so its new bands would stay "
+                         "as they are: let it train")
+    if not backbone.first_conv and not model.head.reads.image:
+        others = " and ".join(name for name, head in HEADS.items() if head.reads.image)
+        raise InputError(f"--head {config.head} does not see the image, and a frozen backbone three of its "
+                         f"{spec.num_bands} bands: give --head {others.replace(' and ', ' or ')}, or "
+                         "--widen, or three --bands")
 
 
 def check_targets(head, data):
@@ -177,7 +207,8 @@ def blocks_with_gradient(model):
     """Return the indices of the blocks that logits depend on: a backward pass on the smallest image."""
     side = model.backbone.size_divisor
     model.eval()  # no statistics, no random numbers
-    logits, _ = model.logits(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.mean.device))
+    images = torch.zeros(1, model.spec.num_bands, side, side, dtype=torch.uint8, device=model.mean.device)
+    logits, _ = model.logits(images)
     logits.sum().backward()
     blocks = {index for index, block in enumerate(model.backbone.blocks)
               if any(parameter.grad is not None for parameter in block.parameters())}
@@ -199,6 +230,8 @@ def print_plan(config, data, model, precision):
     print(f"data: {data.name}, {counts}, {len(data.classes)} classes: {names}")
     for note in data.notes:
         print(f"  {note}")
+    for line in image_lines(config, data.rule, model):
+        print(line)
     trained, total = model.parameter_counts()
     spec = model.spec
     network = spec.arch
@@ -215,6 +248,24 @@ def print_plan(config, data, model, precision):
     print(f"device: {device}, {precision}, {processes} process{'es' * (processes > 1)}", flush=True)
     if processes > 1 and device.type == "cpu":
         print("warning: on the CPU, BatchNorm takes its statistics in each process alone")
+
+
+def image_lines(config, rule, model):
+    """Return lines on how images are read, and who sees which bands."""
+    looked_at, images = rule.looked_at
+    lines = [f"images: {rule} (decided from {looked_at} of {count_of(images, 'training image')})"]
+    if rule.channels == 3:
+        return lines
+    colors = " ".join(str(rule.bands[position]) for position in rule.colors)
+    if model.backbone.first_conv:
+        lines.append(f"  the backbone sees all {rule.channels}: its first convolution is widened, and trains")
+    else:
+        lines.append(f"  the backbone sees bands {colors}, the head all {rule.channels}")
+    shown = " ".join(str(rule.bands[position]) for position in rule.shown)
+    lines.append(f"  pictures show bands {shown} as red, green and blue (--show-bands)")
+    lines += [f"  --augment {name} leaves out {AUGMENTS[name].of_colors}, which need three bands"
+              for name in config.augment if AUGMENTS[name].of_colors]
+    return lines
 
 
 def print_epoch(title, row, better):
@@ -289,8 +340,9 @@ def main():
         raise InputError(f"--train-images {config.train_images}: {data.name} has "
                          f"{count_of(len(data.splits['train']), 'training image')}")
     check_trainable(data)
+    data = dataclasses.replace(data, rule=image_rule(config, data, saved))
     utils.seed_everything(config.seed)
-    state = build_state(config, len(data.classes), device)
+    state = build_state(config, data, device)
     check_effects(flags, config, state.model)
     check_targets(state.model.head, data)
     visualize.require_trackers(config.log)

@@ -4,10 +4,11 @@
     train = WindowDataset(WindowReader(samples, table), (518, 518), ("flip",))       # --train-scale native
     batches = make_loader(train, batch_size=8, workers=2)
     batches.start(epoch=0)                              # the workers begin
-    for images, targets, names in batches:              # (B, 3, h, w), {"mask": (B, h, w)}, file names
+    for images, targets, names in batches:              # (B, C, h, w), {"mask": (B, h, w)}, file names
 
-An item of a dataset is (image (3, h, w) uint8, targets {name: (h, w)}, file name). targets["mask"] are class
-ids, uint8, 255 = ignore; other targets of a Sample are uint8 labels or float32 maps under their names.
+An item of a dataset is (image (C, h, w) uint8, targets {name: (h, w)}, file name), read by the ImageRule of
+the data set. targets["mask"] are class ids, uint8, 255 = ignore; other targets of a Sample are uint8 labels
+or float32 maps under their names.
 """
 import atexit
 import hashlib
@@ -25,10 +26,11 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from config import IGNORE, InputError
-from dataio.readers import read_image, read_orientation, read_sample, read_targets
+from dataio.image_rule import PICTURES, read_image
+from dataio.readers import read_sample, read_sample_targets
 from dataio.resizing import continued, resize_image, window_starts
 from dataio.transforms import augment, fingerprint, needed_size
-from dataio.windows import decoding_code, read_native
+from dataio.windows import decoding_code
 from utils import code_hash
 
 SCALES = 0.5, 2.0  # of random windows: pixels that the network sees per pixel of the image
@@ -40,13 +42,13 @@ CONNECTION_LOST = ConnectionResetError, ConnectionRefusedError, EOFError
 class SegmentationDataset(Dataset):
     """Whole images, resized.
 
-    Training (`augments` a tuple, maybe empty): image (3, h, w) and targets (h, w), all at `size`. Validation
-    (`augments` None): image (3, h, w) at `size`, or as it is where `size` is empty; targets (H, W) at the
+    Training (`augments` a tuple, maybe empty): image (C, h, w) and targets (h, w), all at `size`. Validation
+    (`augments` None): image (C, h, w) at `size`, or as it is where `size` is empty; targets (H, W) at the
     size they are stored in. Raises InputError where not all samples have targets of the same names and kinds.
     """
 
-    def __init__(self, samples, table, size, augments=None, seed=0):
-        self.samples, self.table, self.size = list(samples), table, tuple(size)
+    def __init__(self, samples, table, size, augments=None, seed=0, rule=PICTURES):
+        self.samples, self.table, self.size, self.rule = list(samples), table, tuple(size), rule
         self.augments, self.seed = augments, seed
         kinds = {tuple((target.name, target.kind) for target in sample.targets) for sample in self.samples}
         if len(kinds) > 1:
@@ -57,17 +59,17 @@ class SegmentationDataset(Dataset):
 
     def targets(self, index):
         """Return the targets {name: (H, W)} of image `index`, at the size they are stored in, upright."""
-        sample = self.samples[index]
-        return read_targets(sample, self.table, *read_orientation(sample.image))
+        return read_sample_targets(self.samples[index], self.table, self.rule)
 
     def picture(self, index):
         """Return what item `index` of validation shows, at its own size, (3, H, W) uint8."""
-        return read_image(self.samples[index].image)
+        return self.rule.picture(read_image(self.samples[index].image, self.rule))
 
     def facts(self):
         """Return a dict of all that the items depend on beside the files and the table."""
         code = f"{decoding_code()} {code_hash(sys.modules[__name__])}"  # augment has its own
-        facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size), reading=code)
+        facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size), reading=code,
+                     image_rule=self.rule.facts())
         if self.augments:
             facts.update(augment=fingerprint(self.augments), seed=self.seed)
         return facts
@@ -88,29 +90,14 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, item):
         sample = self.samples[item % len(self)]
         if self.augments is None:
-            image, targets = read_sample(sample, self.table)
+            image, targets = read_sample(sample, self.table, rule=self.rule)
             image = resize_image(image, self.size) if self.size else image
         else:
-            image, targets = read_sample(sample, self.table, at_least=needed_size(self.size, self.augments))
+            at_least = needed_size(self.size, self.augments)
+            image, targets = read_sample(sample, self.table, at_least, self.rule)
             with self.drawing(item):
                 image, targets = augment(image, targets, self.size, self.augments)
         return image, targets, str(sample.image)
-
-
-class NativeDataset(SegmentationDataset):
-    """Validation images as they are, read as windows of them are: for --protocol tile."""
-
-    def __init__(self, samples, table):
-        super().__init__(samples, table, ())
-
-    def __getitem__(self, item):
-        sample = self.samples[item]
-        return *read_native(sample, self.table), str(sample.image)
-
-
-def images_for(protocol, samples, table):
-    """Return the dataset of whole images at their own size, read as a predictor.Protocol needs them."""
-    return NativeDataset(samples, table) if protocol.tile else SegmentationDataset(samples, table, ())
 
 
 class WindowDataset(SegmentationDataset):
@@ -125,7 +112,8 @@ class WindowDataset(SegmentationDataset):
         self.images = []  # index of the image of every item of an epoch
         for index, image_size in enumerate(reader.sizes):
             self.images += [index] * max(1, round(math.prod(image_size) / math.prod(size)))
-        super().__init__([reader.samples[index] for index in self.images], reader.table, size, augments, seed)
+        super().__init__([reader.samples[index] for index in self.images], reader.table, size, augments, seed,
+                         reader.rule)
         self.reader, self.balance, self.points = reader, balance, points
 
     def facts(self):
@@ -174,13 +162,14 @@ class TileDataset(SegmentationDataset):
         for index, (height, width) in enumerate(reader.sizes):
             for top in window_starts(height, size[0], size[0]):
                 self.tiles += [(index, top, left) for left in window_starts(width, size[1], size[1])]
-        super().__init__([reader.samples[index] for index, _, _ in self.tiles], reader.table, size)
+        super().__init__([reader.samples[index] for index, _, _ in self.tiles], reader.table, size,
+                         rule=reader.rule)
 
     def facts(self):
         return dict(super().facts(), tiles=True)
 
     def read(self, item):
-        """Return image (3, h, w) and mask (h, w) of a tile."""
+        """Return image (C, h, w) and mask (h, w) of a tile."""
         index, *corner = self.tiles[item]
         sides = list(map(min, self.size, self.reader.sizes[index]))
         image, mask = self.reader.read(index, *corner, *sides)
@@ -193,7 +182,7 @@ class TileDataset(SegmentationDataset):
         return {"mask": self.read(index)[1]}
 
     def picture(self, index):
-        return self.read(index)[0]
+        return self.rule.picture(self.read(index)[0])
 
     def __getitem__(self, item):
         image, mask = self.read(item)

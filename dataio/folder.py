@@ -12,7 +12,8 @@ from config import DataOptions, InputError, count_of
 from dataio.annotations import find_masks
 from dataio.labels import class_pixels, decode_masks, ignored_share, known_classes
 from dataio.layout import refuse_unpaired
-from dataio.readers import DataSource, read_orientation
+from dataio.images import read_orientation
+from dataio.readers import DataSource
 from dataio.scan import all_in_parallel, fits, scan_mask
 from dataio.stratify import share_table, split_samples
 

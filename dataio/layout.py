@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from config import InputError, count_of
-from dataio.readers import IMAGE_ENDINGS, MASK_ENDINGS, Sample, decode_mask
+from dataio.images import IMAGE_ENDINGS
+from dataio.readers import MASK_ENDINGS, Sample, decode_mask
 from dataio.scan import distinct
 from utils import evenly_sampled, grouped
 

@@ -1,6 +1,5 @@
-"""Reading image, mask and map files; decoding mask values to class ids.
+"""Reading mask and map files, and images with them; decoding mask values to class ids.
 
-    image = read_image("photo.jpg")                    # (3, H, W) uint8 RGB, upright
     mask = read_mask("mask.png", index_table(21))      # (H, W) uint8 class ids, 255 = ignore
     image, targets = read_sample(Sample(Path("photo.jpg"), Path("mask.png")), index_table(21))
 
@@ -9,9 +8,6 @@ file is an InputError that names it.
 """
 import hashlib
 import os
-import struct
-import warnings
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,21 +15,15 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin
 
 from config import IGNORE, InputError
+from dataio.image_rule import PICTURES, ImageRule
+from dataio.images import (IMAGE_ENDINGS, load_array, naming_damage, open_image, stored_of, upright,
+                           upright_size)
+from dataio.resizing import resize_mask
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-# PIL can read more, such as EPS, which it has another program draw
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
-MASK_ENDINGS = (*IMAGE_ENDINGS, ".npy")
+MASK_ENDINGS = IMAGE_ENDINGS
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
-EXIF_ORIENTATION = 0x0112
-TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PLANAR = 256, 257, 258, 284  # tags
-MOST_PIXELS = 1 << 30  # of an image or mask; PIL alone stops at a sixth of it
-DEPTH = "bits per channel"  # entry of a PIL image's info, of images scaled to 8 bit
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
-TAG_ERRORS = (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error)  # of TIFFs
 
 
 class PaintedMask(InputError):
@@ -71,7 +61,8 @@ class DataSource:
     table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24
     for masks painted in colors (entry R * 65536 + G * 256 + B). notes: lines the user should read.
     examples: (picture, clip) to try the model on, files that nothing trains on. extra: Samples of --extra.
-    annotated: whether the masks were drawn from annotation files, which name the classes.
+    annotated: whether the masks were drawn from annotation files, which name the classes. rule: the ImageRule
+    by which its images are read.
     """
 
     name: str
@@ -82,6 +73,7 @@ class DataSource:
     examples: tuple = ()
     extra: list = field(default_factory=list)
     annotated: bool = False
+    rule: ImageRule = PICTURES
 
     @property
     def counts(self):
@@ -136,151 +128,6 @@ def absolute(path):
 def drawn_folder():
     """Return the folder of drawn masks: in it one folder each, named by a hash of all they were made of."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoseg/masks"
-
-
-# --- images -----------------------------------------------------------------------------------------------
-@contextmanager
-def naming_damage(path):
-    """Context in which an error while pixels are decoded is an InputError that names the file."""
-    try:
-        yield
-    except DECODE_ERRORS as error:
-        raise InputError(f"{path} is damaged ({error}): repair or remove the file") from None
-
-
-def open_image(path):
-    """Open an image file with PIL, header only. Raises InputError where it is missing or not an image."""
-    warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of broken files; an InputError says it
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # errors are enough
-    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # twice it is an error
-    try:
-        image = Image.open(path, formats=FORMATS)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except DECODE_ERRORS as error:
-        reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise InputError(f"{path} is not a readable image ({reason}): repair or remove the file") from None
-    if image.format == "TIFF":
-        with suppress(*TAG_ERRORS), Image.open(path, formats=FORMATS) as pages:
-            pages.seek(1)
-            if pages.size == image.size:  # smaller ones are previews
-                raise InputError(f"{path} holds several pages: save each of them as a file of its own")
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(TIFF_BITS, (8,))
-    if tags.get(TIFF_PLANAR) == 2 and len(bits) > 1 and max(bits) > 8:  # PIL would take bytes for pixels
-        raise InputError(f"{path} stores one {max(bits)}-bit channel after the other (planar), which is not "
-                         "read: save it with interleaved channels")
-    return image
-
-
-def open_photo(path):
-    """Open an image, no mask: as open_image does, where PIL keeps all of its bits.
-
-    Color deeper than 8 bit, which PIL cuts to 8 or does not know at all, comes scaled to 8 bit, as to_8_bit
-    does, its pixels decoded by OpenCV.
-    """
-    try:
-        image = open_image(path)
-    except InputError:
-        # OpenCV mixes up planar channels, and here a fourth one may be anything
-        if tiff_tag(path, TIFF_PLANAR) == 1 and (deep := decode_deep(path, 3)):
-            return deep
-        raise
-    if image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in image.tile):
-        with naming_damage(path):
-            image.load()  # OpenCV is less strict and writes to the terminal
-        if deep := decode_deep(path, 4):
-            if image.format != "TIFF":  # OpenCV turns these alone
-                deep.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
-            return deep
-    return image
-
-
-def tiff_tag(path, number):
-    """Return a tag of the first page of a TIFF, 1 where it is left out, None where the file is no TIFF."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-            tags = TiffImagePlugin.ImageFileDirectory_v2(start + file.read(12 if b"+" in start else 4))
-            file.seek(tags.next)
-            tags.load(file)
-            return tags.get(number, 1)
-    except TAG_ERRORS:
-        return None
-
-
-def decode_deep(path, most_channels):
-    """Return a file of 3 to most_channels channels, deeper than 8 bit, as RGB(A) scaled to 8, else None."""
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints come as one line
-    try:
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        return None
-    if pixels is None or pixels.ndim < 3 or pixels.itemsize < 2 or pixels.shape[2] > most_channels:
-        return None
-    values, depth = to_8_bit(pixels[..., 2::-1])  # BGR -> RGB
-    if pixels.shape[2] == 4:
-        values = np.dstack([values, to_8_bit(pixels[..., 3])[0]])
-    image = Image.fromarray(values)
-    image.info[DEPTH] = depth
-    return image
-
-
-def to_8_bit(values):
-    """Return (numbers of any type as uint8, their depth in bits), scaled by their own depth.
-
-    Integers count to 255, 1023, 4095, 16383 or 65535, floats to 1, 255 or 65535: the smallest that holds all
-    of the image. The depth of floats is 8.
-    """
-    integers = values.dtype.kind != "f"
-    wide = values.astype(np.float64)
-    wide[~np.isfinite(wide)] = 0
-    tops, most = (255, 1023, 4095, 16383, 65535) if integers else (1, 255, 65535), wide.max()
-    top = next((top for top in tops if most <= top), most)
-    return (wide.clip(0, top) * (255 / top)).astype(np.uint8), int(top).bit_length() if integers else 8
-
-
-def to_rgb(image):
-    """Return a PIL image of any mode as RGB: deep gray scaled by to_8_bit, transparency laid over white."""
-    if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip at 255
-        values, depth = to_8_bit(np.asarray(image))
-        image = Image.fromarray(values)
-        image.info[DEPTH] = depth
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        over = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        over.info[DEPTH] = image.info.get(DEPTH, 8)
-        return over.convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def stored_size(image, exif=None):
-    """Return (size (H, W) as stored, EXIF orientation 1..8) of a PIL image that is not decoded yet."""
-    orientation = (image.getexif() if exif is None else exif).get(EXIF_ORIENTATION, 1)
-    orientation = orientation if orientation in range(1, 9) else 1  # PIL does not turn others
-    tags = getattr(image, "tag_v2", None)  # of TIFFs, PIL's own size is the turned one
-    return (tags[TIFF_HEIGHT], tags[TIFF_WIDTH]) if tags else image.size[::-1], orientation
-
-
-def read_image(path):
-    """Read an image file upright (EXIF) as (3, H, W) uint8 RGB. Raises InputError."""
-    return read_upright(path)[0]
-
-
-def read_upright(path, at_least=None):
-    """Return (image as read_image gives it, its stored size (H, W), its EXIF orientation 1..8, its depth in
-    bits, more than 8 where it was scaled to 8).
-
-    at_least: (h, w) that are enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that is no
-    smaller, which takes a fraction of the time.
-    """
-    with open_photo(path) as image, naming_damage(path):
-        size, orientation = stored_size(image)
-        if at_least:
-            image.draft(None, (max(at_least),) * 2)
-        rgb = to_rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
-        pixels = np.array(rgb)  # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1), size, orientation, rgb.info.get(DEPTH, 8)
 
 
 # --- masks ------------------------------------------------------------------------------------------------
@@ -367,12 +214,7 @@ def decode_mask(path):
 
 def read_array(path):
     """Return the array of a NumPy file; an axis of length 1 before or after two others is removed."""
-    try:
-        values = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a readable array ({error}): save it again with numpy.save") from None
+    values = load_array(path)
     for axis in (0, -1):
         values = values.squeeze(axis) if values.ndim == 3 and values.shape[axis] == 1 else values
     return values
@@ -472,35 +314,31 @@ TARGET_READERS = {"labels": read_labels, "map": read_map}  # by Target.kind
 
 
 # --- samples ----------------------------------------------------------------------------------------------
-def has_late_exif(path):
-    """Return whether a PNG may say behind its pixels how it is turned; reads the heads of its chunks."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        behind_pixels = False
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            behind_pixels |= kind == b"IDAT"
-            if behind_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-                return True
-            file.seek(length + 4, os.SEEK_CUR)
-    return False
+def read_sample(sample, table, at_least=None, rule=PICTURES):
+    """Return a Sample's image (C, H, W) uint8, by an ImageRule, and its targets {name: (H, W)} as
+    read_targets does; pixels of the image without data are IGNORE in the mask.
 
-
-def read_orientation(path):
-    """Return (size (H, W) as stored, EXIF orientation 1..8) of an image file. Raises InputError."""
-    with open_photo(path) as image, naming_damage(path):  # PNG may keep EXIF behind the pixels
-        early = image.format == "PNG" and not has_late_exif(path)
-        # of a PNG without EXIF, PIL's own way is to decode all of it and look behind the pixels
-        return stored_size(image, Image.Image.getexif(image) if early else None)
-
-
-def read_sample(sample, table, at_least=None):
-    """Return a Sample's image (3, H, W) uint8 RGB and its targets {name: (H, W)} as read_targets does.
-
-    at_least: as in read_upright; targets keep the size they are stored in. Raises InputError.
+    at_least: as in ImageRule.read; targets keep the size they are stored in. Raises InputError.
     """
-    image, size, orientation, _ = read_upright(sample.image, at_least)
-    return image, read_targets(sample, table, size, orientation)
+    photo = rule.read(sample.image, at_least)
+    targets = read_targets(sample, table, photo.size, photo.orientation)
+    return photo.image, ignore_invalid(targets, photo.valid)
+
+
+def read_sample_targets(sample, table, rule=PICTURES):
+    """Return the targets of a Sample as read_sample does; a picture that has data everywhere stays closed."""
+    stored = stored_of(sample.image)
+    targets = read_targets(sample, table, stored.size, stored.orientation)
+    return targets if stored.is_picture else ignore_invalid(targets, rule.read(sample.image).valid)
+
+
+def ignore_invalid(targets, valid):
+    """Return targets whose mask (H, W) is IGNORE where `valid`, bool of the image's size or None, is not."""
+    if valid is not None:
+        counts = torch.from_numpy(np.ascontiguousarray(valid)).to(torch.uint8)
+        counts = resize_mask(counts, targets["mask"].shape)
+        targets["mask"] = targets["mask"].masked_fill(counts == 0, IGNORE)
+    return targets
 
 
 def read_targets(sample, table, size, orientation):
@@ -526,20 +364,8 @@ def read_targets(sample, table, size, orientation):
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
-def upright_size(size, orientation):
-    """Return the (H, W) of an image that is stored as `size` and turned by its EXIF orientation."""
-    return size[::-1] if orientation >= 5 else size  # 5 to 8 turn by 90 degrees
-
-
-def image_size(path):
-    """Return the (H, W) of an upright image file; reads its header. Raises InputError."""
-    return upright_size(*read_orientation(path))
-
-
 def rotate_like(values, size, orientation):
     """Turn a target (H, W) that was made on the unrotated pixels of an image, of `size`, as its image is."""
     if orientation < 5 or values.shape != size or size[0] == size[1]:
         return values  # not turned by 90 degrees, or the target is upright already
-    turned = Image.fromarray(values)
-    turned.getexif()[EXIF_ORIENTATION] = orientation
-    return np.array(ImageOps.exif_transpose(turned))
+    return np.ascontiguousarray(upright(values, orientation))

@@ -1,6 +1,6 @@
 """Resizing images, class ids and maps of numbers: the one way in which every script does it.
 
-    image = resize_image(image, (518, 518))                         # (..., 3, H, W) uint8, antialiased
+    image = resize_image(image, (518, 518))                         # (..., C, H, W) uint8, antialiased
     targets = resize_targets({"mask": mask}, (518, 518))            # each by its type
 """
 import math
@@ -16,7 +16,7 @@ PADDING_COLOR = (124, 116, 104)  # the ImageNet mean, so that padding is close t
 
 
 def resize_image(image, size):
-    """Resize (..., 3, H, W) uint8 to (..., 3, h, w), bilinear, antialiased; every script resizes by it.
+    """Resize (..., C, H, W) uint8 to (..., C, h, w), bilinear, antialiased; every script resizes by it.
 
     Equal to torchvision's resize, whose import takes as long as torch's.
     """
@@ -61,8 +61,17 @@ def resize_targets(targets, size):
             for name, target in targets.items()}
 
 
+def padding_color(image):
+    """Return (C, 1, 1) uint8, what is put around an image (C, H, W): PADDING_COLOR, or the mean of each band
+    where these are not three.
+    """
+    if len(image) == 3:
+        return torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None]
+    return image.float().mean((1, 2), keepdim=True).round().to(torch.uint8)
+
+
 def continued(image, size):
-    """Return (..., 3, H, W) uint8 of at least `size` = (h, w): what is missing at the right and below is its
+    """Return (..., C, H, W) uint8 of at least `size` = (h, w): what is missing at the right and below is its
     last pixels.
     """
     missing = 0, max(0, size[1] - image.shape[-1]), 0, max(0, size[0] - image.shape[-2])

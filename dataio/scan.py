@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import InputError
-from dataio.readers import (DEPTH, decode_mask, naming_damage, open_photo, stored_size, to_rgb,
-                            upright_size)
+from dataio.image_rule import PERCENTILES, data_of, look_at, scale
+from dataio.images import Stored, naming_damage, open_picture, stored_of, to_rgb, upright_size
+from dataio.readers import decode_mask
 
 LOOK = 16  # side of the difference hash: 16 x 16 bits
 MOST_VALUES = 4096  # distinct values in a mask; more is a photo or was blurred
@@ -40,18 +41,30 @@ class MaskFacts(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What an image file holds. size: (H, W) as stored; orientation: of EXIF, 1 = upright.
+    """What an image file holds. stored: its images.Stored; mode: as PIL names its pixels, or their type and
+    the number of bands.
 
-    digest: of its bytes; look: (4,) uint64, its difference hash, close for images that look alike.
-    depth: bits of its values; where there are more than 8, they are scaled to 8 by that when it is read.
+    digest: of its bytes; look: (4,) uint64, its difference hash, close for images that look alike. quantiles:
+    (C, 3), where it is no picture: PERCENTILES and median of each band, NaN where it has no data; empty: the
+    share of its pixels without data.
     """
 
-    size: tuple
+    stored: Stored
     mode: str
-    orientation: int
     digest: bytes
     look: np.ndarray
-    depth: int
+    quantiles: np.ndarray | None = None
+    empty: float = 0.0
+
+    @property
+    def size(self):
+        """(H, W) as stored."""
+        return self.stored.size
+
+    @property
+    def orientation(self):
+        """That of EXIF, 1 = upright."""
+        return self.stored.orientation
 
 
 def fits(mask_size, image_size, orientation):
@@ -85,14 +98,30 @@ def scan_mask(path):
 
 def scan_image(path):
     """Return the ImageFacts of a file; JPEGs are decoded at a fraction of their size. Raises InputError."""
-    with open_photo(path) as image, naming_damage(path):
-        mode, (size, orientation) = image.mode, stored_size(image)
-        image.draft("L", (4 * LOOK, 4 * LOOK))
-        rgb = to_rgb(image)  # as it is read, or else all 16-bit images would look alike
-        small = np.asarray(rgb.convert("L").resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
-        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+    stored = stored_of(path)
+    if stored.is_picture:
+        with open_picture(path) as image, naming_damage(path):
+            mode = image.mode
+            image.draft("L", (4 * LOOK, 4 * LOOK))
+            gray = to_rgb(image).convert("L")
+        quantiles, empty = None, 0.0
+    else:
+        values, valid = look_at(path, stored, range(1, stored.bands + 1), stored.alpha)
+        mode, (quantiles, empty) = str(stored), band_facts(values, valid, stored.nodata)
+        low, _, high = np.nan_to_num(quantiles[0])
+        gray = Image.fromarray(scale(np.nan_to_num(values[0]), low, max(high, low + 1e-6)))
+    small = np.asarray(gray.resize((LOOK + 1, LOOK), Image.Resampling.BOX), np.int16)
+    digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
     look = np.packbits(small[:, 1:] > small[:, :-1]).view(np.uint64)
-    return ImageFacts(size, mode, orientation, digest, look, rgb.info.get(DEPTH, 8))
+    return ImageFacts(stored, mode, digest, look, quantiles, empty)
+
+
+def band_facts(values, valid, nodata):
+    """Return (quantiles (C, 3), share of pixels without data) of bands (C, h, w), as in ImageFacts."""
+    bands = [data_of(band if valid is None else band[valid], nodata) for band in values]
+    shares = PERCENTILES[0], 50, PERCENTILES[1]
+    quantiles = [np.percentile(band, shares) if band.size else np.full(3, np.nan) for band in bands]
+    return np.array(quantiles), 1 - max(band.size for band in bands) / values[0].size
 
 
 def in_parallel(function, items, title):

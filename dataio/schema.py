@@ -11,8 +11,9 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import (AfterValidator, BaseModel, Field, InstanceOf, Strict, StrictBool, StrictFloat,
-                      StrictStr, TypeAdapter, ValidationError, create_model)
+from pydantic import (AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, Strict, StrictBool,
+                      StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError, create_model,
+                      model_validator)
 
 from config import FIELDS, RECIPES, InputError, ModelOptions, names
 
@@ -67,6 +68,13 @@ def check_stride(sides):
     return sides
 
 
+def check_range(ends):
+    """Return (low, high). Raises ValueError."""
+    if ends[0] >= ends[1]:
+        raise ValueError("should be a lower and a higher end")
+    return ends
+
+
 def integer(lowest, highest=LARGEST):
     """Return the type of an integer."""
     return Annotated[int, Strict(), Field(ge=lowest, le=highest)]
@@ -107,8 +115,11 @@ def check_setting(field, value):
         raise ValueError(f"should be a list of {options['nargs']}")
     convert = options.get("type", str)
     try:
-        for text in ["/".join(map(str, items))] if field.name == "fold" else map(str, items):
-            convert(text)
+        texts = {"/".join(map(str, items)): tuple(items)} if field.name == "fold" else \
+            {str(item): item for item in items}
+        for text, item in texts.items():
+            if convert(text) != item and "type" in options:
+                raise ValueError("should be what the flag takes")
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"should be what the flag takes ({error})") from None
     return value
@@ -117,8 +128,7 @@ def check_setting(field, value):
 def types_of(field):
     """Return the types that the value of a field of TrainConfig, or each of its items, may have."""
     if field.type is tuple:
-        has_floats = float in map(type, field.default)
-        return (int, float) if has_floats else (int,) if field.metadata.get("type") else (str,)
+        return (int, float, str) if field.metadata.get("type") else (str,)
     return {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(field.type, (int, str))
 
 
@@ -139,7 +149,9 @@ def form_of(form_name, setting_names, **needed):
 
 
 Settings = form_of("Settings", FIELDS)
-Spec = form_of("Spec", ModelOptions.__dataclass_fields__, num_classes=integer(1, MOST_CLASSES))
+Spec = form_of("Spec", ModelOptions.__dataclass_fields__, num_classes=integer(1, MOST_CLASSES),
+               num_bands=(integer(1, LARGEST_SIDE), 3),
+               colors=(tuple[Count, Count, Count], (0, 1, 2)))
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -161,6 +173,33 @@ class Protocol(BaseModel):
     tile: Annotated[Number, Field(ge=0)] = 0.0
 
 
+class StoredRule(BaseModel):
+    """images.ImageRule."""
+
+    model_config = ConfigDict(extra="forbid")
+    dtype: Literal["", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16",
+                   "float32", "float64"]
+    count: integer(0, LARGEST_SIDE)
+    bands: Annotated[list[Side], Field(max_length=LARGEST_SIDE)]
+    ranges: list[Annotated[tuple[Number, Number], AfterValidator(check_range)]]
+    alpha: Count
+    nodata: StrictFloat | StrictInt | None
+    colors: tuple[Count, Count, Count]
+    shown: tuple[Count, Count, Count]
+    mean: list[Number]
+    std: list[Number]
+    looked_at: tuple[Count, Count]
+
+    @model_validator(mode="after")
+    def check_lengths(self):
+        """Raise ValueError where lists do not have an entry for each band."""
+        channels = len(self.bands) or 3
+        if max(*self.colors, *self.shown) >= channels or \
+                {len(self.ranges), len(self.mean), len(self.std)} - {0, channels}:
+            raise ValueError("should have an entry for each band")
+        return self
+
+
 class ModelFile(BaseModel):
     """What checkpoints and exported files share."""
 
@@ -172,6 +211,7 @@ class ModelFile(BaseModel):
     epoch: Count = 0
     metrics: dict[Text, Any] = {}
     data_fingerprint: Text = ""
+    image_rule: StoredRule = None
 
 
 class Exported(ModelFile):

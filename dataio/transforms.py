@@ -17,7 +17,7 @@ import torch
 
 from config import IGNORE
 from dataio.readers import short_hash
-from dataio.resizing import PADDING_COLOR, resize_image, resize_targets
+from dataio.resizing import padding_color, resize_image, resize_targets
 from utils import code_hash, modules_of
 
 UNKNOWN = {torch.uint8: IGNORE, torch.float32: math.nan}  # value of target pixels that are made up
@@ -26,19 +26,21 @@ TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.52
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Base: called with image (3, H, W) uint8, its targets {name: (H, W)}, and the size (h, w) of the run;
+    """Base: called with image (C, H, W) uint8, its targets {name: (H, W)}, and the size (h, w) of the run;
     `mask` is always one of the targets.
 
     resizes: whether the result has the size of the run whatever comes in, targets of sizes of their own too;
     else all are resized before. zoom: how many times larger than the run's size the image is needed at most.
-    Fields are its parameters.
+    of_colors: what of it needs three bands, and is left out where the image has others. Fields are its
+    parameters.
     """
 
     resizes = False
     zoom = 1.0
+    of_colors = ""
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> the same, at their own or the run's size."""
+        """(C, H, W), {name: (H, W)} -> the same, at their own or the run's size."""
         raise NotImplementedError
 
 
@@ -48,7 +50,7 @@ class ScaleCrop(Augmentation):
 
     scale: range of the factor on the size at which the image just fits into the run's or, with `covers`, just
     covers it. max_share: the crop is drawn anew, up to ten times, while one class has more of its counted
-    pixels. Pixels beyond the image are PADDING_COLOR, mask 255. The result has the size of the run.
+    pixels. Pixels beyond the image are padding_color, mask 255. The result has the size of the run.
     """
 
     scale: tuple = (0.5, 2.0)
@@ -62,7 +64,7 @@ class ScaleCrop(Augmentation):
         return self.scale[1]
 
     def __call__(self, image, targets, size):
-        """(3, H, W), {name: (H, W)} -> (3, *size), {name: size}."""
+        """(C, H, W), {name: (H, W)} -> (C, *size), {name: size}."""
         height, width = image.shape[-2:]
         fits = size[0] / height, size[1] / width
         factor = (max if self.covers else min)(fits) * torch.empty(1).uniform_(*self.scale).item()
@@ -73,8 +75,7 @@ class ScaleCrop(Augmentation):
             mask = window_of(targets["mask"], corner, size, IGNORE)
             if self.max_share == 1 or is_mixed(mask, self.max_share):
                 break
-        color = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None]
-        return window_of(image, corner, size, color), {
+        return window_of(image, corner, size, padding_color(image)), {
             name: window_of(target, corner, size, UNKNOWN[target.dtype]) for name, target in targets.items()}
 
 
@@ -143,8 +144,11 @@ class ColorJitter(Augmentation):
 
     brightness, contrast, saturation: factors 1 +- the value; hue: +- a share of the circle. All four are
     linear in RGB, the hue as a rotation of the chroma plane of YIQ, so that one matrix does them at once:
-    twenty times as fast as torchvision's ColorJitter, which goes through HSV.
+    twenty times as fast as torchvision's ColorJitter, which goes through HSV. Of images of other bands than
+    three, brightness and contrast of each band change.
     """
+
+    of_colors = "saturation and hue"
 
     brightness: float = 0.3
     contrast: float = 0.3
@@ -155,6 +159,10 @@ class ColorJitter(Augmentation):
         spans = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
         drawn = (torch.rand(4) * 2 - 1) * spans
         bright, contrasted, saturated = (1 + drawn[:3]).tolist()
+        if len(image) != 3:
+            means = image.float().mean((1, 2), keepdim=True)  # (C, 1, 1)
+            values = bright * (contrasted * image + (1 - contrasted) * means)
+            return values.round_().clamp_(0, 255).to(torch.uint8), targets
         angle = 2 * math.pi * drawn[3].item()
         cosine, sine = math.cos(angle) * saturated, math.sin(angle) * saturated
         turn = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])  # of (Y, I, Q)
@@ -170,8 +178,11 @@ class PhotometricDistortion(Augmentation):
     """Change brightness, contrast, saturation and hue, each of half of the images: mmsegmentation's.
 
     brightness: +- gray levels; contrast, saturation: factors 1 +- the value; hue: +- half degrees, as OpenCV
-    counts them. Contrast comes before or after saturation and hue, at random. Liu et al., SSD, ECCV 2016.
+    counts them. Contrast comes before or after saturation and hue, at random. Liu et al., SSD, ECCV 2016. Of
+    images of other bands than three, brightness and contrast change.
     """
+
+    of_colors = "saturation and hue"
 
     brightness: int = 32
     contrast: float = 0.5
@@ -182,17 +193,19 @@ class PhotometricDistortion(Augmentation):
         drawn = torch.rand(4) * 2 - 1
         bright, contrast, saturation, hue, early = (torch.rand(5) < 0.5).tolist()
         levels = np.arange(256, dtype=np.float32)
-        pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
+        pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
+        has_colors = pixels.shape[2] == 3
         contrasted = levels * (1 + self.contrast * drawn[1].item())
 
         def look_up(pixels, table):
-            return cv2.LUT(pixels, np.clip(table, 0, 255).astype(np.uint8))
+            looked_up = cv2.LUT(pixels, np.clip(table, 0, 255).astype(np.uint8))
+            return looked_up.reshape(pixels.shape)  # OpenCV leaves out an axis of length 1
 
         if bright:
             pixels = look_up(pixels, levels + self.brightness * drawn[0].item())
         if contrast and early:
             pixels = look_up(pixels, contrasted)
-        if saturation or hue:
+        if has_colors and (saturation or hue):
             hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # hue 0..179
             if saturation:
                 hsv[..., 1] = look_up(hsv[..., 1], levels * (1 + self.saturation * drawn[2].item()))
@@ -219,12 +232,12 @@ def augment(image, targets, size, names):
     """Bring an image and its targets to `size` = (h, w) with the augmentations in `names`, in the order of
     AUGMENTS.
 
-    image (3, H, W) uint8, targets {name: (H, W) uint8 or float32}, each of any size -> all at `size`. Random
+    image (C, H, W) uint8, targets {name: (H, W) uint8 or float32}, each of any size -> all at `size`. Random
     numbers come from torch's global generator. Raises ValueError where an augmentation returns anything else.
     """
     steps = [step for name, step in AUGMENTS.items() if name in names]
     forms = {name: (tuple(size), target.dtype) for name, target in targets.items()}
-    forms["image"] = (3, *size), torch.uint8
+    forms["image"] = (len(image), *size), torch.uint8
     if not any(step.resizes for step in steps):
         image, targets = resize_image(image, size), resize_targets(targets, size)
     for step in steps:

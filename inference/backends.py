@@ -29,7 +29,7 @@ METADATA = "dinoseg"  # key of the JSON in a file's metadata
 
 
 class Graph(nn.Module):
-    """What is exported of a Segmenter, for images of one size: (B, 3, H, W) uint8 -> logits.
+    """What is exported of a Segmenter, for images of one size: (B, C, H, W) uint8 -> logits.
 
     coarse: its logits on the head's grid, cheaper to bring to another size; else the pixels (B, K, H, W).
     """
@@ -45,7 +45,8 @@ class Graph(nn.Module):
 
     def example(self, batch=1):
         """Return images to trace with; runs them once, so that what depends on the size exists."""
-        images = torch.zeros(batch, 3, *self.size, dtype=torch.uint8, device=self.model.mean.device)
+        shape = batch, self.model.spec.num_bands, *self.size
+        images = torch.zeros(shape, dtype=torch.uint8, device=self.model.mean.device)
         with torch.no_grad():
             self(images)
         return images
@@ -60,7 +61,7 @@ class Graph(nn.Module):
 
 
 class ExportedModel(nn.Module):
-    """Base of the models that run outside torch: (B, 3, H, W) uint8 of one size -> logits.
+    """Base of the models that run outside torch: (B, C, H, W) uint8 of one size -> logits.
 
     program: the runtime's own model; size: (H, W); batch: images per call, 0 = any; geometry: of its logits
     where they are coarse, else they are pixels of that size; precise: in float32 whatever the processor can
@@ -78,11 +79,11 @@ class ExportedModel(nn.Module):
         self.device_marker = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def run(self, batches):
-        """[(B, 3, H, W) uint8 numpy] -> the logits of every batch as a numpy array."""
+        """[(B, C, H, W) uint8 numpy] -> the logits of every batch as a numpy array."""
         raise NotImplementedError
 
     def logits(self, images):
-        """(B, 3, H, W) uint8 -> logits (B, K, h, w) float32, their Geometry. Raises InputError for another
+        """(B, C, H, W) uint8 -> logits (B, K, h, w) float32, their Geometry. Raises InputError for another
         size than the exported one.
         """
         if tuple(images.shape[-2:]) != self.size:
@@ -98,7 +99,7 @@ class ExportedModel(nn.Module):
         return torch.cat([torch.from_numpy(batch) for batch in values])[:len(images)].float(), self.geometry
 
     def forward(self, images):
-        """(B, 3, H, W) uint8 -> (B, K, H, W) float32."""
+        """(B, C, H, W) uint8 -> (B, K, H, W) float32."""
         return pixels(*self.logits(images))
 
 

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of, polygons
-from dataio.readers import read_image
+from dataio.image_rule import read_image
 from utils import copy_file, save_image
 from visualize import background_id, save_classes, save_mask
 

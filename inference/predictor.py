@@ -7,6 +7,7 @@ evaluate.py scores through the same functions, so a score is of what the inferen
 images in tiles, memory grows with the width alone: one row of tiles is in memory, K x side x W values.
 """
 import math
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,8 @@ import torch
 from tqdm import tqdm
 
 from config import InputError
-from dataio.readers import read_image
+from dataio.image_rule import ImageRule
 from dataio.resizing import continued, resize_image, window_starts
-from dataio.windows import read_native_image
 from inference.backends import ExportedModel, convert, is_installed
 from models.upsampling import BLOCK_VALUES, block_slices, class_ids, geometry_of, pixels
 from utils import Precision, pick_device, shortest_time
@@ -127,7 +127,7 @@ def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, ov
 # --- views ------------------------------------------------------------------------------------------------
 # A view of images is (logits (B, K, h, w), their Geometry), of which models/upsampling.py makes pixels.
 def slide_logits(model, images, window, stride, batch_size):
-    """Average the logits of overlapping windows: images (B, 3, H, W) uint8 -> (B, K, H, W) float32."""
+    """Average the logits of overlapping windows: images (B, C, H, W) uint8 -> (B, K, H, W) float32."""
     height, width = images.shape[-2:]
     high, wide = min(window[0], height), min(window[1], width)
     corners = [(top, left) for top in window_starts(height, high, stride[0])
@@ -149,7 +149,7 @@ def slide_logits(model, images, window, stride, batch_size):
 
 @torch.inference_mode()
 def views_of(model, images, protocol, precision, batch_size=8):
-    """Yield every view of `images` (B, 3, H, W) uint8 under a Protocol without tiles.
+    """Yield every view of `images` (B, C, H, W) uint8 under a Protocol without tiles.
 
     model in eval mode; batch_size: windows per forward pass. A single view is alive at a time, unless the
     caller keeps them.
@@ -198,8 +198,8 @@ def edge_weights(starts, index, length):
 class Tiles:
     """One image as overlapping tiles, whose probabilities are blended: rows() yields them from the top.
 
-    probabilities: (n, 3, h, w) uint8 crops -> (n, K, h, w) float32; image: (1, 3, H, W) uint8, on any device,
-    or a Raster: an object with its `shape` and read(top, left, h, w) -> (1, 3, h, w), None where it has no
+    probabilities: (n, C, h, w) uint8 crops -> (n, K, h, w) float32; image: (1, C, H, W) uint8, on any device,
+    or a Raster: an object with its `shape` and read(top, left, h, w) -> (1, C, h, w), None where it has no
     data; side: (h, w) of a tile, stride: (h, w) between two, in pixels of the image.
     """
 
@@ -235,7 +235,7 @@ class Tiles:
         self.top = top
 
     def crop(self, top, left):
-        """Return a tile (1, 3, h, w) of the image, which its last pixels continue where it is smaller than
+        """Return a tile (1, C, h, w) of the image, which its last pixels continue where it is smaller than
         that; None where it has no data.
         """
         sides = [min(side, length) for side, length in zip(self.side, self.size, strict=True)]
@@ -347,12 +347,12 @@ def scores_of(scored, size, every_class=False):
 
 # --- the predictor ----------------------------------------------------------------------------------------
 class Predictor:
-    """A model ready to use: predictor(images (B, 3, H, W) uint8) -> label maps (B, H, W) uint8 numpy.
+    """A model ready to use: predictor(images (B, C, H, W) uint8) -> label maps (B, H, W) uint8 numpy.
 
-    model, checkpoint: as checkpoint.load_model returns them. classes = [[name, [R, G, B]], ...]; str() says
-    protocol and device. protocol: as choose_protocol returns it (default: the checkpoint's); backend: as
-    --backend; expected: about how many images will come, None = very many. Raises InputError for a device or
-    backend that does not work.
+    model, checkpoint: as checkpoint.load_model returns them. classes = [[name, [R, G, B]], ...]; rule: the
+    ImageRule by which it reads images, not strict; str() says protocol and device. protocol: as
+    choose_protocol returns it (default: the checkpoint's); backend: as --backend; expected: about how many
+    images will come, None = very many. Raises InputError for a device or backend that does not work.
     """
 
     def __init__(self, model, checkpoint, device="auto", protocol=None, backend="torch", expected=0):
@@ -366,6 +366,7 @@ class Predictor:
             self.device = torch.device("cpu")
         self.model, self.checkpoint = model.to(self.device), checkpoint
         self.classes = checkpoint["classes"]
+        self.rule = ImageRule.of(checkpoint.get("image_rule"))
         self.protocol = protocol or choose_protocol(checkpoint)
         if not exported and backend != "torch":
             self.model = self.choose_backend(backend, expected)
@@ -378,7 +379,7 @@ class Predictor:
             if self.device.type != "cpu" or not (worth_it and one_size and is_installed("openvino")):
                 return self.model
             other = convert(self.model, self.protocol.window, "openvino")
-            images = torch.zeros(1, 3, *self.protocol.window, dtype=torch.uint8)
+            images = torch.zeros(1, self.rule.channels, *self.protocol.window, dtype=torch.uint8)
             seconds = [shortest_time(self.run_once, model, images) for model in (self.model, other)]
             return other if seconds[1] < seconds[0] else self.model
         if self.device.type != "cpu" or not one_size:
@@ -388,26 +389,29 @@ class Predictor:
 
     @torch.inference_mode()
     def run_once(self, model, images):
-        """Run a model on images (B, 3, H, W), for timing."""
+        """Run a model on images (B, C, H, W), for timing."""
         with self.precision.autocast():
             model.logits(images)
 
     def predict(self, image):
-        """Return the label map (H, W) uint8 of an image: a path, or a numpy array (H, W, 3) uint8 RGB."""
+        """Return the label map (H, W) uint8 of an image: a path, or a numpy array (H, W, C), in type and
+        bands as the files of the training, of most models (H, W, 3) uint8 RGB.
+        """
         if isinstance(image, (str, Path)):
             return self(self.read(image)[None])[0]
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise InputError(f"an image is an array (H, W, 3) of uint8 RGB, not {image.shape} of "
-                             f"{image.dtype}")
-        return self(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])[0]
+        return self(torch.from_numpy(self.rule.convert_array(np.asarray(image)))[None])[0]
 
     def read(self, path):
-        """Return an image file as the protocol wants it, (3, H, W) uint8 RGB. Raises InputError."""
-        return read_native_image(path) if self.protocol.tile else read_image(path)
+        """Return an image file as the network sees it, (C, H, W) uint8; says on stderr where it does not fit
+        the images of the training. Raises InputError.
+        """
+        photo = self.rule.read(path)
+        if photo.doubt:
+            tqdm.write(f"warning: {photo.doubt}", file=sys.stderr)
+        return photo.image
 
     def rows(self, image, size, batch_size=8):
-        """Yield what scored_rows yields, of an image (1, 3, H, W) uint8 or a Raster, at `size` = (H, W)."""
+        """Yield what scored_rows yields, of an image (1, C, H, W) uint8 or a Raster, at `size` = (H, W)."""
         protocol = self.protocol
         if not protocol.tile:
             return scored_rows(views_of(self.model, image, protocol, self.precision, batch_size), size)
@@ -423,13 +427,13 @@ class Predictor:
 
     @torch.inference_mode()
     def scores(self, images, every_class=False):
-        """Return the Scores of one image (1, 3, H, W) uint8; every_class: with the probabilities of all."""
+        """Return the Scores of one image (1, C, H, W) uint8; every_class: with the probabilities of all."""
         size = tuple(images.shape[-2:])
         return scores_of(self.rows(images, size), size, every_class)
 
     @torch.inference_mode()
     def predict_at(self, images, sizes, batch_size=8):
-        """Return the class ids of images (B, 3, H, W) uint8, a list of (H, W) uint8 of the `sizes`, on the
+        """Return the class ids of images (B, C, H, W) uint8, a list of (H, W) uint8 of the `sizes`, on the
         device.
         """
         if self.protocol.tile or len(images) == 1:  # the views of a single image need not be kept

@@ -12,19 +12,18 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import rasterio
+import rasterio.features
+import rasterio.warp
 import torch
+from rasterio.windows import Window
 
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of
-from dataio.windows import named_errors, rasterio
+from dataio.images import named_errors
 from models.upsampling import class_ids
 from utils import write_atomically
 from visualize import color_table
-
-if rasterio:
-    import rasterio.features
-    import rasterio.warp
-    from rasterio.windows import Window
 
 UNWRITTEN = "could not be written completely: is the disk full?"
 BLOCK = 256  # pixels of a side of the blocks in the files that are written
@@ -51,15 +50,14 @@ class MaskFile:
 
     def __init__(self, path, raster, classes):
         self.path, self.temporary = Path(path), Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
-        self.checksum, source, colors = 0, raster.source, color_table(classes)
+        self.checksum, source, colors = 0, raster.file.source, color_table(classes)
         self.file = rasterio.open(
             self.temporary, "w", driver="GTiff", dtype="uint8", count=1, height=raster.size[0],
             width=raster.size[1], crs=source.crs, transform=source.transform, nodata=IGNORE, tiled=True,
             blockxsize=BLOCK, blockysize=BLOCK, compress="deflate", bigtiff="if_safer")
         self.file.write_colormap(1, {id: (*map(int, colors[id]), 255) for id in range(len(classes))})
         self.file.update_tags(**{f"class_{id}": name for id, (name, _) in enumerate(classes)})
-        if raster.ranges:
-            self.file.update_tags(scaled_from=json.dumps(raster.ranges))
+        self.file.update_tags(images_read_as=json.dumps(raster.rule.as_dict()))
 
     def write(self, rows, pred):
         """Write some rows (a slice) of class ids (r, W)."""

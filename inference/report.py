@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from config import InputError
-from dataio.readers import read_image
+from dataio.image_rule import read_image
 
 MISSING = "\u2013"  # in place of a score that does not exist
 SCORES = {"miou": "mIoU", "mean_dice": "mean Dice", "pixel_accuracy": "pixel accuracy",

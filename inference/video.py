@@ -358,7 +358,7 @@ class FrameSegmenter:
         staged = torch.empty(len(frames), *frames[0].shape, dtype=torch.uint8, pin_memory=self.pinned)
         np.stack(frames, out=staged.numpy())
         images = staged.to(self.device, non_blocking=True)  # (n, H, W, 3)
-        preds = self.predictor.label_maps(images.permute(0, 3, 1, 2))
+        preds = self.predictor.label_maps(self.predictor.rule.convert_frames(images.permute(0, 3, 1, 2)))
         drawn = self.fetch(self.paint(images, preds)).numpy() if self.paint else frames
         ids = self.fetch(preds).numpy()
         done = torch.cuda.current_stream(self.device).record_event() if self.pinned else None

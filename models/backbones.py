@@ -88,8 +88,8 @@ class Features:
     """What a head reads of a batch of images; a feature cache gives them in place of images.
 
     maps: (B, D, h, w) of the blocks it reads, deepest last. tokens: {block: (B, prefix + h * w, D) that enter
-    it}, un-normed, class and register tokens first. image: (B, 3, *size), normalized and padded, or
-    None; of a cache (B, 3, H, W) uint8. geometry: where the images lie in the padded ones.
+    it}, un-normed, class and register tokens first. image: (B, C, *size), normalized and padded, or
+    None; of a cache (B, C, H, W) uint8. geometry: where the images lie in the padded ones.
     """
 
     maps: list
@@ -126,7 +126,7 @@ class Part(NamedTuple):
     """A part of what a feature cache keeps of an image.
 
     kind: `map`, the normed map (h, w, D) that leaves a block; `tokens`, (prefix + h * w, D), un-normed, that
-    enter it; `image`, (H, W, 3) uint8.
+    enter it; `image`, (H, W, C) uint8.
     """
 
     kind: str
@@ -187,13 +187,15 @@ class Backbone(nn.Module):
     """What a Segmenter needs of a backbone: `net`, `size_divisor`, `layers`, `channels` of each map,
     forward(), and the `normalization` (mean, std) of RGB in 0..1 that its weights were trained with.
 
-    size_divisor: what image sizes are padded to a multiple of, in pixels. stride: image pixels per pixel of
+    channels_in: bands of the images, three unless widen() was called. size_divisor: what image sizes are
+    padded to a multiple of, in pixels. stride: image pixels per pixel of
     the maps (default: size_divisor). positions: the PositionEmbedding, or None. pretrained: whether the
     weights were trained before, which build_backbone says.
     """
 
     normalization = IMAGENET
     positions, pretrained = None, False
+    channels_in, first_conv = 3, None
     plain = ()  # classes of networks whose blocks can be run alone
     prefix_tokens = 0  # class and register tokens in front of the patch tokens
 
@@ -253,16 +255,45 @@ class Backbone(nn.Module):
         return {name: value for name, value in self.state_dict(keep_vars=True).items()
                 if id(value) not in later}
 
+    def widen(self, colors, channels):
+        """Let the network take images of so many bands (channels), in which `colors` are the positions of
+        those that it was made for; what is new trains from then on. Raises InputError.
+
+        The first convolution: each new band starts with the mean of the three kernels (of two, each), and all
+        are scaled by 3 / channels, so that alike bands give what they gave before, as timm's adapt_input_conv
+        does.
+        """
+        name, old = next(((name, module) for name, module in self.net.named_modules()
+                          if isinstance(module, nn.Conv2d) and module.in_channels == 3), (None, None))
+        if old is None or old.groups != 1:
+            raise InputError(f"{type(self.net).__name__} has no first convolution on three bands that could "
+                             "be widened: choose another --backbone, or a --head that reads the image")
+        new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,
+                        bias=old.bias is not None, padding_mode=old.padding_mode)
+        with torch.no_grad():
+            new.weight.copy_(old.weight.mean(1, keepdim=True).expand_as(new.weight))
+            if channels > 3:
+                new.weight[:, list(colors)] = old.weight
+            new.weight *= 3 / channels
+            if old.bias is not None:
+                new.bias.copy_(old.bias)
+        parent, _, attribute = name.rpartition(".")
+        setattr(self.net.get_submodule(parent), attribute, new)
+        self.channels_in, self.first_conv = channels, name
+
     def trains(self):
         """Return whether any parameter trains, an adapter's too."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def unfreeze(self, count):
-        """Let the last `count` blocks and the final norm train ("all" = everything); freeze the rest.
+        """Let the last `count` blocks and the final norm train ("all" = everything), and a first convolution
+        that was widened; freeze the rest.
 
         Raises InputError where the network has no such list of blocks or fewer of them.
         """
         self.net.requires_grad_(count == "all")
+        if self.first_conv:
+            self.net.get_submodule(self.first_conv).requires_grad_(True)
         if count in ("all", 0):
             return
         if count > len(self.blocks):

@@ -43,7 +43,8 @@ class Reads:
     """What a head reads of a backbone.
 
     maps: how many of the last blocks, or f(depth) -> blocks, where --layers does not say. tokens: the blocks
-    (-1 = the last) whose entering tokens it finds in features.tokens. image: whether it reads features.image.
+    (-1 = the last) whose entering tokens it finds in features.tokens. image: whether it reads features.image,
+    which has all bands (spec.num_bands) where a frozen backbone sees three of them.
     """
 
     maps: object = 4
@@ -286,9 +287,9 @@ class OnSplit(Head):
     @classmethod
     def build(cls, backbone, spec):
         """As Head.build."""
-        width = backbone.channels[-1]
+        width, bands = backbone.channels[-1], [spec.num_bands] * cls.reads.image
         return cls(Split(copied_tail(backbone, spec.split_blocks), backbone.channels, width), width,
-                   spec.num_classes)
+                   spec.num_classes, *bands)
 
 
 class SplitHead(OnSplit):
@@ -323,26 +324,32 @@ class DetailHead(Head):
     """The maps say what, the image says where: both joined at a quarter of the image's size.
 
     The logits of the bn head, and a correction to them that starts at 0: two convolutions on a few channels
-    of the maps and on a stem, which sees in the image what a patch lost: thin and small things. At sides that
+    of the maps and on a stem, which sees in the image what a patch lost: thin and small things, and bands
+    that a frozen backbone does not see. At sides that
     are no multiple of 4 the maps are stretched by up to a pixel at the edges, the stem is not.
     """
 
     reads = Reads(maps=4, image=True)
     logits_multiple = 4
 
-    def __init__(self, channels, num_classes):
+    def __init__(self, channels, num_classes, num_bands=3):
         super().__init__()
         half, quarter = STEM_WIDTHS
         self.direct = BNHead(channels, num_classes)
-        self.stem = nn.Sequential(halving(3, half), halving(half, quarter))
+        self.stem = nn.Sequential(halving(num_bands, half), halving(half, quarter))
         self.project = nn.Conv2d(sum(channels), PROJECTED, kernel_size=1)
         self.join = double_conv(quarter + PROJECTED, DETAIL_WIDTH)
         self.conv_seg = nn.Conv2d(DETAIL_WIDTH, num_classes, kernel_size=1)
         nn.init.zeros_(self.conv_seg.weight)
         nn.init.zeros_(self.conv_seg.bias)
 
+    @classmethod
+    def build(cls, backbone, spec):
+        """As Head.build."""
+        return cls(backbone.channels, spec.num_classes, spec.num_bands)
+
     def forward(self, features):
-        """Features of padded images (B, 3, H, W) -> (B, K, H/4, W/4), rounded up."""
+        """Features of padded images (B, C, H, W) -> (B, K, H/4, W/4), rounded up."""
         maps = self.direct.bn(self.joined_maps(features))
         detail = self.stem(continued_to_fours(features.image))
         direct, coarse = (F.interpolate(layer(maps), size=detail.shape[-2:], mode="bilinear")
@@ -366,8 +373,8 @@ class SplitDetailHead(OnSplit, DetailHead):
 
     reads = Reads(maps=four_quarters, image=True)
 
-    def __init__(self, split, width, num_classes):
-        super().__init__([width], num_classes)
+    def __init__(self, split, width, num_classes, num_bands=3):
+        super().__init__([width], num_classes, num_bands)
         self.split = split
         self.reads = replace(self.reads, tokens=(split.tail.first,))
 

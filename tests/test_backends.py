@@ -198,8 +198,9 @@ def test_checking_an_export_downloads_and_draws_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for dataset in ("streets", "voc", "pet", "camvid"):
         facts = {"config": {"dataset": dataset, "data_root": str(tmp_path)}}
-        images, origin = export.real_images(facts, (28, 42))
-        assert images.shape == (4, 3, 28, 42) and "streets" in origin
+        for num_bands in (3, 5):
+            images, origin = export.real_images(facts, (28, 42), num_bands)
+            assert images.shape == (4, num_bands, 28, 42) and "streets" in origin
     assert not list(tmp_path.iterdir())
 
 

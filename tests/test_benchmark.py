@@ -7,7 +7,6 @@ import torch
 from conftest import tiny, write_folder
 
 from checkpoint import pack_checkpoint
-from dataio.windows import rasterio
 from inference.backends import is_installed
 from test_video import write_clip
 from tools import benchmark
@@ -47,7 +46,6 @@ def test_training_loops_are_compared_on_equal_work(tmp_path, measure):
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
-@pytest.mark.skipif(rasterio is None, reason="needs rasterio")
 def test_memory_of_tiles_is_less_than_that_of_all_logits(measure):
     row, = measure("memory", *SMALL, "--side", 90).values()
     assert row["logits_gb"] == pytest.approx(21 * 4 * 90 ** 2 / 1e9) and row["peak_gb"] >= 0

@@ -504,7 +504,9 @@ def test_a_trained_head_is_taken_with_all_of_its_options(tmp_path, monkeypatch):
     options = dataclasses.make_dataclass("Options", fields, bases=(config.ModelOptions,))
     monkeypatch.setattr(config, "FIELDS", {**config.FIELDS, **{
         field.name: field for field in dataclasses.fields(options)}})
-    stored = dataclasses.make_dataclass("Spec", [("num_classes", int, 3)], bases=(options,))
+    own = [(field.name, field.type, dataclasses.field(default=field.default))
+           for field in dataclasses.fields(ModelSpec) if field.name not in options.__dataclass_fields__]
+    stored = dataclasses.make_dataclass("Spec", own, bases=(options,))
     net, path = tiny(), tmp_path / "head.pth"
     torch.save(pack_checkpoint(net, CLASSES, (28, 28)), path)
     plain = stored(**dataclasses.asdict(net.spec))

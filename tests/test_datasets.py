@@ -19,7 +19,8 @@ from config import IGNORE
 from dataio.classes import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC, plain
 from dataio.feature_cache import file_facts
 from dataio.dataloader import EpochSampler, SegmentationDataset, collate, make_loader, naming_files
-from dataio.readers import DataSource, Sample, Target, index_table, read_image, read_mask
+from dataio.image_rule import read_image
+from dataio.readers import DataSource, Sample, Target, index_table, read_mask
 
 
 def small_dataset(root, count=6, **options):

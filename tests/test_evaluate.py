@@ -26,7 +26,8 @@ import infer_image
 import utils
 from checkpoint import load_model, load_official
 from dataio.classes import ADE20K, VOC
-from dataio.readers import read_image, read_mask
+from dataio.image_rule import read_image
+from dataio.readers import read_mask
 from dataio.resizing import resize_image
 from inference.predictor import choose_protocol
 from metrics import ConfusionMatrix, counts_per_image, miou_from_counts

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from conftest import tiny
 from PIL import Image
@@ -12,10 +13,10 @@ from PIL import Image
 import infer_image
 from checkpoint import load_model, pack_checkpoint
 from dataio import windows
+from dataio.resizing import PADDING_COLOR
 from inference.predictor import Predictor, Tiles, choose_protocol
 from inference.rasters import save_polygons
 
-rasterio = pytest.importorskip("rasterio")
 CLASSES = [("background", (0, 0, 0)), ("roof", (255, 0, 0)), ("road", (0, 255, 0))]
 WHERE = rasterio.transform.from_origin(691_000, 5_335_000, 0.2, 0.2)  # pixels of 20 cm
 
@@ -85,6 +86,7 @@ def test_a_geotiff_gives_a_mask_and_polygons_that_lie_where_it_lies(tmp_path, se
                    feature["properties"]["id"]) for feature in features]
         drawn = rasterio.features.rasterize(shapes, mask.shape, transform=file.transform, fill=0)
     assert ((mask == 255) == nothing).all()
+    pixels[:, nothing] = np.array(PADDING_COLOR)[:, None]  # what the network sees there
     assert (mask == in_memory(model_file, pixels))[~nothing].all() and len(np.unique(mask)) == 4
     assert (drawn == mask)[~nothing].mean() > 0.999  # longitude and latitude round
     longitude, latitude = features[0]["geometry"]["coordinates"][0][0]
@@ -113,18 +115,17 @@ def test_areas_are_those_of_the_pixels_without_holes(tmp_path):
         id: pytest.approx(1e-4 * (ids == id).sum()) for id in (1, 2)}
 
 
-def test_deep_bands_in_another_order_are_scaled_by_percentiles(tmp_path, segment, model_file):
+def test_deep_bands_in_another_order_are_scaled_by_what_the_user_says(tmp_path, segment, model_file):
     plain = picture()
     deep = plain.astype(np.uint16) * 13 + 500
     path = write_tiff(tmp_path / "deep.tif", np.concatenate([deep[::-1], deep[:1]]))
-    folder, text = segment("--input", path, "--bands", 3, 2, 1)
-    low, high = np.percentile(deep.reshape(3, -1), (2, 98), axis=1)
-    scaled = 255 * (deep - low[:, None, None]) / (high - low)[:, None, None]
-    want = in_memory(model_file, np.rint(scaled.clip(0, 255)).astype(np.uint8))
+    folder, text = segment("--input", path, "--bands", 3, 2, 1, "--value-range", 500, 500 + 255 * 13)
     with rasterio.open(folder / "deep_mask.tif") as file:
-        assert (file.read(1) == want).all()
-        assert json.loads(file.tags()["scaled_from"]) == [list(pair) for pair in zip(low, high, strict=True)]
-    assert f"{low[0]:g} to {high[0]:g}" in text
+        assert (file.read(1) == in_memory(model_file, plain)).all()
+        read_as = json.loads(file.tags()["images_read_as"])
+    assert read_as["bands"] == [3, 2, 1] and read_as["ranges"] == [[500, 3815]] * 3 and "500..3815" in text
+    _, text = segment("--input", path, "--bands", 3, 2, 1)
+    assert "warning: " in text and "deep.tif" in text
 
 
 def test_tiles_without_data_are_not_computed(tmp_path):
@@ -150,37 +151,11 @@ def test_broken_files_are_skipped_and_flags_that_do_not_fit_refused(tmp_path, se
     folder, text = segment("--input", tmp_path / "broken.tif", tmp_path / "none.tif", path, code=1)
     assert text.count("skipped: ") == 2 and "broken.tif" in text and "none.tif" in text
     assert {file.name for file in folder.glob("*") if file.suffix == ".tif"} == {"ortho_mask.tif"}
-    for flags, named in ((["--bands", 1, 2, 7], "--bands 1 2 7"), (["--cutout"], "--cutout"),
+    for flags, named in ((["--bands", 1, 2, 7], "bands 1 2 7"), (["--cutout"], "--cutout"),
                          (["--min-confidence", 0.5], "--min-confidence"),
                          (["--polygons", "coco"], "--polygons"), (["--probabilities", "max"], "--prob")):
         _, text = segment("--input", path, *flags, code=2)
         assert "ortho.tif" in text and named in text
-    _, text = segment("--input", path, "--bands", 1, 2, 3, "--protocol", "whole", code=2)
-    *_, last = text.splitlines()  # after the usage
-    assert "--bands" in last and "--protocol tile" in last
-
-
-def test_without_rasterio_a_tiff_is_an_image_like_others(tmp_path, segment, model_file, monkeypatch):
-    monkeypatch.setattr(windows, "rasterio", None)
-    Image.fromarray(picture().transpose(1, 2, 0)).save(tmp_path / "plain.tif")
-    folder, _ = segment("--input", tmp_path / "plain.tif")
-    mask = np.array(Image.open(folder / "plain_mask.png"))
-    assert (mask == in_memory(model_file, picture())).all()
-
-
-def test_bands_are_those_that_the_file_says_or_the_user(tmp_path, segment):
-    colors = picture()
-    five = np.concatenate([colors[:1] // 2, colors[::-1], colors[:1]])  # ?, blue, green, red, ?
-    path = write_tiff(tmp_path / "five.tif", five)
-    _, text = segment("--input", path, code=2)
-    assert "five.tif" in text and "--bands" in text
-    with windows.Raster(path, (4, 3, 2)) as raster:
-        assert (raster.read(0, 0, 130, 171)[0].numpy() == colors).all()
-    with rasterio.open(path, "r+") as file:
-        kinds = rasterio.enums.ColorInterp
-        file.colorinterp = [kinds.undefined, kinds.blue, kinds.green, kinds.red, kinds.undefined]
-    with windows.Raster(path) as raster:
-        assert raster.bands == (4, 3, 2)
 
 
 def test_images_without_data_or_smaller_than_a_tile(tmp_path, segment, model_file):

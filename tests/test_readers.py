@@ -11,11 +11,12 @@ from conftest import blocks, refused, write_pair
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dataio import readers
+from dataio import images, readers
+from dataio.image_rule import PICTURES, decide_rule, read_image
+from dataio.images import EXIF_ORIENTATION, TIFF_PLANAR, read_orientation
 from dataio.layout import pair_files, read_list
-from dataio.readers import (EXIF_ORIENTATION, TIFF_PLANAR, PaintedMask, Sample, Target, decode_mask,
-                            index_table, ranges, read_image, read_map, read_mask, read_orientation,
-                            read_sample, read_upright, rotate_like)
+from dataio.readers import (PaintedMask, Sample, Target, decode_mask, index_table, ranges, read_map,
+                            read_mask, read_sample, rotate_like)
 
 
 def gradient(height=31, width=47):
@@ -43,14 +44,9 @@ def oriented(orientation):
 
 
 # --- images -----------------------------------------------------------------------------------------------
-def test_gray_rgba_palette_and_wide_images(tmp_path):
+def test_gray_rgba_and_palette_images(tmp_path):
     pixels = gradient()
     gray = pixels[..., :1].astype(int)
-    broken = (gray[..., 0] / 255).astype(np.float32)
-    broken[1, 2:5] = np.nan, np.inf, -np.inf  # pixels that are not numbers are black
-    for deep in (gray[..., 0].astype(np.int32), broken):
-        want = np.where(np.isfinite(deep)[..., None], gray, 0)
-        assert np.abs(pixels_of(save(deep, tmp_path / "deep.tif")) - want).max() <= 1
     alpha = np.full(gray.shape, 255, np.uint8)
     alpha[:5] = 0
     assert (pixels_of(save(pixels[..., 0], tmp_path / "gray.png")) == gray).all()
@@ -60,58 +56,27 @@ def test_gray_rgba_palette_and_wide_images(tmp_path):
     assert np.abs(pixels_of(tmp_path / "palette.png") - pixels).mean() < 12
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_deep_images_are_scaled_by_their_own_depth(tmp_path, bits, ending):
-    want, top = gradient(64, 64), 2**bits - 1
-    want[0, 0], want[0, 1] = 255, 0
-    deep = np.round(want / 255 * top).astype(np.uint16)
-    alpha = np.full((64, 64, 1), 65535, np.uint16)
-    alpha[:9] = 0
-    gray, color, clear = (tmp_path / f"{name}.{ending}" for name in ("gray", "color", "clear"))
-    cv2.imwrite(gray, deep[..., 0])
-    cv2.imwrite(color, deep[..., ::-1])
-    cv2.imwrite(clear, np.dstack([deep[..., ::-1], alpha]))
-    for path, pixels in ((gray, want[..., :1]), (color, want), (clear, np.where(alpha, want, 255))):
-        image, size, orientation, depth = read_upright(path)
-        assert (size, orientation, depth) == ((64, 64), 1, bits), path
-        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 1, path
-    turn = dict(exif=oriented(6)) if ending == "png" else dict(tiffinfo={EXIF_ORIENTATION: 6})
-    save(deep[..., 0], gray, **turn)
-    turned, size, orientation, _ = read_upright(gray)
-    assert (orientation, read_orientation(gray)) == (6, ((64, 64), 6))
-    assert np.abs(turned[0].numpy().astype(int) - np.rot90(want[..., 0], -1)).max() <= 1
-
-
-@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
-def test_color_tiffs_that_only_opencv_reads_are_images_but_no_masks(tmp_path, capfd):
+def test_damaged_color_tiffs_are_named(tmp_path, capfd):
     want, path = gradient(), tmp_path / "float.tif"
-    for kind in (np.float32, np.float64):
-        cv2.imwrite(path, (want[..., ::-1] / 255).astype(kind))
-        assert np.abs(pixels_of(path) - want).max() <= 1
-        assert read_orientation(path) == (want.shape[:2], 1)
-        with refused(path):
-            decode_mask(path)
-    path.write_bytes(path.read_bytes()[:-9])
-    for read in (read_image, read_orientation):
-        with refused(path):
-            read(path)
-    cv2.imwrite(path, np.dstack([want, want[..., 0]]).astype(np.float32))  # alpha or infrared?
+    cv2.imwrite(path, (want[..., ::-1] / 255).astype(np.float32))
+    assert read_orientation(path) == (want.shape[:2], 1)
     with refused(path):
-        read_image(path)
+        decode_mask(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with refused(path):
+        decide_rule([path]).read(path)
     assert not "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.float32])
-def test_deep_planar_tiffs_are_refused_not_misread(tmp_path, kind):
+def test_deep_planar_tiffs_are_no_masks(tmp_path, kind):
     path = tmp_path / "planar.tif"
     cv2.imwrite(path, gradient().astype(kind), [cv2.IMWRITE_TIFF_COMPRESSION, 1])
     content, tag = path.read_bytes(), TIFF_PLANAR.to_bytes(2, "little") + b"\3\0\1\0\0\0"
     assert content.count(tag + b"\1") == 1
     path.write_bytes(content.replace(tag + b"\1", tag + b"\2"))
-    for read in (read_image, decode_mask):
-        with refused(path):
-            read(path)
+    with refused(path):
+        decode_mask(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", "half", None])
@@ -121,18 +86,18 @@ def test_broken_images_are_named(tmp_path, content):
     path.write_bytes(data[:len(data) // 2] if content == "half" else content or b"")
     if content is None:
         path.unlink()
-    for read in (read_image, decode_mask, lambda path: read_upright(path, (9, 9)), read_map):
+    for read in (read_image, decode_mask, lambda path: PICTURES.read(path, (9, 9)), read_map):
         with refused(path):
             read(path)
 
 
 def test_images_have_up_to_a_billion_pixels(tmp_path, monkeypatch):
     path = save(gradient(60, 71), tmp_path / "photo.png")
-    monkeypatch.setattr(readers, "MOST_PIXELS", 4000)
+    monkeypatch.setattr(images, "MOST_PIXELS", 4000)
     for read in (read_image, decode_mask):
         with refused(path, 4000):
             read(path)
-    monkeypatch.setattr(readers, "MOST_PIXELS", 1 << 30)
+    monkeypatch.setattr(images, "MOST_PIXELS", 1 << 30)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL's own limit
     assert read_image(path).shape == (3, 60, 71)
 
@@ -158,7 +123,7 @@ def test_a_large_jpeg_is_decoded_smaller_but_never_below_what_is_asked(tmp_path,
     rows, columns = np.mgrid[0:403, 0:602]
     pixels = (255 * np.stack([rows / 403, columns / 602, (rows + columns) % 50 / 100], 2)).astype(np.uint8)
     path = save(pixels, tmp_path / "photo.jpg", quality=95, exif=oriented(orientation))
-    full, small = read_image(path), read_upright(path, at_least)[0]
+    full, small = read_image(path), PICTURES.read(path, at_least).image
     assert small.shape[1] >= min(at_least[0], full.shape[1])
     assert small.shape[2] >= min(at_least[1], full.shape[2])
     assert (max(small.shape) < 400) == (max(at_least) <= 200)  # half the size where half is enough
@@ -184,8 +149,13 @@ def test_images_and_their_targets_come_upright(tmp_path, orientation, ending):
     stored = np.ascontiguousarray(STORED[orientation](upright))
     turn = dict(tiffinfo={EXIF_ORIENTATION: orientation})
     save(stored, path, **(turn if ending == "tif" else dict(exif=oriented(orientation))))
-    image, size, turn_read, depth = read_upright(path)
-    assert (image.permute(1, 2, 0).numpy() == upright).all() and depth == 8
+    image, _, size, turn_read, _ = PICTURES.read(path)
+    assert (image.permute(1, 2, 0).numpy() == upright).all()
+    deep = save(stored[..., 0].astype(np.uint16) * 257, tmp_path / f"deep.{ending}",
+                **(turn if ending == "tif" else dict(exif=oriented(orientation))))
+    photo = decide_rule([deep], value_range=(0, 65535)).read(deep)
+    assert (photo.image[0].numpy() == upright[..., 0]).all()
+    assert photo[2:4] == read_orientation(deep) == (size, turn_read)
     assert (size, turn_read) == read_orientation(path) == (stored.shape[:2], orientation)
     mask = upright[..., 0]
     assert (rotate_like(mask, size, orientation) == mask).all()  # made on the upright image: stays
@@ -209,13 +179,13 @@ def test_the_orientation_of_a_png_is_that_by_which_it_is_read(tmp_path, key):
         chunk = b"eXIf" + body
         chunk = struct.pack(">I", len(body)) + chunk + struct.pack(">I", zlib.crc32(chunk))
         path.write_bytes(content[:-12] + chunk + content[-12:])
-    assert read_orientation(path) == read_upright(path)[1:3] == ((5, 9), 6)
+    assert read_orientation(path) == PICTURES.read(path)[2:4] == ((5, 9), 6)
 
 
 @pytest.mark.parametrize("big", [False, True])
 def test_tags_of_tiffs_are_read(tmp_path, big):
     path = save(gradient(), tmp_path / "turned.tif", tiffinfo={EXIF_ORIENTATION: 6}, big_tiff=big)
-    assert (readers.tiff_tag(path, EXIF_ORIENTATION), readers.tiff_tag(path, TIFF_PLANAR)) == (6, 1)
+    assert images.tiff_tags(path, EXIF_ORIENTATION) == [6]
 
 
 # --- masks ------------------------------------------------------------------------------------------------

@@ -86,10 +86,12 @@ def test_deep_images_look_as_they_are_read(tmp_path):
         for name, scale in (("16.png", 257), ("12.tif", 16)):
             cv2.imwrite(tmp_path / name, photo(seed)[..., 0].astype(np.uint16) * scale)
             facts = scan_image(tmp_path / name)
-            assert facts.depth == int(name[:2]) and facts.size == (240, 320)
+            assert facts.stored.dtype == "uint16" and facts.size == (240, 320)
+            quantiles = np.percentile(photo(seed)[..., 0] * float(scale), (0.5, 50, 99.5))
+            assert np.allclose(facts.quantiles[0], quantiles, rtol=0.1, atol=3 * scale)
             assert bits_apart(facts, plain[seed]) <= 10 and bits_apart(facts, plain[1 - seed]) > 60
     cv2.imwrite(tmp_path / "color.tif", (photo(0) / 255).astype(np.float32))
-    assert scan_image(tmp_path / "color.tif").depth == plain[0].depth == 8
+    assert scan_image(tmp_path / "color.tif").stored.bands == 3 and plain[0].stored.is_picture
 
 
 def test_masks_fit_as_stored_or_turned_as_exif_says():

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from conftest import blocks, refused, tiny, write_folder, write_pair
 from PIL import Image
@@ -13,13 +14,13 @@ import infer_image
 import train
 from config import IGNORE
 from dataio import windows
-from dataio.dataloader import NativeDataset, TileDataset, WindowDataset
+from dataio.dataloader import TileDataset, WindowDataset
 from dataio.feature_cache import plan_files
-from dataio.readers import EXIF_ORIENTATION, Sample, Target, index_table, read_sample
+from dataio.image_rule import decide_rule
+from dataio.images import EXIF_ORIENTATION
+from dataio.readers import Sample, Target, index_table, read_sample
 from dataio.resizing import PADDING_COLOR, resize_mask
 from dataio.windows import POINTS, Raster, WindowReader, check_room, draw_points, native_pair
-from inference.predictor import Predictor
-from inference.rasters import segment
 from utils import Precision
 
 TABLE, FLOAT32 = index_table(5), Precision("off", torch.device("cpu"))
@@ -55,7 +56,6 @@ def read_pair(sample):
 
 def write_tiff(path, pixels, **options):
     """Write (bands, H, W) as a TIFF by rasterio."""
-    rasterio = pytest.importorskip("rasterio")
     with rasterio.open(path, "w", driver="GTiff", dtype=pixels.dtype, width=pixels.shape[2],
                        height=pixels.shape[1], count=len(pixels), **options) as file:
         file.write(pixels)
@@ -94,16 +94,13 @@ def test_windows_are_crops_of_the_images(tmp_path, folder, capsys):
 def test_images_without_mask_have_windows_and_other_targets_are_refused(tmp_path):
     (sample,), deep = samples_of(tmp_path, "png"), write_tiff(tmp_path / "deep.tif", deep_pixels())
     for image in (sample.image, deep):
-        window, labels = WindowReader([Sample(image)], TABLE).read(0, 3, 4, 20, 30)
+        rule = decide_rule([image])
+        window, labels = WindowReader([Sample(image)], TABLE, rule=rule).read(0, 3, 4, 20, 30)
         assert window.shape == (3, 20, 30) and (labels == IGNORE).all()
-        assert (NativeDataset([Sample(image)], TABLE)[0][1]["mask"] == IGNORE).all()
     targets = (Target("depth", tmp_path / "depth.npy"),)
     np.save(tmp_path / "depth.npy", np.ones((45, 61)))
     with refused(sample.image, "depth", "--train-scale"):
         WindowReader([sample._replace(targets=targets)], TABLE)
-    with refused(deep, "depth"):
-        NativeDataset([Sample(deep, None, targets)], TABLE)[0]
-    assert NativeDataset([sample._replace(targets=targets)], TABLE)[0][1]["depth"].shape == (45, 61)
 
 
 # --- TIFFs ------------------------------------------------------------------------------------------------
@@ -113,18 +110,19 @@ def test_tiffs_are_read_by_windows_and_nothing_else_is_decoded(tmp_path, monkeyp
     mask_path = write_tiff(tmp_path / "mask.tif", values[None])
     samples = [Sample(write_tiff(tmp_path / name, pixels, nodata=0), mask_path)
                for name, pixels in (("deep.tif", deep), ("plain.tif", (deep // 12).astype(np.uint8)))]
-    decoded = [native_pair(sample, TABLE) for sample in samples]
-    assert (decoded[1][..., :3] == (deep // 12).transpose(1, 2, 0)).all()
-    low, high = np.percentile(deep[:, (deep > 0).all(0)], (2, 98), axis=1)
-    scaled = 255 * (deep.transpose(1, 2, 0) - low) / (high - low)
-    assert (decoded[0][..., :3] == np.rint(scaled.clip(0, 255))).all()
-    monkeypatch.setattr(windows, "native_pair", None)
-    reader = WindowReader(samples, TABLE)
+    rules = [decide_rule([sample.image]) for sample in samples]
+    decoded = [native_pair(sample, TABLE, rule) for sample, rule in zip(samples, rules, strict=True)]
     empty = (deep == 0).all(0)
-    for index, pixels in enumerate(decoded):
+    assert (decoded[1][..., :3] == (deep // 12).transpose(1, 2, 0))[~empty].all()
+    low, high = np.percentile(deep[:, ~empty], (0.5, 99.5), axis=1)
+    scaled = 255 * (deep.transpose(1, 2, 0) - low) / (high - low)
+    assert np.abs(decoded[0][..., :3] - np.rint(scaled.clip(0, 255)))[~empty].max() <= 1
+    monkeypatch.setattr(windows, "native_pair", None)
+    for pixels, sample, rule in zip(decoded, samples, rules, strict=True):
+        reader = WindowReader([sample], TABLE, rule=rule)
         assert (pixels[empty][:, 3] == IGNORE).all() and (pixels[~empty][:, 3] == values[~empty]).all()
         for top, left, height, width in ((0, 0, 45, 61), (12, 8, 5, 9), (30, 40, 15, 21)):
-            image, mask = reader.read(index, top, left, height, width)
+            image, mask = reader.read(0, top, left, height, width)
             inside = pixels[top:top + height, left:left + width]
             counted = inside[..., 3] != IGNORE
             assert (image.permute(1, 2, 0).numpy() == inside[..., :3])[counted].all()
@@ -161,40 +159,19 @@ def test_inverted_masks_others_in_size_and_large_strips_are_not_read_by_windows(
     assert WindowReader([sample], TABLE).by_windows == [False]
 
 
-def test_tiffs_that_are_turned_or_hold_pages_are_refused(tmp_path):
-    pytest.importorskip("rasterio")
+def test_tiffs_that_are_turned_are_decoded_and_pages_refused(tmp_path):
     pictures = [Image.new("RGB", (100, 80), color) for color in ("red", "green")]
     pictures[0].save(tmp_path / "pages.tif", save_all=True, append_images=pictures[1:])
     pictures[0].save(tmp_path / "turned.tif", tiffinfo={EXIF_ORIENTATION: 6})
     pictures[0].save(tmp_path / "fine.tif", tiffinfo={EXIF_ORIENTATION: 1})
-    for name in ("pages.tif", "turned.tif"):
-        with refused(name):
-            WindowReader([Sample(tmp_path / name)], TABLE)
-    assert WindowReader([Sample(tmp_path / "fine.tif")], TABLE).sizes == [(80, 100)]
-
-
-def test_deep_tiffs_are_read_alike_by_every_script(tmp_path):
-    """Training windows, evaluate.py --protocol tile, a Predictor from Python, masks of infer_image.py."""
-    path = write_tiff(tmp_path / "deep.tif", deep_pixels((60, 70), 1400), photometric="RGB")
-    Image.fromarray(blocks(60, 70, (0, 1))).save(tmp_path / "mask.png")
-    sample = Sample(path, tmp_path / "mask.png")
-    image, targets, _ = NativeDataset([sample], TABLE)[0]
-    window, labels = WindowReader([sample], TABLE).read(0, 0, 0, 60, 70)
-    assert (image == window).all() and (targets["mask"] == labels).all()
-    assert (image.min(), image.max()) == (0, 255)  # by depth it would be at most 174
-    facts = dict(classes=[["a", [0, 0, 0]]] * 3, imgsz=(42, 42), config=dict(train_scale="native"))
-    predictor = Predictor(tiny().eval(), facts, "cpu")
-    with Raster(path) as raster:
-        assert (raster.read(0, 0, 60, 70)[0] == image).all()
-        rows = [pred for _, pred, _ in segment(raster, predictor)]
-    assert (predictor.predict(path) == np.concatenate(rows)).all() and (predictor.read(path) == image).all()
-
-
-def test_deep_tiffs_do_not_depend_on_how_many_rows_are_scaled_at_once(tmp_path, monkeypatch):
-    with Raster(write_tiff(tmp_path / "deep.tif", deep_pixels())) as raster:
-        at_once = raster.read(0, 0, 45, 61)
-        monkeypatch.setattr(windows, "ROWS", 20)
-        assert (raster.read(0, 0, 45, 61) == at_once).all()
+    with refused("pages.tif"):
+        WindowReader([Sample(tmp_path / "pages.tif")], TABLE)
+    write_tiff(tmp_path / "mask.tif", np.zeros((1, 80, 100), np.uint8))
+    samples = [Sample(tmp_path / f"{name}.tif", tmp_path / "mask.tif") for name in ("fine", "turned")]
+    reader = WindowReader(samples, TABLE)
+    assert reader.sizes == [(80, 100), (100, 80)] and reader.by_windows == [True, False]
+    with refused("turned.tif"):
+        Raster(tmp_path / "turned.tif")
 
 
 # --- the cache of decoded images --------------------------------------------------------------------------

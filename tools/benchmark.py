@@ -61,6 +61,7 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import rasterio
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -75,7 +76,7 @@ from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.feature_cache import cache_features
 from dataio.readers import read_mask
 from dataio.streets import draw_clip
-from dataio.windows import Raster, rasterio
+from dataio.windows import Raster
 from datasets import load_data
 from inference.backends import is_installed
 from inference.predictor import Predictor, choose_protocol, make_protocol
@@ -378,8 +379,6 @@ def benchmark_memory(args):
 
     peak_gb: above what the model at work needs, of the GPU, else of this process.
     """
-    if rasterio is None:
-        raise InputError("memory needs rasterio: pip install rasterio")
     predictor = Predictor(make_model(args).eval(), dict(classes=CLASSES), args.device,
                           make_protocol("tile", "", args.imgsz))
     network_rate(predictor, args.batch_size, calls=1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from config import InputError
 from dataio.layout import count_shared_folders, list_images, role_of
-from dataio.readers import image_size
+from dataio.images import image_size
 from dataio.scan import in_parallel
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from config import InputError
 from dataio.annotations.files import AnnotatedImage, Annotations, form_errors
 from dataio.annotations.shapes import Shape, picture
-from dataio.readers import image_size
+from dataio.images import image_size
 
 PICTURE_NAME = re.compile(r"task-(\d+)-annotation-\d+-by-\d+-tag-(.+)-\d+\.png")
 

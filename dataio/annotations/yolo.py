@@ -10,7 +10,7 @@ import yaml
 from config import InputError
 from dataio.annotations.files import AnnotatedImage, Annotations, form_errors
 from dataio.annotations.shapes import Shape, outline, polygons
-from dataio.readers import image_size
+from dataio.images import image_size
 
 CLASS_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
