@@ -29,6 +29,8 @@ from config import InputError, count_of
 
 # PIL can read more, such as EPS, which it has another program draw
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
+# of GDAL, which can read files that name others, by the first two bytes
+DRIVERS = {b"II": "GTiff", b"MM": "GTiff", b"\x89P": "PNG", b"P5": "PNM", b"P6": "PNM"}
 TIFFS = (".tif", ".tiff")
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_COLORS = 256, 257, 258, 262  # tags
@@ -239,13 +241,17 @@ class BandFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"{path} does not exist")
+        with open(path, "rb") as file:
+            driver = DRIVERS.get(file.read(2))
+        if driver is None:
+            raise InputError(f"{path} {DAMAGED}")
         warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # such files are usual
         with named_errors(path):
-            self.source = rasterio.open(path)
+            self.source = rasterio.open(path, driver=driver)
             names = [name for name in self.source.subdatasets if name.startswith("GTIFF_DIR")]
-            pages = [rasterio.open(name) for name in names]
+            pages = [rasterio.open(name, driver=driver) for name in names]
             self.pages = [page for page in pages if page.shape == pages[0].shape]  # smaller ones are previews
-            self.is_tiff, self.colors = self.source.driver == "GTiff", self.source.colorinterp
+            self.is_tiff, self.colors = driver == "GTiff", self.source.colorinterp
             self.inverted = self.source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
             self.palette = None
             if self.colors[0] == ColorInterp.palette:

@@ -133,8 +133,8 @@ def has_windows(sample, table):
     """Return whether image and mask of a Sample are TIFFs of which windows are what the files hold there."""
     if len(table) > 65536 or sample.mask is None or not (is_raster(sample.image) and is_raster(sample.mask)):
         return False
-    with (named_errors(sample.mask), rasterio.open(sample.mask) as mask,
-          named_errors(sample.image), rasterio.open(sample.image) as image):
+    with (named_errors(sample.mask), rasterio.open(sample.mask, driver="GTiff") as mask,
+          named_errors(sample.image), rasterio.open(sample.image, driver="GTiff") as image):
         blocks = [math.prod(shape) for file in (mask, image) for shape in file.block_shapes]
         white = mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # PIL inverts these
         plain = mask.count == 1 and mask.dtypes[0] in ("uint8", "uint16") and not white
@@ -147,7 +147,7 @@ def read_tiff_window(sample, table, raster, top, left, height, width):
     """
     window = (top, top + height), (left, left + width)
     pixels, valid = raster.convert(window)
-    with named_errors(sample.mask), rasterio.open(sample.mask) as file:
+    with named_errors(sample.mask), rasterio.open(sample.mask, driver="GTiff") as file:
         mask = class_ids_of(file.read(1, window=window), table, sample.mask)
     if valid is not None:
         mask = np.where(valid, mask, np.uint8(IGNORE))
