@@ -47,7 +47,7 @@ from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlabelled
 from dataio.labels import class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries
 from dataio.image_rule import ImageRule, decide_rule, sample_values
-from dataio.images import stored_of
+from dataio.images import copy_image, stored_of
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
 from dataio.scan import all_in_parallel, fits, in_parallel, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table
@@ -60,6 +60,7 @@ MUCH_LARGER = 3  # times --imgsz, from which images are large
 SAME = 0.9  # share of the pixels of shapes that agree, above which masks are the same picture
 COMPARED = 4  # masks that are compared to see whether all are the same picture
 LISTED = 8  # overlays in check.png, files of a problem that are listed
+NO_DATA = (-9999.0, -999.0, -32768.0, -99999.0)  # what people write for it
 LINE = "\n      "  # begins a line that belongs to the one above it
 
 
@@ -203,30 +204,33 @@ def check_rule(data, report, bands, value_range):
     data.rule = dataclasses.replace(rule, strict=False)
     report.facts.append(f"images are read as: {rule} (decided from {rule.looked_at[0]} of "
                         f"{count_of(rule.looked_at[1], 'training image')})")
-    banded = [data.images[sample] for sample in data.samples if data.images[sample].quantiles is not None]
-    same = [facts for facts in banded if facts.stored.bands == rule.count]
-    if same:
-        ends = np.stack([facts.quantiles for facts in same])  # (N, C, 3)
-        for number, (low, middle, high) in enumerate(ends.transpose(1, 2, 0), start=1):  # (N,) each
-            report.facts.append(f"  band {number}: {np.nanmin(low):.6g} to {np.nanmax(high):.6g}, median "
-                                f"{np.nanmedian(middle):.6g}{' (not read)' * (number not in rule.bands)}")
-        empty = np.mean([facts.empty for facts in same])
-        report.facts.append(f"  no data: {100 * empty:.1f} % of the pixels, which masks ignore")
-    marked = [facts for facts in banded if facts.stored.alpha]
-    if marked and not rule.alpha and marked[0].stored.alpha not in rule.bands:
-        report.warnings.append(f"band {marked[0].stored.alpha} is marked as transparency, and its values "
-                               "are not: it is not read (--bands all reads it)")
-    doubts = [rule.misfit(sample.image, data.images[sample].stored) or far_outside(rule, sample, data)
-              for sample in data.samples]
+    facts = [data.images[sample] for sample in data.samples if data.images[sample].quantiles is not None]
+    for kind, alike in grouped(facts, lambda item: str(item.stored)).items():
+        report.facts += describe_bands(kind, alike, rule)
+    report.warnings += [rule.note] * bool(rule.note)
+    marked = [item.stored.alpha for item in facts if item.stored.alpha]
+    if marked and rule.transparency is False and marked[0] not in rule.bands:
+        report.warnings.append(f"band {marked[0]} is marked as transparency, and its values are not: it is "
+                               "not read (--bands all reads it)")
+    doubts = [data.rule.doubt(sample.image, data.images[sample].stored) for sample in data.samples]
     report.problems += with_files("image", "not as the others, which training refuses",
-                                  [doubt for doubt in doubts if doubt])
+                                  list(filter(None, doubts)))
 
 
-def far_outside(rule, sample, data):
-    """Return why the values of an image are not those of the data set, "" = they are."""
-    quantiles = data.images[sample].quantiles
-    return "" if quantiles is None else rule.outside(sample.image, [quantiles[band - 1, 1]
-                                                                    for band in rule.bands])
+def describe_bands(kind, facts, rule):
+    """Return lines on what the bands of files of a kind hold. facts: their ImageFacts."""
+    lines, ends = [], np.stack([item.quantiles for item in facts])  # (N, C, 3)
+    for number, (low, middle, high) in enumerate(ends.transpose(1, 2, 0), start=1):  # (N,) each
+        if not np.isfinite(low).any():
+            continue
+        unread = " (not read)" * bool(rule.bands and number not in rule.bands)
+        hint = ", as if that meant no data: gdal_edit.py -a_nodata writes it into files" * (
+            float(np.nanmin(low)) in NO_DATA)
+        lines.append(f"  band {number}: {np.nanmin(low):.6g} to {np.nanmax(high):.6g}, median "
+                     f"{np.nanmedian(middle):.6g}{unread}{hint}")
+    empty = np.mean([item.empty for item in facts])
+    return [f"  {kind} ({len(facts)}), {100 * empty:.1f} % of the pixels without data, which masks ignore:",
+            *lines]
 
 
 # --- masks ------------------------------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def write_clean_copy(data, out):
     def copy_pair(sample):
         mask = read_mask(sample.mask, table)  # turned or not, as it was: it is read again with the same image
         visualize.save_mask(mask, classes, out / "masks" / f"{names[sample]}.png")
-        utils.copy_file(sample.image, out / "images" / f"{names[sample]}{sample.image.suffix}")
+        copy_image(sample.image, out / "images" / f"{names[sample]}{sample.image.suffix}")
         return float((mask == IGNORE).mean())
 
     ignored = all_in_parallel(copy_pair, data.samples, "copying")
@@ -520,17 +524,18 @@ def draw_values(axes, data):
     rule = data.rule
     paths = evenly_sampled([sample.image for sample in data.splits.get("train") or data.samples], COMPARED)
     stored = {path: stored_of(path) for path in paths}
-    fitting = [path for path in paths if not rule.misfit(path, stored[path])]
-    for number, values in dict(zip(rule.bands, sample_values(fitting, stored, rule), strict=True)).items():
-        position = rule.bands.index(number)
-        low, high = rule.ranges[position] if rule.ranges else (0, 255)
+    paths = [path for path in paths if not rule.misfit(path, stored[path])]
+    names = [f"band {number}" for number in rule.bands] or ["red", "green", "blue"]
+    bands = sample_values(paths, stored, rule) if paths else []
+    for name, values, (low, high) in zip(names, bands, rule.ranges or [(0, 255)] * len(names), strict=False):
         margin = (high - low) / 4
-        _, _, (line, *_) = axes.hist(values, 128, range=(low - margin, high + margin), histtype="step",
-                                     label=f"band {number}: {low:.6g}..{high:.6g}")
+        _, _, (line, *_) = axes.hist(np.concatenate(values), 128, range=(low - margin, high + margin),
+                                     histtype="step", label=f"{name}: {low:.6g}..{high:.6g}")
         for end in (low, high):
             axes.axvline(end, color=line.get_edgecolor(), linestyle=":")
     axes.set(xlabel="value in the file; dotted: what becomes black and white", ylabel="pixels")
-    axes.legend(ncols=1 + rule.channels // 8, fontsize=8)
+    if bands:
+        axes.legend(ncols=1 + rule.channels // 8, fontsize=8)
 
 
 def print_report(report, command):

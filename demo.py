@@ -41,9 +41,9 @@ def segment(predictor, path, alpha):
 
     Raises InputError where it cannot be read.
     """
-    image, classes = predictor.read(path), predictor.classes
-    pred = predictor(image[None])[0]  # (H, W)
-    picture = predictor.rule.picture(image).permute(1, 2, 0).contiguous().numpy()
+    photo, classes = predictor.read(path), predictor.classes
+    pred = photo.ignored(predictor(photo.image[None])[0])  # (H, W)
+    picture = predictor.rule.picture(photo.image).permute(1, 2, 0).contiguous().numpy()
     drawn = visualize.overlay(picture, pred, visualize.color_table(classes), alpha,
                               visualize.background_id(classes))
     return drawn, {name: share for name, share, _ in ClassShares(classes).add(pred).per_class()}

@@ -140,12 +140,13 @@ class ImageSegmenter:
         """Return the overlay (H, W, 3) of an image and its class ids (H, W)."""
         return visualize.overlay(image, pred, self.table, self.args.alpha, self.background)
 
-    def segment_image(self, image, path, name, writer):
-        """Segment an image (C, H, W); return its ClassShares. writer: the WriteBehind of save()."""
-        scores = None
+    def segment_image(self, photo, path, name, writer):
+        """Segment a Photo; return its ClassShares. writer: the WriteBehind of save()."""
+        scores, image = None, photo.image
         if self.needs_scores:
             scores = self.predictor.scores(image[None], self.args.probabilities == "classes")
         pred = scores.pred if scores else self.predictor(image[None])[0]  # (H, W)
+        pred = photo.ignored(pred)
         pixels = self.predictor.rule.picture(image).permute(1, 2, 0).contiguous().numpy()
         writer.put(pixels, pred, scores, path, name)
         if self.args.show:
@@ -264,7 +265,7 @@ def main():
                 tqdm.write(stopped.args[1], file=sys.stderr)
                 break
             if not isinstance(result, Raster):  # what is wrong with the model here is so for all images
-                shares = segmenter.segment_image(result.image, path, name, writer)
+                shares = segmenter.segment_image(result, path, name, writer)
             tqdm.write(f"{path}: {shares}")
             done += 1
     if done:

@@ -36,7 +36,7 @@ import visualize
 from checkpoint import Run, load_head, read_checkpoint
 from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, make_loader, naming_files
 from dataio.feature_cache import cache_features
-from dataio.image_rule import ImageRule, decide_rule
+from dataio.image_rule import ImageRule, check_fit, decide_rule
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
 from dataio.windows import WindowReader, check_room
@@ -56,7 +56,9 @@ def image_rule(config, data, saved):
     """Return the ImageRule of the data set; of a run that is resumed, that of its checkpoint `saved`."""
     if not saved:
         paths = [sample.image for sample in data.training]
-        return decide_rule(paths, config.bands, config.value_range, config.show_bands)
+        rule = decide_rule(paths, config.bands, config.value_range, config.show_bands)
+        check_fit(rule, [*paths, *(sample.image for sample in data.splits["val"])])
+        return rule
     rule = ImageRule.of(saved.get("image_rule"), strict=True)
     return rule.showing(config.show_bands)
 
@@ -254,6 +256,7 @@ def image_lines(config, rule, model):
     """Return lines on how images are read, and who sees which bands."""
     looked_at, images = rule.looked_at
     lines = [f"images: {rule} (decided from {looked_at} of {count_of(images, 'training image')})"]
+    lines += [f"  warning: {rule.note}"] * bool(rule.note)
     if rule.channels == 3:
         return lines
     colors = " ".join(str(rule.bands[position]) for position in rule.colors)
@@ -311,8 +314,9 @@ def print_result(history, data, out_dir):
     model = quote(str(out_dir / "best_model_iou.pth"))
     picture, clip = data.examples or (data.splits["val"][0].image, "YOUR_CLIP.mp4")
     print(f"curves: {out_dir / 'miou.png'}, predictions: {out_dir / 'valid_preds'}\ntry it:\n"
-          f"  python infer_image.py --model {model} --input {quote(str(picture))}\n"
-          f"  python infer_video.py --model {model} --input {quote(str(clip))}")
+          f"  python infer_image.py --model {model} --input {quote(str(picture))}")
+    if data.rule.channels == 3 and data.rule.dtype == "uint8":
+        print(f"  python infer_video.py --model {model} --input {quote(str(clip))}")
 
 
 # --- the loop ---------------------------------------------------------------------------------------------

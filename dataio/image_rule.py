@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
-from config import InputError, count_of
+from config import IGNORE, InputError, count_of
 from dataio.images import (READERS, naming_damage, no_data, open_picture, read_stored, stored_of, stored_size,
                            to_rgb, upright)
 from dataio.resizing import PADDING_COLOR
@@ -29,6 +29,7 @@ LOOKED_AT = 64  # images that a rule is decided from
 LOOK = 256  # pixels of a side that are taken of each of them
 PERCENTILES = 0.5, 99.5  # of what these hold, which become 0 and 255
 ALPHA_LIKE = 0.98  # share of a band that is 0 or its largest value, from which it is transparency
+MUCH_WIDER = 3  # times the range of half of the images, from which a range is said to be wide
 ROWS = 256  # that are scaled at once
 
 
@@ -45,26 +46,33 @@ class Photo(NamedTuple):
     orientation: int
     doubt: str = ""
 
+    def ignored(self, pred):
+        """Return class ids (H, W) uint8 of the image, IGNORE where it has no data."""
+        return pred if self.valid is None else np.where(self.valid, pred, np.uint8(IGNORE))
+
 
 @dataclass(frozen=True)
 class ImageRule:
     """How the values of image files become what a network sees, (C, H, W) uint8.
 
-    dtype, count: of the files' values, and how many bands a file has, "" and 0 = any. bands: the numbers,
-    from 1, of those that are read, in this order; () = those that each file calls red, green and blue.
-    ranges: the (low, high) of each that become 0 and 255; () = uint8 as it is. alpha: the number of the band
-    that is transparency, 0 = none; nodata: the value that is no data. Pixels without data become `fill`, and
-    masks ignore them. colors: positions among the bands of the three that a backbone made for RGB sees;
-    shown: of those that pictures show. mean, std: of each band, scaled. looked_at: (number of images it was
-    decided from, of how many). strict: whether a file that does not fit is an error; else it is read as well
-    as can be, and the doubt is said.
+    dtype: of the files' values, "" = any. bands: the numbers, from 1, of those that are read, in this order;
+    () = those that each file calls red, green and blue. count, marks: where bands are given, how many a file
+    has, 0 = any, and which it calls red, green and blue. ranges: the (low, high) of each band that become 0
+    and 255, () = uint8 as it is; fixed: whether a user gave them. transparency: whether bands that files mark
+    so are that, None = no file that was looked at has one. nodata: the value that is no data in files that do
+    not say. Pixels without data become `fill`, and masks ignore them. colors: positions among the bands of
+    the three that a backbone made for RGB sees; shown: of those that pictures show. mean, std: of each band,
+    scaled. looked_at: (number of images it was decided from, of how many). strict: whether a file that does
+    not fit is an error; else it is read as well as can be, and the doubt is said. note: what to know of it.
     """
 
     dtype: str = "uint8"
-    count: int = 0
     bands: tuple = ()
+    count: int = 0
+    marks: tuple = ()
     ranges: tuple = ()
-    alpha: int = 0
+    fixed: bool = False
+    transparency: bool | None = None
     nodata: float | None = None
     colors: tuple = (0, 1, 2)
     shown: tuple = (0, 1, 2)
@@ -72,6 +80,7 @@ class ImageRule:
     std: tuple = ()
     looked_at: tuple = (0, 0)
     strict: bool = True
+    note: str = ""
 
     @classmethod
     def of(cls, stored, strict=False):
@@ -85,7 +94,7 @@ class ImageRule:
     def as_dict(self):
         """Return the plain values that a checkpoint holds."""
         values = dataclasses.asdict(self)
-        del values["strict"]
+        del values["strict"], values["note"]
         return {name: [list(item) if isinstance(item, tuple) else item for item in value]
                 if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -99,7 +108,7 @@ class ImageRule:
     @property
     def is_plain(self):
         """Whether it reads pictures as they are."""
-        return (self.dtype, self.count, self.bands, self.ranges) == ("uint8", 0, (), ())
+        return (self.dtype, self.bands, self.ranges) == ("uint8", (), ())
 
     @property
     def channels(self):
@@ -115,16 +124,15 @@ class ImageRule:
         return tuple(values)
 
     def __str__(self):
-        if self.is_plain:
-            return "8-bit RGB as it is"
-        numbers = " ".join(map(str, self.bands)) or "red, green, blue"
-        text = f"{self.dtype or 'any type'}, bands {numbers}{f' of {self.count}' * bool(self.count)}"
+        numbers = f"bands {' '.join(map(str, self.bands))}{f' of {self.count}' * bool(self.count)}"
+        text = f"{self.dtype or 'any type'}, {numbers if self.bands else 'red, green and blue'}"
         if self.ranges:
             ranges = dict.fromkeys(f"{low:.6g}..{high:.6g}" for low, high in self.ranges)
             text += f", values {', '.join(ranges)} become 0..255"
         else:
             text += ", values as they are"
-        text += f", band {self.alpha} is transparency" if self.alpha else ""
+        if self.transparency is not None:
+            text += f", the band marked as transparency is {'' if self.transparency else 'not '}that"
         return text + (f", {self.nodata:g} is no data" if self.nodata is not None else "")
 
     def showing(self, bands):
@@ -152,20 +160,27 @@ class ImageRule:
         if value_range == ("auto",):
             raise InputError("--value-range auto is decided in training: give LOW HIGH, or leave it out")
         ranges = (tuple(map(float, value_range)),) * self.channels if value_range else self.ranges
-        return dataclasses.replace(self, bands=bands or self.bands, count=0 if bands else self.count,
-                                   ranges=ranges, dtype="" if value_range else self.dtype)
+        if bands:
+            self = dataclasses.replace(self, bands=bands, count=0, marks=())
+        if value_range:
+            self = dataclasses.replace(self, ranges=ranges, dtype="", fixed=True)
+        return self
 
     # --- files that fit or not
     def misfit(self, path, stored):
         """Return why the header of a file does not fit, "" where it does."""
         if self.dtype and stored.dtype != self.dtype:
-            return f"{path} holds {stored.dtype} values, and the rule of the data set is for {self.dtype}"
+            return f"{path} holds {stored.dtype} values, and the images of the data set {self.dtype}"
         if self.count and stored.bands != self.count:
-            return (f"{path} has {count_of(stored.bands, 'band')}, and the rule of the data set is for "
-                    f"{self.count}")
-        if not self.bands and stored.alpha and not file_alpha(path, stored):
-            return (f"{path} has a band {stored.alpha} that is marked as transparency and is not, and the "
-                    "rule of the data set does not read it")
+            return f"{path} has {count_of(stored.bands, 'band')}, and the images of the data set {self.count}"
+        if self.marks and stored.colors and stored.colors != self.marks:
+            theirs, ours = (" ".join(map(str, colors)) for colors in (stored.colors, self.marks))
+            return (f"{path} calls its bands {theirs} red, green and blue, and the images of the data set "
+                    f"{ours}")
+        decided = self.transparency is not None or stored.alpha in (0, *self.bands)
+        if not decided and not file_alpha(path, stored):
+            return (f"{path} marks band {stored.alpha} as transparency, and it does not look so (0 or the "
+                    "largest value nearly everywhere): it is not read")
         return ""
 
     def fitted(self, path, stored):
@@ -174,29 +189,50 @@ class ImageRule:
         """
         doubt = self.misfit(path, stored)
         if doubt and self.strict:
-            raise InputError(f"{doubt}: convert it, or leave it out; check_data.py lists all such files")
-        bands, alpha = self.bands, self.alpha
-        if stored.bands != self.count:
-            alpha = 0 if stored.alpha in bands else file_alpha(path, stored)
+            raise InputError(f"{doubt}: convert it, or leave it out; check_data.py says more")
+        bands = self.bands
         if not bands or self.count and self.channels == 3 and max(bands) > stored.bands:
             bands = usual_bands(path, stored)
         elif max(bands) > stored.bands:
             raise InputError(f"{path} has {count_of(stored.bands, 'band')}, and bands "
                              f"{' '.join(map(str, bands))} are read: give a file that has them")
+        ranges = self.ranges
         if self.dtype and stored.dtype != self.dtype:
             ranges = decide_rule([path], bands).ranges
-            doubt += ": read by its own " + ", ".join(f"{low:.6g}..{high:.6g}" for low, high in ranges)
-        else:
-            ranges = self.ranges
-        nodata = self.nodata if stored.nodata is None else stored.nodata
-        return dataclasses.replace(self, bands=bands, alpha=alpha, nodata=nodata, ranges=ranges), doubt
+            own = ", ".join(f"{low:.6g}..{high:.6g}" for low, high in ranges)
+            doubt += f": read {f'by its own {own}' if own else 'as it is'}"
+        nodata = self.nodata if stored.nodata is None and not stored.is_picture else stored.nodata
+        return dataclasses.replace(self, bands=bands, nodata=nodata, ranges=ranges), doubt
+
+    def alpha_of(self, path, stored):
+        """Return the number of the band of a file that is transparency, 0 = none."""
+        if stored.alpha in self.bands or self.transparency is False:
+            return 0
+        return stored.alpha if self.transparency else file_alpha(path, stored)
+
+    def far_outside(self, path, stored):
+        """Return why the values of a file are not those that the ranges were made for, "" = they are."""
+        if not self.ranges or self.fixed or self.dtype and stored.dtype != self.dtype:
+            return ""
+        medians = [np.median(band) if band.size else np.nan
+                   for (band,) in sample_values([path], {path: stored}, self)]
+        for median, (low, high) in zip(medians, self.ranges, strict=True):
+            if not (np.isnan(median) or low - (high - low) <= median <= high + (high - low)):
+                return (f"{path} has a band with a median of {median:.6g}, far outside of {low:.6g}.."
+                        f"{high:.6g}, the range of the data set")
+        return ""
+
+    def doubt(self, path, stored):
+        """Return why a file may not be what the rule was made for, "" = it is. Raises InputError as
+        fitted."""
+        return self.misfit(path, stored) or self.far_outside(path, stored)
 
     # --- values
     def convert(self, values, valid=None):
         """Bands (C, h, w) of a file's type, valid (h, w) bool or None -> (C, h, w) uint8, valid or None."""
         empty = no_data(values, self.nodata)
-        is_float = values.dtype.kind == "f"
-        if is_float and empty is not None:
+        each = values.dtype != np.uint8  # a band may have no data alone; of 8 bit, black is often called so
+        if each and empty is not None:
             values = np.where(empty, 0, values)
         if self.ranges:
             scaled = np.stack([scale(band, *ends) for band, ends in zip(values, self.ranges, strict=True)])
@@ -206,7 +242,7 @@ class ImageRule:
             raise InputError(f"values of the type {values.dtype} have no range: give --value-range LOW HIGH")
         fill = np.array(self.fill, np.uint8)[:, None]
         if empty is not None:
-            if is_float:  # a band may be unknown alone
+            if each:
                 scaled[empty] = np.broadcast_to(fill[..., None], scaled.shape)[empty]
             valid = ~empty.all(0) if valid is None else valid & ~empty.all(0)
         if valid is not None:
@@ -214,10 +250,12 @@ class ImageRule:
         return scaled, valid
 
     def convert_array(self, values):
-        """An image as an array (H, W, C) of the type and the bands of the files -> (C, H, W) uint8. Raises
-        InputError.
+        """An image as an array (H, W, C) of the type and the bands of the files, of bands () red, green and
+        blue, or (H, W) gray -> (C, H, W) uint8. Raises InputError.
         """
         count = self.count or max(self.bands, default=3)
+        if values.ndim == 2 and not self.bands:
+            values = np.stack([values] * 3, 2)
         if values.ndim != 3 or values.shape[2] != count or self.dtype and str(values.dtype) != self.dtype:
             raise InputError(f"an image is an array (H, W, {count}) of {self.dtype or 'numbers'}, as in "
                              f"training, not {values.shape} of {values.dtype}")
@@ -240,16 +278,6 @@ class ImageRule:
         return torch.stack([table.to(images.device)[images[:, position].long()]
                             for position, table in enumerate(tables)], 1)
 
-    def outside(self, path, medians):
-        """Return why a file is not one that the ranges were made for, "" = it is; medians: (C,), of its
-        values in the bands that are read.
-        """
-        for number, median, (low, high) in zip(self.bands, medians, self.ranges, strict=False):
-            if not low - (high - low) <= median <= high + (high - low) and not np.isnan(median):
-                return (f"{path} has a median of {median:.6g} in band {number}, far outside of {low:.6g}.."
-                        f"{high:.6g}, the range of the data set")
-        return ""
-
     def read(self, path, at_least=None):
         """Read an image file as a Photo. Raises InputError.
 
@@ -267,10 +295,9 @@ class ImageRule:
             return Photo(torch.from_numpy(pixels).permute(2, 0, 1), None, size, orientation)
         stored = stored_of(path)
         rule, doubt = self.fitted(path, stored)
-        values, valid = read_stored(path, stored, rule.bands, rule.alpha)
-        doubt = doubt or rule.outside(path, medians_of(values, rule.nodata) if rule.ranges else ())
-        if doubt and self.strict:
-            raise InputError(f"{doubt}: convert it, or leave it out; check_data.py lists all such files")
+        values, valid = read_stored(path, stored, rule.bands, self.alpha_of(path, stored))
+        if not (doubt or self.strict):
+            doubt = self.far_outside(path, stored)
         pixels, valid = rule.convert(values, valid)
         pixels = np.ascontiguousarray(upright(pixels, stored.orientation))
         valid = None if valid is None else upright(valid, stored.orientation)
@@ -321,7 +348,8 @@ def usual_bands(path, stored):
     if stored.colors or count in (1, 3):
         return stored.colors or ((1, 2, 3) if count == 3 else (1, 1, 1))
     raise InputError(f"{path} has {count_of(stored.bands, 'band')} and does not say which of them are red, "
-                     "green and blue: choose, --bands 3 2 1, or read all, --bands all")
+                     f"green and blue: choose, --bands {'3 2 1' if count > 2 else '1'}, or read all, "
+                     "--bands all")
 
 
 def file_alpha(path, stored):
@@ -365,35 +393,78 @@ def decide_rule(paths, bands=(), value_range=(), shown=()):
     """
     paths = list(dict.fromkeys(paths))
     sample = evenly_sampled(paths, LOOKED_AT)
-    looked_at = len(sample), len(paths)
     stored = sampled(stored_of, sample)
     first = stored[sample[0]]
-    if not (bands or value_range) and all(item.is_picture for item in stored.values()):
-        return ImageRule(looked_at=looked_at).showing(shown)
-    kinds = grouped(sample, lambda path: (stored[path].dtype, stored[path].bands))
-    if len(kinds) > 1:
-        named = " and ".join(f"{files[0]} {stored[files[0]]}" for files in list(kinds.values())[:2])
-        raise InputError(f"the images are of several kinds: {named}: convert them to one")
+    check_alike(sample, stored, with_bands=bool(bands))
     marked = [path for path in sample if stored[path].alpha]
-    alpha = stored[marked[0]].alpha if marked and looks_like_alpha(marked, stored) else 0
-    numbers = chosen_bands(sample[0], first, bands, alpha)
-    alpha = 0 if alpha in numbers else alpha
-    colors = color_positions(numbers, first.colors if bands == ("all",) else ())
-    nodata = {item.nodata for item in stored.values()} - {None}
-    rule = ImageRule(first.dtype, first.bands, numbers, (), alpha, nodata.pop() if len(nodata) == 1 else None,
-                     colors, colors, looked_at=looked_at).showing(shown)
-    values = sample_values(sample, stored, rule)
-    if value_range and value_range != ("auto",):
-        ranges = (tuple(map(float, value_range)),) * len(numbers)
-    elif value_range or first.dtype != "uint8":
-        ranges = tuple(percentile_range(band) for band in values)
+    nodata = {item.nodata for item in stored.values()}  # in files that do not say: where all others agree
+    rule = ImageRule(first.dtype, nodata=nodata.pop() if len(nodata) == 1 else None,
+                     transparency=looks_like_alpha(marked, stored) if marked else None,
+                     looked_at=(len(sample), len(paths)))
+    if bands:
+        alpha = first.alpha * bool(rule.transparency)
+        numbers = chosen_bands(sample[0], first, bands, alpha)
+        colors = color_positions(numbers, first.colors if bands == ("all",) else ())
+        rule = dataclasses.replace(rule, bands=numbers, count=first.bands, marks=first.colors, colors=colors,
+                                   shown=colors)
     else:
-        ranges = ()
-    if ranges:
-        values = [scale(band[None], *ends) for band, ends in zip(values, ranges, strict=True)]
+        for path in sample:
+            usual_bands(path, stored[path])  # raises where a file does not say
+    rule = rule.showing(shown)
+    fixed = bool(value_range) and value_range != ("auto",)
+    if rule.is_plain and not value_range:
+        return rule
+    values = sample_values(sample, stored, rule)
+    if fixed:
+        rule = dataclasses.replace(rule, fixed=True, ranges=(tuple(map(float, value_range)),) * rule.channels)
+    elif value_range or first.dtype != "uint8":
+        ranges = tuple(percentile_range(np.concatenate(band)) for band in values)
+        rule = dataclasses.replace(rule, ranges=ranges, note=note_on(ranges, values))
+    scaled = [np.concatenate(band) for band in values]
+    if rule.ranges:
+        scaled = [scale(band[None], *ends) for band, ends in zip(scaled, rule.ranges, strict=True)]
     return dataclasses.replace(
-        rule, ranges=ranges, mean=tuple(float(band.mean()) if band.size else 0.0 for band in values),
-        std=tuple(max(1.0, float(band.std())) if band.size else 1.0 for band in values))
+        rule, mean=tuple(float(band.mean()) if band.size else 0.0 for band in scaled),
+        std=tuple(max(1.0, float(band.std())) if band.size else 1.0 for band in scaled))
+
+
+def check_alike(paths, stored, with_bands):
+    """Raise InputError where files are of several types, or numbers of bands would not mean the same."""
+    def kind_of(path):
+        item = stored[path]
+        return (item.dtype, item.bands, item.colors) if with_bands else item.dtype
+
+    kinds = grouped(paths, kind_of)
+    if len(kinds) > 1:
+        named = ", ".join(f"{count_of(len(files), 'file')} such as {files[0]} ({stored[files[0]]})"
+                          for files in list(kinds.values())[:4])
+        raise InputError(f"the images are of several kinds: {named}: convert them to one")
+
+
+def check_fit(rule, paths):
+    """Raise InputError that names the first of the files that do not fit an ImageRule which is not plain."""
+    if rule.is_plain:
+        return
+    doubts = sampled(lambda path: rule.doubt(path, stored_of(path)), list(dict.fromkeys(paths)))
+    doubts = list(filter(None, doubts.values()))
+    if doubts:
+        more = f" (and {count_of(len(doubts) - 1, 'more file')})" if len(doubts) > 1 else ""
+        raise InputError(f"{doubts[0]}{more}: convert or leave out what check_data.py lists, or say with "
+                         "--value-range LOW HIGH which values count")
+
+
+def note_on(ranges, values):
+    """Return what to know of ranges where a few of the images, or of their pixels, make them much wider than
+    most images need, "" = nothing. values: {band: [(n,) of each image]}.
+    """
+    for (low, high), images in zip(ranges, values, strict=True):
+        ends = np.array([percentile_range(image) for image in images if image.size])  # (N, 2)
+        if len(ends) and high - low > MUCH_WIDER * np.median(ends[:, 1] - ends[:, 0]):
+            usual = " ".join(f"{end:.6g}" for end in np.median(ends, 0))
+            return (f"half of the images lie within {usual}: a few others make the range "
+                    f"{low:.6g}..{high:.6g}, in which these are nearly one gray; --value-range {usual} "
+                    "would cut them off")
+    return ""
 
 
 def chosen_bands(path, stored, bands, alpha):
@@ -417,19 +488,17 @@ def color_positions(numbers, colors):
 
 
 def sample_values(paths, stored, rule):
-    """Return for each band of an ImageRule the values that a few pixels of these files hold, [(n,), ...]."""
+    """Return the values that a few pixels of these files hold, for each band of an ImageRule a list of (n,)
+    of each file.
+    """
+    rule = dataclasses.replace(rule, strict=False)
+
     def values_of(path):
-        values, valid = look_at(path, stored[path], rule.bands, rule.alpha)
-        return [data_of(band if valid is None else band[valid], rule.nodata) for band in values]
+        own, _ = dataclasses.replace(rule, dtype="").fitted(path, stored[path])
+        values, valid = look_at(path, stored[path], own.bands, rule.alpha_of(path, stored[path]))
+        return [data_of(band if valid is None else band[valid], own.nodata) for band in values]
 
-    return [np.concatenate(bands) for bands in zip(*sampled(values_of, paths).values(), strict=True)]
-
-
-def medians_of(values, nodata):
-    """Return the medians (C,) of some of the data in bands (C, h, w), NaN of a band that has none."""
-    steps = [max(1, side // LOOK) for side in values.shape[1:]]
-    some = [data_of(band, nodata) for band in values[:, ::steps[0], ::steps[1]]]
-    return [float(np.median(band)) if band.size else np.nan for band in some]
+    return list(zip(*sampled(values_of, paths).values(), strict=True))
 
 
 def data_of(values, nodata):
@@ -444,7 +513,7 @@ def percentile_range(values):
         return 0.0, 1.0
     low, high = np.percentile(values.astype(np.float64), PERCENTILES)
     least = 1.0 if values.dtype.kind in "iu" else 1e-6
-    return float(low), float(max(high, low + least))
+    return float(low), float(max(high, low + least, np.nextafter(low, np.inf)))
 
 
 def read_image(path, rule=PICTURES):

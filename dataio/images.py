@@ -26,6 +26,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 
 from config import InputError, count_of
+from utils import copy_file
 
 # PIL can read more, such as EPS, which it has another program draw
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
@@ -35,10 +36,13 @@ TIFFS = (".tif", ".tiff")
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_COLORS = 256, 257, 258, 262  # tags
 TIFF_SAMPLES, TIFF_PLANAR, TIFF_PAGE, TIFF_NODATA = 277, 284, 254, 42113
+TIFF_COMPRESSION, TIFF_SIGN = 259, 339  # 2 = integers with a sign
+JPEGS = (6, 7)  # TIFF_COMPRESSION of pixels that PIL and GDAL decode to values that differ a little
 SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # of a pixel without more bands, by TIFF_COLORS
 MOST_PIXELS = 1 << 30  # of an image or mask; PIL alone stops at a sixth of it
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
 TAG_ERRORS = (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error)  # of TIFFs
+LARGE_STEP, WINDOWS, WINDOW = 16, 8, 32  # above it, windows of so many pixels on each side
 DAMAGED = "is damaged or not an image: repair or remove it"
 
 
@@ -90,6 +94,7 @@ def open_picture(path):
         raise
     tags = getattr(image, "tag_v2", {})
     has_bands = TIFF_NODATA in tags or tags.get(TIFF_SAMPLES, 1) > SAMPLES.get(tags.get(TIFF_COLORS), 4)
+    has_bands |= 2 in tags.get(TIFF_SIGN, ()) or tags.get(TIFF_COMPRESSION) in JPEGS
     if is_tiff:  # a mask beside it, or in a page of its own
         has_bands |= os.path.exists(f"{path}.msk") or bool(tags.next) and 4 in tiff_tags(path, TIFF_PAGE)
     if has_bands or image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in image.tile):
@@ -168,6 +173,18 @@ def picture_orientation(image, path):
 
 
 # --- what a file says of itself -----------------------------------------------------------------------------
+def companions(path):
+    """Return the files beside an image that say which of its pixels are data, as GDAL writes them."""
+    beside = (Path(f"{path}{ending}") for ending in (".msk", ".aux.xml"))
+    return [file for file in beside if Path(path).suffix.lower() in TIFFS and file.is_file()]
+
+
+def copy_image(path, target):
+    """Copy an image file, and those beside it that say which of its pixels are data."""
+    for file in (path, *companions(path)):
+        copy_file(file, Path(f"{target}{str(file)[len(str(path)):]}"))
+
+
 class Stored(NamedTuple):
     """What the header of an image file says.
 
@@ -231,13 +248,14 @@ def named_errors(path, what=DAMAGED):
 
 
 class BandFile:
-    """An image file read by bands, all of it or windows: through GDAL, by rasterio. Raises InputError.
+    """An image file read by bands, all of it or windows: through GDAL, by rasterio. overviews: whether
+    smaller versions may be read from those in the file, which are averages. Raises InputError.
 
     A palette comes as its colors, and inverted gray as it looks; pages of one size are
     bands. Transparency of formats other than TIFF is laid over white and is no band.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, overviews=True):
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"{path} does not exist")
@@ -247,7 +265,8 @@ class BandFile:
             raise InputError(f"{path} {DAMAGED}")
         warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # such files are usual
         with named_errors(path):
-            self.source = rasterio.open(path, driver=driver)
+            options = {} if overviews or driver != "GTiff" else dict(OVERVIEW_LEVEL="NONE")
+            self.source = rasterio.open(path, driver=driver, **options)
             names = [name for name in self.source.subdatasets if name.startswith("GTIFF_DIR")]
             pages = [rasterio.open(name, driver=driver) for name in names]
             self.pages = [page for page in pages if page.shape == pages[0].shape]  # smaller ones are previews
@@ -305,6 +324,12 @@ class BandFile:
                 alpha = self.source.read(self.source.count, window=window, out_shape=shape) / top
                 values = np.rint(values * alpha + top * (1 - alpha)).astype(values.dtype)
         return values
+
+    @property
+    def is_plain(self):
+        """Whether GDAL's values are what PIL shows: of whole bytes, and no color model but RGB and gray."""
+        bits = self.source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", "8")
+        return not int(bits) < 8 and ColorInterp.cyan not in self.colors
 
     def has_mask(self, alpha):
         """Return whether pixels may be masked, by the band `alpha` or a mask of the file."""
@@ -375,7 +400,7 @@ def bands_first(path, values):
     elif values.ndim != 3 or shape[0] >= min(shape[1:]):
         raise InputError(f"{path} is an array of the shape {shape}, which does not tell its bands: save (C, "
                          "H, W) or (H, W, C) with fewer bands than rows and columns")
-    if values.dtype.kind not in "iuf" or not values.size:
+    if values.dtype.kind not in "iuf" or values.dtype.itemsize > 8 or not values.size:
         raise InputError(f"{path} holds {values.dtype}, and images are integers or floats: save it as these")
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
@@ -391,7 +416,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", *TIFFS, ".webp", ".gif", *READ
 def read_stored(path, stored, bands, alpha=0, step=1):
     """Return (bands (C, h, w) of an image file in its own type, valid (h, w) bool or None), not turned.
 
-    step: take every so manieth pixel of rows and columns. Raises InputError.
+    step: take every so manieth pixel of rows and columns; of much larger files, small windows all over it.
+    Raises InputError.
     """
     picked = [band - 1 for band in bands]
     if reader := READERS.get(Path(path).suffix.lower()):
@@ -400,24 +426,36 @@ def read_stored(path, stored, bands, alpha=0, step=1):
         with open_picture(path) as image, naming_damage(path):
             pixels = np.array(to_rgb(image))[::step, ::step]  # (h, w, 3)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[picked]), None
-    shape = None if step == 1 else tuple(-(-side // step) for side in stored.size)
-    if shape is None and stored.size[0] * stored.size[1] > MOST_PIXELS:
+    if step == 1 and math.prod(stored.size) > MOST_PIXELS:
         raise InputError(f"{path} has more than {MOST_PIXELS} pixels, which are not read at once: a TIFF is "
                          "read by windows with --protocol tile of infer_image.py and --train-scale native")
-    with BandFile(path) as file:
-        return file.read(bands, shape=shape), file.valid(alpha, shape=shape)
+    with BandFile(path, overviews=False) as file:
+        if step <= LARGE_STEP:
+            shape = None if step == 1 else tuple(-(-side // step) for side in stored.size)
+            return file.read(bands, shape=shape), file.valid(alpha, shape=shape)
+        grid = windows_of(stored.size)
+        values = np.block([[file.read(bands, window) for window in row] for row in grid])
+        masks = [[file.valid(alpha, window) for window in row] for row in grid]
+        return values, np.block(masks) if file.has_mask(alpha) else None
+
+
+def windows_of(size):
+    """Return WINDOWS rows of as many windows ((top, bottom), (left, right)) spread over an image (H, W)."""
+    rows, columns = ([(start, min(start + WINDOW, side)) for start in
+                      np.linspace(0, max(0, side - WINDOW), WINDOWS).astype(int).tolist()] for side in size)
+    return [[(row, column) for column in columns] for row in rows]
 
 
 def no_data(values, nodata):
     """Return which numbers of an array are no data, bool of its shape: not finite, or `nodata`; None =
     none."""
     empty = ~np.isfinite(values) if values.dtype.kind == "f" else None
-    if nodata is not None and (empty is not None or nodata in range(*limits(values.dtype))):
+    if nodata is not None and (empty is not None or is_integer_of(nodata, values.dtype)):
         is_value = values == values.dtype.type(nodata)
         empty = is_value if empty is None else empty | is_value
     return empty if empty is not None and empty.any() else None
 
 
-def limits(dtype):
-    """Return (lowest, highest + 1) of an integer type."""
-    return np.iinfo(dtype).min, np.iinfo(dtype).max + 1
+def is_integer_of(number, dtype):
+    """Return whether an integer type has a number."""
+    return number == int(number) and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max

@@ -18,8 +18,8 @@ import torch
 
 from config import IGNORE, InputError
 from dataio.image_rule import PICTURES, ImageRule
-from dataio.images import (IMAGE_ENDINGS, load_array, naming_damage, open_image, stored_of, upright,
-                           upright_size)
+from dataio.images import (IMAGE_ENDINGS, companions, load_array, naming_damage, open_image, stored_of,
+upright, upright_size)
 from dataio.resizing import resize_mask
 
 MASK_ENDINGS = IMAGE_ENDINGS
@@ -50,7 +50,7 @@ class Sample(NamedTuple):
     def files(self):
         """Return the paths of all files, the image first."""
         masks = [] if self.mask is None else [self.mask]
-        return [self.image, *masks, *(target.path for target in self.targets)]
+        return [self.image, *masks, *(target.path for target in self.targets), *companions(self.image)]
 
 
 @dataclass

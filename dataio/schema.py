@@ -174,15 +174,17 @@ class Protocol(BaseModel):
 
 
 class StoredRule(BaseModel):
-    """images.ImageRule."""
+    """image_rule.ImageRule."""
 
     model_config = ConfigDict(extra="forbid")
     dtype: Literal["", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16",
                    "float32", "float64"]
     count: integer(0, LARGEST_SIDE)
+    marks: Annotated[list[Side], Field(max_length=3)]
+    fixed: StrictBool
+    transparency: StrictBool | None
     bands: Annotated[list[Side], Field(max_length=LARGEST_SIDE)]
     ranges: list[Annotated[tuple[Number, Number], AfterValidator(check_range)]]
-    alpha: Count
     nodata: StrictFloat | StrictInt | None
     colors: tuple[Count, Count, Count]
     shown: tuple[Count, Count, Count]

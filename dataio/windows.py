@@ -64,18 +64,21 @@ class Raster:
     def __init__(self, path, rule=PICTURES, stored=None):
         self.path, stored = Path(path), stored or stored_of(path)
         self.rule, self.doubt = rule.fitted(path, stored)
+        self.alpha = rule.alpha_of(path, stored)
+        if not (self.doubt or rule.strict):
+            self.doubt = rule.far_outside(path, stored)
         self.file = BandFile(path)
         if stored.orientation != 1:
             raise InputError(f"{path} is stored turned (its orientation tag), and windows of it would lie "
                              "elsewhere: save it upright")
         self.bands = self.rule.bands
         if stored.is_picture and self.file.palette is None and self.file.source.count != 3:
-            if self.file.source.count != 1:
-                raise InputError(f"{path} is not read by windows in its colors: save it as RGB")
             self.bands = (1,) * len(self.bands)
+        if stored.is_picture and not self.file.is_plain:
+            raise InputError(f"{path} is not read by windows in its colors: save it as 8-bit RGB")
         self.size = stored.size
         self.shape = 1, len(self.bands), *self.size
-        self.may_be_empty = self.file.has_mask(self.rule.alpha) or self.rule.nodata is not None or \
+        self.may_be_empty = self.file.has_mask(self.alpha) or self.rule.nodata is not None or \
             np.dtype(stored.dtype).kind == "f"
 
     def convert(self, window, shape=None):
@@ -83,7 +86,7 @@ class Raster:
         right)), or of all at a smaller `shape`.
         """
         values = self.file.read(self.bands, window, shape)
-        return self.rule.convert(values, self.file.valid(self.rule.alpha, window, shape))
+        return self.rule.convert(values, self.file.valid(self.alpha, window, shape))
 
     def read(self, top, left, height, width):
         """Return (1, C, height, width) uint8, or None where none of these pixels holds data."""
@@ -134,11 +137,11 @@ def has_windows(sample, table):
     if len(table) > 65536 or sample.mask is None or not (is_raster(sample.image) and is_raster(sample.mask)):
         return False
     with (named_errors(sample.mask), rasterio.open(sample.mask, driver="GTiff") as mask,
-          named_errors(sample.image), rasterio.open(sample.image, driver="GTiff") as image):
-        blocks = [math.prod(shape) for file in (mask, image) for shape in file.block_shapes]
+          BandFile(sample.image) as image):
+        blocks = [math.prod(shape) for file in (mask, image.source) for shape in file.block_shapes]
         white = mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # PIL inverts these
-        plain = mask.count == 1 and mask.dtypes[0] in ("uint8", "uint16") and not white
-        return plain and mask.shape == image.shape and max(blocks) <= LARGE_BLOCK
+        plain = mask.count == 1 and mask.dtypes[0] in ("uint8", "uint16") and not white and image.is_plain
+        return plain and mask.shape == image.source.shape and max(blocks) <= LARGE_BLOCK
 
 
 def read_tiff_window(sample, table, raster, top, left, height, width):

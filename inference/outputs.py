@@ -16,7 +16,8 @@ from pycocotools import mask as coco_mask
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of, polygons
 from dataio.image_rule import read_image
-from utils import copy_file, save_image
+from dataio.images import copy_image
+from utils import save_image
 from visualize import background_id, save_classes, save_mask
 
 
@@ -186,7 +187,7 @@ class PseudoLabels:
         self.labeled_shares.append(float(sure.mean()))
         save_mask(np.where(sure, pred, IGNORE).astype(np.uint8), self.classes,
                   self.folder / f"masks/{name}.png")
-        copy_file(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
+        copy_image(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
 
     def finish(self):
         """Write the names of the classes and return a line that says how much is labeled."""

@@ -398,17 +398,18 @@ class Predictor:
         bands as the files of the training, of most models (H, W, 3) uint8 RGB.
         """
         if isinstance(image, (str, Path)):
-            return self(self.read(image)[None])[0]
+            photo = self.read(image)
+            return photo.ignored(self(photo.image[None])[0])
         return self(torch.from_numpy(self.rule.convert_array(np.asarray(image)))[None])[0]
 
     def read(self, path):
-        """Return an image file as the network sees it, (C, H, W) uint8; says on stderr where it does not fit
-        the images of the training. Raises InputError.
+        """Return an image file as a Photo; says on stderr where it does not fit the images of the training.
+        Raises InputError.
         """
         photo = self.rule.read(path)
         if photo.doubt:
             tqdm.write(f"warning: {photo.doubt}", file=sys.stderr)
-        return photo.image
+        return photo
 
     def rows(self, image, size, batch_size=8):
         """Yield what scored_rows yields, of an image (1, C, H, W) uint8 or a Raster, at `size` = (H, W)."""

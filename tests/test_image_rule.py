@@ -3,7 +3,7 @@ named."""
 import json
 import warnings
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import cv2
 import numpy as np
@@ -75,13 +75,12 @@ def write_set(folder, kind="16", bands=5, count=6, size=SIZE, **options):
     return folder
 
 
-def network(rule, **options):
-    """Return a small Segmenter for the images of a rule, and a list of what its backbone and head see."""
-    spec = ModelSpec(num_classes=3, backbone="vit_tiny", head="detail", num_bands=rule.channels,
-                     colors=rule.colors, **options)
+@lru_cache
+def network(channels, colors):
+    """Return a small Segmenter for images of so many bands, and a list of what its head is given."""
     torch.manual_seed(0)
+    spec = ModelSpec(num_classes=3, backbone="vit_tiny", head="detail", num_bands=channels, colors=colors)
     model, seen = build_model(spec).eval(), []
-    model.normalize_bands(rule.mean, rule.std)
     model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     return model, seen
 
@@ -89,7 +88,7 @@ def network(rule, **options):
 # --- the same by every path ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("marks", ["", "alpha", "nodata", "alpha nodata"])
 @pytest.mark.parametrize("bands", [1, 3, 4, 5])
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", ["8", "12", "16", "float"])
 def test_what_a_network_sees_is_equal_by_every_path(tmp_path, kind, bands, marks):
     """Whole, slide, tile, a Raster, training, its windows, validation tiles and the cache."""
     pixels, size = bands_of(kind, bands), SIZE
@@ -112,7 +111,8 @@ def test_what_a_network_sees_is_equal_by_every_path(tmp_path, kind, bands, marks
     rule = decide_rule([path], ALL)
     assert rule.alpha == (bands + 1 if "alpha" in marks else 0)
     assert rule.channels == (3 if bands == 1 else bands)
-    model, seen = network(rule)
+    model, seen = network(rule.channels, rule.colors)
+    model.normalize_bands(rule.mean, rule.std)
     want, ignored = rule.read(path).image, np.where(nothing, IGNORE, 1)
     assert (want[:, nothing] == torch.tensor(rule.fill)[:, None]).all()
 
@@ -403,8 +403,9 @@ def replace_spec(spec, **fields):
     return ModelSpec(**{**vars(spec), **fields})
 
 
-@pytest.mark.parametrize("count", [2, 4, 5])
-@pytest.mark.parametrize("name", ["vit_tiny", "timm/convnext_atto", "timm/eva02_tiny_patch14_224", "resnet"])
+@pytest.mark.parametrize(("name", "count"), [
+    ("vit_tiny", 2), ("vit_tiny", 5), ("timm/convnext_atto", 4), ("timm/eva02_tiny_patch14_224", 5),
+    ("resnet", 4)])
 def test_a_widened_backbone_keeps_what_it_knew_and_learns_the_new_bands(name, count):
     torch.manual_seed(0)
     if name == "resnet":
