@@ -212,9 +212,19 @@ def check_rule(data, report, bands, value_range):
     if marked and rule.transparency is False and marked[0] not in rule.bands:
         report.warnings.append(f"band {marked[0]} is marked as transparency, and its values are not: it is "
                                "not read (--bands all reads it)")
-    doubts = [data.rule.doubt(sample.image, data.images[sample].stored) for sample in data.samples]
+    doubts = all_in_parallel(lambda sample: doubt_of(sample.image, data.images[sample].stored, data.rule),
+                             data.samples, "values")
     report.problems += with_files("image", "not as the others, which training refuses",
                                   list(filter(None, doubts)))
+
+
+def doubt_of(path, stored, rule):
+    """Return why training would refuse an image, "" = it does not."""
+    try:
+        rule.fitted(path, stored)
+        return rule.doubt(path, stored)
+    except InputError as error:
+        return str(error)
 
 
 def describe_bands(kind, facts, rule):

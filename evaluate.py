@@ -159,7 +159,7 @@ def make_batches(samples, table, protocol, batch_size, rule):
 
 def warn_of_misfits(samples, rule):
     """Print a warning where image files are not as those of the training."""
-    misfits = all_in_parallel(lambda sample: rule.misfit(sample.image, stored_of(sample.image)), samples,
+    misfits = all_in_parallel(lambda sample: rule.doubt(sample.image, stored_of(sample.image)), samples,
                               "image headers")
     misfits = list(filter(None, misfits))
     if misfits:

@@ -53,14 +53,16 @@ EXAMPLES = 4  # validation images drawn after every epoch
 
 # --- what a run consists of ---------------------------------------------------------------------------------
 def image_rule(config, data, saved):
-    """Return the ImageRule of the data set; of a run that is resumed, that of its checkpoint `saved`."""
-    if not saved:
-        paths = [sample.image for sample in data.training]
+    """Return the ImageRule of the data set; of a run that is resumed, that of its checkpoint `saved`. Raises
+    InputError for images that it does not fit.
+    """
+    paths = [sample.image for sample in data.training]
+    if saved:
+        rule = ImageRule.of(saved.get("image_rule"), strict=True).showing(config.show_bands)
+    else:
         rule = decide_rule(paths, config.bands, config.value_range, config.show_bands)
-        check_fit(rule, [*paths, *(sample.image for sample in data.splits["val"])])
-        return rule
-    rule = ImageRule.of(saved.get("image_rule"), strict=True)
-    return rule.showing(config.show_bands)
+    check_fit(rule, [*paths, *(sample.image for sample in data.splits["val"])])
+    return rule
 
 
 def build_state(config, data, device):

@@ -19,16 +19,17 @@ import evaluate
 import export
 import infer_image
 import train
-from checkpoint import load_model
+from checkpoint import load_model, pack_checkpoint
 from config import IGNORE
-from dataio.dataloader import SegmentationDataset, TileDataset
+from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset
 from dataio.feature_cache import cache_features
-from dataio.image_rule import PICTURES, ImageRule, decide_rule, read_image, scale
+from dataio.image_rule import PICTURES, ImageRule, check_fit, decide_rule, read_image, scale
 from dataio.images import READERS, stored_of
 from dataio.readers import Sample, index_table
 from dataio.transforms import AUGMENTS, augment
 from dataio.windows import Raster, WindowReader
 from inference.predictor import Predictor, make_protocol
+from inference.video import FrameSegmenter
 from model import ModelSpec, build_model
 from models.backbones import build_backbone
 from models.baselines import BASELINES
@@ -75,11 +76,20 @@ def write_set(folder, kind="16", bands=5, count=6, size=SIZE, **options):
     return folder
 
 
+def network(rule, normalize="auto"):
+    """Return a small Segmenter for the images of a rule, and a list of what its head is given."""
+    model, seen = network_of(rule.channels, rule.colors, normalize)
+    model.normalize_bands(rule.mean, rule.std)
+    seen.clear()
+    return model, seen
+
+
 @lru_cache
-def network(channels, colors):
-    """Return a small Segmenter for images of so many bands, and a list of what its head is given."""
+def network_of(channels, colors, normalize):
+    """As network, made once."""
     torch.manual_seed(0)
-    spec = ModelSpec(num_classes=3, backbone="vit_tiny", head="detail", num_bands=channels, colors=colors)
+    spec = ModelSpec(num_classes=3, backbone="vit_tiny", head="detail", num_bands=channels, colors=colors,
+                     normalize=normalize)
     model, seen = build_model(spec).eval(), []
     model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     return model, seen
@@ -109,10 +119,9 @@ def test_what_a_network_sees_is_equal_by_every_path(tmp_path, kind, bands, marks
     write_tiff(tmp_path / "mask.tif", mask[None])
     Image.fromarray(mask).save(tmp_path / "mask.png")
     rule = decide_rule([path], ALL)
-    assert rule.alpha == (bands + 1 if "alpha" in marks else 0)
+    assert bool(rule.transparency) == ("alpha" in marks)
     assert rule.channels == (3 if bands == 1 else bands)
-    model, seen = network(rule.channels, rule.colors)
-    model.normalize_bands(rule.mean, rule.std)
+    model, seen = network(rule)
     want, ignored = rule.read(path).image, np.where(nothing, IGNORE, 1)
     assert (want[:, nothing] == torch.tensor(rule.fill)[:, None]).all()
 
@@ -206,7 +215,8 @@ def test_bands_are_named_ordered_and_counted(tmp_path):
         decide_rule([path], (1, 7))
     marked = write_tiff(tmp_path / "marked.tif", pixels, [
         ColorInterp.undefined, ColorInterp.blue, ColorInterp.green, ColorInterp.red, ColorInterp.undefined])
-    assert decide_rule([marked]).bands == (4, 3, 2)
+    chosen = decide_rule([path], (4, 3, 2))
+    assert torch.equal(decide_rule([marked]).read(marked).image, chosen.read(path).image)
     everything = decide_rule([marked], ALL)
     assert (everything.bands, everything.colors) == ((1, 2, 3, 4, 5), (3, 2, 1))
     assert decide_rule([path], (5, 1, 4, 2)).colors == (0, 1, 2)
@@ -246,7 +256,7 @@ def test_arrays_pages_and_deep_pictures_have_bands(tmp_path):
     image = rule.read(tmp_path / "clear.png").image  # transparency of a PNG is laid over white
     assert (image[:, :9] == 255).all() and torch.equal(image[:, 9:], want[:, 9:])
     gray = decide_rule([tmp_path / "gray.png"])
-    assert gray.bands == (1, 1, 1) and torch.equal(gray.read(tmp_path / "gray.png").image[2], want[0])
+    assert torch.equal(gray.read(tmp_path / "gray.png").image[2], want[0])
     for shape in ((9, 9, 9), (4, 5, 4), (7,), (2, 3, 4, 5)):
         np.save(tmp_path / "odd.npy", np.zeros(shape))
         with refused("odd.npy"):
@@ -319,16 +329,24 @@ def test_files_that_do_not_fit_are_refused_in_training_and_doubted_after(tmp_pat
     plain = bands_of("8", 3)
     odd = {"eight.tif": plain, "four.tif": bands_of("12", 4), "far.tif": bands_of("12", 3) + np.uint16(20000)}
     odd = {name: write_tiff(tmp_path / name, pixels) for name, pixels in odd.items()}
+    check_fit(rule, [*usual, cloud])
+    lenient = replace(rule, strict=False)
     for name, path in odd.items():
         with refused(name):
-            rule.read(path)
-        photo = replace(rule, strict=False).read(path)
-        assert name in photo.doubt and photo.image.shape == (3, *SIZE)
+            check_fit(rule, [*usual, path])
         if name != "far.tif":  # what its header says
             with refused(name):
+                rule.read(path)
+            with refused(name):
                 WindowReader([Sample(usual[0]), Sample(path)], TABLE, rule=rule)
-    assert torch.equal(replace(rule, strict=False).read(odd["four.tif"]).image, rule.read(
-        write_tiff(tmp_path / "same.tif", bands_of("12", 4)[:3])).image)
+        if name != "four.tif":  # of which red, green and blue are not known
+            with Raster(path, lenient) as raster:
+                assert name in lenient.read(path).doubt and name in raster.doubt
+    check_fit(decide_rule(usual, value_range=(0, 4000)), [odd["far.tif"]])  # the user knows
+    numbered = decide_rule(usual, (1, 2, 3))
+    for path in (odd["four.tif"], write_tiff(tmp_path / "bgr.tif", bands_of("12", 3), [
+            ColorInterp.blue, ColorInterp.green, ColorInterp.red])):
+        assert bool(replace(numbered, marks=(1, 2, 3)).misfit(path, stored_of(path)))
     with refused("eight.tif", "several kinds"):
         decide_rule([*usual, odd["eight.tif"]])
     five = decide_rule([write_tiff(tmp_path / "five.tif", bands_of("12", 5))], ALL)
@@ -371,6 +389,148 @@ def test_frames_and_arrays_are_converted_as_files_are(tmp_path):
             five.read(tmp_path / "five.tif").image.numpy()).all()
 
 
+def test_files_with_marks_of_their_own_are_read_by_these(tmp_path):
+    """Another value for no data; transparency or a mask that the others do not have."""
+    pixels = bands_of("12", 3)
+    pixels[:, :9], pixels[:, 40:] = 0, 5
+    paths = [write_tiff(tmp_path / f"{value}.tif", pixels, nodata=value) for value in (0, 5)]
+    alpha = (pixels[:1] != 5) * np.uint16(65535)
+    alpha[0, 20, 20:23] = 9  # as good as clear, and data
+    clear = write_tiff(tmp_path / "clear.tif", np.concatenate([pixels, alpha]),
+                       [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha])
+    masked = write_tiff(tmp_path / "masked.tif", pixels)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(masked, "r+") as file:
+        file.write_mask(pixels[0] != 5)
+    rule = replace(decide_rule(paths), strict=False)
+    for path, value in ((paths[0], 0), (paths[1], 5), (clear, 5), (masked, 5)):
+        valid = pixels[0] != value
+        assert (rule.read(path).valid == valid).all(), path
+        with Raster(path, rule) as raster:
+            assert (raster.valid(slice(0, SIZE[0])) == valid).all(), path
+
+
+def test_no_data_is_about_zero_to_a_network_and_bands_are_normalized(tmp_path):
+    """In every band, wherever red, green and blue are."""
+    pixels = bands_of("16", 5)
+    pixels[:, :9] = 0
+    path = write_tiff(tmp_path / "five.tif", pixels, [
+        ColorInterp.undefined, ColorInterp.blue, ColorInterp.green, ColorInterp.red, ColorInterp.undefined],
+        nodata=0)
+    rule = decide_rule([path], ALL)
+    model, seen = network(rule)
+    model(rule.read(path).image[None])
+    window, _ = WindowReader([Sample(path)], TABLE, rule=rule).read(0, -9, 0, 9, SIZE[1])
+    assert torch.equal(window, rule.read(path).image[:, :9])
+    image = seen[0].image[0, :, :SIZE[0], :SIZE[1]]
+    assert image[:, :9].abs().max() < 0.02
+    assert all(abs(image[band, 9:].std() - 1) < 0.05 for band in (0, 4))  # as those of RGB, about
+
+
+def test_other_types_and_counts_are_read_as_they_are_or_as_a_user_says(tmp_path):
+    rule = replace(decide_rule([write_tiff(tmp_path / "deep.tif", bands_of("12", 3))]), strict=False)
+    odd = rule.read(write_tiff(tmp_path / "odd.tif", bands_of("float", 3)))
+    assert odd.doubt and (odd.image.min(), odd.image.max()) == (0, 255)
+    plain = rule.read(write_tiff(tmp_path / "plain.tif", bands_of("8", 3)))
+    assert plain.doubt and (plain.image.numpy() == bands_of("8", 3)).all()
+    four = write_tiff(tmp_path / "four.tif", bands_of("12", 4))
+    assert not rule.told((1, 2, 3)).read(four).doubt
+    with refused(four, "--bands"):
+        rule.read(four)
+
+
+def test_images_that_are_not_normalized_are_so_in_every_band(tmp_path):
+    rule = decide_rule([write_tiff(tmp_path / "five.tif", bands_of("16", 5))], ALL)
+    model, _ = network(rule, normalize="none")
+    assert (model.mean == 0).all() and (model.std == 255).all()
+
+
+def test_all_of_large_images_and_of_the_list_is_looked_at(tmp_path, monkeypatch):
+    """A few of the pixels, from everywhere."""
+    pixels = np.linspace(2000, 60000, 600 * 700).astype(np.uint16).reshape(1, 600, 700)
+    clear = np.full_like(pixels, 65535)
+    clear[:, :100], alpha = 0, [ColorInterp.gray, ColorInterp.alpha]
+    np.save(tmp_path / "a.npy", pixels)
+    cv2.imwrite(str(tmp_path / "b.png"), pixels[0])
+    write_tiff(tmp_path / "c.tif", pixels)
+    write_tiff(tmp_path / "d.tif", np.concatenate([pixels, clear]), alpha)
+    write_tiff(tmp_path / "e.tif", pixels * (clear > 0), nodata=0)
+    for name, first in (("a.npy", 0), ("b.png", 0), ("c.tif", 0), ("d.tif", 100), ("e.tif", 100)):
+        want = np.percentile(pixels[:, first:], (0.5, 99.5))
+        assert np.allclose(decide_rule([tmp_path / name]).ranges[0], want, atol=300), name
+    monkeypatch.setattr("dataio.image_rule.LOOKED_AT", 2)
+    paths = [write_tiff(tmp_path / f"{number}.tif", bands_of("12", 3) // (4 - number)) for number in range(4)]
+    rule = decide_rule(paths)
+    assert rule.looked_at == (2, 4) and rule.ranges[0][1] > decide_rule(paths[:2]).ranges[0][1]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_what_is_no_data_is_turned_as_its_image_is(tmp_path, orientation):
+    values, path = bands_of("float", 1)[0], tmp_path / "turned.tif"
+    values[:7, :30] = np.nan
+    Image.fromarray(values).save(path, tiffinfo={0x0112: orientation})
+    Image.fromarray(np.isnan(values).astype(np.uint8)).save(tmp_path / "mask.png")
+    sample, rule = Sample(path, tmp_path / "mask.png"), decide_rule([path])
+    photo = rule.read(path)
+    assert (photo.image[0].numpy()[~photo.valid] == rule.fill[0]).all()
+    reader = WindowReader([sample], TABLE, rule=rule)
+    data = SegmentationDataset([sample], TABLE, reader.sizes[0], rule=rule)
+    for mask in (data[0][1]["mask"], data.targets(0)["mask"], reader.read(0, 0, 0, *reader.sizes[0])[1]):
+        assert ((mask.numpy() == IGNORE) == ~photo.valid).all()
+
+
+def test_what_is_kept_of_images_is_kept_for_its_rule(tmp_path):
+    """Decoded images, and pixels of classes."""
+    pixels = bands_of("16", 4)
+    pixels[:, :, :20] = 7
+    path, mask = write_tiff(tmp_path / "image.tif", pixels), tmp_path / "mask.png"
+    Image.fromarray(np.ones(SIZE, np.uint8)).save(mask)
+    first = decide_rule([path], (3, 2, 1))
+    for changes in ({}, dict(bands=(1, 2, 3)), dict(ranges=((0.0, 9e4),) * 3), dict(nodata=7.0)):
+        rule = replace(first, **changes)
+        reader = WindowReader([Sample(path, mask)], TABLE, tmp_path / "cache", rule)
+        assert torch.equal(reader.read(0, 0, 0, *SIZE)[0], rule.read(path).image)
+        points = reader.points(2, tmp_path / "points")
+        assert (points[:, 3] < 20).any() == (rule.nodata is None)
+        for data in (TileDataset(reader, SIZE), WindowDataset(reader, SIZE)):
+            cached = cache_features(network(rule)[0], data, tmp_path / "features", FLOAT32)
+            assert torch.equal(cached.collate([cached[0]])[0].image[0], data[0][0])
+
+
+def test_frames_of_a_video_are_seen_as_files_are(tmp_path):
+    pixels, path = bands_of("8", 3).transpose(1, 2, 0), tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    rule = decide_rule([path], (3, 1, 2), (90, 180))
+    facts = dict(classes=[["a", [0, 0, 0]]] * 3, imgsz=SIZE, image_rule=rule.as_dict())
+    predictor = Predictor(network(rule)[0], facts, "cpu")
+    (_, ids), = FrameSegmenter(predictor)([pixels])()
+    assert (ids == predictor.predict(path)).all()
+    frames = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    assert (ids != predictor(frames)[0]).any()
+    deep = decide_rule([write_tiff(tmp_path / "deep.tif", bands_of("16", 3))])
+    assert torch.equal(deep.convert_frames(frames), frames)  # as if they were scaled
+
+
+def test_pictures_show_the_bands_that_are_chosen(tmp_path, run):
+    pixels = np.arange(5, dtype=np.uint8)[:, None, None] * 40 + np.zeros((5, *SIZE), np.uint8)
+    path = write_tiff(tmp_path / "five.tif", pixels)
+    rule, sample = decide_rule([path], ALL, shown=(5, 3, 1)), Sample(path)
+    want, pictures = np.array([160, 80, 0]), []
+    with Raster(path, rule) as raster:
+        pictures.append(raster.preview())
+    for data in (SegmentationDataset([sample], TABLE, SIZE, rule=rule),
+                 TileDataset(WindowReader([sample], TABLE, rule=rule), SIZE)):
+        pictures.append(data.picture(0).permute(1, 2, 0).numpy())
+    classes = [["a", [0, 0, 0]], ["b", [9, 9, 9]], ["c", [99, 9, 9]]]
+    packed = pack_checkpoint(network(rule)[0], classes, SIZE, image_rule=rule.as_dict())
+    torch.save(packed, tmp_path / "model.pth")
+    code, _, err = run(infer_image, "--model", tmp_path / "model.pth", "--input", path, "--alpha", 0.001,
+                       "--device", "cpu", "--backend", "torch", "--out-dir", tmp_path)
+    assert code == 0, err
+    pictures.append(np.array(Image.open(tmp_path / "inference_results_image/five_overlay.jpg")))
+    for picture in pictures:
+        assert np.abs(picture.astype(int) - want).max() <= 3
+
+
 # --- models of more bands -----------------------------------------------------------------------------------
 def images_of(count, size=(45, 61)):
     """Return noise (2, count, H, W) uint8."""
@@ -401,6 +561,14 @@ def test_a_frozen_backbone_sees_three_bands_and_a_stem_all(head):
 def replace_spec(spec, **fields):
     """Return a ModelSpec with other fields."""
     return ModelSpec(**{**vars(spec), **fields})
+
+
+def test_three_bands_in_another_order_are_seen_in_that_of_the_weights():
+    spec, images = ModelSpec(num_classes=3, backbone="vit_tiny", head="bn"), images_of(3)
+    usual, other = build_model(spec).eval(), build_model(replace_spec(spec, colors=(2, 0, 1))).eval()
+    other.backbone.load_state_dict(usual.backbone.state_dict())
+    maps = other.features(images[:, [1, 2, 0]]).maps
+    assert all(map(torch.equal, usual.features(images).maps, maps))
 
 
 @pytest.mark.parametrize(("name", "count"), [
@@ -519,6 +687,24 @@ def test_a_run_of_bands_is_cached_resumed_and_widened(tmp_path, run, five_bands)
     assert code == 2 and "--cache-features" in err
 
 
+def test_a_rule_is_decided_once_from_all_that_trains_and_is_strict(tmp_path, run):
+    data, out = tmp_path / "data", tmp_path / "out"
+    extra = write_set(tmp_path / "extra", "12", 3, 2, (42, 56))
+    trained, validated = (write_set(data / split, "12", 3, 3) / "images" for split in ("train", "val"))
+    (data / "classes.txt").write_text("ground\nthing\n")
+    code, _, err = run(train, *RUN, "--data-root", data, "--extra", extra, "--epochs", 1, "--out-dir", out)
+    assert code == 0, err
+    rule = json.loads((out / "config.json").read_text())["image_rule"]
+    want = decide_rule([*trained.iterdir(), *(extra / "images").iterdir()]).as_dict()
+    assert rule["looked_at"] == [5, 5] and np.allclose(rule["ranges"], want["ranges"], atol=1e-6)
+    write_tiff(trained / "0.tif", bands_of("12", 3) // 2)  # as large as before
+    code, _, err = run(train, "--resume", "--epochs", 2, "--out-dir", out)
+    assert code == 0 and json.loads((out / "config.json").read_text())["image_rule"] == rule, err
+    write_tiff(validated / "0.tif", bands_of("12", 3) + np.uint16(20000))
+    code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", out)
+    assert code == 2 and "val/images/0.tif" in err
+
+
 @pytest.mark.parametrize(("flags", "named"), [
     (["--bands", "all", "--head", "bn"], "--widen"), (["--bands", 1, 2, 3, "--widen"], "--widen"),
     ([], "--bands"), (["--bands", "all", 2], "--bands"), (["--bands", 1, 9], "--bands 1 9"),
@@ -545,14 +731,33 @@ def test_check_data_reports_bands_ranges_and_files_that_do_not_fit(tmp_path, run
     rule = decide_rule(sorted((five_bands / "images").iterdir())[:4], ALL)
     assert Image.open(tmp_path / "check.png").size[1] > 600 and rule.count == 5
     write_tiff(five_bands / "images/2.tif", bands_of("8", 5))
-    write_tiff(five_bands / "images/4.tif", bands_of("16", 5) // 500 + np.uint16(65000))
     code, text, _ = check("--bands", "all")
     assert code == 1 and "2.tif" in text
-    write_tiff(five_bands / "images/2.tif", bands_of("16", 5))
-    code, text, _ = check("--bands", "all", "--value-range", 0, 20000)
-    assert code == 1 and "4.tif" in text
-    with refused("4.tif"):
-        decide_rule([five_bands / "images/0.tif"], ALL, (0, 20000)).read(five_bands / "images/4.tif")
+
+
+def test_check_data_names_files_of_validation_that_do_not_fit(tmp_path, run):
+    for split in ("train", "val"):
+        write_set(tmp_path / split, "12", 3, 2)
+    (tmp_path / "classes.txt").write_text("ground\nthing\n")
+    write_tiff(tmp_path / "val/images/1.tif", bands_of("12", 4))
+    code, text, _ = run(check_data, "--data-root", tmp_path, "--out-dir", tmp_path / "out")
+    assert code == 1 and "val/images/1.tif has 4 bands" in text
+    write_tiff(tmp_path / "val/images/1.tif", bands_of("12", 3) + np.uint16(20000))
+    code, text, _ = run(check_data, "--data-root", tmp_path, "--out-dir", tmp_path / "out")
+    assert code == 1 and "val/images/1.tif has a band" in text
+
+
+def test_what_a_user_says_is_done_in_tiles_too(tmp_path, run):
+    rule = decide_rule([write_tiff(tmp_path / "deep.tif", bands_of("12", 3))])
+    classes = [["a", [0, 0, 0]], ["b", [9, 9, 9]], ["c", [99, 9, 9]]]
+    packed = pack_checkpoint(network(rule)[0], classes, SIZE, image_rule=rule.as_dict())
+    torch.save(packed, tmp_path / "model.pth")
+    code, _, err = run(infer_image, "--model", tmp_path / "model.pth", "--input",
+                       write_tiff(tmp_path / "odd.tif", bands_of("8", 3)), "--protocol", "tile", "--bands", 3,
+                       2, 1, "--value-range", 0, 255, "--device", "cpu", "--out-dir", tmp_path)
+    with rasterio.open(tmp_path / "inference_results_image/odd_mask.tif") as file:
+        said = json.loads(file.tags()["images_read_as"])
+    assert (code, said["bands"], said["ranges"]) == (0, [3, 2, 1], [[0, 255]] * 3) and "warning" not in err
 
 
 def test_odd_files_are_a_warning_at_inference(tmp_path, run):
@@ -563,12 +768,9 @@ def test_odd_files_are_a_warning_at_inference(tmp_path, run):
                     "--device", "cpu", "--out-dir", tmp_path)
     odd = write_tiff(tmp_path / "odd.tif", bands_of("8", 3))
     far = write_tiff(tmp_path / "far.tif", bands_of("12", 3) + np.uint16(30000))
-    four = write_tiff(tmp_path / "four.tif", bands_of("12", 4))
     for protocol in ("whole", "tile"):
-        code, _, err = infer("--input", odd, four, data / "images/0.tif", "--protocol", protocol)
-        assert code == 0 and err.count("warning: ") == 2 and "odd.tif" in err and "four.tif" in err
-    code, _, err = infer("--input", far)
-    assert code == 0 and "far.tif" in err
+        code, _, err = infer("--input", odd, far, data / "images/0.tif", "--protocol", protocol)
+        assert code == 0 and err.count("warning: ") == 2 and "odd.tif" in err and "far.tif" in err
     code, _, err = infer("--input", odd, "--value-range", 0, 255)
     assert code == 0 and "warning" not in err
     write_tiff(data / "images/0.tif", bands_of("8", 3))
@@ -596,3 +798,101 @@ def test_pictures_of_eight_bit_are_read_as_before(tmp_path):
         assert (photo.image.permute(1, 2, 0).numpy() == want).all()
         assert photo.valid is None and not photo.doubt
         assert torch.equal(read_image(path), photo.image)
+
+
+# --- as people have them ------------------------------------------------------------------------------------
+def test_ranges_are_of_single_pixels_and_of_data_alone(tmp_path):
+    """Overviews are averages; another file has another value for no data."""
+    noise = np.random.default_rng(0).normal(2000, 300, (1, 700, 800)).clip(1, 9000).astype(np.uint16)
+    with rasterio.open(tmp_path / "cog.tif", "w", driver="COG", dtype="uint16", count=1, width=800,
+                       height=700, blocksize=128) as file:
+        file.write(noise)
+    low, high = np.percentile(noise, (0.5, 99.5))
+    assert np.allclose(decide_rule([tmp_path / "cog.tif"]).ranges, (low, high), rtol=0.02)
+    paths = []
+    for value in (-9999, -32768):
+        pixels = bands_of("signed", 3)
+        pixels[:, :20] = value
+        paths.append(write_tiff(tmp_path / f"{value}.tif", pixels.astype(np.int32), nodata=value))
+    rule = decide_rule(paths)
+    assert np.min(rule.ranges) > 0 and all((rule.read(path).valid[20:]).all() for path in paths)
+    for constant in (1e11, 2.0 ** 63):
+        np.save(tmp_path / "constant.npy", np.full((1, 9, 9), constant))
+        rule = decide_rule([tmp_path / "constant.npy"])
+        assert rule.read(tmp_path / "constant.npy").image.shape == (3, 9, 9)
+
+
+def test_every_file_says_itself_which_bands_are_colors_and_which_is_transparency(tmp_path):
+    """The order of files decides nothing; tiles at a border have transparency and others have not."""
+    pixels, clear = bands_of("12", 3), np.full((1, *SIZE), 65535, np.uint16)
+    clear[:, :9] = 0
+    rgb = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+    usual = write_tiff(tmp_path / "rgb.tif", pixels, rgb)
+    turned = write_tiff(tmp_path / "bgr.tif", pixels[::-1], rgb[::-1])
+    border = write_tiff(tmp_path / "border.tif", np.concatenate([pixels, clear]), [*rgb, ColorInterp.alpha])
+    for paths in ([usual, turned, border], [border, turned, usual]):
+        rule = decide_rule(paths)
+        images = [rule.read(path).image for path in (usual, turned)]
+        assert torch.equal(*images) and torch.equal(rule.read(border).image[:, 9:], images[0][:, 9:])
+        assert (rule.read(border).valid == (clear[0] > 0)).all() and rule.read(usual).valid is None
+    water = np.concatenate([bands_of("8", 3), np.zeros((1, *SIZE), np.uint8)])  # infrared is 0 there
+    land = write_tiff(tmp_path / "land.tif", bands_of("8", 4))
+    water = write_tiff(tmp_path / "water.tif", water)
+    assert decide_rule([land, land.with_name("land.tif"), water]).read(water).valid is None
+
+
+def test_a_few_bright_images_are_said_to_make_the_range_wide(tmp_path):
+    paths = [write_tiff(tmp_path / f"{number}.tif", bands_of("12", 3, number)) for number in range(9)]
+    assert not decide_rule(paths).note
+    write_tiff(paths[4], bands_of("12", 3) + np.uint16(50000))
+    assert "--value-range" in decide_rule(paths).note
+
+
+def test_no_data_is_no_class_in_what_is_written(tmp_path, run):
+    pixels = bands_of("12", 3)
+    pixels[:, :20] = 0
+    path = write_tiff(tmp_path / "a.tif", pixels, nodata=0)
+    rule = decide_rule([path])
+    classes = [["a", [0, 0, 0]], ["b", [9, 9, 9]], ["c", [99, 9, 9]]]
+    packed = pack_checkpoint(network(rule)[0], classes, SIZE, image_rule=rule.as_dict())
+    torch.save(packed, tmp_path / "m.pth")
+    code, _, err = run(infer_image, "--model", tmp_path / "m.pth", "--input", path, "--device", "cpu",
+                       "--json", "--min-confidence", 0.01, "--out-dir", tmp_path)
+    assert code == 0, err
+    results = tmp_path / "inference_results_image"
+    for name in ("a_mask.png", "pseudo_labels/masks/a.png"):
+        mask = np.array(Image.open(results / name))
+        assert (mask[:20] == IGNORE).all() and (mask[20:] != IGNORE).all()
+    predictor = Predictor(*load_model(tmp_path / "m.pth"), "cpu")
+    assert (predictor.predict(path) == np.array(Image.open(results / "a_mask.png"))).all()
+
+
+def test_masks_beside_images_are_copied_with_them(tmp_path, run):
+    data = write_set(tmp_path / "data", "8", 3, 4)
+    for path in sorted((data / "images").iterdir())[:2]:
+        with rasterio.open(path, "r+") as file:
+            file.write_mask(np.arange(SIZE[0])[:, None].repeat(SIZE[1], 1) > 9)
+    code, text, err = run(check_data, "--data-root", data, "--fix", tmp_path / "clean", "--out-dir", tmp_path)
+    assert code == 0, err
+    for path in sorted((tmp_path / "clean/images").glob("*.tif")):
+        original = data / "images" / path.name
+        valid, want = (PICTURES.read(file).valid for file in (path, original))
+        assert want is valid is None or (valid == want).all()
+    assert (PICTURES.read(tmp_path / "clean/images/0.tif").valid.sum(0) == SIZE[0] - 10).all()
+
+
+def test_tiffs_that_pil_and_gdal_decode_otherwise_are_read_alike(tmp_path):
+    """Integers with a sign, JPEG inside, less than a byte: windows are what the whole is, or are refused."""
+    smooth = np.stack([np.mgrid[:64, :80][1] * factor for factor in (1, 2, 3)]).astype(np.uint8)
+    jpeg = write_tiff(tmp_path / "jpeg.tif", smooth, compress="jpeg", photometric="YCBCR", tiled=True,
+                      blockxsize=16, blockysize=16)
+    signed = write_tiff(tmp_path / "signed.tif", (smooth.astype(int) - 100).astype(np.int8))
+    for path in (jpeg, signed):
+        rule = decide_rule([path])
+        with Raster(path, rule) as raster:
+            assert torch.equal(raster.read(0, 0, 64, 80)[0], rule.read(path).image), path
+    half = write_tiff(tmp_path / "half.tif", smooth[:1] // 16, nbits=4)
+    mask = write_tiff(tmp_path / "mask.tif", smooth[:1] // 128)
+    with refused(half):
+        Raster(half)
+    assert WindowReader([Sample(half, mask)], TABLE).by_windows == [False]
