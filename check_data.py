@@ -193,8 +193,7 @@ def check_images(data, report):
 
 
 def check_rule(data, report, bands, value_range):
-    """Decide the ImageRule as training would; report it, what the files hold, and which of them do not
-    fit."""
+    """Decide the ImageRule as training would; report it, what the files hold, and which do not fit."""
     paths = [sample.image for sample in data.splits.get("train") or data.samples]
     try:
         rule = decide_rule(paths, bands, value_range)

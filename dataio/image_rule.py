@@ -20,8 +20,8 @@ import torch
 from PIL import ImageOps
 
 from config import IGNORE, InputError, count_of
-from dataio.images import (READERS, naming_damage, no_data, open_picture, read_stored, stored_of, stored_size,
-                           to_rgb, upright)
+from dataio.images import (READERS, TIFFS, naming_damage, no_data, open_picture, read_stored, stored_of,
+                           stored_size, to_rgb, upright)
 from dataio.resizing import PADDING_COLOR
 from utils import evenly_sampled, grouped
 
@@ -30,6 +30,7 @@ LOOK = 256  # pixels of a side that are taken of each of them
 PERCENTILES = 0.5, 99.5  # of what these hold, which become 0 and 255
 ALPHA_LIKE = 0.98  # share of a band that is 0 or its largest value, from which it is transparency
 MUCH_WIDER = 3  # times the range of half of the images, from which a range is said to be wide
+MAY_BE_DEEP = (*TIFFS, ".png", *READERS)  # endings of files that may be no 8-bit pictures
 ROWS = 256  # that are scaled at once
 
 
@@ -136,8 +137,7 @@ class ImageRule:
         return text + (f", {self.nodata:g} is no data" if self.nodata is not None else "")
 
     def showing(self, bands):
-        """Return the rule with other bands for pictures, () = as it is. Raises InputError: these are not
-        read."""
+        """Return the rule with other bands for pictures, () = the same. Raises InputError: not read."""
         numbers = self.bands or (1, 2, 3)
         if bands and not set(bands) <= set(numbers):
             raise InputError(f"--show-bands {' '.join(map(str, bands))} are not three of the bands that are "
@@ -223,8 +223,7 @@ class ImageRule:
         return ""
 
     def doubt(self, path, stored):
-        """Return why a file may not be what the rule was made for, "" = it is. Raises InputError as
-        fitted."""
+        """Return why a file may not be what the rule was made for, "" = it is. Raises InputError."""
         return self.misfit(path, stored) or self.far_outside(path, stored)
 
     # --- values
@@ -442,11 +441,17 @@ def check_alike(paths, stored, with_bands):
 
 
 def check_fit(rule, paths):
-    """Raise InputError that names the first of the files that do not fit an ImageRule which is not plain."""
-    if rule.is_plain:
-        return
-    doubts = sampled(lambda path: rule.doubt(path, stored_of(path)), list(dict.fromkeys(paths)))
-    doubts = list(filter(None, doubts.values()))
+    """Raise InputError that names the first of the files that do not fit an ImageRule, and how many."""
+    if rule.is_plain:  # others are pictures, whatever they hold
+        paths = [path for path in paths if Path(path).suffix.lower() in MAY_BE_DEEP]
+
+    def doubt_of(path):
+        if rule.is_plain and Path(path).suffix.lower() not in READERS and (image := open_picture(path)):
+            image.close()
+            return ""
+        return rule.doubt(path, stored_of(path))
+
+    doubts = list(filter(None, sampled(doubt_of, list(dict.fromkeys(paths))).values()))
     if doubts:
         more = f" (and {count_of(len(doubts) - 1, 'more file')})" if len(doubts) > 1 else ""
         raise InputError(f"{doubts[0]}{more}: convert or leave out what check_data.py lists, or say with "

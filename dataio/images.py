@@ -165,8 +165,7 @@ def has_late_exif(path):
 
 
 def picture_orientation(image, path):
-    """Return what stored_size says of a PIL image that is not decoded; PNG may keep EXIF behind the
-    pixels."""
+    """Return what stored_size says of an image that is not decoded; PNG may keep EXIF behind the pixels."""
     early = image.format == "PNG" and not has_late_exif(path)
     # of a PNG without EXIF, PIL's own way is to decode all of it and look behind the pixels
     return stored_size(image, Image.Image.getexif(image) if early else None)
@@ -447,8 +446,8 @@ def windows_of(size):
 
 
 def no_data(values, nodata):
-    """Return which numbers of an array are no data, bool of its shape: not finite, or `nodata`; None =
-    none."""
+    """Return which numbers of an array are no data (not finite, or `nodata`), bool of its shape; None = none.
+    """
     empty = ~np.isfinite(values) if values.dtype.kind == "f" else None
     if nodata is not None and (empty is not None or is_integer_of(nodata, values.dtype)):
         is_value = values == values.dtype.type(nodata)

@@ -1,5 +1,4 @@
-"""One rule for all images: what a network sees is the same by every path, and files that do not fit are
-named."""
+"""One rule for all images: a network sees the same by every path, and files that do not fit are named."""
 import json
 import warnings
 from dataclasses import replace
