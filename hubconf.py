@@ -19,11 +19,12 @@ from pathlib import Path
 import cv2  # noqa: F401
 import numpy  # noqa: F401
 import PIL.Image  # noqa: F401
+import rasterio  # noqa: F401
 import timm  # noqa: F401
 import torchvision  # noqa: F401
 import tqdm  # noqa: F401
 
-dependencies = ["torch", "torchvision", "timm", "cv2", "numpy", "PIL", "tqdm"]
+dependencies = ["torch", "torchvision", "timm", "cv2", "numpy", "PIL", "rasterio", "tqdm"]
 HERE = Path(__file__).resolve().parent
 
 
@@ -53,7 +54,8 @@ def own_modules():
 
 def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None, protocol="", tta="",
               tile_scale=None, overlap=None):
-    """Return an inference.predictor.Predictor: predict(image) takes a path or a numpy image (H, W, 3) uint8.
+    """Return an inference.predictor.Predictor: predict(image) takes a path or a numpy image (H, W, 3) uint8,
+    of a model of other images one in their type and bands.
 
     checkpoint: of train.py, a file of export.py, or an official head's name; device, imgsz, protocol
     (whole, slide, tile), tta (flip, ms, "ms,flip"), tile_scale and overlap as the flags of infer_image.py.
