@@ -283,10 +283,10 @@ class TrainConfig(ModelOptions, DataOptions):
                            "(default: those that are red, green and blue). Of more than three, a frozen "
                            "backbone sees those that are, else the first three; --head detail and "
                            "split-detail see all", nargs="+", type=band_number, metavar="I", affects="run")
-    value_range: tuple = setting((), "data", "values that become black and white: LOW HIGH of all bands, or "
-                                 "auto = percentiles 0.5 and 99.5 of each band in the training images "
-                                 "(default: auto, and 8-bit images as they are)", nargs="+", type=range_end,
-                                 metavar="X", affects="run")
+    value_range: tuple = setting((), "data", "values that become black and white: LOW HIGH of all bands or of "
+                                 "each in turn, or auto = percentiles 0.5 and 99.5 of each band in the "
+                                 "training images (default: auto, and 8-bit images as they are)", nargs="+",
+                                 type=range_end, metavar="X", affects="run")
     show_bands: tuple = setting((), "data", "bands that pictures show as red, green and blue (default: those "
                                 "that a frozen backbone sees)", nargs=3, type=band_index,
                                 metavar=("R", "G", "B"), affects="nothing")
@@ -633,9 +633,10 @@ def check_image_flags(bands, value_range):
     if "all" in bands and len(bands) > 1:
         raise InputError("--bands all stands alone: leave out all, or the numbers")
     if value_range and value_range != ("auto",) and (
-            len(value_range) != 2 or "auto" in value_range or value_range[0] >= value_range[1]):
+            len(value_range) % 2 or "auto" in value_range or
+            any(low >= high for low, high in zip(value_range[::2], value_range[1::2], strict=True))):
         raise InputError(f"--value-range {' '.join(map(str, value_range))}: give auto, or LOW HIGH with LOW "
-                         "below HIGH")
+                         "below HIGH, of all bands or of each in turn")
 
 
 def check_data_settings(config, flags):

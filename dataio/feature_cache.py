@@ -186,7 +186,7 @@ def plan_files(model, parts, dataset, folder, precision, views):
 
 def file_facts(samples):
     """Return the hashes of a file list: its names, and its sizes and times of change."""
-    paths = [os.path.abspath(path) for sample in samples for path in sample.files()]
+    paths = [os.path.abspath(path) for sample in samples for path in sample.files_read()]
     names, stats = paths, list(map(os.stat, paths))
     with suppress(ValueError):  # Windows: data and drawn masks on two drives
         base = os.path.commonpath(list(map(os.path.dirname, paths)))

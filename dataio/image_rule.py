@@ -8,6 +8,7 @@ A rule is decided from the training images, is in every checkpoint, and is used 
 training, validation and every protocol, of a whole image or a window of it.
 """
 import dataclasses
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import ImageOps
+from tqdm import tqdm
 
 from config import IGNORE, InputError, count_of
 from dataio.images import (READERS, TIFFS, naming_damage, no_data, open_picture, read_stored, stored_of,
@@ -28,6 +30,7 @@ from utils import evenly_sampled, grouped
 LOOKED_AT = 64  # images that a rule is decided from
 LOOK = 256  # pixels of a side that are taken of each of them
 PERCENTILES = 0.5, 99.5  # of what these hold, which become 0 and 255
+LEAST_DATA = 0.01  # share of the pixels that are looked at, below which their values say nothing
 ALPHA_LIKE = 0.98  # share of a band that is 0 or its largest value, from which it is transparency
 MUCH_WIDER = 3  # times the range of half of the images, from which a range is said to be wide
 MAY_BE_DEEP = (*TIFFS, ".png", *READERS)  # endings of files that may be no 8-bit pictures
@@ -159,7 +162,7 @@ class ImageRule:
                              "as in training: give as many")
         if value_range == ("auto",):
             raise InputError("--value-range auto is decided in training: give LOW HIGH, or leave it out")
-        ranges = (tuple(map(float, value_range)),) * self.channels if value_range else self.ranges
+        ranges = ranges_of(value_range, self.channels) if value_range else self.ranges
         if bands:
             self = dataclasses.replace(self, bands=bands, count=0, marks=())
         if value_range:
@@ -214,8 +217,9 @@ class ImageRule:
         """Return why the values of a file are not those that the ranges were made for, "" = they are."""
         if not self.ranges or self.fixed or self.dtype and stored.dtype != self.dtype:
             return ""
-        medians = [np.median(band) if band.size else np.nan
-                   for (band,) in sample_values([path], {path: stored}, self)]
+        bands = [band for (band,) in sample_values([path], {path: stored}, self)]
+        least = LEAST_DATA * math.prod(look_size(stored))
+        medians = [np.median(band) if band.size > least else np.nan for band in bands]
         for median, (low, high) in zip(medians, self.ranges, strict=True):
             if not (np.isnan(median) or low - (high - low) <= median <= high + (high - low)):
                 return (f"{path} has a band with a median of {median:.6g}, far outside of {low:.6g}.."
@@ -249,8 +253,8 @@ class ImageRule:
         return scaled, valid
 
     def convert_array(self, values):
-        """An image as an array (H, W, C) of the type and the bands of the files, of bands () red, green and
-        blue, or (H, W) gray -> (C, H, W) uint8. Raises InputError.
+        """Return the Photo of an image as an array (H, W, C) of the type and the bands of the files, of bands
+        () red, green and blue, or (H, W) gray; transparency is not among them. Raises InputError.
         """
         count = self.count or max(self.bands, default=3)
         if values.ndim == 2 and not self.bands:
@@ -259,7 +263,8 @@ class ImageRule:
             raise InputError(f"an image is an array (H, W, {count}) of {self.dtype or 'numbers'}, as in "
                              f"training, not {values.shape} of {values.dtype}")
         values = values.transpose(2, 0, 1)[[band - 1 for band in self.bands or (1, 2, 3)]]
-        return np.ascontiguousarray(self.convert(values)[0])
+        pixels, valid = self.convert(np.ascontiguousarray(values))
+        return Photo(torch.from_numpy(pixels), valid, values.shape[1:], 1)
 
     def convert_frames(self, images):
         """(B, 3, H, W) uint8 RGB of a video -> (B, C, H, W) uint8, on their device. Raises InputError: the
@@ -377,10 +382,16 @@ def look_at(path, stored, bands, alpha=0):
     return read_stored(path, stored, bands, alpha, step=max(1, -(-max(stored.size) // LOOK)))
 
 
-def sampled(function, paths):
+def look_size(stored):
+    """Return about the (h, w) that look_at returns of a file."""
+    return [min(side, LOOK) for side in stored.size]
+
+
+def sampled(function, paths, title="images"):
     """Return {path: function(path)}, computed in threads."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, pool.map(function, paths), strict=True))
+        bar = tqdm(pool.map(function, paths), title, len(paths), leave=False, disable=None)
+        return dict(zip(paths, bar, strict=True))
 
 
 def decide_rule(paths, bands=(), value_range=(), shown=()):
@@ -396,7 +407,9 @@ def decide_rule(paths, bands=(), value_range=(), shown=()):
     first = stored[sample[0]]
     check_alike(sample, stored, with_bands=bool(bands))
     marked = [path for path in sample if stored[path].alpha]
-    nodata = {item.nodata for item in stored.values()}  # in files that do not say: where all others agree
+    nodata = {item.nodata for item in stored.values()}  # in files that do not say: where the others agree
+    if first.dtype != "uint8":  # where black is often called no data
+        nodata -= {None}
     rule = ImageRule(first.dtype, nodata=nodata.pop() if len(nodata) == 1 else None,
                      transparency=looks_like_alpha(marked, stored) if marked else None,
                      looked_at=(len(sample), len(paths)))
@@ -415,7 +428,7 @@ def decide_rule(paths, bands=(), value_range=(), shown=()):
         return rule
     values = sample_values(sample, stored, rule)
     if fixed:
-        rule = dataclasses.replace(rule, fixed=True, ranges=(tuple(map(float, value_range)),) * rule.channels)
+        rule = dataclasses.replace(rule, fixed=True, ranges=ranges_of(value_range, rule.channels))
     elif value_range or first.dtype != "uint8":
         ranges = tuple(percentile_range(np.concatenate(band)) for band in values)
         rule = dataclasses.replace(rule, ranges=ranges, note=note_on(ranges, values))
@@ -451,11 +464,12 @@ def check_fit(rule, paths):
             return ""
         return rule.doubt(path, stored_of(path))
 
-    doubts = list(filter(None, sampled(doubt_of, list(dict.fromkeys(paths))).values()))
+    doubts = list(filter(None, sampled(doubt_of, list(dict.fromkeys(paths)), "values").values()))
     if doubts:
-        more = f" (and {count_of(len(doubts) - 1, 'more file')})" if len(doubts) > 1 else ""
-        raise InputError(f"{doubts[0]}{more}: convert or leave out what check_data.py lists, or say with "
-                         "--value-range LOW HIGH which values count")
+        others = f" (and {count_of(len(doubts) - 1, 'more file')})" if len(doubts) > 1 else ""
+        raise InputError(f"{doubts[0]}{others}: convert or leave out what check_data.py lists; where the "
+                         "values are right, --value-range LOW HIGH, of all bands or of each in turn, says "
+                         "which count")
 
 
 def note_on(ranges, values):
@@ -503,7 +517,8 @@ def sample_values(paths, stored, rule):
         values, valid = look_at(path, stored[path], own.bands, rule.alpha_of(path, stored[path]))
         return [data_of(band if valid is None else band[valid], own.nodata) for band in values]
 
-    return list(zip(*sampled(values_of, paths).values(), strict=True))
+    values = [values_of(*paths)] if len(paths) == 1 else sampled(values_of, paths).values()
+    return list(zip(*values, strict=True))
 
 
 def data_of(values, nodata):
@@ -512,12 +527,21 @@ def data_of(values, nodata):
     return values.ravel() if empty is None else values[~empty]
 
 
+def ranges_of(numbers, channels):
+    """Return the ((low, high), ...) of so many bands that --value-range means. Raises InputError."""
+    ranges = tuple(zip(map(float, numbers[::2]), map(float, numbers[1::2]), strict=True))
+    if len(ranges) not in (1, channels):
+        raise InputError(f"--value-range gives LOW HIGH of {len(ranges)} bands, and {channels} are read: "
+                         "give it for all at once, or for each")
+    return ranges * (channels // len(ranges))
+
+
 def percentile_range(values):
     """Return (low, high) of numbers (n,): their PERCENTILES."""
     if not values.size:
         return 0.0, 1.0
     low, high = np.percentile(values.astype(np.float64), PERCENTILES)
-    least = 1.0 if values.dtype.kind in "iu" else 1e-6
+    least = 1.0 if values.dtype.kind in "iu" else 1e-6 * max(abs(low), abs(high)) or 1e-6
     return float(low), float(max(high, low + least, np.nextafter(low, np.inf)))
 
 

@@ -42,7 +42,7 @@ SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # of a pixel without more 
 MOST_PIXELS = 1 << 30  # of an image or mask; PIL alone stops at a sixth of it
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error)
 TAG_ERRORS = (*DECODE_ERRORS, EOFError, LookupError, TypeError, struct.error)  # of TIFFs
-LARGE_STEP, WINDOWS, WINDOW = 16, 8, 32  # above it, windows of so many pixels on each side
+LARGE_STEP, WINDOWS, WINDOW = 16, 4, 64  # above it, so many windows of so many pixels on each side
 DAMAGED = "is damaged or not an image: repair or remove it"
 
 
@@ -123,7 +123,7 @@ def stored_size(image, exif=None):
     orientation = (image.getexif() if exif is None else exif).get(EXIF_ORIENTATION, 1)
     orientation = orientation if orientation in range(1, 9) else 1  # PIL does not turn others
     tags = getattr(image, "tag_v2", None)  # of TIFFs, PIL's own size is the turned one
-    return (tags[TIFF_HEIGHT], tags[TIFF_WIDTH]) if tags else image.size[::-1], orientation
+    return (int(tags[TIFF_HEIGHT]), int(tags[TIFF_WIDTH])) if tags else image.size[::-1], orientation
 
 
 def to_rgb(image):
@@ -425,9 +425,11 @@ def read_stored(path, stored, bands, alpha=0, step=1):
         with open_picture(path) as image, naming_damage(path):
             pixels = np.array(to_rgb(image))[::step, ::step]  # (h, w, 3)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[picked]), None
-    if step == 1 and math.prod(stored.size) > MOST_PIXELS:
-        raise InputError(f"{path} has more than {MOST_PIXELS} pixels, which are not read at once: a TIFF is "
-                         "read by windows with --protocol tile of infer_image.py and --train-scale native")
+    bytes_read = math.prod(stored.size) * len(bands) * np.dtype(stored.dtype).itemsize
+    if step == 1 and (math.prod(stored.size) > MOST_PIXELS or bytes_read > 4 * MOST_PIXELS):
+        raise InputError(f"{path} has more than {MOST_PIXELS} pixels, or 4 bytes for each of so many, which "
+                         "are not read at once: a TIFF is read by windows with --protocol tile of "
+                         "infer_image.py and --train-scale native")
     with BandFile(path, overviews=False) as file:
         if step <= LARGE_STEP:
             shape = None if step == 1 else tuple(-(-side // step) for side in stored.size)

@@ -50,7 +50,11 @@ class Sample(NamedTuple):
     def files(self):
         """Return the paths of all files, the image first."""
         masks = [] if self.mask is None else [self.mask]
-        return [self.image, *masks, *(target.path for target in self.targets), *companions(self.image)]
+        return [self.image, *masks, *(target.path for target in self.targets)]
+
+    def files_read(self):
+        """Return the paths of all files on which its pixels depend."""
+        return [*self.files(), *companions(self.image)]
 
 
 @dataclass

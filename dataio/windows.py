@@ -193,7 +193,7 @@ class WindowReader:
         """Return the file that holds a decoded pair; its name is a hash of all that it depends on."""
         sample = self.samples[index]
         files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-                 for path in sample.files()]
+                 for path in sample.files_read()]
         facts = decoding_code(), files, self.sizes[index], self.rule.facts()
         state = hashlib.sha256(repr(facts).encode() + self.table.tobytes())
         return self.folder / f"decoded-{state.hexdigest()[:16]}.npy"
@@ -237,7 +237,7 @@ class WindowReader:
         image, sorted; drawn once, then read from cache_dir.
         """
         state = digest_of_masks(self.samples, self.table)
-        changes = [sample.image.stat().st_mtime_ns for sample in self.samples]
+        changes = [path.stat().st_mtime_ns for sample in self.samples for path in sample.files_read()]
         facts = decoding_code(), self.rule.facts(), POINTS, num_classes, self.sizes, changes
         state.update(repr(facts).encode())
         path = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"

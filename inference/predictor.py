@@ -399,8 +399,9 @@ class Predictor:
         """
         if isinstance(image, (str, Path)):
             photo = self.read(image)
-            return photo.ignored(self(photo.image[None])[0])
-        return self(torch.from_numpy(self.rule.convert_array(np.asarray(image)))[None])[0]
+        else:
+            photo = self.rule.convert_array(np.asarray(image))
+        return photo.ignored(self(photo.image[None])[0])
 
     def read(self, path):
         """Return an image file as a Photo; says on stderr where it does not fit the images of the training.

@@ -19,7 +19,7 @@ import export
 import infer_image
 import train
 from checkpoint import load_model, pack_checkpoint
-from config import IGNORE
+from config import IGNORE, DataOptions
 from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset
 from dataio.feature_cache import cache_features
 from dataio.image_rule import PICTURES, ImageRule, check_fit, decide_rule, read_image, scale
@@ -27,6 +27,7 @@ from dataio.images import READERS, stored_of
 from dataio.readers import Sample, index_table
 from dataio.transforms import AUGMENTS, augment
 from dataio.windows import Raster, WindowReader
+from datasets import load_data
 from inference.predictor import Predictor, make_protocol
 from inference.video import FrameSegmenter
 from model import ModelSpec, build_model
@@ -342,6 +343,14 @@ def test_files_that_do_not_fit_are_refused_in_training_and_doubted_after(tmp_pat
             with Raster(path, lenient) as raster:
                 assert name in lenient.read(path).doubt and name in raster.doubt
     check_fit(decide_rule(usual, value_range=(0, 4000)), [odd["far.tif"]])  # the user knows
+    each = decide_rule(usual, value_range=(0, 4000, 5, 9, -1, 1))
+    assert each.ranges == ((0, 4000), (5, 9), (-1, 1))
+    with refused("--value-range"):
+        decide_rule(usual, value_range=(0, 4000, 5, 9))
+    border = bands_of("12", 3) + np.uint16(20000)
+    border[:, 1:] = 0  # a few bright pixels alone say nothing
+    border[:, 0, :50] = 0
+    check_fit(rule, [write_tiff(tmp_path / "border.tif", border, nodata=0)])
     numbered = decide_rule(usual, (1, 2, 3))
     for path in (odd["four.tif"], write_tiff(tmp_path / "bgr.tif", bands_of("12", 3), [
             ColorInterp.blue, ColorInterp.green, ColorInterp.red])):
@@ -377,15 +386,15 @@ def test_frames_and_arrays_are_converted_as_files_are(tmp_path):
         rule = decide_rule([tmp_path / "photo.png"], bands, value_range)
         want = rule.read(tmp_path / "photo.png").image
         assert torch.equal(rule.convert_frames(frames)[0], want)
-        assert (rule.convert_array(pixels.transpose(1, 2, 0)) == want.numpy()).all()
+        assert torch.equal(rule.convert_array(pixels.transpose(1, 2, 0)).image, want)
     five = decide_rule([write_tiff(tmp_path / "five.tif", bands_of("16", 5))], ALL)
     with refused("video"):
         five.convert_frames(frames)
     for array in (pixels, bands_of("16", 5), bands_of("8", 5).transpose(1, 2, 0)):
         with refused("(H, W, 5)"):
             five.convert_array(array)
-    assert (five.convert_array(bands_of("16", 5).transpose(1, 2, 0)) ==
-            five.read(tmp_path / "five.tif").image.numpy()).all()
+    assert torch.equal(five.convert_array(bands_of("16", 5).transpose(1, 2, 0)).image,
+                       five.read(tmp_path / "five.tif").image)
 
 
 def test_files_with_marks_of_their_own_are_read_by_these(tmp_path):
@@ -863,7 +872,8 @@ def test_no_data_is_no_class_in_what_is_written(tmp_path, run):
         mask = np.array(Image.open(results / name))
         assert (mask[:20] == IGNORE).all() and (mask[20:] != IGNORE).all()
     predictor = Predictor(*load_model(tmp_path / "m.pth"), "cpu")
-    assert (predictor.predict(path) == np.array(Image.open(results / "a_mask.png"))).all()
+    for image in (path, pixels.transpose(1, 2, 0)):
+        assert (predictor.predict(image) == np.array(Image.open(results / "a_mask.png"))).all()
 
 
 def test_masks_beside_images_are_copied_with_them(tmp_path, run):
@@ -895,3 +905,13 @@ def test_tiffs_that_pil_and_gdal_decode_otherwise_are_read_alike(tmp_path):
     with refused(half):
         Raster(half)
     assert WindowReader([Sample(half, mask)], TABLE).by_windows == [False]
+
+
+def test_statistics_that_a_program_writes_beside_images_change_no_fingerprint(tmp_path):
+    data = write_set(tmp_path / "data", "12", 3, 4)
+    options = DataOptions(dataset="folder", data_root=str(data))
+    before = load_data(options, tmp_path).fingerprints()
+    with rasterio.open(data / "images/0.tif") as file:
+        file.statistics(1)
+    assert (data / "images/0.tif.aux.xml").exists()
+    assert load_data(options, tmp_path).fingerprints() == before
