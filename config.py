@@ -283,8 +283,8 @@ class TrainConfig(ModelOptions, DataOptions):
                            "(default: those that are red, green and blue). Of more than three, a frozen "
                            "backbone sees those that are, else the first three; --head detail and "
                            "split-detail see all", nargs="+", type=band_number, metavar="I", affects="run")
-    value_range: tuple = setting((), "data", "values that become black and white: LOW HIGH of all bands or of "
-                                 "each in turn, or auto = percentiles 0.5 and 99.5 of each band in the "
+    value_range: tuple = setting((), "data", "values that become black and white: LOW HIGH of all bands or "
+                                 "of each in turn, or auto = percentiles 0.5 and 99.5 of each band in the "
                                  "training images (default: auto, and 8-bit images as they are)", nargs="+",
                                  type=range_end, metavar="X", affects="run")
     show_bands: tuple = setting((), "data", "bands that pictures show as red, green and blue (default: those "
