@@ -136,7 +136,7 @@ class ImageRule:
         else:
             text += ", values as they are"
         if self.transparency is not None:
-            text += f", the band marked as transparency is {'' if self.transparency else 'not '}that"
+            text += f", the band marked as transparency is {'' if self.transparency else 'not '}taken as that"
         return text + (f", {self.nodata:g} is no data" if self.nodata is not None else "")
 
     def showing(self, bands):
