@@ -394,8 +394,8 @@ class Predictor:
             model.logits(images)
 
     def predict(self, image):
-        """Return the label map (H, W) uint8 of an image: a path, or a numpy array (H, W, C), in type and
-        bands as the files of the training, of most models (H, W, 3) uint8 RGB.
+        """Return the label map (H, W) uint8 of an image: a path, or a numpy array (H, W, C) in type and bands
+        as the files of the training, of most models (H, W, 3) uint8 RGB, or (H, W) gray.
         """
         if isinstance(image, (str, Path)):
             photo = self.read(image)

@@ -225,7 +225,7 @@ assert exported.predict(sys.argv[3]).shape == from_file.shape == (45, 61)
 assert from_array.shape == (20, 31) and from_file.dtype == np.uint8
 assert [name for name, _ in segmenter.classes] == ["background", "class 1", "class 2"]
 try:
-    segmenter.predict(np.zeros((20, 31), np.uint8))
+    segmenter.predict(np.zeros((20, 31, 4), np.uint8))
 except Exception as error:
     print("refused:", type(error).__name__)
 """
