@@ -49,10 +49,10 @@ from dataio.labels import class_pixels, codes_of, decode_masks, ignored_share, k
 from dataio.image_rule import ImageRule, decide_rule, sample_values
 from dataio.images import copy_image, stored_of
 from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
-from dataio.scan import all_in_parallel, fits, in_parallel, scan_image, scan_mask
+from dataio.scan import fits, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table
 from datasets import find_data
-from utils import evenly_sampled, grouped
+from utils import all_in_parallel, evenly_sampled, grouped, in_parallel
 
 COPY = 10  # bits of 256 in which the looks of two versions of an image may differ
 MUCH_ALIKE = 0.2  # share of validation images with a near neighbor in training, above which to warn

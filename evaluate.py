@@ -51,7 +51,6 @@ from config import IGNORE, InputError, count_of
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
 from dataio.images import stored_of
 from dataio.labels import class_file
-from dataio.scan import all_in_parallel
 from dataio.stratify import blocks_of
 from datasets import load_data
 from inference.predictor import Predictor, choose_protocol
@@ -159,7 +158,7 @@ def make_batches(samples, table, protocol, batch_size, rule):
 
 def warn_of_misfits(samples, rule):
     """Print a warning where image files are not as those of the training."""
-    misfits = all_in_parallel(lambda sample: rule.doubt(sample.image, stored_of(sample.image)), samples,
+    misfits = utils.all_in_parallel(lambda sample: rule.doubt(sample.image, stored_of(sample.image)), samples,
                               "image headers")
     misfits = list(filter(None, misfits))
     if misfits:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from PIL import Image
+from tqdm import tqdm
 
 from config import InputError, report_error
 
@@ -339,6 +341,30 @@ def read_kept(path, **options):
     except Exception:  # numpy raises whatever a damaged header makes of it: ValueError, TokenError ...
         return None
     return values if isinstance(values, np.ndarray) else None
+
+
+def in_parallel(function, items, title):
+    """Return [function(item)], computed in threads; an InputError becomes the result of its item."""
+    def careful(item):
+        try:
+            return function(item)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            return list(tqdm(pool.map(careful, items), title, len(items), leave=False, disable=None))
+        finally:  # Ctrl-C would wait for all of them
+            pool.shutdown(cancel_futures=True)
+
+
+def all_in_parallel(function, items, title):
+    """Return [function(item)] as in_parallel does. Raises the first InputError."""
+    results = in_parallel(function, items, title)
+    for result in results:
+        if isinstance(result, InputError):
+            raise result
+    return results
 
 
 def evenly_sampled(items, count):

@@ -17,7 +17,8 @@ import numpy as np
 from config import IGNORE
 from dataio.labels import GAP, MOST_CLASSES, count_codes, find_modes, snap
 from dataio.readers import decode_mask, unpack_color
-from dataio.scan import distinct, in_parallel
+from dataio.scan import distinct
+from utils import in_parallel
 from metrics import BOUNDARY_BAND, label_range
 
 COMPACT = 0.5  # share of a class's pixels that touch two or more of their own kind

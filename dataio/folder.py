@@ -14,8 +14,9 @@ from dataio.labels import class_pixels, decode_masks, ignored_share, known_class
 from dataio.layout import refuse_unpaired
 from dataio.images import read_orientation
 from dataio.readers import DataSource
-from dataio.scan import all_in_parallel, fits, scan_mask
+from dataio.scan import fits, scan_mask
 from dataio.stratify import share_table, split_samples
+from utils import all_in_parallel
 
 MUCH_IGNORED = 0.1  # share of the pixels above which ignoring is likely to be a mistake
 

@@ -10,7 +10,6 @@ training, validation and every protocol, of a whole image or a window of it.
 import dataclasses
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -19,13 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import ImageOps
-from tqdm import tqdm
 
 from config import IGNORE, InputError, count_of
 from dataio.images import (READERS, TIFFS, naming_damage, no_data, open_picture, read_stored, stored_of,
                            stored_size, to_rgb, upright)
 from dataio.resizing import PADDING_COLOR
-from utils import evenly_sampled, grouped
+from utils import all_in_parallel, evenly_sampled, grouped
 
 LOOKED_AT = 64  # images that a rule is decided from
 LOOK = 256  # pixels of a side that are taken of each of them
@@ -387,13 +385,6 @@ def look_size(stored):
     return [min(side, LOOK) for side in stored.size]
 
 
-def sampled(function, paths, title="images"):
-    """Return {path: function(path)}, computed in threads."""
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(function, paths), title, len(paths), leave=False, disable=None)
-        return dict(zip(paths, bar, strict=True))
-
-
 def decide_rule(paths, bands=(), value_range=(), shown=()):
     """Return the ImageRule for a data set of these training images, of which LOOKED_AT are looked at.
 
@@ -403,7 +394,7 @@ def decide_rule(paths, bands=(), value_range=(), shown=()):
     """
     paths = list(dict.fromkeys(paths))
     sample = evenly_sampled(paths, LOOKED_AT)
-    stored = sampled(stored_of, sample)
+    stored = dict(zip(sample, all_in_parallel(stored_of, sample, "headers"), strict=True))
     first = stored[sample[0]]
     check_alike(sample, stored, with_bands=bool(bands))
     marked = [path for path in sample if stored[path].alpha]
@@ -464,7 +455,7 @@ def check_fit(rule, paths):
             return ""
         return rule.doubt(path, stored_of(path))
 
-    doubts = list(filter(None, sampled(doubt_of, list(dict.fromkeys(paths)), "values").values()))
+    doubts = list(filter(None, all_in_parallel(doubt_of, list(dict.fromkeys(paths)), "values")))
     if doubts:
         others = f" (and {count_of(len(doubts) - 1, 'more file')})" if len(doubts) > 1 else ""
         raise InputError(f"{doubts[0]}{others}: convert or leave out what check_data.py lists; where the "
@@ -492,8 +483,6 @@ def chosen_bands(path, stored, bands, alpha):
     """
     if bands == ("all",):
         bands = [number for number in range(1, stored.bands + 1) if number != alpha]
-    elif not bands:
-        return usual_bands(path, stored)
     if max(bands) > stored.bands:
         raise InputError(f"--bands {' '.join(map(str, bands))}: {path} has bands 1 to {stored.bands}")
     return tuple(bands) * 3 if len(bands) == 1 else tuple(bands)
@@ -517,7 +506,7 @@ def sample_values(paths, stored, rule):
         values, valid = look_at(path, stored[path], own.bands, rule.alpha_of(path, stored[path]))
         return [data_of(band if valid is None else band[valid], own.nodata) for band in values]
 
-    values = [values_of(*paths)] if len(paths) == 1 else sampled(values_of, paths).values()
+    values = [values_of(*paths)] if len(paths) == 1 else all_in_parallel(values_of, paths, "values")
     return list(zip(*values, strict=True))
 
 

@@ -6,18 +6,17 @@
 import hashlib
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from config import InputError
-from dataio.image_rule import PERCENTILES, data_of, look_at, scale
+from dataio.image_rule import PERCENTILES, data_of, file_alpha, look_at, scale
 from dataio.images import Stored, naming_damage, open_picture, stored_of, to_rgb, upright_size
 from dataio.readers import decode_mask
+from utils import all_in_parallel
 
 LOOK = 16  # side of the difference hash: 16 x 16 bits
 MOST_VALUES = 4096  # distinct values in a mask; more is a photo or was blurred
@@ -106,7 +105,7 @@ def scan_image(path):
             gray = to_rgb(image).convert("L")
         quantiles, empty = None, 0.0
     else:
-        values, valid = look_at(path, stored, range(1, stored.bands + 1), stored.alpha)
+        values, valid = look_at(path, stored, range(1, stored.bands + 1), file_alpha(path, stored))
         mode, (quantiles, empty) = str(stored), band_facts(values, valid, stored.nodata)
         low, _, high = np.nan_to_num(quantiles[0])
         gray = Image.fromarray(scale(np.nan_to_num(values[0]), low, max(high, low + 1e-6)))
@@ -122,30 +121,6 @@ def band_facts(values, valid, nodata):
     shares = PERCENTILES[0], 50, PERCENTILES[1]
     quantiles = [np.percentile(band, shares) if band.size else np.full(3, np.nan) for band in bands]
     return np.array(quantiles), 1 - max(band.size for band in bands) / values[0].size
-
-
-def in_parallel(function, items, title):
-    """Return [function(item)], computed in threads; an InputError becomes the result of its item."""
-    def careful(item):
-        try:
-            return function(item)
-        except InputError as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        try:
-            return list(tqdm(pool.map(careful, items), title, len(items), leave=False, disable=None))
-        finally:  # Ctrl-C would wait for all of them
-            pool.shutdown(cancel_futures=True)
-
-
-def all_in_parallel(function, items, title):
-    """Return [function(item)] as in_parallel does. Raises the first InputError."""
-    results = in_parallel(function, items, title)
-    for result in results:
-        if isinstance(result, InputError):
-            raise result
-    return results
 
 
 def fill_folder(target, write, items, title):

@@ -12,8 +12,8 @@ import numpy as np
 from config import IGNORE, InputError, count_of
 from dataio import readers
 from dataio.readers import read_mask
-from dataio.scan import all_in_parallel, in_parallel, scan_image
-from utils import code_hash, read_kept, write_atomically
+from dataio.scan import scan_image
+from utils import all_in_parallel, code_hash, in_parallel, read_kept, write_atomically
 
 SEQUENCE, COMPARED = 8, 8  # images that make a sequence, and pairs of neighbors of it that are compared
 ALIKE = 40  # bits of 256 in which the looks of neighboring frames may differ; of other images 75 to 140 do

@@ -27,9 +27,8 @@ from dataio.image_rule import PICTURES
 from dataio.images import TIFFS, BandFile, image_size, named_errors, stored_of, upright_size
 from dataio.readers import class_ids_of, read_sample, read_sample_targets
 from dataio.resizing import resize_mask
-from dataio.scan import all_in_parallel
 from dataio.stratify import digest_of_masks
-from utils import code_hash, read_kept, write_atomically
+from utils import all_in_parallel, code_hash, read_kept, write_atomically
 
 PREVIEW = 2048  # pixels of the longer side of an overlay
 SPARE = 1 << 28  # bytes of disk that stay free

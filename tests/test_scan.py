@@ -6,7 +6,8 @@ from conftest import blocks, refused
 from PIL import Image
 
 from config import InputError
-from dataio.scan import distinct, fits, in_parallel, scan_image, scan_mask
+from dataio.scan import distinct, fits, scan_image, scan_mask
+from utils import in_parallel
 
 RED, GREEN = 255 << 16, 255 << 8
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from config import InputError
 from dataio.layout import count_shared_folders, list_images, role_of
 from dataio.images import image_size
-from dataio.scan import in_parallel
+from utils import in_parallel
 
 
 class AnnotatedImage(NamedTuple):
