@@ -57,7 +57,8 @@ class FolderContent:
     """Images and masks of a folder, {split: [Sample]}, and the paths of those without a partner.
 
     notes, doubts: lines on how the files were understood and what of that may be wrong; entries: the classes
-    as [labels.Entry], where the files that the masks were drawn from name them.
+    as [labels.Entry], where the files that the masks were drawn from name them; bad_labels: {what is wrong:
+    [files and entries]} of labels that were left out.
     """
 
     splits: dict = field(default_factory=dict)
@@ -66,6 +67,7 @@ class FolderContent:
     notes: list = field(default_factory=list)
     doubts: list = field(default_factory=list)
     entries: list = None
+    bad_labels: dict = field(default_factory=dict)
 
     @property
     def samples(self):

@@ -13,7 +13,7 @@ import evaluate
 import infer_image
 import train
 from dataio.annotations import find_masks
-from dataio.annotations.shapes import polygons, run_lengths
+from dataio.annotations.shapes import decode_runs, polygons
 from dataio.readers import read_sample
 
 EXACT = ("run lengths", "Label Studio", "CVAT", "masks")  # tools whose files hold pixels, not outlines
@@ -69,7 +69,7 @@ def test_run_lengths_are_those_of_pycocotools(seed):
     generator = np.random.default_rng(seed)
     mask = generator.random((generator.integers(1, 60), generator.integers(1, 300))) < generator.random() ** 3
     text = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    assert (run_lengths(dict(size=mask.shape, counts=text), "", size=mask.shape) == mask).all()
+    assert (decode_runs(dict(size=mask.shape, counts=text)).pixels == mask).all()
 
 
 def test_outlines_of_one_shape_that_overlap_are_filled():

@@ -1,77 +1,87 @@
 """COCO, also as Roboflow exports it: images, categories and annotations, which are polygons or run lengths.
 
-Smaller shapes lie over larger ones; crowds count as their class; boxes alone are not drawn.
+Smaller shapes lie over larger ones; crowds count as their class; boxes without an outline cannot be drawn.
 """
 from functools import partial
 
 from config import InputError
-from dataio.annotations.files import AnnotatedImage, Annotations, annotated_size, form_errors
-from dataio.annotations.shapes import Shape, area_of, outline, polygons, run_lengths
-from dataio.layout import SPLIT_OF, words_of
+from dataio.annotations.files import AnnotatedImage, Annotations, given_size, read_shapes
+from dataio.annotations.shapes import Shape, decode_runs
+
+OTHER_TASKS = ("panoptic", "captions", "keypoints", "image_info")  # in the names of COCO's own files
 
 
 def find_files(folder):
-    """Return {path: content} of the COCO files of a FolderFiles. Raises InputError."""
-    return folder.json_with("images", "annotations", "categories")
+    """Return the COCO files of a FolderFiles, without those of other tasks beside instances_*.json."""
+    files = list(folder.json_with("images", "annotations"))
+    masks = [path for path in files if not any(word in path.stem for word in OTHER_TASKS)]
+    return masks or files
 
 
 def read(files, folder):
-    """Return the Annotations of {path: content}. Raises InputError."""
-    classes, images = [], []
-    for path, content in files.items():
-        with form_errors(path, "COCO"):
-            categories = read_categories(path, content)
+    """Return the Annotations of COCO files."""
+    classes, images, notes = [], [], []
+    for path in files:
+        with folder.reading(path, "COCO"):
+            categories = read_categories(path, folder.json[path])
+            images += read_images(path, folder.json[path], categories)
             classes += [name for name in categories.values() if name not in classes]
-            images += read_images(path, content, categories, folder)
-    return Annotations(classes, images, list(files), "smaller over larger")
+            if not folder.json[path].get("categories"):
+                notes.append(f"{path} has no `categories`: its classes are called by their numbers")
+    aside = sorted(folder.json_with("images", "annotations").keys() - set(files))
+    if aside:
+        notes.append(f"left aside: {', '.join(path.name for path in aside)} (no masks of classes)")
+    return Annotations(classes, images, files, by_area=True, notes=notes)
 
 
 def read_categories(path, content):
     """Return {id: name}, without the head of the list that Roboflow adds. Raises InputError."""
-    used = {entry.get("category_id") for entry in content["annotations"]}
+    used = [entry.get("category_id") for entry in content["annotations"] if isinstance(entry, dict)]
+    if not content.get("categories"):
+        return {id: f"category {id}" for id in sorted(filter(lambda id: type(id) is int, set(used)))}
     heads = {entry.get("supercategory") for entry in content["categories"]}
     categories = {}
     for entry in content["categories"]:
-        id, name = entry.get("id"), str(entry.get("name", "")).strip()
+        id, name = entry["id"], str(entry["name"]).strip()
         if name in heads and id not in used:
             continue
         if id in categories or name in categories.values():
-            raise InputError(f"{path} lists two categories of the id {id} or the name {name}: rename one of "
-                             "them")
+            raise InputError(f"{path} lists two categories of the id {id} or the name {name}: rename one")
         categories[id] = name
     return categories
 
 
-def read_images(path, content, categories, folder):
-    """Return the [AnnotatedImage] of a file. Raises InputError."""
-    images = {}  # by id
-    file_split = next((SPLIT_OF[word] for word in words_of(path.stem) if word in SPLIT_OF), "")
-    for entry in content["images"]:
-        id, source = entry.get("id"), f"{path} image {entry.get('id')}"
-        if id in images:
-            raise InputError(f"{source} is listed twice: remove one of the entries")
-        image = folder.find_image(entry.get("file_name"), path.parent, source)
-        split = folder.split_of(image) or file_split or folder.split_of(path)
-        size = annotated_size(entry, ("height", "width"), image)
-        images[id] = AnnotatedImage(image, split, size, [], source)
-    for number, entry in enumerate(content["annotations"]):
-        where = f"{path} annotation {entry.get('id', number)}"
-        for key, listed in (("category_id", categories), ("image_id", images)):
-            if entry.get(key) not in listed:
-                raise InputError(f"{where} has the {key} {entry.get(key)}, which the file does not list")
-        shape = read_shape(entry, categories[entry["category_id"]], where)
+def read_images(path, content, categories):
+    """Return the [AnnotatedImage] of a file."""
+    images, strays = {}, []  # by id
+
+    def read_shape(entry, where):
+        where = f"{path} annotation {entry['id']}" if "id" in entry else where
+        if entry["image_id"] not in images:
+            strays.append(Shape("", "", where, problem="of an image that its file does not list"))
+            return
+        label = categories.get(entry["category_id"])
+        shape = Shape(label, "", where, problem="of a class that its file does not list")
+        if label is not None:
+            shape = shape_of(entry.get("segmentation"), shape._replace(problem=""))
         images[entry["image_id"]].shapes.append(shape)
-    for image in images.values():
-        image.shapes.sort(key=lambda shape: -shape.area)
-    return list(images.values())
+
+    for entry in content["images"]:
+        source = f"{path} image {entry['id']}"
+        if entry["id"] in images:
+            raise InputError(f"{source} is listed twice: remove one of the entries")
+        size = given_size(entry, "height", "width")
+        images[entry["id"]] = AnnotatedImage(entry["file_name"], source, path, [], size)
+    shapes = read_shapes(content["annotations"], read_shape, f"{path} annotation number", "COCO")
+    strays += filter(None, shapes)  # those that could not be read
+    return [*images.values(), *([AnnotatedImage(None, str(path), path, strays)] if strays else [])]
 
 
-def read_shape(entry, label, where):
-    """Return the Shape of an annotation. Raises InputError."""
-    segmentation = entry.get("segmentation")
+def shape_of(segmentation, shape):
+    """Return a Shape with what the `segmentation` of an annotation holds."""
     if isinstance(segmentation, dict):
-        return Shape(label, "region", partial(run_lengths, segmentation, where), entry.get("area") or 0)
-    if segmentation:
-        outlines = [outline(points, where) for points in segmentation]
-        return Shape(label, "polygon", partial(polygons, outlines), sum(map(area_of, outlines)))
-    return Shape(label, "box without a polygon", None)
+        return shape._replace(kind="run lengths", bitmap=partial(decode_runs, segmentation))
+    if not segmentation:
+        return shape._replace(kind="box", problem="of the kind box, without an outline")
+    flat = not isinstance(segmentation[0], list) or all(len(ring) == 2 for ring in segmentation)
+    return shape._replace(kind="polygon", rings=[segmentation] if flat else segmentation)

@@ -1,8 +1,9 @@
 """The files of a folder with annotations: image files by their names, JSON files and what is in them.
 
     folder = FolderFiles(root)
-    files = folder.json_with("images", "annotations")             # {path: content}
-    image = folder.find_image("shots/a.jpg", path.parent, where)  # an image file below root
+    files = folder.json_with("images", "annotations")   # {path: content}
+    with folder.reading(path, "COCO"):                   # what is wrong with its form is noted, not raised
+        images.append(AnnotatedImage("shots/a.jpg", f"{path} image 1", path, shapes, size=(480, 640)))
 """
 import json
 from collections import defaultdict
@@ -11,75 +12,100 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import InputError
-from dataio.layout import count_shared_folders, list_images, role_of
-from dataio.images import image_size
+from dataio.annotations.shapes import BadLabel, Shape
+from dataio.layout import SPLIT_OF, count_shared_folders, list_images, role_of, words_of
 from utils import in_parallel
+
+FORM_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
 
 
 class AnnotatedImage(NamedTuple):
-    """What annotation files hold of an image.
+    """What an annotation file holds of an image.
 
-    split: train, val, test or "" (unknown). size: the (H, W) at which the shapes are drawn. shapes: [Shape],
-    later shapes over earlier. source: the file and entry that describe it.
+    name: what it calls the image file, or a tuple of names to try; source: the file and entry; path: the
+    file, whose folders tell which of several images is meant. shapes: [Shape]. size: the (H, W) of the image
+    that the file gives, None = none. split: train, val or test where the file says so.
     """
 
-    path: Path
-    split: str
-    size: tuple
-    shapes: list
+    name: str
     source: str
+    path: Path
+    shapes: list
+    size: tuple = None
+    split: str = ""
 
 
 class Annotations(NamedTuple):
     """What the annotation files of a folder hold.
 
     classes: names in order, or [] for those of the shapes. images: [AnnotatedImage]. files: that were read.
-    order: which shapes lie over which.
+    shares: whether points are shares 0..1 of the sides. by_area: whether smaller shapes lie over larger ones
+    rather than later ones over earlier. notes: lines on how the files were understood.
     """
 
     classes: list
     images: list
     files: list
-    order: str = "later over earlier"
+    shares: bool = False
+    by_area: bool = False
+    notes: list = ()
 
 
 class FolderFiles:
-    """The files below a folder. images: [path]; json: {path: content, or the InputError of reading it}."""
+    """The files below a folder. images: [path]; json: {path: content}; broken: [path] of JSON files that
+    cannot be read.
+
+    problems: {what is wrong: [file or entry]}, of everything that cannot be used.
+    """
 
     def __init__(self, root):
-        self.root, self.images = root, list_images(root)
+        self.root, self.images, self.problems = root, list_images(root), defaultdict(list)
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for path in self.images:
-            self.by_name[path.name].append(path)
-            self.by_stem[path.stem].append(path)
-        paths = list_images(root, (".json",))
-        self.json = dict(zip(paths, in_parallel(read_json, paths, "reading annotations"), strict=True))
+            self.by_name[path.name.lower()].append(path)
+            self.by_stem[path.stem.lower()].append(path)
+        paths = list_images(root, (".json", ".geojson"))
+        contents = dict(zip(paths, in_parallel(read_json, paths, "reading annotations"), strict=True))
+        self.json = {path: content for path, content in contents.items()
+                     if not isinstance(content, InputError)}
+        self.broken = sorted(contents.keys() - self.json.keys())
+
+    def with_ending(self, *endings):
+        """Return the files with one of these endings (.xml), sorted."""
+        return list_images(self.root, endings)
 
     def json_with(self, *keys):
-        """Return {path: content} of JSON files with these keys. Raises InputError if others are broken."""
-        files = {path: content for path, content in self.json.items()
-                 if isinstance(content, dict) and content.keys() >= set(keys)}
-        errors = [content for content in self.json.values() if isinstance(content, InputError)]
-        if files and errors:
-            raise errors[0]
-        return files
+        """Return {path: content} of the JSON files that are an object with these keys."""
+        return {path: content for path, content in self.json.items()
+                if isinstance(content, dict) and content.keys() >= set(keys)}
 
-    def find_image(self, name, near, where):
-        """Return the image file that an annotation file in the folder `near` calls `name`; of several, that
-        whose folders fit best. Raises InputError.
+    @contextmanager
+    def reading(self, path, tool):
+        """Context in which a file that does not have the form of a tool's files becomes a problem."""
+        try:
+            yield
+        except InputError as error:
+            self.problems["file to correct"].append(str(error))
+        except FORM_ERRORS as error:
+            self.problems[f"file without the form of {tool} annotations: export it again"].append(
+                f"{path} ({type(error).__name__}: {error})")
+
+    def find_images(self, names, near, split=""):
+        """Return the image files that an annotation file `near` calls by one of `names`: of several, those
+        whose folders fit best, then those of the split.
         """
-        *folders, file_name = str(name).replace("\\", "/").split("/")
-        candidates = self.by_name.get(file_name) or self.by_stem.get(Path(file_name).stem)
-        if not candidates:
-            raise InputError(f"{where} is of the image {name}, which is not below {self.root}: add it or "
-                             "remove the entry")
-        folders = [*near.relative_to(self.root).parts, *folders]
-        scores = [count_shared_folders(folders, self.folders_of(path)) for path in candidates]
-        best = [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
-        if len(best) > 1:
-            raise InputError(f"{where} is of the image {name}, which {best[0]} and {best[1]} may be: rename "
-                             "one of them")
-        return best[0]
+        for name in names if isinstance(names, tuple) else (names,):
+            *folders, file_name = str(name).replace("\\", "/").lower().split("/")
+            candidates = (self.by_name.get(file_name) or self.by_stem.get(file_name)
+                          or self.by_stem.get(Path(file_name).stem) or [])
+            above = [*near.relative_to(self.root).parts[:-1], *folders]
+            scores = [count_shared_folders(above, [part.lower() for part in self.folders_of(path)])
+                      for path in candidates]
+            best = [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
+            best = [path for path in best if path.name == str(name).rsplit("/", 1)[-1]] or best
+            if best:
+                return [path for path in best if split and self.split_of(path) == split] or best
+        return []
 
     def folders_of(self, path):
         """Return the names of the folders between the root and a file."""
@@ -90,6 +116,12 @@ class FolderFiles:
         return role_of(self.folders_of(path)).split
 
 
+def split_in(name):
+    """Return the split that the words of a name say, "" where they say none or several."""
+    splits = {SPLIT_OF[word] for word in words_of(name) if word in SPLIT_OF}
+    return splits.pop() if len(splits) == 1 else ""
+
+
 def read_json(path):
     """Return the content of a JSON file. Raises InputError."""
     try:
@@ -98,19 +130,26 @@ def read_json(path):
         raise InputError(f"{path} is not valid JSON ({error}): export it again, or move it away") from None
 
 
-@contextmanager
-def form_errors(path, tool):
-    """Turn the errors of reading a file that does not have the form of a tool's files into InputErrors."""
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path} does not have the form of {tool} annotations ({type(error).__name__}: "
-                         f"{error}): export it again") from None
+def read_shapes(entries, read, where, tool):
+    """Return [read(entry, where)] of the entries of a file, a Shape with a problem where that fails.
+
+    where: the file and what it calls its entries, which are numbered from 1.
+    """
+    shapes = []
+    for number, entry in enumerate(entries, 1):
+        place = f"{where} {number}"
+        try:
+            shapes.append(read(entry, place))
+        except BadLabel as error:
+            shapes.append(Shape("", "", place, problem=str(error)))
+        except FORM_ERRORS as error:
+            shapes.append(Shape("", "", f"{place} ({type(error).__name__}: {error})",
+                                problem=f"without the form of {tool} annotations"))
+    return shapes
 
 
-def annotated_size(content, keys, image):
-    """Return the (H, W) that an annotation file gives under two keys, else that of the image file."""
+def given_size(content, *keys):
+    """Return the (H, W) that a file gives an image under two keys, None where it gives none."""
     sides = tuple(content.get(key) for key in keys)
-    if all(type(side) is int and 0 < side < 100_000 for side in sides):
-        return sides
-    return image_size(image)
+    sides = tuple(int(side) if isinstance(side, float) and side.is_integer() else side for side in sides)
+    return sides if all(type(side) is int and 0 < side < 100_000 for side in sides) else None

@@ -1,9 +1,10 @@
-"""Labeled shapes drawn as (H, W) bool: polygons, run lengths, bitmaps, pictures.
+"""Labeled shapes as annotation files hold them: outlines, run lengths, bitmaps; and how they become pixels.
 
-    shape = Shape("car", "polygon", partial(polygons, [outline([10, 10, 60, 10, 60, 40], "a.json shape 1")]))
-    shape.draw(size=(480, 640))        # (480, 640) bool
+    shape = Shape("car", "polygon", "a.json shape 1", rings=[[10, 10, 60, 10, 60, 40]])
+    shape = Shape("car", "mask", "a.json shape 2", bitmap=partial(decode_png, text, 35, 30))
 
-Points are x and y in pixels from the upper left corner; `where` is the file and entry that an error names.
+Points are x and y, flat or in pairs, in pixels from the upper left corner of the image. A reader says what a
+file holds; importer.py judges and draws it. What makes a shape unusable is a BadLabel.
 """
 import base64
 import io
@@ -15,53 +16,133 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from config import InputError, count_of
+from config import InputError
 from dataio.readers import decode_mask
 
-CIRCLE_CORNERS = 64  # of the polygon that stands for a circle
+CORNERS = 64  # of the polygon that stands for a circle or an ellipse
 FARTHEST = 100_000  # pixels of a coordinate: pycocotools walks every pixel of an edge
+
+
+class BadLabel(InputError):
+    """What is wrong with a shape, as text that goes on after `shape`: `with a bitmap that cannot be read`."""
+
+
+class Bitmap(NamedTuple):
+    """Pixels of a shape: (h, w) bool, the first one at (left, top); whole: they are those of the image."""
+
+    pixels: np.ndarray
+    left: int = 0
+    top: int = 0
+    whole: bool = False
 
 
 class Shape(NamedTuple):
     """A labeled shape of an image.
 
-    kind: what it is called where it is not drawn. draw: f(size=(H, W)) -> (H, W) bool, which may raise
-    InputError; None where the shape encloses nothing, as a line does. area: in pixels, where the order needs
-    it.
+    where: its file and entry; kind: what the tool calls it, as polygon. rings, holes: outlines, and holes in
+    them; bitmap: f() -> Bitmap, which may raise BadLabel; with neither, it encloses nothing or is of a kind
+    that is not known. order: a higher one lies over a lower one. problem: why it cannot be used.
     """
 
     label: str
     kind: str
-    draw: object
-    area: float = 0
+    where: str
+    rings: list = ()
+    holes: list = ()
+    bitmap: object = None
+    order: float = 0
+    problem: str = ""
 
 
-# --- regions ----------------------------------------------------------------------------------------------
-def polygons(outlines, holes=(), *, size):
-    """Return (H, W) bool: pixels inside any of the outlines, [(n, 2)], and none of the holes."""
+# --- points -----------------------------------------------------------------------------------------------
+def as_points(points):
+    """Return points, flat or in pairs, as (n, 2) float64. Raises BadLabel where they are no such numbers."""
+    try:
+        points = np.asarray(points, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+        raise BadLabel("with points that are not pairs of numbers") from None
+    if not np.isfinite(points).all() or np.abs(points).max(initial=0) > FARTHEST:
+        raise BadLabel(f"with coordinates that are not numbers up to {FARTHEST}")
+    return points
+
+
+def two_points(points):
+    """Return the two points of a box or circle, (2, 2). Raises BadLabel."""
+    points = as_points(points)
+    if len(points) != 2:
+        raise BadLabel("of more or fewer than two points")
+    return points
+
+
+def rectangle(points):
+    """Return two opposite corners as a polygon (4, 2). Raises BadLabel."""
+    (left, top), (right, bottom) = two_points(points)
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)], np.float64)
+
+
+def box(left, top, width, height):
+    """Return a box as a polygon (4, 2). Raises BadLabel."""
+    left, top, width, height = as_points([left, top, width, height]).ravel()
+    return rectangle([left, top, left + width, top + height])
+
+
+def ellipse(center, radii, degrees=0):
+    """Return an ellipse as a polygon (CORNERS, 2): radii along x and y, then turned clockwise.
+
+    Raises BadLabel.
+    """
+    (center, radii), turn = two_points([center, radii]), math.radians(degrees)
+    angles = np.arange(CORNERS) * 2 * math.pi / CORNERS
+    points = radii * np.stack([np.cos(angles), np.sin(angles)], 1)  # (n, 2)
+    cos, sin = math.cos(turn), math.sin(turn)
+    return center + points @ np.array([(cos, sin), (-sin, cos)])
+
+
+def circle(points):
+    """Return a center and a point of the circle as a polygon (CORNERS, 2). Raises BadLabel."""
+    center, edge = two_points(points)
+    return ellipse(center, [math.dist(center, edge)] * 2)
+
+
+def area_of(points):
+    """Return the area of a polygon (n, 2) in pixels."""
+    points = points - points[0]  # of coordinates in the millions, the products would lose the area
+    (x, y), (next_x, next_y) = points.T, np.roll(points, -1, 0).T
+    return abs((x * next_y - next_x * y).sum()) / 2
+
+
+def polygons(rings, holes=(), *, size):
+    """Return (H, W) bool: pixels inside any of the rings, [(n, 2)], and none of the holes."""
     filled = np.zeros((2, *size), bool)
-    for mask, rings in zip(filled, (outlines, holes), strict=True):
-        if rings:
-            rings = [ring.ravel().tolist() for ring in rings]
-            mask[:] = coco_mask.decode(coco_mask.frPyObjects(rings, *size)).any(2)
+    for mask, outlines in zip(filled, (rings, holes), strict=True):
+        if outlines:
+            outlines = [points.ravel().tolist() for points in outlines]
+            mask[:] = coco_mask.decode(coco_mask.frPyObjects(outlines, *size)).any(2)
     return filled[0] & ~filled[1]
 
 
-def run_lengths(content, where, *, size):
-    """Return (H, W) bool of COCO's run lengths: {"size", "counts"}, counts as text or as numbers.
+# --- bitmaps ----------------------------------------------------------------------------------------------
+def decode_runs(content):
+    """Return the Bitmap of COCO's run lengths: {"size", "counts"}, counts as text or as numbers.
 
-    Raises InputError where they do not cover the image exactly: pycocotools would leave the rest to chance.
+    Raises BadLabel where they do not cover the image exactly: pycocotools would leave the rest to chance.
     """
     try:
         height, width = map(int, content["size"])
         counts = content["counts"]
         counts = np.array(counts if isinstance(counts, list) else numbers_of(counts), np.int64).reshape(-1)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError):
-        raise InputError(f"{where} has run lengths without COCO's `size` and `counts`") from None
-    if (height, width) != tuple(size) or counts.sum() != height * width or counts.min() < 0:
-        raise InputError(f"{where} has run lengths of {height}x{width} pixels, {counts.sum()} in all; its "
-                         f"image has {size[0]}x{size[1]}: export it again")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+        raise BadLabel("with run lengths without COCO's `size` and `counts`") from None
+    return runs_bitmap(counts, height, width, by_columns=True)
+
+
+def runs_bitmap(counts, height, width, by_columns=False):
+    """Return the Bitmap of the lengths of runs, int64, of outside and inside in turns. Raises BadLabel."""
+    if height < 1 or width < 1 or counts.min(initial=0) < 0 or counts.sum() != height * width:
+        raise BadLabel("with run lengths that do not cover their image exactly")
+    values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    pixels = values.reshape(width, height).T if by_columns else values.reshape(height, width)
+    return Bitmap(pixels, whole=True)
 
 
 def numbers_of(text):
@@ -82,68 +163,33 @@ def numbers_of(text):
     return counts
 
 
-def bitmap(data, left, top, where, compressed=False, *, size):
-    """Return (H, W) bool: a PNG in base64 (and zlib) that is neither black nor transparent there, its first
-    pixel at (left, top), cut off at the edges. Raises InputError.
+def decode_png(text, left, top, compressed=False):
+    """Return the Bitmap of a PNG in base64 (and zlib) where it is neither black nor transparent, its first
+    pixel at (left, top). Raises BadLabel.
     """
     try:
-        content = base64.b64decode(data)
+        content = base64.b64decode(text)
         content = zlib.decompress(content) if compressed else content
         pixels = np.array(Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGBA"))
-    except (ValueError, TypeError, OSError, zlib.error, SyntaxError, Image.DecompressionBombError):
-        raise InputError(f"{where} has a bitmap that cannot be read: export it again") from None
-    visible = (pixels[..., :3].max(2) > 0) & (pixels[..., 3] > 0)
-    visible = visible[max(0, -top):, max(0, -left):]
-    mask = np.zeros(size, bool)
-    target = mask[max(0, top):, max(0, left):][:visible.shape[0], :visible.shape[1]]
-    target[:] = visible[:target.shape[0], :target.shape[1]]
-    return mask
+        left, top = int(left), int(top)
+    except (ValueError, TypeError, OverflowError, OSError, zlib.error, SyntaxError,
+            Image.DecompressionBombError):
+        raise BadLabel("with a bitmap that cannot be read") from None
+    return Bitmap((pixels[..., :3].max(2) > 0) & (pixels[..., 3] > 0), left, top)
 
 
-def picture(path, *, size):
-    """Return (H, W) bool: where an image file is not 0. Raises InputError where it has another size."""
-    pixels = decode_mask(path).pixels
-    pixels = pixels.max(2) if pixels.ndim == 3 else pixels
-    if pixels.shape != size:
-        (height, width), (image_height, image_width) = pixels.shape, size
-        raise InputError(f"{path} has {height}x{width} pixels, its image {image_height}x{image_width}: check "
-                         "which image it belongs to")
-    return pixels > 0
-
-
-# --- points -----------------------------------------------------------------------------------------------
-def outline(points, where, least=3):
-    """Return points, flat or in pairs, as (n, 2) float64. Raises InputError where they are not finite, are
-    far from any image or fewer than `least`.
-    """
+def read_picture(path):
+    """Return the Bitmap of a picture of the image's size, where it is not 0. Raises BadLabel."""
     try:
-        corners = np.asarray(points, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where} has points that are not pairs of numbers: correct or remove it") from None
-    if not np.isfinite(corners).all() or np.abs(corners).max(initial=0) > FARTHEST:
-        raise InputError(f"{where} has coordinates that are not numbers up to {FARTHEST}: correct or remove "
-                         "it")
-    if len(corners) < least:
-        raise InputError(f"{where} is a polygon of {count_of(len(corners), 'point')}, three are needed: "
-                         "correct or remove it")
-    return corners
+        pixels = decode_mask(path).pixels
+    except InputError:
+        raise BadLabel("of a picture that cannot be read") from None
+    return Bitmap((pixels.max(2) if pixels.ndim == 3 else pixels) > 0, whole=True)
 
 
-def rectangle(points):
-    """Return two opposite corners (2, 2) as a polygon (4, 2)."""
-    (left, top), (right, bottom) = points
-    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)], np.float64)
-
-
-def circle(points):
-    """Return a center and a point of the circle (2, 2) as a polygon (CIRCLE_CORNERS, 2)."""
-    center, edge = np.asarray(points, np.float64)
-    angles = np.arange(CIRCLE_CORNERS) * 2 * math.pi / CIRCLE_CORNERS
-    return center + math.dist(center, edge) * np.stack([np.cos(angles), np.sin(angles)], 1)
-
-
-def area_of(points):
-    """Return the area of a polygon (n, 2) in pixels."""
-    points = points - points[0]  # of coordinates in the millions, the products would lose the area
-    (x, y), (next_x, next_y) = points.T, np.roll(points, -1, 0).T
-    return abs((x * next_y - next_x * y).sum()) / 2
+def paste(bitmap, size):
+    """Return (H, W) bool of a Bitmap, cut off at the edges."""
+    pixels, mask = bitmap.pixels[max(0, -bitmap.top):, max(0, -bitmap.left):], np.zeros(size, bool)
+    target = mask[max(0, bitmap.top):, max(0, bitmap.left):][:pixels.shape[0], :pixels.shape[1]]
+    target[:] = pixels[:target.shape[0], :target.shape[1]]
+    return mask
