@@ -151,7 +151,7 @@ def label_studio(root, tasks=True):
     return truth
 
 
-def cvat(root):
+def cvat_masks(root):
     """CVAT, "Segmentation mask 1.1": a VOC tree of painted masks, labelmap.txt, default.txt."""
     colors, truth = np.array([(0, 0, 0), (250, 50, 83), (51, 221, 255)], np.uint8), {}
     for name, _, path, mask in scenes(root, "JPEGImages/{name}.jpg"):
@@ -178,6 +178,52 @@ def roboflow_masks(root):
     return truth
 
 
+def box_of(region):
+    """Return (left, top, width, height) of the pixels of (H, W) bool."""
+    rows, columns = np.nonzero(region)
+    left, top = int(columns.min()), int(rows.min())
+    return left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1
+
+
+CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
+<annotations>
+  <version>1.1</version>
+  <meta><project><id>3</id><name>p</name><labels>
+    <label><name>car</name><color>#fa3253</color><type>any</type><attributes></attributes></label>
+    <label><name>tree</name><color>#33ddff</color><type>any</type><attributes></attributes></label>
+    <label><name>1</name><type>points</type><parent>body</parent></label>
+  </labels></project><dumped>2024-05-04 10:11:12.131415+00:00</dumped></meta>
+{images}
+</annotations>
+"""
+CVAT_COMMON = 'source="manual" occluded="0" z_order="0"'
+
+
+def cvat_images(root, only_masks=False):
+    """CVAT, "CVAT for images 1.1" of a project: cars are polygons or masks, trees masks."""
+    truth, images = {}, []
+    for number, (name, split, path, mask) in enumerate(scenes(root, "images/{split}/{name}.jpg")):
+        truth[path] = mask
+        height, width = mask.shape
+        shapes = ['<tag label="car" source="manual"><attribute name="ok">true</attribute></tag>']
+        for id in (1, 2):
+            region = mask == id
+            if id == 1 and not only_masks:
+                rings = [";".join(f"{x:.2f},{y:.2f}" for x, y in ring) for ring in outlines(mask, 1)]
+                shapes += [f'<polygon label="car" {CVAT_COMMON} group_id="4" points="{ring}">'
+                           '<attribute name="ok">true</attribute></polygon>' for ring in rings]
+            elif region.any():
+                left, top, wide, tall = box_of(region)
+                rle = runs(region[top:top + tall, left:left + wide].T)
+                shapes.append(f'<mask label="{NAMES[id]}" {CVAT_COMMON} rle="{str(rle)[1:-1]}" left="{left}" '
+                              f'top="{top}" width="{wide}" height="{tall}"></mask>')
+        subset = {"train": "Train", "val": "Validation"}[split]
+        images.append(f'<image id="{number}" name="{name}.jpg" subset="{subset}" task_id="1" width="{width}" '
+                      f'height="{height}">{"".join(shapes)}</image>')
+    (root / "annotations.xml").write_text(CVAT_XML.format(images="\n".join(images)))
+    return truth
+
+
 TOOLS = {
     "COCO": coco,
     "COCO, compressed run lengths": lambda root: coco(root, "compressed"),
@@ -192,6 +238,8 @@ TOOLS = {
     "Supervisely": supervisely,
     "Label Studio": label_studio,
     "Label Studio, without its JSON": lambda root: label_studio(root, tasks=False),
-    "CVAT": cvat,
+    "CVAT, painted masks": cvat_masks,
+    "CVAT for images": cvat_images,
+    "CVAT for images, masks": lambda root: cvat_images(root, only_masks=True),
     "Roboflow, masks": roboflow_masks,
 }

@@ -1,5 +1,7 @@
 """Annotation files of labeling tools: the masks drawn from them are those they were made of."""
 import json
+import re
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -16,7 +18,9 @@ from dataio.annotations import find_masks
 from dataio.annotations.shapes import decode_runs, polygons
 from dataio.readers import read_sample
 
-EXACT = ("run lengths", "Label Studio", "CVAT", "masks")  # tools whose files hold pixels, not outlines
+EXACT = ("run lengths", "Label Studio", "masks")  # tools whose files hold pixels, not outlines
+
+WITHOUT_SPLITS = {"labelme", "Label Studio", "Label Studio, without its JSON", "CVAT, painted masks"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +55,7 @@ def test_masks_are_those_that_the_annotations_were_made_of(tool, tmp_path):
     assert names[0] == "background" and source.annotated == (tool not in PAINTED)
     ids = np.array([names.index(name) for name in NAMES])
     assert {sample.image for sample in samples_of(source).values()} == truth.keys()
-    if tool not in ("labelme", "CVAT") and "Label Studio" not in tool:  # whose folders name no splits
+    if tool not in WITHOUT_SPLITS:
         assert {stem.split("_")[0] for stem in samples_of(source) if "2" in stem or "5" in stem} == {
             sample.image.stem.split("_")[0] for sample in source.splits["val"]}
     for sample in samples_of(source).values():
@@ -139,6 +143,67 @@ def test_holes_bitmaps_beyond_the_edges_and_tags_of_supervisely(tmp_path):
     assert [sample.image.stem for sample in load("folder", tmp_path).splits["test"]] == ["shot 0"]
 
 
+def box_region(x, y, width, height, degrees=0):
+    """Return (H, W) bool of a box around (x, y), turned clockwise."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    across, along = COLUMNS - x, ROWS - y
+    return (abs(across * cos + along * sin) < width / 2) & (abs(along * cos - across * sin) < height / 2)
+
+
+def ellipse_region(x, y, radius_x, radius_y, degrees=0):
+    """Return (H, W) bool of an ellipse around (x, y), turned clockwise."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    across, along = COLUMNS - x, ROWS - y
+    return ((across * cos + along * sin) / radius_x) ** 2 + ((along * cos - across * sin) / radius_y) ** 2 < 1
+
+
+def write_shapes(root, tool, entries):
+    """Write a tool's tree in which the image `shot 0` has these entries as its only shapes."""
+    TOOLS[tool](root)
+    name, change = SHAPES_OF[tool]
+    path = next(root.rglob(name))
+    text = path.read_text()
+    if path.suffix == ".json":
+        content = json.loads(text)
+        change(content, entries)
+        text = json.dumps(content)
+    else:
+        text = change(text, entries)
+    path.write_text(text)
+
+
+SHAPES_OF = {  # tool: (a file, change(its content, entries), which makes these the shapes of `shot 0`)
+    "CVAT for images": ("annotations.xml", lambda text, entries: re.sub(
+        '(name="shot 0.jpg"[^>]*>).*?(</image>)', rf"\1{''.join(entries)}\2", text)),
+}
+CAR, TREE = 1, 2
+CVAT_BOX = '<box label="car" occluded="0" xtl="30" ytl="20" xbr="80" ybr="50" z_order="{}" {}></box>'
+SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
+    ("CVAT for images", [CVAT_BOX.format(0, "")], box_region(55, 35, 50, 30), None),
+    ("CVAT for images", [CVAT_BOX.format(0, 'rotation="30.00"')], box_region(55, 35, 50, 30, 30), None),
+    ("CVAT for images", ['<ellipse label="car" cx="50" cy="40" rx="30" ry="15" rotation="340.00"></ellipse>'],
+     ellipse_region(50, 40, 30, 15, -20), None),
+    ("CVAT for images", [  # the lower one later in the file; shapes in skeletons are none of the image
+        CVAT_BOX.format(2, ""),
+        '<polygon label="tree" z_order="1" points="10,10;60,10;60,60;10,60"></polygon>',
+        '<skeleton label="car" z_order="3"><polygon label="1" points="0,0;9,0;9,9"></polygon></skeleton>'],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50),
+     box_region(35, 35, 50, 50) & ~box_region(55, 35, 50, 30)),
+    ("CVAT for images", [  # beyond the upper edge and the right one
+        '<mask label="car" rle="0, 30" left="102" top="-1" width="15" height="2"></mask>',
+        '<mask label="car" rle="15, 5, 2, 3" left="102" top="70" width="5" height="5"></mask>'],
+     box_region(107, 0, 10, 2) | box_region(104.5, 73.5, 5, 1) | box_region(105.5, 74.5, 3, 1), None),
+]
+
+
+@pytest.mark.parametrize(("tool", "entries", "region", "trees"), SHAPES)
+def test_single_shapes(tool, entries, region, trees, tmp_path):
+    write_shapes(tmp_path, tool, entries)
+    _, mask = load_mask(tmp_path)
+    expected = np.where(region & (trees if trees is not None else False), TREE, region * CAR)
+    assert not ((mask != expected) & interior(expected)).any() and (mask == expected).mean() > 0.95
+
+
 @pytest.mark.parametrize(("tool", "values", "count"), [
     ("COCO", dict(segmentation=[]), "1 x box"), ("labelme", dict(shape_type="line"), "1 x line"),
     ("Supervisely", dict(geometryType="cuboid"), "1 x cuboid"), ("YOLO, Ultralytics", {}, "1 x box")])
@@ -200,6 +265,37 @@ def test_broken_shapes_are_named_with_their_file(tool, values, tmp_path):
     file, _, entry = EDITED[tool]
     with refused(f"{file} {entry}".rstrip()):
         find_masks(tmp_path)
+
+
+CVAT_MASK = '<mask label="car" rle="{}" left="{}" top="0" width="2" height="2"></mask>'
+
+
+@pytest.mark.parametrize(("tool", "entry"), [
+    *(("CVAT for images", CVAT_MASK.format(*values)) for values in (
+        ("1, 2", 0), ("1, 4, -1", 0), ("1, x", 0), ("4", "1e9"), ("4", 10**30), (f"{2**63 - 1}, 5", 0))),
+    ("CVAT for images", CVAT_BOX.format("front", "")),
+    ("CVAT for images", CVAT_BOX.format(0, 'rotation="nan"')),
+    ("CVAT for images", '<polygon label="car" points="1,2;3,4;5"></polygon>'),
+    ("CVAT for images", '<polygon points="1,2;3,4;5,9"></polygon>'),
+    ("CVAT for images", '<cuboid label="car" xtl1="1" ytl1="2"></cuboid>'),
+])
+def test_broken_entries_are_named_with_their_image(tool, entry, tmp_path):
+    write_shapes(tmp_path, tool, [entry])
+    with refused(SHAPES_OF[tool][0], "shape 1"):
+        find_masks(tmp_path)
+
+
+def test_bombs_of_entities_and_broken_xml_are_refused(tmp_path):
+    TOOLS["CVAT for images"](tmp_path)
+    path = tmp_path / "annotations.xml"
+    text, names = path.read_text(), "abcdefghijk"
+    entities = [f'<!ENTITY {name} "{10 * f"&{inner};"}">' for inner, name in pairwise(names)]
+    bomb = f'<!DOCTYPE annotations [<!ENTITY a "ha">{"".join(entities)}]>'
+    for broken in (text.replace("<annotations>", f"{bomb}<annotations>").replace('"car"', '"&k;"'),
+                   text.replace("</image>", "", 1)):
+        path.write_text(broken)
+        with refused("annotations.xml"):
+            find_masks(tmp_path)
 
 
 @pytest.mark.parametrize(("tool", "change", "named"), [
@@ -299,7 +395,7 @@ def test_what_has_no_label_is_background_or_not_counted(tmp_path, classes):
 
 
 # --- commands ---------------------------------------------------------------------------------------------
-PAINTED = {"CVAT", "Roboflow, masks"}  # which need not be drawn
+PAINTED = {"CVAT, painted masks", "Roboflow, masks"}  # which need not be drawn
 QUICK = {"COCO, Roboflow"}
 
 

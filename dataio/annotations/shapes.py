@@ -91,11 +91,18 @@ def ellipse(center, radii, degrees=0):
 
     Raises BadLabel.
     """
-    (center, radii), turn = two_points([center, radii]), math.radians(degrees)
+    center, radii = two_points([center, radii])
     angles = np.arange(CORNERS) * 2 * math.pi / CORNERS
     points = radii * np.stack([np.cos(angles), np.sin(angles)], 1)  # (n, 2)
-    cos, sin = math.cos(turn), math.sin(turn)
-    return center + points @ np.array([(cos, sin), (-sin, cos)])
+    return turned(center + points, center, degrees)
+
+
+def turned(points, center, degrees):
+    """Return points (n, 2) turned clockwise around a center. Raises BadLabel."""
+    if not isinstance(degrees, (int, float)) or not math.isfinite(degrees):
+        raise BadLabel("with a rotation that is not a number of degrees")
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return center + (points - center) @ np.array([(cos, sin), (-sin, cos)])
 
 
 def circle(points):
@@ -136,9 +143,20 @@ def decode_runs(content):
     return runs_bitmap(counts, height, width, by_columns=True)
 
 
+def decode_rows(counts, left, top, width, height):
+    """Return the Bitmap of a box whose rows are the lengths of runs, of outside first. Raises BadLabel."""
+    try:
+        counts = np.array([int(count) for count in counts], np.int64)
+    except (TypeError, ValueError, OverflowError):
+        raise BadLabel("with run lengths that are not whole numbers") from None
+    left, top, width, height = as_points([left, top, width, height]).astype(int).ravel().tolist()
+    return runs_bitmap(counts, height, width)._replace(left=left, top=top, whole=False)
+
+
 def runs_bitmap(counts, height, width, by_columns=False):
     """Return the Bitmap of the lengths of runs, int64, of outside and inside in turns. Raises BadLabel."""
-    if height < 1 or width < 1 or counts.min(initial=0) < 0 or counts.sum() != height * width:
+    is_used_up = counts.max(initial=0) <= height * width == counts.sum()  # a huge sum may wrap around
+    if height < 1 or width < 1 or counts.min(initial=0) < 0 or not is_used_up:
         raise BadLabel("with run lengths that do not cover their image exactly")
     values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     pixels = values.reshape(width, height).T if by_columns else values.reshape(height, width)
@@ -171,7 +189,7 @@ def decode_png(text, left, top, compressed=False):
         content = base64.b64decode(text)
         content = zlib.decompress(content) if compressed else content
         pixels = np.array(Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGBA"))
-        left, top = int(left), int(top)
+        left, top = as_points([left, top]).astype(int).ravel().tolist()
     except (ValueError, TypeError, OverflowError, OSError, zlib.error, SyntaxError,
             Image.DecompressionBombError):
         raise BadLabel("with a bitmap that cannot be read") from None
