@@ -133,7 +133,7 @@ def png_text(region, compressed):
     return base64.b64encode(zlib.compress(content) if compressed else content).decode()
 
 
-def label_studio(root, tasks=True):
+def label_studio_masks(root, tasks=True):
     """Label Studio: PNG files of the brush, one per task and label; the names of the images in its JSON."""
     truth, export = {}, []
     image = "images/4f0a-{name}.jpg" if tasks else "images/{name}.jpg"
@@ -183,6 +183,74 @@ def box_of(region):
     rows, columns = np.nonzero(region)
     left, top = int(columns.min()), int(rows.min())
     return left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1
+
+
+def brush(region):
+    """Return (H, W) bool as Label Studio's brush: @thi.ng/rle-pack of its RGBA values, a list of bytes."""
+    flat = np.repeat(region.ravel() * 255, 4)
+    sizes = (3, 4, 8, 16)
+    bits = f"{len(flat):032b}{7:05b}" + "".join(f"{size - 1:04b}" for size in sizes)
+    ends = np.append(np.flatnonzero(np.diff(flat)) + 1, len(flat))
+    start = 0
+    for end in ends.tolist():
+        while start < end:
+            count = min(end - start, 2**16)
+            size = next(index for index, size in enumerate(sizes) if count <= 2**size)
+            repeats = count > 4  # short runs value by value
+            values = f"{flat[start]:08b}" * (1 if repeats else count)
+            bits += f"{repeats:b}{size:02b}{count - 1:0{sizes[size]}b}{values}"
+            start += count
+    bits += "0" * (8 - len(bits) % 8)
+    return [int(bits[place:place + 8], 2) for place in range(0, len(bits), 8)]
+
+
+def label_studio_tasks(root, image, url):
+    """Write images and return ({image: mask}, [(task number, URL, regions)]), cars as polygons, trees as
+    brush strokes: (type, value) in percent.
+    """
+    truth, tasks = {}, []
+    for number, (name, split, path, mask) in enumerate(scenes(root, image), 11):
+        truth[path] = mask
+        sides = mask.shape[::-1]
+        regions = [("polygonlabels", dict(points=(ring / sides * 100).tolist(), closed=True))
+                   for ring in outlines(mask, 1)]
+        if (mask == 2).any():
+            regions.append(("brushlabels", dict(format="rle", rle=brush(mask == 2))))
+        regions = [(kind, {**value, kind: ["car" if kind == "polygonlabels" else "tree"]})
+                   for kind, value in regions]
+        tasks.append((number, url.format(name=name.replace(" ", "%20"), split=split), regions))
+    return truth, tasks
+
+
+def label_studio(root):
+    """Label Studio, JSON of local files: a list of tasks, with questions, drafts and a skipped annotation."""
+    truth, tasks = label_studio_tasks(root, "images/{split}/{name}.jpg",
+                                      "/data/local-files/?d=shots/{split}/{name}.jpg")
+    export = []
+    for number, url, regions in tasks:
+        results = [dict(id=f"r{index}", type=kind, value=value, origin="manual", to_name="image",
+                        from_name="label", image_rotation=0, original_width=112, original_height=84)
+                   for index, (kind, value) in enumerate(regions)]
+        results.append(dict(id="q", type="choices", value=dict(choices=["day"]), from_name="light",
+                            to_name="image", origin="manual"))
+        done = dict(id=number + 40, completed_by=1, result=results, was_cancelled=False, ground_truth=False,
+                    created_at="2024-05-04T10:11:12.131415Z", draft_created_at=None, lead_time=9.5)
+        export.append(dict(id=number, annotations=[done, {**done, "was_cancelled": True, "result": []}],
+                           file_upload=None, drafts=[], predictions=[], meta={}, inner_id=number - 10,
+                           data=dict(image=url, caption="a car"), project=3, total_annotations=1))
+    dump(root / "project-3-at-2024-05-04-10-11-deadbeef.json", export)
+    return truth
+
+
+def label_studio_min(root):
+    """Label Studio, JSON-MIN of uploads, of which the user has the files with their own names."""
+    truth, tasks = label_studio_tasks(root, "{name}.jpg", "/data/upload/3/4f0a1b2c-{name}.jpg")
+    dump(root / "project-3.json", [dict(
+        image=url.replace("%20", "_"), id=number, annotator=1, annotation_id=number + 40,
+        created_at="2024-05-04T10:11:12.131415Z", updated_at="2024-05-04T10:11:12.131415Z", lead_time=9.5,
+        light="day", label=[{**value, "original_width": 112, "original_height": 84}
+                            for _, value in regions]) for number, url, regions in tasks])
+    return truth
 
 
 CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
@@ -236,8 +304,10 @@ TOOLS = {
     "YOLO, names by number": lambda root: yolo(root, names={0: "car", 1: "tree"}),
     "YOLO, Roboflow": lambda root: yolo(root, "{split}/images/{name}.jpg", names=["car", "tree"]),
     "Supervisely": supervisely,
+    "Label Studio, masks": label_studio_masks,
+    "Label Studio, masks without JSON": lambda root: label_studio_masks(root, tasks=False),
     "Label Studio": label_studio,
-    "Label Studio, without its JSON": lambda root: label_studio(root, tasks=False),
+    "Label Studio, JSON-MIN": label_studio_min,
     "CVAT, painted masks": cvat_masks,
     "CVAT for images": cvat_images,
     "CVAT for images, masks": lambda root: cvat_images(root, only_masks=True),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load, refused
 from pycocotools import mask as coco_mask
-from labeling_tools import NAMES, TOOLS, png_text
+from labeling_tools import NAMES, TOOLS, brush, png_text
 
 import check_data
 import evaluate
@@ -18,9 +18,10 @@ from dataio.annotations import find_masks
 from dataio.annotations.shapes import decode_runs, polygons
 from dataio.readers import read_sample
 
-EXACT = ("run lengths", "Label Studio", "masks")  # tools whose files hold pixels, not outlines
+EXACT = ("run lengths", "masks")  # tools whose files hold pixels, not outlines
 
-WITHOUT_SPLITS = {"labelme", "Label Studio", "Label Studio, without its JSON", "CVAT, painted masks"}
+WITHOUT_SPLITS = {"labelme", "Label Studio, masks", "Label Studio, masks without JSON",
+                  "Label Studio, JSON-MIN", "CVAT, painted masks"}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ EDITED = {  # tool: (the file that tests edit, its list of shapes, what errors c
     "COCO": ("instances_train2017.json", "annotations", "annotation 0 "),
     "labelme": ("shot 0.json", "shapes", "shape 1 "),
     "Supervisely": ("shot 0.jpg.json", "objects", "object 1 "),
-    "Label Studio": ("project-1.json", None, None),
+    "Label Studio, masks": ("project-1.json", None, None),
 }
 
 
@@ -175,9 +176,22 @@ def write_shapes(root, tool, entries):
 SHAPES_OF = {  # tool: (a file, change(its content, entries), which makes these the shapes of `shot 0`)
     "CVAT for images": ("annotations.xml", lambda text, entries: re.sub(
         '(name="shot 0.jpg"[^>]*>).*?(</image>)', rf"\1{''.join(entries)}\2", text)),
+    "Label Studio": ("project-3*.json", lambda tasks, entries:
+                     tasks[0]["annotations"][0].update(result=entries)),
 }
 CAR, TREE = 1, 2
 CVAT_BOX = '<box label="car" occluded="0" xtl="30" ytl="20" xbr="80" ybr="50" z_order="{}" {}></box>'
+SPECKLED = np.random.default_rng(0).random((84, 112)) < 0.5 * (ROWS > 40)
+
+
+def studio(type="rectanglelabels", label="car", size=(112, 84), **value):
+    """Return a result of Label Studio; x, y, width, height, ... in pixels."""
+    sides = dict(x=112, y=84, width=112, height=84, radiusX=112, radiusY=84)
+    value = {key: number * 100 / sides[key] if key in sides else number for key, number in value.items()}
+    value["labels" if type == "labels" else type] = [label]
+    return dict(id="a", type=type, value=value, original_width=size[0], original_height=size[1])
+
+
 SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
     ("CVAT for images", [CVAT_BOX.format(0, "")], box_region(55, 35, 50, 30), None),
     ("CVAT for images", [CVAT_BOX.format(0, 'rotation="30.00"')], box_region(55, 35, 50, 30, 30), None),
@@ -193,6 +207,16 @@ SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
         '<mask label="car" rle="0, 30" left="102" top="-1" width="15" height="2"></mask>',
         '<mask label="car" rle="15, 5, 2, 3" left="102" top="70" width="5" height="5"></mask>'],
      box_region(107, 0, 10, 2) | box_region(104.5, 73.5, 5, 1) | box_region(105.5, 74.5, 3, 1), None),
+    ("Label Studio", [studio(x=30, y=20, width=50, height=30)], box_region(55, 35, 50, 30), None),
+    ("Label Studio", [studio(x=60, y=20, width=40, height=20, rotation=90)],
+     box_region(50, 40, 20, 40), None),
+    ("Label Studio", [studio("ellipselabels", x=50, y=40, radiusX=30, radiusY=15, rotation=30)],
+     ellipse_region(50, 40, 30, 15, 30), None),
+    ("Label Studio", [studio("brushlabels", format="rle", rle=brush(SPECKLED))], SPECKLED, None),
+    ("Label Studio", [  # an outline and its label as two results, and a line between regions
+        dict(id="a", type="polygon", value=dict(points=[[25, 25], [75, 25], [75, 75], [25, 75]])),
+        dict(id="a", type="labels", value=dict(labels=["car"]), original_width=112, original_height=84),
+        dict(type="relation", from_id="a", to_id="a", direction="right")], box_region(56, 42, 56, 42), None),
 ]
 
 
@@ -278,11 +302,58 @@ CVAT_MASK = '<mask label="car" rle="{}" left="{}" top="0" width="2" height="2"><
     ("CVAT for images", '<polygon label="car" points="1,2;3,4;5"></polygon>'),
     ("CVAT for images", '<polygon points="1,2;3,4;5,9"></polygon>'),
     ("CVAT for images", '<cuboid label="car" xtl1="1" ytl1="2"></cuboid>'),
+    *(("Label Studio", {**studio(x=30, y=20, width=50, height=30), **values}) for values in (
+        dict(original_width=None), dict(image_rotation=90), dict(value=dict(points=[[1, 2]], labels=[])),
+        dict(value=dict(sequence=[], labels=["car"])),
+        dict(value=dict(points=[[1, 2]], labels=["car", "b"])))),
+    *(("Label Studio", studio("brushlabels", rle=rle)) for rle in (
+        brush(SPECKLED)[:-9], brush(SPECKLED[1:]), [], [300], "x", brush(SPECKLED)[:9] + [255] * 9)),
 ])
 def test_broken_entries_are_named_with_their_image(tool, entry, tmp_path):
     write_shapes(tmp_path, tool, [entry])
-    with refused(SHAPES_OF[tool][0], "shape 1"):
+    with refused(SHAPES_OF[tool][0].split("*")[0], " 1"):
         find_masks(tmp_path)
+
+
+@pytest.mark.parametrize(("url", "file"), [
+    ("/data/upload/3/4f0a1b2c-a_b.jpg", "4f0a1b2c-a_b.jpg"), ("/data/upload/3/4f0a1b2c-a_b.jpg", "a_b.jpg"),
+    ("/data/upload/3/4f0a1b2c-a_b.jpg", "a b.jpg"), ("/data/local-files/?d=dir/a%20%C3%A9.jpg", "a é.jpg"),
+    ("s3://bucket/dir/a b.jpg", "a b.jpg"), ("https://host:80/dir/a%20b.jpg?X-Amz-Date=1&d=2", "a b.jpg"),
+    ("gs://bucket/a.jpg", "a.jpg"), ("dir\\a.jpg", "a.jpg")])
+def test_names_of_images_in_label_studio(url, file, tmp_path):
+    TOOLS["Label Studio"](tmp_path)
+    image = next(tmp_path.rglob("shot 0.jpg"))
+    image.rename(image.with_name(file))
+    path = next(tmp_path.glob("*.json"))
+    tasks = json.loads(path.read_text())
+    tasks[0]["data"] = dict(id=7, text="shot 1", image=url)
+    path.write_text(json.dumps(tasks))
+    assert file in {sample.image.name for sample in find_masks(tmp_path).samples}
+
+
+@pytest.mark.parametrize(("tool", "truths", "taken"), [
+    ("Label Studio", (False, False), "tree"), ("Label Studio", (True, False), "car"),
+    ("Label Studio, JSON-MIN", (False, False), "tree")])
+def test_of_several_annotations_the_ground_truth_or_the_last_is_taken(tool, truths, taken, tmp_path):
+    TOOLS[tool](tmp_path)
+    path = next(tmp_path.glob("*.json"))
+    tasks, regions = json.loads(path.read_text()), [
+        studio("polygonlabels", label, points=[[25, 25], [75, 25], [75, 75]]) for label in ("car", "tree")]
+    if tool == "Label Studio":
+        done = tasks[0]["annotations"][0]
+        tasks[0]["annotations"] = [{**done, "result": [region], "ground_truth": truth}
+                                   for region, truth in zip(regions, truths, strict=True)]
+        tasks[1]["annotations"] = []
+    else:
+        first = {**tasks[0], "label": [{**regions[0]["value"], "original_width": 112, "original_height": 84}]}
+        tasks[0] = {**first, "label": [{**regions[1]["value"], "original_width": 112, "original_height": 84}]}
+        tasks.insert(0, first)
+    path.write_text(json.dumps(tasks))
+    content = find_masks(tmp_path)
+    assert sum("task 11" in note for note in content.notes) == 1
+    assert len(content.samples) == (5 if tool == "Label Studio" else 6)  # one is not annotated
+    names, mask = load_mask(tmp_path)
+    assert names[mask[30, 80]] == taken
 
 
 def test_bombs_of_entities_and_broken_xml_are_refused(tmp_path):
@@ -307,7 +378,7 @@ def test_bombs_of_entities_and_broken_xml_are_refused(tmp_path):
     ("COCO", lambda content: content.update(images=5), "train2017.json"),
     ("labelme", lambda content: content.update(shapes={"a": 1}), "shot 0.json"),
     ("labelme", lambda content: content.update(imagePath="shot 1.jpg"), "shot 0.json"),
-    ("Label Studio", lambda tasks: tasks[0].update(data="x"), "project-1.json"),
+    ("Label Studio, masks", lambda tasks: tasks[0].update(data="x"), "project-1.json"),
     ("Supervisely", lambda content: content["objects"][0].update(classTitle="boat"), "shot 0.jpg.json"),
 ])
 def test_broken_json_files_are_named(tool, change, named, tmp_path):
@@ -320,7 +391,7 @@ def test_broken_json_files_are_named(tool, change, named, tmp_path):
 @pytest.mark.parametrize(("tool", "file", "text", "named"), [
     ("COCO", "annotations/instances_train2017.json", '{"images": [', "train2017.json"),
     ("labelme", "shot 0.jpg", None, "shot 0.jpg"),
-    ("Label Studio, without its JSON", "images/12.jpg", None, "task-12-annotation"),
+    ("Label Studio, masks without JSON", "images/12.jpg", None, "task-12-annotation"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "0 0.1 0.1 0.2 0.2 0.3", "shot 0.txt line 1"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "\n7 0.1 0.1 0.2 0.2 0.3 0.1", "shot 0.txt line 2"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "0 0.1 0.1 nan 0.2 0.3 0.1", "shot 0.txt line 1"),
@@ -350,7 +421,8 @@ def test_names_of_folders_above_the_root_say_nothing(above, tmp_path):
 
 @pytest.mark.parametrize(("tool", "change"), [
     ("labelme", lambda content: content["shapes"].pop()),
-    ("Label Studio", lambda tasks: (tasks[0].update(id=12), tasks[1].update(id=11)))])  # images swapped
+    ("Label Studio, masks",  # images swapped
+     lambda tasks: (tasks[0].update(id=12), tasks[1].update(id=11)))])
 def test_masks_are_drawn_once_and_again_when_the_annotations_change(tool, change, tmp_path):
     TOOLS[tool](tmp_path)
     before = samples_of(load("folder", tmp_path))

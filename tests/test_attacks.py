@@ -383,7 +383,7 @@ HOSTILE = [None, True, -3, 0, 1, 3, 10**4, 10**5, 10**12, 10**400, math.nan, mat
            "../x", "a" * 300, "\0", [], {}, [[]], [[1]], [None], {"size": [1, 1]}]
 WORDS = ["nan", "-1", "1e400", "x", "", "\n", "9" * 400, "inf", "0.5 0.5"]
 ANNOTATIONS = {"COCO": "*.json", "COCO, compressed": "*.json", "labelme": "*.json", "Supervisely": "*.json",
-               "YOLO": "labels/**/*.txt", "Label Studio": "*.json"}
+               "YOLO": "labels/**/*.txt", "Label Studio, masks": "*.json"}
 
 
 def entries_of(content):

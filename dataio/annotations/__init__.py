@@ -1,4 +1,4 @@
-"""Annotation files of labeling tools, drawn once as masks: COCO, labelme, YOLO, Supervisely, Label Studio.
+"""Annotation files of labeling tools, drawn once as masks: those of TOOLS.
 
     pairs = find_masks(root)           # layout.find_pairs, or the masks drawn from annotation files
     pairs.splits, pairs.entries        # {split: [Sample]}, the classes that these files name
@@ -9,7 +9,7 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
-from dataio.annotations import coco, cvat, label_studio_masks, labelme, supervisely, yolo
+from dataio.annotations import coco, cvat, label_studio, label_studio_masks, labelme, supervisely, yolo
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -20,6 +20,7 @@ TOOLS = {  # the first that has files in a folder is read
     "Supervisely": supervisely,
     "CVAT": cvat,
     "Label Studio, masks": label_studio_masks,
+    "Label Studio": label_studio,
     "YOLO": yolo,
 }
 
