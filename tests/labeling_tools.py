@@ -1,5 +1,6 @@
 """Folders as labeling tools write them, of scenes whose true mask is known: write(root) -> {image: mask}."""
 import base64
+import csv
 import io
 import json
 import zlib
@@ -253,6 +254,64 @@ def label_studio_min(root):
     return truth
 
 
+def via(root, export="project"):
+    """VGG Image Annotator 2: its project, or its annotations as JSON or CSV; a class is a drop-down."""
+    truth, metadata = {}, {}
+    for name, _, path, mask in scenes(root, "{name}.jpg"):
+        truth[path] = mask
+        regions = [dict(shape_attributes=dict(name="polygon", all_points_x=ring[:, 0].tolist(),
+                                              all_points_y=ring[:, 1].tolist()),
+                        region_attributes=dict(note="", kind=NAMES[id], quality=dict(good=True)))
+                   for id, ring in shapes(mask)]
+        size = path.stat().st_size
+        metadata[f"{name}.jpg{size}"] = dict(filename=path.name, size=size, regions=regions,
+                                             file_attributes=dict(caption="a car"))
+    if export == "project":
+        options = dict.fromkeys(NAMES[1:], "")
+        dump(root / "via_project_4May2024_10h11m.json", dict(
+            _via_settings=dict(ui={}, core={}, project=dict(name="p")), _via_img_metadata=metadata,
+            _via_attributes=dict(region=dict(kind=dict(type="dropdown", options=options)), file={}),
+            _via_data_format_version="2.0.10", _via_image_id_list=list(metadata)))
+    elif export == "json":
+        for entry in metadata.values():
+            entry["regions"] = {str(number): region for number, region in enumerate(entry["regions"])}
+        dump(root / "via_export_json.json", metadata)
+    else:
+        heads = ("filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,"
+                 "region_attributes")
+        with open(root / "via_export_csv.csv", "w", newline="") as file:
+            file.write(heads + "\n")
+            csv.writer(file).writerows(
+                [entry["filename"], entry["size"], '{"caption":"a car"}', len(entry["regions"]), number,
+                 *map(json.dumps, region.values())]
+                for entry in metadata.values() for number, region in enumerate(entry["regions"]))
+    return truth
+
+
+def via3(root):
+    """VGG Image Annotator 3: its project; a class is one of the options of an attribute."""
+    truth, files, views, metadata = {}, {}, {}, {}
+    for number, (_, _, path, mask) in enumerate(scenes(root, "{name}.jpg"), 1):
+        truth[path] = mask
+        files[number] = dict(fid=number, fname=path.name, type=2, loc=1, src="")
+        views[number] = dict(fid_list=[number])
+        metadata |= {f"{number}_{index}": dict(vid=str(number), flg=0, z=[], xy=[7, *ring.ravel().tolist()],
+                                               av={"1": "sunny", "2": str(id - 1)})
+                     for index, (id, ring) in enumerate(shapes(mask))}
+        metadata[f"{number}_file"] = dict(vid=str(number), flg=0, z=[], xy=[], av={"3": "0"})
+    attributes = {"1": dict(aname="light", anchor_id="FILE1_Z0_XY1", type=1, desc="", options={},
+                            default_option_id=""),
+                  "2": dict(aname="Class", anchor_id="FILE1_Z0_XY1", type=4, desc="", options={
+                      "0": "car", "1": "tree"}, default_option_id="0"),
+                  "3": dict(aname="ok", anchor_id="FILE1_Z0_XY0", type=2, desc="", options={"0": "yes"},
+                            default_option_id="")}
+    dump(root / "via_project_4May2024.json", dict(
+        project=dict(pid="__VIA_PROJECT_ID__", pname="p", data_format_version="3.1.1", vid_list=list(views)),
+        config=dict(file=dict(loc_prefix={}), ui=dict(spatial_region_label_attribute_id="")),
+        attribute=attributes, file=files, view=views, metadata=metadata))
+    return truth
+
+
 CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
 <annotations>
   <version>1.1</version>
@@ -311,5 +370,9 @@ TOOLS = {
     "CVAT, painted masks": cvat_masks,
     "CVAT for images": cvat_images,
     "CVAT for images, masks": lambda root: cvat_images(root, only_masks=True),
+    "VIA 2, project": via,
+    "VIA 2, JSON": lambda root: via(root, "json"),
+    "VIA 2, CSV": lambda root: via(root, "csv"),
+    "VIA 3": via3,
     "Roboflow, masks": roboflow_masks,
 }

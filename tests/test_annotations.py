@@ -16,12 +16,14 @@ import infer_image
 import train
 from dataio.annotations import find_masks
 from dataio.annotations.shapes import decode_runs, polygons
+from dataio.annotations.via import class_attribute
 from dataio.readers import read_sample
 
 EXACT = ("run lengths", "masks")  # tools whose files hold pixels, not outlines
 
 WITHOUT_SPLITS = {"labelme", "Label Studio, masks", "Label Studio, masks without JSON",
-                  "Label Studio, JSON-MIN", "CVAT, painted masks"}
+                  "Label Studio, JSON-MIN", "CVAT, painted masks", "VIA 2, project", "VIA 2, JSON",
+                  "VIA 2, CSV", "VIA 3"}
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +180,10 @@ SHAPES_OF = {  # tool: (a file, change(its content, entries), which makes these 
         '(name="shot 0.jpg"[^>]*>).*?(</image>)', rf"\1{''.join(entries)}\2", text)),
     "Label Studio": ("project-3*.json", lambda tasks, entries:
                      tasks[0]["annotations"][0].update(result=entries)),
+    "VIA 2, JSON": ("via_export_json.json", lambda content, entries:
+                    next(iter(content.values())).update(regions=entries)),
+    "VIA 3": ("via_project_4May2024.json", lambda content, entries:
+              content.update(metadata=dict(enumerate(entries)))),
 }
 CAR, TREE = 1, 2
 CVAT_BOX = '<box label="car" occluded="0" xtl="30" ytl="20" xbr="80" ybr="50" z_order="{}" {}></box>'
@@ -190,6 +196,16 @@ def studio(type="rectanglelabels", label="car", size=(112, 84), **value):
     value = {key: number * 100 / sides[key] if key in sides else number for key, number in value.items()}
     value["labels" if type == "labels" else type] = [label]
     return dict(id="a", type=type, value=value, original_width=size[0], original_height=size[1])
+
+
+def via_region(name, label="car", **shape):
+    """Return a region of VIA 2."""
+    return dict(shape_attributes=dict(name=name, **shape), region_attributes=dict(kind=label))
+
+
+def via3_region(*xy, label="0"):
+    """Return a region of VIA 3."""
+    return dict(vid="1", flg=0, z=[], xy=xy, av={"2": label})
 
 
 SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
@@ -217,6 +233,21 @@ SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
         dict(id="a", type="polygon", value=dict(points=[[25, 25], [75, 25], [75, 75], [25, 75]])),
         dict(id="a", type="labels", value=dict(labels=["car"]), original_width=112, original_height=84),
         dict(type="relation", from_id="a", to_id="a", direction="right")], box_region(56, 42, 56, 42), None),
+    ("VIA 2, JSON", [via_region("rect", x=30, y=20, width=50, height=30)], box_region(55, 35, 50, 30), None),
+    ("VIA 2, JSON", [via_region("circle", cx=50, cy=40, r=20.5)], ellipse_region(50, 40, 20.5, 20.5), None),
+    ("VIA 2, JSON", [via_region("ellipse", {"car": True, "tree": False}, cx=50, cy=40, rx=30, ry=15,
+                                theta=0.7)], ellipse_region(50, 40, 30, 15, np.degrees(0.7)), None),
+    ("VIA 2, JSON", [  # a later region lies over an earlier one
+        via_region("rect", x=30, y=20, width=50, height=30),
+        via_region("polygon", "tree", all_points_x=[10, 60, 60, 10, 10], all_points_y=[10, 10, 60, 60, 10]),
+        via_region("polyline", all_points_x=[10, 60, 60], all_points_y=[10, 10, 60])],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50), box_region(35, 35, 50, 50)),
+    ("VIA 3", [via3_region(2, 30, 20, 50, 30)], box_region(55, 35, 50, 30), None),
+    ("VIA 3", [via3_region(3, 50, 40, 20)], ellipse_region(50, 40, 20, 20), None),
+    ("VIA 3", [via3_region(4, 50, 40, 30, 15)], ellipse_region(50, 40, 30, 15), None),
+    ("VIA 3", [via3_region(8, 50, 20, 30, 33, 80, 45, 60, 50)], box_region(55, 35, 50, 30), None),
+    ("VIA 3", [via3_region(7, 10, 10, 60, 10, 60, 60, 10, 60), via3_region(6, 1, 1, 9, 9)],
+     box_region(35, 35, 50, 50), None),
 ]
 
 
@@ -308,6 +339,14 @@ CVAT_MASK = '<mask label="car" rle="{}" left="{}" top="0" width="2" height="2"><
         dict(value=dict(points=[[1, 2]], labels=["car", "b"])))),
     *(("Label Studio", studio("brushlabels", rle=rle)) for rle in (
         brush(SPECKLED)[:-9], brush(SPECKLED[1:]), [], [300], "x", brush(SPECKLED)[:9] + [255] * 9)),
+    ("VIA 2, JSON", via_region("polygon", all_points_x=[1, 9, 9], all_points_y=[1, 1])),
+    ("VIA 2, JSON", via_region("circle", cx=50, cy="x", r=20)),
+    ("VIA 2, JSON", via_region("ellipse", cx=50, cy=40, rx=30, ry=15, theta=float("nan"))),
+    ("VIA 2, JSON", via_region("rect", {"car": True, "tree": True}, x=30, y=20, width=50, height=30)),
+    ("VIA 2, JSON", via_region("rect", "", x=30, y=20, width=50, height=30)),
+    ("VIA 3", via3_region(2, 30, 20, 50)), ("VIA 3", via3_region(4, 50, 40, 30, "x")),
+    ("VIA 3", via3_region(2, 30, 20, 50, 30, label="9")),
+    ("VIA 3", via3_region(2, 30, 20, 50, 30, label="0,1")),
 ])
 def test_broken_entries_are_named_with_their_image(tool, entry, tmp_path):
     write_shapes(tmp_path, tool, [entry])
@@ -354,6 +393,25 @@ def test_of_several_annotations_the_ground_truth_or_the_last_is_taken(tool, trut
     assert len(content.samples) == (5 if tool == "Label Studio" else 6)  # one is not annotated
     names, mask = load_mask(tmp_path)
     assert names[mask[30, 80]] == taken
+
+
+@pytest.mark.parametrize(("attributes", "named"), [
+    ([dict(Name="x", kind="car"), dict(Name="", kind="tree")], "Name"),  # by its name
+    ([dict(a="car", b="x"), dict(a="tree")], "a"),  # all regions have it
+])
+def test_which_attribute_of_via_is_the_class_is_said(attributes, named, tmp_path):
+    regions = [{**via_region("rect", x=30 * index, y=20, width=20, height=30), "region_attributes": values}
+               for index, values in enumerate(attributes)]
+    assert class_attribute(attributes)[0] == named
+    write_shapes(tmp_path, "VIA 2, JSON", regions)
+    path = tmp_path / "via_export_json.json"
+    content = dict(list(json.loads(path.read_text()).items())[:1])
+    path.write_text(json.dumps(content))
+    if named == "Name":  # which one region lacks
+        with refused("region 2"):
+            find_masks(tmp_path)
+    else:
+        assert any(" a, " in note for note in find_masks(tmp_path).notes)
 
 
 def test_bombs_of_entities_and_broken_xml_are_refused(tmp_path):
