@@ -312,6 +312,44 @@ def via3(root):
     return truth
 
 
+def superannotate(root, pixel=False, file="{name}.jpg___objects.json"):
+    """SuperAnnotate: a JSON file for each image, of polygons or of the colors of objects in a picture."""
+    truth = {}
+    for number, (name, _, path, mask) in enumerate(scenes(root, "{split}/{name}.jpg")):
+        truth[path] = mask
+        common = dict(probability=100, locked=False, visible=True, groupId=0, attributes=[], trackingId=None,
+                      creationType="Manual", createdAt="2024-05-04T10:11:12.131Z", error=None)
+        metadata = dict(name=path.name, height=mask.shape[0], width=mask.shape[1], status="Completed",
+                        pinned=False, isPredicted=None, projectId=None, annotatorEmail=None)
+        if pixel:
+            instances, picture = [], np.zeros((*mask.shape, 3), np.uint8)
+            for color, (id, ring) in enumerate(shapes(mask), 3):
+                picture[(mask == id) & filled(ring, mask.shape)] = (0, color, 15 * color)
+                instances.append(dict(common, classId=880 + id, className=NAMES[id],
+                                      parts=[dict(color=f"#00{color:02X}{15 * color:02X}")]))
+            save(path.with_name(f"{path.name}___save.png"), picture)
+            target = f"{path.name}___pixel.json"
+        else:
+            class_name = dict(className="car") if number % 2 else {}
+            instances = [dict(common, type="polygon", classId=880 + id, points=ring.ravel().tolist(),
+                              exclude=[], pointLabels={}, **(class_name if id == 1 else {}))
+                         for id, ring in shapes(mask)]
+            save(path.with_name(f"{path.name}___fuse.png"), mask * 99)
+            target = file.format(name=name)
+        instances.append(dict(common, type="tag", classId=885, className="sunny"))
+        dump(path.with_name(target), dict(metadata=metadata, instances=instances, tags=["day"], comments=[]))
+    dump(root / "classes/classes.json", [
+        dict(id=880 + id, name=NAMES[id], color="#0fb1d3", count=4, project_id=7, attribute_groups=[])
+        for id in (2, 1)])
+    return truth
+
+
+def filled(ring, size):
+    """Return (H, W) bool of an outline, with what lies on it."""
+    grid = np.zeros(size, np.uint8)
+    return cv2.fillPoly(grid, [np.round(ring).astype(np.int32)], 1) > 0
+
+
 CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
 <annotations>
   <version>1.1</version>
@@ -374,5 +412,8 @@ TOOLS = {
     "VIA 2, JSON": lambda root: via(root, "json"),
     "VIA 2, CSV": lambda root: via(root, "csv"),
     "VIA 3": via3,
+    "SuperAnnotate": superannotate,
+    "SuperAnnotate, newer": lambda root: superannotate(root, file="{name}.jpg.json"),
+    "SuperAnnotate, pixel masks": lambda root: superannotate(root, pixel=True),
     "Roboflow, masks": roboflow_masks,
 }

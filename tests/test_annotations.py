@@ -182,10 +182,13 @@ SHAPES_OF = {  # tool: (a file, change(its content, entries), which makes these 
                      tasks[0]["annotations"][0].update(result=entries)),
     "VIA 2, JSON": ("via_export_json.json", lambda content, entries:
                     next(iter(content.values())).update(regions=entries)),
+    "SuperAnnotate": ("shot 0.jpg___objects.json", lambda content, entries:
+                      content.update(instances=entries)),
+    "SuperAnnotate, pixel masks": ("shot 0.jpg___pixel.json", lambda content, entries:
+                                   content.update(instances=entries)),
     "VIA 3": ("via_project_4May2024.json", lambda content, entries:
               content.update(metadata=dict(enumerate(entries)))),
 }
-CAR, TREE = 1, 2
 CVAT_BOX = '<box label="car" occluded="0" xtl="30" ytl="20" xbr="80" ybr="50" z_order="{}" {}></box>'
 SPECKLED = np.random.default_rng(0).random((84, 112)) < 0.5 * (ROWS > 40)
 
@@ -248,14 +251,27 @@ SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
     ("VIA 3", [via3_region(8, 50, 20, 30, 33, 80, 45, 60, 50)], box_region(55, 35, 50, 30), None),
     ("VIA 3", [via3_region(7, 10, 10, 60, 10, 60, 60, 10, 60), via3_region(6, 1, 1, 9, 9)],
      box_region(35, 35, 50, 50), None),
+    ("SuperAnnotate", [dict(type="polygon", classId=881, points=[10, 10, 60, 10, 60, 60, 10, 60],
+                            exclude=[[20, 20, 30, 20, 30, 50, 20, 50], [40, 20, 50, 20, 50, 50, 40, 50]])],
+     box_region(35, 35, 50, 50) & ~box_region(25, 35, 10, 30) & ~box_region(45, 35, 10, 30), None),
+    ("SuperAnnotate", [dict(type="bbox", className="car", points=dict(x1=30, x2=80, y1=20, y2=50)),
+                       dict(type="template", classId=881, points=[dict(x=1, y=1)])],
+     box_region(55, 35, 50, 30), None),
+    ("SuperAnnotate", [dict(type="rbbox", classId=881, points=dict(
+        x1=50, y1=10, x2=80, y2=40, x3=60, y3=60, x4=30, y4=30))],
+     box_region(55, 35, 1800**0.5, 800**0.5, 45), None),
+    ("SuperAnnotate", [dict(type="ellipse", classId=881, cx=50, cy=40, rx=30, ry=15, angle=30)],
+     ellipse_region(50, 40, 30, 15, 30), None),
 ]
 
 
 @pytest.mark.parametrize(("tool", "entries", "region", "trees"), SHAPES)
 def test_single_shapes(tool, entries, region, trees, tmp_path):
     write_shapes(tmp_path, tool, entries)
-    _, mask = load_mask(tmp_path)
-    expected = np.where(region & (trees if trees is not None else False), TREE, region * CAR)
+    names, mask = load_mask(tmp_path)
+    expected = region * names.index("car")
+    if trees is not None:
+        expected[trees] = names.index("tree")
     assert not ((mask != expected) & interior(expected)).any() and (mask == expected).mean() > 0.95
 
 
@@ -347,6 +363,10 @@ CVAT_MASK = '<mask label="car" rle="{}" left="{}" top="0" width="2" height="2"><
     ("VIA 3", via3_region(2, 30, 20, 50)), ("VIA 3", via3_region(4, 50, 40, 30, "x")),
     ("VIA 3", via3_region(2, 30, 20, 50, 30, label="9")),
     ("VIA 3", via3_region(2, 30, 20, 50, 30, label="0,1")),
+    ("SuperAnnotate", dict(type="polygon", classId=-1, points=[1, 1, 20, 1, 20, 20])),
+    ("SuperAnnotate", dict(type="cuboid", classId=881, points=dict(f1=dict(x=1, y=1)))),
+    ("SuperAnnotate", dict(type="polygon", classId=881, points=[1, 1, 20, 1, 20])),
+    ("SuperAnnotate", dict(type="polygon", classId=881, points=[1, 1, 20, 1, 20, 20], exclude=[["x"]])),
 ])
 def test_broken_entries_are_named_with_their_image(tool, entry, tmp_path):
     write_shapes(tmp_path, tool, [entry])

@@ -39,7 +39,7 @@ def read(files, folder):
                                   "height", "width")
                 split = split_in(image.get("subset", ""))
                 images.append(AnnotatedImage(image.get("name"), source, path, shapes, size, split))
-    return Annotations(list(dict.fromkeys(filter(None, classes))), images, files)
+    return Annotations(list(filter(None, classes)), images, files)
 
 
 def read_xml(path):

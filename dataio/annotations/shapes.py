@@ -196,13 +196,20 @@ def decode_png(text, left, top, compressed=False):
     return Bitmap((pixels[..., :3].max(2) > 0) & (pixels[..., 3] > 0), left, top)
 
 
-def read_picture(path):
-    """Return the Bitmap of a picture of the image's size, where it is not 0. Raises BadLabel."""
+def read_picture(path, colors=()):
+    """Return the Bitmap of a picture of the image's size, where it is not 0 or where it has one of the
+    colors, 24-bit numbers. Raises BadLabel.
+    """
     try:
-        pixels = decode_mask(path).pixels
+        stored = decode_mask(path)
     except InputError:
-        raise BadLabel("of a picture that cannot be read") from None
-    return Bitmap((pixels.max(2) if pixels.ndim == 3 else pixels) > 0, whole=True)
+        raise BadLabel(f"of a picture that cannot be read, {path}") from None
+    if not colors:
+        pixels = stored.pixels
+        return Bitmap((pixels.max(2) if pixels.ndim == 3 else pixels) > 0, whole=True)
+    if stored.colors is None:
+        raise BadLabel(f"of a picture that is not painted in colors, {path}")
+    return Bitmap(np.isin(stored.colors, colors), whole=True)
 
 
 def paste(bitmap, size):
