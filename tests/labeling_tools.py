@@ -350,6 +350,55 @@ def filled(ring, size):
     return cv2.fillPoly(grid, [np.round(ring).astype(np.int32)], 1) > 0
 
 
+def isat(root):
+    """ISAT: a JSON file beside each image, and isat.yaml; a hole is an object of __background__ above."""
+    truth = {}
+    for name, _, path, mask in scenes(root, "{name}.jpg"):
+        truth[path] = mask
+        entries = [(1, NAMES[id], ring) for id, ring in shapes(mask)]
+        entries.insert(0, (3.0, "__background__", np.array([(4, 4), (12, 4), (12, 9), (4, 9)])))
+        entries.insert(1, (2.0, "car", np.array([(2, 2), (14, 2), (14, 12), (2, 12)])))
+        mask[2:12, 2:14], mask[4:9, 4:12] = 1, 0
+        objects = [dict(category=category, group=number, segmentation=ring.tolist(), area=9.0, layer=layer,
+                        bbox=[0, 0, 1, 1], iscrowd=False, note="", shape_type="polygon")
+                   for number, (layer, category, ring) in enumerate(entries, 1)]
+        info = dict(description="ISAT", folder="/home/a/shots", name=path.name, width=mask.shape[1],
+                    height=mask.shape[0], depth=3, note="")
+        dump(root / f"{name}.json", dict(info=info, objects=objects))
+    names = ["__background__", "tree", "car"]
+    (root / "isat.yaml").write_text(yaml.safe_dump(dict(
+        label=[dict(name=name, color="#e24736") for name in names], contour_mode="external", language="en")))
+    return truth
+
+
+def datumaro(root, encoding="polygon"):
+    """Datumaro: annotations/SUBSET.json and images/SUBSET; trees are masks, which lie below the cars."""
+    truth, files = {}, {}
+    for name, split, path, mask in scenes(root, "images/{split}/{name}.jpg"):
+        truth[path] = mask
+        labels = [dict(name=name, parent="", attributes=["occluded"]) for name in ("tree", "car")]
+        content = files.setdefault(split, dict(
+            dm_format_version="1.0", media_type=2, infos={}, items=[],
+            categories=dict(label=dict(label_groups=[], labels=labels, attributes=["occluded"]),
+                            mask=dict(colormap=[dict(label_id=0, r=51, g=221, b=255)]))))
+        annotations = [dict(id=0, type="label", attributes={}, group=0, label_id=0)]
+        for id in (1, 2):
+            common = dict(id=id, attributes=dict(occluded=False), group=0, label_id=2 - id, z_order=2 - id)
+            if id == 1 and encoding == "polygon":
+                annotations += [dict(common, type="polygon", points=ring.ravel().tolist())
+                                for ring in outlines(mask, id)]
+            elif (mask == id).any():
+                rle = coco_mask.encode(np.asfortranarray(mask == id))
+                annotations.append(dict(common, type="mask", rle=dict(
+                    counts=rle["counts"].decode(), size=list(mask.shape))))
+        content["items"].append(dict(id=f"shots/{name}", annotations=annotations, attr=dict(frame=3),
+                                     media=dict(path=""),
+                                     image=dict(path=f"shots/{name}.jpg", size=list(mask.shape))))
+    for split, content in files.items():
+        dump(root / f"annotations/{split}.json", content)
+    return truth
+
+
 CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
 <annotations>
   <version>1.1</version>
@@ -415,5 +464,8 @@ TOOLS = {
     "SuperAnnotate": superannotate,
     "SuperAnnotate, newer": lambda root: superannotate(root, file="{name}.jpg.json"),
     "SuperAnnotate, pixel masks": lambda root: superannotate(root, pixel=True),
+    "ISAT": isat,
+    "Datumaro": datumaro,
+    "Datumaro, masks": lambda root: datumaro(root, "mask"),
     "Roboflow, masks": roboflow_masks,
 }

@@ -23,7 +23,7 @@ EXACT = ("run lengths", "masks")  # tools whose files hold pixels, not outlines
 
 WITHOUT_SPLITS = {"labelme", "Label Studio, masks", "Label Studio, masks without JSON",
                   "Label Studio, JSON-MIN", "CVAT, painted masks", "VIA 2, project", "VIA 2, JSON",
-                  "VIA 2, CSV", "VIA 3"}
+                  "VIA 2, CSV", "VIA 3", "ISAT"}
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +186,8 @@ SHAPES_OF = {  # tool: (a file, change(its content, entries), which makes these 
                       content.update(instances=entries)),
     "SuperAnnotate, pixel masks": ("shot 0.jpg___pixel.json", lambda content, entries:
                                    content.update(instances=entries)),
+    "ISAT": ("shot 0.json", lambda content, entries: content.update(objects=entries)),
+    "Datumaro": ("train.json", lambda content, entries: content["items"][0].update(annotations=entries)),
     "VIA 3": ("via_project_4May2024.json", lambda content, entries:
               content.update(metadata=dict(enumerate(entries)))),
 }
@@ -262,6 +264,19 @@ SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
      box_region(55, 35, 1800**0.5, 800**0.5, 45), None),
     ("SuperAnnotate", [dict(type="ellipse", classId=881, cx=50, cy=40, rx=30, ry=15, angle=30)],
      ellipse_region(50, 40, 30, 15, 30), None),
+    ("ISAT", [dict(category="car", layer=2.0, segmentation=[[30, 20], [80, 20], [80, 50], [30, 50]]),
+              dict(category="tree", layer=1, segmentation=[[10, 10], [60, 10], [60, 60], [10, 60]])],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50),
+     box_region(35, 35, 50, 50) & ~box_region(55, 35, 50, 30)),
+    ("Datumaro", [dict(type="bbox", label_id=1, bbox=[30, 20, 50, 30], attributes=dict(rotation=30))],
+     box_region(55, 35, 50, 30, 30), None),
+    ("Datumaro", [dict(type="ellipse", label_id=1, points=[20, 25, 80, 55]),
+                  dict(type="polyline", label_id=1, points=[1, 1, 2, 2])],
+     ellipse_region(50, 40, 30, 15), None),
+    ("Datumaro", [dict(type="polygon", label_id=1, z_order=1, points=[30, 20, 80, 20, 80, 50, 30, 50]),
+                  dict(type="bbox", label_id=0, z_order=0, bbox=[10, 10, 50, 50])],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50),
+     box_region(35, 35, 50, 50) & ~box_region(55, 35, 50, 30)),
 ]
 
 
@@ -363,6 +378,13 @@ CVAT_MASK = '<mask label="car" rle="{}" left="{}" top="0" width="2" height="2"><
     ("VIA 3", via3_region(2, 30, 20, 50)), ("VIA 3", via3_region(4, 50, 40, 30, "x")),
     ("VIA 3", via3_region(2, 30, 20, 50, 30, label="9")),
     ("VIA 3", via3_region(2, 30, 20, 50, 30, label="0,1")),
+    ("ISAT", dict(category="car", layer="top", segmentation=[[1, 1], [20, 1], [20, 20]])),
+    ("ISAT", dict(category="car", layer=1, segmentation=[[1, 1], [20, 1], [20]])),
+    ("ISAT", dict(category="", layer=1, segmentation=[[1, 1], [20, 1], [20, 20]])),
+    ("Datumaro", dict(type="polygon", label_id=-1, points=[1, 1, 20, 1, 20, 20])),
+    ("Datumaro", dict(type="cuboid_3d", label_id=1, position=[1, 2, 3])),
+    ("Datumaro", dict(type="mask", label_id=1, rle=dict(size=[84, 112], counts="0"))),
+    ("Datumaro", dict(type="mask", label_id=1, rle=dict(size=[112, 84], counts=[0, 112 * 84]))),
     ("SuperAnnotate", dict(type="polygon", classId=-1, points=[1, 1, 20, 1, 20, 20])),
     ("SuperAnnotate", dict(type="cuboid", classId=881, points=dict(f1=dict(x=1, y=1)))),
     ("SuperAnnotate", dict(type="polygon", classId=881, points=[1, 1, 20, 1, 20])),
@@ -470,6 +492,11 @@ def test_broken_json_files_are_named(tool, change, named, tmp_path):
     ("COCO", "annotations/instances_train2017.json", '{"images": [', "train2017.json"),
     ("labelme", "shot 0.jpg", None, "shot 0.jpg"),
     ("Label Studio, masks without JSON", "images/12.jpg", None, "task-12-annotation"),
+    ("SuperAnnotate, pixel masks", "train/shot 0.jpg___save.png", None, "shot 0.jpg___pixel.json class car"),
+    ("SuperAnnotate, pixel masks", "train/shot 0.jpg___save.png", "x", "shot 0.jpg___pixel.json class car"),
+    ("SuperAnnotate, pixel masks", "classes/classes.json", '[{"id": 881}]', "classes.json"),
+    ("ISAT", "isat.yaml", "[", "isat.yaml"),
+    ("ISAT", "isat.yaml", "labels: []", "isat.yaml"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "0 0.1 0.1 0.2 0.2 0.3", "shot 0.txt line 1"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "\n7 0.1 0.1 0.2 0.2 0.3 0.1", "shot 0.txt line 2"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "0 0.1 0.1 nan 0.2 0.3 0.1", "shot 0.txt line 1"),

@@ -9,8 +9,8 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
-from dataio.annotations import (coco, cvat, label_studio, label_studio_masks, labelme, superannotate,
-                                supervisely, via, via3, yolo)
+from dataio.annotations import (coco, cvat, datumaro, isat, label_studio, label_studio_masks, labelme,
+                                superannotate, supervisely, via, via3, yolo)
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -25,6 +25,8 @@ TOOLS = {  # the first that has files in a folder is read
     "VIA 2": via,
     "VIA 3": via3,
     "SuperAnnotate": superannotate,
+    "ISAT": isat,
+    "Datumaro": datumaro,
     "YOLO": yolo,
 }
 

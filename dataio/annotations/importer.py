@@ -399,7 +399,8 @@ def mask_values(annotations, canvases):
     What is labeled as background has a value of its own: --unlabelled ignore keeps it. Raises InputError.
     """
     drawn = {shape.label for canvas in canvases for shape in canvas.shapes}
-    listed = list(dict.fromkeys(str(name).strip() for name in annotations.classes))
+    listed = dict.fromkeys(str(name).strip() for name in annotations.classes)
+    listed = [name for name in listed if name in drawn or name.lower() not in BACKGROUND_NAMES]
     classes = [*listed, *sorted(drawn - set(listed))]
     names = [name for name in classes if name.lower() not in BACKGROUND_NAMES | IGNORED_NAMES]
     if not 0 < len(names) < MOST_CLASSES:
