@@ -1,12 +1,17 @@
 """Annotation files of labeling tools: the masks drawn from them are those they were made of."""
 import json
+import math
+import random
 import re
+import time
+from contextlib import suppress
 from itertools import pairwise
 
 import cv2
 import numpy as np
 import pytest
 from conftest import load, refused
+from PIL import Image
 from pycocotools import mask as coco_mask
 from labeling_tools import NAMES, TOOLS, brush, png_text
 
@@ -14,6 +19,7 @@ import check_data
 import evaluate
 import infer_image
 import train
+from config import InputError
 from dataio.annotations import find_masks
 from dataio.annotations.shapes import decode_runs, polygons
 from dataio.annotations.via import class_attribute
@@ -513,6 +519,68 @@ def test_missing_and_broken_files_are_named(tool, file, text, named, tmp_path):
         (tmp_path / file).write_text(text)
     with refused(named):
         find_masks(tmp_path)
+
+
+HOSTILE = [None, True, -3, 0, 1, 3, 10**4, 10**5, 10**12, 10**400, math.nan, math.inf, -1e308, 1e308, 0.5, "",
+           "é", "../x", "a" * 300, "\0", "nan", "-1", "1e400", "9" * 400, "0.5 0.5", "<", "&a;", "\n", [], {},
+           [[]], [[1]], [None], {"size": [1, 1]}, [[[[1, "x"]]]]]
+HOSTILE_TEXTS = [value if isinstance(value, str) else json.dumps(value) for value in HOSTILE]
+FIELDS = {".xml": r'(?<==")[^"]*(?=")|(?<=>)[^<\n]+(?=<)', ".csv": r'"(?:[^"]|"")*"|[^",\n]+'}  # else words
+
+
+def entries_of(content):
+    """Return (container, key) of all values in a JSON content."""
+    pairs = list(content.items() if isinstance(content, dict) else enumerate(content))
+    entries = [(content, key) for key, _ in pairs]
+    for _, value in pairs:
+        if isinstance(value, (dict, list)):
+            entries += entries_of(value)
+    return entries
+
+
+def hostile_json(text, rng):
+    """Return a JSON text with a value replaced, or left out."""
+    contents = [json.loads(text)]
+    container, key = rng.choice(entries_of(contents))
+    if rng.random() < 0.1 and container is not contents:
+        del container[key]
+    else:
+        container[key] = rng.choice(HOSTILE)
+    return json.dumps(contents[0])
+
+
+def hostile_text(text, ending, rng):
+    """Return the text of a file with a value replaced, left out, or with all after a place missing."""
+    if rng.random() < 0.03:
+        return text[:rng.randrange(len(text))]
+    if ending == ".json":
+        return hostile_json(text, rng)
+    field = rng.choice(list(re.finditer(FIELDS.get(ending, r"[^ \n]+"), text)))
+    value = "" if rng.random() < 0.1 else rng.choice(HOSTILE_TEXTS)
+    if ending == ".csv" and field[0].startswith('"{'):  # JSON in a cell
+        value = hostile_json(field[0][1:-1].replace('""', '"'), rng) if rng.random() < 0.8 else value
+        value = '"' + value.replace('"', '""') + '"'
+    return text[:field.start()] + value + text[field.end():]
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(400, marks=pytest.mark.long)])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_any_value_replaced_gives_masks_or_a_message(tool, count, tmp_path):
+    TOOLS[tool](tmp_path)
+    rng = random.Random(0)
+    texts = {path: path.read_text() for path in sorted(tmp_path.rglob("*"))
+             if path.suffix in (".json", ".xml", ".csv", ".txt", ".yaml")}
+    for _ in range(count if texts else 0):
+        path, text = rng.choice(list(texts.items()))
+        changed = hostile_text(text, path.suffix, rng)
+        path.write_text(changed)
+        start = time.monotonic()
+        with suppress(InputError):
+            for sample in find_masks(tmp_path, skip_bad_labels=rng.random() < 0.5).samples:
+                with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
+                    assert image.size == mask.size, changed
+        assert time.monotonic() - start < 5, changed
+        path.write_text(text)
 
 
 # --- folders and the cache --------------------------------------------------------------------------------

@@ -32,13 +32,14 @@ def read(files, folder):
             labels = [label for label in root.iterfind("meta//labels/label") if label.find("parent") is None]
             classes += [label.findtext("name") for label in labels]  # without the joints of skeletons
             for image in root.iterfind("image"):
-                source = f"{path} image {image.get('name')}"
+                name = image.attrib["name"]
+                source = f"{path} image {name}"
                 entries = [entry for entry in image if entry.tag not in NO_SHAPES]
                 shapes = read_shapes(entries, read_shape, f"{source} shape", "CVAT")
                 size = given_size({side: int(image.get(side)) for side in ("height", "width")},
                                   "height", "width")
                 split = split_in(image.get("subset", ""))
-                images.append(AnnotatedImage(image.get("name"), source, path, shapes, size, split))
+                images.append(AnnotatedImage(name, source, path, shapes, size, split))
     return Annotations(list(filter(None, classes)), images, files)
 
 

@@ -32,7 +32,7 @@ def read_item(item, path, read_annotation):
     """Return the AnnotatedImage of an item of a file."""
     source = f"{path} item {item['id']}"
     image = item.get("image") or item.get("media") or {}
-    names = tuple(str(name) for name in (image.get("path"), item["id"]) if name)
+    names = str(image.get("path") or item["id"]), str(item["id"])
     size = dict(enumerate(image.get("size") or ()))
     entries = [entry for entry in item["annotations"] if entry.get("type") not in NO_SHAPES]
     shapes = read_shapes(entries, read_annotation, f"{source} annotation", "Datumaro")

@@ -50,7 +50,7 @@ def read(files, folder):
             for entry in content.get(PROJECT, content).values():
                 regions = entry["regions"]
                 regions = list(regions.values()) if isinstance(regions, dict) else list(regions)
-                found.append((path, entry["filename"], regions))
+                found.append((path, str(entry["filename"]), regions))
     attributes = [region.get("region_attributes") for *_, regions in found for region in regions
                   if isinstance(region, dict)]
     attribute, notes = class_attribute(attributes)

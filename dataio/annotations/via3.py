@@ -29,15 +29,16 @@ def read(files, folder):
             names = {id: str(attribute["aname"]) for id, attribute in content["attribute"].items()}
             attributes = [{names.get(id, id): value for id, value in entry["av"].items()}
                           for entries in regions.values() for entry in entries]
-            name, lines = class_attribute(attributes)
+            class_name, lines = class_attribute(attributes)
             notes += [line for line in lines if line not in notes]
-            id = next((id for id in names if names[id] == name), "")
+            id = next((id for id in names if names[id] == class_name), "")
             read_region = reader_of(id, content["attribute"].get(id, {}))
             for view, entries in regions.items():
                 file = content["file"][str(content["view"][view]["fid_list"][0])]
-                source = f"{path} image {file['fname']}"
+                name = str(file["fname"])
+                source = f"{path} image {name}"
                 shapes = read_shapes(entries, read_region, f"{source} region", "VIA")
-                images.append(AnnotatedImage(file["fname"], source, path, shapes))
+                images.append(AnnotatedImage(name, source, path, shapes))
     return Annotations([], images, files, notes=notes)
 
 
