@@ -13,7 +13,7 @@ import pytest
 from conftest import load, refused
 from PIL import Image
 from pycocotools import mask as coco_mask
-from labeling_tools import NAMES, TOOLS, brush, png_text
+from labeling_tools import NAMES, TOOLS, brush, png_text, scenes
 
 import check_data
 import evaluate
@@ -518,6 +518,31 @@ def test_missing_and_broken_files_are_named(tool, file, text, named, tmp_path):
     else:
         (tmp_path / file).write_text(text)
     with refused(named):
+        find_masks(tmp_path)
+
+
+DARWIN = dict(version="2.0", item=dict(name="shot 0.jpg", slots=[dict(type="image")]), annotations=[])
+DARWIN_1 = dict(dataset="d", image=dict(original_filename="shot 0.jpg"), annotations=[])
+
+
+@pytest.mark.parametrize(("file", "content", "advice"), [
+    ("annotations.xml", '<annotations><meta></meta><track id="0" label="car"></track></annotations>',
+     "CVAT for images"),
+    ("shot 0.xml", "<annotation><object><bndbox><xmin>1</xmin></bndbox></object></annotation>", "COCO"),
+    ("_annotations.csv", "filename,width,height,class,xmin,ymin,xmax,ymax\nshot 0.jpg,9,9,car,1,1,2,2\n",
+     "COCO Segmentation"),
+    ("_annotations.createml.json", [dict(image="shot 0.jpg", annotations=[dict(
+        label="car", coordinates=dict(x=1, y=1, width=2, height=2))])], "COCO Segmentation"),
+    ("export.ndjson", 2 * '{"data_row":{"id":"a"},"media_attributes":{"height":9},"projects":{}}\n', "PNG"),
+    ("shot 0.json", DARWIN, "darwin-py"), ("shot 0.json", DARWIN_1, "darwin-py"),
+    ("labels.json", [dict(label_hash="a", data_units={"b": dict(labels={})})], "COCO"),
+    ("panoptic_val2017.json", dict(images=[], categories=[], annotations=[dict(
+        image_id=1, file_name="a.png", segments_info=[])]), "instances_"),
+])
+def test_what_is_not_read_is_refused_with_what_to_export(file, content, advice, tmp_path):
+    list(scenes(tmp_path, "{name}.jpg"))
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with refused(file, "not read", advice):
         find_masks(tmp_path)
 
 

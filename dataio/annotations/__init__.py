@@ -10,7 +10,7 @@ The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/m
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
 from dataio.annotations import (coco, cvat, datumaro, isat, label_studio, label_studio_masks, labelme,
-                                superannotate, supervisely, via, via3, yolo)
+                                superannotate, supervisely, unread, via, via3, yolo)
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -37,11 +37,12 @@ def find_masks(root, skip_bad_labels=False):
     """
     try:
         return find_pairs(root)
-    except NoMasks:
+    except NoMasks as error:
         folder = FolderFiles(root)
         found = {tool: files for tool, reader in TOOLS.items() if (files := reader.find_files(folder))}
         if not found:
-            raise
+            reason = unread.explain(folder)
+            raise NoMasks(f"{reason}; {error}" if reason else str(error)) from None
     tool, *others = found
     content = draw_annotations(folder, tool, TOOLS[tool].read(found[tool], folder), skip_bad_labels)
     content.notes += [f"left aside: {len(found[other])} files of {other}" for other in others]
