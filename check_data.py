@@ -179,7 +179,8 @@ def check_images(data, report):
                                    and images[sample].mode != "RGB"])
     report.warnings += with_files(
         "image", "turned upright by EXIF, and masks of the size as stored with them, others not: look at "
-        "check.png", [sample.image for sample in samples if images[sample].orientation != 1])
+        "check.png", [sample.image for sample in samples if images[sample].orientation != 1
+                      and not data.entries])  # masks drawn from annotations are upright
     report.warnings += with_files(
         "mask", "of another size than the image: resized (nearest)",
         [sample.mask for sample in samples
