@@ -258,11 +258,10 @@ def add_shape(canvas, shape, label, number, annotations, problems):
         rings, holes, area, whole = [], [], int(bitmap.pixels.sum()), bitmap.whole
         corners = corners_of(bitmap)
     else:
-        rings, holes = ([ring for ring in map(as_points, outlines) if encloses(ring)]
-                        for outlines in (shape.rings, shape.holes))
-        area, whole = sum(map(area_of, rings)) - sum(map(area_of, holes)), False
-        corners = rings and np.array([np.min([ring.min(0) for ring in rings], 0),
-                                      np.max([ring.max(0) for ring in rings], 0)])
+        (rings, area), (holes, area_of_holes) = map(enclosing, (shape.rings, shape.holes))
+        area, whole = area - area_of_holes, False
+        points = np.concatenate(rings) if rings else np.zeros((1, 2))
+        corners = np.stack([points.min(0), points.max(0)])
     if not area > 0:
         problems[DEGENERATE].append(shape.where)
         return
@@ -270,9 +269,11 @@ def add_shape(canvas, shape, label, number, annotations, problems):
     canvas.shapes.append(Drawable(label, shape.where, order, rings, holes, shape.bitmap, corners, whole))
 
 
-def encloses(points):
-    """Return whether points (n, 2) are an outline with something in it."""
-    return len(points) >= 3 and area_of(points) > 0
+def enclosing(outlines):
+    """Return those of the outlines that enclose something, [(n, 2)], and their area. Raises BadLabel."""
+    rings = [ring for ring in map(as_points, outlines) if len(ring) >= 3]
+    areas = list(map(area_of, rings))
+    return [ring for ring, area in zip(rings, areas, strict=True) if area > 0], sum(areas)
 
 
 def corners_of(bitmap):
