@@ -75,7 +75,7 @@ def read_facts(content, skip_bad_labels):
     bad = dict(zip(("image without mask", "mask without image", "file not readable"), (*unpaired, errors),
                    strict=True)) | content.bad_labels
     content.doubts += [f"left out: {line}" for line in describe_bad(bad)]
-    if not content.splits["train"]:
+    if any(bad.values()) and not content.splits["train"]:
         raise InputError("--skip-bad-labels leaves no image to train on")
     return facts
 

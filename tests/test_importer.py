@@ -1,10 +1,12 @@
 """What annotation files leave doubtful: view and size of images, ranges, kinds, entries that are wrong."""
 import json
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from conftest import load, refused
-from labeling_tools import NAMES, TOOLS, dump, outlines
+from labeling_tools import NAMES, TOOLS, dump, outlines, shapes
 from PIL import Image, ImageOps
 from test_annotations import EDITED, edit, edit_first, load_mask, samples_of
 from trees import save, scene
@@ -13,7 +15,7 @@ import check_data
 import evaluate
 import train
 from config import InputError
-from dataio.annotations import find_masks
+from dataio.annotations import TOOLS as FORMATS, find_masks
 from dataio.images import upright
 from dataio.readers import read_sample
 
@@ -205,6 +207,22 @@ def test_a_coco_file_without_categories_is_read_by_their_numbers(tmp_path):
     assert names == ["background", "category 1", "category 2"]
     assert iou(mask, truth[tmp_path / "train2017/shot 0.jpg"]) > 0.97
     assert any("instances_train2017.json" in note for note in find_masks(tmp_path).notes)
+
+
+def test_the_format_of_the_documentation_is_read(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs/training.md").read_text()
+    text = text.split("### An annotation format")[1]
+    module = ModuleType("polygons_csv")
+    exec(text.split("```python\n")[1].split("```")[0], vars(module))
+    monkeypatch.setitem(FORMATS, "polygons.csv", module)
+    pixels, mask = scene(0, 3)
+    save(tmp_path / "a.jpg", pixels)
+    rows = [f"a.jpg,{NAMES[id]},{' '.join(map(str, ring.ravel()))}" for id, ring in shapes(mask)]
+    (tmp_path / "polygons.csv").write_text("\n".join(["image,class,points", *rows]))
+    assert iou(load_mask(tmp_path, "a")[1], mask) > 0.97
+    (tmp_path / "polygons.csv").write_text("\n".join(["image,class,points", *rows, "a.jpg,car,1 1 x"]))
+    with refused("polygons.csv, a.jpg, row 3"):
+        find_masks(tmp_path)
 
 
 # --- equal names, other files -----------------------------------------------------------------------------

@@ -411,8 +411,8 @@ def mask_values(annotations, canvases):
     What is labeled as background has a value of its own: --unlabelled ignore keeps it. Raises InputError.
     """
     drawn = {shape.label for canvas in canvases for shape in canvas.shapes}
-    listed = [str(name) for name in annotations.classes]
-    classes = [*listed, *sorted(drawn - set(listed))]
+    classes = list(dict.fromkeys(str(name).strip() for name in annotations.classes))
+    classes += sorted(drawn - set(classes))
     names = [name for name in classes if name.lower() not in BACKGROUND_NAMES | IGNORED_NAMES]
     if not 0 < len(names) < MOST_CLASSES:
         raise InputError(f"{annotations.files[0]} and the files that belong to it name {len(names)} classes; "
