@@ -70,8 +70,9 @@ def read_facts(content, skip_bad_labels):
     if errors and not skip_bad_labels:
         raise errors[0]
     facts = {sample: fact for sample, fact in facts.items() if not isinstance(fact, InputError)}
-    content.splits = {split: [sample for sample in samples if sample in facts]
-                      for split, samples in content.splits.items()}
+    splits = {split: [sample for sample in samples if sample in facts]
+              for split, samples in content.splits.items()}
+    content.splits = {split: samples for split, samples in splits.items() if samples or split == "train"}
     bad = dict(zip(("image without mask", "mask without image", "file not readable"), (*unpaired, errors),
                    strict=True)) | content.bad_labels
     content.doubts += [f"left out: {line}" for line in describe_bad(bad)]
