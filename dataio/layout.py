@@ -164,7 +164,7 @@ def role_of(names):
     for name in reversed(names):
         words = words_of(name)
         meaning = next((meaning for meaning, known in CONTENTS.items() if known & set(words)), "")
-        variant |= VARIANTS.intersection(() if content else words)
+        variant |= VARIANTS.intersection(() if content or words == ["rgb"] else words)
         content = content or meaning
         below_masks |= meaning == "masks"
         split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
