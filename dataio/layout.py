@@ -44,7 +44,7 @@ KNOWN_WORDS = NOISE.union(SPLIT_OF, *CONTENTS.values())
 MASK_WORDS = ("masks?|labels?|gt|ground_?truth|seg|segmentation|annotations?|annot|ann|trimap|"
               "gtfine_labelids|gtfine_labeltrainids")
 IMAGE_WORDS = "images?|imgs?|photos?|pictures?|frames?|rgb|sat|orig|original|leftimg8bit"
-COPY_WORDS = "colou?rs?|colou?red|overlays?|vis|viz|visualization|previews?"  # of a picture of a pair, drawn
+COPY_WORDS = VARIANTS | OTHER_FOLDERS | MASK_FOLDERS | {"save"}  # of what shows a pair once more
 SEPARATORS = r"[ _.\-()]+"
 
 LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
@@ -278,20 +278,16 @@ def copies_by_folder(images, masks):
 
 def copies_by_name(pairs):
     """Return the set of files without a partner that show one of the Pairs once more, as their names tell:
-    x_word.png beside a mask x.png, x_overlay.png beside an image x.png.
+    those of an image or a mask with a word such as color or overlay behind.
     """
     names = {common_name(sample.image, affix) for sample in pairs.samples for affix in (None, IMAGE_AFFIX)}
-    shown = {(path.parent, path.stem) for sample in pairs.samples for path in (sample.image, sample.mask)}
+    names |= {sample.mask.stem for sample in pairs.samples}
 
     def is_copy(path):
         ends = [separator.start() for separator in re.finditer(SEPARATORS, path.stem)]
-        return any(path.stem[:end] in names and re.search("[A-Za-z]", path.stem[end:]) for end in ends)
+        return any(path.stem[:end] in names and COPY_WORDS & {*words_of(path.stem[end:])} for end in ends)
 
-    def is_drawn(path):
-        name = common_name(path, COPY_AFFIX)
-        return name != path.stem and (path.parent, name) in shown
-
-    return {*filter(is_copy, pairs.masks_without_image), *filter(is_drawn, pairs.images_without_mask)}
+    return set(filter(is_copy, pairs.images_without_mask + pairs.masks_without_image))
 
 
 def refuse_rivals(samples, masks):
@@ -311,7 +307,6 @@ def affix_pattern(words, letters=""):
 
 MASK_AFFIX = affix_pattern(MASK_WORDS, "|_[PL]|___fuse")  # of CamVid, SuperAnnotate
 IMAGE_AFFIX = affix_pattern(IMAGE_WORDS)
-COPY_AFFIX = affix_pattern(COPY_WORDS, "|___save")  # every object of SuperAnnotate in a color of its own
 
 
 def common_name(path, affix=None):
@@ -513,7 +508,7 @@ def report_folders(content, paths, root):
     used = {*images, *masks, *content.images_without_mask, *content.masks_without_image}
     if content.copies:
         content.notes.append(f"left aside: {count_by_folder(content.copies, root)}, by their names "
-                             "the same in colors or as arrays")
+                             "the same once more (in colors, as arrays, ...)")
     unused = sorted(set(paths) - used - set(content.copies))
     if unused:
         content.notes.append(f"not used: {count_by_folder(unused, root)}")

@@ -435,7 +435,8 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
     "scenes with equal file names": Tree(joined(north=PLAIN, south=OTHERS), THREE),
     "an image without mask": Tree(with_folder(PLAIN, "images", ["x.png"], mode="RGB"), refused=("x.png",)),
     "a mask without image": Tree(with_folder(PLAIN, "masks", ["x.png"]), refused=("x.png",)),
-    "a numbered mask without image": Tree(with_folder(PLAIN, "masks", ["3_2.png"]), refused=("3_2.png",)),
+    **{f"a mask {name} without image": Tree(with_folder(PLAIN, "masks", [name]), refused=(name,))
+       for name in ("3_2.png", "3_wet.png")},
     "train.txt val.txt": Tree(listed(lists()), THREE, notes=("train.txt", "val.txt")),
     "ImageSets/Segmentation/": Tree(listed(lists("ImageSets/Segmentation")), THREE),
     "lists of file names": Tree(listed(lists(entry="{}.jpg")), THREE),
