@@ -10,7 +10,6 @@ are, the files do: masks hold few values, in long runs. Lists such as train.txt 
 import os
 import re
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -35,7 +34,8 @@ MASK_FOLDERS = {"mask", "masks", "label", "labels", "annotation", "annotations",
                 "targets", "gtfine", "labelids", "semantic"}
 OTHER_FOLDERS = {"object", "objects", "instance", "instances", "inst", "panoptic", "depth", "edges", "boxes",
                  "bbox", "overlay", "overlays", "vis", "viz", "visualization", "preview", "previews"}
-VARIANTS = {"color", "colors", "colored", "colour", "colours", "coloured", "rgb", "visual", "npy"}  # of masks
+VARIANTS = {"color", "colors", "colored", "colour", "colours", "coloured", "colormap", "colormaps", "rgb",
+            "visual", "npy"}  # of masks
 CONTENTS = {"other": OTHER_FOLDERS, "masks": MASK_FOLDERS, "images": IMAGE_FOLDERS}  # the first one counts
 NOISE = {"dir", "folder", "set", "data", "png", "jpg", "class", "raw", "files", "of", "the", "and", "jpeg"}
 KNOWN_WORDS = NOISE.union(SPLIT_OF, *CONTENTS.values())
@@ -130,7 +130,7 @@ def find_pairs(root):
         try:
             content = pair_splits(images, masks)
         except InputError as error:
-            if is_sure:
+            if is_sure and not isinstance(error, NoMasks):
                 raise
             reason = str(error)
             continue
@@ -230,9 +230,10 @@ def pair_splits(images, masks):
     """Return the FolderContent of {path: FolderRole} of images and masks, paired in each split and group.
 
     Where only the images are in splits, each of them chooses among all masks. Raises InputError as match(),
-    and for masks of another folder that have the names of those that are used.
+    and for masks of another folder that have the names of those that are used; NoMasks where nothing pairs
+    because only the names of groups tell masks apart.
     """
-    content, copies = FolderContent(), copies_by_folder(images, masks)
+    content, copies, ambiguous = FolderContent(), copies_by_folder(images, masks), None
     masks = {path: role for path, role in masks.items() if path not in copies}
     groups = {role.group for role in images.values()}
     image_splits = {role.split for role in images.values()} - {""}
@@ -250,8 +251,10 @@ def pair_splits(images, masks):
             continue
         pairs = match(split_images, split_masks)
         if not pairs.samples:  # the groups may differ: roads/ and roads_gt/
-            with suppress(InputError):
+            try:
                 pairs = match(dict.fromkeys(split_images, ()), dict.fromkeys(split_masks, ()))
+            except InputError as error:
+                ambiguous = error
         copies |= copies_by_name(pairs)
         content.splits[name] = pairs.samples
         content.images_without_mask += [path for path in pairs.images_without_mask if path not in copies]
@@ -259,6 +262,8 @@ def pair_splits(images, masks):
         content.masks_without_image += alone
         refuse_rivals(pairs.samples, [path for path in alone if split_masks[path] not in groups])
     used = {sample.mask for sample in content.samples}
+    if ambiguous and not used:
+        raise NoMasks(str(ambiguous))
     content.copies = sorted(copies - used)
     if image_splits and not mask_splits:
         content.masks_without_image = sorted(set(masks) - used - copies)
@@ -514,6 +519,8 @@ def report_folders(content, paths, root):
         content.notes.append(f"not used: {count_by_folder(unused, root)}")
     fewest = min(Counter(path.parent for path in masks).values())
     for folder, files in grouped(unused, lambda path: path.parent).items():
+        if role_of(folder.relative_to(root).parts).content == "other":
+            continue  # as its name tells
         if len(files) >= fewest and all_look_like_masks(files):
             content.doubts.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks "
                                   "too: if it is what you want to learn, move the other folder of masks away")

@@ -373,6 +373,9 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
     "no picture": Tree(lambda root: (root / "pictures").mkdir(), refused=("train_images",)),
     "images only": Tree(images_only, refused=("images/",)),
     "two folders of masks": Tree(with_folder(PLAIN, "labels", ["0.png"]), refused=("/labels", "/masks")),
+    "img/ masks_machine/ masks_human/": Tree(
+        with_copies(layout("img/{}.jpg", "masks_machine/{}.png"), "masks_human/{}.png"),
+        refused=("masks_machine/0.png", "masks_human/0.png")),
     "overlays and instances": Tree(
         with_folder(with_folder(PLAIN, "masks_overlay", NUMBERS), "instances", NUMBERS), THREE,
         notes=("images (12)", "masks (12)", "masks_overlay (12)", "instances (12)")),
