@@ -102,8 +102,11 @@ def yolo(root, image="images/{split}/{name}.jpg", names=("car", "tree")):
         label = root / str(path.relative_to(root)).replace("images", "labels")
         label.parent.mkdir(parents=True, exist_ok=True)
         label.with_suffix(".txt").write_text("\n".join(rows))
-    (root / "data.yaml").write_text(yaml.safe_dump(dict(path=".", train="images/train", val="images/val",
-                                                        names=names, nc=2)))
+    if names:
+        (root / "data.yaml").write_text(yaml.safe_dump(dict(path=".", train="images/train", val="images/val",
+                                                            names=names, nc=2)))
+    else:  # as Label Studio and labelImg write it
+        (root / "classes.txt").write_text("car\ntree\n")
     return truth
 
 
@@ -334,7 +337,6 @@ def superannotate(root, pixel=False, file="{name}.jpg___objects.json"):
             instances = [dict(common, type="polygon", classId=880 + id, points=ring.ravel().tolist(),
                               exclude=[], pointLabels={}, **(class_name if id == 1 else {}))
                          for id, ring in shapes(mask)]
-            save(path.with_name(f"{path.name}___fuse.png"), mask * 99)
             target = file.format(name=name)
         instances.append(dict(common, type="tag", classId=885, className="sunny"))
         dump(path.with_name(target), dict(metadata=metadata, instances=instances, tags=["day"], comments=[]))
@@ -448,6 +450,8 @@ TOOLS = {
     "labelme": labelme,
     "YOLO, Ultralytics": yolo,
     "YOLO, names by number": lambda root: yolo(root, names={0: "car", 1: "tree"}),
+    "YOLO, beside the images": lambda root: yolo(root, "{split}/{name}.jpg"),
+    "YOLO, classes.txt": lambda root: yolo(root, names=None),
     "YOLO, Roboflow": lambda root: yolo(root, "{split}/images/{name}.jpg", names=["car", "tree"]),
     "Supervisely": supervisely,
     "Label Studio, masks": label_studio_masks,
