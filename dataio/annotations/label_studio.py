@@ -8,9 +8,8 @@ from functools import partial
 import numpy as np
 
 from config import count_of
-from dataio.annotations import label_studio_masks
 from dataio.annotations.files import AnnotatedImage, Annotations, given_size, read_shapes
-from dataio.annotations.label_studio_masks import image_names
+from dataio.annotations.label_studio_masks import find_files as find_pictures, image_names
 from dataio.annotations.shapes import BadLabel, Bitmap, Shape, as_points, box, ellipse, turned
 
 KINDS = {"rle": "brush", "points": "polygon", "radiusX": "ellipse", "height": "rectangle",
@@ -19,7 +18,7 @@ KINDS = {"rle": "brush", "points": "polygon", "radiusX": "ellipse", "height": "r
 
 def find_files(folder):
     """Return the JSON exports of a FolderFiles, unless the pictures of label_studio_masks are there."""
-    if label_studio_masks.find_files(folder):
+    if find_pictures(folder):
         return []
     return [path for path, content in folder.json.items()
             if isinstance(content, list) and any(map(is_task, content))]
