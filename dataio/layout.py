@@ -47,6 +47,9 @@ IMAGE_WORDS = "images?|imgs?|photos?|pictures?|frames?|rgb|sat|orig|original|lef
 COPY_WORDS = VARIANTS | OTHER_FOLDERS | MASK_FOLDERS | {"save"}  # of what shows a pair once more
 SEPARATORS = r"[ _.\-()]+"
 
+# at the end of the names of SuperAnnotate's pictures, in which a color is an object of which its JSON tells
+OBJECTS = ("___save", "___fuse")
+
 LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
 SAMPLED = 4  # files of a folder that are opened to see what they are
 # A mask: changes of value per pixel along its rows, and how many of its values hold most of its pixels.
@@ -122,7 +125,7 @@ def existing(samples):
 # --- images and masks of a folder -------------------------------------------------------------------------
 def find_pairs(root):
     """Return the FolderContent of `root`. Raises NoMasks, which describes the folder, and InputError."""
-    paths = list_images(root, MASK_ENDINGS)
+    paths = [path for path in list_images(root, MASK_ENDINGS) if not path.stem.endswith(OBJECTS)]
     base = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
     roles = {path: role_of(path.parent.relative_to(base).parts) for path in paths}
     reason = ""

@@ -1,4 +1,4 @@
-"""Annotation files of labeling tools, drawn once as masks: COCO, labelme, YOLO, Supervisely, Label Studio.
+"""Annotation files of labeling tools, drawn once as masks: those of TOOLS.
 
     pairs = find_masks(root)           # layout.find_pairs, or the masks drawn from annotation files
     pairs.splits, pairs.entries        # {split: [Sample]}, the classes that these files name
@@ -9,7 +9,8 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
-from dataio.annotations import coco, label_studio_masks, labelme, supervisely, yolo
+from dataio.annotations import (coco, cvat, datumaro, isat, label_studio, label_studio_masks, labelme,
+                                superannotate, supervisely, unread, via, via3, yolo)
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -18,7 +19,14 @@ TOOLS = {  # the first that has files in a folder is read
     "COCO": coco,
     "labelme": labelme,
     "Supervisely": supervisely,
+    "CVAT": cvat,
     "Label Studio, masks": label_studio_masks,
+    "Label Studio": label_studio,
+    "VIA 2": via,
+    "VIA 3": via3,
+    "SuperAnnotate": superannotate,
+    "ISAT": isat,
+    "Datumaro": datumaro,
     "YOLO": yolo,
 }
 
@@ -29,11 +37,12 @@ def find_masks(root, skip_bad_labels=False):
     """
     try:
         return find_pairs(root)
-    except NoMasks:
+    except NoMasks as error:
         folder = FolderFiles(root)
         found = {tool: files for tool, reader in TOOLS.items() if (files := reader.find_files(folder))}
         if not found:
-            raise
+            reason = unread.explain(folder)
+            raise NoMasks(f"{reason}; {error}" if reason else str(error)) from None
     tool, *others = found
     content = draw_annotations(folder, tool, TOOLS[tool].read(found[tool], folder), skip_bad_labels)
     content.notes += [f"left aside: {len(found[other])} files of {other}" for other in others]

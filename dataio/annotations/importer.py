@@ -409,8 +409,9 @@ def mask_values(annotations, canvases):
     What is labeled as background has a value of its own: --unlabelled ignore keeps it. Raises InputError.
     """
     drawn = {shape.label for canvas in canvases for shape in canvas.shapes}
-    classes = list(dict.fromkeys(str(name).strip() for name in annotations.classes))
-    classes += sorted(drawn - set(classes))
+    listed = dict.fromkeys(str(name).strip() for name in annotations.classes)
+    listed = [name for name in listed if name in drawn or not is_background(name)]
+    classes = [*listed, *sorted(drawn - set(listed))]
     names = [name for name in classes if not is_background(name) and not is_ignored(name)]
     if not 0 < len(names) < MOST_CLASSES:
         raise InputError(f"{annotations.files[0]} and the files that belong to it name {len(names)} classes; "
