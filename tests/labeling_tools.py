@@ -178,6 +178,16 @@ def roboflow_masks(root):
     return truth
 
 
+def class_masks(root, image, mask):
+    """A black and white PNG of each class of an image: {split}, {name} and {label} in their paths."""
+    truth = {}
+    for name, split, path, ids in scenes(root, image):
+        truth[path] = ids
+        for id in (1, 2):
+            save(root / mask.format(split=split, name=name, label=NAMES[id]), np.uint8(255) * (ids == id))
+    return truth
+
+
 TOOLS = {
     "COCO": coco,
     "COCO, compressed run lengths": lambda root: coco(root, "compressed"),
@@ -194,4 +204,9 @@ TOOLS = {
     "Label Studio, without its JSON": lambda root: label_studio(root, tasks=False),
     "CVAT": cvat,
     "Roboflow, masks": roboflow_masks,
+    "masks/car/": lambda root: class_masks(
+        root, "images/{split}/{name}.jpg", "masks/{split}/{label}/{name}.png"),
+    "masks/1_car.png": lambda root: class_masks(root, "{split}/{name}.jpg", "{split}/{name}_{label}.png"),
+    "masks/1/car.png": lambda root: class_masks(
+        root, "images/{split}/{name}.jpg", "masks/{name}/{label}.png"),
 }

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import load, refused
 from pycocotools import mask as coco_mask
-from labeling_tools import NAMES, TOOLS, png_text
+from labeling_tools import NAMES, TOOLS, class_masks, png_text
+from trees import save
 
 import check_data
 import evaluate
@@ -14,6 +15,7 @@ import infer_image
 import train
 from dataio.annotations import find_masks
 from dataio.annotations.shapes import decode_runs, polygons
+from dataio.layout import NoMasks, find_pairs
 from dataio.readers import read_sample
 
 EXACT = ("run lengths", "Label Studio", "CVAT", "masks")  # tools whose files hold pixels, not outlines
@@ -338,3 +340,89 @@ def test_check_data_takes_unlabelled_as_train_does(tmp_path, run):
     assert run(check_data, "--dataset", "camvid", "--unlabelled", "ignore")[0] == 2
     assert run(check_data, *flags, "--fix", tmp_path / "clean")[0] == 0
     assert [name for name, _ in load("folder", tmp_path / "clean").classes] == ["car", "tree"]
+
+
+# --- a black and white mask for each class or object ------------------------------------------------------
+MASK_TREES = {  # of the images of a split: (image, mask)
+    "masks/car/1.png": ("images/{name}.png", "masks/{label}/{name}.png"),
+    "masks/car/train/1.png": ("images/{split}/{name}.jpg", "masks/{label}/{split}/{name}.png"),
+    "train/masks/car/1.png": ("{split}/images/{name}.jpg", "{split}/masks/{label}/{name}.png"),
+    "car_masks/1.png": ("images/{name}.jpg", "{label}_masks/{name}.png"),
+    "car/1.png": ("images/{name}.jpg", "{label}/{name}.png"),
+    "masks/1_car.png": ("images/{name}.jpg", "masks/{name}_{label}.png"),
+    "masks/train/1_car_mask.png": ("images/{split}/{name}.jpg", "masks/{split}/{name}_{label}_mask.png"),
+    "1_car.png beside 1.jpg": ("{name}.jpg", "{name}_{label}.png"),
+    "masks/1/car.png": ("images/{name}.jpg", "masks/{name}/{label}.png"),
+    "1/masks/car.png": ("train/{name}/images/{name}.png", "train/{name}/masks/{label}.png"),
+}
+
+
+@pytest.mark.parametrize("tree", MASK_TREES)
+def test_a_mask_of_each_class_in_every_layout(tree, tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES[tree])
+    with pytest.raises(NoMasks):
+        find_pairs(tmp_path)
+    source = load("folder", tmp_path)
+    assert [name for name, _ in source.classes] == list(NAMES)
+    samples = samples_of(source)
+    assert {sample.image for sample in samples.values()} == truth.keys()
+    for sample in samples.values():
+        assert (read_sample(sample, source.table)[1]["mask"].numpy() == truth[sample.image]).all()
+
+
+def test_a_mask_of_each_object_of_an_image(tmp_path):
+    """Data Science Bowl 2018: a class, called object, and names without a meaning."""
+    truth = class_masks(tmp_path, "stage1_train/{name}/images/{name}.png",
+                        "stage1_train/{name}/masks/{name}{label}.png")
+    save(tmp_path / "stage1_test/x/images/x.png", np.zeros((84, 112, 3), np.uint8))
+    names, mask = load_mask(tmp_path)
+    expected = truth[tmp_path / "stage1_train/shot 0/images/shot 0.png"] > 0
+    assert names == ["background", "object"] and (mask == expected).all()
+    assert len(find_masks(tmp_path).samples) == len(truth)
+
+
+def test_masks_of_classes_that_no_image_shares_are_not_one_class(tmp_path):
+    """Each image has the mask of one class, so that images and masks pair by name."""
+    truth = class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    for path in tmp_path.glob("masks/*/*.png"):
+        if (path.parent.name == "car") != (path.stem in ("shot 0", "shot 1", "shot 2")):
+            path.unlink()
+    assert find_pairs(tmp_path).samples
+    names, mask = load_mask(tmp_path, "shot 4")
+    assert names == list(NAMES) and (mask == 2 * (truth[tmp_path / "images/shot 4.png"] == 2)).all()
+
+
+def test_of_masks_of_classes_that_overlap_the_smaller_lies_above(tmp_path):
+    class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    for label, size in (("car", 40), ("tree", 20)):
+        pixels = np.zeros((84, 112), np.uint8)
+        pixels[10:10 + size, 10:10 + size] = 1
+        save(tmp_path / f"masks/{label}/shot 0.png", pixels)
+    _, mask = load_mask(tmp_path)
+    assert (mask[10:30, 10:30] == 2).all() and (mask[30:50, 10:50] == 1).all()
+    assert any("25 %" in note for note in find_masks(tmp_path).notes)
+
+
+@pytest.mark.parametrize(("image", "mask"), [
+    ("images/{name}.jpg", "masks/{name}.png"), ("images/{name}.jpg", "masks/drawn/{name}.png"),
+    ("images/{label}/{name}.jpg", "masks/{label}/{name}.png")])
+def test_other_masks_are_not_taken_for_masks_of_classes(image, mask, tmp_path):
+    class_masks(tmp_path, image.format(name="{name}", label="car"), mask.format(name="{name}", label="car"))
+    assert not find_masks(tmp_path).entries
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (None, "masks/car/shot 9.png"), (b"x", "masks/car/shot 1.png"),
+    (np.arange(84 * 112, dtype=np.uint8).reshape(84, 112), "masks/car/shot 1.png"),
+    (np.eye(50, dtype=np.uint8), "images/shot 1.png")])
+def test_broken_masks_of_classes_are_named(content, named, tmp_path):
+    class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    path = tmp_path / "masks/car/shot 1.png"
+    if content is None:
+        path.rename(path.with_stem("shot 9"))
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save(path, content)
+    with refused(named):
+        find_masks(tmp_path)

@@ -9,7 +9,7 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
-from dataio.annotations import coco, label_studio_masks, labelme, supervisely, yolo
+from dataio.annotations import class_masks, coco, label_studio_masks, labelme, supervisely, yolo
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -20,6 +20,7 @@ TOOLS = {  # the first that has files in a folder is read
     "Supervisely": supervisely,
     "Label Studio, masks": label_studio_masks,
     "YOLO": yolo,
+    "a mask per class": class_masks,
 }
 
 
@@ -27,13 +28,20 @@ def find_masks(root, skip_bad_labels=False):
     """Return the FolderContent of the images and masks under `root`: those of layout.find_pairs, else masks
     drawn from annotation files. Raises InputError, for what cannot be used unless skip_bad_labels.
     """
+    pairs, tools, no_masks = None, TOOLS, None
     try:
-        return find_pairs(root)
-    except NoMasks:
-        folder = FolderFiles(root)
-        found = {tool: files for tool, reader in TOOLS.items() if (files := reader.find_files(folder))}
-        if not found:
-            raise
+        pairs = find_pairs(root)
+        if not class_masks.are_classes(pairs.samples, root):
+            return pairs
+        tools = {"a mask per class": class_masks}  # images of one class each, which pair by name
+    except NoMasks as error:
+        no_masks = error
+    folder = FolderFiles(root)
+    found = {tool: files for tool, reader in tools.items() if (files := reader.find_files(folder))}
+    if not found and no_masks:
+        raise no_masks
+    if not found:
+        return pairs
     tool, *others = found
     content = draw_annotations(folder, tool, TOOLS[tool].read(found[tool], folder), skip_bad_labels)
     content.notes += [f"left aside: {len(found[other])} files of {other}" for other in others]
