@@ -188,6 +188,27 @@ def class_masks(root, image, mask):
     return truth
 
 
+def pairs_of_runs(region, by_columns=True):
+    """Return Kaggle's text of the runs of (H, W) bool: first pixel, from 1, and length."""
+    flat = np.concatenate([[0], region.ravel("F" if by_columns else "C"), [0]]).astype(np.int8)
+    starts, ends = (np.flatnonzero(np.diff(flat) == step) + 1 for step in (1, -1))
+    return " ".join(map(str, np.stack([starts, ends - starts], 1).ravel().tolist()))
+
+
+def kaggle(root, titles="ImageId,EncodedPixels,ClassId", row="{file},{runs},{id}", image="{split}/{name}.jpg",
+           by_columns=True):
+    """Kaggle's train.csv: a row of run lengths for each class of an image, empty ones too."""
+    truth, lines = {}, [titles]
+    for name, _, path, mask in scenes(root, image):
+        truth[path] = mask
+        for id in (2, 1):
+            values = dict(file=path.name, name=name, id=id, label=NAMES[id], height=mask.shape[0],
+                          width=mask.shape[1], runs=pairs_of_runs(mask == id, by_columns))
+            lines.append(row.format(**values))
+    (root / "train.csv").write_text("\r\n".join(lines) + "\r\n")
+    return truth
+
+
 TOOLS = {
     "COCO": coco,
     "COCO, compressed run lengths": lambda root: coco(root, "compressed"),
@@ -209,4 +230,8 @@ TOOLS = {
     "masks/1_car.png": lambda root: class_masks(root, "{split}/{name}.jpg", "{split}/{name}_{label}.png"),
     "masks/1/car.png": lambda root: class_masks(
         root, "images/{split}/{name}.jpg", "masks/{name}/{label}.png"),
+    "run lengths, Image_Label": lambda root: kaggle(
+        root, "Image_Label,EncodedPixels", "{file}_{label},{runs}"),
+    "run lengths, class": lambda root: kaggle(
+        root, "id,annotation,width,height,class", "{name},{runs},{width},{height},{label}", by_columns=False),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import load, refused
 from pycocotools import mask as coco_mask
-from labeling_tools import NAMES, TOOLS, class_masks, png_text
+from labeling_tools import NAMES, TOOLS, class_masks, kaggle, pairs_of_runs, png_text
 from trees import save
 
 import check_data
@@ -425,4 +425,87 @@ def test_broken_masks_of_classes_are_named(content, named, tmp_path):
     else:
         save(path, content)
     with refused(named):
+        find_masks(tmp_path)
+
+
+# --- run lengths in CSV -----------------------------------------------------------------------------------
+HEADS = {  # titles of the columns: (a row, the classes, with which ids in the masks)
+    "ImageId,EncodedPixels,ClassId": ("{file},{runs},{id}", ["class 1", "class 2"]),
+    "ImageId_ClassId,EncodedPixels": ("{file}_{id},{runs}", ["class 1", "class 2"]),
+    "Image_Label,EncodedPixels": ("{file}_{label},{runs}", ["car", "tree"]),
+    "image_id,class_id,rle": ("{name},{label},{runs}", ["car", "tree"]),
+    "id,rle_mask": ("{name},{runs}", ["object"]),
+    " ImageId, EncodedPixels": ("{name}, {runs}", ["object"]),
+    "img,rle_mask": ("{file},{runs}", ["object"]),
+    "ImageId,EncodedPixels,Height,Width,ClassId": (
+        "{name},{runs},{height},{width},{label}", ["car", "tree"]),
+}
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+@pytest.mark.parametrize("titles", HEADS)
+def test_run_lengths_under_every_head(titles, by_columns, tmp_path):
+    row, classes = HEADS[titles]
+    truth = kaggle(tmp_path, titles, row, by_columns=by_columns)
+    (tmp_path / "sample_submission.csv").write_text(f"{titles}\nx.jpg,1 1\n")
+    source = load("folder", tmp_path)
+    assert [name for name, _ in source.classes] == ["background", *classes]
+    assert len(samples_of(source)) == len(truth)
+    for sample in samples_of(source).values():
+        expected = np.minimum(truth[sample.image], len(classes))
+        assert (read_sample(sample, source.table)[1]["mask"].numpy() == expected).all()
+    assert not find_masks(tmp_path).doubts
+
+
+def test_run_lengths_of_square_images_are_taken_by_columns_and_that_is_a_doubt(tmp_path):
+    mask = np.zeros((60, 60), bool)
+    mask[10:20, 5:55] = True
+    lines = ["ImageId,EncodedPixels"]
+    for number in range(3):
+        save(tmp_path / f"{number}.png", np.zeros((60, 60, 3), np.uint8))
+        lines.append(f"{number}.png,{pairs_of_runs(mask)}")
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    assert (load_mask(tmp_path, "0")[1] == mask).all() and len(find_masks(tmp_path).doubts) == 1
+
+
+def test_runs_of_smaller_shapes_lie_above_and_an_empty_cell_is_background(tmp_path):
+    kaggle(tmp_path)
+    small, large = np.zeros((2, 84, 112), bool)
+    small[20:30, 20:30] = large[10:50, 10:60] = True
+    lines = ["ImageId,EncodedPixels,ClassId", f"shot 0.jpg,{pairs_of_runs(small)},1",
+             f"shot 0.jpg,{pairs_of_runs(large)},2", "shot 1.jpg,,1", "shot 3.jpg,-1,"]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    _, mask = load_mask(tmp_path)
+    assert (mask == 2 * large - 1 * small).all() and not load_mask(tmp_path, "shot 1")[1].any()
+    assert {sample.image.stem for sample in find_masks(tmp_path).samples} == {"shot 0", "shot 1", "shot 3"}
+
+
+@pytest.mark.parametrize("text", [
+    "1 3 9", "0 5", "9408 2", "1 3 2 4", "5 0", "5 -1", "a b", "1.5 2", "99999999999999999999 1",
+    "9223372036854775807 9223372036854775807", "1_0 1"])
+def test_broken_run_lengths_are_named_with_their_line(text, tmp_path):
+    kaggle(tmp_path, "Id,EncodedPixels", "{file},{runs}")
+    path = tmp_path / "train.csv"
+    path.write_text(path.read_text() + f"shot 0.jpg,{text}\n")
+    with refused("train.csv line 14"):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize(("line", "named"), [
+    ("gone.jpg,1 1,1", "gone.jpg"), ("shot 0.jpg", "train.csv line 14"),
+    ("shot 0.jpg,1 1,", "train.csv line 14")])
+def test_broken_rows_of_run_lengths_are_named(line, named, tmp_path):
+    kaggle(tmp_path)
+    path = tmp_path / "train.csv"
+    path.write_text(path.read_text() + line)
+    with refused(named):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    "ImageId,Label\na.jpg,cat\n", "id,annotation\n1,a cat\n", "", "\x00", "id,mask\na,a.png\n"])
+def test_other_csv_files_are_no_run_lengths(text, tmp_path):
+    kaggle(tmp_path)
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(NoMasks):
         find_masks(tmp_path)

@@ -40,7 +40,8 @@ class Annotations(NamedTuple):
 
     classes: names in order, or [] for those of the shapes. images: [AnnotatedImage]. files: that were read.
     shares: whether points are shares 0..1 of the sides. by_area: whether smaller shapes lie over larger ones
-    rather than later ones over earlier. notes: lines on how the files were understood.
+    rather than later ones over earlier. notes, doubts: lines on how the files were understood, and on what of
+    that may be wrong.
     """
 
     classes: list
@@ -49,6 +50,7 @@ class Annotations(NamedTuple):
     shares: bool = False
     by_area: bool = False
     notes: list = ()
+    doubts: list = ()
 
 
 class FolderFiles:
