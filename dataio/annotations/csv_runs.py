@@ -62,7 +62,10 @@ def read(files, folder):
     rows, paths = [], {}  # {name of an image: the file that has it}
     for path in files:
         with folder.reading(path, "run-length"):
-            found = list(read_rows(path))
+            try:
+                found = list(read_rows(path))
+            except csv.Error as error:
+                raise InputError(f"{path} is not a readable CSV file ({error}): export it again") from None
             rows += found
             paths |= dict.fromkeys((row.image for row in found), path)
     by_name = grouped(rows, lambda row: row.image)
