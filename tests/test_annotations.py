@@ -1,12 +1,17 @@
 """Annotation files of labeling tools: the masks drawn from them are those they were made of."""
 import json
+import sqlite3
+import sys
 
 import cv2
 import numpy as np
 import pytest
 from conftest import load, refused
 from pycocotools import mask as coco_mask
-from labeling_tools import NAMES, TOOLS, class_masks, kaggle, pairs_of_runs, png_text
+from labeling_tools import (DEGREES, METERS, NAMES, TOOLS, class_masks, dump, features, kaggle, on_map,
+pairs_of_runs, png_text, tiles)
+from rasterio import warp
+from rasterio.crs import CRS
 from trees import save
 
 import check_data
@@ -309,7 +314,7 @@ QUICK = {"COCO, Roboflow"}
     pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in TOOLS])
 def test_check_train_evaluate_and_infer_take_the_folder_as_it_is(name, tmp_path, run):
     root, out = tmp_path / "data", tmp_path / "out"
-    TOOLS[name](root)
+    truth = TOOLS[name](root)
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     code, text, err = run(check_data, "--data-root", root, "--out-dir", tmp_path)
     assert code == 0, text + err
@@ -323,7 +328,8 @@ def test_check_train_evaluate_and_infer_take_the_folder_as_it_is(name, tmp_path,
     scored = json.loads((out / "evaluation/metrics.json").read_text())["protocol"]
     trained = json.loads((out / "config.json").read_text())
     assert scored["data_fingerprint"] == trained["data_fingerprint"]
-    code, _, err = run(infer_image, "--model", model, "--input", next(elsewhere.rglob("*.jpg")), *flags)
+    code, _, err = run(infer_image, "--model", model, "--input",
+                       elsewhere / next(iter(truth)).relative_to(root), *flags)
     assert code == 0, err
     assert {path: (elsewhere / path.relative_to(root)).read_bytes() for path in before} == before
 
@@ -508,4 +514,180 @@ def test_other_csv_files_are_no_run_lengths(text, tmp_path):
     kaggle(tmp_path)
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(NoMasks):
+        find_masks(tmp_path)
+
+
+# --- polygons on a map ------------------------------------------------------------------------------------
+RING = np.array([(10.2, 8.1), (90.3, 15.2), (70.7, 75.6), (20.4, 60.9)])
+HOLE = np.array([(40.3, 30.2), (60.1, 30.4), (55.5, 50.3), (38.2, 45.1)])
+
+
+@pytest.fixture
+def tile(tmp_path):
+    """A folder with GeoTIFFs and the (path, transform) of the first."""
+    (_, path, _, transform), *_ = tiles(tmp_path)
+    return tmp_path, path, transform
+
+
+def inside(polygon, transform, crs, size=(84, 112)):
+    """Return (H, W) bool: whose pixel centers are in a polygon of shapely, in a reference system."""
+    shapely = pytest.importorskip("shapely")
+    rows, columns = np.mgrid[:size[0], :size[1]] + 0.5
+    a, b, c, d, e, f = transform[:6]
+    x, y = a * columns + b * rows + c, d * columns + e * rows + f
+    x, y = map(np.array, warp.transform(METERS, crs, x.ravel(), y.ravel()))
+    return shapely.contains_xy(polygon, x, y).reshape(size)
+
+
+@pytest.mark.parametrize("code", [4326, 32633, 3035, 2180])  # of the last, the first axis is north
+def test_polygons_on_a_map_cover_the_pixels_whose_centers_are_inside(code, tile):
+    """Of a turned image and other reference systems, with a hole, each polygon by itself, beyond the edge."""
+    shapely = pytest.importorskip("shapely")
+    root, path, transform = tile
+    crs = CRS.from_epsg(code)
+    polygons = [[on_map(ring + move, transform, crs) for ring in (RING, HOLE)] for move in (0, (60, 30))]
+    content = features([("car", [])])
+    content["crs"] = dict(type="name", properties=dict(name=f"urn:ogc:def:crs:EPSG::{code}"))
+    if code == 4326:
+        content.pop("crs")
+    content["features"][0]["geometry"] = dict(type="MultiPolygon", coordinates=polygons)
+    dump(path.with_suffix(".geojson"), content)
+    expected = np.any([inside(shapely.Polygon(outer, [hole]), transform, crs) for outer, hole in polygons], 0)
+    _, mask = load_mask(root)
+    assert (mask == expected).all() and 3000 < expected.sum() < 8000
+
+
+def test_one_file_is_cut_to_all_tiles_that_it_touches(tmp_path):
+    """A tile between the others is background, one beyond them is not used."""
+    shapely = pytest.importorskip("shapely")
+    found = list(tiles(tmp_path))
+    far = np.array([(-20.0, 20.0), (440.0, 190.0), (440.0, 230.0), (-20.0, 60.0)])  # over the first three
+    polygons = [("car", on_map(far, found[0][3])), ("tree", on_map(RING, found[4][3]))]
+    dump(tmp_path / "labels.geojson", features(polygons))
+    samples = {sample.image for sample in find_masks(tmp_path).samples}
+    assert samples == {path for _, path, _, _ in found[:5]}
+    for _, path, _, transform in found[:5]:
+        names, mask = load_mask(tmp_path, path.stem)
+        expected = np.zeros((84, 112), int)
+        for id, (_, positions) in enumerate(polygons, 1):
+            expected[inside(shapely.Polygon(positions), transform, DEGREES)] = id
+        assert (mask == expected).all() and names == list(NAMES)
+        assert expected.any() == (path.stem != "shot 3")
+
+
+@pytest.mark.parametrize(("properties", "names"), [
+    ([dict(id=1, Type="car"), dict(id=2, Type="tree")], ["car", "tree"]),
+    ([dict(surface="car", area=2.5), dict(surface="tree", area=3.5)], ["car", "tree"]),
+    ([dict(label=1, note="x"), dict(label=2, note="y")], ["class 1", "class 2"]),
+    ([dict(area=1.5), dict(area=2.5)], ["object"]), ([None, None], ["object"])])
+def test_the_property_that_names_the_classes(properties, names, tile):
+    root, path, transform = tile
+    content = features([("x", on_map(ring, transform)) for ring in (RING, HOLE)])
+    for feature, values in zip(content["features"], properties, strict=True):
+        feature["properties"] = values
+    dump(path.with_suffix(".geojson"), content)
+    found, mask = load_mask(root)
+    assert found == ["background", *names]
+    assert mask[40, 50] == len(names) and mask[20, 30] == 1  # the smaller lies above
+
+
+def test_files_without_such_a_property_are_the_classes_themselves(tile):
+    root, path, transform = tile
+    for name, ring in (("houses", RING), ("pools", HOLE)):
+        dump(root / f"{name}.geojson", features([(1.5, on_map(ring, transform))]))
+    names, mask = load_mask(root)
+    assert names == ["background", "houses", "pools"] and mask[40, 50] == 2 and mask[20, 30] == 1
+
+
+def test_coordinates_without_a_reference_system(tile):
+    """Numbers beyond 180 are no degrees; beside an image that lies nowhere they are pixels."""
+    root, path, transform = tile
+    dump(path.with_suffix(".geojson"), features([("car", on_map(RING, transform, METERS))]))
+    save(root / "plain.png", np.zeros((84, 112, 3), np.uint8))
+    dump(root / "plain.geojson", features([("car", [*RING.tolist(), RING[0].tolist()])]))
+    assert len(find_masks(root).doubts) == 1
+    first, second = load_mask(root)[1], load_mask(root, "plain")[1]
+    assert (first != second).mean() < 0.015 and first.sum() > 2000
+
+
+def test_annotations_of_qupath(tmp_path):
+    """Holes, classes that are derived or not counted, and cells, which are left aside."""
+    TOOLS["QuPath"](tmp_path)
+    kinds = [("annotation", dict(name="Tumor: Positive")), ("annotation", "Ignore*"), ("cell", "x")]
+    entries = []
+    for number, (kind, label) in enumerate(kinds):
+        square = 5 + 20 * number + np.array([(0, 0), (16, 0), (16, 16), (0, 16), (0, 0)])
+        hole = 5 + 20 * number + np.array([(4, 4), (8, 4), (8, 8), (4, 8), (4, 4)])
+        entries.append(dict(type="Feature", id="1-2", properties=dict(objectType=kind, classification=label),
+                            geometry=dict(type="Polygon", coordinates=[square.tolist(), hole.tolist()])))
+    dump(tmp_path / "train/shot 0.geojson", entries)
+    names, mask = load_mask(tmp_path)
+    expected = np.zeros((84, 112), int)
+    expected[5:21, 5:21], expected[25:41, 25:41] = names.index("Tumor: Positive"), 255
+    expected[9:13, 9:13] = expected[29:33, 29:33] = 0
+    assert (mask == expected).all() and "x" not in names
+
+
+BROKEN_FEATURES = [
+    dict(geometry=None), dict(geometry=dict(type="Polygon")), dict(geometry=5), dict(geometry="a line"),
+    dict(properties=dict(label="")), dict(properties=7), dict(geometry=dict(type="Polygon", coordinates=[])),
+    dict(geometry=dict(type="Polygon", coordinates=[[[1, "a"]] * 4])),
+    dict(geometry=dict(type="Polygon", coordinates=[[[1, float("nan")]] * 4])),
+    dict(geometry=dict(type="CurvePolygon", coordinates=[])),
+]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("values", BROKEN_FEATURES)
+def test_broken_features_are_named(values, beside, tile):
+    root, path, transform = tile
+    content = features([("car", on_map(RING, transform))] * 3, "label")
+    if values.get("geometry") == "a line":
+        values = dict(geometry=dict(type="Polygon", coordinates=[on_map(RING[:2], transform)]))
+    content["features"][0].update(values)
+    file = path.with_suffix(".geojson") if beside else root / "all.geojson"
+    dump(file, content)
+    with refused(f"{file.name} feature 1"):
+        find_masks(root)
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda content: content.update(crs=dict(properties=dict(name="EPSG:1"))), "a.geojson"),
+    (lambda content: content.update(crs=dict(properties=dict(name="EPSG:3857"))), "a.geojson"),
+    (lambda content: content.update(crs="x"), "a.geojson"),
+    (lambda content: content["features"].clear(), "no shape"),
+    (lambda content: content["features"].append(7), "a.geojson feature 2")])
+def test_broken_files_on_a_map_are_named(change, named, tile):
+    root, _, transform = tile
+    content = features([("car", on_map(RING, transform))])
+    change(content)
+    dump(root / "a.geojson", content)
+    with refused(named):
+        find_masks(root)
+
+
+@pytest.mark.parametrize(("name", "content", "advice"), [
+    ("a.shp", b"", "ogr2ogr"), ("a.gpkg", b"", "a.gpkg"), ("a.gpkg", b"x" * 5000, "a.gpkg")])
+def test_files_that_are_no_geopackage_are_named(name, content, advice, tile):
+    root, *_ = tile
+    (root / name).write_bytes(content)
+    with refused(name, advice):
+        find_masks(root)
+
+
+@pytest.mark.parametrize("blob", ["NULL", "x'00'", "x'4750000100000000'", "'text'", "7"])
+def test_broken_geometries_of_a_geopackage_are_named(blob, tmp_path):
+    TOOLS["GeoPackage"](tmp_path)
+    base = sqlite3.connect(tmp_path / "labels.gpkg")
+    base.execute(f'UPDATE "my labels" SET geom = {blob} WHERE fid = 2')
+    base.commit()
+    base.close()
+    with refused("labels.gpkg my labels feature 2"):
+        find_masks(tmp_path)
+
+
+def test_without_shapely_a_geopackage_is_named(tmp_path, monkeypatch):
+    TOOLS["GeoPackage"](tmp_path)
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    with refused("labels.gpkg", "pip install shapely"):
         find_masks(tmp_path)

@@ -9,7 +9,8 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
-from dataio.annotations import class_masks, coco, csv_runs, label_studio_masks, labelme, supervisely, yolo
+from dataio.annotations import (class_masks, coco, csv_runs, geo, label_studio_masks, labelme, supervisely,
+yolo)
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -22,6 +23,7 @@ TOOLS = {  # the first that has files in a folder is read
     "YOLO": yolo,
     "a mask per class": class_masks,
     "run lengths in CSV": csv_runs,
+    "GeoJSON or GeoPackage": geo,
 }
 
 
