@@ -98,12 +98,16 @@ class ScannedData:
 
 @dataclass
 class Report:
-    """Problems spoil a training or its scores, warnings may be meant; hints say what to do."""
+    """Problems spoil a training or its scores, warnings may be meant; hints say what to do.
+
+    skippable: those of the problems that train.py --skip-bad-labels leaves out.
+    """
 
     problems: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
     hints: list = field(default_factory=list)
     facts: list = field(default_factory=list)
+    skippable: list = field(default_factory=list)
 
 
 def with_files(noun, text, paths):
@@ -124,15 +128,15 @@ def find_samples(name, root, unlabelled, report):
     """
     if name == "folder":
         check_root(root)
-        content, source = find_masks(root), None
+        content, source = find_masks(root, skip_bad_labels=True), None
         if unlabelled == "ignore":
             ignore_unlabelled(content, root)
         report.facts += content.notes
         report.warnings += content.doubts
-        report.problems += with_files("image", "without mask: add masks or move them",
-                                      content.images_without_mask)
-        report.problems += with_files("mask", "without image: add images or move them",
-                                      content.masks_without_image)
+        bad = {"image without mask: add masks or move them": content.images_without_mask,
+               "mask without image: add images or move them": content.masks_without_image}
+        for problem, entries in (bad | content.bad_labels).items():
+            report.skippable += with_files(*problem.split(" ", 1), entries)
         data = ScannedData(name, root, content.splits, content.entries)
     else:
         source = find_data(DataOptions(dataset=name, data_root=str(root)))
@@ -149,8 +153,9 @@ def read_files(data, report):
     samples = data.samples
     images = in_parallel(scan_image, [sample.image for sample in samples], "image")
     masks = in_parallel(scan_mask, [sample.mask for sample in samples], "mask")
-    report.problems += with_files("file", "cannot be read", [facts for facts in [*images, *masks]
-                                                             if isinstance(facts, InputError)])
+    report.skippable += with_files("file", "cannot be read", [facts for facts in [*images, *masks]
+                                                              if isinstance(facts, InputError)])
+    report.problems += report.skippable
     for sample, image, mask in zip(samples, images, masks, strict=True):
         if not isinstance(image, InputError) and not isinstance(mask, InputError):
             data.images[sample], data.masks[sample] = image, mask
@@ -174,7 +179,8 @@ def check_images(data, report):
                                    and images[sample].mode != "RGB"])
     report.warnings += with_files(
         "image", "turned upright by EXIF, and masks of the size as stored with them, others not: look at "
-        "check.png", [sample.image for sample in samples if images[sample].orientation != 1])
+        "check.png", [sample.image for sample in samples if images[sample].orientation != 1
+                      and not data.entries])  # masks drawn from annotations are upright
     report.warnings += with_files(
         "mask", "of another size than the image: resized (nearest)",
         [sample.mask for sample in samples
@@ -591,6 +597,8 @@ def main():
     if report.problems and fixable and not args.fix:
         report.hints.append("or write a clean copy of what can be used: "
                             f"python check_data.py {flags} --fix OUT")
+    if report.skippable and args.dataset == "folder":
+        report.hints.append("or train on what can be used, without a copy: train.py --skip-bad-labels")
     print_report(report, f"python train.py {flags}"
                          + " --unlabelled ignore" * (args.unlabelled == "ignore") + image_flags)
     if args.fix:

@@ -224,6 +224,9 @@ class DataOptions:
     unlabelled: str = setting("background", "data", "what has no label in annotation files (COCO, YOLO, "
                               "labelme ...): a class of its own, or not counted",
                               choices=("background", "ignore"), affects="run")
+    skip_bad_labels: bool = setting(False, "data", "leave out the images of a folder whose labels cannot be "
+                                    "used, and say which; else they are refused", action="store_true",
+                                    affects="run")
     train_images: int = setting(0, "data", "train on so many of the training images, drawn by --seed; 0 = "
                                 "all", type=non_negative_int, affects="run")
     seed: int = setting(0, "run", "seed of weights, order, augmentation and --train-images",
@@ -648,6 +651,9 @@ def check_data_settings(config, flags):
     if "unlabelled" in flags and config.dataset != "folder":
         raise InputError("--unlabelled is for annotation files in a folder, and --dataset "
                          f"{config.dataset} has masks: leave it out")
+    if config.skip_bad_labels and config.dataset not in ("folder", "hf"):
+        raise InputError(f"--skip-bad-labels is for a folder of your own, and --dataset {config.dataset} is "
+                         "complete: leave it out")
     splitting = [name for name in ("val_fraction", "fold") if name in flags]
     if splitting and config.dataset != "folder" and not config.resplit:
         raise InputError(f"{flag(splitting[0])} has no effect, {config.dataset} has a validation part: add "

@@ -10,13 +10,14 @@ import numpy as np
 
 from config import DataOptions, InputError, count_of
 from dataio.annotations import find_masks
+from dataio.annotations.importer import describe_bad
 from dataio.labels import class_pixels, decode_masks, ignored_share, known_classes
 from dataio.layout import refuse_unpaired
 from dataio.images import read_orientation
 from dataio.readers import DataSource
 from dataio.scan import fits, scan_mask
 from dataio.stratify import share_table, split_samples
-from utils import all_in_parallel
+from utils import in_parallel
 
 MUCH_IGNORED = 0.1  # share of the pixels above which ignoring is likely to be a mistake
 
@@ -25,15 +26,13 @@ def folder(root, options, download=False):
     """Return the DataSource of a folder in any layout of dataio/layout.py; every mask is read once.
 
     options: config.DataOptions, of which val_fraction (0: no validation part is drawn), fold,
-    classes (names) and unlabelled count. Raises InputError.
+    classes (names), unlabelled and skip_bad_labels count. Raises InputError.
     """
     check_root(root)
-    content = find_masks(root)
-    refuse_unpaired(content.images_without_mask, "mask")
-    refuse_unpaired(content.masks_without_image, "image")
+    content = find_masks(root, options.skip_bad_labels)
+    facts = read_facts(content, options.skip_bad_labels)
     samples = content.samples
-    facts = all_in_parallel(scan_pair, samples, "reading masks")
-    masks = [mask for mask, _ in facts]
+    masks = [facts[sample][0] for sample in samples]
     if options.unlabelled == "ignore":
         ignore_unlabelled(content, root)
     entries, class_notes = known_classes(root, options.classes, content.entries)
@@ -43,7 +42,7 @@ def folder(root, options, download=False):
     except InputError as error:
         raise InputError(f"{error}{more}") from None
     notes = [*content.notes, *(f"warning: {doubt}" for doubt in content.doubts), *meaning.notes, *class_notes]
-    different = sum(differs for _, differs in facts)
+    different = sum(facts[sample][1] for sample in samples)
     if different:
         notes.append(f"{different} of {count_of(len(samples), 'mask')} differ in size from their image: "
                      "resized (nearest) to it")
@@ -54,6 +53,32 @@ def folder(root, options, download=False):
     notes += add_validation(content.splits, pixels, meaning.classes, options, root)
     return DataSource("folder", meaning.classes, content.splits, meaning.table, notes,
                       annotated=bool(content.entries))
+
+
+def read_facts(content, skip_bad_labels):
+    """Return {Sample: what scan_pair says} of a FolderContent.
+
+    What has no partner or cannot be read leaves it with a doubt where skip_bad_labels, else raises
+    InputError.
+    """
+    unpaired = content.images_without_mask, content.masks_without_image
+    if not skip_bad_labels:
+        for paths, partner in zip(unpaired, ("mask", "image"), strict=True):
+            refuse_unpaired(paths, partner)
+    facts = dict(zip(content.samples, in_parallel(scan_pair, content.samples, "reading masks"), strict=True))
+    errors = [fact for fact in facts.values() if isinstance(fact, InputError)]
+    if errors and not skip_bad_labels:
+        raise errors[0]
+    facts = {sample: fact for sample, fact in facts.items() if not isinstance(fact, InputError)}
+    splits = {split: [sample for sample in samples if sample in facts]
+              for split, samples in content.splits.items()}
+    content.splits = {split: samples for split, samples in splits.items() if samples or split == "train"}
+    bad = dict(zip(("image without mask", "mask without image", "file not readable"), (*unpaired, errors),
+                   strict=True)) | content.bad_labels
+    content.doubts += [f"left out: {line}" for line in describe_bad(bad)]
+    if any(bad.values()) and not content.splits["train"]:
+        raise InputError("--skip-bad-labels leaves no image to train on")
+    return facts
 
 
 def add_validation(splits, pixels, classes, options, root):

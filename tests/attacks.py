@@ -263,7 +263,8 @@ def judge(attack, code):
     output, report = (Path(f"{attack.folder}.{name}") for name in ("output", "report"))
     output = output.read_text(errors="replace") if output.exists() else ""
     report = report.read_text(errors="replace").splitlines() if report.exists() else []
-    last = ([line for line in output.splitlines() if line.strip()] or [""])[-1]
+    # the lines of a report are indented
+    last = ([line for line in output.splitlines() if line.strip() and line[0] != " "] or [""])[-1]
     if report:
         return report[0]
     if not (attack.folder / "keep.txt").exists():

@@ -108,8 +108,11 @@ def yolo(root, image="images/{split}/{name}.jpg", names=("car", "tree")):
         label = root / str(path.relative_to(root)).replace("images", "labels")
         label.parent.mkdir(parents=True, exist_ok=True)
         label.with_suffix(".txt").write_text("\n".join(rows))
-    (root / "data.yaml").write_text(yaml.safe_dump(dict(path=".", train="images/train", val="images/val",
-                                                        names=names, nc=2)))
+    if names:
+        (root / "data.yaml").write_text(yaml.safe_dump(dict(path=".", train="images/train", val="images/val",
+                                                            names=names, nc=2)))
+    else:  # as Label Studio and labelImg write it
+        (root / "classes.txt").write_text("car\ntree\n")
     return truth
 
 
@@ -313,6 +316,8 @@ TOOLS = {
     "labelme": labelme,
     "YOLO, Ultralytics": yolo,
     "YOLO, names by number": lambda root: yolo(root, names={0: "car", 1: "tree"}),
+    "YOLO, beside the images": lambda root: yolo(root, "{split}/{name}.jpg"),
+    "YOLO, classes.txt": lambda root: yolo(root, names=None),
     "YOLO, Roboflow": lambda root: yolo(root, "{split}/images/{name}.jpg", names=["car", "tree"]),
     "Supervisely": supervisely,
     "Label Studio": label_studio,

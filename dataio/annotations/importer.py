@@ -18,13 +18,14 @@ from PIL import Image
 from config import IGNORE, InputError, count_of
 from dataio.annotations.shapes import BadLabel, area_of, as_points, paste, polygons
 from dataio.annotations.files import AnnotatedImage, split_in
+from dataio.classes import plain
 from dataio.images import read_orientation, upright, upright_size
 from dataio.labels import MOST_CLASSES, Entry
 from dataio.layout import FolderContent, use_lists
 from dataio.readers import Sample, drawn_folder
 from dataio.resizing import resize_mask
 from dataio.scan import fill_folder
-from utils import in_parallel
+from utils import grouped, in_parallel
 
 VERSION = 2  # of the drawing: masks drawn by another version are drawn anew
 BACKGROUND_NAMES = {"background", "_background_", "__background__"}
@@ -34,7 +35,7 @@ ENCLOSE_NOTHING = {"point", "points", "keypoint", "keypoints", "line", "lines", 
 MARGIN = 2  # pixels by which a point may lie outside of its image
 NAMED = 5  # of the entries of a problem
 DEGENERATE = "shape without area (fewer than three points, or all on a line)"
-OUTSIDE = "shape outside of its image"
+OUTSIDE = "shape outside of the image"
 
 
 # --- what comes of an annotated image ---------------------------------------------------------------------
@@ -108,14 +109,14 @@ def draw_annotations(folder, tool, annotations, skip_bad_labels=False):
     doubts = [*annotations.doubts, *decide_frames(canvases, annotations.shares)]
     doubts += judge_frames(canvases, annotations.shares, problems)
     good = [canvas for canvas in canvases if not canvas.is_bad]
-    bad = {problem: entries for problem, entries in problems.items() if entries}
-    if bad and not skip_bad_labels:
+    bad = {problem: [relative(entry, root) for entry in entries] for problem, entries in problems.items()}
+    if any(bad.values()) and not skip_bad_labels:
         raise InputError(report(bad, root))
     if not any(canvas.shapes for canvas in good):
-        reasons = f": {report(bad, root)}" if bad else ""
-        raise InputError(f"the {tool} annotations of {root} hold no shape that can be drawn{reasons}")
+        reasons = f"; {report(bad, root)}" if any(bad.values()) else ""
+        raise InputError(f"the {tool} annotations of {root} hold no shape that can be drawn: "
+                         f"{annotations.files[0]}{reasons}")
     values, entries = mask_values(annotations, good)
-    bad = {problem: [relative(entry, root) for entry in found] for problem, found in bad.items()}
     content = FolderContent({}, [], [], list(annotations.notes), doubts, entries, bad)
     target = masks_folder(root, annotations.files, good)
 
@@ -133,6 +134,10 @@ def draw_annotations(folder, tool, annotations, skip_bad_labels=False):
     content.notes.insert(0, f"{tool} annotations: {count_of(shapes, 'shape')} drawn over "
                             f"{count_of(len(good), 'image')}, {over}; the rest is background; masks in "
                             f"{target}")
+    spellings = grouped(entries, lambda entry: plain(entry.name)).values()
+    for alike_names in (sorted({entry.name for entry in same}) for same in spellings):
+        if len(alike_names) > 1:
+            content.doubts.append(f"names of classes that differ in spelling alone: {', '.join(alike_names)}")
     if nothing:
         counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(nothing.items()))
         content.doubts.append(f"not drawn, because they enclose nothing: {counts}")
@@ -149,14 +154,20 @@ def relative(entry, root):
     return str(entry).replace(f"{root}/", "")
 
 
-def report(bad, root):
-    """Return the text that names the first few of all problems, {problem: [file or entry]}."""
+def describe_bad(bad):
+    """Return a line for every problem of {problem: [file or entry]}, with the first few of them."""
     lines = []
     for problem, entries in bad.items():
-        noun, *text = problem.split(" ", 1)
-        named = ", ".join(relative(entry, root) for entry in entries[:NAMED])
+        noun, text = problem.split(" ", 1)
+        named = ", ".join(map(str, entries[:NAMED]))
         more = f" and {len(entries) - NAMED} more" if len(entries) > NAMED else ""
-        lines.append(f"{' '.join([count_of(len(entries), noun), *text])}: {named}{more}")
+        lines += [f"{count_of(len(entries), noun)} {text}: {named}{more}"] * bool(entries)
+    return lines
+
+
+def report(bad, root):
+    """Return the text that refuses {problem: [file or entry]}."""
+    lines = describe_bad(bad)
     advice = (f"correct them in {root}, leave their images out (train.py --skip-bad-labels), or copy what is "
               "good (check_data.py --fix OUT)")
     return f"{lines[0]}: {advice}" if len(lines) == 1 else \
@@ -199,7 +210,7 @@ def find_canvases(images, folder):
 def file_splits(images):
     """Return {path: split} by the names of the files that are not called like their image."""
     return {image.path: split_in(image.path.stem) for image in images
-            if Path(str(image.name)).stem.lower() not in image.path.stem.lower()}
+            if not image.path.stem.lower().startswith(Path(str(image.name)).stem.lower())}
 
 
 def splits_of(canvases, folder):
@@ -247,11 +258,10 @@ def add_shape(canvas, shape, label, number, annotations, problems):
         rings, holes, area, whole = [], [], int(bitmap.pixels.sum()), bitmap.whole
         corners = corners_of(bitmap)
     else:
-        rings, holes = ([ring for ring in map(as_points, outlines) if encloses(ring)]
-                        for outlines in (shape.rings, shape.holes))
-        area, whole = sum(map(area_of, rings)) - sum(map(area_of, holes)), False
-        corners = rings and np.array([np.min([ring.min(0) for ring in rings], 0),
-                                      np.max([ring.max(0) for ring in rings], 0)])
+        (rings, area), (holes, area_of_holes) = map(enclosing, (shape.rings, shape.holes))
+        area, whole = area - area_of_holes, False
+        points = np.concatenate(rings) if rings else np.zeros((1, 2))
+        corners = np.stack([points.min(0), points.max(0)])
     if not area > 0:
         problems[DEGENERATE].append(shape.where)
         return
@@ -259,9 +269,11 @@ def add_shape(canvas, shape, label, number, annotations, problems):
     canvas.shapes.append(Drawable(label, shape.where, order, rings, holes, shape.bitmap, corners, whole))
 
 
-def encloses(points):
-    """Return whether points (n, 2) are an outline with something in it."""
-    return len(points) >= 3 and area_of(points) > 0
+def enclosing(outlines):
+    """Return those of the outlines that enclose something, [(n, 2)], and their area. Raises BadLabel."""
+    rings = [ring for ring in map(as_points, outlines) if len(ring) >= 3]
+    areas = list(map(area_of, rings))
+    return [ring for ring, area in zip(rings, areas, strict=True) if area > 0], sum(areas)
 
 
 def corners_of(bitmap):
@@ -348,14 +360,14 @@ def judge_frames(canvases, shares, problems):
             canvas.is_bad = True
             height, width = canvas.entry.size or whole_size(canvas)
             tall, wide = canvas.upright_size
-            problems["image of other proportions than its annotations"].append(
+            problems["image of other proportions than the annotations"].append(
                 f"{canvas.path}, {tall}x{wide}, by {canvas.entry.source}, {height}x{width}")
             continue
         sides = np.array(canvas.frame[::-1])
         for shape in canvas.shapes:
             if shape.whole and shape.corners[1].tolist() != sides.tolist():
                 canvas.is_bad = True
-                problems["shape of another size than its image"].append(shape.where)
+                problems["shape of another size than the image"].append(shape.where)
             elif shares and shape.rings:
                 shape.rings, shape.holes = ([ring * sides for ring in rings]
                                             for rings in (shape.rings, shape.holes))
@@ -399,8 +411,8 @@ def mask_values(annotations, canvases):
     What is labeled as background has a value of its own: --unlabelled ignore keeps it. Raises InputError.
     """
     drawn = {shape.label for canvas in canvases for shape in canvas.shapes}
-    listed = [str(name) for name in annotations.classes]
-    classes = [*listed, *sorted(drawn - set(listed))]
+    classes = list(dict.fromkeys(str(name).strip() for name in annotations.classes))
+    classes += sorted(drawn - set(classes))
     names = [name for name in classes if name.lower() not in BACKGROUND_NAMES | IGNORED_NAMES]
     if not 0 < len(names) < MOST_CLASSES:
         raise InputError(f"{annotations.files[0]} and the files that belong to it name {len(names)} classes; "

@@ -20,7 +20,7 @@ def read(files, folder):
     metas, classes, images = [path for path in files if path.name == "meta.json"], [], []
     for path in metas:
         with folder.reading(path, "Supervisely"):
-            classes += [entry["title"] for entry in folder.json[path].get("classes", [])]
+            classes += [str(entry["title"]) for entry in folder.json[path].get("classes", [])]
     read_object = reader_of(classes if metas else None)
     for path in files[:len(files) - len(metas)]:
         with folder.reading(path, "Supervisely"):

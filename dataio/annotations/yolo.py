@@ -1,5 +1,6 @@
 """YOLO segmentation, as Ultralytics and Roboflow write it: data.yaml names the classes, labels/*.txt hold the
-polygons of images/*, a class number and x y x y ... in shares of the sides on each line.
+polygons of images/*, a class number and x y x y ... in shares of the sides on each line; they may lie beside
+their images too.
 
 classes.txt names them, a name a line, where there is no data.yaml. An image without a text file is
 background; boxes, which have four numbers, cannot be drawn.
@@ -16,8 +17,9 @@ CLASS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.name
 def find_files(folder):
     """Return the file that names the classes and the label files of a FolderFiles, or []."""
     named = [path for name in CLASS_FILES for path in sorted(folder.root.rglob(name))]
-    texts = [path for path in folder.with_ending(".txt") if "labels" in folder.folders_of(path)
-             and path.name not in CLASS_FILES]
+    beside = {image.with_suffix(".txt") for image in folder.images}
+    texts = [path for path in folder.with_ending(".txt") if path.name not in CLASS_FILES
+             and ("labels" in folder.folders_of(path) or path in beside)]
     return [named[0], *texts] if named and texts else []
 
 

@@ -1,0 +1,355 @@
+"""What annotation files leave doubtful: view and size of images, ranges, kinds, entries that are wrong."""
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import load, refused
+from labeling_tools import NAMES, TOOLS, dump, outlines, shapes
+from PIL import Image, ImageOps
+from test_annotations import EDITED, edit, edit_first, load_mask, samples_of
+from trees import save, scene
+
+import check_data
+import evaluate
+import train
+from config import InputError
+from dataio.annotations import TOOLS as FORMATS, find_masks
+from dataio.images import upright
+from dataio.readers import read_sample
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def iou(mask, expected):
+    """Return the smallest IoU of the classes 0..2 of two masks (H, W)."""
+    return min(((mask == id) & (expected == id)).sum() / ((mask == id) | (expected == id)).sum()
+               for id in range(3))
+
+
+# --- views of images that EXIF turns ----------------------------------------------------------------------
+INVERSE = {6: 8, 8: 6}  # EXIF orientations that undo each other; the others undo themselves
+
+
+def save_turned(path, pixels, orientation):
+    """Save an image (H, W, 3) as it is stored where EXIF turns it."""
+    stored = np.ascontiguousarray(upright(pixels.transpose(2, 0, 1), INVERSE.get(orientation, orientation)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(path, Image.fromarray(stored.transpose(1, 2, 0)), exif=exif, quality=95)
+    shown = np.array(ImageOps.exif_transpose(Image.open(path)), int)
+    assert abs(shown - pixels).mean() < 8
+    return stored.shape[1:]
+
+
+def write_photos(root, orientations, on_stored=False, given="stored", size=(112, 60), high=True):
+    """Write COCO photos turned by EXIF; return {stem: upright mask}.
+
+    on_stored: whether points refer to the image as stored; given: which size the file gives; high: whether
+    shapes reach where only one of both views is.
+    """
+    truth, images, annotations = {}, [], []
+    for number, orientation in enumerate(orientations):
+        pixels, mask = scene(number, 1, size)
+        mask[5:30, 4:40], mask[60 if high else 30:100 if high else 50, 10:25] = 1, 2
+        stored = save_turned(root / f"photo_{number}.jpg", pixels, orientation)
+        inverse = INVERSE.get(orientation, orientation)
+        labeled = np.ascontiguousarray(upright(mask, inverse)) if on_stored else mask
+        height, width = stored if given == "stored" else size
+        sides = {} if given == "none" else dict(height=height, width=width)
+        images.append(dict(id=number, file_name=f"photo_{number}.jpg", **sides))
+        annotations += [dict(id=10 * number + id, image_id=number, category_id=id,
+                             segmentation=[ring.ravel().tolist() for ring in outlines(labeled, id)])
+                        for id in (1, 2)]
+        truth[f"photo_{number}"] = mask
+    categories = [dict(id=id, name=NAMES[id]) for id in (1, 2)]
+    dump(root / "labels.json", dict(images=images, annotations=annotations, categories=categories))
+    return truth
+
+
+def agreement(root, truth):
+    """Return the smallest IoU of the masks of a folder."""
+    source = load("folder", root, val_fraction=0)
+    return min(iou(read_sample(sample, source.table)[1]["mask"].numpy(), truth[stem])
+               for stem, sample in samples_of(source).items())
+
+
+@pytest.mark.parametrize("on_stored", [False, True])
+@pytest.mark.parametrize("given", ["stored", "upright", "none"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_points_tell_which_view_of_a_turned_photo_was_labeled(orientation, given, on_stored, tmp_path):
+    truth = write_photos(tmp_path, [orientation], on_stored, given)
+    assert agreement(tmp_path, truth) > 0.97
+    assert not any("EXIF" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
+@pytest.mark.parametrize("on_stored", [False, True])
+def test_a_photo_that_tells_decides_for_those_that_do_not(on_stored, tmp_path):
+    truth = write_photos(tmp_path / "told", [6, 3, 1, 2, 8], on_stored)
+    assert agreement(tmp_path / "told", truth) > 0.97
+
+
+@pytest.mark.parametrize(("given", "on_stored", "is_guessed"), [
+    ("stored", True, True), ("upright", False, False), ("none", False, True)])
+def test_where_both_views_fit_the_size_decides_and_a_guess_is_said(given, on_stored, is_guessed, tmp_path):
+    truth = write_photos(tmp_path, [6, 8], on_stored, given, size=(64, 60), high=False)
+    assert agreement(tmp_path, truth) > 0.95
+    doubts = [doubt for doubt in find_masks(tmp_path).doubts if "EXIF" in doubt]
+    assert bool(doubts) == is_guessed and all("photo_0.jpg" in doubt for doubt in doubts)
+
+
+# --- sizes and ranges -------------------------------------------------------------------------------------
+def scaled(points, factor):
+    """Return points times a factor."""
+    return (np.array(points) * factor).tolist()
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 3])
+@pytest.mark.parametrize("tool", ["COCO", "labelme"])
+def test_annotations_of_a_larger_or_smaller_copy_are_drawn_at_its_size(tool, factor, tmp_path):
+    truth = TOOLS[tool](tmp_path)
+
+    def resize(content):
+        for image in content.get("images", [content]):
+            for key in ("height", "width", "imageHeight", "imageWidth"):
+                if key in image:
+                    image[key] = round(image[key] * factor)
+        for entry in content[EDITED[tool][1]]:
+            key = "points" if tool == "labelme" else "segmentation"
+            entry[key] = [scaled(ring, factor) for ring in entry[key]]
+
+    edit(tmp_path, tool, resize)
+    path = next(path for path in truth if path.stem == "shot 0")
+    names, mask = load_mask(tmp_path)
+    assert mask.shape == truth[path].shape
+    assert iou(np.array([0, *map(NAMES.index, names[1:])])[mask], truth[path]) > 0.9
+
+
+def stretch(root, factor):
+    """Multiply the points of all polygons of COCO files."""
+    for path in root.rglob("*.json"):
+        content = json.loads(path.read_text())
+        for entry in content["annotations"]:
+            entry["segmentation"] = [scaled(ring, factor) for ring in entry["segmentation"]]
+        path.write_text(json.dumps(content))
+
+
+def test_annotations_of_another_size_are_refused(tmp_path):
+    TOOLS["COCO"](tmp_path)
+    stretch(tmp_path, 2.5)
+    with refused("instances_train2017.json annotation", "another size"):
+        find_masks(tmp_path)
+
+
+def test_shares_and_pixels_are_not_mixed_up(tmp_path):
+    TOOLS["YOLO, Ultralytics"](tmp_path / "yolo")
+    for path in (tmp_path / "yolo/labels").rglob("*.txt"):
+        lines = [line.split() for line in path.read_text().splitlines()]
+        path.write_text("\n".join(" ".join([number, *(str(float(cell) * 100) for cell in cells)])
+                                  for number, *cells in lines))
+    with refused("above 1", "shot 0.txt line 1"):
+        find_masks(tmp_path / "yolo")
+    TOOLS["COCO"](tmp_path / "coco")
+    stretch(tmp_path / "coco", 0.01)
+    with refused("instances_train2017.json", "shares"):
+        find_masks(tmp_path / "coco")
+
+
+def test_shapes_across_the_edge_are_counted_and_those_beyond_it_refused(tmp_path):
+    TOOLS["labelme"](tmp_path)
+    across, beyond = [[90, 10], [130, 10], [130, 40]], [[300, 10], [330, 10], [330, 40]]
+    edit(tmp_path, "labelme", lambda content: content["shapes"].append(
+        dict(label="car", points=across, shape_type="polygon")))
+    doubt, = find_masks(tmp_path).doubts
+    assert "shot 0.json shape" in doubt
+    edit_first(tmp_path, "labelme", points=beyond)
+    with refused("shot 0.json shape 1", "outside"):
+        find_masks(tmp_path)
+
+
+def test_a_size_of_other_proportions_is_refused(tmp_path):
+    TOOLS["labelme"](tmp_path)
+    edit(tmp_path, "labelme", lambda content: content.update(imageHeight=300, imageWidth=300))
+    with refused("shot 0.jpg", "84x112", "300x300"):
+        find_masks(tmp_path)
+
+
+# --- kinds and names --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("tool", "values", "named"), [
+    ("COCO", dict(segmentation=[]), "box"), ("labelme", dict(shape_type="cuboid"), "cuboid"),
+    ("Supervisely", dict(geometryType="cuboid_3d"), "cuboid_3d")])
+def test_kinds_that_are_not_known_are_refused_by_name(tool, values, named, tmp_path):
+    TOOLS[tool](tmp_path)
+    edit_first(tmp_path, tool, **values)
+    with refused(EDITED[tool][0], EDITED[tool][2].strip(), named):
+        find_masks(tmp_path)
+
+
+def test_names_that_differ_in_spelling_alone_are_doubted(tmp_path):
+    TOOLS["labelme"](tmp_path)
+    edit_first(tmp_path, "labelme", label="CAR ")
+    doubt, = find_masks(tmp_path).doubts
+    assert "CAR" in doubt and "car" in doubt
+
+
+def test_a_coco_file_without_categories_is_read_by_their_numbers(tmp_path):
+    truth = TOOLS["COCO"](tmp_path)
+    for path in tmp_path.rglob("*.json"):
+        content = json.loads(path.read_text())
+        del content["categories"]
+        path.write_text(json.dumps(content))
+    names, mask = load_mask(tmp_path)
+    assert names == ["background", "category 1", "category 2"]
+    assert iou(mask, truth[tmp_path / "train2017/shot 0.jpg"]) > 0.97
+    assert any("instances_train2017.json" in note for note in find_masks(tmp_path).notes)
+
+
+def test_the_format_of_the_documentation_is_read(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs/training.md").read_text()
+    text = text.split("### An annotation format")[1]
+    module = ModuleType("polygons_csv")
+    exec(text.split("```python\n")[1].split("```")[0], vars(module))
+    monkeypatch.setitem(FORMATS, "polygons.csv", module)
+    pixels, mask = scene(0, 3)
+    save(tmp_path / "a.jpg", pixels)
+    rows = [f"a.jpg,{NAMES[id]},{' '.join(map(str, ring.ravel()))}" for id, ring in shapes(mask)]
+    (tmp_path / "polygons.csv").write_text("\n".join(["image,class,points", *rows]))
+    assert iou(load_mask(tmp_path, "a")[1], mask) > 0.97
+    (tmp_path / "polygons.csv").write_text("\n".join(["image,class,points", *rows, "a.jpg,car,1 1 x"]))
+    with refused("polygons.csv, a.jpg, row 3"):
+        find_masks(tmp_path)
+
+
+# --- equal names, other files -----------------------------------------------------------------------------
+def test_names_of_files_tell_equal_images_apart(tmp_path):
+    """train2017/0.jpg and val2017/0.jpg, each in the file of its split."""
+    truth = {}
+    for split in ("train", "val"):
+        part = TOOLS["COCO"](tmp_path / "made" / split)
+        paths = sorted(part)[:3]
+        content = dict(images=[], annotations=[], categories=[dict(id=id, name=NAMES[id]) for id in (1, 2)])
+        for number, path in enumerate(paths):
+            mask = part[path] if split == "train" else part[path][::-1].copy()
+            target = tmp_path / f"data/{split}2017/{number}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+            truth[target] = mask
+            content["images"].append(dict(id=number, file_name=target.name))
+            content["annotations"] += [
+                dict(id=3 * number + id, image_id=number, category_id=id,
+                     segmentation=[ring.ravel().tolist() for ring in outlines(mask, id)])
+                for id in (1, 2) if (mask == id).any()]
+        dump(tmp_path / f"data/annotations/instances_{split}2017.json", content)
+    source = load("folder", tmp_path / "data")
+    for split, samples in source.splits.items():
+        assert {sample.image for sample in samples} == {path for path in truth if split in str(path)}
+        for sample in samples:
+            mask = read_sample(sample, source.table)[1]["mask"].numpy()
+            assert (mask != truth[sample.image]).mean() < 0.02
+
+
+def test_files_of_other_tasks_of_coco_are_left_aside(tmp_path):
+    truth = TOOLS["COCO"](tmp_path)
+    for split in ("train", "val"):
+        content = json.loads((tmp_path / f"annotations/instances_{split}2017.json").read_text())
+        captions = [dict(id=1, image_id=content["images"][0]["id"], caption="a car")]
+        panoptic = [dict(image_id=image["id"], file_name="x.png", segments_info=[])
+                    for image in content["images"]]
+        dump(tmp_path / f"annotations/captions_{split}2017.json", content | dict(annotations=captions))
+        dump(tmp_path / f"annotations/panoptic_{split}2017.json", content | dict(annotations=panoptic))
+    content = find_masks(tmp_path)
+    assert {sample.image for sample in content.samples} == truth.keys()
+    assert any("panoptic_train2017.json" in note for note in content.notes)
+
+
+def test_the_names_of_files_split_images_of_a_single_folder(tmp_path):
+    """As LVIS does: its validation file lists images that lie in train2017."""
+    TOOLS["COCO"](tmp_path)
+    for path in (tmp_path / "val2017").iterdir():
+        path.rename(tmp_path / "train2017" / path.name)
+    splits = load("folder", tmp_path).splits
+    assert {sample.image.stem for sample in splits["val"]} == {"shot 2", "shot 5"}
+
+
+# --- many entries that are wrong --------------------------------------------------------------------------
+def spoil(root):
+    """Spoil a COCO folder of six images in many ways: return the stems of the images that can be used."""
+    def change(content):
+        entries = {}
+        for entry in content["annotations"]:
+            entries.setdefault(entry["image_id"], []).append(entry)
+        first, second, third, _ = entries.values()
+        first[0]["segmentation"].append([3, 3])  # beside good rings
+        second[0]["segmentation"] = dict(size=[84, 112], counts=[5])
+        third[-1]["segmentation"], = third[-1]["segmentation"]  # flat
+        third.append({**third[0], "segmentation": [[1, 1, 9, 9]], "id": 90})
+        content["annotations"].append(third[-1])
+        content["images"].append(dict(id=77, file_name="gone.jpg", height=84, width=112))
+        content["annotations"].append({**first[0], "image_id": 88, "id": 91})
+
+    edit(root, "COCO", change)
+    return {"shot 0", "shot 2", "shot 3", "shot 4", "shot 5"}
+
+
+def test_one_report_of_all_that_is_wrong_and_a_training_on_the_rest(tmp_path, run):
+    root = tmp_path / "data"
+    truth = TOOLS["COCO"](root)
+    good = spoil(root)
+    with pytest.raises(InputError) as error:
+        load("folder", root)
+    text = str(error.value)
+    assert all(name in text for name in ("gone.jpg", "annotation 90", "annotation 91", "skip-bad-labels"))
+    assert "annotation 0," not in text  # its other rings are good
+    source = load("folder", root, skip_bad_labels=True)
+    assert samples_of(source).keys() == good
+    assert any("gone.jpg" in note for note in source.notes)
+    for stem, sample in samples_of(source).items():
+        path = next(path for path in truth if path.stem == stem)
+        assert iou(np.array([0, *(NAMES.index(name) for name, _ in source.classes[1:])])[
+            read_sample(sample, source.table)[1]["mask"].numpy()], truth[path]) > 0.9
+    flags = ["--data-root", root, "--out-dir", tmp_path / "out"]
+    assert run(check_data, *flags)[0] == 1
+    code, text, err = run(check_data, *flags, "--fix", tmp_path / "clean")
+    assert code == 0 and "gone.jpg" in text, text + err
+    clean = load("folder", tmp_path / "clean")
+    assert [name for name, _ in clean.classes] == [name for name, _ in source.classes]
+    for stem, sample in samples_of(clean).items():
+        masks = [read_sample(pair, data.table)[1]["mask"]
+                 for pair, data in ((sample, clean), (samples_of(source)[stem], source))]
+        assert (masks[0] == masks[1]).all()
+
+
+def test_training_and_scoring_leave_out_what_is_wrong(tmp_path, run):
+    root, out = tmp_path / "data", tmp_path / "out"
+    TOOLS["COCO"](root)
+    spoil(root)
+    flags = ["--device", "cpu", "--out-dir", out]
+    training = ["--dataset", "folder", "--data-root", root, "--epochs", 1, "--workers", 0, "--imgsz", 42, 56,
+                "--backbone", "vit_tiny", "--head", "bn", *flags]
+    code, _, err = run(train, *training)
+    assert code == 2 and "gone.jpg" in err
+    code, text, err = run(train, *training, "--skip-bad-labels")
+    assert code == 0 and "gone.jpg" in text, err
+    assert run(evaluate, "--model", out / "best_model_iou.pth", *flags)[0] == 0
+    code, _, err = run(train, *training[2:], "--dataset", "voc", "--skip-bad-labels")
+    assert code == 2 and "--skip-bad-labels" in err
+
+
+def test_masks_without_partner_or_damaged_are_left_out(tmp_path):
+    for seed in range(6):
+        pixels, mask = scene(seed, 3)
+        save(tmp_path / f"images/{seed}.jpg", pixels)
+        save(tmp_path / f"masks/{seed}.png", mask)
+    (tmp_path / "masks/0.png").unlink()
+    (tmp_path / "images/1.jpg").unlink()
+    (tmp_path / "masks/2.png").write_bytes((tmp_path / "masks/2.png").read_bytes()[:99])
+    with refused("0.jpg"):
+        load("folder", tmp_path)
+    source = load("folder", tmp_path, skip_bad_labels=True)
+    assert samples_of(source).keys() == {"3", "4", "5"}
+    assert all(any(name in note for note in source.notes) for name in ("0.jpg", "1.png", "2.png"))
