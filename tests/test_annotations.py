@@ -617,7 +617,8 @@ def test_annotations_of_qupath(tmp_path):
         hole = 5 + 20 * number + np.array([(4, 4), (8, 4), (8, 8), (4, 8), (4, 4)])
         entries.append(dict(type="Feature", id="1-2", properties=dict(objectType=kind, classification=label),
                             geometry=dict(type="Polygon", coordinates=[square.tolist(), hole.tolist()])))
-    dump(tmp_path / "train/shot 0.geojson", entries)
+    (tmp_path / "train/shot 0.geojson").unlink()
+    dump(tmp_path / "train/geojsons/shot 0.png_Annotations.json", entries)
     names, mask = load_mask(tmp_path)
     expected = np.zeros((84, 112), int)
     expected[5:21, 5:21], expected[25:41, 25:41] = names.index("Tumor: Positive"), 255

@@ -1,9 +1,9 @@
 """GeoJSON and GeoPackage files of polygons on a map, and the GeoJSON of QuPath, in pixels of an image.
 
-A file that is called like an image belongs to it, another one to every GeoTIFF that its polygons touch.
-Coordinates are those of the file's reference system, transformed to that of each image and to its pixels; a
-pixel is inside where its center is. Beside an image without georeference they are pixels. Smaller shapes lie
-over larger ones.
+A file that is called like an image (a.geojson, a.tif.geojson, a_annotations.geojson) belongs to it, another
+one to every GeoTIFF that its polygons touch. Coordinates are those of the file's reference system, transformed
+to that of each image and to its pixels; a pixel is inside where its center is. Beside an image without
+georeference they are pixels. Smaller shapes lie over larger ones.
 """
 import sqlite3
 from collections import Counter
@@ -22,6 +22,7 @@ from config import InputError, count_of
 from dataio.annotations.files import AnnotatedImage, Annotations, read_shapes, split_in
 from dataio.annotations.shapes import BadLabel, Bitmap, Shape, area_of
 from dataio.images import BandFile
+from dataio.layout import MASK_AFFIX, common_name
 from utils import grouped, in_parallel
 
 LABEL_KEYS = ("label", "class", "type", "name", "category", "class_name", "classname", "kind")
@@ -79,7 +80,7 @@ def read(files, folder):
     places = dict(zip(folder.images, in_parallel(place_of, folder.images, "reading images"), strict=True))
     beside, over = {}, []
     for layer in layers:
-        own = folder.find_images(layer.path.stem, layer.path)
+        own = folder.find_images((layer.path.stem, common_name(layer.path, MASK_AFFIX)), layer.path)
         if len(own) > 1:
             folder.problems["file of several images of its name: rename them"].append(str(layer.path))
         elif own:
