@@ -410,8 +410,8 @@ def mask_values(annotations, canvases):
     """
     drawn = {shape.label for canvas in canvases for shape in canvas.shapes}
     listed = dict.fromkeys(str(name).strip() for name in annotations.classes)
-    listed = [name for name in listed if name in drawn or not is_background(name)]
-    classes = [*listed, *sorted(drawn - set(listed))]
+    classes = [name for name in listed if name in drawn or not is_background(name)]
+    classes += sorted(drawn - set(classes))
     names = [name for name in classes if not is_background(name) and not is_ignored(name)]
     if not 0 < len(names) < MOST_CLASSES:
         raise InputError(f"{annotations.files[0]} and the files that belong to it name {len(names)} classes; "
