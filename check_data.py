@@ -2,6 +2,7 @@
 
     python check_data.py --data-root my_photos                 # a folder of your own
     python check_data.py --dataset voc --data-root data
+    python check_data.py --dataset hf --data-root OWNER/NAME
     python check_data.py --data-root my_photos --fix clean_photos
 
 Reads every file and writes OUT_DIR/check.png (overlays and the classes' shares). The exit code is 0 where
@@ -17,7 +18,7 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", choices=names("dataset"), default="folder",
                         help="data set (default: folder)")
     parser.add_argument("--data-root", default="data", metavar="DIR",
-                        help="folder that holds it (default: data)")
+                        help="folder that holds it (default: data); hf: or OWNER/NAME")
     parser.add_argument("--unlabelled", choices=("background", "ignore"), default="background",
                         help="folder with annotation files: what has no label, as in train.py")
     add_image_flags(parser, "as train.py")
@@ -41,7 +42,8 @@ import numpy as np
 
 import utils
 import visualize
-from config import IGNORE, DataOptions, InputError, TrainConfig, check_image_flags, count_of
+from config import IGNORE, OWN_DATA, DataOptions, InputError, TrainConfig, check_image_flags, count_of
+from dataio import huggingface
 from dataio.advice import Advice, advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlabelled
@@ -71,7 +73,8 @@ class ScannedData:
     splits: {split: [Sample]}; images, masks: {sample: ImageFacts}, {sample: MaskFacts}; entries: the classes
     [labels.Entry] that files of a folder name. What the masks mean: classes and table as in DataSource, and
     pixels {sample: (K,)}, all None where they do not fit; advice: what to decide first. rule: the ImageRule
-    by which training would read the images, not strict, None where none can be decided.
+    by which training would read the images, not strict, None where none can be decided. names: {mask value:
+    class} that a data set of Hugging Face says; class_list: where a classes.txt is read from.
     """
 
     name: str
@@ -85,6 +88,8 @@ class ScannedData:
     pixels: dict = None
     advice: Advice = field(default_factory=Advice)
     rule: ImageRule = None
+    names: dict = None
+    class_list: Path = None
 
     @property
     def samples(self):
@@ -126,7 +131,12 @@ def find_samples(name, root, unlabelled, report):
 
     What is unpaired in a folder goes into the report. Raises InputError without any data.
     """
-    if name == "folder":
+    if name in OWN_DATA:
+        names, class_list = None, root / "classes.txt"
+        if name == "hf":
+            root, source, names, notes = huggingface.unpack(root)
+            class_list = source / "classes.txt"
+            report.facts += notes
         check_root(root)
         content, source = find_masks(root, skip_bad_labels=True), None
         if unlabelled == "ignore":
@@ -137,7 +147,7 @@ def find_samples(name, root, unlabelled, report):
                "mask without image: add images or move them": content.masks_without_image}
         for problem, entries in (bad | content.bad_labels).items():
             report.skippable += with_files(*problem.split(" ", 1), entries)
-        data = ScannedData(name, root, content.splits, content.entries)
+        data = ScannedData(name, root, content.splits, content.entries, names=names, class_list=class_list)
     else:
         source = find_data(DataOptions(dataset=name, data_root=str(root)))
         data = ScannedData(name, root, source.splits)
@@ -351,6 +361,10 @@ def check_ignored(data, share, report):
 def suggest_classes(data, report):
     """Note in `data` the advice on what the masks could mean, and add it to the report."""
     data.advice = advise(data.samples, data.mask_facts())
+    if data.names:
+        known = [facts.values.tolist() for facts in data.mask_facts() if facts.values is not None]
+        files = huggingface.readings(data.names, set().union(*known))
+        data.advice = Advice(files) if files else data.advice
     for value, paths in data.advice.accidents.items():
         report.warnings += with_files("mask", f"with {value}: an accident?", paths)
     report.hints += data.advice.notes
@@ -359,7 +373,7 @@ def suggest_classes(data, report):
 
 def show_files(data, report):
     """Add what to do with the classes.txt of an Advice to the hints of the report."""
-    files, path = data.advice.files, data.root / "classes.txt"
+    files, path = data.advice.files, data.class_list
     if len(files) > 1:
         report.hints.append("choose between these, the masks do not tell:")
     for title, text in files.items():
@@ -597,7 +611,7 @@ def main():
     if report.problems and fixable and not args.fix:
         report.hints.append("or write a clean copy of what can be used: "
                             f"python check_data.py {flags} --fix OUT")
-    if report.skippable and args.dataset == "folder":
+    if report.skippable and args.dataset in OWN_DATA:
         report.hints.append("or train on what can be used, without a copy: train.py --skip-bad-labels")
     print_report(report, f"python train.py {flags}"
                          + " --unlabelled ignore" * (args.unlabelled == "ignore") + image_flags)

@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch, which scripts import after this
 LONGEST_LINE = 1200  # characters of an error
 IGNORE = 255  # mask value that no loss and no metric counts, whatever the data set stores
+OWN_DATA = ("folder", "hf")  # data sets whose files say what they hold
 PROTOCOLS = ("whole", "slide", "tile")
 TTA = ("flip", "ms", "ms,flip")
 
@@ -207,16 +208,16 @@ class DataOptions:
 
     dataset: str = setting("streets", "data", "data set; streets is drawn by code, nothing to download",
                            kind="dataset", affects="run")
-    data_root: str = setting("data", "data", "folder that holds the data set", metavar="DIR",
-                             affects="nothing")
+    data_root: str = setting("data", "data", "folder that holds the data set; hf: or OWNER/NAME",
+                             metavar="DIR", affects="nothing")
     val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
                                   "validation part, and with --resplit (stratified by class)", type=fraction,
                                   affects="run")
     fold: tuple = setting((), "data", "split into N parts in place of --val-fraction, of which part I "
                           "validates: N runs score every image once", type=fold_of, metavar="I/N",
                           affects="run")
-    classes: tuple = setting((), "data", "class names of a folder that has no classes.txt, in the order of "
-                             "the mask values", nargs="+", metavar="NAME", affects="run")
+    classes: tuple = setting((), "data", "class names of a folder (or hf) that has no class list, in the "
+                             "order of the mask values", nargs="+", metavar="NAME", affects="run")
     resplit: bool = setting(False, "data", "pool training and validation images and split them anew, "
                             "stratified by class", action="store_true", affects="run")
     ignore_background: bool = setting(False, "data", "leave the class called background out: its pixels are "
@@ -645,17 +646,17 @@ def check_image_flags(bands, value_range):
 def check_data_settings(config, flags):
     """Raise InputError for flags of the data set and its images that contradict each other."""
     check_image_flags(config.bands, config.value_range)
-    if flags.get("classes") and config.dataset != "folder":
+    if flags.get("classes") and config.dataset not in OWN_DATA:
         raise InputError(f"--classes names the classes of a folder, and --dataset {config.dataset} has its "
                          "own: leave it out")
     if "unlabelled" in flags and config.dataset != "folder":
         raise InputError("--unlabelled is for annotation files in a folder, and --dataset "
                          f"{config.dataset} has masks: leave it out")
-    if config.skip_bad_labels and config.dataset not in ("folder", "hf"):
+    if config.skip_bad_labels and config.dataset not in OWN_DATA:
         raise InputError(f"--skip-bad-labels is for a folder of your own, and --dataset {config.dataset} is "
                          "complete: leave it out")
     splitting = [name for name in ("val_fraction", "fold") if name in flags]
-    if splitting and config.dataset != "folder" and not config.resplit:
+    if splitting and config.dataset not in OWN_DATA and not config.resplit:
         raise InputError(f"{flag(splitting[0])} has no effect, {config.dataset} has a validation part: add "
                          "--resplit to split all images anew")
     if len(splitting) == 2:

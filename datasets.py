@@ -2,6 +2,7 @@
 
     python train.py --dataset voc --data-root data          # finds data/VOCdevkit/VOC2012, else downloads it
     python train.py --dataset camvid --data-root CamVid
+    python train.py --dataset hf --data-root OWNER/NAME     # of Hugging Face, or a folder of parquet files
 
     data = with_extra(data, "pseudo_labels")                # data.extra: Samples of another folder
 
@@ -11,12 +12,13 @@ import dataclasses
 import hashlib
 import random
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from PIL import Image
 
 from config import IGNORE, DataOptions, InputError, count_of
-from dataio import schema
+from dataio import huggingface, schema
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
 from dataio.folder import folder, refuse_file
@@ -195,6 +197,13 @@ def ade20k(root, options, download):
     return DataSource("ade20k", ADE20K, splits, value_table(entries))
 
 
+def hf(root, options, download):
+    """Hugging Face: parquet files or save_to_disk in a folder, or OWNER/NAME on the Hub, got once."""
+    unpacked = huggingface.unpack(root, download)
+    source = folder(unpacked.folder, options, check=f"--dataset hf --data-root {quote(str(root))}")
+    return dataclasses.replace(source, name="hf", notes=[*unpacked.notes, *source.notes])
+
+
 # A new data set is one function above and one line here: the function and its classes, None where the files
 # say which there are.
 DATASETS = {
@@ -207,6 +216,7 @@ DATASETS = {
     "cityscapes": (cityscapes, CITYSCAPES),
     "ade20k": (ade20k, ADE20K),
     "folder": (folder, None),
+    "hf": (hf, None),
 }
 
 
@@ -230,7 +240,7 @@ def classes_in(sample, source):
     try:
         counts = np.bincount(read_mask(sample.mask, source.table).ravel(), minlength=256)
     except PaintedMask as error:
-        if source.name == "folder":
+        if source.name in ("folder", "hf"):
             raise
         raise InputError(f"{error}; --dataset {source.name} needs those: for masks in colors of your own, "
                          "list them in a classes.txt and give --dataset folder") from None

@@ -17,7 +17,8 @@ def parse_args():
     parser = inference_parser(__doc__, backend=False)
     parser.add_argument("--dataset", choices=names("dataset"),
                         help="data set (default: the one the model was trained on)")
-    parser.add_argument("--data-root", metavar="DIR", help="folder that holds it (default: as in training)")
+    parser.add_argument("--data-root", metavar="DIR",
+                        help="folder that holds it (default: as in training); hf: or OWNER/NAME")
     parser.add_argument("--split", choices=["train", "val", "test", "all"],
                         help="which images of it (default: val; all of another folder that has no val)")
     parser.add_argument("--batch-size", type=batch_images, default=8,
@@ -47,7 +48,7 @@ import engine
 import utils
 import visualize
 from checkpoint import data_options, load_model
-from config import IGNORE, InputError, count_of
+from config import IGNORE, OWN_DATA, InputError, count_of
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
 from dataio.images import stored_of
 from dataio.labels import class_file
@@ -79,7 +80,7 @@ def open_data(args, checkpoint):
         options = name_folder_classes(options, checkpoint)
     folders = [Path(root).resolve() for root in (options.data_root, trained.get("data_root", ""))]
     is_training_data = options.dataset == trained.get("dataset") and folders[0] == folders[1]
-    if options.dataset == "folder" and not is_training_data:
+    if options.dataset in OWN_DATA and not is_training_data:
         data = load_other_folder(options, checkpoint, cache_dir)
     else:
         data = load_data(options, cache_dir)
@@ -112,7 +113,8 @@ def load_other_folder(options, checkpoint, cache_dir):
         names = ", ".join(options.classes[:3]) + ", ..." * (len(options.classes) > 3)
         print(f"no class list in {options.data_root}: mask values 0, 1, ... are read as {names}, the model's "
               "classes")
-    if checkpoint.get("config", {}).get("dataset") == "folder" and has_training_files(data, checkpoint):
+    is_same = checkpoint.get("config", {}).get("dataset") == options.dataset
+    if is_same and has_training_files(data, checkpoint):
         return load_data(options, cache_dir)
     return data
 

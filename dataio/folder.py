@@ -22,11 +22,12 @@ from utils import in_parallel
 MUCH_IGNORED = 0.1  # share of the pixels above which ignoring is likely to be a mistake
 
 
-def folder(root, options, download=False):
+def folder(root, options, download=False, check=""):
     """Return the DataSource of a folder in any layout of dataio/layout.py; every mask is read once.
 
     options: config.DataOptions, of which val_fraction (0: no validation part is drawn), fold,
-    classes (names), unlabelled and skip_bad_labels count. Raises InputError.
+    classes (names), unlabelled and skip_bad_labels count; check: the flags that check_data.py takes for it,
+    where these are others than --data-root. Raises InputError.
     """
     check_root(root)
     content = find_masks(root, options.skip_bad_labels)
@@ -36,7 +37,7 @@ def folder(root, options, download=False):
     if options.unlabelled == "ignore":
         ignore_unlabelled(content, root)
     entries, class_notes = known_classes(root, options.classes, content.entries)
-    more = f"; python check_data.py --data-root {quote(str(root))} says more"
+    more = f"; python check_data.py {check or f'--data-root {quote(str(root))}'} says more"
     try:
         meaning = decode_masks(samples, masks, entries)
     except InputError as error:

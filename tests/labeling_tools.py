@@ -3,13 +3,20 @@ import base64
 import csv
 import io
 import json
+import sqlite3
+import struct
 import zlib
 
 import cv2
 import numpy as np
+import pytest
+import rasterio
 import yaml
+from affine import Affine
 from PIL import Image
 from pycocotools import mask as coco_mask
+from rasterio import warp
+from rasterio.crs import CRS
 from trees import save, scene
 
 COUNT = 6
@@ -440,6 +447,124 @@ def cvat_images(root, only_masks=False):
     return truth
 
 
+def class_masks(root, image, mask):
+    """A black and white PNG of each class of an image: {split}, {name} and {label} in their paths."""
+    truth = {}
+    for name, split, path, ids in scenes(root, image):
+        truth[path] = ids
+        for id in (1, 2):
+            save(root / mask.format(split=split, name=name, label=NAMES[id]), np.uint8(255) * (ids == id))
+    return truth
+
+
+def pairs_of_runs(region, by_columns=True):
+    """Return Kaggle's text of the runs of (H, W) bool: first pixel, from 1, and length."""
+    flat = np.concatenate([[0], region.ravel("F" if by_columns else "C"), [0]]).astype(np.int8)
+    starts, ends = (np.flatnonzero(np.diff(flat) == step) + 1 for step in (1, -1))
+    return " ".join(map(str, np.stack([starts, ends - starts], 1).ravel().tolist()))
+
+
+def kaggle(root, titles="ImageId,EncodedPixels,ClassId", row="{file},{runs},{id}", image="{split}/{name}.jpg",
+           by_columns=True):
+    """Kaggle's train.csv: a row of run lengths for each class of an image, empty ones too."""
+    truth, lines = {}, [titles]
+    for name, _, path, mask in scenes(root, image):
+        truth[path] = mask
+        for id in (2, 1):
+            values = dict(file=path.name, name=name, id=id, label=NAMES[id], height=mask.shape[0],
+                          width=mask.shape[1], runs=pairs_of_runs(mask == id, by_columns))
+            lines.append(row.format(**values))
+    (root / "train.csv").write_text("\r\n".join(lines) + "\r\n")
+    return truth
+
+
+METERS, DEGREES = CRS.from_epsg(32633), CRS.from_epsg(4326)
+
+
+def tiles(root, image="{split}/{name}.tif"):
+    """Write COUNT GeoTIFFs, half a meter a pixel, turned by 20 degrees. Yield (split, path, mask, transform).
+    """
+    for number, (_, split, path, mask) in enumerate(scenes(root, image)):
+        pixels = np.array(Image.open(path))
+        cos, sin = 0.5 * np.cos(0.35), 0.5 * np.sin(0.35)
+        transform = Affine(cos, sin, 400000 + 100 * number, sin, -cos, 5800000)
+        path.unlink()
+        with rasterio.open(path, "w", driver="GTiff", height=mask.shape[0], width=mask.shape[1], count=3,
+                           dtype="uint8", crs=METERS, transform=transform) as file:
+            file.write(pixels.transpose(2, 0, 1))
+        yield split, path, mask, transform
+
+
+def on_map(ring, transform, crs=DEGREES):
+    """Return an outline in pixels as closed positions [[x, y]] of a reference system."""
+    a, b, c, d, e, f = transform[:6]
+    x, y = warp.transform(METERS, crs, *(ring @ np.array([(a, d), (b, e)]) + (c, f)).T)
+    return [*map(list, zip(x, y, strict=True)), [x[0], y[0]]]
+
+
+def features(polygons, key="class", **properties):
+    """Return GeoJSON of [(class, positions)]."""
+    return dict(type="FeatureCollection", features=[
+        dict(type="Feature", properties={key: label, **properties},
+             geometry=dict(type="Polygon", coordinates=[positions])) for label, positions in polygons])
+
+
+def geojson(root, beside=True):
+    """QGIS or geopandas: GeoJSON in degrees, beside each GeoTIFF or one file of all."""
+    truth, polygons = {}, []
+    for _, path, mask, transform in tiles(root):
+        truth[path] = mask
+        found = [(NAMES[id], on_map(ring, transform)) for id, ring in shapes(mask)]
+        if beside:
+            dump(path.with_suffix(".geojson"), features(found, name=None))
+        polygons += found
+    if not beside:
+        dump(root / "labels.geojson", features(polygons, area=7.5))
+    return truth
+
+
+def geopackage(root):
+    """QGIS: a GeoPackage of a layer, in the projection of Europe's agencies."""
+    shapely = pytest.importorskip("shapely")
+    truth, europe = {}, CRS.from_epsg(3035)
+    root.mkdir(exist_ok=True)
+    base = sqlite3.connect(root / "labels.gpkg")
+    base.executescript("""
+        PRAGMA application_id = 0x47504B47;
+        CREATE TABLE gpkg_spatial_ref_sys (srs_name TEXT, srs_id INTEGER PRIMARY KEY, organization TEXT,
+            organization_coordsys_id INTEGER, definition TEXT, description TEXT);
+        CREATE TABLE gpkg_contents (table_name TEXT PRIMARY KEY, data_type TEXT, identifier TEXT, srs_id INT);
+        CREATE TABLE gpkg_geometry_columns (table_name TEXT, column_name TEXT, geometry_type_name TEXT,
+            srs_id INTEGER, z TINYINT, m TINYINT);
+        CREATE TABLE "my labels" (fid INTEGER PRIMARY KEY, geom BLOB, kind TEXT, height REAL);
+        INSERT INTO gpkg_spatial_ref_sys VALUES ('none', 0, 'NONE', 0, 'undefined', ''),
+            ('ETRS89', 3035, 'EPSG', 3035, 'x', '');
+        INSERT INTO gpkg_contents VALUES ('my labels', 'features', 'my labels', 3035), ('t', 'tiles', 't', 0);
+        INSERT INTO gpkg_geometry_columns VALUES ('my labels', 'geom', 'POLYGON', 3035, 0, 0);""")
+    for _, path, mask, transform in tiles(root):
+        truth[path] = mask
+        for id, ring in shapes(mask):
+            polygon = shapely.Polygon(on_map(ring, transform, europe))
+            left, bottom, right, top = polygon.bounds
+            head = b"GP" + bytes([0, 0b00000011]) + struct.pack("<i4d", 3035, left, right, bottom, top)
+            base.execute('INSERT INTO "my labels" VALUES (NULL, ?, ?, 2.5)', (head + polygon.wkb, NAMES[id]))
+    base.commit()
+    base.close()
+    return truth
+
+
+def qupath(root):
+    """QuPath, "Export objects as GeoJSON": in pixels, a file for each image."""
+    truth = {}
+    for name, split, path, mask in scenes(root, "{split}/{name}.png"):
+        truth[path] = mask
+        found = [(dict(name=NAMES[id], color=[200, 0, 0]), [*ring.tolist(), ring[0].tolist()])
+                 for id, ring in shapes(mask)]
+        content = features(found, "classification", objectType="annotation", isLocked=False)
+        dump(root / split / f"{name}.geojson", content)
+    return truth
+
+
 TOOLS = {
     "COCO": coco,
     "COCO, compressed run lengths": lambda root: coco(root, "compressed"),
@@ -472,4 +597,17 @@ TOOLS = {
     "Datumaro": datumaro,
     "Datumaro, masks": lambda root: datumaro(root, "mask"),
     "Roboflow, masks": roboflow_masks,
+    "masks/car/": lambda root: class_masks(
+        root, "images/{split}/{name}.jpg", "masks/{split}/{label}/{name}.png"),
+    "masks/1_car.png": lambda root: class_masks(root, "{split}/{name}.jpg", "{split}/{name}_{label}.png"),
+    "masks/1/car.png": lambda root: class_masks(
+        root, "images/{split}/{name}.jpg", "masks/{name}/{label}.png"),
+    "run lengths, Image_Label": lambda root: kaggle(
+        root, "Image_Label,EncodedPixels", "{file}_{label},{runs}"),
+    "run lengths, class": lambda root: kaggle(
+        root, "id,annotation,width,height,class", "{name},{runs},{width},{height},{label}", by_columns=False),
+    "GeoJSON": geojson,
+    "GeoJSON over all tiles": lambda root: geojson(root, beside=False),
+    "GeoPackage": geopackage,
+    "QuPath": qupath,
 }

@@ -6,6 +6,8 @@ import re
 import time
 from contextlib import suppress
 from itertools import pairwise
+import sqlite3
+import sys
 
 import cv2
 import numpy as np
@@ -13,7 +15,11 @@ import pytest
 from conftest import load, refused
 from PIL import Image
 from pycocotools import mask as coco_mask
-from labeling_tools import NAMES, TOOLS, brush, png_text, scenes
+from labeling_tools import (DEGREES, METERS, NAMES, TOOLS, brush, class_masks, dump, features, kaggle, on_map,
+pairs_of_runs, png_text, scenes, tiles)
+from rasterio import warp
+from rasterio.crs import CRS
+from trees import save
 
 import check_data
 import evaluate
@@ -23,6 +29,7 @@ from config import InputError
 from dataio.annotations import find_masks
 from dataio.annotations.shapes import decode_runs, polygons
 from dataio.annotations.via import class_attribute
+from dataio.layout import NoMasks, find_pairs
 from dataio.readers import read_sample
 
 EXACT = ("run lengths", "masks")  # tools whose files hold pixels, not outlines
@@ -670,7 +677,7 @@ QUICK = {"COCO, Roboflow"}
     pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in TOOLS])
 def test_check_train_evaluate_and_infer_take_the_folder_as_it_is(name, tmp_path, run):
     root, out = tmp_path / "data", tmp_path / "out"
-    TOOLS[name](root)
+    truth = TOOLS[name](root)
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     code, text, err = run(check_data, "--data-root", root, "--out-dir", tmp_path)
     assert code == 0, text + err
@@ -684,7 +691,8 @@ def test_check_train_evaluate_and_infer_take_the_folder_as_it_is(name, tmp_path,
     scored = json.loads((out / "evaluation/metrics.json").read_text())["protocol"]
     trained = json.loads((out / "config.json").read_text())
     assert scored["data_fingerprint"] == trained["data_fingerprint"]
-    code, _, err = run(infer_image, "--model", model, "--input", next(elsewhere.rglob("*.jpg")), *flags)
+    code, _, err = run(infer_image, "--model", model, "--input",
+                       elsewhere / next(iter(truth)).relative_to(root), *flags)
     assert code == 0, err
     assert {path: (elsewhere / path.relative_to(root)).read_bytes() for path in before} == before
 
@@ -701,3 +709,349 @@ def test_check_data_takes_unlabelled_as_train_does(tmp_path, run):
     assert run(check_data, "--dataset", "camvid", "--unlabelled", "ignore")[0] == 2
     assert run(check_data, *flags, "--fix", tmp_path / "clean")[0] == 0
     assert [name for name, _ in load("folder", tmp_path / "clean").classes] == ["car", "tree"]
+
+
+# --- a black and white mask for each class or object ------------------------------------------------------
+MASK_TREES = {  # of the images of a split: (image, mask)
+    "masks/car/1.png": ("images/{name}.png", "masks/{label}/{name}.png"),
+    "masks/car/train/1.png": ("images/{split}/{name}.jpg", "masks/{label}/{split}/{name}.png"),
+    "train/masks/car/1.png": ("{split}/images/{name}.jpg", "{split}/masks/{label}/{name}.png"),
+    "car_masks/1.png": ("images/{name}.jpg", "{label}_masks/{name}.png"),
+    "car/1.png": ("images/{name}.jpg", "{label}/{name}.png"),
+    "masks/1_car.png": ("images/{name}.jpg", "masks/{name}_{label}.png"),
+    "masks/train/1_car_mask.png": ("images/{split}/{name}.jpg", "masks/{split}/{name}_{label}_mask.png"),
+    "1_car.png beside 1.jpg": ("{name}.jpg", "{name}_{label}.png"),
+    "masks/1/car.png": ("images/{name}.jpg", "masks/{name}/{label}.png"),
+    "1/masks/car.png": ("train/{name}/images/{name}.png", "train/{name}/masks/{label}.png"),
+}
+
+
+@pytest.mark.parametrize("tree", MASK_TREES)
+def test_a_mask_of_each_class_in_every_layout(tree, tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES[tree])
+    with pytest.raises(NoMasks):
+        find_pairs(tmp_path)
+    source = load("folder", tmp_path)
+    assert [name for name, _ in source.classes] == list(NAMES)
+    samples = samples_of(source)
+    assert {sample.image for sample in samples.values()} == truth.keys()
+    for sample in samples.values():
+        assert (read_sample(sample, source.table)[1]["mask"].numpy() == truth[sample.image]).all()
+
+
+def test_a_mask_of_each_object_of_an_image(tmp_path):
+    """Data Science Bowl 2018: a class, called object, and names without a meaning."""
+    truth = class_masks(tmp_path, "stage1_train/{name}/images/{name}.png",
+                        "stage1_train/{name}/masks/{name}{label}.png")
+    save(tmp_path / "stage1_test/x/images/x.png", np.zeros((84, 112, 3), np.uint8))
+    names, mask = load_mask(tmp_path)
+    expected = truth[tmp_path / "stage1_train/shot 0/images/shot 0.png"] > 0
+    assert names == ["background", "object"] and (mask == expected).all()
+    assert len(find_masks(tmp_path).samples) == len(truth)
+
+
+def test_masks_of_classes_that_no_image_shares_are_not_one_class(tmp_path):
+    """Each image has the mask of one class, so that images and masks pair by name."""
+    truth = class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    for path in tmp_path.glob("masks/*/*.png"):
+        if (path.parent.name == "car") != (path.stem in ("shot 0", "shot 1", "shot 2")):
+            path.unlink()
+    assert find_pairs(tmp_path).samples
+    names, mask = load_mask(tmp_path, "shot 4")
+    assert names == list(NAMES) and (mask == 2 * (truth[tmp_path / "images/shot 4.png"] == 2)).all()
+
+
+def test_of_masks_of_classes_that_overlap_the_smaller_lies_above(tmp_path):
+    class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    for label, size in (("car", 40), ("tree", 20)):
+        pixels = np.zeros((84, 112), np.uint8)
+        pixels[10:10 + size, 10:10 + size] = 1
+        save(tmp_path / f"masks/{label}/shot 0.png", pixels)
+    _, mask = load_mask(tmp_path)
+    assert (mask[10:30, 10:30] == 2).all() and (mask[30:50, 10:50] == 1).all()
+    assert any("25 %" in note for note in find_masks(tmp_path).notes)
+
+
+@pytest.mark.parametrize(("image", "mask"), [
+    ("images/{name}.jpg", "masks/{name}.png"), ("images/{name}.jpg", "masks/drawn/{name}.png"),
+    ("images/{label}/{name}.jpg", "masks/{label}/{name}.png")])
+def test_other_masks_are_not_taken_for_masks_of_classes(image, mask, tmp_path):
+    class_masks(tmp_path, image.format(name="{name}", label="car"), mask.format(name="{name}", label="car"))
+    assert not find_masks(tmp_path).entries
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (None, "masks/car/shot 9.png"), (b"x", "masks/car/shot 1.png"),
+    (np.arange(84 * 112, dtype=np.uint8).reshape(84, 112), "masks/car/shot 1.png"),
+    (np.eye(50, dtype=np.uint8), "images/shot 1.png")])
+def test_broken_masks_of_classes_are_named(content, named, tmp_path):
+    class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    path = tmp_path / "masks/car/shot 1.png"
+    if content is None:
+        path.rename(path.with_stem("shot 9"))
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save(path, content)
+    with refused(named):
+        find_masks(tmp_path)
+
+
+# --- run lengths in CSV -----------------------------------------------------------------------------------
+HEADS = {  # titles of the columns: (a row, the classes, with which ids in the masks)
+    "ImageId,EncodedPixels,ClassId": ("{file},{runs},{id}", ["class 1", "class 2"]),
+    "ImageId_ClassId,EncodedPixels": ("{file}_{id},{runs}", ["class 1", "class 2"]),
+    "Image_Label,EncodedPixels": ("{file}_{label},{runs}", ["car", "tree"]),
+    "image_id,class_id,rle": ("{name},{label},{runs}", ["car", "tree"]),
+    "id,rle_mask": ("{name},{runs}", ["object"]),
+    " ImageId, EncodedPixels": ("{name}, {runs}", ["object"]),
+    "img,rle_mask": ("{file},{runs}", ["object"]),
+    "ImageId,EncodedPixels,Height,Width,ClassId": (
+        "{name},{runs},{height},{width},{label}", ["car", "tree"]),
+}
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+@pytest.mark.parametrize("titles", HEADS)
+def test_run_lengths_under_every_head(titles, by_columns, tmp_path):
+    row, classes = HEADS[titles]
+    truth = kaggle(tmp_path, titles, row, by_columns=by_columns)
+    (tmp_path / "sample_submission.csv").write_text(f"{titles}\nx.jpg,1 1\n")
+    source = load("folder", tmp_path)
+    assert [name for name, _ in source.classes] == ["background", *classes]
+    assert len(samples_of(source)) == len(truth)
+    for sample in samples_of(source).values():
+        expected = np.minimum(truth[sample.image], len(classes))
+        assert (read_sample(sample, source.table)[1]["mask"].numpy() == expected).all()
+    assert not find_masks(tmp_path).doubts
+
+
+def test_run_lengths_of_square_images_are_taken_by_columns_and_that_is_a_doubt(tmp_path):
+    mask = np.zeros((60, 60), bool)
+    mask[10:20, 5:55] = True
+    lines = ["ImageId,EncodedPixels"]
+    for number in range(3):
+        save(tmp_path / f"{number}.png", np.zeros((60, 60, 3), np.uint8))
+        lines.append(f"{number}.png,{pairs_of_runs(mask)}")
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    assert (load_mask(tmp_path, "0")[1] == mask).all() and len(find_masks(tmp_path).doubts) == 1
+
+
+def test_runs_of_smaller_shapes_lie_above_and_an_empty_cell_is_background(tmp_path):
+    kaggle(tmp_path)
+    small, large = np.zeros((2, 84, 112), bool)
+    small[20:30, 20:30] = large[10:50, 10:60] = True
+    lines = ["ImageId,EncodedPixels,ClassId", f"shot 0.jpg,{pairs_of_runs(small)},1",
+             f"shot 0.jpg,{pairs_of_runs(large)},2", "shot 1.jpg,,1", "shot 3.jpg,-1,"]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    _, mask = load_mask(tmp_path)
+    assert (mask == 2 * large - 1 * small).all() and not load_mask(tmp_path, "shot 1")[1].any()
+    assert {sample.image.stem for sample in find_masks(tmp_path).samples} == {"shot 0", "shot 1", "shot 3"}
+
+
+@pytest.mark.parametrize("text", [
+    "1 3 9", "0 5", "9408 2", "1 3 2 4", "5 0", "5 -1", "a b", "1.5 2", "99999999999999999999 1",
+    "9223372036854775807 9223372036854775807", "1_0 1"])
+def test_broken_run_lengths_are_named_with_their_line(text, tmp_path):
+    kaggle(tmp_path, "Id,EncodedPixels", "{file},{runs}")
+    path = tmp_path / "train.csv"
+    path.write_text(path.read_text() + f"shot 0.jpg,{text}\n")
+    with refused("train.csv line 14"):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize(("line", "named"), [
+    ("gone.jpg,1 1,1", "gone.jpg"), ("shot 0.jpg", "train.csv line 14"),
+    ("shot 0.jpg,1 1,", "train.csv line 14")])
+def test_broken_rows_of_run_lengths_are_named(line, named, tmp_path):
+    kaggle(tmp_path)
+    path = tmp_path / "train.csv"
+    path.write_text(path.read_text() + line)
+    with refused(named):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    "ImageId,Label\na.jpg,cat\n", "id,annotation\n1,a cat\n", "", "\x00", "id,mask\na,a.png\n"])
+def test_other_csv_files_are_no_run_lengths(text, tmp_path):
+    kaggle(tmp_path)
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(NoMasks):
+        find_masks(tmp_path)
+
+
+# --- polygons on a map ------------------------------------------------------------------------------------
+RING = np.array([(10.2, 8.1), (90.3, 15.2), (70.7, 75.6), (20.4, 60.9)])
+HOLE = np.array([(40.3, 30.2), (60.1, 30.4), (55.5, 50.3), (38.2, 45.1)])
+
+
+@pytest.fixture
+def tile(tmp_path):
+    """A folder with GeoTIFFs and the (path, transform) of the first."""
+    (_, path, _, transform), *_ = tiles(tmp_path)
+    return tmp_path, path, transform
+
+
+def inside(polygon, transform, crs, size=(84, 112)):
+    """Return (H, W) bool: whose pixel centers are in a polygon of shapely, in a reference system."""
+    shapely = pytest.importorskip("shapely")
+    rows, columns = np.mgrid[:size[0], :size[1]] + 0.5
+    a, b, c, d, e, f = transform[:6]
+    x, y = a * columns + b * rows + c, d * columns + e * rows + f
+    x, y = map(np.array, warp.transform(METERS, crs, x.ravel(), y.ravel()))
+    return shapely.contains_xy(polygon, x, y).reshape(size)
+
+
+@pytest.mark.parametrize("code", [4326, 32633, 3035, 2180])  # of the last, the first axis is north
+def test_polygons_on_a_map_cover_the_pixels_whose_centers_are_inside(code, tile):
+    """Of a turned image and other reference systems, with a hole, each polygon by itself, beyond the edge."""
+    shapely = pytest.importorskip("shapely")
+    root, path, transform = tile
+    crs = CRS.from_epsg(code)
+    polygons = [[on_map(ring + move, transform, crs) for ring in (RING, HOLE)] for move in (0, (60, 30))]
+    content = features([("car", [])])
+    content["crs"] = dict(type="name", properties=dict(name=f"urn:ogc:def:crs:EPSG::{code}"))
+    if code == 4326:
+        content.pop("crs")
+    content["features"][0]["geometry"] = dict(type="MultiPolygon", coordinates=polygons)
+    dump(path.with_suffix(".geojson"), content)
+    expected = np.any([inside(shapely.Polygon(outer, [hole]), transform, crs) for outer, hole in polygons], 0)
+    _, mask = load_mask(root)
+    assert (mask == expected).all() and 3000 < expected.sum() < 8000
+
+
+def test_one_file_is_cut_to_all_tiles_that_it_touches(tmp_path):
+    """A tile between the others is background, one beyond them is not used."""
+    shapely = pytest.importorskip("shapely")
+    found = list(tiles(tmp_path))
+    far = np.array([(-20.0, 20.0), (440.0, 190.0), (440.0, 230.0), (-20.0, 60.0)])  # over the first three
+    polygons = [("car", on_map(far, found[0][3])), ("tree", on_map(RING, found[4][3]))]
+    dump(tmp_path / "labels.geojson", features(polygons))
+    samples = {sample.image for sample in find_masks(tmp_path).samples}
+    assert samples == {path for _, path, _, _ in found[:5]}
+    for _, path, _, transform in found[:5]:
+        names, mask = load_mask(tmp_path, path.stem)
+        expected = np.zeros((84, 112), int)
+        for id, (_, positions) in enumerate(polygons, 1):
+            expected[inside(shapely.Polygon(positions), transform, DEGREES)] = id
+        assert (mask == expected).all() and names == list(NAMES)
+        assert expected.any() == (path.stem != "shot 3")
+
+
+@pytest.mark.parametrize(("properties", "names"), [
+    ([dict(id=1, Type="car"), dict(id=2, Type="tree")], ["car", "tree"]),
+    ([dict(surface="car", area=2.5), dict(surface="tree", area=3.5)], ["car", "tree"]),
+    ([dict(label=1, note="x"), dict(label=2, note="y")], ["class 1", "class 2"]),
+    ([dict(area=1.5), dict(area=2.5)], ["object"]), ([None, None], ["object"])])
+def test_the_property_that_names_the_classes(properties, names, tile):
+    root, path, transform = tile
+    content = features([("x", on_map(ring, transform)) for ring in (RING, HOLE)])
+    for feature, values in zip(content["features"], properties, strict=True):
+        feature["properties"] = values
+    dump(path.with_suffix(".geojson"), content)
+    found, mask = load_mask(root)
+    assert found == ["background", *names]
+    assert mask[40, 50] == len(names) and mask[20, 30] == 1  # the smaller lies above
+
+
+def test_files_without_such_a_property_are_the_classes_themselves(tile):
+    root, path, transform = tile
+    for name, ring in (("houses", RING), ("pools", HOLE)):
+        dump(root / f"{name}.geojson", features([(1.5, on_map(ring, transform))]))
+    names, mask = load_mask(root)
+    assert names == ["background", "houses", "pools"] and mask[40, 50] == 2 and mask[20, 30] == 1
+
+
+def test_coordinates_without_a_reference_system(tile):
+    """Numbers beyond 180 are no degrees; beside an image that lies nowhere they are pixels."""
+    root, path, transform = tile
+    dump(path.with_suffix(".geojson"), features([("car", on_map(RING, transform, METERS))]))
+    save(root / "plain.png", np.zeros((84, 112, 3), np.uint8))
+    dump(root / "plain.geojson", features([("car", [*RING.tolist(), RING[0].tolist()])]))
+    assert len(find_masks(root).doubts) == 1
+    first, second = load_mask(root)[1], load_mask(root, "plain")[1]
+    assert (first != second).mean() < 0.015 and first.sum() > 2000
+
+
+def test_annotations_of_qupath(tmp_path):
+    """Holes, classes that are derived or not counted, and cells, which are left aside."""
+    TOOLS["QuPath"](tmp_path)
+    kinds = [("annotation", dict(name="Tumor: Positive")), ("annotation", "Ignore*"), ("cell", "x")]
+    entries = []
+    for number, (kind, label) in enumerate(kinds):
+        square = 5 + 20 * number + np.array([(0, 0), (16, 0), (16, 16), (0, 16), (0, 0)])
+        hole = 5 + 20 * number + np.array([(4, 4), (8, 4), (8, 8), (4, 8), (4, 4)])
+        entries.append(dict(type="Feature", id="1-2", properties=dict(objectType=kind, classification=label),
+                            geometry=dict(type="Polygon", coordinates=[square.tolist(), hole.tolist()])))
+    (tmp_path / "train/shot 0.geojson").unlink()
+    dump(tmp_path / "train/geojsons/shot 0.png_Annotations.json", entries)
+    names, mask = load_mask(tmp_path)
+    expected = np.zeros((84, 112), int)
+    expected[5:21, 5:21], expected[25:41, 25:41] = names.index("Tumor: Positive"), 255
+    expected[9:13, 9:13] = expected[29:33, 29:33] = 0
+    assert (mask == expected).all() and "x" not in names
+
+
+BROKEN_FEATURES = [
+    dict(geometry=None), dict(geometry=dict(type="Polygon")), dict(geometry=5), dict(geometry="a line"),
+    dict(properties=dict(label="")), dict(properties=7), dict(geometry=dict(type="Polygon", coordinates=[])),
+    dict(geometry=dict(type="Polygon", coordinates=[[[1, "a"]] * 4])),
+    dict(geometry=dict(type="Polygon", coordinates=[[[1, float("nan")]] * 4])),
+    dict(geometry=dict(type="CurvePolygon", coordinates=[])),
+]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("values", BROKEN_FEATURES)
+def test_broken_features_are_named(values, beside, tile):
+    root, path, transform = tile
+    content = features([("car", on_map(RING, transform))] * 3, "label")
+    if values.get("geometry") == "a line":
+        values = dict(geometry=dict(type="Polygon", coordinates=[on_map(RING[:2], transform)]))
+    content["features"][0].update(values)
+    file = path.with_suffix(".geojson") if beside else root / "all.geojson"
+    dump(file, content)
+    with refused(f"{file.name} feature 1"):
+        find_masks(root)
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda content: content.update(crs=dict(properties=dict(name="EPSG:1"))), "a.geojson"),
+    (lambda content: content.update(crs=dict(properties=dict(name="EPSG:3857"))), "a.geojson"),
+    (lambda content: content.update(crs="x"), "a.geojson"),
+    (lambda content: content["features"].clear(), "no shape"),
+    (lambda content: content["features"].append(7), "a.geojson feature 2")])
+def test_broken_files_on_a_map_are_named(change, named, tile):
+    root, _, transform = tile
+    content = features([("car", on_map(RING, transform))])
+    change(content)
+    dump(root / "a.geojson", content)
+    with refused(named):
+        find_masks(root)
+
+
+@pytest.mark.parametrize(("name", "content", "advice"), [
+    ("a.shp", b"", "ogr2ogr"), ("a.gpkg", b"", "a.gpkg"), ("a.gpkg", b"x" * 5000, "a.gpkg")])
+def test_files_that_are_no_geopackage_are_named(name, content, advice, tile):
+    root, *_ = tile
+    (root / name).write_bytes(content)
+    with refused(name, advice):
+        find_masks(root)
+
+
+@pytest.mark.parametrize("blob", ["NULL", "x'00'", "x'4750000100000000'", "'text'", "7"])
+def test_broken_geometries_of_a_geopackage_are_named(blob, tmp_path):
+    TOOLS["GeoPackage"](tmp_path)
+    base = sqlite3.connect(tmp_path / "labels.gpkg")
+    base.execute(f'UPDATE "my labels" SET geom = {blob} WHERE fid = 2')
+    base.commit()
+    base.close()
+    with refused("labels.gpkg my labels feature 2"):
+        find_masks(tmp_path)
+
+
+def test_without_shapely_a_geopackage_is_named(tmp_path, monkeypatch):
+    TOOLS["GeoPackage"](tmp_path)
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    with refused("labels.gpkg", "pip install shapely"):
+        find_masks(tmp_path)

@@ -9,8 +9,9 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
-from dataio.annotations import (coco, cvat, datumaro, isat, label_studio, label_studio_masks, labelme,
-                                superannotate, supervisely, unread, via, via3, yolo)
+from dataio.annotations import (class_masks, coco, csv_runs, cvat, datumaro, geo, isat, label_studio,
+                                label_studio_masks, labelme, superannotate, supervisely, unread, via, via3,
+                                yolo)
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -28,6 +29,9 @@ TOOLS = {  # the first that has files in a folder is read
     "ISAT": isat,
     "Datumaro": datumaro,
     "YOLO": yolo,
+    "a mask per class": class_masks,
+    "run lengths in CSV": csv_runs,
+    "GeoJSON or GeoPackage": geo,
 }
 
 
@@ -35,14 +39,21 @@ def find_masks(root, skip_bad_labels=False):
     """Return the FolderContent of the images and masks under `root`: those of layout.find_pairs, else masks
     drawn from annotation files. Raises InputError, for what cannot be used unless skip_bad_labels.
     """
+    pairs, tools, refusal = None, TOOLS, None
     try:
-        return find_pairs(root)
+        pairs = find_pairs(root)
+        if not class_masks.are_classes(pairs.samples, root):
+            return pairs
+        tools = {"a mask per class": class_masks}  # images of one class each, which pair by name
     except NoMasks as error:
-        folder = FolderFiles(root)
-        found = {tool: files for tool, reader in TOOLS.items() if (files := reader.find_files(folder))}
-        if not found:
-            reason = unread.explain(folder)
-            raise NoMasks(f"{reason}; {error}" if reason else str(error)) from None
+        refusal = error
+    folder = FolderFiles(root)
+    found = {tool: files for tool, reader in tools.items() if (files := reader.find_files(folder))}
+    if not found and refusal:
+        reason = unread.explain(folder)
+        raise NoMasks(f"{reason}; {refusal}" if reason else str(refusal))
+    if not found:
+        return pairs
     tool, *others = found
     content = draw_annotations(folder, tool, TOOLS[tool].read(found[tool], folder), skip_bad_labels)
     content.notes += [f"left aside: {len(found[other])} files of {other}" for other in others]

@@ -22,9 +22,9 @@ FORM_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, Over
 class AnnotatedImage(NamedTuple):
     """What an annotation file holds of an image.
 
-    name: what it calls the image file, or a tuple of names to try; source: the file and entry; path: the
-    file, whose folders tell which of several images is meant. shapes: [Shape]. size: the (H, W) of the image
-    that the file gives, None = none. split: train, val or test where the file says so.
+    name: what it calls the image file, or a tuple of names to try, or the Path of the image; source: the file
+    and entry; path: the file, whose folders tell which of several images is meant. shapes: [Shape]. size: the
+    (H, W) of the image that the file gives, None = none. split: train, val or test where the file says so.
     """
 
     name: str
@@ -40,7 +40,8 @@ class Annotations(NamedTuple):
 
     classes: names in order, or [] for those of the shapes. images: [AnnotatedImage]. files: that were read.
     shares: whether points are shares 0..1 of the sides. by_area: whether smaller shapes lie over larger ones
-    rather than later ones over earlier. notes: lines on how the files were understood.
+    rather than later ones over earlier. notes, doubts: lines on how the files were understood, and on what of
+    that may be wrong.
     """
 
     classes: list
@@ -49,6 +50,7 @@ class Annotations(NamedTuple):
     shares: bool = False
     by_area: bool = False
     notes: list = ()
+    doubts: list = ()
 
 
 class FolderFiles:
@@ -92,8 +94,10 @@ class FolderFiles:
 
     def find_images(self, names, near, split=""):
         """Return the image files that an annotation file `near` calls by one of `names`: of several, those
-        whose folders fit best, then those of the split.
+        whose folders fit best, then those of the split. A Path is the file itself.
         """
+        if isinstance(names, Path):
+            return [names]
         for name in names if isinstance(names, tuple) else (names,):
             *folders, file_name = str(name).replace("\\", "/").lower().split("/")
             candidates = (self.by_name.get(file_name) or self.by_stem.get(file_name)

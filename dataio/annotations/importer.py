@@ -104,7 +104,7 @@ def draw_annotations(folder, tool, annotations, skip_bad_labels=False):
     nothing = Counter()  # {kind: shapes of it}
     for canvas in canvases:
         judge_shapes(canvas, annotations, problems, nothing)
-    doubts = decide_frames(canvases, annotations.shares)
+    doubts = [*annotations.doubts, *decide_frames(canvases, annotations.shares)]
     doubts += judge_frames(canvases, annotations.shares, problems)
     good = [canvas for canvas in canvases if not canvas.is_bad]
     bad = {problem: [relative(entry, root) for entry in entries] for problem, entries in problems.items()}

@@ -1,0 +1,174 @@
+"""Run lengths in a CSV file, as Kaggle's contests have them: `ImageId,EncodedPixels[,ClassId]` and the like.
+
+    ImageId,EncodedPixels,ClassId          Image_Label,EncodedPixels          id,rle_mask
+    a.jpg,1 3 10 5,2                       a.jpg_Fish,264918 937 266318 987   575d24d81d,
+
+EncodedPixels are pairs of a first pixel, from 1, and a length; an empty cell means that there is nothing.
+Pixels are numbered column by column in most contests, row by row in others: the shapes tell.
+"""
+import csv
+import math
+import re
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from config import InputError
+from dataio.annotations.files import AnnotatedImage, Annotations
+from dataio.annotations.shapes import BadLabel, Shape, runs_bitmap
+from dataio.images import MOST_PIXELS, image_size
+from utils import evenly_sampled, grouped, in_parallel
+
+IMAGE_COLUMNS = ("imageid", "image", "img", "filename", "file", "imagename", "imageidclassid", "imagelabel",
+                 "imageclass", "imageclassid", "idclass", "id", "name")
+CLASS_COLUMNS = ("classid", "class", "label", "classname", "labelname", "category", "categoryid", "labelid")
+RUN_COLUMNS = ("encodedpixels", "encodedpixel", "encoding", "rle", "rlemask", "runlengths", "annotation",
+               "segmentation", "mask")
+SIDES = (("height", "imgheight", "imageheight"), ("width", "imgwidth", "imagewidth"))
+NOTHING = ("", "-1", "nan")
+OBJECT = "object"  # the class of files without a column for it
+COMPARED = 200  # shapes that tell the order of the pixels
+CLEAR = 0.8  # share of the steps from line to line that the right order has at most of those of the other
+
+
+class Row(NamedTuple):
+    """A row of a file. size: the (H, W) that it gives, or None; where: the file and the line."""
+
+    image: str
+    label: str
+    runs: str
+    size: tuple
+    where: str
+
+
+def find_files(folder):
+    """Return the files of a FolderFiles with run lengths, without those that are to be handed in."""
+    return [path for path in folder.with_ending(".csv")
+            if "submission" not in path.stem.lower() and holds_runs(path)]
+
+
+def holds_runs(path):
+    """Return whether a file has the columns, and pairs of numbers in the first row that is not empty."""
+    try:
+        first = next((row.runs for row in read_rows(path) if row.runs.lower() not in NOTHING), "")
+    except (InputError, OSError, ValueError, LookupError, csv.Error):
+        return False
+    return bool(re.fullmatch(r"\d+(\s+\d+)+", first))
+
+
+def read(files, folder):
+    """Return the Annotations of files."""
+    rows, paths = [], {}  # {name of an image: the file that has it}
+    for path in files:
+        with folder.reading(path, "run-length"):
+            try:
+                found = list(read_rows(path))
+            except csv.Error as error:
+                raise InputError(f"{path} is not a readable CSV file ({error}): export it again") from None
+            rows += found
+            paths |= dict.fromkeys((row.image for row in found), path)
+    by_name = grouped(rows, lambda row: row.image)
+    sizes = dict(zip(by_name, in_parallel(lambda name: size_of(by_name[name][0], paths[name], folder),
+                                          list(by_name), "reading images"), strict=True))
+    sizes = {name: None if isinstance(size, InputError) else size for name, size in sizes.items()}
+    by_columns, notes, doubts = find_order(rows, sizes)
+    images = []
+    for name, entries in by_name.items():
+        shapes = [Shape(row.label, "run lengths", row.where,
+                        bitmap=partial(decode_pairs, row.runs, sizes[name], by_columns))
+                  for row in entries if sizes[name] and row.runs.lower() not in NOTHING]
+        images.append(AnnotatedImage(name, entries[0].where, paths[name], shapes, sizes[name]))
+    classes = sorted({row.label for row in rows} - {""},
+                     key=lambda label: (len(label) * label[-1:].isdecimal(), label))
+    if classes == [OBJECT]:
+        notes.append(f"no column names classes: the only one is called {OBJECT}")
+    return Annotations(classes, images, files, by_area=True, notes=notes, doubts=doubts)
+
+
+def read_rows(path):
+    """Yield the Rows of a file. Raises KeyError without its columns, and InputError."""
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        titles = [re.sub(r"[\s_.-]", "", title).lower() for title in next(reader, [])]
+        image, label, runs, height, width = (
+            next((titles.index(name) for name in names if name in titles), None)
+            for names in (IMAGE_COLUMNS, CLASS_COLUMNS, RUN_COLUMNS, *SIDES))
+        if image is None or runs is None:
+            raise KeyError(f"no columns of images and runs: {', '.join(titles)}")
+        joined = re.search("label|class", titles[image])
+        for cells in filter(None, reader):
+            where = f"{path} line {reader.line_num}"
+            if len(cells) < len(titles):
+                raise InputError(f"{where} has {len(cells)} cells of {len(titles)}: export it again")
+            name, kind = cells[image].strip(), OBJECT if label is None else cells[label].strip()
+            if joined:
+                name, kind = name_and_class(name)
+            kind = f"class {kind}" if kind.isdecimal() else kind
+            sides = [cells[side] for side in (height, width) if side is not None]
+            yield Row(name, kind, cells[runs].strip(), size_from(sides), where)
+
+
+def name_and_class(text):
+    """Return the name of the image and the class in `a.jpg_Fish`."""
+    match = re.fullmatch(r"(.+\.[A-Za-z]{3,4})_(.+)", text) or re.fullmatch(r"(.+)_([^_]+)", text)
+    return match.groups() if match else (text, "")
+
+
+def size_from(texts):
+    """Return the (H, W) of two cells, None where they are none."""
+    size = tuple(int(text) for text in texts if text.isdecimal() and len(text) < 6)
+    return size if len(size) == 2 and 0 < math.prod(size) <= MOST_PIXELS else None
+
+
+def size_of(row, path, folder):
+    """Return the (H, W) of the image of a Row, None where there is no such image. Raises InputError."""
+    images = folder.find_images(row.image, path)
+    return row.size or (image_size(images[0]) if images else None)
+
+
+def read_pairs(text, size):
+    """Return the first pixels, from 0, and the ends of runs, (n,) int64. Raises BadLabel."""
+    try:
+        numbers = np.array([int(number) for number in text.replace("_", "?").split()], np.int64)
+    except (ValueError, OverflowError):
+        raise BadLabel("with run lengths that are not pairs of numbers") from None
+    if len(numbers) % 2:
+        raise BadLabel("with an odd count of numbers, where each run has two")
+    starts, lengths = numbers[::2] - 1, numbers[1::2]
+    pixels, order = math.prod(size), np.argsort(starts)
+    if numbers.min() < 1 or numbers.max() > pixels or (starts + lengths).max() > pixels:
+        raise BadLabel(f"with runs outside of its image, whose pixels are numbered from 1 to {pixels}")
+    starts, ends = starts[order], (starts + lengths)[order]
+    if (starts[1:] < ends[:-1]).any():
+        raise BadLabel("with runs that overlap")
+    return starts, ends
+
+
+def decode_pairs(text, size, by_columns):
+    """Return the Bitmap of pairs of a first pixel, from 1, and a length. Raises BadLabel."""
+    borders = np.stack(read_pairs(text, size), 1).ravel()
+    return runs_bitmap(np.diff(borders, prepend=0, append=math.prod(size)), *size, by_columns)
+
+
+def find_order(rows, sizes):
+    """Return (whether pixels are numbered column by column, notes, doubts): in the right order, neighboring
+    columns or rows look alike; those of square images do so in either.
+    """
+    tells = [row for row in rows if sizes[row.image] and sizes[row.image][0] != sizes[row.image][1]
+             and len(row.runs.split()) > 2]
+    steps = np.zeros(2)
+    for row in evenly_sampled(tells, COMPARED):
+        height, width = size = sizes[row.image]
+        try:
+            pixels = decode_pairs(row.runs, size, by_columns=True).pixels.T.ravel()
+        except BadLabel:
+            continue  # named later
+        steps += [np.count_nonzero(pixels[side:] != pixels[:-side]) for side in (height, width)]
+    by_columns, names = bool(steps[0] <= steps[1]), ("column by column", "row by row")
+    if steps.min() < CLEAR * steps.max():
+        return by_columns, [f"pixels are numbered {names[not by_columns]}: so shapes hold together"], []
+    reason = "" if tells else ", because all images are square"
+    return True, [], [f"nothing tells whether pixels are numbered {names[0]} or {names[1]}{reason}: taken as "
+                      f"{names[0]}, as in most contests of Kaggle; check.png of check_data.py shows it"]

@@ -1,0 +1,337 @@
+"""Data sets of Hugging Face: folders of parquet files, of `save_to_disk`, or OWNER/NAME on the Hub.
+
+    unpacked = unpack("owner/name")        # unpacked.folder: train/images train/masks ... and classes.txt
+
+A column of the type Image holds the photos, another one the masks. Their files are written as they are, once,
+into the user's cache (~/.cache/dinoseg/hf), and read from there as a folder. Without the package `datasets`:
+pyarrow reads the files, and a folder asks no network.
+"""
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from config import IGNORE, InputError, count_of
+from dataio.annotations.files import split_in
+from dataio.layout import SPLIT_OF, list_images, words_of
+from dataio.readers import drawn_folder
+from dataio.scan import fill_folder
+from utils import write_atomically
+
+VERSION = 1  # of the files that are written
+IMAGE_COLUMNS = ("image", "pixel_values", "img", "images", "photo", "picture", "input", "input_image", "rgb")
+MASK_COLUMNS = ("annotation", "label", "mask", "labels", "segmentation", "segmentation_mask", "semantic_mask",
+                "semantic_segmentation", "annotations", "masks", "ground_truth", "gt", "target", "seg_map")
+BATCH = 16  # rows in memory
+ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"II": ".tif", b"MM": ".tif", b"GIF8": ".gif",
+           b"BM": ".bmp", b"RIFF": ".webp"}  # by the first bytes of a file
+HUB_FILES = ("*.parquet", "*.arrow", "*id2label.json", "*dataset_info.json", "*classes.txt", "README.md")
+CONVERTED = "refs/convert/parquet"  # the branch of the Hub with files that it converted itself
+
+
+class Unpacked(NamedTuple):
+    """folder: of images and masks; source: the folder that it was made of, where a classes.txt of one's own
+    lies; names: {mask value: class} that the data set says, {} = none; notes: lines on what was taken.
+    """
+
+    folder: Path
+    source: Path
+    names: dict
+    notes: list
+
+
+def unpack(root, download=True):
+    """Return the Unpacked of a folder or of the name of a data set on the Hub. Raises InputError."""
+    source = find_source(root, download)
+    files = data_files(source)
+    if not files:
+        raise InputError(f"--data-root {root} holds no .parquet files, and no .arrow files of save_to_disk")
+    features = read_features(files[0])
+    kinds = {name: kind_of(feature) for name, feature in features.items()}
+    columns = choose_columns(files[0], kinds)
+    target = drawn_folder().parent / "hf" / key_of(source, files, columns)
+    fill_folder(target, lambda path, folder: write_rows(path, source, columns, folder), files, "unpacking")
+    own = source / "classes.txt"
+    names, of = ({}, own) if own.is_file() else class_names(source, features)
+    text = own.read_bytes() if own.is_file() else class_list(names).encode()
+    write_class_list(target / "classes.txt", text)
+    pairs, rows = len(list(target.glob("*/masks/*"))), sum(map(count_rows, files))
+    notes = [f"{count_of(len(files), 'file')} of Hugging Face: images of the column `{columns[0]}`, masks of "
+             f"`{columns[1]}`; {count_of(pairs, 'pair')} written to {target}"]
+    others = [name for name, kind in kinds.items() if kind == "Image" and name not in columns]
+    notes += [f"left aside: the columns {', '.join(others)}"] * bool(others)
+    notes += [f"left out: {count_of(rows - pairs, 'row')} without a mask"] * (rows > pairs)
+    notes += [f"the classes are those of {of}"] * bool(of)
+    return Unpacked(target, source, names, notes)
+
+
+# --- files ------------------------------------------------------------------------------------------------
+def find_source(root, download):
+    """Return the folder of a data set: `root` itself, else that of the Hub's cache. Raises InputError."""
+    if Path(root).is_dir():
+        return Path(root)
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:/(.+))?", str(root))
+    if not match:
+        raise InputError(f"--data-root {root} does not exist: give a folder of .parquet files, or the name "
+                         "OWNER/NAME of a data set on the Hugging Face Hub")
+    name, inner = match.groups()
+    source = snapshot(name, download)
+    if not data_files(source):
+        source = snapshot(name, download, CONVERTED)
+    source = source / (inner or "")
+    if not source.is_dir():
+        raise InputError(f"--data-root {root}: the data set {name} has no folder {inner}")
+    return source
+
+
+def snapshot(name, download, revision=None):
+    """Return the folder of a data set in the Hub's cache, downloaded where it may be. Raises InputError."""
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=HUB_FILES,
+                                      local_files_only=not download))
+    except Exception as error:  # those of networks, of the Hub, of names: not of one class
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise InputError(f"--data-root {name} is not a folder, and no data set of this name was found on the "
+                         f"Hugging Face Hub or in its cache ({type(error).__name__}: {reason}): check the "
+                         "name and the network; for a gated one, log in with `hf auth login`") from None
+
+
+def data_files(source):
+    """Return the parquet files of a folder, else its arrow files. Raises InputError for several
+    configurations.
+    """
+    files = list_images(source, (".parquet",)) or [
+        path for path in list_images(source, (".arrow",)) if not path.name.startswith(("cache-", "tmp"))]
+    inner = {path.relative_to(source).parts[:-1] for path in files}
+    configurations = {tuple(name for name in names if not {*words_of(name)} & {*SPLIT_OF, "data"})
+                      for names in inner}
+    if len(configurations) > 1:
+        names = sorted("/".join(names) for names in configurations)
+        raise InputError(f"--data-root {source} holds several configurations, {', '.join(names[:8])}: give "
+                         "one of these folders (OWNER/NAME/FOLDER)")
+    return files
+
+
+def split_of(path, source):
+    """Return the split of a file by its name, else by those of its folders; train where none says one."""
+    names = [path.stem, *reversed(path.relative_to(source).parts[:-1])]
+    return next(filter(None, map(split_in, names)), "train")
+
+
+def key_of(source, files, columns):
+    """Return the name of the folder for what is unpacked, a hash of all that it depends on."""
+    state = hashlib.sha256(f"{VERSION} {columns}\n".encode())
+    for path in files:
+        facts = path.stat()
+        state.update(f"{path.relative_to(source)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return state.hexdigest()[:16]
+
+
+# --- what is in them --------------------------------------------------------------------------------------
+def arrow():
+    """Return the package pyarrow. Raises InputError where it is missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("--dataset hf reads its files with pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def opened(path):
+    """Return a pyarrow ParquetFile or the reader of an arrow file. Raises InputError."""
+    pyarrow = arrow()
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pyarrow.parquet.ParquetFile(path)
+        try:
+            return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        except pyarrow.ArrowInvalid:
+            return pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path, error):
+    """Return the InputError of a file that cannot be read."""
+    return InputError(f"{path} is damaged ({' '.join(str(error).split())}): download or export it again")
+
+
+def batches(path, columns):
+    """Yield the rows of a file as record batches of some columns. Raises InputError."""
+    file = opened(path)
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from file.iter_batches(BATCH, columns=list(columns))
+        else:
+            for batch in stored_batches(file):
+                for start in range(0, batch.num_rows, BATCH):
+                    yield batch.slice(start, BATCH).select(list(columns))
+    except (arrow().ArrowException, OSError, KeyError) as error:
+        raise damaged(path, error) from None
+
+
+def stored_batches(file):
+    """Return the record batches of an arrow file, a stream or not."""
+    is_stream = hasattr(file, "read_next_batch")
+    return file if is_stream else map(file.get_batch, range(file.num_record_batches))
+
+
+def count_rows(path):
+    """Return the number of rows of a file. Raises InputError."""
+    file = opened(path)
+    if path.suffix.lower() == ".parquet":
+        return file.metadata.num_rows
+    return sum(batch.num_rows for batch in stored_batches(file))
+
+
+def read_features(path):
+    """Return {column: what the file's features say of it, else the type of its values}. Raises InputError."""
+    file = opened(path)
+    schema = file.schema_arrow if hasattr(file, "schema_arrow") else file.schema
+    try:
+        content = json.loads((schema.metadata or {})[b"huggingface"])
+        return dict(content["info"]["features"].items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {field.name: dict(_type="Image" if holds_files(field.type) else str(field.type))
+                for field in schema}
+
+
+def kind_of(feature):
+    """Return the type in a feature, such as Image, Value or ClassLabel."""
+    return str(feature.get("_type")) if isinstance(feature, dict) else type(feature).__name__
+
+
+def holds_files(kind):
+    """Return whether a type of pyarrow is {bytes, path}, or bytes."""
+    fields = {kind.field(number).name for number in range(kind.num_fields)}
+    return fields == {"bytes", "path"} or str(kind) in ("binary", "large_binary")
+
+
+def choose_columns(path, kinds):
+    """Return the columns of images and of masks, of {column: type}: by type and name. Raises InputError."""
+    pictures = [name for name, kind in kinds.items() if kind == "Image"]
+    by_name = {name.lower(): name for name in pictures}
+    image, mask = (next((by_name[name] for name in known if name in by_name), None)
+                   for known in (IMAGE_COLUMNS, MASK_COLUMNS))
+    if len(pictures) == 2 and (image or mask):  # the other one
+        image = image or next(name for name in pictures if name != mask)
+        mask = mask or next(name for name in pictures if name != image)
+    if not image or not mask:
+        listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise InputError(f"{path} has the columns {listed}: of those of the type Image, one has to be called "
+                         f"image or pixel_values, and one {', '.join(MASK_COLUMNS[:5])} or the like")
+    return image, mask
+
+
+def write_rows(path, source, columns, folder):
+    """Write the images and masks of a file, as they are, to images/ and masks/ of its split below a folder.
+
+    Rows without either are left out. Raises InputError.
+    """
+    below, name = folder / split_of(path, source), "_".join(path.relative_to(source).with_suffix("").parts)
+    for part in ("images", "masks"):
+        (below / part).mkdir(parents=True, exist_ok=True)
+    row = 0
+    for batch in batches(path, columns):
+        for contents in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
+            files = [file_of(content, source, f"{path} row {row} column {column}")
+                     for content, column in zip(contents, columns, strict=True)]
+            for part, data in zip(("images", "masks"), files, strict=True):
+                if all(files):
+                    (below / part / f"{name}_{row:06d}{ending_of(data, path, row)}").write_bytes(data)
+            row += 1
+
+
+def file_of(content, source, where):
+    """Return the bytes of the file in a cell, None where it is empty. Raises InputError."""
+    if not isinstance(content, dict):
+        return content
+    if content.get("bytes") or not content.get("path"):
+        return content.get("bytes")
+    try:
+        return (source / content["path"]).read_bytes()  # which an absolute path replaces
+    except OSError:
+        raise InputError(f"{where} says the file {content['path']}, which is not there: write the data set "
+                         "anew with the files in it") from None
+
+
+def ending_of(data, path, row):
+    """Return the ending of a file by its first bytes. Raises InputError."""
+    for start, ending in ENDINGS.items():
+        if isinstance(data, bytes) and data.startswith(start):
+            return ending
+    raise InputError(f"{path} row {row} does not hold an image file: export it again")
+
+
+# --- classes ----------------------------------------------------------------------------------------------
+def class_names(source, features):
+    """Return ({mask value: class}, the file that says so): id2label.json, else lists of classes (ClassLabel)
+    in the features or in README.md; ({}, "") without. A ClassLabel that is no list is of whole images.
+    """
+    for path in [path for path in list_images(source, (".json",)) if path.name.endswith("id2label.json")][:1]:
+        return read_id2label(path), path
+    card = source / "README.md"
+    for feature in features.values():
+        inner = feature.get("feature") if isinstance(feature, dict) else feature
+        inner = inner[0] if isinstance(inner, list) and inner else inner
+        if kind_of(inner) == "ClassLabel" and inner.get("names"):
+            return dict(enumerate(map(str, inner["names"]))), "the features"
+    try:
+        head = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])["dataset_info"]
+        for entry in (head[0] if isinstance(head, list) else head)["features"]:
+            kind = entry.get("sequence") or entry.get("list")
+            if isinstance(kind, dict) and "class_label" in kind:
+                return {int(id): str(name) for id, name in kind["class_label"]["names"].items()}, card
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        pass  # a card need not say
+    return {}, ""
+
+
+def read_id2label(path):
+    """Return {mask value: class} of id2label.json. Raises InputError."""
+    try:
+        content = json.loads(path.read_bytes())
+        names = {int(id): str(name) for id, name in content.items()}
+    except (ValueError, TypeError, AttributeError):
+        names = {}
+    if not names or min(names) < 0:
+        raise InputError(f"{path} does not say the name of each mask value: correct it, or write a "
+                         "classes.txt beside it")
+    return dict(sorted(names.items()))
+
+
+def class_list(names):
+    """Return the text of a classes.txt of {mask value: class}."""
+    lines = (f"{' '.join(name.replace('=', ' ').lstrip('# ').split()) or f'class {value}'} = {value}"
+             for value, name in names.items())
+    return "".join(f"{line}\n" for line in lines)
+
+
+def write_class_list(path, content):
+    """Write the classes.txt that names the classes from now on, or remove it where there is no content."""
+    if not content:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def readings(names, values):
+    """Return {when: the text of a classes.txt} where masks hold a value more than there are names, so that 0
+    or the last one is not among them; else {}. names: {mask value: class}; values: those in the masks.
+    """
+    ids, extra = list(names), sorted(set(values) - {*names, IGNORE})
+    if not names or len(extra) != 1 or ids != list(range(ids[0], ids[0] + len(ids))):
+        return {}
+    if ids[0] == 1 and extra == [0]:
+        return {"0 means not labeled": "ignore = 0\n" + class_list(names),
+                "0 is a class": "background = 0\n" + class_list(names)}
+    if ids[0] == 0 and extra == [len(ids)]:
+        moved = class_list({value + 1: name for value, name in names.items()})
+        return {"0 means not labeled and the names begin at 1 (reduce_labels)": "ignore = 0\n" + moved,
+                f"{len(ids)} means not labeled": class_list(names) + f"ignore = {len(ids)}\n"}
+    return {}
