@@ -375,8 +375,8 @@ CVAT_MASK = '<mask label="car" rle="{}" left="{}" top="0" width="2" height="2"><
     ("CVAT for images", '<polygon points="1,2;3,4;5,9"></polygon>'),
     ("CVAT for images", '<cuboid label="car" xtl1="1" ytl1="2"></cuboid>'),
     *(("Label Studio", {**studio(x=30, y=20, width=50, height=30), **values}) for values in (
-        dict(original_width=None), dict(image_rotation=90), dict(value=dict(points=[[1, 2]], labels=[])),
-        dict(value=dict(sequence=[], labels=["car"])),
+        dict(original_width=None), dict(image_rotation=90), dict(item_index=1),
+        dict(value=dict(points=[[1, 2]], labels=[])), dict(value=dict(sequence=[], labels=["car"])),
         dict(value=dict(points=[[1, 2]], labels=["car", "b"])))),
     *(("Label Studio", studio("brushlabels", rle=rle)) for rle in (
         brush(SPECKLED)[:-9], brush(SPECKLED[1:]), [], [300], "x", brush(SPECKLED)[:9] + [255] * 9)),

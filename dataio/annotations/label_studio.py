@@ -101,6 +101,8 @@ def read_region(region, where):
         raise BadLabel("of several classes")
     if not size:
         raise BadLabel("without the size of its image (original_width, original_height)")
+    if region.get("item_index"):
+        raise BadLabel("of the second image of a task, or a later one")
     if region.get("image_rotation"):
         raise BadLabel("on an image that was turned in Label Studio")
     if kind == "brush":
