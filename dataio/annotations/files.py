@@ -16,7 +16,7 @@ from dataio.annotations.shapes import BadLabel, Shape
 from dataio.layout import SPLIT_OF, count_shared_folders, list_images, role_of, words_of
 from utils import in_parallel
 
-FORM_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
+FORM_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 class AnnotatedImage(NamedTuple):

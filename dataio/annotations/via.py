@@ -4,11 +4,11 @@ Regions carry attributes of the user's own, one of which is the class. Coordinat
 x, y, width and height; an ellipse turns clockwise by theta, in radians.
 """
 import csv
-import io
 import json
 import math
 from collections import Counter
 
+from config import InputError
 from dataio.annotations.files import AnnotatedImage, Annotations, read_shapes
 from dataio.annotations.shapes import BadLabel, Shape, box, ellipse
 
@@ -21,7 +21,7 @@ def find_files(folder):
     """Return the VIA files of a FolderFiles: JSON, else CSV."""
     files = [path for path, content in folder.json.items() if isinstance(content, dict)
              and (PROJECT in content or any(map(is_image, content.values())))]
-    return files or [path for path in folder.with_ending(".csv") if set(csv_rows(path)[0]) >= COLUMNS]
+    return files or list(filter(has_regions, folder.with_ending(".csv")))
 
 
 def is_image(entry):
@@ -30,12 +30,19 @@ def is_image(entry):
 
 
 def csv_rows(path):
-    """Return the rows of a CSV file, lists of text, the first of them without the # of older versions."""
+    """Yield the rows of a CSV file, lists of text, without the # before those of older versions."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.reader(file):
+            if row:
+                yield [row[0].removeprefix("#"), *row[1:]]
+
+
+def has_regions(path):
+    """Return whether a CSV file has the columns of an export."""
     try:
-        text = path.read_text(encoding="utf-8-sig").removeprefix("#")
-        return [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
+        return set(next(csv_rows(path), ())) >= COLUMNS
     except (OSError, ValueError, csv.Error):
-        return [[]]
+        return False
 
 
 def read(files, folder):
@@ -65,8 +72,14 @@ def read(files, folder):
 
 
 def read_csv(path):
-    """Return {name of the image: [region]} of a CSV export, in which every region is a row."""
-    heads, *rows = csv_rows(path)
+    """Return {name of the image: [region]} of a CSV export, in which every region is a row.
+
+    Raises InputError and ValueError.
+    """
+    try:
+        heads, *rows = csv_rows(path)
+    except csv.Error as error:
+        raise InputError(f"{path} is not a readable CSV file ({error}): export it again") from None
     images = {}
     for row in rows:
         entry = dict(zip(heads, row, strict=False))
