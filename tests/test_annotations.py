@@ -397,13 +397,26 @@ def test_masks_of_classes_that_no_image_shares_are_not_one_class(tmp_path):
 
 def test_of_masks_of_classes_that_overlap_the_smaller_lies_above(tmp_path):
     class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
-    for label, size in (("car", 40), ("tree", 20)):
+    for label, size in (("car", 20), ("tree", 40)):
         pixels = np.zeros((84, 112), np.uint8)
+        save(tmp_path / f"masks/{label}/shot 1.png", pixels)  # empty
         pixels[10:10 + size, 10:10 + size] = 1
         save(tmp_path / f"masks/{label}/shot 0.png", pixels)
     _, mask = load_mask(tmp_path)
-    assert (mask[10:30, 10:30] == 2).all() and (mask[30:50, 10:50] == 1).all()
+    assert (mask[10:30, 10:30] == 1).all() and (mask[30:50, 10:50] == 2).all()
+    assert not load_mask(tmp_path, "shot 1")[1].any()
     assert any("25 %" in note for note in find_masks(tmp_path).notes)
+
+
+def test_masks_of_classes_of_equal_names_in_two_splits(tmp_path):
+    truth = class_masks(tmp_path, "{split}_images/{name}.jpg", "{split}_masks/{label}/{name}.png")
+    for path in [*tmp_path.glob("val_*/shot 2.jpg"), *tmp_path.glob("val_*/*/shot 2.png")]:
+        path.rename(path.with_stem("shot 0"))
+    source = load("folder", tmp_path)
+    for split, name in (("train", "shot 0"), ("val", "shot 2")):
+        sample, = (sample for sample in source.splits[split] if sample.image.stem == "shot 0")
+        mask = read_sample(sample, source.table)[1]["mask"].numpy()
+        assert (mask == truth[tmp_path / f"{split}_images/{name}.jpg"]).all()
 
 
 @pytest.mark.parametrize(("image", "mask"), [
