@@ -50,7 +50,7 @@ from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlab
 from dataio.labels import class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries
 from dataio.image_rule import ImageRule, decide_rule, sample_values
 from dataio.images import copy_image, stored_of
-from dataio.readers import OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
+from dataio.readers import COLORS, OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
 from dataio.scan import fits, scan_image, scan_mask
 from dataio.stratify import ALIKE, share_table
 from datasets import find_data
@@ -349,7 +349,7 @@ def check_ignored(data, share, report):
              and IGNORE in data.masks[sample].values]
     if (sum(data.pixels.values()) > 0).sum() == 1:
         suggest_classes(data, report)
-    elif white and not explicit and len(data.table) <= 65536 and data.table[IGNORE] == IGNORE:
+    elif white and not explicit and len(data.table) != COLORS and data.table[IGNORE] == IGNORE:
         facts = value_facts(white, painted=False)[IGNORE]
         if kind_of_255(facts, len(data.samples)) != "void":
             report.warnings.append("255 is read as not labeled, and does not lie between other values as a "

@@ -29,6 +29,7 @@ from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, drawn_fold
 from dataio.scan import fill_folder
 from dataio.stratify import count_pixels, share_table, split_samples
 from utils import evenly_sampled
+from visualize import background_id
 
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
 
@@ -299,12 +300,11 @@ def with_few(source, count, seed):
 
 def without_background(source):
     """Return a DataSource in which the class called background is ignored. Raises InputError without one."""
-    names = [name.lower() for name, _ in source.classes]
-    if "background" not in names or len(names) < 3:
+    background, count = background_id(source.classes), len(source.classes)
+    if background is None or count < 3:
         raise InputError(f"--ignore-background: {source.name} has no class called background and two others")
-    background = names.index("background")
     ids = np.arange(256, dtype=np.uint8)  # new id of every old one; IGNORE and OUTSIDE keep theirs
-    ids[background:len(names)] = [IGNORE, *range(background, len(names) - 1)]
+    ids[background:count] = [IGNORE, *range(background, count - 1)]
     classes = source.classes[:background] + source.classes[background + 1:]
     notes = [*source.notes, "background is left out: its pixels are not counted"]
     return dataclasses.replace(source, classes=classes, table=ids[source.table], notes=notes)

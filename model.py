@@ -235,7 +235,8 @@ def main():
     if not classes:
         classes = [(name, None) for name in config.classes or ("background", "foreground")]
         print(f"{len(classes)} classes: --classes names those of a {config.dataset}")
-    num_classes = len(classes) - any(config.ignore_background and name == "background" for name, _ in classes)
+    leaves_one_out = config.ignore_background and any(utils.is_background(name) for name, _ in classes)
+    num_classes = len(classes) - leaves_one_out
     num_bands = len(config.bands) if len(config.bands) > 1 else 3  # of all bands, it is not known how many
     colors = [min(position, num_bands - 1) for position in range(3)]
     model = build_model(ModelSpec.of(config, num_classes, num_bands, colors), "none", config.unfreeze)

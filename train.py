@@ -46,7 +46,7 @@ from metrics import best_row, has_stalled
 from model import ModelSpec, build_model
 from models.backbones import origins
 from models.heads import HEADS
-from utils import init_distributed, is_main_process, main_process_first, rank, world_size
+from utils import init_distributed, is_background, is_main_process, main_process_first, rank, world_size
 
 EXAMPLES = 4  # validation images drawn after every epoch
 
@@ -304,7 +304,7 @@ def print_result(history, data, out_dir):
     best = best_row(history)
     ious = {name: iou for (name, _), iou in zip(data.classes, best["per_class_iou"], strict=True)}
     present = {name: iou for name, iou in ious.items() if iou is not None}
-    objects = [iou for name, iou in present.items() if name.lower() != "background"]
+    objects = [iou for name, iou in present.items() if not is_background(name)]
     print(f"\nbest epoch {best['epoch']}: validation mIoU {best['val_miou']:.4f}, pixel accuracy "
           f"{best['val_accuracy']:.4f}, mean Dice {best['val_dice']:.4f}")
     print("per class: " + ", ".join(f"{name} {iou:.3f}" for name, iou in present.items()))

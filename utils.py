@@ -198,6 +198,17 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+# --- names of classes ------------------------------------------------------------------------------------
+def is_background(name):
+    """Return whether a class is the background: by its name, or by labelme's, `_background_`."""
+    return name.lower().strip("_") == "background"
+
+
+def is_ignored(name):
+    """Return whether a name in a list of classes is for what is not counted: `ignore`, or `__ignore__`."""
+    return name.lower().strip("_") == "ignore"
+
+
 # --- torchrun ---------------------------------------------------------------------------------------------
 # Without torchrun all of this does nothing.
 def init_distributed(device):

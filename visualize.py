@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config import IGNORE, InputError, one_line
 from metrics import best_row
-from utils import write_atomically, write_lines
+from utils import is_background, write_atomically, write_lines
 
 IGNORE_COLOR = (224, 224, 192)  # as in Pascal VOC
 LONGEST_NAME = 32  # characters of a class name that pictures show
@@ -40,8 +40,8 @@ def color_table(classes):
 
 
 def background_id(classes):
-    """Return the id of the class called `background`, whose pixels an overlay leaves as they are, or None."""
-    return next((id for id, (name, _) in enumerate(classes) if name.lower() == "background"), None)
+    """Return the id of the class called background, whose pixels an overlay leaves as they are, or None."""
+    return next((id for id, (name, _) in enumerate(classes) if is_background(name)), None)
 
 
 def overlay(image, pred, table, alpha=0.5, keep=None, out=None):

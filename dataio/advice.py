@@ -4,7 +4,7 @@
 
 A value is a class where it lies in patches or lines, however few masks hold it. It is an accident where
 its pixels are scattered (a blurred border), or a speck that most masks do not have. 255 is void where it
-separates other values, as a thin border does.
+separates other values, as a thin border does; so are values below 0.
 """
 import dataclasses
 import math
@@ -16,7 +16,7 @@ import numpy as np
 
 from config import IGNORE
 from dataio.labels import GAP, MOST_CLASSES, count_codes, find_modes, snap
-from dataio.readers import decode_mask, unpack_color
+from dataio.readers import NODATA, decode_mask, unpack_color
 from dataio.scan import distinct
 from utils import in_parallel
 from metrics import BOUNDARY_BAND, label_range
@@ -87,7 +87,7 @@ def count_shapes(path, painted):
 
 def is_compact(codes):
     """Return (H, W) bool: pixels that touch two or more of their own value or color."""
-    padded, (height, width) = np.pad(codes, 1, constant_values=-1), codes.shape
+    padded, (height, width) = np.pad(codes, 1, constant_values=NODATA - 1), codes.shape
     alike = np.full(codes.shape, -1, np.int8)  # a pixel does not count itself
     for row, column in np.ndindex(3, 3):
         alike += padded[row:row + height, column:column + width] == codes
@@ -96,7 +96,7 @@ def is_compact(codes):
 
 def on_ramp(values):
     """Return (H, W) bool: pixels that have a lower and a higher neighbor, which are far apart."""
-    window, deep = np.ones((3, 3), np.uint8), values.astype(np.uint16)
+    window, deep = np.ones((3, 3), np.uint8), values.clip(0).astype(np.uint16)
     highest, lowest = cv2.dilate(deep, window).astype(np.int32), cv2.erode(deep, window)
     return (lowest < values) & (values < highest) & (highest - lowest >= 2 * GAP)
 
@@ -107,7 +107,7 @@ def between_others(values):
     if not void.any() or values.max() > IGNORE:
         return np.zeros(values.shape, bool)
     side = 2 * max(5, round(BOUNDARY_BAND * math.hypot(*values.shape))) + 1
-    highest, lowest = label_range(values.astype(np.uint8), np.ones((side, side), np.uint8))
+    highest, lowest = label_range(values.clip(0).astype(np.uint8), np.ones((side, side), np.uint8))
     return void & (highest > lowest)
 
 
@@ -133,6 +133,8 @@ def advise(samples, masks):
         samples = [sample for sample, mask in zip(samples, masks, strict=True) if mask.colors is not None]
         masks = [mask for mask in masks if mask.colors is not None]
     _, pixels = count_codes(samples, masks, painted)
+    below_0 = sorted(code for code in pixels if NODATA < code < 0)
+    pixels = {code: count for code, count in pixels.items() if code >= 0}
     if len(pixels) < 2:
         advice.notes.append("all masks hold the same single value: there is nothing to learn, export them "
                             "again")
@@ -142,30 +144,33 @@ def advise(samples, masks):
     if too_many:
         modes = find_modes(np.array(list(pixels)), np.array(list(pixels.values())), painted)
     else:
-        facts = value_facts(samples, painted)
+        facts = {code: facts for code, facts in value_facts(samples, painted).items() if code >= 0}
         modes = [code for code, value in facts.items() if value.ramp < RAMP * value.pixels]
     if (too_many or len(modes) < len(facts)) and snap(pixels, painted, modes):
-        advice.files[""], advice.blurred = class_lines(sorted(modes), [], painted), not all(lossy)
+        advice.files[""], advice.blurred = class_lines(sorted(modes), below_0, painted), not all(lossy)
     elif too_many:
         advice.notes.append(f"the masks hold {len(pixels)} different {'colors' if painted else 'values'}, "
                             "too near to one another to tell which were meant: export them again as PNG")
     else:
-        sort_values(facts, len(samples), painted, advice)
+        sort_values(facts, len(samples), painted, below_0, advice)
     return advice
 
 
-def sort_values(facts, masks, painted, advice):
-    """Add to an Advice what the values in {value or color: ValueFacts} of so many masks are."""
+def sort_values(facts, masks, painted, below_0, advice):
+    """Add to an Advice what the values in {value or color: ValueFacts} of so many masks are, beside those
+    below 0.
+    """
     accidents = [code for code in sorted(facts) if len(facts) > 2 and is_accident(facts[code], masks)]
     if len(facts) - len(accidents) < 2:
         accidents = []
     for code in accidents:
         name = f"color {unpack_color(code)}" if painted else f"value {code}"
         advice.accidents[f"the {name}, {facts[code].pixels} pixels in all"] = facts[code].masks
+    ignored = [*below_0, *accidents]
     codes = [code for code in sorted(facts) if code not in accidents]
     without_white = [code for code in codes if code != IGNORE]
-    texts = {"class": class_lines(codes, accidents, painted),
-             "void": class_lines(without_white, [IGNORE, *accidents], painted)}
+    texts = {"class": class_lines(codes, ignored, painted),
+             "void": class_lines(without_white, [IGNORE, *ignored], painted)}
     kind = "class"
     if not painted:
         grays = min(np.diff(codes)) >= GRAY_STEP
@@ -174,9 +179,11 @@ def sort_values(facts, masks, painted, advice):
             if kind == "class" and not grays:  # the numbers of a list, which 255 need not be of
                 kind = "unknown"
         if not grays and without_white[-1] < MOST_CLASSES:
+            behind = f", and below them `ignore = {' '.join(map(str, below_0))}`" if below_0 else ""
             advice.notes.append("if the values are the numbers of a known list of classes, of which these "
                                 "masks hold some, write all of its names into classes.txt in their order (at "
-                                f"least {without_white[-1] + 1}), line 1 = value 0; that is the usual case")
+                                f"least {without_white[-1] + 1}), line 1 = value 0{behind}; that is the "
+                                "usual case")
     if kind == "unknown":
         advice.files = {TITLES[meaning]: text for meaning, text in texts.items()}
     else:

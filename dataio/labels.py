@@ -6,9 +6,10 @@
 classes.txt (or another of class_file) names the classes, one per line: `name` (the line number is the mask
 value), `name R G B` (masks painted in colors), `name = VALUE ...`, or a table with columns of these,
 separated by commas, semicolons, colons or tabs, with or without a header. Lines of the same name are one
-class; the name `ignore` is not counted.
+class; the name `ignore` is not counted. Behind lines of names, `ignore = VALUE` may follow.
 """
 import csv
+import json
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -16,10 +17,20 @@ from typing import NamedTuple
 import numpy as np
 
 from config import IGNORE, InputError
-from dataio.classes import fill_colors
-from dataio.readers import OUTSIDE, outside_message, pack_color, ranges, unpack_color, value_table
+from dataio.classes import BLACK, fill_colors
+from dataio.readers import (COLORS, MASK_VALUES, NODATA, OUTSIDE, outside_message, pack_color, ranges,
+unpack_color, value_table)
+from utils import is_background, is_ignored
 
-CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")
+CLASS_FILES = (
+    "classes.txt", "classes.csv", "class_dict.csv",
+    "_classes.csv",  # Roboflow
+    "labelmap.txt", "label_colors.txt",  # CVAT, the second of CamVid too
+    "class_names.txt",  # labelme2voc
+    "classification.txt",
+    "classes.json", "classes/classes.json",  # SuperAnnotate
+    "label_classes.json",  # Hasty
+)
 MOST_CLASSES = 250
 NAME_COLUMNS = {"name", "names", "class", "classes", "label", "labels", "category", "class_name"}
 COLOR_COLUMNS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
@@ -55,15 +66,35 @@ def known_classes(root, class_names=(), annotated=None):
     class_names: of --classes; annotated: [Entry] of the files that the masks were drawn from. Raises
     InputError where these contradict each other or the folder's class file cannot be read.
     """
+    named = standard_entries([Entry(name) for name in class_names])
     if annotated:
-        return in_order(annotated, class_names) if class_names else annotated, []
+        return in_order(annotated, [entry.name for entry in named]) if named else annotated, []
     path = class_file(root)
     if path is None:
-        check_names(class_names)
-        return [Entry(name) for name in class_names], []
+        check_names([entry.name for entry in named])
+        return named, minus_one_note(named)
     if class_names:
         raise InputError(f"--classes has no effect, {path} names the classes: leave it out")
-    return read_classes(path), [f"the classes are those of {path}"] if path != root / "classes.txt" else []
+    entries = read_classes(path)
+    notes = [f"the classes are those of {path}"] if path != root / "classes.txt" else []
+    return entries, notes + minus_one_note(entries)
+
+
+def standard_entries(entries):
+    """Return [Entry] with the name `ignore` for all that is_ignored. A list of names that begins with
+    labelme's `__ignore__` counts from -1, as labelme does.
+    """
+    if entries and entries[0].name.lower() == "__ignore__" and not any(
+            entry.color or entry.value is not None for entry in entries):
+        entries = [*entries[1:], entries[0]._replace(value=-1)]
+    return [entry._replace(name="ignore") if is_ignored(entry.name) else entry for entry in entries]
+
+
+def minus_one_note(entries):
+    """Return [a line that says from where the names of a list count, where `ignore` is -1]."""
+    if Entry("ignore", None, -1) not in entries or entries[0].value is not None:
+        return []
+    return [f"the class list counts from -1, as labelme's do: -1 = ignore, 0 = {entries[0].name}"]
 
 
 def check_names(class_names):
@@ -75,6 +106,7 @@ def check_names(class_names):
 
 def in_order(entries, class_names):
     """Return `entries` in the order of the names of --classes. Raises InputError where a name is missing."""
+    class_names = ["background" if is_background(name) else name for name in class_names]
     annotated = {entry.name for entry in entries}
     unknown = annotated - {*class_names, "background", "ignore"}  # these two the masks need not show
     if unknown:
@@ -111,19 +143,42 @@ def class_file(root):
 def read_classes(path):
     """Return the [Entry] of a class file, several for several values. Raises InputError."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B` per line") from None
-    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    entries = json_entries(path, text) if path.suffix == ".json" else text_entries(path, text)
+    entries = standard_entries(entries)
+    check_entries(path, entries)
+    return entries
+
+
+def json_entries(path, text):
+    """Return the [Entry] of SuperAnnotate's or Hasty's list of classes, and last the background, which these
+    leave out: black, or the value 0. Raises InputError.
+    """
+    try:
+        rows = json.loads(text)
+        entries = [Entry(str(row.get("class_name") or row["name"]), tuple(bytes.fromhex(row["color"][1:7])),
+                         row.get("png_index")) for row in rows]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f'{path} is not a list of classes as {{"name": "car", "color": "#ff0000"}}: write '
+                         "classes.txt, `name` or `name R G B` per line") from None
+    values = {entry.value for entry in entries} - {None}
+    is_black_free = all(entry.color != BLACK for entry in entries)
+    if 0 not in values and (values or is_black_free):
+        name = next((entry.name for entry in entries if is_background(entry.name)), "background")
+        entries.append(Entry(name, BLACK if is_black_free else None, 0 if values else None))
+    return entries
+
+
+def text_entries(path, text):
+    """Return the [Entry] of the text of a class file. Raises InputError."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if path.suffix.lower() == ".csv" and lines and lines[0].strip().lower() in NAME_COLUMNS:
         lines = lines[1:]  # the title of the only column
     if path.name == "labelmap.txt":  # of CVAT: label:R,G,B:parts:actions
         lines = [re.sub(r":(\d+),(\d+),(\d+):.*", r" \1 \2 \3", line) for line in lines]
-    entries = table_entries(path, lines) or [entry for line in lines for entry in line_entries(line)]
-    entries = [entry._replace(name="ignore") if entry.name.lower() == "ignore" else entry
-               for entry in entries]
-    check_entries(path, entries)
-    return entries
+    return table_entries(path, lines) or [entry for line in lines for entry in line_entries(line)]
 
 
 def line_entries(line):
@@ -131,7 +186,7 @@ def line_entries(line):
     words = line.replace("=", " = ").split()
     if "=" in words:
         name, texts = words[:words.index("=")], words[words.index("=") + 1:]
-        values = [int(text) if text.isdecimal() else NO_VALUE for text in texts or [""]]
+        values = [int(text) if numbers([text]) else NO_VALUE for text in texts or [""]]
         return [Entry(" ".join(name), None, value) for value in values]
     if len(words) > 3 and numbers(words[-3:]):  # name R G B, maybe behind a value
         color, words = words[-3:], words[:-3]
@@ -146,8 +201,8 @@ def line_entries(line):
 
 
 def numbers(words):
-    """Return whether all words are whole numbers."""
-    return all(word.isdecimal() for word in words)
+    """Return whether all words are whole numbers, maybe with a minus."""
+    return all(word.removeprefix("-").isdecimal() for word in words)
 
 
 def table_entries(path, lines):
@@ -157,7 +212,7 @@ def table_entries(path, lines):
     the value, and of four the first is. Raises InputError for two columns of values.
     """
     rows, titles = table_rows(lines), []
-    if rows and NAME_COLUMNS & set(map(str.lower, rows[0])) and not any(map(str.isdecimal, rows[0])):
+    if rows and NAME_COLUMNS & set(map(str.lower, rows[0])) and not any(numbers([cell]) for cell in rows[0]):
         titles, rows = [cell.lower() for cell in rows[0]], rows[1:]
     if not rows:
         return []
@@ -185,8 +240,8 @@ def table_entries(path, lines):
 def table_rows(lines):
     """Return the cells of lines that are a table: all with the same number of them, two or more; else []."""
     lines = [re.sub(r"\b(\d+)\.0+\b", r"\1", line) for line in lines if line.strip(" ,;:\t")]
-    if all(re.match(r"\s*\d+[.)]?\s+[^\d\s=]", line) and not numbers(line.split()[-3:]) for line in lines):
-        lines = [re.sub(r"^\s*(\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
+    if all(re.match(r"\s*-?\d+[.)]?\s+[^\d\s=]", line) and not numbers(line.split()[-3:]) for line in lines):
+        lines = [re.sub(r"^\s*(-?\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
     for mark in ",;\t:":
         try:
             rows = [list(map(str.strip, row)) for row in csv.reader(lines, delimiter=mark)]
@@ -200,16 +255,21 @@ def table_rows(lines):
 def check_entries(path, entries):
     """Raise InputError where the lines of a class file contradict each other or cannot be."""
     for name, color, value in entries:
-        if not name or max(color or [0]) > 255 or (value or 0) > 65535:
+        if not name or {*(color or ())} - {*range(256)} or (value or 0) not in MASK_VALUES:
             raise InputError(f"{path}: {name or 'a class without a name'} needs a name, a color of 0..255 or "
-                             "a value of 0..65535, as in `name R G B` or `name = VALUE`")
+                             f"a value of {MASK_VALUES[0]}..{MASK_VALUES[-1]}, as in `name R G B` or `name = "
+                             "VALUE`")
     for kind, used in (("color", [entry.color for entry in entries if entry.color]),
                        ("value", [entry.value for entry in entries if entry.value is not None])):
         for code, count in Counter(used).items():
             if count > 1:
                 raise InputError(f"{path} has the {kind} {code} twice; each {kind} means one class")
-    if len({entry.value is None for entry in entries}) > 1:
-        raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none")
+    lines = [entry for entry in entries if entry.value is None]  # 0, 1, ...
+    behind = entries[len(lines):]
+    if lines and (entries[:len(lines)] != lines or any(
+            entry.name != "ignore" or entry.value in range(len(lines)) for entry in behind)):
+        raise InputError(f"{path} gives values (`name = VALUE`) on some lines only: give them on all or none "
+                         "or, below all names, for other values that mean `ignore`")
     count = len({entry.name for entry in entries} - {"ignore"})
     if not 2 <= count <= MOST_CLASSES or len(entries) > MOST_CLASSES:
         raise InputError(f"{path} names {count} of two to {MOST_CLASSES} classes in {len(entries)} lines: "
@@ -229,16 +289,17 @@ def decode_masks(samples, masks, entries, blurred=False):
     snapped, notes = {}, []
     if blurred or any(mask.kind == "JPEG" for mask in masks):
         named = [pack_color(*entry.color) if colors else entry.value for entry in entries]
-        snapped = snap(pixels, colors, [code for code in named if code is not None])
+        pixels = {code: count for code, count in pixels.items() if code >= 0}
+        snapped = snap(pixels, colors, [code for code in named if code is not None and code >= 0])
         if not snapped:
             raise InputError(f"{samples[0].mask} and others are JPEG files, which blur classes into one "
                              "another, too far to tell them apart here: export masks as PNG")
         notes = [snap_note(pixels, colors, snapped)]
-        first_masks = {code: path for code, path in first_masks.items() if snapped[code] == code}
+        first_masks = {code: path for code, path in first_masks.items() if snapped.get(code, code) == code}
     if not colors:
         entries, value_notes = with_values(entries, first_masks)
         notes = value_notes + notes
-    classes, table = classes_and_table(entries, colors)
+    classes, table = classes_and_table(entries, colors, below_0=min(first_masks) < 0)
     for code, mode in snapped.items():
         table[code] = IGNORE if mode is None else table[mode]
     for sample, mask in zip(samples, masks, strict=True):
@@ -280,10 +341,12 @@ def count_codes(samples, masks, colors):
     return first_masks, pixels
 
 
-def classes_and_table(entries, colors):
-    """Return ([(name, (R, G, B))], value table) of [Entry]: of their colors, else of their values.
+def classes_and_table(entries, colors, below_0=False):
+    """Return ([(name, (R, G, B))], value table) of [Entry]: of their colors, else of their values; below_0:
+    whether masks hold values below 0.
 
-    Equal names are one class, whose first color counts; 255 is ignored unless it is the value of an entry.
+    Equal names are one class, whose first color counts; NODATA is ignored, and 255 unless it is the value of
+    an entry.
     """
     first_colors = {}
     for entry in entries:
@@ -291,9 +354,10 @@ def classes_and_table(entries, colors):
             first_colors[entry.name] = first_colors.get(entry.name) or entry.color
     ids = {name: id for id, name in enumerate(first_colors)} | {"ignore": IGNORE}
     if colors:
-        table = value_table({pack_color(*entry.color): ids[entry.name] for entry in entries}, size=1 << 24)
+        table = value_table({pack_color(*entry.color): ids[entry.name] for entry in entries}, COLORS)
     else:
-        table = value_table({IGNORE: IGNORE, **{entry.value: ids[entry.name] for entry in entries}})
+        ignored = dict.fromkeys([IGNORE, NODATA] if below_0 else [IGNORE], IGNORE)
+        table = value_table(ignored | {entry.value: ids[entry.name] for entry in entries})
     return fill_colors(list(first_colors.items())), table
 
 
@@ -303,15 +367,17 @@ def with_values(entries, first_masks):
     Entries without values name the lines 0, 1, ..., or black and white. Raises InputError for values that
     nobody named and that are not 0..K-1.
     """
-    values = sorted(first_masks)
     if entries and entries[0].value is not None:
         return entries, []
-    if is_binary(values, entries):
-        first, second = entries or [Entry("background"), Entry("foreground")]
-        return ([first._replace(value=0), second._replace(value=values[-1])],
+    named = [entry for entry in entries if entry.value is None]
+    ignored = entries[len(named):]
+    values = sorted(first_masks.keys() - {NODATA, *(entry.value for entry in ignored)})
+    if is_binary(values, named):
+        first, second = named or [Entry("background"), Entry("foreground")]
+        return ([first._replace(value=0), second._replace(value=values[-1]), *ignored],
                 [f"masks hold 0 and {values[-1]}: read as 0 = {first.name}, 1 = {second.name}"])
-    if entries:
-        return [entry._replace(value=line) for line, entry in enumerate(entries)], []
+    if named:
+        return [entry._replace(value=line) for line, entry in enumerate(named)] + ignored, []
     entries = unnamed_entries(values, first_masks)
     return entries, [f"no classes.txt: the masks hold {len(entries)} classes"]
 
@@ -319,7 +385,7 @@ def with_values(entries, first_masks):
 def is_binary(values, entries):
     """Return whether sorted mask values are 0 and 255 (or 65535), which is the second class and not void."""
     names = [entry.name for entry in entries]
-    if values[0] != 0 or values[-1] not in (255, 65535) or 1 in values:
+    if not values or values[0] != 0 or values[-1] not in (255, 65535) or 1 in values:
         return False
     return len({*names} - {"ignore"}) == len(names) == 2 if names else len(values) == 2
 
@@ -328,16 +394,20 @@ def unnamed_entries(values, first_masks):
     """Return the [Entry] of mask values 0..K-1 and 255. Raises InputError for others."""
     counted = [value for value in values if value != IGNORE]
     if counted != list(range(len(counted))) or not 2 <= len(counted) <= MOST_CLASSES:
-        odd = next((value for id, value in enumerate(counted) if value != id), values[0])
-        raise InputError(f"the masks hold the values {ranges(values)}, which are not 0..K-1 ({odd} first in "
-                         f"{first_masks[odd]}): repair them, or name them in classes.txt, one name per line")
+        odd = next((value for id, value in enumerate(counted) if value != id), min(first_masks))
+        how = "one name per line"
+        if min(values, default=0) < 0:
+            how = "as `name = VALUE`, with `ignore = VALUE` for what is not counted"
+        raise InputError(f"the masks hold the values {ranges(sorted(first_masks))}, which are not 0..K-1 "
+                         f"({ranges([odd])} first in {first_masks[odd]}): repair them, or name them in "
+                         f"classes.txt, {how}")
     return [Entry(f"class {value}" if value else "background", None, value) for value in counted]
 
 
 # --- pixels of the classes --------------------------------------------------------------------------------
 def codes_of(mask, table):
     """Return the colors of MaskFacts for a value table of colors, else the values; None without."""
-    return mask.colors if len(table) > 65536 else mask.values
+    return mask.colors if len(table) == COLORS else mask.values
 
 
 def class_pixels(masks, table, num_classes):

@@ -10,7 +10,6 @@ are, the files do: masks hold few values, in long runs. Lists such as train.txt 
 import os
 import re
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -32,9 +31,11 @@ IMAGE_FOLDERS = {"image", "images", "img", "imgs", "photo", "photos", "picture",
                  "rgb", "frames", "input", "inputs", "original", "originals", "leftimg8bit", "orig"}
 MASK_FOLDERS = {"mask", "masks", "label", "labels", "annotation", "annotations", "annot", "ann", "anns", "gt",
                 "ground", "groundtruth", "truth", "seg", "segmentation", "segmentations", "trimaps", "target",
-                "targets", "gtfine", "labelids"}
+                "targets", "gtfine", "labelids", "semantic"}
 OTHER_FOLDERS = {"object", "objects", "instance", "instances", "inst", "panoptic", "depth", "edges", "boxes",
                  "bbox", "overlay", "overlays", "vis", "viz", "visualization", "preview", "previews"}
+VARIANTS = {"color", "colors", "colored", "colour", "colours", "coloured", "colormap", "colormaps", "rgb",
+            "visual", "npy"}  # of masks
 CONTENTS = {"other": OTHER_FOLDERS, "masks": MASK_FOLDERS, "images": IMAGE_FOLDERS}  # the first one counts
 NOISE = {"dir", "folder", "set", "data", "png", "jpg", "class", "raw", "files", "of", "the", "and", "jpeg"}
 KNOWN_WORDS = NOISE.union(SPLIT_OF, *CONTENTS.values())
@@ -43,7 +44,11 @@ KNOWN_WORDS = NOISE.union(SPLIT_OF, *CONTENTS.values())
 MASK_WORDS = ("masks?|labels?|gt|ground_?truth|seg|segmentation|annotations?|annot|ann|trimap|"
               "gtfine_labelids|gtfine_labeltrainids")
 IMAGE_WORDS = "images?|imgs?|photos?|pictures?|frames?|rgb|sat|orig|original|leftimg8bit"
+COPY_WORDS = VARIANTS | OTHER_FOLDERS | MASK_FOLDERS | {"save"}  # of what shows a pair once more
 SEPARATORS = r"[ _.\-()]+"
+
+# at the end of the names of SuperAnnotate's pictures, in which a color is an object of which its JSON tells
+OBJECTS = ("___save", "___fuse")
 
 LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
 SAMPLED = 4  # files of a folder that are opened to see what they are
@@ -58,7 +63,8 @@ class FolderContent:
 
     notes, doubts: lines on how the files were understood and what of that may be wrong; entries: the classes
     as [labels.Entry], where the files that the masks were drawn from name them; bad_labels: {what is wrong:
-    [files and entries]} of labels that were left out.
+    [files and entries]} of labels that were left out; copies: paths of what shows the same pairs once more,
+    such as masks in color.
     """
 
     splits: dict = field(default_factory=dict)
@@ -68,6 +74,7 @@ class FolderContent:
     doubts: list = field(default_factory=list)
     entries: list = None
     bad_labels: dict = field(default_factory=dict)
+    copies: list = field(default_factory=list)
 
     @property
     def samples(self):
@@ -118,7 +125,7 @@ def existing(samples):
 # --- images and masks of a folder -------------------------------------------------------------------------
 def find_pairs(root):
     """Return the FolderContent of `root`. Raises NoMasks, which describes the folder, and InputError."""
-    paths = list_images(root, MASK_ENDINGS)
+    paths = [path for path in list_images(root, MASK_ENDINGS) if not path.stem.endswith(OBJECTS)]
     base = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
     roles = {path: role_of(path.parent.relative_to(base).parts) for path in paths}
     reason = ""
@@ -128,7 +135,7 @@ def find_pairs(root):
         try:
             content = pair_splits(images, masks)
         except InputError as error:
-            if is_sure:
+            if is_sure and not isinstance(error, NoMasks):
                 raise
             reason = str(error)
             continue
@@ -144,27 +151,30 @@ def find_pairs(root):
 
 class FolderRole(NamedTuple):
     """What the names of the folders above a file tell. content: images, masks, other or "" (nothing) by the
-    innermost name that tells; below_masks: whether any of them means masks.
+    innermost name that tells; below_masks: whether any of them means masks; variant: the words of VARIANTS in
+    the names up to that one.
     """
 
     content: str
     split: str
     group: tuple
     below_masks: bool = False
+    variant: frozenset = frozenset()
 
 
 @cache
 def role_of(names):
     """Return the FolderRole of the names (a tuple) of a folder and those above it, outermost first."""
-    content, split, group, below_masks = "", "", [], False
+    content, split, group, below_masks, variant = "", "", [], False, frozenset()
     for name in reversed(names):
         words = words_of(name)
         meaning = next((meaning for meaning, known in CONTENTS.items() if known & set(words)), "")
+        variant |= VARIANTS.intersection(() if content or words == ["rgb"] else words)
         content = content or meaning
         below_masks |= meaning == "masks"
         split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
         group += [word for word in reversed(words) if word not in KNOWN_WORDS]
-    return FolderRole(content, split, tuple(reversed(group)), below_masks)
+    return FolderRole(content, split, tuple(reversed(group)), below_masks, variant)
 
 
 def words_of(name):
@@ -188,8 +198,9 @@ def told_apart(roles):
 
     yield with_content("images"), with_content("masks"), True
     yield with_content(""), with_content("masks"), True  # train and train_masks
-    masks = {path for path, role in roles.items() if role.below_masks}
-    yield *divided(roles, masks), True  # masks/images beside images/images
+    others = {path: role for path, role in roles.items() if role.content != "other"}
+    masks = {path for path, role in others.items() if role.below_masks}
+    yield *divided(others, masks), True  # masks/images beside images/images
     # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
     names = {path: common_name(path, MASK_AFFIX) for path in roles}
     image_names = {(path.parent, path.stem) for path in roles}
@@ -198,7 +209,6 @@ def told_apart(roles):
              if name != path.stem and (path.parent, name) in image_names}
     yield *divided(roles, masks), True
     # by their looks: all files of an ending in a folder, of which a few are opened
-    others = {path: role for path, role in roles.items() if role.content != "other"}
     kinds = grouped(others, lambda path: (path.parent, path.suffix)).values()
     masks = {path for files in kinds if all_look_like_masks(files) for path in files}
     yield *divided(others, masks), False
@@ -224,9 +234,13 @@ def looks_like_mask(path):
 def pair_splits(images, masks):
     """Return the FolderContent of {path: FolderRole} of images and masks, paired in each split and group.
 
-    Where only the images are in splits, each of them chooses among all masks. Raises InputError as match().
+    Where only the images are in splits, each of them chooses among all masks. Raises InputError as match(),
+    and for masks of another folder that have the names of those that are used; NoMasks where nothing pairs
+    because only the names of groups tell masks apart.
     """
-    content = FolderContent()
+    content, copies, ambiguous = FolderContent(), copies_by_folder(images, masks), None
+    masks = {path: role for path, role in masks.items() if path not in copies}
+    groups = {role.group for role in images.values()}
     image_splits = {role.split for role in images.values()} - {""}
     mask_splits = {role.split for role in masks.values()} - {""}
     splits = sorted(image_splits)
@@ -242,26 +256,56 @@ def pair_splits(images, masks):
             continue
         pairs = match(split_images, split_masks)
         if not pairs.samples:  # the groups may differ: roads/ and roads_gt/
-            with suppress(InputError):
+            try:
                 pairs = match(dict.fromkeys(split_images, ()), dict.fromkeys(split_masks, ()))
+            except InputError as error:
+                ambiguous = error
+        copies |= copies_by_name(pairs)
         content.splits[name] = pairs.samples
-        content.images_without_mask += pairs.images_without_mask
-        content.masks_without_image += without_copies(pairs.masks_without_image, pairs.samples)
+        content.images_without_mask += [path for path in pairs.images_without_mask if path not in copies]
+        alone = [path for path in pairs.masks_without_image if path not in copies]
+        content.masks_without_image += alone
+        refuse_rivals(pairs.samples, [path for path in alone if split_masks[path] not in groups])
+    used = {sample.mask for sample in content.samples}
+    if ambiguous and not used:
+        raise NoMasks(str(ambiguous))
+    content.copies = sorted(copies - used)
     if image_splits and not mask_splits:
-        used = {sample.mask for sample in content.samples}
-        content.masks_without_image = sorted(set(masks) - used)
+        content.masks_without_image = sorted(set(masks) - used - copies)
     return content
 
 
-def without_copies(masks, samples):
-    """Return masks without those that are another drawing of a pair: x_color.png beside x.png."""
-    names = {common_name(sample.image, affix) for sample in samples for affix in (None, IMAGE_AFFIX)}
+def copies_by_folder(images, masks):
+    """Return the set of those masks, {path: FolderRole}, that show others once more, as the names of their
+    folders tell: masks_color beside masks, unless there are images_color; arrays beside SegmentationClassPNG.
+    """
+    of_images, folders = {role.variant for role in images.values()}, {path.parent for path in masks}
+    copies = {path for path, role in masks.items() if role.variant and role.variant not in of_images
+              or path.suffix == ".npy" and path.parent.with_name(f"{path.parent.name}PNG") in folders}
+    splits = {role.split for path, role in masks.items() if path not in copies}
+    return {path for path in copies if splits & {"", masks[path].split}}
+
+
+def copies_by_name(pairs):
+    """Return the set of files without a partner that show one of the Pairs once more, as their names tell:
+    those of an image or a mask with a word such as color or overlay behind.
+    """
+    names = {common_name(sample.image, affix) for sample in pairs.samples for affix in (None, IMAGE_AFFIX)}
+    names |= {sample.mask.stem for sample in pairs.samples}
 
     def is_copy(path):
         ends = [separator.start() for separator in re.finditer(SEPARATORS, path.stem)]
-        return any(path.stem[:end] in names for end in ends)
+        return any(path.stem[:end] in names and COPY_WORDS & {*words_of(path.stem[end:])} for end in ends)
 
-    return [path for path in masks if not is_copy(path)]
+    return set(filter(is_copy, pairs.images_without_mask + pairs.masks_without_image))
+
+
+def refuse_rivals(samples, masks):
+    """Raise InputError where one of other masks has the name of a Sample's: which of them is meant?"""
+    used = {common_name(sample.mask, MASK_AFFIX): sample.mask for sample in samples}
+    for path in masks:
+        if rival := used.get(common_name(path, MASK_AFFIX)):
+            raise same_name(rival, path)
 
 
 # --- pairs by the names of files --------------------------------------------------------------------------
@@ -271,18 +315,30 @@ def affix_pattern(words, letters=""):
                       re.IGNORECASE | re.DOTALL)
 
 
-MASK_AFFIX = affix_pattern(MASK_WORDS, "|_[PL]")
+MASK_AFFIX = affix_pattern(MASK_WORDS, "|_[PL]|___fuse")  # of CamVid, SuperAnnotate
 IMAGE_AFFIX = affix_pattern(IMAGE_WORDS)
 
 
 def common_name(path, affix=None):
-    """Return the stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png is 1 then."""
+    """Return the stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png and
+    1.jpg_mask.png are 1 then.
+    """
     if affix is None:
         return path.stem
-    stem = path.stem
-    while Path(stem).suffix.lower() in IMAGE_ENDINGS:
-        stem = Path(stem).stem
-    return affix.fullmatch(stem)[1]
+    return without_endings(affix.fullmatch(without_endings(path.stem))[1])
+
+
+def without_endings(name):
+    """Return a name without the endings of image files."""
+    while Path(name).suffix.lower() in IMAGE_ENDINGS:
+        name = Path(name).stem
+    return name
+
+
+def same_name(first, second):
+    """Return the InputError of two files of which only one can be meant."""
+    return InputError(f"{first} and {second} have the same name: remove the file that is not meant, or move "
+                      "its folder away")
 
 
 class Pairs(NamedTuple):
@@ -313,8 +369,7 @@ def match(images, masks):
             sides = distinctive
     for by_name in sides:
         for first, second in (paths[:2] for paths in by_name.values() if len(paths) > 1):
-            raise InputError(f"{first} and {second} have the same name: remove the file that is not meant, "
-                             "or move its folder away")
+            raise same_name(first, second)
     images_by_name, masks_by_name = sides
     names = images_by_name.keys() & masks_by_name.keys()
     return Pairs([Sample(images_by_name[name][0], masks_by_name[name][0]) for name in sorted(names)],
@@ -461,12 +516,16 @@ def report_folders(content, paths, root):
     masks = [sample.mask for sample in content.samples]
     content.notes.insert(0, f"images: {count_by_folder(images, root)}; masks: {count_by_folder(masks, root)}")
     used = {*images, *masks, *content.images_without_mask, *content.masks_without_image}
-    unused = sorted(set(paths) - used)
-    if not unused:
-        return
-    content.notes.append(f"not used: {count_by_folder(unused, root)}")
+    if content.copies:
+        content.notes.append(f"left aside: {count_by_folder(content.copies, root)}, by their names "
+                             "the same once more (in colors, as arrays, ...)")
+    unused = sorted(set(paths) - used - set(content.copies))
+    if unused:
+        content.notes.append(f"not used: {count_by_folder(unused, root)}")
     fewest = min(Counter(path.parent for path in masks).values())
     for folder, files in grouped(unused, lambda path: path.parent).items():
+        if role_of(folder.relative_to(root).parts).content == "other":
+            continue  # as its name tells
         if len(files) >= fewest and all_look_like_masks(files):
             content.doubts.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks "
                                   "too: if it is what you want to learn, move the other folder of masks away")

@@ -3,8 +3,8 @@
     mask = read_mask("mask.png", index_table(21))      # (H, W) uint8 class ids, 255 = ignore
     image, targets = read_sample(Sample(Path("photo.jpg"), Path("mask.png")), index_table(21))
 
-Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files store. What is wrong with a
-file is an InputError that names it.
+Masks leave this file as class ids 0..K-1 with 255 = ignore, whatever the files store; what a file marks as no
+data is ignored. What is wrong with a file is an InputError that names it.
 """
 import hashlib
 import os
@@ -18,12 +18,15 @@ import torch
 
 from config import IGNORE, InputError
 from dataio.image_rule import PICTURES, ImageRule
-from dataio.images import (IMAGE_ENDINGS, companions, load_array, naming_damage, open_image, stored_of,
-upright, upright_size)
+from dataio.images import (IMAGE_ENDINGS, TIFF_BITS, TIFF_COLORS, TIFF_SIGN, TIFFS, BandFile, companions,
+load_array, naming_damage, no_data, open_image, stored_of, tiff_tags, upright, upright_size)
 from dataio.resizing import resize_mask
 
 MASK_ENDINGS = IMAGE_ENDINGS
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
+MASK_VALUES = range(-32768, 65536)  # that a mask may hold
+NODATA = MASK_VALUES[0] - 1  # stands for pixels that a mask file marks as no data
+COLORS = 1 << 24  # entries of a value table for masks painted in colors
 
 
 class PaintedMask(InputError):
@@ -62,8 +65,9 @@ class DataSource:
     """What a data-set function returns: classes, files per split, how to decode the masks.
 
     classes: [(name, (R, G, B)), ...] by class id. splits: {"train": [Sample], "val": [Sample]}.
-    table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; 65536 entries for index masks, 2**24
-    for masks painted in colors (entry R * 65536 + G * 256 + B). notes: lines the user should read.
+    table: uint8 array, table[mask value] = class id, IGNORE or OUTSIDE; for index masks 65536 entries, with
+    values below 0 behind them where there are such; COLORS entries for masks painted in colors (entry R *
+    65536 + G * 256 + B). notes: lines the user should read.
     examples: (picture, clip) to try the model on, files that nothing trains on. extra: Samples of --extra.
     annotated: whether the masks were drawn from annotation files, which name the classes. rule: the ImageRule
     by which its images are read.
@@ -140,11 +144,22 @@ def index_table(num_classes, ignored=(IGNORE,)):
     return value_table({**{id: id for id in range(num_classes)}, **dict.fromkeys(ignored, IGNORE)})
 
 
-def value_table(entries, size=65536):
-    """Return the table that decodes {mask value: class id or IGNORE}; every other value is OUTSIDE."""
-    table = np.full(size, OUTSIDE, np.uint8)
+def value_table(entries, size=0):
+    """Return the table that decodes {mask value: class id or IGNORE}; every other value is OUTSIDE. size:
+    COLORS of painted masks, else 0; values below 0 count from the end of the table.
+    """
+    usual = MASK_VALUES.stop if min(entries) >= 0 else MASK_VALUES.stop - NODATA
+    table = np.full(size or usual, OUTSIDE, np.uint8)
     table[list(entries)] = list(entries.values())
     return table
+
+
+def values_of(table, wanted):
+    """Return the sorted mask values of a value table of which `wanted`, bool of its shape, is true."""
+    values = np.flatnonzero(wanted)
+    if len(table) != COLORS:
+        values[values >= MASK_VALUES.stop] -= len(table)
+    return np.sort(values)
 
 
 def pack_color(red, green, blue):
@@ -160,8 +175,8 @@ def unpack_color(code):
 class StoredMask(NamedTuple):
     """A mask file as it is stored. mode, kind: as PIL names the pixels and the file.
 
-    pixels: (H, W) of values 0..65535 or (H, W, 3) uint8; palette: (n, 3) of the colors behind the values, or
-    None.
+    pixels: (H, W) of MASK_VALUES or NODATA, or (H, W, 3) uint8; palette: (n, 3) of the colors behind the
+    values, or None.
     """
 
     mode: str
@@ -189,21 +204,27 @@ class StoredMask(NamedTuple):
         return self.color_of(self.pixels)
 
     def color_of(self, values):
-        """Values of a one-channel mask -> their 24-bit codes: of the palette, else gray; None beyond 255."""
+        """Values of a one-channel mask -> their 24-bit codes: of the palette, else gray; None where there
+        are others than 0..255.
+        """
         if self.palette is not None:
             padded = np.vstack([self.palette, np.zeros((256, 3), np.int32)]).astype(np.int32)
             return pack_color(*padded.T)[values]
         white = 0xFFFFFF if self.mode == "1" else 0x010101
-        return values * np.int32(white) if values.max() < 256 else None
+        return values * np.int32(white) if values.min() >= 0 and values.max() < 256 else None
 
 
 def decode_mask(path):
     """Return the StoredMask of a file. Raises InputError where it is damaged or does not hold integers."""
     if Path(path).suffix.lower() == ".npy":
-        values = read_array(path)
-        if values.dtype.kind == "f" and (values % 1 == 0).all():
-            values = values.astype(np.int64)
-        return StoredMask("array", "NPY", as_mask_pixels(path, values), None)
+        return StoredMask("array", "NPY", as_mask_pixels(path, read_array(path)), None)
+    if has_numbers(path):
+        with BandFile(path) as file:
+            stored = file.stored
+            if stored.pages:
+                raise InputError(f"{path} holds several pages: save each of them as a file of its own")
+            pixels = as_mask_pixels(path, file.read([1])[0], stored.nodata)
+        return StoredMask(stored.dtype, "TIFF", upright(pixels, stored.orientation), None)
     with open_image(path) as mask, naming_damage(path):
         mode, palette = mask.mode, None
         if mode in ("P", "PA"):
@@ -216,6 +237,17 @@ def decode_mask(path):
     return StoredMask(mode, mask.format, as_mask_pixels(path, pixels), palette)
 
 
+def has_numbers(path):
+    """Return whether a file is a TIFF of one band that is more than a picture of 8 bit: deeper, signed or of
+    floats. PIL would not open some of them, and takes signed bytes for others.
+    """
+    if Path(path).suffix.lower() not in TIFFS:
+        return False
+    bits, sign, colors = (next(iter(tiff_tags(path, tag)), None)
+                          for tag in (TIFF_BITS, TIFF_SIGN, TIFF_COLORS))
+    return bool(bits) and len(bits) == 1 and colors in (None, 1) and (bits[0] > 8 or sign not in (None, (1,)))
+
+
 def read_array(path):
     """Return the array of a NumPy file; an axis of length 1 before or after two others is removed."""
     values = load_array(path)
@@ -224,23 +256,49 @@ def read_array(path):
     return values
 
 
-def as_mask_pixels(path, values):
-    """Return an array as a StoredMask's pixels, uint8 or int32. Raises InputError: not integers 0..65535."""
+def as_mask_pixels(path, values, nodata=None):
+    """Return an array as a StoredMask's pixels; nodata: as of whole_numbers. Raises InputError."""
     if not values.size or values.ndim != 2 and values.shape[2:] != (3,):
         raise InputError(f"{path} is an array of the shape {values.shape}: masks are (H, W), or (H, W, 3) "
                          "where they are painted")
-    if values.dtype.kind not in "biu" or values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{path} does not hold integers 0..65535: save masks as 8- or 16-bit PNG")
-    return values if values.dtype == np.uint8 else values.astype(np.int32)
+    pixels = whole_numbers(path, values, nodata)
+    if pixels.ndim == 3 and pixels.min() < 0:
+        raise InputError(f"{path} is painted with values below 0: save colors as 0..255")
+    return pixels
+
+
+def whole_numbers(path, values, nodata=None):
+    """Return mask values of any type as uint8 or int32, NODATA where they are not finite or equal `nodata`,
+    unless that is None or 0: files are marked so whose 0 is the background. Raises InputError for fractions
+    and numbers beyond MASK_VALUES.
+    """
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"{path} does not hold numbers: save masks as 8- or 16-bit PNG")
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.float16:
+        values = values.astype(np.float32)  # which has all MASK_VALUES
+    empty = no_data(values, nodata if nodata and np.isfinite(nodata) else None)
+    numbers = values if empty is None else np.where(empty, 0, values)
+    wrong = (numbers < MASK_VALUES[0]) | (numbers > MASK_VALUES[-1])
+    wrong |= numbers % 1 != 0 if values.dtype.kind == "f" else False
+    if wrong.any():
+        first = numbers[wrong][0].item()
+        number = f"{first:.7g}" if isinstance(first, float) else first
+        raise InputError(f"{path} holds {number}, and masks hold whole numbers {MASK_VALUES[0]}.."
+                         f"{MASK_VALUES[-1]}: save class ids; if that means no data, mark it so (a TIFF: "
+                         f"gdal_edit.py -a_nodata {number}; an array: nan)")
+    numbers = numbers.astype(np.int32)
+    return numbers if empty is None else np.where(empty, np.int32(NODATA), numbers)
 
 
 def read_mask(path, table):
     """Read a mask as class ids (H, W) uint8, 255 = ignore. Raises InputError for a value OUTSIDE `table`."""
     stored = decode_mask(path)
-    if len(table) > 65536:
+    if len(table) == COLORS:
         values = stored.colors
         if values is None:
-            raise InputError(f"{path} holds values above 255, and other masks are painted in colors")
+            raise InputError(f"{path} holds other values than 0..255, and other masks are painted in colors")
     else:
         values = stored.values
         if values is None:
@@ -263,12 +321,13 @@ def outside_message(path, values, counts, table, classes=()):
     values, counts: (n,) the distinct wrong values and their pixels; classes: [(name, (R, G, B))].
     """
     pixels = f"({counts[0]} pixels)" + (f" and {len(values) - 1} more such values" if len(values) > 1 else "")
-    if len(table) <= 65536:
-        allowed = ranges(np.flatnonzero((table != OUTSIDE) & (table != IGNORE)))
-        ignored = ranges(np.flatnonzero(table == IGNORE)) or "none"
+    if len(table) != COLORS:
+        allowed = ranges(values_of(table, (table != OUTSIDE) & (table != IGNORE)))
+        ignored = ranges(values_of(table, table == IGNORE)) or "none"
         lossy = " (a lossy JPEG mask? save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-        return (f"{path} has the value {values[0]} {pixels}, which is not a class: classes are {allowed}, "
-                f"ignored: {ignored}{lossy}; repair the mask")
+        named = f", or add `ignore = {values[0]}` to classes.txt" if MASK_VALUES[0] <= values[0] < 0 else ""
+        return (f"{path} has the value {ranges(values[:1])} {pixels}, which is not a class: classes are "
+                f"{allowed}, ignored: {ignored}{lossy}; repair the mask{named}")
     color, codes = unpack_color(int(values[0])), np.flatnonzero(table != OUTSIDE)
     allowed = np.stack(unpack_color(codes), axis=1)  # (n, 3)
     nearest = np.abs(allowed - np.array(color)).sum(1).argmin()
@@ -279,9 +338,11 @@ def outside_message(path, values, counts, table, classes=()):
 
 
 def ranges(values):
-    """Return sorted integers as text: [0, 1, 2, 255] -> '0..2, 255'."""
-    runs = []
-    for value in map(int, values):
+    """Return sorted integers as text: [0, 1, 2, 255] -> '0..2, 255'; NODATA is called so."""
+    values, runs = [*map(int, values)], []
+    if NODATA in values:
+        return ", ".join(filter(None, ("no data", ranges(values[1:]))))
+    for value in values:
         if runs and value == runs[-1][1] + 1:
             runs[-1][1] = value
         else:
@@ -293,7 +354,9 @@ def ranges(values):
 def read_labels(path):
     """Read class ids (H, W) uint8 as a file stores them, 255 = ignore. Raises InputError."""
     values = decode_mask(path).values
-    if values is None or values.max() > 255:
+    if values is not None and values.min() == NODATA:
+        values = np.where(values == NODATA, IGNORE, values)
+    if values is None or values.min() < 0 or values.max() > 255:
         raise InputError(f"{path} does not hold class ids 0..255: save labels as 8-bit PNG of one channel")
     return values.astype(np.uint8)
 

@@ -24,8 +24,9 @@ import torch
 from config import IGNORE, InputError
 from dataio import image_rule, images, readers, resizing
 from dataio.image_rule import PICTURES
-from dataio.images import TIFFS, BandFile, image_size, named_errors, stored_of, upright_size
-from dataio.readers import class_ids_of, read_sample, read_sample_targets
+from dataio.images import (EXIF_ORIENTATION, TIFFS, BandFile, image_size, named_errors, stored_of, tiff_tags,
+upright_size)
+from dataio.readers import COLORS, class_ids_of, read_sample, read_sample_targets, whole_numbers
 from dataio.resizing import resize_mask
 from dataio.stratify import digest_of_masks
 from utils import all_in_parallel, code_hash, read_kept, write_atomically
@@ -133,14 +134,16 @@ def refuse_targets(sample):
 
 def has_windows(sample, table):
     """Return whether image and mask of a Sample are TIFFs of which windows are what the files hold there."""
-    if len(table) > 65536 or sample.mask is None or not (is_raster(sample.image) and is_raster(sample.mask)):
+    if len(table) == COLORS or sample.mask is None or not all(map(is_raster, (sample.image, sample.mask))):
         return False
     with (named_errors(sample.mask), rasterio.open(sample.mask, driver="GTiff") as mask,
           BandFile(sample.image) as image):
         blocks = [math.prod(shape) for file in (mask, image.source) for shape in file.block_shapes]
         white = mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"  # PIL inverts these
-        plain = mask.count == 1 and mask.dtypes[0] in ("uint8", "uint16") and not white and image.is_plain
-        return plain and mask.shape == image.source.shape and max(blocks) <= LARGE_BLOCK
+        turned = tiff_tags(sample.mask, EXIF_ORIENTATION)[:1] not in ([], [None], [1])
+        plain = mask.count == 1 and np.dtype(mask.dtypes[0]).kind in "iuf" and not (white or turned)
+        same = plain and image.is_plain and mask.shape == image.source.shape
+        return same and max(blocks) <= LARGE_BLOCK
 
 
 def read_tiff_window(sample, table, raster, top, left, height, width):
@@ -150,7 +153,8 @@ def read_tiff_window(sample, table, raster, top, left, height, width):
     window = (top, top + height), (left, left + width)
     pixels, valid = raster.convert(window)
     with named_errors(sample.mask), rasterio.open(sample.mask, driver="GTiff") as file:
-        mask = class_ids_of(file.read(1, window=window), table, sample.mask)
+        values = whole_numbers(sample.mask, file.read(1, window=window), file.nodata)
+        mask = class_ids_of(values, table, sample.mask)
     if valid is not None:
         mask = np.where(valid, mask, np.uint8(IGNORE))
     return np.dstack([*pixels, mask])

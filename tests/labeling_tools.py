@@ -1,5 +1,6 @@
 """Folders as labeling tools write them, of scenes whose true mask is known: write(root) -> {image: mask}."""
 import base64
+import csv
 import io
 import json
 import sqlite3
@@ -143,7 +144,7 @@ def png_text(region, compressed):
     return base64.b64encode(zlib.compress(content) if compressed else content).decode()
 
 
-def label_studio(root, tasks=True):
+def label_studio_masks(root, tasks=True):
     """Label Studio: PNG files of the brush, one per task and label; the names of the images in its JSON."""
     truth, export = {}, []
     image = "images/4f0a-{name}.jpg" if tasks else "images/{name}.jpg"
@@ -161,7 +162,7 @@ def label_studio(root, tasks=True):
     return truth
 
 
-def cvat(root):
+def cvat_masks(root):
     """CVAT, "Segmentation mask 1.1": a VOC tree of painted masks, labelmap.txt, default.txt."""
     colors, truth = np.array([(0, 0, 0), (250, 50, 83), (51, 221, 255)], np.uint8), {}
     for name, _, path, mask in scenes(root, "JPEGImages/{name}.jpg"):
@@ -185,6 +186,265 @@ def roboflow_masks(root):
         save(path.with_name(f"{path.stem}_mask.png"), mask)
         (root / split / "_classes.csv").write_text(
             "Pixel Value, Class\n" + "".join(f"{id}, {name}\n" for id, name in enumerate(NAMES)))
+    return truth
+
+
+def box_of(region):
+    """Return (left, top, width, height) of the pixels of (H, W) bool."""
+    rows, columns = np.nonzero(region)
+    left, top = int(columns.min()), int(rows.min())
+    return left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1
+
+
+def brush(region):
+    """Return (H, W) bool as Label Studio's brush: @thi.ng/rle-pack of its RGBA values, a list of bytes."""
+    flat = np.repeat(region.ravel() * 255, 4)
+    sizes = (3, 4, 8, 16)
+    bits = f"{len(flat):032b}{7:05b}" + "".join(f"{size - 1:04b}" for size in sizes)
+    ends = np.append(np.flatnonzero(np.diff(flat)) + 1, len(flat))
+    start = 0
+    for end in ends.tolist():
+        while start < end:
+            count = min(end - start, 2**16)
+            size = next(index for index, size in enumerate(sizes) if count <= 2**size)
+            repeats = count > 4  # short runs value by value
+            values = f"{flat[start]:08b}" * (1 if repeats else count)
+            bits += f"{repeats:b}{size:02b}{count - 1:0{sizes[size]}b}{values}"
+            start += count
+    bits += "0" * (8 - len(bits) % 8)
+    return [int(bits[place:place + 8], 2) for place in range(0, len(bits), 8)]
+
+
+def label_studio_tasks(root, image, url):
+    """Write images and return ({image: mask}, [(task number, URL, regions)]), cars as polygons, trees as
+    brush strokes: (type, value) in percent.
+    """
+    truth, tasks = {}, []
+    for number, (name, split, path, mask) in enumerate(scenes(root, image), 11):
+        truth[path] = mask
+        sides = mask.shape[::-1]
+        regions = [("polygonlabels", dict(points=(ring / sides * 100).tolist(), closed=True))
+                   for ring in outlines(mask, 1)]
+        if (mask == 2).any():
+            regions.append(("brushlabels", dict(format="rle", rle=brush(mask == 2))))
+        regions = [(kind, {**value, kind: ["car" if kind == "polygonlabels" else "tree"]})
+                   for kind, value in regions]
+        tasks.append((number, url.format(name=name.replace(" ", "%20"), split=split), regions))
+    return truth, tasks
+
+
+def label_studio(root):
+    """Label Studio, JSON of local files: a list of tasks, with questions, drafts and a skipped annotation."""
+    truth, tasks = label_studio_tasks(root, "images/{split}/{name}.jpg",
+                                      "/data/local-files/?d=shots/{split}/{name}.jpg")
+    export = []
+    for number, url, regions in tasks:
+        results = [dict(id=f"r{index}", type=kind, value=value, origin="manual", to_name="image",
+                        from_name="label", image_rotation=0, original_width=112, original_height=84)
+                   for index, (kind, value) in enumerate(regions)]
+        results.append(dict(id="q", type="choices", value=dict(choices=["day"]), from_name="light",
+                            to_name="image", origin="manual"))
+        done = dict(id=number + 40, completed_by=1, result=results, was_cancelled=False, ground_truth=False,
+                    created_at="2024-05-04T10:11:12.131415Z", draft_created_at=None, lead_time=9.5)
+        export.append(dict(id=number, annotations=[done, {**done, "was_cancelled": True, "result": []}],
+                           file_upload=None, drafts=[], predictions=[], meta={}, inner_id=number - 10,
+                           data=dict(image=url, caption="a car"), project=3, total_annotations=1))
+    dump(root / "project-3-at-2024-05-04-10-11-deadbeef.json", export)
+    return truth
+
+
+def label_studio_min(root):
+    """Label Studio, JSON-MIN of uploads, of which the user has the files with their own names."""
+    truth, tasks = label_studio_tasks(root, "{name}.jpg", "/data/upload/3/4f0a1b2c-{name}.jpg")
+    dump(root / "project-3.json", [dict(
+        image=url.replace("%20", "_"), id=number, annotator=1, annotation_id=number + 40,
+        created_at="2024-05-04T10:11:12.131415Z", updated_at="2024-05-04T10:11:12.131415Z", lead_time=9.5,
+        light="day", label=[{**value, "original_width": 112, "original_height": 84}
+                            for _, value in regions]) for number, url, regions in tasks])
+    return truth
+
+
+def via(root, export="project"):
+    """VGG Image Annotator 2: its project, or its annotations as JSON or CSV; a class is a drop-down."""
+    truth, metadata = {}, {}
+    for name, _, path, mask in scenes(root, "{name}.jpg"):
+        truth[path] = mask
+        regions = [dict(shape_attributes=dict(name="polygon", all_points_x=ring[:, 0].tolist(),
+                                              all_points_y=ring[:, 1].tolist()),
+                        region_attributes=dict(note="", kind=NAMES[id], quality=dict(good=True)))
+                   for id, ring in shapes(mask)]
+        size = path.stat().st_size
+        metadata[f"{name}.jpg{size}"] = dict(filename=path.name, size=size, regions=regions,
+                                             file_attributes=dict(caption="a car"))
+    if export == "project":
+        options = dict.fromkeys(NAMES[1:], "")
+        dump(root / "via_project_4May2024_10h11m.json", dict(
+            _via_settings=dict(ui={}, core={}, project=dict(name="p")), _via_img_metadata=metadata,
+            _via_attributes=dict(region=dict(kind=dict(type="dropdown", options=options)), file={}),
+            _via_data_format_version="2.0.10", _via_image_id_list=list(metadata)))
+    elif export == "json":
+        for entry in metadata.values():
+            entry["regions"] = {str(number): region for number, region in enumerate(entry["regions"])}
+        dump(root / "via_export_json.json", metadata)
+    else:
+        heads = ("filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,"
+                 "region_attributes")
+        with open(root / "via_export_csv.csv", "w", newline="") as file:
+            file.write(heads + "\n")
+            csv.writer(file).writerows(
+                [entry["filename"], entry["size"], '{"caption":"a car"}', len(entry["regions"]), number,
+                 *map(json.dumps, region.values())]
+                for entry in metadata.values() for number, region in enumerate(entry["regions"]))
+    return truth
+
+
+def via3(root):
+    """VGG Image Annotator 3: its project; a class is one of the options of an attribute."""
+    truth, files, views, metadata = {}, {}, {}, {}
+    for number, (_, _, path, mask) in enumerate(scenes(root, "{name}.jpg"), 1):
+        truth[path] = mask
+        files[number] = dict(fid=number, fname=path.name, type=2, loc=1, src="")
+        views[number] = dict(fid_list=[number])
+        metadata |= {f"{number}_{index}": dict(vid=str(number), flg=0, z=[], xy=[7, *ring.ravel().tolist()],
+                                               av={"1": "sunny", "2": str(id - 1)})
+                     for index, (id, ring) in enumerate(shapes(mask))}
+        metadata[f"{number}_file"] = dict(vid=str(number), flg=0, z=[], xy=[], av={"3": "0"})
+    attributes = {"1": dict(aname="light", anchor_id="FILE1_Z0_XY1", type=1, desc="", options={},
+                            default_option_id=""),
+                  "2": dict(aname="Class", anchor_id="FILE1_Z0_XY1", type=4, desc="", options={
+                      "0": "car", "1": "tree"}, default_option_id="0"),
+                  "3": dict(aname="ok", anchor_id="FILE1_Z0_XY0", type=2, desc="", options={"0": "yes"},
+                            default_option_id="")}
+    dump(root / "via_project_4May2024.json", dict(
+        project=dict(pid="__VIA_PROJECT_ID__", pname="p", data_format_version="3.1.1", vid_list=list(views)),
+        config=dict(file=dict(loc_prefix={}), ui=dict(spatial_region_label_attribute_id="")),
+        attribute=attributes, file=files, view=views, metadata=metadata))
+    return truth
+
+
+def superannotate(root, pixel=False, file="{name}.jpg___objects.json"):
+    """SuperAnnotate: a JSON file for each image, of polygons or of the colors of objects in a picture."""
+    truth = {}
+    for number, (name, _, path, mask) in enumerate(scenes(root, "{split}/{name}.jpg")):
+        truth[path] = mask
+        common = dict(probability=100, locked=False, visible=True, groupId=0, attributes=[], trackingId=None,
+                      creationType="Manual", createdAt="2024-05-04T10:11:12.131Z", error=None)
+        metadata = dict(name=path.name, height=mask.shape[0], width=mask.shape[1], status="Completed",
+                        pinned=False, isPredicted=None, projectId=None, annotatorEmail=None)
+        if pixel:
+            instances, picture = [], np.zeros((*mask.shape, 3), np.uint8)
+            for color, (id, ring) in enumerate(shapes(mask), 3):
+                picture[(mask == id) & filled(ring, mask.shape)] = (0, color, 15 * color)
+                instances.append(dict(common, classId=880 + id, className=NAMES[id],
+                                      parts=[dict(color=f"#00{color:02X}{15 * color:02X}")]))
+            save(path.with_name(f"{path.name}___save.png"), picture)
+            target = f"{path.name}___pixel.json"
+        else:
+            class_name = dict(className="car") if number % 2 else {}
+            instances = [dict(common, type="polygon", classId=880 + id, points=ring.ravel().tolist(),
+                              exclude=[], pointLabels={}, **(class_name if id == 1 else {}))
+                         for id, ring in shapes(mask)]
+            save(path.with_name(f"{path.name}___fuse.png"), mask * 99)
+            target = file.format(name=name)
+        instances.append(dict(common, type="tag", classId=885, className="sunny"))
+        dump(path.with_name(target), dict(metadata=metadata, instances=instances, tags=["day"], comments=[]))
+    dump(root / "classes/classes.json", [
+        dict(id=880 + id, name=NAMES[id], color="#0fb1d3", count=4, project_id=7, attribute_groups=[])
+        for id in (2, 1)])
+    return truth
+
+
+def filled(ring, size):
+    """Return (H, W) bool of an outline, with what lies on it."""
+    grid = np.zeros(size, np.uint8)
+    return cv2.fillPoly(grid, [np.round(ring).astype(np.int32)], 1) > 0
+
+
+def isat(root):
+    """ISAT: a JSON file beside each image, and isat.yaml; a hole is an object of __background__ above."""
+    truth = {}
+    for name, _, path, mask in scenes(root, "{name}.jpg"):
+        truth[path] = mask
+        entries = [(1, NAMES[id], ring) for id, ring in shapes(mask)]
+        entries.insert(0, (3.0, "__background__", np.array([(4, 4), (12, 4), (12, 9), (4, 9)])))
+        entries.insert(1, (2.0, "car", np.array([(2, 2), (14, 2), (14, 12), (2, 12)])))
+        mask[2:12, 2:14], mask[4:9, 4:12] = 1, 0
+        objects = [dict(category=category, group=number, segmentation=ring.tolist(), area=9.0, layer=layer,
+                        bbox=[0, 0, 1, 1], iscrowd=False, note="", shape_type="polygon")
+                   for number, (layer, category, ring) in enumerate(entries, 1)]
+        info = dict(description="ISAT", folder="/home/a/shots", name=path.name, width=mask.shape[1],
+                    height=mask.shape[0], depth=3, note="")
+        dump(root / f"{name}.json", dict(info=info, objects=objects))
+    names = ["__background__", "tree", "car"]
+    (root / "isat.yaml").write_text(yaml.safe_dump(dict(
+        label=[dict(name=name, color="#e24736") for name in names], contour_mode="external", language="en")))
+    return truth
+
+
+def datumaro(root, encoding="polygon"):
+    """Datumaro: annotations/SUBSET.json and images/SUBSET; trees are masks, which lie below the cars."""
+    truth, files = {}, {}
+    for name, split, path, mask in scenes(root, "images/{split}/{name}.jpg"):
+        truth[path] = mask
+        labels = [dict(name=name, parent="", attributes=["occluded"]) for name in ("tree", "car")]
+        content = files.setdefault(split, dict(
+            dm_format_version="1.0", media_type=2, infos={}, items=[],
+            categories=dict(label=dict(label_groups=[], labels=labels, attributes=["occluded"]),
+                            mask=dict(colormap=[dict(label_id=0, r=51, g=221, b=255)]))))
+        annotations = [dict(id=0, type="label", attributes={}, group=0, label_id=0)]
+        for id in (1, 2):
+            common = dict(id=id, attributes=dict(occluded=False), group=0, label_id=2 - id, z_order=2 - id)
+            if id == 1 and encoding == "polygon":
+                annotations += [dict(common, type="polygon", points=ring.ravel().tolist())
+                                for ring in outlines(mask, id)]
+            elif (mask == id).any():
+                rle = coco_mask.encode(np.asfortranarray(mask == id))
+                annotations.append(dict(common, type="mask", rle=dict(
+                    counts=rle["counts"].decode(), size=list(mask.shape))))
+        content["items"].append(dict(id=f"shots/{name}", annotations=annotations, attr=dict(frame=3),
+                                     media=dict(path=""),
+                                     image=dict(path=f"shots/{name}.jpg", size=list(mask.shape))))
+    for split, content in files.items():
+        dump(root / f"annotations/{split}.json", content)
+    return truth
+
+
+CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
+<annotations>
+  <version>1.1</version>
+  <meta><project><id>3</id><name>p</name><labels>
+    <label><name>car</name><color>#fa3253</color><type>any</type><attributes></attributes></label>
+    <label><name>tree</name><color>#33ddff</color><type>any</type><attributes></attributes></label>
+    <label><name>1</name><type>points</type><parent>body</parent></label>
+  </labels></project><dumped>2024-05-04 10:11:12.131415+00:00</dumped></meta>
+{images}
+</annotations>
+"""
+CVAT_COMMON = 'source="manual" occluded="0" z_order="0"'
+
+
+def cvat_images(root, only_masks=False):
+    """CVAT, "CVAT for images 1.1" of a project: cars are polygons or masks, trees masks."""
+    truth, images = {}, []
+    for number, (name, split, path, mask) in enumerate(scenes(root, "images/{split}/{name}.jpg")):
+        truth[path] = mask
+        height, width = mask.shape
+        shapes = ['<tag label="car" source="manual"><attribute name="ok">true</attribute></tag>']
+        for id in (1, 2):
+            region = mask == id
+            if id == 1 and not only_masks:
+                rings = [";".join(f"{x:.2f},{y:.2f}" for x, y in ring) for ring in outlines(mask, 1)]
+                shapes += [f'<polygon label="car" {CVAT_COMMON} group_id="4" points="{ring}">'
+                           '<attribute name="ok">true</attribute></polygon>' for ring in rings]
+            elif region.any():
+                left, top, wide, tall = box_of(region)
+                rle = runs(region[top:top + tall, left:left + wide].T)
+                shapes.append(f'<mask label="{NAMES[id]}" {CVAT_COMMON} rle="{str(rle)[1:-1]}" left="{left}" '
+                              f'top="{top}" width="{wide}" height="{tall}"></mask>')
+        subset = {"train": "Train", "val": "Validation"}[split]
+        images.append(f'<image id="{number}" name="{name}.jpg" subset="{subset}" task_id="1" width="{width}" '
+                      f'height="{height}">{"".join(shapes)}</image>')
+    (root / "annotations.xml").write_text(CVAT_XML.format(images="\n".join(images)))
     return truth
 
 
@@ -320,9 +580,23 @@ TOOLS = {
     "YOLO, classes.txt": lambda root: yolo(root, names=None),
     "YOLO, Roboflow": lambda root: yolo(root, "{split}/images/{name}.jpg", names=["car", "tree"]),
     "Supervisely": supervisely,
+    "Label Studio, masks": label_studio_masks,
+    "Label Studio, masks without JSON": lambda root: label_studio_masks(root, tasks=False),
     "Label Studio": label_studio,
-    "Label Studio, without its JSON": lambda root: label_studio(root, tasks=False),
-    "CVAT": cvat,
+    "Label Studio, JSON-MIN": label_studio_min,
+    "CVAT, painted masks": cvat_masks,
+    "CVAT for images": cvat_images,
+    "CVAT for images, masks": lambda root: cvat_images(root, only_masks=True),
+    "VIA 2, project": via,
+    "VIA 2, JSON": lambda root: via(root, "json"),
+    "VIA 2, CSV": lambda root: via(root, "csv"),
+    "VIA 3": via3,
+    "SuperAnnotate": superannotate,
+    "SuperAnnotate, newer": lambda root: superannotate(root, file="{name}.jpg.json"),
+    "SuperAnnotate, pixel masks": lambda root: superannotate(root, pixel=True),
+    "ISAT": isat,
+    "Datumaro": datumaro,
+    "Datumaro, masks": lambda root: datumaro(root, "mask"),
     "Roboflow, masks": roboflow_masks,
     "masks/car/": lambda root: class_masks(
         root, "images/{split}/{name}.jpg", "masks/{split}/{label}/{name}.png"),

@@ -1,5 +1,11 @@
 """Annotation files of labeling tools: the masks drawn from them are those they were made of."""
 import json
+import math
+import random
+import re
+import time
+from contextlib import suppress
+from itertools import pairwise
 import sqlite3
 import sys
 
@@ -7,9 +13,10 @@ import cv2
 import numpy as np
 import pytest
 from conftest import load, refused
+from PIL import Image
 from pycocotools import mask as coco_mask
-from labeling_tools import (DEGREES, METERS, NAMES, TOOLS, class_masks, dump, features, kaggle, on_map,
-pairs_of_runs, png_text, tiles)
+from labeling_tools import (DEGREES, METERS, NAMES, TOOLS, brush, class_masks, dump, features, kaggle, on_map,
+pairs_of_runs, png_text, scenes, tiles)
 from rasterio import warp
 from rasterio.crs import CRS
 from trees import save
@@ -18,12 +25,18 @@ import check_data
 import evaluate
 import infer_image
 import train
+from config import InputError
 from dataio.annotations import find_masks
 from dataio.annotations.shapes import decode_runs, polygons
+from dataio.annotations.via import class_attribute
 from dataio.layout import NoMasks, find_pairs
 from dataio.readers import read_sample
 
-EXACT = ("run lengths", "Label Studio", "CVAT", "masks")  # tools whose files hold pixels, not outlines
+EXACT = ("run lengths", "masks")  # tools whose files hold pixels, not outlines
+
+WITHOUT_SPLITS = {"labelme", "Label Studio, masks", "Label Studio, masks without JSON",
+                  "Label Studio, JSON-MIN", "CVAT, painted masks", "VIA 2, project", "VIA 2, JSON",
+                  "VIA 2, CSV", "VIA 3", "ISAT"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +71,7 @@ def test_masks_are_those_that_the_annotations_were_made_of(tool, tmp_path):
     assert names[0] == "background" and source.annotated == (tool not in PAINTED)
     ids = np.array([names.index(name) for name in NAMES])
     assert {sample.image for sample in samples_of(source).values()} == truth.keys()
-    if tool not in ("labelme", "CVAT") and "Label Studio" not in tool:  # whose folders name no splits
+    if tool not in WITHOUT_SPLITS:
         assert {stem.split("_")[0] for stem in samples_of(source) if "2" in stem or "5" in stem} == {
             sample.image.stem.split("_")[0] for sample in source.splits["val"]}
     for sample in samples_of(source).values():
@@ -95,7 +108,7 @@ EDITED = {  # tool: (the file that tests edit, its list of shapes, what errors c
     "COCO": ("instances_train2017.json", "annotations", "annotation 0 "),
     "labelme": ("shot 0.json", "shapes", "shape 1 "),
     "Supervisely": ("shot 0.jpg.json", "objects", "object 1 "),
-    "Label Studio": ("project-1.json", None, None),
+    "Label Studio, masks": ("project-1.json", None, None),
 }
 
 
@@ -144,6 +157,150 @@ def test_holes_bitmaps_beyond_the_edges_and_tags_of_supervisely(tmp_path):
     expected[10:70, :70], expected[30:50, 30:50], expected[80:, :6] = 1, 0, 2
     assert (load_mask(tmp_path)[1] == expected).all()
     assert [sample.image.stem for sample in load("folder", tmp_path).splits["test"]] == ["shot 0"]
+
+
+def box_region(x, y, width, height, degrees=0):
+    """Return (H, W) bool of a box around (x, y), turned clockwise."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    across, along = COLUMNS - x, ROWS - y
+    return (abs(across * cos + along * sin) < width / 2) & (abs(along * cos - across * sin) < height / 2)
+
+
+def ellipse_region(x, y, radius_x, radius_y, degrees=0):
+    """Return (H, W) bool of an ellipse around (x, y), turned clockwise."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    across, along = COLUMNS - x, ROWS - y
+    return ((across * cos + along * sin) / radius_x) ** 2 + ((along * cos - across * sin) / radius_y) ** 2 < 1
+
+
+def write_shapes(root, tool, entries):
+    """Write a tool's tree in which the image `shot 0` has these entries as its only shapes."""
+    TOOLS[tool](root)
+    name, change = SHAPES_OF[tool]
+    path = next(root.rglob(name))
+    text = path.read_text()
+    if path.suffix == ".json":
+        content = json.loads(text)
+        change(content, entries)
+        text = json.dumps(content)
+    else:
+        text = change(text, entries)
+    path.write_text(text)
+
+
+SHAPES_OF = {  # tool: (a file, change(its content, entries), which makes these the shapes of `shot 0`)
+    "CVAT for images": ("annotations.xml", lambda text, entries: re.sub(
+        '(name="shot 0.jpg"[^>]*>).*?(</image>)', rf"\1{''.join(entries)}\2", text)),
+    "Label Studio": ("project-3*.json", lambda tasks, entries:
+                     tasks[0]["annotations"][0].update(result=entries)),
+    "VIA 2, JSON": ("via_export_json.json", lambda content, entries:
+                    next(iter(content.values())).update(regions=entries)),
+    "SuperAnnotate": ("shot 0.jpg___objects.json", lambda content, entries:
+                      content.update(instances=entries)),
+    "SuperAnnotate, pixel masks": ("shot 0.jpg___pixel.json", lambda content, entries:
+                                   content.update(instances=entries)),
+    "ISAT": ("shot 0.json", lambda content, entries: content.update(objects=entries)),
+    "Datumaro": ("train.json", lambda content, entries: content["items"][0].update(annotations=entries)),
+    "VIA 3": ("via_project_4May2024.json", lambda content, entries:
+              content.update(metadata=dict(enumerate(entries)))),
+}
+CVAT_BOX = '<box label="car" occluded="0" xtl="30" ytl="20" xbr="80" ybr="50" z_order="{}" {}></box>'
+SPECKLED = np.random.default_rng(0).random((84, 112)) < 0.5 * (ROWS > 40)
+
+
+def studio(type="rectanglelabels", label="car", size=(112, 84), **value):
+    """Return a result of Label Studio; x, y, width, height, ... in pixels."""
+    sides = dict(x=112, y=84, width=112, height=84, radiusX=112, radiusY=84)
+    value = {key: number * 100 / sides[key] if key in sides else number for key, number in value.items()}
+    value["labels" if type == "labels" else type] = [label]
+    return dict(id="a", type=type, value=value, original_width=size[0], original_height=size[1])
+
+
+def via_region(name, label="car", **shape):
+    """Return a region of VIA 2."""
+    return dict(shape_attributes=dict(name=name, **shape), region_attributes=dict(kind=label))
+
+
+def via3_region(*xy, label="0"):
+    """Return a region of VIA 3."""
+    return dict(vid="1", flg=0, z=[], xy=xy, av={"2": label})
+
+
+SHAPES = [  # (tool, entries, region, which pixels of it are trees and not cars)
+    ("CVAT for images", [CVAT_BOX.format(0, "")], box_region(55, 35, 50, 30), None),
+    ("CVAT for images", [CVAT_BOX.format(0, 'rotation="30.00"')], box_region(55, 35, 50, 30, 30), None),
+    ("CVAT for images", ['<ellipse label="car" cx="50" cy="40" rx="30" ry="15" rotation="340.00"></ellipse>'],
+     ellipse_region(50, 40, 30, 15, -20), None),
+    ("CVAT for images", [  # the lower one later in the file; shapes in skeletons are none of the image
+        CVAT_BOX.format(2, ""),
+        '<polygon label="tree" z_order="1" points="10,10;60,10;60,60;10,60"></polygon>',
+        '<skeleton label="car" z_order="3"><polygon label="1" points="0,0;9,0;9,9"></polygon></skeleton>'],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50),
+     box_region(35, 35, 50, 50) & ~box_region(55, 35, 50, 30)),
+    ("CVAT for images", [  # beyond the upper edge and the right one
+        '<mask label="car" rle="0, 30" left="102" top="-1" width="15" height="2"></mask>',
+        '<mask label="car" rle="15, 5, 2, 3" left="102" top="70" width="5" height="5"></mask>'],
+     box_region(107, 0, 10, 2) | box_region(104.5, 73.5, 5, 1) | box_region(105.5, 74.5, 3, 1), None),
+    ("Label Studio", [studio(x=30, y=20, width=50, height=30)], box_region(55, 35, 50, 30), None),
+    ("Label Studio", [studio(x=60, y=20, width=40, height=20, rotation=90)],
+     box_region(50, 40, 20, 40), None),
+    ("Label Studio", [studio("ellipselabels", x=50, y=40, radiusX=30, radiusY=15, rotation=30)],
+     ellipse_region(50, 40, 30, 15, 30), None),
+    ("Label Studio", [studio("brushlabels", format="rle", rle=brush(SPECKLED))], SPECKLED, None),
+    ("Label Studio", [  # an outline and its label as two results, and a line between regions
+        dict(id="a", type="polygon", value=dict(points=[[25, 25], [75, 25], [75, 75], [25, 75]])),
+        dict(id="a", type="labels", value=dict(labels=["car"]), original_width=112, original_height=84),
+        dict(type="relation", from_id="a", to_id="a", direction="right")], box_region(56, 42, 56, 42), None),
+    ("VIA 2, JSON", [via_region("rect", x=30, y=20, width=50, height=30)], box_region(55, 35, 50, 30), None),
+    ("VIA 2, JSON", [via_region("circle", cx=50, cy=40, r=20.5)], ellipse_region(50, 40, 20.5, 20.5), None),
+    ("VIA 2, JSON", [via_region("ellipse", {"car": True, "tree": False}, cx=50, cy=40, rx=30, ry=15,
+                                theta=0.7)], ellipse_region(50, 40, 30, 15, np.degrees(0.7)), None),
+    ("VIA 2, JSON", [  # a later region lies over an earlier one
+        via_region("rect", x=30, y=20, width=50, height=30),
+        via_region("polygon", "tree", all_points_x=[10, 60, 60, 10, 10], all_points_y=[10, 10, 60, 60, 10]),
+        via_region("polyline", all_points_x=[10, 60, 60], all_points_y=[10, 10, 60])],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50), box_region(35, 35, 50, 50)),
+    ("VIA 3", [via3_region(2, 30, 20, 50, 30)], box_region(55, 35, 50, 30), None),
+    ("VIA 3", [via3_region(3, 50, 40, 20)], ellipse_region(50, 40, 20, 20), None),
+    ("VIA 3", [via3_region(4, 50, 40, 30, 15)], ellipse_region(50, 40, 30, 15), None),
+    ("VIA 3", [via3_region(8, 50, 20, 30, 33, 80, 45, 60, 50)], box_region(55, 35, 50, 30), None),
+    ("VIA 3", [via3_region(7, 10, 10, 60, 10, 60, 60, 10, 60), via3_region(6, 1, 1, 9, 9)],
+     box_region(35, 35, 50, 50), None),
+    ("SuperAnnotate", [dict(type="polygon", classId=881, points=[10, 10, 60, 10, 60, 60, 10, 60],
+                            exclude=[[20, 20, 30, 20, 30, 50, 20, 50], [40, 20, 50, 20, 50, 50, 40, 50]])],
+     box_region(35, 35, 50, 50) & ~box_region(25, 35, 10, 30) & ~box_region(45, 35, 10, 30), None),
+    ("SuperAnnotate", [dict(type="bbox", className="car", points=dict(x1=30, x2=80, y1=20, y2=50)),
+                       dict(type="template", classId=881, points=[dict(x=1, y=1)])],
+     box_region(55, 35, 50, 30), None),
+    ("SuperAnnotate", [dict(type="rbbox", classId=881, points=dict(
+        x1=50, y1=10, x2=80, y2=40, x3=60, y3=60, x4=30, y4=30))],
+     box_region(55, 35, 1800**0.5, 800**0.5, 45), None),
+    ("SuperAnnotate", [dict(type="ellipse", classId=881, cx=50, cy=40, rx=30, ry=15, angle=30)],
+     ellipse_region(50, 40, 30, 15, 30), None),
+    ("ISAT", [dict(category="car", layer=2.0, segmentation=[[30, 20], [80, 20], [80, 50], [30, 50]]),
+              dict(category="tree", layer=1, segmentation=[[10, 10], [60, 10], [60, 60], [10, 60]])],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50),
+     box_region(35, 35, 50, 50) & ~box_region(55, 35, 50, 30)),
+    ("Datumaro", [dict(type="bbox", label_id=1, bbox=[30, 20, 50, 30], attributes=dict(rotation=30))],
+     box_region(55, 35, 50, 30, 30), None),
+    ("Datumaro", [dict(type="ellipse", label_id=1, points=[20, 25, 80, 55]),
+                  dict(type="polyline", label_id=1, points=[1, 1, 2, 2])],
+     ellipse_region(50, 40, 30, 15), None),
+    ("Datumaro", [dict(type="polygon", label_id=1, z_order=1, points=[30, 20, 80, 20, 80, 50, 30, 50]),
+                  dict(type="bbox", label_id=0, z_order=0, bbox=[10, 10, 50, 50])],
+     box_region(55, 35, 50, 30) | box_region(35, 35, 50, 50),
+     box_region(35, 35, 50, 50) & ~box_region(55, 35, 50, 30)),
+]
+
+
+@pytest.mark.parametrize(("tool", "entries", "region", "trees"), SHAPES)
+def test_single_shapes(tool, entries, region, trees, tmp_path):
+    write_shapes(tmp_path, tool, entries)
+    names, mask = load_mask(tmp_path)
+    expected = region * names.index("car")
+    if trees is not None:
+        expected[trees] = names.index("tree")
+    assert not ((mask != expected) & interior(expected)).any() and (mask == expected).mean() > 0.95
 
 
 @pytest.mark.parametrize(("tool", "values", "count"), [
@@ -206,6 +363,122 @@ def test_broken_shapes_are_named_with_their_file(tool, values, tmp_path):
         find_masks(tmp_path)
 
 
+CVAT_MASK = '<mask label="car" rle="{}" left="{}" top="0" width="2" height="2"></mask>'
+
+
+@pytest.mark.parametrize(("tool", "entry"), [
+    *(("CVAT for images", CVAT_MASK.format(*values)) for values in (
+        ("1, 2", 0), ("1, 4, -1", 0), ("1, x", 0), ("4", "1e9"), ("4", 10**30), (f"{2**63 - 1}, 5", 0))),
+    ("CVAT for images", CVAT_BOX.format("front", "")),
+    ("CVAT for images", CVAT_BOX.format(0, 'rotation="nan"')),
+    ("CVAT for images", '<polygon label="car" points="1,2;3,4;5"></polygon>'),
+    ("CVAT for images", '<polygon points="1,2;3,4;5,9"></polygon>'),
+    ("CVAT for images", '<cuboid label="car" xtl1="1" ytl1="2"></cuboid>'),
+    *(("Label Studio", {**studio(x=30, y=20, width=50, height=30), **values}) for values in (
+        dict(original_width=None), dict(image_rotation=90), dict(value=dict(points=[[1, 2]], labels=[])),
+        dict(value=dict(sequence=[], labels=["car"])),
+        dict(value=dict(points=[[1, 2]], labels=["car", "b"])))),
+    *(("Label Studio", studio("brushlabels", rle=rle)) for rle in (
+        brush(SPECKLED)[:-9], brush(SPECKLED[1:]), [], [300], "x", brush(SPECKLED)[:9] + [255] * 9)),
+    ("VIA 2, JSON", via_region("polygon", all_points_x=[1, 9, 9], all_points_y=[1, 1])),
+    ("VIA 2, JSON", via_region("circle", cx=50, cy="x", r=20)),
+    ("VIA 2, JSON", via_region("ellipse", cx=50, cy=40, rx=30, ry=15, theta=float("nan"))),
+    ("VIA 2, JSON", via_region("rect", {"car": True, "tree": True}, x=30, y=20, width=50, height=30)),
+    ("VIA 2, JSON", via_region("rect", "", x=30, y=20, width=50, height=30)),
+    ("VIA 3", via3_region(2, 30, 20, 50)), ("VIA 3", via3_region(4, 50, 40, 30, "x")),
+    ("VIA 3", via3_region(2, 30, 20, 50, 30, label="9")),
+    ("VIA 3", via3_region(2, 30, 20, 50, 30, label="0,1")),
+    ("ISAT", dict(category="car", layer="top", segmentation=[[1, 1], [20, 1], [20, 20]])),
+    ("ISAT", dict(category="car", layer=1, segmentation=[[1, 1], [20, 1], [20]])),
+    ("ISAT", dict(category="", layer=1, segmentation=[[1, 1], [20, 1], [20, 20]])),
+    ("Datumaro", dict(type="polygon", label_id=-1, points=[1, 1, 20, 1, 20, 20])),
+    ("Datumaro", dict(type="cuboid_3d", label_id=1, position=[1, 2, 3])),
+    ("Datumaro", dict(type="mask", label_id=1, rle=dict(size=[84, 112], counts="0"))),
+    ("Datumaro", dict(type="mask", label_id=1, rle=dict(size=[112, 84], counts=[0, 112 * 84]))),
+    ("SuperAnnotate", dict(type="polygon", classId=-1, points=[1, 1, 20, 1, 20, 20])),
+    ("SuperAnnotate", dict(type="cuboid", classId=881, points=dict(f1=dict(x=1, y=1)))),
+    ("SuperAnnotate", dict(type="polygon", classId=881, points=[1, 1, 20, 1, 20])),
+    ("SuperAnnotate", dict(type="polygon", classId=881, points=[1, 1, 20, 1, 20, 20], exclude=[["x"]])),
+])
+def test_broken_entries_are_named_with_their_image(tool, entry, tmp_path):
+    write_shapes(tmp_path, tool, [entry])
+    with refused(SHAPES_OF[tool][0].split("*")[0], " 1"):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize(("url", "file"), [
+    ("/data/upload/3/4f0a1b2c-a_b.jpg", "4f0a1b2c-a_b.jpg"), ("/data/upload/3/4f0a1b2c-a_b.jpg", "a_b.jpg"),
+    ("/data/upload/3/4f0a1b2c-a_b.jpg", "a b.jpg"), ("/data/local-files/?d=dir/a%20%C3%A9.jpg", "a é.jpg"),
+    ("s3://bucket/dir/a b.jpg", "a b.jpg"), ("https://host:80/dir/a%20b.jpg?X-Amz-Date=1&d=2", "a b.jpg"),
+    ("gs://bucket/a.jpg", "a.jpg"), ("dir\\a.jpg", "a.jpg")])
+def test_names_of_images_in_label_studio(url, file, tmp_path):
+    TOOLS["Label Studio"](tmp_path)
+    image = next(tmp_path.rglob("shot 0.jpg"))
+    image.rename(image.with_name(file))
+    path = next(tmp_path.glob("*.json"))
+    tasks = json.loads(path.read_text())
+    tasks[0]["data"] = dict(id=7, text="shot 1", image=url)
+    path.write_text(json.dumps(tasks))
+    assert file in {sample.image.name for sample in find_masks(tmp_path).samples}
+
+
+@pytest.mark.parametrize(("tool", "truths", "taken"), [
+    ("Label Studio", (False, False), "tree"), ("Label Studio", (True, False), "car"),
+    ("Label Studio, JSON-MIN", (False, False), "tree")])
+def test_of_several_annotations_the_ground_truth_or_the_last_is_taken(tool, truths, taken, tmp_path):
+    TOOLS[tool](tmp_path)
+    path = next(tmp_path.glob("*.json"))
+    tasks, regions = json.loads(path.read_text()), [
+        studio("polygonlabels", label, points=[[25, 25], [75, 25], [75, 75]]) for label in ("car", "tree")]
+    if tool == "Label Studio":
+        done = tasks[0]["annotations"][0]
+        tasks[0]["annotations"] = [{**done, "result": [region], "ground_truth": truth}
+                                   for region, truth in zip(regions, truths, strict=True)]
+        tasks[1]["annotations"] = []
+    else:
+        first = {**tasks[0], "label": [{**regions[0]["value"], "original_width": 112, "original_height": 84}]}
+        tasks[0] = {**first, "label": [{**regions[1]["value"], "original_width": 112, "original_height": 84}]}
+        tasks.insert(0, first)
+    path.write_text(json.dumps(tasks))
+    content = find_masks(tmp_path)
+    assert sum("task 11" in note for note in content.notes) == 1
+    assert len(content.samples) == (5 if tool == "Label Studio" else 6)  # one is not annotated
+    names, mask = load_mask(tmp_path)
+    assert names[mask[30, 80]] == taken
+
+
+@pytest.mark.parametrize(("attributes", "named"), [
+    ([dict(Name="x", kind="car"), dict(Name="", kind="tree")], "Name"),  # by its name
+    ([dict(a="car", b="x"), dict(a="tree")], "a"),  # all regions have it
+])
+def test_which_attribute_of_via_is_the_class_is_said(attributes, named, tmp_path):
+    regions = [{**via_region("rect", x=30 * index, y=20, width=20, height=30), "region_attributes": values}
+               for index, values in enumerate(attributes)]
+    assert class_attribute(attributes)[0] == named
+    write_shapes(tmp_path, "VIA 2, JSON", regions)
+    path = tmp_path / "via_export_json.json"
+    content = dict(list(json.loads(path.read_text()).items())[:1])
+    path.write_text(json.dumps(content))
+    if named == "Name":  # which one region lacks
+        with refused("region 2"):
+            find_masks(tmp_path)
+    else:
+        assert any(" a, " in note for note in find_masks(tmp_path).notes)
+
+
+def test_bombs_of_entities_and_broken_xml_are_refused(tmp_path):
+    TOOLS["CVAT for images"](tmp_path)
+    path = tmp_path / "annotations.xml"
+    text, names = path.read_text(), "abcdefghijk"
+    entities = [f'<!ENTITY {name} "{10 * f"&{inner};"}">' for inner, name in pairwise(names)]
+    bomb = f'<!DOCTYPE annotations [<!ENTITY a "ha">{"".join(entities)}]>'
+    for broken in (text.replace("<annotations>", f"{bomb}<annotations>").replace('"car"', '"&k;"'),
+                   text.replace("</image>", "", 1)):
+        path.write_text(broken)
+        with refused("annotations.xml"):
+            find_masks(tmp_path)
+
+
 @pytest.mark.parametrize(("tool", "change", "named"), [
     ("COCO", lambda content: content["images"][0].update(file_name="gone.jpg"), "gone.jpg"),
     ("COCO", lambda content: content["images"].append(content["images"][0]), "train2017.json image 0"),
@@ -227,7 +500,12 @@ def test_broken_json_files_are_named(tool, change, named, tmp_path):
 @pytest.mark.parametrize(("tool", "file", "text", "named"), [
     ("COCO", "annotations/instances_train2017.json", '{"images": [', "train2017.json"),
     ("labelme", "shot 0.jpg", None, "shot 0.jpg"),
-    ("Label Studio, without its JSON", "images/12.jpg", None, "task-12-annotation"),
+    ("Label Studio, masks without JSON", "images/12.jpg", None, "task-12-annotation"),
+    ("SuperAnnotate, pixel masks", "train/shot 0.jpg___save.png", None, "shot 0.jpg___pixel.json class car"),
+    ("SuperAnnotate, pixel masks", "train/shot 0.jpg___save.png", "x", "shot 0.jpg___pixel.json class car"),
+    ("SuperAnnotate, pixel masks", "classes/classes.json", '[{"id": 881}]', "classes.json"),
+    ("ISAT", "isat.yaml", "[", "isat.yaml"),
+    ("ISAT", "isat.yaml", "labels: []", "isat.yaml"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "0 0.1 0.1 0.2 0.2 0.3", "shot 0.txt line 1"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "0 0.1 0.1 0.2 0.2\n", "shot 0.txt line 1"),
     ("YOLO, Ultralytics", "labels/train/shot 0.txt", "\n7 0.1 0.1 0.2 0.2 0.3 0.1", "shot 0.txt line 2"),
@@ -247,6 +525,93 @@ def test_missing_and_broken_files_are_named(tool, file, text, named, tmp_path):
         find_masks(tmp_path)
 
 
+DARWIN = dict(version="2.0", item=dict(name="shot 0.jpg", slots=[dict(type="image")]), annotations=[])
+DARWIN_1 = dict(dataset="d", image=dict(original_filename="shot 0.jpg"), annotations=[])
+
+
+@pytest.mark.parametrize(("file", "content", "advice"), [
+    ("annotations.xml", '<annotations><meta></meta><track id="0" label="car"></track></annotations>',
+     "CVAT for images"),
+    ("shot 0.xml", "<annotation><object><bndbox><xmin>1</xmin></bndbox></object></annotation>", "COCO"),
+    ("_annotations.csv", "filename,width,height,class,xmin,ymin,xmax,ymax\nshot 0.jpg,9,9,car,1,1,2,2\n",
+     "COCO Segmentation"),
+    ("_annotations.createml.json", [dict(image="shot 0.jpg", annotations=[dict(
+        label="car", coordinates=dict(x=1, y=1, width=2, height=2))])], "COCO Segmentation"),
+    ("export.ndjson", 2 * '{"data_row":{"id":"a"},"media_attributes":{"height":9},"projects":{}}\n', "PNG"),
+    ("shot 0.json", DARWIN, "darwin-py"), ("shot 0.json", DARWIN_1, "darwin-py"),
+    ("labels.json", [dict(label_hash="a", data_units={"b": dict(labels={})})], "COCO"),
+    ("panoptic_val2017.json", dict(images=[], categories=[], annotations=[dict(
+        image_id=1, file_name="a.png", segments_info=[])]), "instances_"),
+])
+def test_what_is_not_read_is_refused_with_what_to_export(file, content, advice, tmp_path):
+    list(scenes(tmp_path, "{name}.jpg"))
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with refused(file, "not read", advice):
+        find_masks(tmp_path)
+
+
+HOSTILE = [None, True, -3, 0, 1, 3, 10**4, 10**5, 10**12, 10**400, math.nan, math.inf, -1e308, 1e308, 0.5, "",
+           "é", "../x", "a" * 300, "\0", "nan", "-1", "1e400", "9" * 400, "0.5 0.5", "<", "&a;", "\n", [], {},
+           [[]], [[1]], [None], {"size": [1, 1]}, [[[[1, "x"]]]]]
+HOSTILE_TEXTS = [value if isinstance(value, str) else json.dumps(value) for value in HOSTILE]
+FIELDS = {".xml": r'(?<==")[^"]*(?=")|(?<=>)[^<\n]+(?=<)', ".csv": r'"(?:[^"]|"")*"|[^",\n]+'}  # else words
+
+
+def entries_of(content):
+    """Return (container, key) of all values in a JSON content."""
+    pairs = list(content.items() if isinstance(content, dict) else enumerate(content))
+    entries = [(content, key) for key, _ in pairs]
+    for _, value in pairs:
+        if isinstance(value, (dict, list)):
+            entries += entries_of(value)
+    return entries
+
+
+def hostile_json(text, rng):
+    """Return a JSON text with a value replaced, or left out."""
+    contents = [json.loads(text)]
+    container, key = rng.choice(entries_of(contents))
+    if rng.random() < 0.1 and container is not contents:
+        del container[key]
+    else:
+        container[key] = rng.choice(HOSTILE)
+    return json.dumps(contents[0])
+
+
+def hostile_text(text, ending, rng):
+    """Return the text of a file with a value replaced, left out, or with all after a place missing."""
+    if rng.random() < 0.03:
+        return text[:rng.randrange(len(text))]
+    if ending == ".json":
+        return hostile_json(text, rng)
+    field = rng.choice(list(re.finditer(FIELDS.get(ending, r"[^ \n]+"), text)))
+    value = "" if rng.random() < 0.1 else rng.choice(HOSTILE_TEXTS)
+    if ending == ".csv" and field[0].startswith('"{'):  # JSON in a cell
+        value = hostile_json(field[0][1:-1].replace('""', '"'), rng) if rng.random() < 0.8 else value
+        value = '"' + value.replace('"', '""') + '"'
+    return text[:field.start()] + value + text[field.end():]
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(400, marks=pytest.mark.long)])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_any_value_replaced_gives_masks_or_a_message(tool, count, tmp_path):
+    TOOLS[tool](tmp_path)
+    rng = random.Random(0)
+    texts = {path: path.read_text() for path in sorted(tmp_path.rglob("*"))
+             if path.suffix in (".json", ".xml", ".csv", ".txt", ".yaml")}
+    for _ in range(count if texts else 0):
+        path, text = rng.choice(list(texts.items()))
+        changed = hostile_text(text, path.suffix, rng)
+        path.write_text(changed)
+        start = time.monotonic()
+        with suppress(InputError):
+            for sample in find_masks(tmp_path, skip_bad_labels=rng.random() < 0.5).samples:
+                with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
+                    assert image.size == mask.size, changed
+        assert time.monotonic() - start < 5, changed
+        path.write_text(text)
+
+
 # --- folders and the cache --------------------------------------------------------------------------------
 @pytest.mark.parametrize("above", ["labels", "images/labels"])
 def test_names_of_folders_above_the_root_say_nothing(above, tmp_path):
@@ -258,7 +623,8 @@ def test_names_of_folders_above_the_root_say_nothing(above, tmp_path):
 
 @pytest.mark.parametrize(("tool", "change"), [
     ("labelme", lambda content: content["shapes"].pop()),
-    ("Label Studio", lambda tasks: (tasks[0].update(id=12), tasks[1].update(id=11)))])  # images swapped
+    ("Label Studio, masks",  # images swapped
+     lambda tasks: (tasks[0].update(id=12), tasks[1].update(id=11)))])
 def test_masks_are_drawn_once_and_again_when_the_annotations_change(tool, change, tmp_path):
     TOOLS[tool](tmp_path)
     before = samples_of(load("folder", tmp_path))
@@ -303,7 +669,7 @@ def test_what_has_no_label_is_background_or_not_counted(tmp_path, classes):
 
 
 # --- commands ---------------------------------------------------------------------------------------------
-PAINTED = {"CVAT", "Roboflow, masks"}  # which need not be drawn
+PAINTED = {"CVAT, painted masks", "Roboflow, masks"}  # which need not be drawn
 QUICK = {"COCO, Roboflow"}
 
 

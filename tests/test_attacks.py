@@ -26,7 +26,6 @@ import rasterio
 import torch
 from attacks import JUNK, damaged, png_header
 from conftest import ROOT, load, tiny, write_folder, write_pair
-from labeling_tools import TOOLS
 from PIL import Image
 
 import check_data
@@ -37,7 +36,6 @@ from checkpoint import load_model, pack_checkpoint
 from config import (FIELDS, RECIPES, InputError, TrainConfig, names, one_line, recipe_settings, script_parser,
                     setting)
 from dataio import schema
-from dataio.annotations import find_masks
 from dataio.labels import read_classes
 from dataio.layout import read_list
 from dataio.image_rule import PICTURES
@@ -378,60 +376,6 @@ def test_fuzz_caches_that_are_garbage_are_made_anew(folder):
             path.write_bytes(rng.choice([b"", b"PK\x03\x04", content[:20], content[:80]]) + rng.randbytes(99))
             assert all(map(np.array_equal, before, results()))
         path.write_bytes(content)
-
-
-# --- annotation files -------------------------------------------------------------------------------------
-HOSTILE = [None, True, -3, 0, 1, 3, 10**4, 10**5, 10**12, 10**400, math.nan, math.inf, -1e308, 0.5, "", "é",
-           "../x", "a" * 300, "\0", [], {}, [[]], [[1]], [None], {"size": [1, 1]}]
-WORDS = ["nan", "-1", "1e400", "x", "", "\n", "9" * 400, "inf", "0.5 0.5"]
-ANNOTATIONS = {"COCO": "*.json", "COCO, compressed": "*.json", "labelme": "*.json", "Supervisely": "*.json",
-               "YOLO": "labels/**/*.txt", "Label Studio": "*.json"}
-
-
-def entries_of(content):
-    """Return (container, key) of all values in a JSON content."""
-    pairs = list(content.items() if isinstance(content, dict) else enumerate(content))
-    entries = [(content, key) for key, _ in pairs]
-    for _, value in pairs:
-        if isinstance(value, (dict, list)):
-            entries += entries_of(value)
-    return entries
-
-
-def hostile_json(text, rng):
-    """Return a JSON text with a value replaced, or left out."""
-    contents = [json.loads(text)]
-    container, key = rng.choice(entries_of(contents))
-    if rng.random() < 0.1 and container is not contents:
-        del container[key]
-    else:
-        container[key] = rng.choice(HOSTILE)
-    return json.dumps(contents[0])
-
-
-def hostile_words(text, rng):
-    """Return a text with a word replaced."""
-    words = text.split(" ")
-    words[rng.randrange(len(words))] = rng.choice(WORDS)
-    return " ".join(words)
-
-
-@pytest.mark.parametrize("tool", ANNOTATIONS)
-def test_fuzz_annotation_files(tool, tmp_path, monkeypatch):
-    """Any value replaced or left out, any word of a line: masks, or one line that names a file."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root = tmp_path / "data"
-    TOOLS[next(name for name in TOOLS if name.startswith(tool))](root)
-    texts = {file: file.read_text() for file in sorted(root.rglob(ANNOTATIONS[tool]))}
-    for rng in generators():
-        file, text = rng.choice(list(texts.items()))
-        file.write_text((hostile_json if file.suffix == ".json" else hostile_words)(text, rng))
-        with refused_by_name(root.name):
-            masks = find_masks(root)
-            for samples in masks.splits.values():
-                for sample in samples:
-                    assert np.array(Image.open(sample.mask)).max() <= len(masks.entries)
-        file.write_text(text)
 
 
 # --- files that are known to do harm ----------------------------------------------------------------------

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from conftest import load, real_data, refused, write_folder
 from PIL import Image
-from trees import COLORS, ENCODINGS, PLAIN, TREES, flags_of_training, follow_advice, frames
+from trees import COLORS, ENCODINGS, PLAIN, TREES, flags_of_training, follow_advice, frames, save
 
 import check_data
 import train
 from dataio.labels import find_modes, read_classes, snap
-from dataio.layout import role_of
+from dataio.layout import NoMasks, find_pairs, role_of
 from dataio.readers import index_table, read_mask
 from datasets import check_trainable
+from visualize import background_id
 
 
 # --- every tree -------------------------------------------------------------------------------------------
@@ -86,6 +87,16 @@ def test_training_learns_every_class(name, tmp_path, run):
 ])
 def test_what_the_names_of_folders_tell(folders, role):
     assert role_of(tuple(folders.split("/")))[:3] == role
+
+
+def test_panoptic_pictures_of_coco_are_no_masks(tmp_path):
+    for number in range(3):
+        save(tmp_path / f"train2017/{number}.jpg", np.zeros((40, 50, 3), np.uint8))
+        segments = np.full((40, 50, 3), number, np.uint8)
+        save(tmp_path / f"annotations/panoptic_train2017/{number}.png", segments)
+    (tmp_path / "annotations/instances_train2017.json").write_text("{}")
+    with pytest.raises(NoMasks):
+        find_pairs(tmp_path)
 
 
 def test_real_folders():
@@ -188,6 +199,18 @@ VALUE_LIST = [("ground", None, 0), ("roof", None, 7)]
     ("name,id,area\nground,0,7\nroof,7,9\n", VALUE_LIST),
     ("sea = 1 3\nIgnore = 0\nland = 2\n",
      [("sea", None, 1), ("sea", None, 3), ("ignore", None, 0), ("land", None, 2)]),
+    ("id,name\n-1,ignore\n0,ground\n7,roof\n", [("ignore", None, -1), *VALUE_LIST]),
+    ("-1 ignore\n0 ground\n7 roof\n", [("ignore", None, -1), *VALUE_LIST]),
+    ("ground = 0\nroof = 7\n_Ignore_ = -1 -9999\n",
+     [*VALUE_LIST, ("ignore", None, -1), ("ignore", None, -9999)]),
+    ("sea\nland\nignore = -9999\n", [("sea", None, None), ("land", None, None), ("ignore", None, -9999)]),
+    ("__ignore__\n_background_\nland\n",  # labelme's list counts from -1
+     [("_background_", None, None), ("land", None, None), ("ignore", None, -1)]),
+    ("_background_\n__ignore__\nland\n",  # a line like others
+     [("_background_", None, None), ("ignore", None, None), ("land", None, None)]),
+    ("ignore\nbackground\nland\n",
+     [("ignore", None, None), ("background", None, None), ("land", None, None)]),
+    ("__ignore__ 1 1 1\nground 0 0 0\nroof 200 30 30\n", [("ignore", (1, 1, 1), None), *COLOR_LIST]),
     ("class\nbackground\ncat\n", [("background", None, None), ("cat", None, None)]),
     ("road\ntraffic light 1 2 3\n\ntree\n",
      [("road", None, None), ("traffic light", (1, 2, 3), None), ("tree", None, None)]),
@@ -207,6 +230,8 @@ def test_forms_of_class_lists(tmp_path, text, entries):
     ("a = 1\nb\n", "VALUE"), ("a = 1\nb = 1\n", "value 1"), ("a = 1\nb = x\n", "b needs"),
     ("a = 1\nb =\n", "b needs"), ("a = 70000\nb = 1\n", "a needs"),
     ("name,id\na,1\nb,99999999999\n", "b needs"),
+    ("a = 1\nb = -40000\n", "b needs"), ("a -1 2 3\nb 1 2 3\n", "a needs"), ("a\nb\nignore = 1\n", "VALUE"),
+    ("a\nignore = 255\nb\n", "VALUE"), ("a\nb\nc = 7\n", "VALUE"),
     ("a 1 2 3\nb 1 2 3\n", "(1, 2, 3)"), ("name,id,trainId\nroad,7,0\ncar,26,13\n", "2 columns"),
 ])
 def test_bad_classes_txt_is_named(tmp_path, text, words):
@@ -238,11 +263,31 @@ def test_names_of_the_command_line_are_two_to_250(tmp_path, names):
     ("road\ncar\nroad\nignore\n", [0, 1, 0, 255, 254, 255]),
     ("a = 1\nb = 0 2\nignore = 3\n", [1, 0, 1, 255, 254, 255]),
     ("road\nignore\ncar\ntree\n", [0, 255, 1, 2, 254, 255]),  # 255 beside 1
+    ("__ignore__\n_background_\na\nb\nc\n", [0, 1, 2, 3, 254, 255]),
+    ("a\nb\nc\nd\nignore = -1 4\n", [0, 1, 2, 3, 255, 255]),
 ])
 def test_the_table_holds_what_the_list_names_255_and_nothing_else(tmp_path, text, table):
     write_folder(tmp_path, values=(0, 1, 2, 3))
     (tmp_path / "classes.txt").write_text(text)
-    assert load("folder", tmp_path).table[[0, 1, 2, 3, 4, 255]].tolist() == table
+    found = load("folder", tmp_path).table
+    assert found[[0, 1, 2, 3, 4, 255]].tolist() == table
+    assert found[-1] == (255 if "-1" in text or "__" in text else 254) and found[65535] == 254
+
+
+@pytest.mark.parametrize("names", [("ignore", "a", "b"), ("__ignore__", "_background_", "a", "b")])
+def test_names_of_the_command_line_are_those_of_a_list(tmp_path, names):
+    source = load("folder", write_folder(tmp_path), classes=names)
+    assert [name for name, _ in source.classes] == [name for name in names if "ignore" not in name]
+    assert source.table[:3].tolist() == ([255, 0, 1] if names[0] == "ignore" else [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["background", "_background_", "__Background__"])
+def test_a_background_is_one_under_the_names_of_the_tools(tmp_path, name):
+    source = load("folder", write_folder(tmp_path), classes=("road", name, "car"))
+    assert background_id(source.classes) == 1 and source.classes[1] == (name, (0, 0, 0))
+    without = load("folder", tmp_path, classes=("road", name, "car"), ignore_background=True)
+    assert [name for name, _ in without.classes] == ["road", "car"]
+    assert without.table[:3].tolist() == [0, 255, 1]
 
 
 # --- masks that do not fit --------------------------------------------------------------------------------
@@ -271,11 +316,36 @@ def test_masks_of_a_single_class_do_not_train(tmp_path):
 
 
 @pytest.mark.parametrize("array", [np.zeros((0, 5)), np.full((4, 5), np.nan), np.full((4, 5), -1),
-                                   np.array([["a"]]), np.array([[{}]])], ids=str)
+                                   np.full((4, 5), 0.5), np.full((4, 5), 1e9), np.full((4, 5, 3), -1),
+                                   np.full((4, 5), 1j), np.array([["a"]]), np.array([[{}]])], ids=str)
 def test_arrays_that_are_not_masks_are_named(tmp_path, array):
     np.save(tmp_path / "mask.npy", array, allow_pickle=True)
     with refused("mask.npy"):
         read_mask(tmp_path / "mask.npy", index_table(3))
+
+
+@pytest.mark.parametrize(("array", "words"), [
+    (np.array([[0, 1, 65436]]), ("65436",)),  # -100, where values are taken for 16 bit
+    (np.array([[0, 1, -9]]), ("-9",)), (np.array([[0, 1, -32769]]), ("-32769",)),
+    (np.array([[0, 1, 0.5]]), ("0.5",)), (np.array([[0, 1, 70000]]), ("70000",)),
+])
+def test_what_is_named_as_no_data_is_ignored_and_nothing_near_it(tmp_path, array, words):
+    write_folder(tmp_path, count=3, values=(0, 1))
+    for path in (tmp_path / "masks").iterdir():
+        np.save(path.with_suffix(".npy"), np.array(Image.open(path)).astype(float))
+        path.unlink()
+    (tmp_path / "classes.txt").write_text("road\ncar\nignore = -100\n")
+    mask = np.load(tmp_path / "masks/01.npy")
+    mask[3, 4:7] = [0, -100, np.nan]
+    np.save(tmp_path / "masks/01.npy", mask)
+    source = load("folder", tmp_path)
+    assert read_mask(tmp_path / "masks/01.npy", source.table)[3, 4:7].tolist() == [0, 255, 255]
+    mask[3, 4:7] = array
+    np.save(tmp_path / "masks/01.npy", mask)
+    with refused("01.npy", *words):
+        load("folder", tmp_path)
+    with refused("01.npy", *words):
+        read_mask(tmp_path / "masks/01.npy", source.table)
 
 
 def test_a_rare_value_of_blurred_masks_is_a_mode_and_noise_is_not():

@@ -267,6 +267,12 @@ def test_a_sample_is_read_with_all_its_targets(tmp_path):
     for path in (photo, depth):  # colors, and numbers that are not class ids
         with refused(path):
             read_sample(Sample(photo, None, (Target("x", path, "labels"),)), index_table(3))
+    np.save(depth, np.where(ids == 255, np.nan, ids))  # no data is not labeled
+    _, targets = read_sample(Sample(photo, None, (Target("x", depth, "labels"),)), index_table(3))
+    assert (targets["x"].numpy() == np.rot90(ids, -1)).all()
+    np.save(depth, np.where(ids == 255, -1, ids.astype(int)))
+    with refused(depth):
+        read_sample(Sample(photo, None, (Target("x", depth, "labels"),)), index_table(3))
     half, swapped = tmp_path / "half.npy", tmp_path / "swapped.npy"
     upright = tuple(image.shape[1:])
     np.save(half, np.zeros([-(-side // 2) for side in upright]))

@@ -1,5 +1,6 @@
 """--train-scale native: windows are crops of the images, tiles cover them once, caches know them."""
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +19,10 @@ from dataio.dataloader import TileDataset, WindowDataset
 from dataio.feature_cache import plan_files
 from dataio.image_rule import decide_rule
 from dataio.images import EXIF_ORIENTATION
-from dataio.readers import Sample, Target, index_table, read_sample
+from dataio.readers import NODATA, Sample, Target, index_table, read_sample, value_table
 from dataio.resizing import PADDING_COLOR, resize_mask
-from dataio.windows import POINTS, Raster, WindowReader, check_room, draw_points, native_pair
+from dataio.windows import (POINTS, Raster, WindowReader, check_room, draw_points, native_mask,
+                            native_pair)
 from utils import Precision
 
 TABLE, FLOAT32 = index_table(5), Precision("off", torch.device("cpu"))
@@ -172,6 +174,38 @@ def test_tiffs_that_are_turned_are_decoded_and_pages_refused(tmp_path):
     assert reader.sizes == [(80, 100), (100, 80)] and reader.by_windows == [True, False]
     with refused("turned.tif"):
         Raster(tmp_path / "turned.tif")
+
+
+@pytest.mark.parametrize(("dtype", "nodata", "marked"), [
+    ("int8", -1, True), ("int16", -100, True), ("int16", -100, False), ("uint16", 65535, True),
+    ("int32", 99, True), ("float32", np.nan, True), ("float32", -3.4028234663852886e38, True),
+    ("float64", -9999, True), ("float64", np.nan, False), ("uint8", 3, True), ("float32", 0, True)])
+def test_pixels_without_data_are_ignored_in_whole_masks_as_in_windows(tmp_path, dtype, nodata, marked):
+    """What 8-bit masks mark as no data, and the value 0, are classes like others."""
+    values = blocks(45, 61, (0, 1, 2, 3)).astype(dtype)
+    if dtype != "uint8" and nodata:
+        values[values == 3] = nodata
+    image = write_tiff(tmp_path / "image.tif", np.full((3, 45, 61), 99, np.uint8))
+    mask = write_tiff(tmp_path / "mask.tif", values[None], nodata=nodata if marked else None)
+    table = value_table({0: 0, 1: 1, 2: 2, 3: 3, -100: IGNORE, NODATA: IGNORE})
+    sample, reader = Sample(image, mask), WindowReader([Sample(image, mask)], table)
+    expected = np.where(np.isin(values, [0, 1, 2, 3]), values, IGNORE).astype(np.uint8)
+    assert reader.by_windows == [True] and (expected == IGNORE).any() == (dtype != "uint8" and nodata != 0)
+    assert (reader.read(0, 9, 7, 30, 40)[1].numpy() == expected[9:39, 7:47]).all()
+    assert (native_mask(sample, table) == expected).all()
+    with refused("mask.tif") if (expected == IGNORE).any() else nullcontext():  # of a table without them
+        WindowReader([sample], TABLE).read(0, 0, 0, 45, 61)
+
+
+def test_windows_of_turned_masks_and_fractions(tmp_path):
+    image = write_tiff(tmp_path / "image.tif", np.full((3, 45, 61), 99, np.uint8))
+    values = blocks(45, 61, (0, 1, 2))
+    Image.fromarray(values).save(tmp_path / "turned.tif", tiffinfo={EXIF_ORIENTATION: 3})
+    reader = WindowReader([Sample(image, tmp_path / "turned.tif")], TABLE)
+    assert (reader.read(0, 0, 0, 45, 61)[1].numpy() == values[::-1, ::-1]).all()
+    halves = write_tiff(tmp_path / "halves.tif", values[None] / np.float32(2))
+    with refused("halves.tif", "0.5"):
+        WindowReader([Sample(image, halves)], TABLE).read(0, 0, 0, 45, 61)
 
 
 # --- the cache of decoded images --------------------------------------------------------------------------

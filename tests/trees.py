@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import rasterio
 from PIL import Image
 
 PAIRS, SIZE = 12, (84, 112)
@@ -66,10 +67,15 @@ def scene(seed, classes=2, size=SIZE):
 
 
 def save(path, array, **options):
-    """Write an array, or a picture of PIL, as an image file or as a NumPy file."""
+    """Write an array, or a picture of PIL, as an image file or as a NumPy file; as GeoTIFF with `nodata`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, array)
+    elif "nodata" in options:
+        height, width = array.shape
+        with rasterio.open(path, "w", driver="GTiff", height=height, width=width, count=1, dtype=array.dtype,
+                           **options) as file:
+            file.write(array, 1)
     elif isinstance(array, np.ndarray) and array.ndim == 3 and array.dtype == np.uint16:
         cv2.imwrite(str(path), array[..., ::-1])  # PIL has no deep colors
     else:
@@ -150,11 +156,11 @@ def with_folder(tree, folder, names, mode="L"):
 
 
 def with_copies(tree, target, encode=as_ids):
-    """Return a tree with a second file for each mask; target: its path with {} for the name."""
+    """Return a tree with a second file for each mask; target: its path with {} for the image's name."""
     def write(root):
         pairs = tree(root)
         for pair in pairs:
-            save(root / target.format(pair.mask.stem), encode(pair.ids, 0))
+            save(root / target.format(pair.image.stem), encode(pair.ids, 0))
         return pairs
 
     return write
@@ -180,9 +186,19 @@ def lists_of_scenes(root):
     return [pair._replace(split=split) for pair, split in zip(pairs, splits, strict=True)]
 
 
+def together(*trees):
+    """Return a tree that writes others into one folder."""
+    return lambda root: [pair for tree in trees for pair in tree(root)]
+
+
 def values(*table):
     """Return an encoding of class ids by these values."""
-    return lambda mask, seed: np.array(table, np.uint16 if max(table) > 255 else np.uint8)[mask]
+    return numbers(np.uint16 if max(table) > 255 else np.uint8, *table)
+
+
+def numbers(dtype, *table):
+    """Return an encoding of class ids by these numbers of a type."""
+    return lambda mask, seed: np.array(table, dtype)[mask]
 
 
 COLORS = np.array([(0, 0, 0), (200, 30, 30), (30, 30, 200), (240, 200, 0)], np.uint8)
@@ -191,6 +207,13 @@ COLORS = np.array([(0, 0, 0), (200, 30, 30), (30, 30, 200), (240, 200, 0)], np.u
 def painted(mask, seed):
     """Store colors."""
     return COLORS[mask]
+
+
+def palette(mask, seed):
+    """Store class ids with the palette of COLORS."""
+    stored = Image.fromarray(mask)
+    stored.putpalette(np.resize(COLORS, (256, 3)).ravel().tolist())
+    return stored
 
 
 def palettes(mask, seed):
@@ -266,6 +289,16 @@ def images_only(root):
     return []
 
 
+def labelme2voc(pictures, arrays, *ids):
+    """Return a tree as labelme2voc writes it; pictures, arrays: folders of masks; ids: in the arrays."""
+    tree = partial(plain, image="JPEGImages/{}.jpg", mask=f"{pictures}/{{}}.png", classes=len(ids),
+                   encode=lambda mask, seed: palette(np.where(mask == 3, 255, mask).astype(np.uint8), seed),
+                   files={"class_names.txt": "_background_\nroof\npool"})
+    tree = with_copies(tree, f"{arrays}/{{}}.npy", numbers(np.int32, *ids))
+    tree = with_copies(tree, "SegmentationObject/{}.png")
+    return with_copies(tree, "SegmentationClassVisualization/{}.jpg", painted)
+
+
 def annotated(files):
     """Return a tree of images with annotation files {path with {} for the number: text}."""
     def write(root):
@@ -281,10 +314,17 @@ NAMES = "sky\nroad\ncar\n"
 TABLE = "name,r,g,b\nground,0,0,0\nroof,200,30,30\npool,30,30,200\n"
 TABLE_OF_LABELS = "id;name\n0;ground\n1;roof\n2;pool\n"
 DICTIONARY = "name, r, g, b\nground, 0, 0, 0\nroof, 200, 30, 30\npool, 30, 30, 200\n"
+LABELME = "_background_\nroof\npool\n"
+CAMVID = "200 30 30\troof\n30 30 200\t\tpool\n0 0 0\tground"
+OBJECTS = ('[{"id": 7, "name": "roof", "color": "#c81e1e", "attribute_groups": []}, '
+           '{"id": 3, "name": "pool", "color": "#1E1EC8"}]')
+INDICES = ('[{"png_index": 9, "class_name": "pool", "color": "#4df3ceff"}, '
+           '{"png_index": 4, "class_name": "roof", "color": "#4c4ffcff"}]')
 MANY = "".join(f"thing {number}\n" for number in range(182))
 THREE = ["background", "class 1", "class 2"]
 PAINTED = ["background", "class 2", "class 1"]  # in the order of their colors
 TWO, ROOFS, BINARY = THREE[:2], ["ground", "roof", "pool"], ["background", "foreground"]
+FROM_LABELME, VOID = ["_background_", *ROOFS[1:]], [*THREE, "ignore"]
 PLAIN, OTHERS = (layout("images/{}.jpg", "masks/{}.png", first=first) for first in (0, PAIRS))
 
 FOLDERS = {  # name: paths of image and mask
@@ -333,11 +373,62 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
     "no picture": Tree(lambda root: (root / "pictures").mkdir(), refused=("train_images",)),
     "images only": Tree(images_only, refused=("images/",)),
     "two folders of masks": Tree(with_folder(PLAIN, "labels", ["0.png"]), refused=("/labels", "/masks")),
+    "img/ masks_machine/ masks_human/": Tree(
+        with_copies(layout("img/{}.jpg", "masks_machine/{}.png"), "masks_human/{}.png"),
+        refused=("masks_machine/0.png", "masks_human/0.png")),
     "overlays and instances": Tree(
         with_folder(with_folder(PLAIN, "masks_overlay", NUMBERS), "instances", NUMBERS), THREE,
         notes=("images (12)", "masks (12)", "masks_overlay (12)", "instances (12)")),
     "masks and their pictures in color": Tree(
         with_copies(PLAIN, "masks/{}_color.png", painted), THREE, notes=("masks (12)",)),
+    "masks/ masks_color/": Tree(with_copies(PLAIN, "masks_color/{}.png", painted), THREE,
+                                notes=("masks (12)", "masks_color (12)")),
+    "scenes with masks/ masks_npy/ masks_rgb/": Tree(joined(
+        north=with_copies(with_copies(PLAIN, "masks_npy/{}.npy"), "masks_rgb/{}.png", painted), south=OTHERS),
+        THREE, notes=("north/masks_npy (12)", "north/masks_rgb (12)")),
+    "masks_color/ of a split only": Tree(together(
+        layout("train/images/{}.jpg", "train/masks/{}.png"),
+        partial(plain, image="val/images/{}.jpg", mask="val/masks_color/{}.png", classes=3, encode=painted)),
+        refused=("masks_color/0.png",)),
+    "color_images/ color_masks/ gray_images/ gray_masks/": Tree(together(
+        layout("color_images/{}.jpg", "color_masks/{}.png"),
+        layout("gray_images/{}.jpg", "gray_masks/{}.png", first=PAIRS)), THREE),
+    "SegmentationClass/ SegmentationClassAug/": Tree(
+        with_copies(layout("JPEGImages/{}.jpg", "SegmentationClass/{}.png"), "SegmentationClassAug/{}.png"),
+        refused=("SegmentationClass/0.png", "SegmentationClassAug/0.png")),
+    "labelme2voc": Tree(labelme2voc("SegmentationClass", "SegmentationClassNpy", 0, 1, 2, -1),
+                        [*FROM_LABELME, "ignore"], notes=("SegmentationClassNpy (12)",)),
+    "labelme2voc of earlier versions": Tree(labelme2voc("SegmentationClassPNG", "SegmentationClass", 0, 1, 2),
+                                            FROM_LABELME, notes=("SegmentationClass (12)",)),
+    "KITTI": Tree(with_folder(with_copies(with_copies(
+        layout("training/image_2/{}_10.png", "training/semantic/{}_10.png"), "training/semantic_rgb/{}.png",
+        painted), "training/instance/{}.png", numbers(np.uint16, 0, 257, 514)), "testing/image_2", ["x.png"],
+        mode="RGB"), THREE, notes=("training/semantic (12)", "training/semantic_rgb (12)")),
+    "rgb/ semantic/ semantic_rgb/": Tree(
+        with_copies(layout("rgb/{}.png", "semantic/{}.png"), "semantic_rgb/{}.png", painted), THREE),
+    "images_rgb/ masks_rgb/ images_ir/ masks_ir/": Tree(together(
+        layout("images_rgb/{}.png", "masks_rgb/{}.png"),
+        layout("images_ir/{}.png", "masks_ir/{}.png", first=PAIRS)), THREE),
+    "Semantic Drone Dataset": Tree(with_copies(
+        layout("dataset/semantic_drone_dataset/original_images/{}.jpg",
+               "dataset/semantic_drone_dataset/label_images_semantic/{}.png"),
+        "RGB_color_image_masks/RGB_color_image_masks/{}.png", painted), THREE),
+    "SuperAnnotate": Tree(
+        with_copies(partial(plain, image="shots/{}.jpg", mask="shots/{}.jpg___fuse.png", classes=3,
+                            encode=painted, files={"classes/classes.json": OBJECTS}),
+                    "shots/{}.jpg___save.png", numbers(np.uint8, 0, 7, 90)),
+        ["background", "roof", "pool"], notes=("classes.json", "shots (12)")),
+    "CamVid": Tree(
+        partial(plain, image="701_StillsRaw_full/{}.png", mask="LabeledApproved_full/{}_L.png", classes=3,
+                encode=painted, files={"label_colors.txt": CAMVID}),
+        ROOFS, notes=("label_colors.txt",)),
+    "CVAT, CamVid": Tree(
+        partial(plain, image="default/{}.png", mask="defaultannot/{}.png", classes=3, encode=painted, files={
+            "label_colors.txt": "# color (RGB) label\n0 0 0 ground\n200 30 30 roof\n30 30 200 pool\n",
+            "default.txt": numbers_of(range(PAIRS), "/default/{0}.png /defaultannot/{0}.png")}), ROOFS),
+    "one folder: 1.jpg 1_mask.png 1_mask_color.png 1_overlay.jpg": Tree(with_copies(with_copies(
+        layout("all/{}.jpg", "all/{}_mask.png"), "all/{}_mask_color.png", painted), "all/{}_overlay.jpg",
+        painted), THREE),
     "another folder that looks like masks": Tree(
         with_copies(encoded(as_ids, mask="mask/{}.png"), "drawn/{}.png"), TWO, notes=("drawn",)),
     "test images of a contest": Tree(
@@ -347,6 +438,8 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
     "scenes with equal file names": Tree(joined(north=PLAIN, south=OTHERS), THREE),
     "an image without mask": Tree(with_folder(PLAIN, "images", ["x.png"], mode="RGB"), refused=("x.png",)),
     "a mask without image": Tree(with_folder(PLAIN, "masks", ["x.png"]), refused=("x.png",)),
+    **{f"a mask {name} without image": Tree(with_folder(PLAIN, "masks", [name]), refused=(name,))
+       for name in ("3_2.png", "3_wet.png")},
     "train.txt val.txt": Tree(listed(lists()), THREE, notes=("train.txt", "val.txt")),
     "ImageSets/Segmentation/": Tree(listed(lists("ImageSets/Segmentation")), THREE),
     "lists of file names": Tree(listed(lists(entry="{}.jpg")), THREE),
@@ -424,11 +517,50 @@ ENCODINGS = {
         encoded(gray_mode(mode), files={"class_dict.csv": "name,r,g,b\nroad,255,255,255\nbg,0,0,0\n"}),
         ["bg", "road"]) for mode in ("L", "1", "P")},
     "id;name": Tree(encoded(as_ids, 3, files={"classes.csv": TABLE_OF_LABELS}), ROOFS),
+    "painted, label_colors.txt": Tree(
+        encoded(painted, 3, files={"label_colors.txt": "pool 30 30 200\nroof 200 30 30\nground 0 0 0"}),
+        ROOFS),
+    "classification.txt": Tree(encoded(as_ids, 3, files={"classification.txt": "ground\nroof\npool"}), ROOFS),
+    "label_classes.json of Hasty": Tree(
+        encoded(values(0, 4, 9), 3, files={"label_classes.json": INDICES}), ["background", "roof", "pool"]),
+    "classes.json of another form": Tree(
+        encoded(as_ids, 3, files={"classes.json": '{"roof": 1}'}), refused=("classes.json", "classes.txt")),
+    "labelme's list, -1 in arrays": Tree(
+        encoded(numbers(np.int32, 0, 1, 2, -1), 4, "masks/{}.npy", {"classes.txt": f"__ignore__\n{LABELME}"}),
+        [*FROM_LABELME, "ignore"], notes=("0 = _background_",)),
     "scores of evaluate.py": Tree(
         encoded(as_ids, 3, files={"outputs/evaluation/per_class.csv": "name,pixels\ncat,5\ndog,6\n"}), THREE),
     "NumPy arrays": Tree(encoded(lambda ids, seed: ids.astype(np.float32), 3, "masks/{}.npy"), THREE),
     "NumPy arrays (1, H, W)": Tree(encoded(lambda ids, seed: ids[None], 3, "masks/{}.npy"), THREE),
     "NumPy arrays (H, W, 1)": Tree(encoded(lambda ids, seed: ids[..., None], 3, "masks/{}.npy"), THREE),
+    "NumPy arrays, nan": Tree(
+        encoded(numbers(np.float32, 0, 1, 2, np.nan), 4, "masks/{}.npy"), VOID),
+    "NumPy arrays, nan and 0 255": Tree(
+        encoded(numbers(np.float64, 0, 255, np.nan), 3, "masks/{}.npy"), [*BINARY, "ignore"]),
+    "NumPy arrays, -100": Tree(encoded(numbers(np.int16, 0, 1, 2, -100), 4, "masks/{}.npy"), VOID, "advice"),
+    "NumPy arrays, -100, cleaned": Tree(
+        encoded(numbers(np.int16, 0, 1, 2, -100), 4, "masks/{}.npy"), VOID, "fix"),
+    "NumPy arrays, -100 named": Tree(
+        encoded(numbers(np.int16, 0, 1, 2, -9), 4, "masks/{}.npy", {"classes.txt": f"{NAMES}Ignore = -9"}),
+        ["sky", "road", "car", "ignore"]),
+    "NumPy arrays, fractions": Tree(
+        encoded(numbers(np.float32, 0, 0.5, 1), 3, "masks/{}.npy"), refused=("0.npy", "0.5")),
+    "NumPy arrays, -99999": Tree(
+        encoded(numbers(np.int32, -99999, 0, 1), 3, "masks/{}.npy"), refused=("0.npy", "-99999")),
+    **{f"{dtype} TIFF, nodata {nodata}": Tree(
+        encoded(numbers(dtype, 0, 1, 2, nodata), 4, "masks/{}.tif", nodata=nodata, **options), VOID)
+        for dtype, nodata, options in (("int8", -1, {}), ("int16", -100, {"compress": "deflate"}),
+                                       ("int32", 99, {}), ("uint16", 65535, {}),
+                                       ("float32", -9999, {"compress": "lzw"}), ("float64", np.nan, {}),
+                                       ("float32", -3.4028234663852886e38, {}))},
+    "float32 TIFF, nodata -9999, cleaned": Tree(
+        encoded(numbers("float32", 0, 1, 2, -9999), 4, "masks/{}.tif", nodata=-9999), VOID, "fix"),
+    "float32 TIFF, nan without nodata": Tree(
+        encoded(numbers("float32", 0, 1, 2, np.nan), 4, "masks/{}.tif", nodata=None), VOID),
+    "float32 TIFF, nodata 0 as background": Tree(
+        encoded(numbers("float32", 0, 1, 2), 3, "masks/{}.tif", nodata=0), THREE),
+    "int8 TIFF, -100 not marked": Tree(
+        encoded(numbers("int8", 0, 1, 2, -100), 4, "masks/{}.tif", nodata=None), VOID, "advice"),
     "JPEG, 0 255": Tree(encoded(values(0, 255), mask="masks/{}.jpg"), BINARY),
     "JPEG, 0 85 170": Tree(encoded(values(0, 85, 170), 3, mask="masks/{}.jpg"), THREE, "advice", lossy=True),
     "JPEG, named": Tree(

@@ -1,4 +1,4 @@
-"""Annotation files of labeling tools, drawn once as masks: COCO, labelme, YOLO, Supervisely, Label Studio.
+"""Annotation files of labeling tools, drawn once as masks: those of TOOLS.
 
     pairs = find_masks(root)           # layout.find_pairs, or the masks drawn from annotation files
     pairs.splits, pairs.entries        # {split: [Sample]}, the classes that these files name
@@ -9,8 +9,9 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
-from dataio.annotations import (class_masks, coco, csv_runs, geo, label_studio_masks, labelme, supervisely,
-yolo)
+from dataio.annotations import (class_masks, coco, csv_runs, cvat, datumaro, geo, isat, label_studio,
+                                label_studio_masks, labelme, superannotate, supervisely, unread, via, via3,
+                                yolo)
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -19,7 +20,14 @@ TOOLS = {  # the first that has files in a folder is read
     "COCO": coco,
     "labelme": labelme,
     "Supervisely": supervisely,
+    "CVAT": cvat,
     "Label Studio, masks": label_studio_masks,
+    "Label Studio": label_studio,
+    "VIA 2": via,
+    "VIA 3": via3,
+    "SuperAnnotate": superannotate,
+    "ISAT": isat,
+    "Datumaro": datumaro,
     "YOLO": yolo,
     "a mask per class": class_masks,
     "run lengths in CSV": csv_runs,
@@ -31,18 +39,19 @@ def find_masks(root, skip_bad_labels=False):
     """Return the FolderContent of the images and masks under `root`: those of layout.find_pairs, else masks
     drawn from annotation files. Raises InputError, for what cannot be used unless skip_bad_labels.
     """
-    pairs, tools, no_masks = None, TOOLS, None
+    pairs, tools, refusal = None, TOOLS, None
     try:
         pairs = find_pairs(root)
         if not class_masks.are_classes(pairs.samples, root):
             return pairs
         tools = {"a mask per class": class_masks}  # images of one class each, which pair by name
     except NoMasks as error:
-        no_masks = error
+        refusal = error
     folder = FolderFiles(root)
     found = {tool: files for tool, reader in tools.items() if (files := reader.find_files(folder))}
-    if not found and no_masks:
-        raise no_masks
+    if not found and refusal:
+        reason = unread.explain(folder)
+        raise NoMasks(f"{reason}; {refusal}" if reason else str(refusal))
     if not found:
         return pairs
     tool, *others = found

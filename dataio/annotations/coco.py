@@ -13,9 +13,16 @@ OTHER_TASKS = ("panoptic", "captions", "keypoints", "image_info")  # in the name
 
 def find_files(folder):
     """Return the COCO files of a FolderFiles, without those of other tasks beside instances_*.json."""
-    files = list(folder.json_with("images", "annotations"))
+    contents = folder.json_with("images", "annotations")
+    files = [path for path, content in contents.items() if not is_panoptic(content["annotations"])]
     masks = [path for path in files if not any(word in path.stem for word in OTHER_TASKS)]
     return masks or files
+
+
+def is_panoptic(annotations):
+    """Return whether annotations tell of pictures in which a color is an object."""
+    return isinstance(annotations, list) and any(isinstance(entry, dict) and "segments_info" in entry
+                                                 for entry in annotations)
 
 
 def read(files, folder):

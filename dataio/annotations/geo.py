@@ -1,9 +1,9 @@
 """GeoJSON and GeoPackage files of polygons on a map, and the GeoJSON of QuPath, in pixels of an image.
 
 A file that is called like an image (a.geojson, a.tif.geojson, a_annotations.geojson) belongs to it, another
-one to every GeoTIFF that its polygons touch. Coordinates are those of the reference system of the file, moved
-to that of each image and to its pixels; a pixel is inside where its center is. Beside an image without
-georeference they are pixels. Smaller shapes lie over larger ones.
+one to every GeoTIFF that its polygons touch. Coordinates are those of the file's reference system,
+transformed to that of each image and to its pixels; a pixel is inside where its center is. Beside an image
+without georeference they are pixels. Smaller shapes lie over larger ones.
 """
 import sqlite3
 from collections import Counter

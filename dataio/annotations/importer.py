@@ -25,11 +25,9 @@ from dataio.layout import FolderContent, use_lists
 from dataio.readers import Sample, drawn_folder
 from dataio.resizing import resize_mask
 from dataio.scan import fill_folder
-from utils import grouped, in_parallel
+from utils import grouped, in_parallel, is_background, is_ignored
 
 VERSION = 2  # of the drawing: masks drawn by another version are drawn anew
-BACKGROUND_NAMES = {"background", "_background_", "__background__"}
-IGNORED_NAMES = {"ignore", "_ignore_", "__ignore__"}  # labelme's name for what is not counted
 ENCLOSE_NOTHING = {"point", "points", "keypoint", "keypoints", "line", "lines", "linestrip", "polyline",
                    "skeleton"}
 MARGIN = 2  # pixels by which a point may lie outside of its image
@@ -411,18 +409,19 @@ def mask_values(annotations, canvases):
     What is labeled as background has a value of its own: --unlabelled ignore keeps it. Raises InputError.
     """
     drawn = {shape.label for canvas in canvases for shape in canvas.shapes}
-    classes = list(dict.fromkeys(str(name).strip() for name in annotations.classes))
-    classes += sorted(drawn - set(classes))
-    names = [name for name in classes if name.lower() not in BACKGROUND_NAMES | IGNORED_NAMES]
+    listed = dict.fromkeys(str(name).strip() for name in annotations.classes)
+    listed = [name for name in listed if name in drawn or not is_background(name)]
+    classes = [*listed, *sorted(drawn - set(listed))]
+    names = [name for name in classes if not is_background(name) and not is_ignored(name)]
     if not 0 < len(names) < MOST_CLASSES:
         raise InputError(f"{annotations.files[0]} and the files that belong to it name {len(names)} classes; "
                          f"1 to {MOST_CLASSES - 1} are possible, beside the background")
     values = {name: value for value, name in enumerate(names, 1)}
     entries = [Entry("background", None, 0), *(Entry(name, None, value) for name, value in values.items())]
     for name in classes:
-        if name.lower() in IGNORED_NAMES:
+        if is_ignored(name):
             values[name] = IGNORE
-        elif name.lower() in BACKGROUND_NAMES:
+        elif is_background(name):
             values[name] = len(names) + 1
     if len(names) + 1 in values.values():
         entries.insert(1, Entry("background", None, len(names) + 1))

@@ -91,11 +91,18 @@ def ellipse(center, radii, degrees=0):
 
     Raises BadLabel.
     """
-    (center, radii), turn = two_points([center, radii]), math.radians(degrees)
+    center, radii = two_points([center, radii])
     angles = np.arange(CORNERS) * 2 * math.pi / CORNERS
     points = radii * np.stack([np.cos(angles), np.sin(angles)], 1)  # (n, 2)
-    cos, sin = math.cos(turn), math.sin(turn)
-    return center + points @ np.array([(cos, sin), (-sin, cos)])
+    return turned(center + points, center, degrees)
+
+
+def turned(points, center, degrees):
+    """Return points (n, 2) turned clockwise around a center. Raises BadLabel."""
+    if not isinstance(degrees, (int, float)) or not math.isfinite(degrees):
+        raise BadLabel("with a rotation that is not a number of degrees")
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return center + (points - center) @ np.array([(cos, sin), (-sin, cos)])
 
 
 def circle(points):
@@ -135,9 +142,20 @@ def decode_runs(content):
     return runs_bitmap(counts, height, width, by_columns=True)
 
 
+def decode_rows(counts, left, top, width, height):
+    """Return the Bitmap of a box whose rows are the lengths of runs, of outside first. Raises BadLabel."""
+    try:
+        counts = np.array([int(count) for count in counts], np.int64)
+    except (TypeError, ValueError, OverflowError):
+        raise BadLabel("with run lengths that are not whole numbers") from None
+    left, top, width, height = as_points([left, top, width, height]).astype(int).ravel().tolist()
+    return runs_bitmap(counts, height, width)._replace(left=left, top=top, whole=False)
+
+
 def runs_bitmap(counts, height, width, by_columns=False):
     """Return the Bitmap of the lengths of runs, int64, of outside and inside in turns. Raises BadLabel."""
-    if height < 1 or width < 1 or counts.min(initial=0) < 0 or counts.sum() != height * width:
+    is_used_up = counts.max(initial=0) <= height * width == counts.sum()  # a huge sum may wrap around
+    if height < 1 or width < 1 or counts.min(initial=0) < 0 or not is_used_up:
         raise BadLabel("with run lengths that do not cover their image exactly")
     values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     pixels = values.reshape(width, height).T if by_columns else values.reshape(height, width)
@@ -170,20 +188,27 @@ def decode_png(text, left, top, compressed=False):
         content = base64.b64decode(text)
         content = zlib.decompress(content) if compressed else content
         pixels = np.array(Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGBA"))
-        left, top = int(left), int(top)
+        left, top = as_points([left, top]).astype(int).ravel().tolist()
     except (ValueError, TypeError, OverflowError, OSError, zlib.error, SyntaxError,
             Image.DecompressionBombError):
         raise BadLabel("with a bitmap that cannot be read") from None
     return Bitmap((pixels[..., :3].max(2) > 0) & (pixels[..., 3] > 0), left, top)
 
 
-def read_picture(path):
-    """Return the Bitmap of a picture of the image's size, where it is not 0. Raises BadLabel."""
+def read_picture(path, colors=()):
+    """Return the Bitmap of a picture of the image's size, where it is not 0 or where it has one of the
+    colors, 24-bit numbers. Raises BadLabel.
+    """
     try:
-        pixels = decode_mask(path).pixels
+        stored = decode_mask(path)
     except InputError:
-        raise BadLabel("of a picture that cannot be read") from None
-    return Bitmap((pixels.max(2) if pixels.ndim == 3 else pixels) > 0, whole=True)
+        raise BadLabel(f"of a picture that cannot be read, {path}") from None
+    if not colors:
+        pixels = stored.pixels
+        return Bitmap((pixels.max(2) if pixels.ndim == 3 else pixels) > 0, whole=True)
+    if stored.colors is None:
+        raise BadLabel(f"of a picture that is not painted in colors, {path}")
+    return Bitmap(np.isin(stored.colors, colors), whole=True)
 
 
 def paste(bitmap, size):

@@ -30,7 +30,7 @@ def read(files, folder):
             shapes = read_shapes(content["objects"], read_object, f"{path} object", "Supervisely")
             size = given_size(content["size"], "height", "width")
             images.append(AnnotatedImage(path.stem, str(path), path, shapes, size, split))
-    return Annotations(list(dict.fromkeys(classes)), images, files)
+    return Annotations(classes, images, files)
 
 
 def reader_of(classes):
