@@ -27,7 +27,7 @@ import infer_image
 import train
 from config import InputError
 from dataio.annotations import find_masks
-from dataio.annotations.shapes import decode_runs, polygons
+from dataio.annotations.shapes import decode_runs, paste, polygons, polygons_bitmap
 from dataio.annotations.via import class_attribute
 from dataio.layout import NoMasks, find_pairs
 from dataio.readers import read_sample
@@ -102,6 +102,18 @@ def test_outlines_of_one_shape_that_overlap_are_filled():
     expected[17:25, 17:25] = False
     overlapping = square(5, 20), square(15, 30)
     assert (polygons(overlapping, [square(17, 25), square(19, 23)], size=(40, 50)) == expected).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outlines_are_drawn_in_a_box_as_they_are_in_the_whole_image(seed):
+    generator = np.random.default_rng(seed)
+    size = (40, 50)
+    centers = generator.uniform(-20, 70, (3, 1, 2))
+    rings = [*(center + generator.uniform(-15, 15, (generator.integers(3, 8), 2)) for center in centers)]
+    holes = rings[2:] if seed % 2 else []
+    mask = np.zeros(size, bool)
+    paste(polygons_bitmap(rings[:2], holes, size), mask, True)
+    assert (mask == polygons(rings[:2], holes, size=size)).all()
 
 
 EDITED = {  # tool: (the file that tests edit, its list of shapes, what errors call the first)

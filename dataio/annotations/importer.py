@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from config import IGNORE, InputError, count_of
-from dataio.annotations.shapes import BadLabel, area_of, as_points, paste, polygons
+from dataio.annotations.shapes import BadLabel, area_of, as_points, paste, polygons_bitmap
 from dataio.annotations.files import AnnotatedImage, split_in
 from dataio.classes import plain
 from dataio.images import read_orientation, upright, upright_size
@@ -52,10 +52,10 @@ class Drawable:
     corners: np.ndarray
     whole: bool = False
 
-    def draw(self, size):
-        """Return (H, W) bool."""
-        return paste(self.bitmap(), size) if self.bitmap else \
-            polygons(self.rings, self.holes, size=size)
+    def draw(self, mask, value):
+        """Set its pixels in a mask (H, W) to a value."""
+        bitmap = self.bitmap() if self.bitmap else polygons_bitmap(self.rings, self.holes, mask.shape)
+        paste(bitmap, mask, value)
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Canvas:
         """Return the mask of the upright image, uint8; values: {label: mask value}."""
         mask = np.zeros(self.frame, np.uint8)
         for shape in sorted(self.shapes, key=lambda shape: shape.order):
-            mask[shape.draw(self.frame)] = values[shape.label]
+            shape.draw(mask, values[shape.label])
         mask = mask if self.is_upright else np.ascontiguousarray(upright(mask, self.orientation))
         return resize_mask(torch.from_numpy(mask), self.upright_size).numpy()
 
