@@ -1015,6 +1015,21 @@ def test_annotations_of_qupath(tmp_path):
     expected[5:21, 5:21], expected[25:41, 25:41] = names.index("Tumor: Positive"), 255
     expected[9:13, 9:13] = expected[29:33, 29:33] = 0
     assert (mask == expected).all() and "x" not in names
+    dump(tmp_path / "train/geojsons/shot 0.png_Annotations.json", entries[2:])
+    assert "x" in load_mask(tmp_path)[0]  # nothing but cells
+
+
+def test_one_property_is_the_class_in_all_files_with_the_same_ones(tmp_path):
+    """Though in the first of them another one alone looks like it."""
+    for number, (_, path, _, transform) in enumerate(tiles(tmp_path)):
+        content = features([("x", on_map(ring, transform)) for ring in (RING, HOLE)], "quality")
+        for feature, kind in zip(content["features"], ("car", "tree"), strict=True):
+            feature["properties"]["sort"] = kind if number else None
+        dump(path.with_suffix(".geojson"), content)
+    with refused("shot 0.geojson feature 1"):
+        find_masks(tmp_path)
+    (tmp_path / "train/shot 0.geojson").unlink()
+    assert load_mask(tmp_path, "shot 1")[0] == list(NAMES)
 
 
 BROKEN_FEATURES = [
