@@ -10,6 +10,7 @@ class; the name `ignore` is not counted. Behind lines of names, `ignore = VALUE`
 """
 import csv
 import json
+import operator
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -157,10 +158,10 @@ def json_entries(path, text):
     leave out: black, or the value 0. Raises InputError.
     """
     try:
-        rows = json.loads(text)
-        entries = [Entry(str(row.get("class_name") or row["name"]), tuple(bytes.fromhex(row["color"][1:7])),
-                         row.get("png_index")) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        entries = [Entry(str(row.get("class_name") or row["name"]), hex_color(row["color"]),
+                         operator.index(row["png_index"]) if "png_index" in row else None)
+                   for row in json.loads(text)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f'{path} is not a list of classes as {{"name": "car", "color": "#ff0000"}}: write '
                          "classes.txt, `name` or `name R G B` per line") from None
     values = {entry.value for entry in entries} - {None}
@@ -169,6 +170,11 @@ def json_entries(path, text):
         name = next((entry.name for entry in entries if is_background(entry.name)), "background")
         entries.append(Entry(name, BLACK if is_black_free else None, 0 if values else None))
     return entries
+
+
+def hex_color(text):
+    """Return #RRGGBB or #RRGGBBAA as (R, G, B). Raises TypeError for other text."""
+    return tuple(bytes.fromhex(re.fullmatch("#([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?", text)[1]))
 
 
 def text_entries(path, text):

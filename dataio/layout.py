@@ -47,8 +47,7 @@ IMAGE_WORDS = "images?|imgs?|photos?|pictures?|frames?|rgb|sat|orig|original|lef
 COPY_WORDS = VARIANTS | OTHER_FOLDERS | MASK_FOLDERS | {"save"}  # of what shows a pair once more
 SEPARATORS = r"[ _.\-()]+"
 
-# at the end of the names of SuperAnnotate's pictures, in which a color is an object of which its JSON tells
-OBJECTS = ("___save", "___fuse")
+OBJECTS = "___save"  # ends the names of SuperAnnotate's pictures, in which a color is an object: see its JSON
 
 LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
 SAMPLED = 4  # files of a folder that are opened to see what they are

@@ -344,7 +344,6 @@ def superannotate(root, pixel=False, file="{name}.jpg___objects.json"):
             instances = [dict(common, type="polygon", classId=880 + id, points=ring.ravel().tolist(),
                               exclude=[], pointLabels={}, **(class_name if id == 1 else {}))
                          for id, ring in shapes(mask)]
-            save(path.with_name(f"{path.name}___fuse.png"), mask * 99)
             target = file.format(name=name)
         instances.append(dict(common, type="tag", classId=885, className="sunny"))
         dump(path.with_name(target), dict(metadata=metadata, instances=instances, tags=["day"], comments=[]))

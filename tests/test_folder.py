@@ -241,6 +241,21 @@ def test_bad_classes_txt_is_named(tmp_path, text, words):
         load("folder", tmp_path)
 
 
+@pytest.mark.parametrize("text", [
+    "", "[]", "3", '["road", "car"]', '[{"name": "road"}]', "[" * 100_000,
+    '[{"name": "a", "color": "#ffff"}]',
+    '[{"name": "a", "color": "red"}]', '[{"name": "a", "color": [1, 2, 3]}]',
+    '[{"name": "a", "color": "#000001", "png_index": [1]}]',
+    '[{"name": "a", "color": "#000001", "png_index": 1.5}]',
+    '[{"name": "a", "color": "#000001"}, {"name": "b", "color": "#000001"}]',
+])
+def test_bad_classes_json_is_named(tmp_path, text):
+    write_folder(tmp_path, count=2)
+    (tmp_path / "classes.json").write_text(text)
+    with refused("classes.json"):
+        load("folder", tmp_path)
+
+
 def test_tables_of_classes_that_differ_are_not_guessed_and_names_are_given_once(tmp_path):
     write_folder(tmp_path / "city", values=(0, 1))
     (tmp_path / "city/a_classes.csv").write_text("name,id\nroad,0\ncar,1\n")

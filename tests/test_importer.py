@@ -267,6 +267,17 @@ def test_files_of_other_tasks_of_coco_are_left_aside(tmp_path):
     assert any("panoptic_train2017.json" in note for note in content.notes)
 
 
+def test_a_mask_is_not_taken_for_the_image_of_its_name(tmp_path):
+    TOOLS["COCO"](tmp_path)
+    path = tmp_path / "train2017/shot 0.jpg"
+    target = tmp_path / "panoptic_train2017/shot 0.png"
+    target.parent.mkdir()
+    Image.open(path).save(target)
+    path.unlink()
+    with refused("shot 0.jpg", "image 0"):
+        find_masks(tmp_path)
+
+
 def test_the_names_of_files_split_images_of_a_single_folder(tmp_path):
     """As LVIS does: its validation file lists images that lie in train2017."""
     TOOLS["COCO"](tmp_path)

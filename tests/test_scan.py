@@ -59,7 +59,7 @@ def test_masks_of_every_kind(tmp_path):
 def test_files_that_are_damaged_or_not_class_masks_are_named(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "cut.png").write_bytes((tmp_path / "noise.png").read_bytes()[:90])
     for name in ("noise.png", "float.tif", "cut.png", "gone.png"):
         with refused(name):

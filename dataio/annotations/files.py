@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from config import InputError
 from dataio.annotations.shapes import BadLabel, Shape
+from dataio.images import IMAGE_ENDINGS
 from dataio.layout import SPLIT_OF, count_shared_folders, list_images, role_of, words_of
 from utils import in_parallel
 
@@ -100,8 +101,7 @@ class FolderFiles:
             return [names]
         for name in names if isinstance(names, tuple) else (names,):
             *folders, file_name = str(name).replace("\\", "/").lower().split("/")
-            candidates = (self.by_name.get(file_name) or self.by_stem.get(file_name)
-                          or self.by_stem.get(Path(file_name).stem) or [])
+            candidates = self.by_name.get(file_name) or self.of_stem(file_name)
             above = [*near.relative_to(self.root).parts[:-1], *folders]
             scores = [count_shared_folders(above, [part.lower() for part in self.folders_of(path)])
                       for path in candidates]
@@ -110,6 +110,15 @@ class FolderFiles:
             if best:
                 return [path for path in best if split and self.split_of(path) == split] or best
         return []
+
+    def of_stem(self, name):
+        """Return the image files that are called like a name but for the ending: a mask is none, where the
+        name has an ending.
+        """
+        stem = Path(name).stem if Path(name).suffix in IMAGE_ENDINGS else name
+        paths = self.by_stem.get(stem) or self.by_stem.get(Path(stem).stem) or []
+        return [path for path in paths if stem == name
+                or role_of(self.folders_of(path)).content not in ("masks", "other")]
 
     def folders_of(self, path):
         """Return the names of the folders between the root and a file."""

@@ -1,7 +1,7 @@
 """SuperAnnotate: NAME.json or NAME___objects.json of each image holds its shapes, NAME___pixel.json the
 colors of its objects in NAME___save.png; classes/classes.json lists the classes.
 
-NAME___fuse.png is a picture to look at. Angles are degrees, clockwise.
+NAME___fuse.png, where it is, is a painted mask, which layout.py finds. Angles are degrees, clockwise.
 """
 from functools import partial
 
