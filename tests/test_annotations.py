@@ -786,6 +786,14 @@ def test_of_masks_of_classes_that_overlap_the_smaller_lies_above(tmp_path):
     assert any("25 %" in note for note in find_masks(tmp_path).notes)
 
 
+def test_classes_that_cover_the_same_pixels_are_a_doubt(tmp_path):
+    class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    assert not find_masks(tmp_path).doubts
+    for path in (tmp_path / "masks/car").iterdir():
+        path.write_bytes((tmp_path / "masks/tree" / path.name).read_bytes())
+    assert len(find_masks(tmp_path).doubts) == 1
+
+
 def test_masks_of_classes_of_equal_names_in_two_splits(tmp_path):
     truth = class_masks(tmp_path, "{split}_images/{name}.jpg", "{split}_masks/{label}/{name}.png")
     for path in [*tmp_path.glob("val_*/shot 2.jpg"), *tmp_path.glob("val_*/*/shot 2.png")]:
@@ -996,6 +1004,20 @@ def test_coordinates_without_a_reference_system(tile):
     assert len(find_masks(root).doubts) == 1
     first, second = load_mask(root)[1], load_mask(root, "plain")[1]
     assert (first != second).mean() < 0.015 and first.sum() > 2000
+
+
+def test_coordinates_beside_an_image_without_georeference(tmp_path):
+    """QGIS counts its rows as negative numbers; degrees have no place in it."""
+    save(tmp_path / "plain.jpg", np.zeros((84, 112, 3), np.uint8))
+    masks = []
+    for ring in (RING, RING * (1, -1)):
+        dump(tmp_path / "plain.geojson", features([("car", [*ring.tolist(), ring[0].tolist()])]))
+        masks.append(load_mask(tmp_path, "plain")[1])
+    assert (masks[0] == masks[1]).all() and masks[0].sum() > 2000
+    ring = RING / 1e5 + (13.5, 52.3)
+    dump(tmp_path / "plain.geojson", features([("car", [*ring.tolist(), ring[0].tolist()])]))
+    with refused("plain.geojson", "degrees"):
+        find_masks(tmp_path)
 
 
 def test_annotations_of_qupath(tmp_path):

@@ -376,7 +376,7 @@ def read_beside(image, place, layers, folder, doubts):
     for layer in layers:
         shapes = [with_label(shape, OBJECT) for shape in layer.shapes]
         if place.transform is None or layer.in_pixels:
-            found += shapes
+            found += in_pixels(shapes, layer, folder, doubts)
             continue
         kept = cut_all(projected(layer._replace(shapes=shapes), place, doubts), place)
         found += kept
@@ -384,6 +384,26 @@ def read_beside(image, place, layers, folder, doubts):
             folder.problems[f"file {OUTSIDE}"].append(str(layer.path))
         note_lost(len(shapes) - len(kept), doubts)
     return AnnotatedImage(image, str(image), layers[0].path, found)
+
+
+def in_pixels(shapes, layer, folder, doubts):
+    """Return the shapes of a file beside an image without georeference, whose coordinates are pixels.
+
+    QGIS counts the rows of such an image downwards from 0, as negative numbers: they are turned. Shapes that
+    all lie within two pixels are degrees, a problem.
+    """
+    rings = [ring for shape in shapes for ring in shape.rings]
+    if not rings or layer.in_pixels:
+        return shapes
+    points = np.concatenate(rings)
+    if (np.ptp(points, axis=0) < 2).all():
+        folder.problems["file in degrees beside an image without georeference: save it as a GeoTIFF"].append(
+            str(layer.path))
+    if points[:, 1].max() > 0 or points[:, 1].min() > -2:
+        return shapes
+    doubts["rows are negative numbers, as QGIS counts those of images without georeference: turned"] += 1
+    return [shape._replace(rings=[ring * (1, -1) for ring in shape.rings],
+                           holes=[ring * (1, -1) for ring in shape.holes]) for shape in shapes]
 
 
 def read_over(layers, places, folder, notes, doubts):
