@@ -482,12 +482,12 @@ METERS, DEGREES = CRS.from_epsg(32633), CRS.from_epsg(4326)
 
 
 def tiles(root, image="{split}/{name}.tif"):
-    """Write COUNT GeoTIFFs, half a meter a pixel, turned by 20 degrees. Yield (split, path, mask, transform).
+    """Write COUNT GeoTIFFs of 0.5 m x 0.4 m a pixel, turned by 20 degrees: (split, path, mask, transform).
     """
     for number, (_, split, path, mask) in enumerate(scenes(root, image)):
         pixels = np.array(Image.open(path))
         cos, sin = 0.5 * np.cos(0.35), 0.5 * np.sin(0.35)
-        transform = Affine(cos, sin, 400000 + 100 * number, sin, -cos, 5800000)
+        transform = Affine(cos, 0.8 * sin, 400000 + 100 * number, sin, -0.8 * cos, 5800000)
         path.unlink()
         with rasterio.open(path, "w", driver="GTiff", height=mask.shape[0], width=mask.shape[1], count=3,
                            dtype="uint8", crs=METERS, transform=transform) as file:

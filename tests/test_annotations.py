@@ -27,7 +27,7 @@ import infer_image
 import train
 from config import InputError
 from dataio.annotations import find_masks
-from dataio.annotations.shapes import decode_runs, polygons
+from dataio.annotations.shapes import decode_runs, paste, polygons, polygons_bitmap
 from dataio.annotations.via import class_attribute
 from dataio.layout import NoMasks, find_pairs
 from dataio.readers import read_sample
@@ -102,6 +102,18 @@ def test_outlines_of_one_shape_that_overlap_are_filled():
     expected[17:25, 17:25] = False
     overlapping = square(5, 20), square(15, 30)
     assert (polygons(overlapping, [square(17, 25), square(19, 23)], size=(40, 50)) == expected).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outlines_are_drawn_in_a_box_as_they_are_in_the_whole_image(seed):
+    generator = np.random.default_rng(seed)
+    size = (40, 50)
+    centers = generator.uniform(-20, 70, (3, 1, 2))
+    rings = [*(center + generator.uniform(-15, 15, (generator.integers(3, 8), 2)) for center in centers)]
+    holes = rings[2:] if seed % 2 else []
+    mask = np.zeros(size, bool)
+    paste(polygons_bitmap(rings[:2], holes, size), mask, True)
+    assert (mask == polygons(rings[:2], holes, size=size)).all()
 
 
 EDITED = {  # tool: (the file that tests edit, its list of shapes, what errors call the first)
@@ -766,13 +778,34 @@ def test_masks_of_classes_that_no_image_shares_are_not_one_class(tmp_path):
 
 def test_of_masks_of_classes_that_overlap_the_smaller_lies_above(tmp_path):
     class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
-    for label, size in (("car", 40), ("tree", 20)):
+    for label, size in (("car", 20), ("tree", 40)):
         pixels = np.zeros((84, 112), np.uint8)
+        save(tmp_path / f"masks/{label}/shot 1.png", pixels)  # empty
         pixels[10:10 + size, 10:10 + size] = 1
         save(tmp_path / f"masks/{label}/shot 0.png", pixels)
     _, mask = load_mask(tmp_path)
-    assert (mask[10:30, 10:30] == 2).all() and (mask[30:50, 10:50] == 1).all()
+    assert (mask[10:30, 10:30] == 1).all() and (mask[30:50, 10:50] == 2).all()
+    assert not load_mask(tmp_path, "shot 1")[1].any()
     assert any("25 %" in note for note in find_masks(tmp_path).notes)
+
+
+def test_classes_that_cover_the_same_pixels_are_a_doubt(tmp_path):
+    class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    assert not find_masks(tmp_path).doubts
+    for path in (tmp_path / "masks/car").iterdir():
+        path.write_bytes((tmp_path / "masks/tree" / path.name).read_bytes())
+    assert len(find_masks(tmp_path).doubts) == 1
+
+
+def test_masks_of_classes_of_equal_names_in_two_splits(tmp_path):
+    truth = class_masks(tmp_path, "{split}_images/{name}.jpg", "{split}_masks/{label}/{name}.png")
+    for path in [*tmp_path.glob("val_*/shot 2.jpg"), *tmp_path.glob("val_*/*/shot 2.png")]:
+        path.rename(path.with_stem("shot 0"))
+    source = load("folder", tmp_path)
+    for split, name in (("train", "shot 0"), ("val", "shot 2")):
+        sample, = (sample for sample in source.splits[split] if sample.image.stem == "shot 0")
+        mask = read_sample(sample, source.table)[1]["mask"].numpy()
+        assert (mask == truth[tmp_path / f"{split}_images/{name}.jpg"]).all()
 
 
 @pytest.mark.parametrize(("image", "mask"), [
@@ -976,6 +1009,20 @@ def test_coordinates_without_a_reference_system(tile):
     assert (first != second).mean() < 0.015 and first.sum() > 2000
 
 
+def test_coordinates_beside_an_image_without_georeference(tmp_path):
+    """QGIS counts its rows as negative numbers; degrees have no place in it."""
+    save(tmp_path / "plain.jpg", np.zeros((84, 112, 3), np.uint8))
+    masks = []
+    for ring in (RING, RING * (1, -1)):
+        dump(tmp_path / "plain.geojson", features([("car", [*ring.tolist(), ring[0].tolist()])]))
+        masks.append(load_mask(tmp_path, "plain")[1])
+    assert (masks[0] == masks[1]).all() and masks[0].sum() > 2000
+    ring = RING / 1e5 + (13.5, 52.3)
+    dump(tmp_path / "plain.geojson", features([("car", [*ring.tolist(), ring[0].tolist()])]))
+    with refused("plain.geojson", "degrees"):
+        find_masks(tmp_path)
+
+
 def test_annotations_of_qupath(tmp_path):
     """Holes, classes that are derived or not counted, and cells, which are left aside."""
     TOOLS["QuPath"](tmp_path)
@@ -993,6 +1040,21 @@ def test_annotations_of_qupath(tmp_path):
     expected[5:21, 5:21], expected[25:41, 25:41] = names.index("Tumor: Positive"), 255
     expected[9:13, 9:13] = expected[29:33, 29:33] = 0
     assert (mask == expected).all() and "x" not in names
+    dump(tmp_path / "train/geojsons/shot 0.png_Annotations.json", entries[2:])
+    assert "x" in load_mask(tmp_path)[0]  # nothing but cells
+
+
+def test_one_property_is_the_class_in_all_files_with_the_same_ones(tmp_path):
+    """Though in the first of them another one alone looks like it."""
+    for number, (_, path, _, transform) in enumerate(tiles(tmp_path)):
+        content = features([("x", on_map(ring, transform)) for ring in (RING, HOLE)], "quality")
+        for feature, kind in zip(content["features"], ("car", "tree"), strict=True):
+            feature["properties"]["sort"] = kind if number else None
+        dump(path.with_suffix(".geojson"), content)
+    with refused("shot 0.geojson feature 1"):
+        find_masks(tmp_path)
+    (tmp_path / "train/shot 0.geojson").unlink()
+    assert load_mask(tmp_path, "shot 1")[0] == list(NAMES)
 
 
 BROKEN_FEATURES = [

@@ -284,6 +284,9 @@ def test_check_train_evaluate_and_infer(writer, tmp_path, run):
     scored = json.loads((out / "evaluation/metrics.json").read_text())["protocol"]
     assert scored["data_fingerprint"] == json.loads((out / "config.json").read_text())["data_fingerprint"]
     assert scored["images"] == 3
+    as_parquet(tmp_path / "other", dict(train=range(20, 24)))  # which is not split
+    assert run(evaluate, "--model", model, "--data-root", tmp_path / "other", *flags)[0] == 0
+    assert json.loads((out / "evaluation/metrics.json").read_text())["protocol"]["images"] == 4
     image = load("hf", elsewhere).splits["val"][0].image
     assert run(infer_image, "--model", model, "--input", image, *flags)[0] == 0
     assert {path: (elsewhere / path.relative_to(root)).read_bytes() for path in before} == before

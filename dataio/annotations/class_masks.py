@@ -23,6 +23,7 @@ from utils import evenly_sampled, grouped, in_parallel
 
 OPENED = 16  # pictures that are opened to see whether all are black and white
 NEARLY_ALL = 0.8  # share of them that has to be; the others are named then
+MUCH = 0.5  # share of the pixels above which classes that overlap are doubtful
 OBJECT = "object"  # the class of pictures whose names say none
 
 
@@ -58,10 +59,16 @@ def read(files, folder):
     notes = [f"{count_of(len(pictures), 'black and white picture')}, one for each "
              + (f"class of an image: {', '.join(classes)}" if classes != [OBJECT] else
                 f"object of an image, which is of the only class, {OBJECT}")]
+    doubts = []
     if overlaps:
-        notes.append(f"pictures of different classes overlap in {count_of(len(overlaps), 'image')}, in "
-                     f"{100 * np.mean(overlaps):.0f} % of their pixels: smaller shapes lie over larger ones")
-    return Annotations(classes, images, files, by_area=True, notes=notes)
+        share = np.mean(overlaps)
+        line = (f"pictures of different classes overlap in {count_of(len(overlaps), 'image')}, in "
+                f"{100 * share:.0f} % of their pixels: smaller shapes lie over larger ones")
+        if share > MUCH:
+            doubts.append(f"{line}; are these classes, or drawings of the same by several people?")
+        else:
+            notes.append(line)
+    return Annotations(classes, images, files, by_area=True, notes=notes, doubts=doubts)
 
 
 def look_at(pictures):

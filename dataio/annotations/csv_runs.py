@@ -16,7 +16,7 @@ import numpy as np
 
 from config import InputError
 from dataio.annotations.files import AnnotatedImage, Annotations
-from dataio.annotations.shapes import BadLabel, Shape, runs_bitmap
+from dataio.annotations.shapes import BadLabel, Bitmap, Shape, paste, runs_bitmap
 from dataio.images import MOST_PIXELS, image_size
 from utils import evenly_sampled, grouped, in_parallel
 
@@ -147,9 +147,17 @@ def read_pairs(text, size):
 
 
 def decode_pairs(text, size, by_columns):
-    """Return the Bitmap of pairs of a first pixel, from 1, and a length. Raises BadLabel."""
-    borders = np.stack(read_pairs(text, size), 1).ravel()
-    return runs_bitmap(np.diff(borders, prepend=0, append=math.prod(size)), *size, by_columns)
+    """Return the Bitmap of pairs of a first pixel, from 1, and a length, of the columns or rows that they
+    touch. Raises BadLabel.
+    """
+    starts, ends = read_pairs(text, size)
+    line = size[0] if by_columns else size[1]
+    first, last = int(starts[0]) // line, -(-int(ends[-1]) // line)
+    borders = np.stack([starts, ends], 1).ravel() - first * line
+    counts = np.diff(borders, prepend=0, append=(last - first) * line)
+    if by_columns:
+        return Bitmap(runs_bitmap(counts, line, last - first, True).pixels, left=first)
+    return Bitmap(runs_bitmap(counts, last - first, line).pixels, top=first)
 
 
 def find_order(rows, sizes):
@@ -161,10 +169,12 @@ def find_order(rows, sizes):
     steps = np.zeros(2)
     for row in evenly_sampled(tells, COMPARED):
         height, width = size = sizes[row.image]
+        pixels = np.zeros(size, bool)
         try:
-            pixels = decode_pairs(row.runs, size, by_columns=True).pixels.T.ravel()
+            paste(decode_pairs(row.runs, size, by_columns=True), pixels, True)
         except BadLabel:
             continue  # named later
+        pixels = pixels.T.ravel()
         steps += [np.count_nonzero(pixels[side:] != pixels[:-side]) for side in (height, width)]
     by_columns, names = bool(steps[0] <= steps[1]), ("column by column", "row by row")
     if steps.min() < CLEAR * steps.max():

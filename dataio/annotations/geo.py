@@ -29,27 +29,29 @@ LABEL_KEYS = ("label", "class", "type", "name", "category", "class_name", "class
 OWN_NAMES = 20  # features (or files) above which names that are mostly different are no classes
 OUTSIDE = "whose shapes lie on no image: is it of another place, or its reference system wrong?"
 OBJECT = "object"  # the class where nothing names one
-DEGREES = CRS.from_epsg(4326)  # of GeoJSON that says nothing else (RFC 7946)
+DEGREES, LARGEST = CRS.from_epsg(4326), (180.1, 90.1)  # of GeoJSON that says nothing else (RFC 7946)
 KINDS = {"Point": "point", "MultiPoint": "points", "LineString": "line", "MultiLineString": "lines"}
 FEATURE_TABLES = """
     SELECT c.table_name, g.column_name, s.organization, s.organization_coordsys_id, s.definition
     FROM gpkg_contents c JOIN gpkg_geometry_columns g USING (table_name)
     LEFT JOIN gpkg_spatial_ref_sys s ON g.srs_id = s.srs_id WHERE c.data_type = 'features' ORDER BY 1
 """
-QUPATH_OBJECTS = ("annotation", "PathAnnotationObject")  # others are cells and tiles
+QUPATH, QUPATH_OBJECTS = "QuPath", ("annotation", "PathAnnotationObject")  # others are cells and tiles
 
 
 class Layer(NamedTuple):
-    """The shapes of a file, in its own coordinates, labeled None where nothing names the classes.
+    """The features of a file, or of a table in it. features: of GeoJSON, whose geometry may be bytes of a
+    GeoPackage; crs: their reference system, None = that of the images; in_pixels: whether they are QuPath's.
 
-    crs: their reference system, None = that of the images; in_pixels: whether the file says they are pixels.
+    shapes: the Shapes of the features, in their coordinates, labeled None where nothing names the classes.
     """
 
     path: object
     name: str
-    shapes: list
+    features: list
     crs: CRS | None
     in_pixels: bool = False
+    shapes: list = ()
 
 
 class Place(NamedTuple):
@@ -75,8 +77,9 @@ def read(files, folder):
     layers, notes = [], Counter()  # {line: files}
     for path in files:
         with folder.reading(path, "GeoJSON or GeoPackage"):
-            layers += read_geopackage(path, notes) if path.suffix.lower() == ".gpkg" else \
-                read_geojson(path, folder.json[path], notes)
+            layers += open_geopackage(path) if path.suffix.lower() == ".gpkg" else \
+                [open_geojson(path, folder.json[path])]
+    layers = with_shapes(layers, notes)
     places = dict(zip(folder.images, in_parallel(place_of, folder.images, "reading images"), strict=True))
     beside, over = {}, []
     for layer in layers:
@@ -125,38 +128,19 @@ def features_of(content):
     return content if is_list else None
 
 
-def read_geojson(path, content, notes):
-    """Return the [Layer] of a GeoJSON file. Raises InputError."""
+def open_geojson(path, content):
+    """Return the Layer of a GeoJSON file, without shapes. Raises InputError."""
     features = features_of(content)
-    kinds = [kind for feature in features if (kind := qupath_kind(feature))]
-    if kinds:
-        others = sum(kind not in QUPATH_OBJECTS for kind in kinds)
-        if others < len(features):
-            features = [feature for feature in features if qupath_kind(feature) in QUPATH_OBJECTS]
-            if others:
-                notes[f"QuPath: {count_of(others, 'detection')} left aside, annotations are read"] += 1
-        read_label = qupath_label
-    else:
-        read_label = label_reader([feature.get("properties") or {} for feature in features
-                                   if isinstance(feature, dict)], notes)
-
-    def read_feature(feature, where):
-        label = read_label(feature.get("properties") or {})
-        return read_geometry(feature["geometry"], Shape(label, "", where))
-
-    shapes = flat(read_shapes(features, read_feature, f"{path} feature", "GeoJSON"))
-    crs = None if kinds else DEGREES
-    if isinstance(content, dict) and content.get("crs"):
-        crs = crs_of(path, content["crs"]["properties"]["name"])
-    elif crs and any((abs(ring).max(0) > (180.1, 90.1)).any() for shape in shapes for ring in shape.rings):
-        crs = None  # these are no degrees
-    return [Layer(path, path.stem, shapes, crs, bool(kinds))]
+    if any(map(qupath_kind, features)):
+        return Layer(path, path.stem, features, None, in_pixels=True)
+    is_said = isinstance(content, dict) and content.get("crs")
+    return Layer(path, path.stem, features,
+                 crs_of(path, content["crs"]["properties"]["name"]) if is_said else DEGREES)
 
 
 def qupath_kind(feature):
     """Return what QuPath calls a feature, "" for those of other programs."""
-    properties = feature.get("properties") if isinstance(feature, dict) else None
-    properties = properties if isinstance(properties, dict) else {}
+    properties = properties_of(feature)
     id = str(feature.get("id")) if isinstance(feature, dict) else ""
     kind = properties.get("objectType") or (id if id.startswith("Path") else "")
     return str(kind or ("annotation" if "classification" in properties else ""))
@@ -169,50 +153,42 @@ def qupath_label(properties):
     return "ignore" if str(label).lower() == "ignore*" else label or ""
 
 
-def read_geopackage(path, notes):
-    """Return the [Layer] of the tables of a GeoPackage. Raises InputError."""
+def open_geopackage(path):
+    """Return the [Layer] of the tables of a GeoPackage, without shapes. Raises InputError."""
     try:
-        from shapely import wkb
+        import shapely.wkb  # noqa: F401 - of which read_geometry has need
     except ImportError:
         raise InputError(f"{path} is a GeoPackage, which needs shapely: pip install shapely, or convert it "
                          f"with ogr2ogr -f GeoJSON {path.stem}.geojson {path.name}") from None
-
-    def read_row(row, where):
-        geometry = row[column]
-        if geometry is not None:
-            try:
-                geometry = wkb.loads(well_known_binary(geometry)).__geo_interface__
-            except Exception as error:  # those of shapely are not all of one class
-                raise BadLabel(f"with a geometry that cannot be read ({error})") from None
-        properties = {key: row[key] for key in row.keys() if key != column}  # noqa: SIM118 - not a dict
-        return read_geometry(geometry, Shape(read_label(properties), "", where))
-
     layers, is_final = [], not path.with_name(f"{path.name}-wal").exists()  # else it is open elsewhere
     try:
         uri = f"file:{quote(str(path.resolve()))}?mode=ro&immutable={int(is_final)}"
         base = sqlite3.connect(uri, uri=True)
         base.row_factory = sqlite3.Row
-        tables = base.execute(FEATURE_TABLES).fetchall()
-        for table, column, organization, number, definition in tables:
+        for table, column, organization, number, definition in base.execute(FEATURE_TABLES).fetchall():
             quoted = str(table).replace('"', '""')
-            rows = base.execute(f'SELECT * FROM "{quoted}"').fetchall()
-            read_label = label_reader([{key: row[key] for key in row.keys() if key != column}  # noqa: SIM118
-                                       for row in rows], notes)
-            shapes = flat(read_shapes(rows, read_row, f"{path} {table} feature", "GeoPackage"))
-            known = number not in (None, 0, -1)  # these two are undefined
+            rows = map(dict, base.execute(f'SELECT * FROM "{quoted}"'))
+            features = [dict(geometry=row.pop(column), properties=row) for row in rows]
+            is_defined = number not in (None, 0, -1)
             name = f"EPSG:{number}" if str(organization).upper() == "EPSG" else definition
-            layers.append(Layer(path, str(table), shapes, crs_of(path, name) if known else None))
+            layers.append(Layer(path, str(table), features, crs_of(path, name) if is_defined else None))
         base.close()
     except sqlite3.Error as error:
         raise InputError(f"{path} is not a readable GeoPackage ({error}): export it again") from None
     return layers
 
 
-def well_known_binary(blob):
-    """Return the WKB in a geometry of a GeoPackage: behind a head whose flags tell its length."""
-    if blob[:2] != b"GP":
-        raise BadLabel("with a geometry that is not of a GeoPackage")
-    return blob[8 + (0, 32, 48, 48, 64)[blob[3] >> 1 & 7]:]
+def decode_blob(blob):
+    """Return the geometry, as of GeoJSON, of a GeoPackage: WKB behind a head whose flags tell its length.
+    Raises BadLabel.
+    """
+    from shapely import wkb
+    try:
+        if blob[:2] != b"GP":
+            raise ValueError("not of a GeoPackage")
+        return wkb.loads(blob[8 + (0, 32, 48, 48, 64)[blob[3] >> 1 & 7]:]).__geo_interface__
+    except Exception as error:  # those of shapely are not all of one class
+        raise BadLabel(f"with a geometry that cannot be read ({error})") from None
 
 
 def crs_of(path, name):
@@ -225,25 +201,70 @@ def crs_of(path, name):
 
 
 # --- features ---------------------------------------------------------------------------------------------
-def label_reader(rows, notes):
-    """Return f(properties) -> the class: of the property that names it, else None; rows: all properties."""
-    keys = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
-    values = {key: [row[key] for row in rows if isinstance(row, dict) and is_name(row.get(key))]
-              for key in keys}
+def with_shapes(layers, notes):
+    """Return layers with the Shapes of their features. Those with the same properties have one as class."""
+    found = []
+    for schema, alike in grouped(layers, schema_of).items():
+        key = None
+        if schema != QUPATH:
+            key = class_property([properties_of(feature) for layer in alike for feature in layer.features])
+        if key is not None:
+            notes[f"the property `{key}` of the features is their class"] += len(alike)
+        found += [read_layer(layer, key, notes) for layer in alike]
+    return found
+
+
+def read_layer(layer, key, notes):
+    """Return a Layer with the Shapes of its features; key: the property that is their class, or None."""
+    kinds = {qupath_kind(feature) for feature in layer.features}
+    wanted = kinds & {*QUPATH_OBJECTS} or kinds
+
+    def read_feature(feature, where):
+        properties = feature.get("properties") or {}
+        if layer.in_pixels and qupath_kind(feature) not in wanted:
+            return []
+        label = qupath_label(properties) if layer.in_pixels else label_of(properties, key)
+        return read_geometry(feature["geometry"], Shape(label, "", where))
+
+    if layer.in_pixels and kinds - wanted:
+        notes[f"QuPath: {', '.join(sorted(kinds - wanted))} left aside, annotations are read"] += 1
+    name = f"{layer.path} {layer.name}" if layer.path.suffix.lower() == ".gpkg" else layer.path
+    shapes = flat(read_shapes(layer.features, read_feature, f"{name} feature", "GeoJSON"))
+    rings = [ring for shape in shapes for ring in shape.rings]
+    if layer.crs is DEGREES and any((abs(ring).max(0) > LARGEST).any() for ring in rings):
+        layer = layer._replace(crs=None)  # these are no degrees
+    return layer._replace(shapes=shapes)
+
+
+def schema_of(layer):
+    """Return the names of the properties in a Layer, as its first feature has them, or QUPATH."""
+    return QUPATH if layer.in_pixels else tuple(next(iter(map(properties_of, layer.features)), ()))
+
+
+def properties_of(feature):
+    """Return the properties of a feature, {} where it has none."""
+    properties = feature.get("properties") if isinstance(feature, dict) else None
+    return properties if isinstance(properties, dict) else {}
+
+
+def class_property(rows):
+    """Return the property that names the class of a feature, None without; rows: all properties."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    values = {key: [row[key] for row in rows if is_name(row.get(key))] for key in keys}
     keys = [key for key in keys if 2 * len(values[key]) > len(rows) and (
         len(rows) <= OWN_NAMES or 2 * len(set(values[key])) <= len(rows))]
     known = [key for name in LABEL_KEYS for key in keys if key.lower() == name]
-    texts = [key for key in keys if all(isinstance(value, str) for value in values[key])]
-    key = known[0] if known else texts[0] if len(texts) == 1 else None
+    texts = [key for key in keys if all(isinstance(value, str) for value in values[key])
+             and len(set(values[key])) > 1]
+    return known[0] if known else texts[0] if len(texts) == 1 else None
+
+
+def label_of(properties, key):
+    """Return the class that a property says, "" where it says none; None without such a property."""
     if key is None:
-        return lambda properties: None
-    notes[f"the property `{key}` of the features is their class"] += 1
-
-    def read_label(properties):
-        label = properties.get(key)
-        return "" if not is_name(label) else f"class {label}" if isinstance(label, int) else label
-
-    return read_label
+        return None
+    label = properties.get(key)
+    return "" if not is_name(label) else f"class {label}" if isinstance(label, int) else label
 
 
 def is_name(value):
@@ -255,6 +276,7 @@ def read_geometry(geometry, shape):
     """Return the [Shape] of a geometry of GeoJSON, one for each polygon. Raises BadLabel."""
     if geometry is None:
         raise BadLabel("without a geometry")
+    geometry = decode_blob(geometry) if isinstance(geometry, (bytes, str)) else geometry
     kind = geometry["type"]
     if kind == "GeometryCollection":
         return flat(read_geometry(part, shape) for part in geometry["geometries"])
@@ -354,7 +376,7 @@ def read_beside(image, place, layers, folder, doubts):
     for layer in layers:
         shapes = [with_label(shape, OBJECT) for shape in layer.shapes]
         if place.transform is None or layer.in_pixels:
-            found += shapes
+            found += in_pixels(shapes, layer, folder, doubts)
             continue
         kept = cut_all(projected(layer._replace(shapes=shapes), place, doubts), place)
         found += kept
@@ -362,6 +384,26 @@ def read_beside(image, place, layers, folder, doubts):
             folder.problems[f"file {OUTSIDE}"].append(str(layer.path))
         note_lost(len(shapes) - len(kept), doubts)
     return AnnotatedImage(image, str(image), layers[0].path, found)
+
+
+def in_pixels(shapes, layer, folder, doubts):
+    """Return the shapes of a file beside an image without georeference, whose coordinates are pixels.
+
+    QGIS counts the rows of such an image downwards from 0, as negative numbers: they are turned. Shapes that
+    all lie within two pixels are degrees, a problem.
+    """
+    rings = [ring for shape in shapes for ring in shape.rings]
+    if not rings or layer.in_pixels:
+        return shapes
+    points = np.concatenate(rings)
+    if (np.ptp(points, axis=0) < 2).all():
+        folder.problems["file in degrees beside an image without georeference: save it as a GeoTIFF"].append(
+            str(layer.path))
+    if points[:, 1].max() > 0 or points[:, 1].min() > -2:
+        return shapes
+    doubts["rows are negative numbers, as QGIS counts those of images without georeference: turned"] += 1
+    return [shape._replace(rings=[ring * (1, -1) for ring in shape.rings],
+                           holes=[ring * (1, -1) for ring in shape.holes]) for shape in shapes]
 
 
 def read_over(layers, places, folder, notes, doubts):

@@ -18,7 +18,7 @@ import torch
 
 from config import InputError, count_of
 from dataio.annotations.files import AnnotatedImage
-from dataio.annotations.shapes import BadLabel, area_of, as_points, paste, polygons
+from dataio.annotations.shapes import BadLabel, area_of, as_points, paste, polygons_bitmap
 from dataio.images import upright, upright_size
 from dataio.resizing import resize_mask
 
@@ -45,10 +45,10 @@ class Drawable:
     corners: np.ndarray
     whole: bool = False
 
-    def draw(self, size):
-        """Return (H, W) bool."""
-        return paste(self.bitmap(), size) if self.bitmap else \
-            polygons(self.rings, self.holes, size=size)
+    def draw(self, mask, value):
+        """Set its pixels in a mask (H, W) to a value."""
+        bitmap = self.bitmap() if self.bitmap else polygons_bitmap(self.rings, self.holes, mask.shape)
+        paste(bitmap, mask, value)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Canvas:
         """Return the mask of the upright image, uint8; values: {label: mask value}."""
         mask = np.zeros(self.frame, np.uint8)
         for shape in sorted(self.shapes, key=lambda shape: shape.order):
-            mask[shape.draw(self.frame)] = values[shape.label]
+            shape.draw(mask, values[shape.label])
         mask = mask if self.is_upright else np.ascontiguousarray(upright(mask, self.orientation))
         return resize_mask(torch.from_numpy(mask), self.upright_size).numpy()
 

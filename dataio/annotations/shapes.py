@@ -127,6 +127,17 @@ def polygons(rings, holes=(), *, size):
     return filled[0] & ~filled[1]
 
 
+def polygons_bitmap(rings, holes, size):
+    """Return the Bitmap of what polygons() draws: the box that holds it, of an image that is often larger."""
+    points, sides = np.concatenate([*rings, *holes]), size[::-1]
+    left, top = np.floor(points.min(0)).clip(0, sides).astype(int).tolist()
+    right, bottom = (np.ceil(points.max(0)) + 1).clip((left, top), sides).astype(int).tolist()
+    if right == left or bottom == top:
+        return Bitmap(np.zeros((0, 0), bool))
+    rings, holes = ([ring - (left, top) for ring in outlines] for outlines in (rings, holes))
+    return Bitmap(polygons(rings, holes, size=(bottom - top, right - left)), left, top)
+
+
 # --- bitmaps ----------------------------------------------------------------------------------------------
 def decode_runs(content):
     """Return the Bitmap of COCO's run lengths: {"size", "counts"}, counts as text or as numbers.
@@ -211,9 +222,8 @@ def read_picture(path, colors=()):
     return Bitmap(np.isin(stored.colors, colors), whole=True)
 
 
-def paste(bitmap, size):
-    """Return (H, W) bool of a Bitmap, cut off at the edges."""
-    pixels, mask = bitmap.pixels[max(0, -bitmap.top):, max(0, -bitmap.left):], np.zeros(size, bool)
+def paste(bitmap, mask, value):
+    """Set the pixels of a Bitmap in a mask (H, W) to a value; what lies beyond the edges is cut off."""
+    pixels = bitmap.pixels[max(0, -bitmap.top):, max(0, -bitmap.left):]
     target = mask[max(0, bitmap.top):, max(0, bitmap.left):][:pixels.shape[0], :pixels.shape[1]]
-    target[:] = pixels[:target.shape[0], :target.shape[1]]
-    return mask
+    target[pixels[:target.shape[0], :target.shape[1]]] = value
