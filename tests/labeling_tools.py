@@ -1,11 +1,19 @@
-"""Folders as labeling tools write them, of scenes whose true mask is known: write(root) -> {image: mask}."""
+"""Folders as labeling tools write them, of scenes whose true mask is known: write(root) -> {image: mask}.
+
+    python tests/labeling_tools.py        # prints what becomes of each of them, and of files with faults
+"""
 import base64
 import csv
 import io
 import json
+import re
+import shutil
 import sqlite3
 import struct
+import sys
+import tempfile
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from rasterio import warp
 from rasterio.crs import CRS
-from trees import save, scene
+from trees import call, save, scene
 
 COUNT = 6
 NAMES = ("background", "car", "tree")  # of the ids in the masks of scene()
@@ -611,3 +619,112 @@ TOOLS = {
     "GeoPackage": geopackage,
     "QuPath": qupath,
 }
+
+
+# --- files with faults ------------------------------------------------------------------------------------
+def with_fault(write, pattern, change):
+    """Return a writer that then changes the files below its folder that fit a pattern: change(content) of
+    JSON files, change(text) -> text of others.
+    """
+    def write_faulty(root):
+        truth = write(root)
+        for path in sorted(root.rglob(pattern)):
+            content = json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
+            changed = change(content)
+            path.write_text(changed if isinstance(content, str) else json.dumps(content))
+        return truth
+
+    return write_faulty
+
+
+def scale_rings(factor, every=1):
+    """Return change(content) that multiplies the points of every n-th polygon of COCO by a factor."""
+    def change(content):
+        for entry in content["annotations"][::every]:
+            entry["segmentation"] = [(np.array(ring) * factor).tolist() for ring in entry["segmentation"]]
+
+    return change
+
+
+def in_pixels(text):
+    """Return the text of a YOLO file with coordinates times 100."""
+    rows = [line.split() for line in text.splitlines()]
+    return "\n".join(" ".join([row[0], *(str(float(cell) * 100) for cell in row[1:])]) for row in rows)
+
+
+def first_shape(**values):
+    """Return change(content) that changes the first shape of a file of COCO or labelme."""
+    return lambda content: content.get("annotations", content.get("shapes"))[0].update(values)
+
+
+def resize(content):
+    """Double the size and the points of a labelme file, as if it was made on a larger copy."""
+    content.update(imageHeight=2 * content["imageHeight"], imageWidth=2 * content["imageWidth"])
+    for entry in content["shapes"]:
+        entry["points"] = (np.array(entry["points"]) * 2).tolist()
+
+
+FAULTS = {
+    "COCO, all polygons of a copy 2.5 times as large": with_fault(coco, "*.json", scale_rings(2.5)),
+    "COCO, a third of the polygons 1.3 times as large": with_fault(coco, "*.json", scale_rings(1.3, 3)),
+    "COCO, points in shares of the sides": with_fault(coco, "*.json", scale_rings(0.01)),
+    "COCO, a ring of one point among others": with_fault(
+        coco, "*train*.json", lambda content: content["annotations"][0]["segmentation"].append([3, 3])),
+    "COCO, a polygon of two points": with_fault(
+        coco, "*train*.json", first_shape(segmentation=[[1, 1, 9, 9]])),
+    "COCO, a box without an outline": with_fault(coco, "*train*.json", first_shape(segmentation=[])),
+    "COCO, an image that is not there": with_fault(
+        coco, "*train*.json", lambda content: content["images"][0].update(file_name="gone.jpg")),
+    "COCO, no `categories`": with_fault(coco, "*.json", lambda content: content.pop("categories")),
+    "labelme, of a copy twice as large": with_fault(labelme, "*.json", resize),
+    "labelme, an unknown kind": with_fault(labelme, "shot 0.json", first_shape(shape_type="cuboid")),
+    "labelme, a line": with_fault(labelme, "shot 0.json", first_shape(shape_type="line")),
+    "labelme, a broken file": with_fault(labelme, "shot 0.json", lambda content: content.pop("shapes")),
+    "YOLO, in pixels": with_fault(yolo, "labels/**/*.txt", in_pixels),
+    "YOLO, a class that is not listed": with_fault(
+        yolo, "shot 0.txt", lambda text: text.replace("0 ", "7 ", 1)),
+}
+
+
+# --- what becomes of them ---------------------------------------------------------------------------------
+def agreement(root, truth):
+    """Return (lowest IoU of a class over the masks of a folder, number of images, notes)."""
+    from config import DataOptions
+    from dataio.folder import folder
+    from dataio.readers import read_sample
+    source = folder(root, DataOptions(val_fraction=0, skip_bad_labels=True))
+    names = [name for name, _ in source.classes]
+    both, either = np.zeros(3), np.zeros(3)
+    samples = [sample for samples in source.splits.values() for sample in samples]
+    for sample in samples:
+        ids = np.array([0, *(NAMES.index(name) if name in NAMES else int(name[-1]) for name in names[1:])])
+        mask = ids[read_sample(sample, source.table)[1]["mask"].numpy()]
+        for id in range(3):
+            both[id] += ((mask == id) & (truth[sample.image] == id)).sum()
+            either[id] += ((mask == id) | (truth[sample.image] == id)).sum()
+    return (both / either.clip(1)).min(), len(samples)
+
+
+def main():
+    """Print the tables of all tools and faults as Markdown."""
+    from config import InputError
+    for title, writers in (("what the folder holds", TOOLS), ("fault", FAULTS)):
+        print(f"\n| {title} | what `check_data.py` says | images, lowest IoU of their masks |\n|---|---|---|")
+        for name, write in writers.items():
+            place = Path(tempfile.mkdtemp())
+            truth = write(place / "data")
+            text = call(place, "check_data", "--data-root", place / "data")
+            lines = [line.replace("|", "/").removesuffix(" Train with:") for line in text.splitlines()
+                     if re.match("verdict|error|warning|problem", line)]
+            try:
+                iou, count = agreement(place / "data", truth)
+                result = f"{count} of {len(truth)}, {iou:.3f}"
+            except InputError:
+                result = "(refused)"
+            print(f"| {name} | {'; '.join(lines)} | {result} |", flush=True)
+            shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main()

@@ -298,8 +298,7 @@ def spoil(root):
         first[0]["segmentation"].append([3, 3])  # beside good rings
         second[0]["segmentation"] = dict(size=[84, 112], counts=[5])
         third[-1]["segmentation"], = third[-1]["segmentation"]  # flat
-        third.append({**third[0], "segmentation": [[1, 1, 9, 9]], "id": 90})
-        content["annotations"].append(third[-1])
+        content["annotations"].append({**second[0], "segmentation": [[1, 1, 9, 9]], "id": 90})
         content["images"].append(dict(id=77, file_name="gone.jpg", height=84, width=112))
         content["annotations"].append({**first[0], "image_id": 88, "id": 91})
 

@@ -9,6 +9,7 @@ a line in TOOLS. It only says what the files hold; importer.py judges and draws 
 The masks are PNG files of class numbers in the user's cache (~/.cache/dinoseg/masks), drawn anew when an
 annotation file changes; the folder itself stays as it is. What is not labeled is background.
 """
+from config import count_of
 from dataio.annotations import (class_masks, coco, csv_runs, cvat, datumaro, geo, isat, label_studio,
                                 label_studio_masks, labelme, superannotate, supervisely, unread, via, via3,
                                 yolo)
@@ -56,5 +57,9 @@ def find_masks(root, skip_bad_labels=False):
         return pairs
     tool, *others = found
     content = draw_annotations(folder, tool, TOOLS[tool].read(found[tool], folder), skip_bad_labels)
-    content.notes += [f"left aside: {len(found[other])} files of {other}" for other in others]
+    content.notes += [f"left aside: {count_of(len(found[other]), 'file')} of {other}" for other in others]
+    unknown = sorted(folder.json.keys() - set().union(*found.values()))
+    if unknown:
+        content.notes.append(f"not read: {count_of(len(unknown), 'JSON file')} of another form, as "
+                             f"{unknown[0].relative_to(root)}")
     return content

@@ -47,6 +47,9 @@ def draw_annotations(folder, tool, annotations, skip_bad_labels=False):
     over = "smaller over larger" if annotations.by_area else "later over earlier"
     notes = [f"{tool} annotations: {shapes} drawn over {count_of(len(good), 'image')}, {over}; the rest is "
              f"background; masks in {target}", *annotations.notes]
+    empty = sum(not canvas.shapes for canvas in good)
+    if empty:
+        notes.append(f"nothing but background: {count_of(empty, 'image')} without any shape")
     unused = set(folder.images) - {canvas.path for canvas in canvases} - set(annotations.files)
     if unused:
         notes.append(f"not used: {count_of(len(unused), 'image')} without annotations")
@@ -64,7 +67,7 @@ def draw_annotations(folder, tool, annotations, skip_bad_labels=False):
 
 def judge_all(folder, annotations):
     """Return ([Canvas] of the images that are there, doubts); the problems are those of the FolderFiles."""
-    if any(path.suffix == ".json" for path in annotations.files):
+    if any(path.suffix in (".json", ".geojson") for path in annotations.files):
         folder.problems["file not readable as JSON"] += folder.broken
     canvases, nothing = find_canvases(annotations.images, folder), Counter()  # {kind: shapes of it}
     for canvas in canvases:

@@ -6,8 +6,7 @@
     canvas.draw(values)                                  # the (H, W) mask of the upright image
 
 All formats are judged here. What cannot be used is a problem, {what is wrong: [file and entry]}, and makes
-its image bad: without a shape that cannot be read, its object would be taught as background. Outlines that
-enclose nothing are only left out themselves.
+its image bad: without a shape that cannot be used, its object would be taught as background.
 """
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from dataio.resizing import resize_mask
 ENCLOSE_NOTHING = {"point", "points", "keypoint", "keypoints", "line", "lines", "linestrip", "polyline",
                    "skeleton"}
 MARGIN = 2  # pixels by which a point may lie outside of its image
-DEGENERATE = "shape without area (fewer than three points, or all on a line)"
 OUTSIDE = "shape outside of the image"
 
 
@@ -100,7 +98,7 @@ def judge_shapes(canvas, annotations, problems, nothing):
                     continue
                 problem = f"of the unknown kind {shape.kind}"
             elif not problem:
-                add_shape(canvas, shape, label, number, annotations, problems)
+                canvas.shapes.append(drawable(shape, label, number, annotations.by_area))
         except BadLabel as error:
             problem = str(error)
         if problem:
@@ -108,8 +106,8 @@ def judge_shapes(canvas, annotations, problems, nothing):
             problems[f"shape {problem}"].append(shape.where)
 
 
-def add_shape(canvas, shape, label, number, annotations, problems):
-    """Give a Canvas a Shape as a Drawable, or add the problem that it encloses nothing. Raises BadLabel."""
+def drawable(shape, label, number, by_area):
+    """Return the Drawable of a Shape, the n-th of its image; by_area: as in Annotations. Raises BadLabel."""
     if shape.bitmap:
         bitmap = shape.bitmap()
         rings, holes, area, whole = [], [], int(bitmap.pixels.sum()), bitmap.whole
@@ -120,10 +118,9 @@ def add_shape(canvas, shape, label, number, annotations, problems):
         points = np.concatenate(rings) if rings else np.zeros((1, 2))
         corners = np.stack([points.min(0), points.max(0)])
     if not area > 0:
-        problems[DEGENERATE].append(shape.where)
-        return
-    order = (shape.order, -area if annotations.by_area else 0, number)
-    canvas.shapes.append(Drawable(label, shape.where, order, rings, holes, shape.bitmap, corners, whole))
+        raise BadLabel("without area (fewer than three points, or all on a line)")
+    order = (shape.order, -area if by_area else 0, number)
+    return Drawable(label, shape.where, order, rings, holes, shape.bitmap, corners, whole)
 
 
 def enclosing(outlines):
