@@ -150,30 +150,30 @@ def find_pairs(root):
 
 class FolderRole(NamedTuple):
     """What the names of the folders above a file tell. content: images, masks, other or "" (nothing) by the
-    innermost name that tells; below_masks: whether any of them means masks; variant: the words of VARIANTS in
-    the names up to that one.
+    innermost name that tells; below_masks: whether any of them means masks; is_variant: whether the names up
+    to that one hold a word of VARIANTS.
     """
 
     content: str
     split: str
     group: tuple
     below_masks: bool = False
-    variant: frozenset = frozenset()
+    is_variant: bool = False
 
 
 @cache
 def role_of(names):
     """Return the FolderRole of the names (a tuple) of a folder and those above it, outermost first."""
-    content, split, group, below_masks, variant = "", "", [], False, frozenset()
+    content, split, group, below_masks, is_variant = "", "", [], False, False
     for name in reversed(names):
         words = words_of(name)
         meaning = next((meaning for meaning, known in CONTENTS.items() if known & set(words)), "")
-        variant |= VARIANTS.intersection(() if content or words == ["rgb"] else words)
+        is_variant |= not content and bool(VARIANTS & set(words))
         content = content or meaning
         below_masks |= meaning == "masks"
         split = split or next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
         group += [word for word in reversed(words) if word not in KNOWN_WORDS]
-    return FolderRole(content, split, tuple(reversed(group)), below_masks, variant)
+    return FolderRole(content, split, tuple(reversed(group)), below_masks, is_variant)
 
 
 def words_of(name):
@@ -276,13 +276,23 @@ def pair_splits(images, masks):
 
 def copies_by_folder(images, masks):
     """Return the set of those masks, {path: FolderRole}, that show others once more, as the names of their
-    folders tell: masks_color beside masks, unless there are images_color; arrays beside SegmentationClassPNG.
+    folders tell: masks_color beside masks, but not where both are the masks of other images; arrays beside
+    SegmentationClassPNG.
     """
-    of_images, folders = {role.variant for role in images.values()}, {path.parent for path in masks}
-    copies = {path for path, role in masks.items() if role.variant and role.variant not in of_images
-              or path.suffix == ".npy" and path.parent.with_name(f"{path.parent.name}PNG") in folders}
-    splits = {role.split for path, role in masks.items() if path not in copies}
-    return {path for path in copies if splits & {"", masks[path].split}}
+    groups, folders = {role.group for role in images.values()}, {path.parent for path in masks}
+    variants = {path for path, role in masks.items() if role.is_variant
+                or path.suffix == ".npy" and path.parent.with_name(f"{path.parent.name}PNG") in folders}
+    others = {(role.split, role.group) for path, role in masks.items() if path not in variants}
+    splits = {split for split, _ in others}
+
+    def is_copy(path):
+        _, split, group, *_ = masks[path]
+        plain_group = tuple(word for word in group if word not in VARIANTS)
+        if group in groups:
+            return not others.isdisjoint({("", plain_group), (split, plain_group)})
+        return not splits.isdisjoint({"", split})
+
+    return set(filter(is_copy, variants))
 
 
 def copies_by_name(pairs):

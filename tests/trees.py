@@ -406,6 +406,8 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
         mode="RGB"), THREE, notes=("training/semantic (12)", "training/semantic_rgb (12)")),
     "rgb/ semantic/ semantic_rgb/": Tree(
         with_copies(layout("rgb/{}.png", "semantic/{}.png"), "semantic_rgb/{}.png", painted), THREE),
+    "color/ label/ label_color/": Tree(
+        with_copies(layout("color/{}.png", "label/{}.png"), "label_color/{}.png", painted), THREE),
     "images_rgb/ masks_rgb/ images_ir/ masks_ir/": Tree(together(
         layout("images_rgb/{}.png", "masks_rgb/{}.png"),
         layout("images_ir/{}.png", "masks_ir/{}.png", first=PAIRS)), THREE),
