@@ -52,7 +52,10 @@ def find_masks(root, skip_bad_labels=False):
     except NoMasks as error:
         refusal = error
     folder = FolderFiles(root)
-    found = {tool: files for tool, reader in tools.items() if (files := reader.find_files(folder))}
+    found = {}
+    for tool, reader in tools.items():
+        if not (found and reader is class_masks) and (files := reader.find_files(folder)):  # opens pictures
+            found[tool] = files
     if not found and refusal:
         reason = unread.explain(folder)
         raise NoMasks(f"{reason}; {refusal}" if reason else str(refusal))
