@@ -234,8 +234,8 @@ def pair_splits(images, masks):
     """Return the FolderContent of {path: FolderRole} of images and masks, paired in each split and group.
 
     Where only the images are in splits, each of them chooses among all masks. Raises InputError as match(),
-    and for masks of another folder that have the names of those that are used; NoMasks where nothing pairs
-    because only the names of groups tell masks apart.
+    for a mask that images of two splits choose, and for masks of another folder that have the names of those
+    that are used; NoMasks where nothing pairs because only the names of groups tell masks apart.
     """
     content, copies, ambiguous = FolderContent(), copies_by_folder(images, masks), None
     masks = {path: role for path, role in masks.items() if path not in copies}
@@ -265,12 +265,16 @@ def pair_splits(images, masks):
         alone = [path for path in pairs.masks_without_image if path not in copies]
         content.masks_without_image += alone
         refuse_rivals(pairs.samples, [path for path in alone if split_masks[path] not in groups])
-    used = {sample.mask for sample in content.samples}
+    used = grouped(content.samples, lambda sample: sample.mask)
+    for mask, (first, *others) in used.items():
+        if others:
+            raise InputError(f"{mask} is the mask of {first.image} and of {others[0].image}, by their names: "
+                             "rename or remove the image that it is not the mask of")
     if ambiguous and not used:
         raise NoMasks(str(ambiguous))
-    content.copies = sorted(copies - used)
+    content.copies = sorted(copies - used.keys())
     if image_splits and not mask_splits:
-        content.masks_without_image = sorted(set(masks) - used - copies)
+        content.masks_without_image = sorted(set(masks) - used.keys() - copies)
     return content
 
 

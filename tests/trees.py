@@ -442,6 +442,9 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
     "a mask without image": Tree(with_folder(PLAIN, "masks", ["x.png"]), refused=("x.png",)),
     **{f"a mask {name} without image": Tree(with_folder(PLAIN, "masks", [name]), refused=(name,))
        for name in ("3_2.png", "3_wet.png")},
+    "a mask for images of two splits": Tree(
+        together(*(layout(f"images/{split}/{{}}.jpg", "masks/{}.png") for split in ("train", "val"))),
+        refused=("masks/0.png", "train/0.jpg", "val/0.jpg")),
     "train.txt val.txt": Tree(listed(lists()), THREE, notes=("train.txt", "val.txt")),
     "ImageSets/Segmentation/": Tree(listed(lists("ImageSets/Segmentation")), THREE),
     "lists of file names": Tree(listed(lists(entry="{}.jpg")), THREE),
