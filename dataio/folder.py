@@ -10,7 +10,7 @@ import numpy as np
 
 from config import DataOptions, InputError, count_of
 from dataio.annotations import find_masks
-from dataio.annotations.importer import describe_bad
+from dataio.annotations.importer import describe_bad, report
 from dataio.labels import class_pixels, decode_masks, ignored_share, known_classes
 from dataio.layout import refuse_unpaired
 from dataio.images import read_orientation
@@ -31,6 +31,8 @@ def folder(root, options, download=False, check=""):
     """
     check_root(root)
     content = find_masks(root, options.skip_bad_labels)
+    if any(content.bad_labels.values()) and not options.skip_bad_labels:  # on lists: the others are refused
+        raise InputError(report(content.bad_labels, root))
     facts = read_facts(content, options.skip_bad_labels)
     samples = content.samples
     masks = [facts[sample][0] for sample in samples]

@@ -50,6 +50,8 @@ SEPARATORS = r"[ _.\-()]+"
 OBJECTS = "___save"  # ends the names of SuperAnnotate's pictures, in which a color is an object: see its JSON
 
 LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
+BAD_ENTRY = ("name on the list of a split and of no image with a mask, or of several (rename the list if it "
+             "is another)")
 SAMPLED = 4  # files of a folder that are opened to see what they are
 # A mask: changes of value per pixel along its rows, and how many of its values hold most of its pixels.
 FEW_CHANGES, FEW_VALUES, MOST = 0.2, 32, 0.9
@@ -441,8 +443,8 @@ def names_differ(images, masks):
 def use_lists(content, root, base):
     """Split the samples as train.txt, val.txt and test.txt tell, where the folder has them.
 
-    Entries are names or paths of images, with or without ending, alone or followed by the mask's. Raises
-    InputError for an entry that is not an image with a mask.
+    Entries are names or paths of images, with or without ending, alone or followed by the mask's. Those that
+    are not an image with a mask become bad_labels. Raises InputError for two lists of a split.
     """
     folders = dict.fromkeys(top / name for top in (root, base) for name in LIST_FOLDERS)
     paths = [path for folder in folders for path in sorted(folder.glob("*.txt"))
@@ -459,14 +461,14 @@ def use_lists(content, root, base):
                 "none lists images to train on"
             content.notes.append(f"not used: {relative_names(paths, root)} ({reason})")
         return
-    splits = {}
+    splits, wrong = {}, []
     for split, (path, samples_of) in lists.items():
-        for entry, samples in samples_of.items():
-            if len(samples) != 1:
-                images = " and ".join(str(sample.image) for sample in samples[:2]) or "no image with a mask"
-                raise InputError(f"{path} lists {entry}, which is the name of {images}: correct the list, or "
-                                 "rename it if it is not the list of this split")
-        splits[split] = [sample for sample, in samples_of.values()]
+        splits[split] = [samples[0] for samples in samples_of.values() if len(samples) == 1]
+        wrong += [" and ".join([f"{entry} of {path.relative_to(root)}",
+                                *(str(sample.image.relative_to(root)) for sample in samples[:2])])
+                  for entry, samples in samples_of.items() if len(samples) != 1]
+    if wrong:
+        content.bad_labels[BAD_ENTRY] = wrong
     unlisted = set(content.splits["train"]).difference(*splits.values())
     content.splits, content.images_without_mask, content.masks_without_image = splits, [], []
     not_used = f"; {count_of(len(unlisted), 'pair')} on none of them: not used" if unlisted else ""
