@@ -50,6 +50,7 @@ SEPARATORS = r"[ _.\-()]+"
 OBJECTS = "___save"  # ends the names of SuperAnnotate's pictures, in which a color is an object: see its JSON
 
 LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
+HIDDEN = ".", "__MACOSX"  # begin the names of files and folders that are not read
 BAD_ENTRY = ("name on the list of a split and of no image with a mask, or of several (rename the list if it "
              "is another)")
 SAMPLED = 4  # files of a folder that are opened to see what they are
@@ -90,14 +91,28 @@ class NoMasks(InputError):
 # --- files ------------------------------------------------------------------------------------------------
 def list_images(folder, endings=IMAGE_ENDINGS):
     """Return the files below `folder` that have one of the endings, sorted, without what is hidden."""
-    folder = Path(folder)
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings
-                  and not is_hidden(path, folder) and path.is_file())
+    return [path for path in list_files(folder) if path.suffix.lower() in endings]
 
 
-def is_hidden(path, folder):
-    """Return whether a path below `folder` is hidden, or among the copies that macOS adds to archives."""
-    return any(name.startswith((".", "__MACOSX")) for name in path.relative_to(folder).parts)
+def list_files(folder):
+    """Return the files below `folder` and below the folders that links in it lead to, sorted, without what is
+    hidden and the copies that macOS adds to archives.
+    """
+    paths = []
+    for top, folders, names in os.walk(folder, followlinks=True):
+        top = Path(top)
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)
+                      and not (os.path.islink(top / name) and leads_back(top / name, folder))]
+        paths += [top / name for name in names if not name.startswith(HIDDEN)]
+    return sorted(filter(Path.is_file, paths))
+
+
+def leads_back(link, folder):
+    """Return whether a link to a folder leads to one that is listed anyway, or to one above the link."""
+    target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
+    is_listed = target.is_relative_to(root) and not any(
+        name.startswith(HIDDEN) for name in target.relative_to(root).parts)
+    return is_listed or root.is_relative_to(target) or str(target) in map(os.path.realpath, link.parents)
 
 
 def read_list(path):
@@ -560,8 +575,7 @@ def shortened(texts):
 
 def describe_folder(root):
     """Return as text which files each folder below `root` holds, and a hint for those that are not read."""
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not is_hidden(path, root)]
-    counts = Counter((path.parent, path.suffix.lower()) for path in files)
+    counts = Counter((path.parent, path.suffix.lower()) for path in list_files(root))
     texts = []
     for (folder, ending), count in counts.items():
         hint = f" ({HINTS[ending]})" if ending in HINTS else ""

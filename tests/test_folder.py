@@ -1,6 +1,7 @@
 """A folder of the user's own: every tree of trees.py, class lists of every form, a fair split."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from trees import COLORS, ENCODINGS, PLAIN, TREES, flags_of_training, follow_adv
 import check_data
 import train
 from dataio.labels import find_modes, read_classes, snap
-from dataio.layout import NoMasks, find_pairs, role_of
+from dataio.layout import NoMasks, find_pairs, list_images, role_of
 from dataio.readers import index_table, read_mask
 from datasets import check_trainable
 from visualize import background_id
@@ -134,6 +135,29 @@ def test_stacks_of_pages_are_refused_and_previews_are_not(tmp_path):
     page.save(tmp_path / "images/00.tif", save_all=True, append_images=[page])
     with refused("00.tif"):
         load("folder", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_to_folders_are_followed_and_lead_nowhere_twice(tmp_path):
+    root, store = tmp_path / "data", tmp_path / "store"
+    write_folder(store, count=3)
+    write_folder(root / "test", count=2)
+    write_folder(root / ".versions", count=2)
+    for link, target in {"train/images": store / "images", "train/masks": store / "masks",
+                         "val": root / ".versions", "best": root / "test", "test/back": root,
+                         "test/images/up": root / "test", "all": tmp_path}.items():
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to(target, target_is_directory=True)
+    content = find_pairs(root)
+    assert {split: len(samples) for split, samples in content.splits.items()} == dict(train=3, val=2, test=2)
+    listed = list_images(root)
+    assert listed == sorted(listed) and len(listed) == 14 and listed[-1] == root / "val/masks/01.png"
+    (root / "train/masks").unlink()
+    with refused("images/ holds 3 x .png"):
+        find_pairs(root / "train")
+    for link, target in (("images", "masks"), ("masks", "images")):  # a loop of two
+        (store / link / "other").symlink_to(store / target, target_is_directory=True)
+    assert len(list_images(root)) == 14
 
 
 # --- splits -----------------------------------------------------------------------------------------------
