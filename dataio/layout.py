@@ -9,6 +9,7 @@ are, the files do: masks hold few values, in long runs. Lists such as train.txt 
 """
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -197,8 +198,15 @@ def words_of(name):
     """Return the lower-case words of a folder's name: 'SegmentationClass_raw' -> segmentation class raw."""
     if name.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
         return [name.lower()]
-    spaced = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)(?=[A-Z][a-z])", r"\1\3 \2", name)
+    spaced = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)(?=[A-Z][a-z])", r"\1\3 \2", composed(name))
     return re.findall(r"[a-z]+|\d+", spaced.lower())
+
+
+def composed(name):
+    """Return a name with each accented letter as one character (NFC), as most systems write it; macOS writes
+    letter and accent (NFD).
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def told_apart(roles):
@@ -219,10 +227,10 @@ def told_apart(roles):
     yield *divided(others, masks), True  # masks/images beside images/images
     # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
     names = {path: common_name(path, MASK_AFFIX) for path in roles}
-    image_names = {(path.parent, path.stem) for path in roles}
+    image_names = {(path.parent, common_name(path)) for path in roles}
     image_names |= {(path.parent, common_name(path, IMAGE_AFFIX)) for path in roles}
     masks = {path for path, name in names.items()
-             if name != path.stem and (path.parent, name) in image_names}
+             if name != common_name(path) and (path.parent, name) in image_names}
     yield *divided(roles, masks), True
     # by their looks: all files of an ending in a folder, of which a few are opened
     kinds = grouped(others, lambda path: (path.parent, path.suffix)).values()
@@ -321,11 +329,12 @@ def copies_by_name(pairs):
     those of an image or a mask with a word such as color or overlay behind.
     """
     names = {common_name(sample.image, affix) for sample in pairs.samples for affix in (None, IMAGE_AFFIX)}
-    names |= {sample.mask.stem for sample in pairs.samples}
+    names |= {common_name(sample.mask) for sample in pairs.samples}
 
     def is_copy(path):
-        ends = [separator.start() for separator in re.finditer(SEPARATORS, path.stem)]
-        return any(path.stem[:end] in names and COPY_WORDS & {*words_of(path.stem[end:])} for end in ends)
+        name = common_name(path)
+        ends = [separator.start() for separator in re.finditer(SEPARATORS, name)]
+        return any(name[:end] in names and COPY_WORDS & {*words_of(name[end:])} for end in ends)
 
     return set(filter(is_copy, pairs.images_without_mask + pairs.masks_without_image))
 
@@ -350,12 +359,11 @@ IMAGE_AFFIX = affix_pattern(IMAGE_WORDS)
 
 
 def common_name(path, affix=None):
-    """Return the stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png and
+    """Return the composed stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png and
     1.jpg_mask.png are 1 then.
     """
-    if affix is None:
-        return path.stem
-    return without_endings(affix.fullmatch(without_endings(path.stem))[1])
+    name = composed(path.stem)
+    return name if affix is None else without_endings(affix.fullmatch(without_endings(name))[1])
 
 
 def without_endings(name):
@@ -414,7 +422,7 @@ def index_by_name(groups, affix):
 
 def index_by_distinct_words(groups):
     """Return {(group, words of the name that not all names have): [path]} of {path: group}."""
-    words = {path: re.split(SEPARATORS, path.stem.lower()) for path in groups}
+    words = {path: re.split(SEPARATORS, common_name(path).lower()) for path in groups}
     shared = set.intersection(*map(set, words.values()))
     return grouped(groups, lambda path: (groups[path], *(word for word in words[path] if word not in shared)))
 
@@ -425,7 +433,8 @@ def pair_files(image_folder, mask_folder):
     Raises InputError for an empty folder, for names of which none pair, for an image without mask or a mask
     without image, and as match() does.
     """
-    images, masks = ({path: path.parent.relative_to(folder) for path in list_images(folder)}
+    images, masks = ({path: Path(composed(str(path.parent.relative_to(folder))))
+                      for path in list_images(folder)}
                      for folder in (image_folder, mask_folder))
     if not images or not masks:
         raise InputError(f"no images in {mask_folder if images else image_folder} (endings "
@@ -464,7 +473,7 @@ def use_lists(content, root, base):
     folders = dict.fromkeys(top / name for top in (root, base) for name in LIST_FOLDERS)
     paths = [path for folder in folders for path in sorted(folder.glob("*.txt"))
              if set(words_of(path.stem)) & SPLIT_OF.keys()]
-    by_stem = grouped(content.splits.get("train", []), lambda sample: sample.image.stem)
+    by_stem = grouped(content.splits.get("train", []), lambda sample: common_name(sample.image))
     lists = {}  # {split: (path, {entry: the Samples of that name})}
     for split, path in lists_by_split(paths).items():
         samples_of = {entry: samples_of_entry(entry, by_stem) for entry in read_list(path)}
@@ -509,7 +518,7 @@ def lists_by_split(paths):
 def samples_of_entry(entry, by_stem):
     """Return those Samples of {stem: [Sample]} that fit the name and the folders of a list entry best."""
     for text in (entry, re.split(r"[\s,;]+", entry)[0]):
-        name = Path(text)
+        name = Path(composed(text))
         samples = by_stem.get(name.name) or by_stem.get(name.stem) or []
         if samples:
             shared = [count_shared_folders(name.parts[:-1], sample.image.parts[:-1]) for sample in samples]
@@ -519,8 +528,8 @@ def samples_of_entry(entry, by_stem):
 
 def count_shared_folders(names, folders):
     """Return how many of `names` are among `folders` in their order, from the last one on."""
-    count, folders = 0, folders[::-1]
-    for name in reversed(names):
+    count, folders = 0, list(map(composed, folders[::-1]))
+    for name in map(composed, reversed(names)):
         if name in folders:
             count, folders = count + 1, folders[folders.index(name) + 1:]
     return count
