@@ -33,12 +33,12 @@ def folder(root, options, download=False, check=""):
     content = find_masks(root, options.skip_bad_labels)
     if any(content.bad_labels.values()) and not options.skip_bad_labels:  # on lists: the others are refused
         raise InputError(report(content.bad_labels, root))
-    facts = read_facts(content, options.skip_bad_labels)
-    samples = content.samples
-    masks = [facts[sample][0] for sample in samples]
     if options.unlabelled == "ignore":
         ignore_unlabelled(content, root)
     entries, class_notes = known_classes(root, options.classes, content.entries)
+    facts = read_facts(content, options.skip_bad_labels)
+    samples = content.samples
+    masks = [facts[sample][0] for sample in samples]
     more = f"; python check_data.py {check or f'--data-root {quote(str(root))}'} says more"
     try:
         meaning = decode_masks(samples, masks, entries)

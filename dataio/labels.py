@@ -33,6 +33,7 @@ CLASS_FILES = (
     "label_classes.json",  # Hasty
 )
 MOST_CLASSES = 250
+NAMES_IN_NOTE = 5
 NAME_COLUMNS = {"name", "names", "class", "classes", "label", "labels", "category", "class_name"}
 COLOR_COLUMNS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 VALUE_COLUMNS = {"id", "value", "index", "idx", "pixel value", "class_id", "label_id", "pixel", "train_id",
@@ -60,25 +61,46 @@ class MaskMeaning(NamedTuple):
     notes: list
 
 
+class NamedTwice(InputError):
+    """--classes names the classes of masks, and a class file does."""
+
+
 # --- classes.txt ------------------------------------------------------------------------------------------
 def known_classes(root, class_names=(), annotated=None):
     """Return ([Entry], notes) of the classes that somebody named, [] where nobody did.
 
     class_names: of --classes; annotated: [Entry] of the files that the masks were drawn from. Raises
-    InputError where these contradict each other or the folder's class file cannot be read.
+    InputError where these contradict each other or the folder's class file cannot be read; NamedTwice where
+    masks have --classes beside that file.
     """
     named = standard_entries([Entry(name) for name in class_names])
     if annotated:
-        return in_order(annotated, [entry.name for entry in named]) if named else annotated, []
+        entries = in_order(annotated, [entry.name for entry in named]) if named else annotated
+        return entries, unused_note(root, annotated)
     path = class_file(root)
     if path is None:
         check_names([entry.name for entry in named])
         return named, minus_one_note(named)
     if class_names:
-        raise InputError(f"--classes has no effect, {path} names the classes: leave it out")
+        raise NamedTwice(f"--classes has no effect, {path} names the classes: leave it out")
     entries = read_classes(path)
     notes = [f"the classes are those of {path}"] if path != root / "classes.txt" else []
     return entries, notes + minus_one_note(entries)
+
+
+def unused_note(root, annotated):
+    """Return [a line on a class file whose names are not those of the [Entry] of annotation files]."""
+    try:
+        path = class_file(root)
+        listed = file_entries(path) if path else []
+    except InputError:
+        return []  # of no list of classes, and nothing needs it
+    names, others = ({entry.name for entry in entries if not is_background(entry.name)} - {"ignore"}
+                     for entries in (listed, annotated))
+    if not names or names == others or len(listed) > MOST_CLASSES:
+        return []
+    return [f"not used: {path}, because the annotation files name the classes; they differ in "
+            f"{', '.join(sorted(names ^ others)[:NAMES_IN_NOTE])}"]
 
 
 def standard_entries(entries):
@@ -143,14 +165,18 @@ def class_file(root):
 
 def read_classes(path):
     """Return the [Entry] of a class file, several for several values. Raises InputError."""
+    entries = file_entries(path)
+    check_entries(path, entries)
+    return entries
+
+
+def file_entries(path):
+    """Return the [Entry] of a class file, which may contradict each other. Raises InputError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B` per line") from None
-    entries = json_entries(path, text) if path.suffix == ".json" else text_entries(path, text)
-    entries = standard_entries(entries)
-    check_entries(path, entries)
-    return entries
+    return standard_entries(json_entries(path, text) if path.suffix == ".json" else text_entries(path, text))
 
 
 def json_entries(path, text):
