@@ -11,7 +11,8 @@ from trees import COLORS, ENCODINGS, PLAIN, TREES, flags_of_training, follow_adv
 
 import check_data
 import train
-from dataio.labels import find_modes, read_classes, snap
+from dataio.classes import ADE20K
+from dataio.labels import find_modes, read_classes, save_classes, snap
 from dataio.layout import NoMasks, find_pairs, list_images, role_of
 from dataio.readers import index_table, read_mask
 from datasets import check_trainable
@@ -327,6 +328,40 @@ def test_a_background_is_one_under_the_names_of_the_tools(tmp_path, name):
     without = load("folder", tmp_path, classes=("road", name, "car"), ignore_background=True)
     assert [name for name, _ in without.classes] == ["road", "car"]
     assert without.table[:3].tolist() == [0, 255, 1]
+
+
+@pytest.mark.parametrize("names", [
+    ("#1 defect", "# two"), ("3 roof", "7 road"), ("a=b", "c = 4"), ("wall\tfloor", "x"), ("1", "2"),
+    ("3.0 mm", "#"), ("ignore", "__ignore__", "background"), ("", " ", "a"), ("name", "class"),
+    ("a;b", "c;d"), ("wall, outer", '"wall", inner'), ("a  b", " a b", "a b"), ("roof 1 2 3", "1 2 3 roof"),
+    ("a\nb", "a b", "\udcff"), ("\ufeffa", "b;c", "d:e"),
+], ids=ascii)
+def test_a_class_list_is_read_as_it_was_written(tmp_path, names, capsys):
+    classes = [(name, (10 * id, 0, 9)) for id, name in enumerate(names)]
+    save_classes(classes, tmp_path)
+    entries, printed = read_classes(tmp_path / "classes.txt"), capsys.readouterr().out
+    assert [entry.color for entry in entries] == [color for _, color in classes]
+    assert len({entry.name for entry in entries}) == len(names)
+    for name, entry in zip(names, entries, strict=True):
+        can_be = name.isprintable() and name == name.strip() and name.strip("_") not in ("", "ignore")
+        assert (entry.name == name) == (repr(name) not in printed) and (entry.name == name or not can_be)
+
+
+def test_class_lists_of_odd_characters_and_equal_colors_are_read_as_they_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        names = ["".join(rng.choice(list("aB1 0.5-=#,;:\t\"'_é\n"), rng.integers(1, 7)))
+                 for _ in range(rng.integers(2, 6))]
+        names = list(dict.fromkeys(names))
+        colors = rng.integers(0, 3 if rng.random() < 0.3 else 256, (len(names), 3)).tolist()
+        if len(names) < 2:
+            continue
+        save_classes(list(zip(names, colors, strict=True)), tmp_path)
+        read = [entry.name for entry in read_classes(tmp_path / "classes.txt")]
+        for name, stored in zip(names, read, strict=True):
+            assert stored == name or "\n" in name or "\t" in name or name != name.strip(), (names, read)
+    save_classes(ADE20K, tmp_path)
+    assert [entry.name for entry in read_classes(tmp_path / "classes.txt")] == [name for name, _ in ADE20K]
 
 
 # --- masks that do not fit --------------------------------------------------------------------------------
