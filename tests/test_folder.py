@@ -161,6 +161,16 @@ def test_links_to_folders_are_followed_and_lead_nowhere_twice(tmp_path):
     assert len(list_images(root)) == 14
 
 
+def test_images_that_exif_turns_to_the_same_size_are_warned_of(tmp_path):
+    for number, (orientation, height) in enumerate(((1, 40), (3, 40), (6, 40), (8, 60))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        save(tmp_path / f"images/{number}.png", np.zeros((height, 60, 3), np.uint8), exif=exif)
+        save(tmp_path / f"masks/{number}.png", np.eye(height, 60, dtype=np.uint8))
+    note, = [note for note in load("folder", tmp_path).notes if "EXIF" in note]
+    assert note.startswith("warning: 2 ") and "images/1.png" in note
+
+
 # --- splits -----------------------------------------------------------------------------------------------
 def numbers_of(samples):
     """Return the numbers at the end of the names of images."""
