@@ -47,7 +47,8 @@ from dataio import huggingface
 from dataio.advice import Advice, advise, either_way, kind_of_255, value_facts
 from dataio.annotations import find_masks
 from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlabelled
-from dataio.labels import class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries
+from dataio.labels import (class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries,
+                           save_classes)
 from dataio.image_rule import ImageRule, decide_rule, sample_values
 from dataio.images import copy_image, stored_of
 from dataio.readers import COLORS, OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
@@ -469,7 +470,7 @@ def write_clean_copy(data, out):
         return float((mask == IGNORE).mean())
 
     ignored = all_in_parallel(copy_pair, data.samples, "copying")
-    visualize.save_classes(classes, out)
+    save_classes(classes, out)
     digests = {data.images[sample].digest
                for split, samples in data.splits.items() if split != "train" for sample in samples}
     counts, copies = [], 0

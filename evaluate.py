@@ -51,7 +51,7 @@ from checkpoint import data_options, load_model
 from config import IGNORE, OWN_DATA, InputError, count_of
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
 from dataio.images import stored_of
-from dataio.labels import class_file
+from dataio.labels import NamedTwice
 from dataio.stratify import blocks_of
 from datasets import load_data
 from inference.predictor import Predictor, choose_protocol
@@ -80,27 +80,31 @@ def open_data(args, checkpoint):
         options = name_folder_classes(options, checkpoint)
     folders = [Path(root).resolve() for root in (options.data_root, trained.get("data_root", ""))]
     is_training_data = options.dataset == trained.get("dataset") and folders[0] == folders[1]
-    if options.dataset in OWN_DATA and not is_training_data:
-        data = load_other_folder(options, checkpoint, cache_dir)
-    else:
-        data = load_data(options, cache_dir)
-        if options.dataset == trained.get("dataset") and not has_training_files(data, checkpoint):
-            print("warning: files were added, removed or changed since training: images that are scored here "
-                  "may have been trained on")
+    is_other_folder = options.dataset in OWN_DATA and not is_training_data
+    load = load_other_folder if is_other_folder else load_training_data
+    try:
+        data = load(options, checkpoint, cache_dir)
+    except NamedTwice:  # the class list of masks counts
+        data = load(dataclasses.replace(options, classes=()), checkpoint, cache_dir)
     check_classes(data, checkpoint, options.dataset)
     return data, args.split or ("val" if "val" in data.splits else "all")
 
 
 def name_folder_classes(options, checkpoint):
-    """Return the DataOptions of a folder with its class names: those of its class list, else the model's."""
-    root = Path(options.data_root)
-    if not root.is_dir():
-        return options  # load_data refuses it
-    if class_file(root):
-        return dataclasses.replace(options, classes=())
+    """Return the DataOptions of a folder with its class names: those of --classes, else the model's."""
     if options.classes or options.ignore_background:
         return options
     return dataclasses.replace(options, classes=tuple(name for name, _ in checkpoint["classes"]))
+
+
+def load_training_data(options, checkpoint, cache_dir):
+    """Return the DataSource of a model's training, with a warning if it changed, or of a listed data set."""
+    data = load_data(options, cache_dir)
+    is_same = checkpoint.get("config", {}).get("dataset") == options.dataset
+    if is_same and not has_training_files(data, checkpoint):
+        print("warning: files were added, removed or changed since training: images that are scored here "
+              "may have been trained on")
+    return data
 
 
 def load_other_folder(options, checkpoint, cache_dir):

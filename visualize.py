@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config import IGNORE, InputError, one_line
 from metrics import best_row
-from utils import is_background, write_atomically, write_lines
+from utils import is_background, write_atomically
 
 IGNORE_COLOR = (224, 224, 192)  # as in Pascal VOC
 LONGEST_NAME = 32  # characters of a class name that pictures show
@@ -61,12 +61,6 @@ def save_mask(pred, classes, path):
     picture = Image.fromarray(pred)
     picture.putpalette(color_table(classes).flatten().tolist())
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-def save_classes(classes, folder):
-    """Write the classes.txt of a folder with masks of class ids: a line per class, name and color."""
-    lines = [f"{name.replace('=', '-')} {red} {green} {blue}" for name, (red, green, blue) in classes]
-    write_lines(folder / "classes.txt", lines)
 
 
 def short(name):

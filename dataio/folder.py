@@ -10,10 +10,10 @@ import numpy as np
 
 from config import DataOptions, InputError, count_of
 from dataio.annotations import find_masks
-from dataio.annotations.importer import describe_bad
+from dataio.annotations.importer import describe_bad, report
 from dataio.labels import class_pixels, decode_masks, ignored_share, known_classes
 from dataio.layout import refuse_unpaired
-from dataio.images import read_orientation
+from dataio.images import read_orientation, upright_size
 from dataio.readers import DataSource
 from dataio.scan import fits, scan_mask
 from dataio.stratify import share_table, split_samples
@@ -31,12 +31,14 @@ def folder(root, options, download=False, check=""):
     """
     check_root(root)
     content = find_masks(root, options.skip_bad_labels)
-    facts = read_facts(content, options.skip_bad_labels)
-    samples = content.samples
-    masks = [facts[sample][0] for sample in samples]
+    if any(content.bad_labels.values()) and not options.skip_bad_labels:  # on lists: the others are refused
+        raise InputError(report(content.bad_labels, root))
     if options.unlabelled == "ignore":
         ignore_unlabelled(content, root)
     entries, class_notes = known_classes(root, options.classes, content.entries)
+    facts = read_facts(content, options.skip_bad_labels)
+    samples = content.samples
+    masks = [facts[sample][0] for sample in samples]
     more = f"; python check_data.py {check or f'--data-root {quote(str(root))}'} says more"
     try:
         meaning = decode_masks(samples, masks, entries)
@@ -47,6 +49,10 @@ def folder(root, options, download=False, check=""):
     if different:
         notes.append(f"{different} of {count_of(len(samples), 'mask')} differ in size from their image: "
                      "resized (nearest) to it")
+    turned = [] if content.entries else [sample.image for sample in samples if facts[sample][2]]
+    if turned:  # masks drawn from annotations are upright
+        notes.append(f"warning: {count_of(len(turned), 'image')} turned by EXIF to the same size (upside "
+                     f"down, mirrored, or square): masks are taken as upright; is that of {turned[0]}?")
     rows = class_pixels(masks, meaning.table, len(meaning.classes))
     ignored = ignored_share(masks, rows)
     notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{more if ignored > MUCH_IGNORED else ''}")
@@ -130,6 +136,9 @@ def refuse_file(root):
 
 
 def scan_pair(sample):
-    """Return (MaskFacts of the mask, whether its size differs from the image's). Raises InputError."""
-    mask = scan_mask(sample.mask)
-    return mask, not fits(mask.size, *read_orientation(sample.image))
+    """Return (MaskFacts of the mask, whether its size differs from the image's, whether EXIF turns the image
+    to the same size, so that the mask's does not tell whether it is turned too). Raises InputError.
+    """
+    mask, (size, orientation) = scan_mask(sample.mask), read_orientation(sample.image)
+    keeps_size = orientation != 1 and upright_size(size, orientation) == size
+    return mask, not fits(mask.size, size, orientation), keeps_size

@@ -9,10 +9,13 @@ separated by commas, semicolons, colons or tabs, with or without a header. Lines
 class; the name `ignore` is not counted. Behind lines of names, `ignore = VALUE` may follow.
 """
 import csv
+import io
 import json
 import operator
 import re
 from collections import Counter
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +24,7 @@ from config import IGNORE, InputError
 from dataio.classes import BLACK, fill_colors
 from dataio.readers import (COLORS, MASK_VALUES, NODATA, OUTSIDE, outside_message, pack_color, ranges,
 unpack_color, value_table)
-from utils import is_background, is_ignored
+from utils import is_background, is_ignored, write_text
 
 CLASS_FILES = (
     "classes.txt", "classes.csv", "class_dict.csv",
@@ -33,6 +36,7 @@ CLASS_FILES = (
     "label_classes.json",  # Hasty
 )
 MOST_CLASSES = 250
+NAMES_IN_NOTE = 5
 NAME_COLUMNS = {"name", "names", "class", "classes", "label", "labels", "category", "class_name"}
 COLOR_COLUMNS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 VALUE_COLUMNS = {"id", "value", "index", "idx", "pixel value", "class_id", "label_id", "pixel", "train_id",
@@ -60,25 +64,46 @@ class MaskMeaning(NamedTuple):
     notes: list
 
 
+class NamedTwice(InputError):
+    """--classes names the classes of masks, and a class file does."""
+
+
 # --- classes.txt ------------------------------------------------------------------------------------------
 def known_classes(root, class_names=(), annotated=None):
     """Return ([Entry], notes) of the classes that somebody named, [] where nobody did.
 
     class_names: of --classes; annotated: [Entry] of the files that the masks were drawn from. Raises
-    InputError where these contradict each other or the folder's class file cannot be read.
+    InputError where these contradict each other or the folder's class file cannot be read; NamedTwice where
+    masks have --classes beside that file.
     """
     named = standard_entries([Entry(name) for name in class_names])
     if annotated:
-        return in_order(annotated, [entry.name for entry in named]) if named else annotated, []
+        entries = in_order(annotated, [entry.name for entry in named]) if named else annotated
+        return entries, unused_note(root, annotated)
     path = class_file(root)
     if path is None:
         check_names([entry.name for entry in named])
         return named, minus_one_note(named)
     if class_names:
-        raise InputError(f"--classes has no effect, {path} names the classes: leave it out")
+        raise NamedTwice(f"--classes has no effect, {path} names the classes: leave it out")
     entries = read_classes(path)
     notes = [f"the classes are those of {path}"] if path != root / "classes.txt" else []
     return entries, notes + minus_one_note(entries)
+
+
+def unused_note(root, annotated):
+    """Return [a line on a class file whose names are not those of the [Entry] of annotation files]."""
+    try:
+        path = class_file(root)
+        listed = file_entries(path) if path else []
+    except InputError:
+        return []  # of no list of classes, and nothing needs it
+    names, others = ({entry.name for entry in entries if not is_background(entry.name)} - {"ignore"}
+                     for entries in (listed, annotated))
+    if not names or names == others or len(listed) > MOST_CLASSES:
+        return []
+    return [f"not used: {path}, because the annotation files name the classes; they differ in "
+            f"{', '.join(sorted(names ^ others)[:NAMES_IN_NOTE])}"]
 
 
 def standard_entries(entries):
@@ -143,14 +168,18 @@ def class_file(root):
 
 def read_classes(path):
     """Return the [Entry] of a class file, several for several values. Raises InputError."""
+    entries = file_entries(path)
+    check_entries(path, entries)
+    return entries
+
+
+def file_entries(path):
+    """Return the [Entry] of a class file, which may contradict each other. Raises InputError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: write `name` or `name R G B` per line") from None
-    entries = json_entries(path, text) if path.suffix == ".json" else text_entries(path, text)
-    entries = standard_entries(entries)
-    check_entries(path, entries)
-    return entries
+    return standard_entries(json_entries(path, text) if path.suffix == ".json" else text_entries(path, text))
 
 
 def json_entries(path, text):
@@ -245,12 +274,13 @@ def table_entries(path, lines):
 
 def table_rows(lines):
     """Return the cells of lines that are a table: all with the same number of them, two or more; else []."""
-    lines = [re.sub(r"\b(\d+)\.0+\b", r"\1", line) for line in lines if line.strip(" ,;:\t")]
+    lines = [re.sub(r"^(\s*-?\d+)\.0+\b", r"\1", line) for line in lines if line.strip(" ,;:\t")]
     if all(re.match(r"\s*-?\d+[.)]?\s+[^\d\s=]", line) and not numbers(line.split()[-3:]) for line in lines):
         lines = [re.sub(r"^\s*(-?\d+)[.)]?\s+", r"\1\t", line) for line in lines]  # `3 road`, `3. road`
     for mark in ",;\t:":
         try:
-            rows = [list(map(str.strip, row)) for row in csv.reader(lines, delimiter=mark)]
+            rows = [[re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip()) for cell in row]
+                    for row in csv.reader(lines, delimiter=mark)]
         except csv.Error:
             return []
         if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
@@ -280,6 +310,66 @@ def check_entries(path, entries):
     if not 2 <= count <= MOST_CLASSES or len(entries) > MOST_CLASSES:
         raise InputError(f"{path} names {count} of two to {MOST_CLASSES} classes in {len(entries)} lines: "
                          "write a line for each class")
+
+
+# --- writing classes.txt ----------------------------------------------------------------------------------
+def save_classes(classes, folder):
+    """Write the classes.txt of a folder with masks of class ids, from which read_classes returns the same
+    [(name, (R, G, B))]. A name that no class list can hold is changed, which is printed.
+    """
+    path, (names, colors) = folder / "classes.txt", zip(*classes, strict=True)
+    written = writable_names(names)
+    for name, new in zip(names, written, strict=True):
+        if new != name:
+            print(f"{path}: the class {name!r} is called {new!r}, because no class list can hold its name")
+    write_text(path, class_list(written, colors) or "".join(f"{name}\n" for name in written))
+
+
+def class_list(names, colors):
+    """Return the text of a classes.txt with names and colors or, where colors are equal, values: lines, else
+    a table, whichever is read as these; None where nothing is.
+    """
+    with_colors = [Entry(name, tuple(color)) for name, color in zip(names, colors, strict=True)]
+    with_ids = [Entry(name, None, id) for id, name in enumerate(names)]
+    for titles, equals, entries in ((("name", "r", "g", "b"), "", with_colors),
+                                    (("name", "value"), "= ", with_ids)):
+        rows, table = [(entry.name, *(entry.color or [entry.value])) for entry in entries], io.StringIO()
+        lines = "".join(f"{name} {equals}{' '.join(map(str, numbers))}\n" for name, *numbers in rows)
+        csv.writer(table, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([titles, *rows])
+        for text in (lines, table.getvalue()):
+            if read_back(text) == entries:
+                return text
+    return None
+
+
+def read_back(text):
+    """Return the [Entry] that read_classes returns of the text of a classes.txt, None where it refuses it."""
+    path = Path("classes.txt")
+    try:
+        stored = text.encode("utf-8", "backslashreplace").decode("utf-8-sig")
+        entries = standard_entries(text_entries(path, stored))
+        check_entries(path, entries)
+    except InputError:
+        return None
+    return entries
+
+
+def writable_names(names):
+    """Return names, all different, that class_list can write: the same where it can, else without what cannot
+    be printed or, as `ignore` and nothing, with `class` before them.
+    """
+    written = []
+    for id, name in enumerate(names):
+        clean = " ".join("".join(char if char.isprintable() else " " for char in name).split())
+        options = [clean, f"class {clean}", *(f"class {id + more}" for more in range(2 * len(names)))]
+        free = (option for option in options if option not in {*names, *written})
+        written.append(next(filter(is_writable, chain([name], free))))
+    return written
+
+
+def is_writable(name):
+    """Return whether class_list can write a name beside another one."""
+    return class_list([name, "other" if name != "other" else "another"], [(0, 0, 0), (1, 1, 1)]) is not None
 
 
 # --- what masks mean --------------------------------------------------------------------------------------

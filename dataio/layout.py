@@ -9,6 +9,7 @@ are, the files do: masks hold few values, in long runs. Lists such as train.txt 
 """
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -50,6 +51,9 @@ SEPARATORS = r"[ _.\-()]+"
 OBJECTS = "___save"  # ends the names of SuperAnnotate's pictures, in which a color is an object: see its JSON
 
 LIST_FOLDERS = (".", "splits", "lists", "ImageSets", "ImageSets/Segmentation")  # where train.txt, ... may lie
+HIDDEN = ".", "__MACOSX"  # begin the names of files and folders that are not read
+BAD_ENTRY = ("name on the list of a split and of no image with a mask, or of several (rename the list if it "
+             "is another)")
 SAMPLED = 4  # files of a folder that are opened to see what they are
 # A mask: changes of value per pixel along its rows, and how many of its values hold most of its pixels.
 FEW_CHANGES, FEW_VALUES, MOST = 0.2, 32, 0.9
@@ -88,14 +92,28 @@ class NoMasks(InputError):
 # --- files ------------------------------------------------------------------------------------------------
 def list_images(folder, endings=IMAGE_ENDINGS):
     """Return the files below `folder` that have one of the endings, sorted, without what is hidden."""
-    folder = Path(folder)
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings
-                  and not is_hidden(path, folder) and path.is_file())
+    return [path for path in list_files(folder) if path.suffix.lower() in endings]
 
 
-def is_hidden(path, folder):
-    """Return whether a path below `folder` is hidden, or among the copies that macOS adds to archives."""
-    return any(name.startswith((".", "__MACOSX")) for name in path.relative_to(folder).parts)
+def list_files(folder):
+    """Return the files below `folder` and below the folders that links in it lead to, sorted, without what is
+    hidden and the copies that macOS adds to archives.
+    """
+    paths = []
+    for top, folders, names in os.walk(folder, followlinks=True):
+        top = Path(top)
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)
+                      and not (os.path.islink(top / name) and leads_back(top / name, folder))]
+        paths += [top / name for name in names if not name.startswith(HIDDEN)]
+    return sorted(filter(Path.is_file, paths))
+
+
+def leads_back(link, folder):
+    """Return whether a link to a folder leads to one that is listed anyway, or to one above the link."""
+    target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
+    is_listed = target.is_relative_to(root) and not any(
+        name.startswith(HIDDEN) for name in target.relative_to(root).parts)
+    return is_listed or root.is_relative_to(target) or str(target) in map(os.path.realpath, link.parents)
 
 
 def read_list(path):
@@ -180,8 +198,15 @@ def words_of(name):
     """Return the lower-case words of a folder's name: 'SegmentationClass_raw' -> segmentation class raw."""
     if name.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
         return [name.lower()]
-    spaced = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)(?=[A-Z][a-z])", r"\1\3 \2", name)
+    spaced = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)(?=[A-Z][a-z])", r"\1\3 \2", composed(name))
     return re.findall(r"[a-z]+|\d+", spaced.lower())
+
+
+def composed(name):
+    """Return a name with each accented letter as one character (NFC), as most systems write it; macOS writes
+    letter and accent (NFD).
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def told_apart(roles):
@@ -202,10 +227,10 @@ def told_apart(roles):
     yield *divided(others, masks), True  # masks/images beside images/images
     # in the same folder: a.jpg or a_sat.jpg beside a_mask.png
     names = {path: common_name(path, MASK_AFFIX) for path in roles}
-    image_names = {(path.parent, path.stem) for path in roles}
+    image_names = {(path.parent, common_name(path)) for path in roles}
     image_names |= {(path.parent, common_name(path, IMAGE_AFFIX)) for path in roles}
     masks = {path for path, name in names.items()
-             if name != path.stem and (path.parent, name) in image_names}
+             if name != common_name(path) and (path.parent, name) in image_names}
     yield *divided(roles, masks), True
     # by their looks: all files of an ending in a folder, of which a few are opened
     kinds = grouped(others, lambda path: (path.parent, path.suffix)).values()
@@ -234,8 +259,8 @@ def pair_splits(images, masks):
     """Return the FolderContent of {path: FolderRole} of images and masks, paired in each split and group.
 
     Where only the images are in splits, each of them chooses among all masks. Raises InputError as match(),
-    and for masks of another folder that have the names of those that are used; NoMasks where nothing pairs
-    because only the names of groups tell masks apart.
+    for a mask that images of two splits choose, and for masks of another folder that have the names of those
+    that are used; NoMasks where nothing pairs because only the names of groups tell masks apart.
     """
     content, copies, ambiguous = FolderContent(), copies_by_folder(images, masks), None
     masks = {path: role for path, role in masks.items() if path not in copies}
@@ -265,12 +290,16 @@ def pair_splits(images, masks):
         alone = [path for path in pairs.masks_without_image if path not in copies]
         content.masks_without_image += alone
         refuse_rivals(pairs.samples, [path for path in alone if split_masks[path] not in groups])
-    used = {sample.mask for sample in content.samples}
+    used = grouped(content.samples, lambda sample: sample.mask)
+    for mask, (first, *others) in used.items():
+        if others:
+            raise InputError(f"{mask} is the mask of {first.image} and of {others[0].image}, by their names: "
+                             "rename or remove the image that it is not the mask of")
     if ambiguous and not used:
         raise NoMasks(str(ambiguous))
-    content.copies = sorted(copies - used)
+    content.copies = sorted(copies - used.keys())
     if image_splits and not mask_splits:
-        content.masks_without_image = sorted(set(masks) - used - copies)
+        content.masks_without_image = sorted(set(masks) - used.keys() - copies)
     return content
 
 
@@ -300,11 +329,12 @@ def copies_by_name(pairs):
     those of an image or a mask with a word such as color or overlay behind.
     """
     names = {common_name(sample.image, affix) for sample in pairs.samples for affix in (None, IMAGE_AFFIX)}
-    names |= {sample.mask.stem for sample in pairs.samples}
+    names |= {common_name(sample.mask) for sample in pairs.samples}
 
     def is_copy(path):
-        ends = [separator.start() for separator in re.finditer(SEPARATORS, path.stem)]
-        return any(path.stem[:end] in names and COPY_WORDS & {*words_of(path.stem[end:])} for end in ends)
+        name = common_name(path)
+        ends = [separator.start() for separator in re.finditer(SEPARATORS, name)]
+        return any(name[:end] in names and COPY_WORDS & {*words_of(name[end:])} for end in ends)
 
     return set(filter(is_copy, pairs.images_without_mask + pairs.masks_without_image))
 
@@ -329,12 +359,11 @@ IMAGE_AFFIX = affix_pattern(IMAGE_WORDS)
 
 
 def common_name(path, affix=None):
-    """Return the stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png and
+    """Return the composed stem of a file or, with an affix pattern, what that leaves of it; 1.jpg.png and
     1.jpg_mask.png are 1 then.
     """
-    if affix is None:
-        return path.stem
-    return without_endings(affix.fullmatch(without_endings(path.stem))[1])
+    name = composed(path.stem)
+    return name if affix is None else without_endings(affix.fullmatch(without_endings(name))[1])
 
 
 def without_endings(name):
@@ -393,7 +422,7 @@ def index_by_name(groups, affix):
 
 def index_by_distinct_words(groups):
     """Return {(group, words of the name that not all names have): [path]} of {path: group}."""
-    words = {path: re.split(SEPARATORS, path.stem.lower()) for path in groups}
+    words = {path: re.split(SEPARATORS, common_name(path).lower()) for path in groups}
     shared = set.intersection(*map(set, words.values()))
     return grouped(groups, lambda path: (groups[path], *(word for word in words[path] if word not in shared)))
 
@@ -404,7 +433,8 @@ def pair_files(image_folder, mask_folder):
     Raises InputError for an empty folder, for names of which none pair, for an image without mask or a mask
     without image, and as match() does.
     """
-    images, masks = ({path: path.parent.relative_to(folder) for path in list_images(folder)}
+    images, masks = ({path: Path(composed(str(path.parent.relative_to(folder))))
+                      for path in list_images(folder)}
                      for folder in (image_folder, mask_folder))
     if not images or not masks:
         raise InputError(f"no images in {mask_folder if images else image_folder} (endings "
@@ -437,13 +467,13 @@ def names_differ(images, masks):
 def use_lists(content, root, base):
     """Split the samples as train.txt, val.txt and test.txt tell, where the folder has them.
 
-    Entries are names or paths of images, with or without ending, alone or followed by the mask's. Raises
-    InputError for an entry that is not an image with a mask.
+    Entries are names or paths of images, with or without ending, alone or followed by the mask's. Those that
+    are not an image with a mask become bad_labels. Raises InputError for two lists of a split.
     """
     folders = dict.fromkeys(top / name for top in (root, base) for name in LIST_FOLDERS)
     paths = [path for folder in folders for path in sorted(folder.glob("*.txt"))
              if set(words_of(path.stem)) & SPLIT_OF.keys()]
-    by_stem = grouped(content.splits.get("train", []), lambda sample: sample.image.stem)
+    by_stem = grouped(content.splits.get("train", []), lambda sample: common_name(sample.image))
     lists = {}  # {split: (path, {entry: the Samples of that name})}
     for split, path in lists_by_split(paths).items():
         samples_of = {entry: samples_of_entry(entry, by_stem) for entry in read_list(path)}
@@ -455,14 +485,14 @@ def use_lists(content, root, base):
                 "none lists images to train on"
             content.notes.append(f"not used: {relative_names(paths, root)} ({reason})")
         return
-    splits = {}
+    splits, wrong = {}, []
     for split, (path, samples_of) in lists.items():
-        for entry, samples in samples_of.items():
-            if len(samples) != 1:
-                images = " and ".join(str(sample.image) for sample in samples[:2]) or "no image with a mask"
-                raise InputError(f"{path} lists {entry}, which is the name of {images}: correct the list, or "
-                                 "rename it if it is not the list of this split")
-        splits[split] = [sample for sample, in samples_of.values()]
+        splits[split] = [samples[0] for samples in samples_of.values() if len(samples) == 1]
+        wrong += [" and ".join([f"{entry} of {path.relative_to(root)}",
+                                *(str(sample.image.relative_to(root)) for sample in samples[:2])])
+                  for entry, samples in samples_of.items() if len(samples) != 1]
+    if wrong:
+        content.bad_labels[BAD_ENTRY] = wrong
     unlisted = set(content.splits["train"]).difference(*splits.values())
     content.splits, content.images_without_mask, content.masks_without_image = splits, [], []
     not_used = f"; {count_of(len(unlisted), 'pair')} on none of them: not used" if unlisted else ""
@@ -488,7 +518,7 @@ def lists_by_split(paths):
 def samples_of_entry(entry, by_stem):
     """Return those Samples of {stem: [Sample]} that fit the name and the folders of a list entry best."""
     for text in (entry, re.split(r"[\s,;]+", entry)[0]):
-        name = Path(text)
+        name = Path(composed(text))
         samples = by_stem.get(name.name) or by_stem.get(name.stem) or []
         if samples:
             shared = [count_shared_folders(name.parts[:-1], sample.image.parts[:-1]) for sample in samples]
@@ -498,8 +528,8 @@ def samples_of_entry(entry, by_stem):
 
 def count_shared_folders(names, folders):
     """Return how many of `names` are among `folders` in their order, from the last one on."""
-    count, folders = 0, folders[::-1]
-    for name in reversed(names):
+    count, folders = 0, list(map(composed, folders[::-1]))
+    for name in map(composed, reversed(names)):
         if name in folders:
             count, folders = count + 1, folders[folders.index(name) + 1:]
     return count
@@ -554,8 +584,7 @@ def shortened(texts):
 
 def describe_folder(root):
     """Return as text which files each folder below `root` holds, and a hint for those that are not read."""
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not is_hidden(path, root)]
-    counts = Counter((path.parent, path.suffix.lower()) for path in files)
+    counts = Counter((path.parent, path.suffix.lower()) for path in list_files(root))
     texts = []
     for (folder, ending), count in counts.items():
         hint = f" ({HINTS[ending]})" if ending in HINTS else ""

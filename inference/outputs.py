@@ -17,8 +17,9 @@ from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of, polygons
 from dataio.image_rule import read_image
 from dataio.images import copy_image
+from dataio.labels import save_classes
 from utils import save_image
-from visualize import background_id, save_classes, save_mask
+from visualize import background_id, save_mask
 
 
 # --- polygons ---------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, blocks, call, load, random_images, write_folder, write_pair, write_tree
+from conftest import ROOT, blocks, call, load, random_images, refused, write_folder, write_pair, write_tree
+from labeling_tools import TOOLS
 from PIL import Image
 from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -258,6 +259,32 @@ def test_a_folder_is_split_as_in_training_another_is_scored_entirely(other_folde
     moved = dict(checkpoint, config=dict(checkpoint["config"], data_root=str(tmp_path / "moved")))
     assert opened(tmp_path / "moved", moved, tmp_path)[0] == "val"
     assert "warning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", ["YOLO, classes.txt", "SuperAnnotate", "labelme"])
+def test_a_class_list_beside_annotation_files_is_not_in_the_way_of_classes(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, names = tmp_path / "data", ["background", "tree", "car"]
+    TOOLS[tool](root)
+    if tool == "labelme":
+        (root / "classes.txt").write_text("car\nship\n")
+    checkpoint = checkpoint_of(root, names, classes=tuple(names))
+    training = opened(root, checkpoint, tmp_path)
+    assert training[2] == names and opened(root, checkpoint, tmp_path, "all")[1] == 6
+    assert any("ship" in note and "classes.txt" in note for note in load("folder", root).notes) == \
+        (tool == "labelme")
+    root.rename(tmp_path / "moved")
+    assert opened(tmp_path / "moved", checkpoint, tmp_path) == training
+
+
+def test_the_class_list_of_masks_counts_where_it_came_after_classes(other_folder, tmp_path):
+    checkpoint = checkpoint_of(other_folder, ["a", "b", "c"], classes=("a", "b", "c"))
+    shutil.copytree(other_folder, tmp_path / "new")
+    (tmp_path / "new/classes.txt").write_text("a\nb\nc\n")
+    assert opened(tmp_path / "new", checkpoint, tmp_path)[2] == ["a", "b", "c"]
+    (tmp_path / "new/classes.txt").write_text("a\nc\nb\n")
+    with refused("b against c"):
+        opened(tmp_path / "new", checkpoint, tmp_path)
 
 
 def test_splits_are_those_of_the_training(tmp_path):

@@ -1,6 +1,7 @@
 """A folder of the user's own: every tree of trees.py, class lists of every form, a fair split."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from trees import COLORS, ENCODINGS, PLAIN, TREES, flags_of_training, follow_adv
 
 import check_data
 import train
-from dataio.labels import find_modes, read_classes, snap
-from dataio.layout import NoMasks, find_pairs, role_of
+from dataio.classes import ADE20K
+from dataio.labels import find_modes, read_classes, save_classes, snap
+from dataio.layout import NoMasks, find_pairs, list_images, role_of
 from dataio.readers import index_table, read_mask
 from datasets import check_trainable
 from visualize import background_id
@@ -134,6 +136,39 @@ def test_stacks_of_pages_are_refused_and_previews_are_not(tmp_path):
     page.save(tmp_path / "images/00.tif", save_all=True, append_images=[page])
     with refused("00.tif"):
         load("folder", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_to_folders_are_followed_and_lead_nowhere_twice(tmp_path):
+    root, store = tmp_path / "data", tmp_path / "store"
+    write_folder(store, count=3)
+    write_folder(root / "test", count=2)
+    write_folder(root / ".versions", count=2)
+    for link, target in {"train/images": store / "images", "train/masks": store / "masks",
+                         "val": root / ".versions", "best": root / "test", "test/back": root,
+                         "test/images/up": root / "test", "all": tmp_path}.items():
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to(target, target_is_directory=True)
+    content = find_pairs(root)
+    assert {split: len(samples) for split, samples in content.splits.items()} == dict(train=3, val=2, test=2)
+    listed = list_images(root)
+    assert listed == sorted(listed) and len(listed) == 14 and listed[-1] == root / "val/masks/01.png"
+    (root / "train/masks").unlink()
+    with refused("images/ holds 3 x .png"):
+        find_pairs(root / "train")
+    for link, target in (("images", "masks"), ("masks", "images")):  # a loop of two
+        (store / link / "other").symlink_to(store / target, target_is_directory=True)
+    assert len(list_images(root)) == 14
+
+
+def test_images_that_exif_turns_to_the_same_size_are_warned_of(tmp_path):
+    for number, (orientation, height) in enumerate(((1, 40), (3, 40), (6, 40), (8, 60))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        save(tmp_path / f"images/{number}.png", np.zeros((height, 60, 3), np.uint8), exif=exif)
+        save(tmp_path / f"masks/{number}.png", np.eye(height, 60, dtype=np.uint8))
+    note, = [note for note in load("folder", tmp_path).notes if "EXIF" in note]
+    assert note.startswith("warning: 2 ") and "images/1.png" in note
 
 
 # --- splits -----------------------------------------------------------------------------------------------
@@ -303,6 +338,40 @@ def test_a_background_is_one_under_the_names_of_the_tools(tmp_path, name):
     without = load("folder", tmp_path, classes=("road", name, "car"), ignore_background=True)
     assert [name for name, _ in without.classes] == ["road", "car"]
     assert without.table[:3].tolist() == [0, 255, 1]
+
+
+@pytest.mark.parametrize("names", [
+    ("#1 defect", "# two"), ("3 roof", "7 road"), ("a=b", "c = 4"), ("wall\tfloor", "x"), ("1", "2"),
+    ("3.0 mm", "#"), ("ignore", "__ignore__", "background"), ("", " ", "a"), ("name", "class"),
+    ("a;b", "c;d"), ("wall, outer", '"wall", inner'), ("a  b", " a b", "a b"), ("roof 1 2 3", "1 2 3 roof"),
+    ("a\nb", "a b", "\udcff"), ("\ufeffa", "b;c", "d:e"),
+], ids=ascii)
+def test_a_class_list_is_read_as_it_was_written(tmp_path, names, capsys):
+    classes = [(name, (10 * id, 0, 9)) for id, name in enumerate(names)]
+    save_classes(classes, tmp_path)
+    entries, printed = read_classes(tmp_path / "classes.txt"), capsys.readouterr().out
+    assert [entry.color for entry in entries] == [color for _, color in classes]
+    assert len({entry.name for entry in entries}) == len(names)
+    for name, entry in zip(names, entries, strict=True):
+        can_be = name.isprintable() and name == name.strip() and name.strip("_") not in ("", "ignore")
+        assert (entry.name == name) == (repr(name) not in printed) and (entry.name == name or not can_be)
+
+
+def test_class_lists_of_odd_characters_and_equal_colors_are_read_as_they_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        names = ["".join(rng.choice(list("aB1 0.5-=#,;:\t\"'_é\n"), rng.integers(1, 7)))
+                 for _ in range(rng.integers(2, 6))]
+        names = list(dict.fromkeys(names))
+        colors = rng.integers(0, 3 if rng.random() < 0.3 else 256, (len(names), 3)).tolist()
+        if len(names) < 2:
+            continue
+        save_classes(list(zip(names, colors, strict=True)), tmp_path)
+        read = [entry.name for entry in read_classes(tmp_path / "classes.txt")]
+        for name, stored in zip(names, read, strict=True):
+            assert stored == name or "\n" in name or "\t" in name or name != name.strip(), (names, read)
+    save_classes(ADE20K, tmp_path)
+    assert [entry.name for entry in read_classes(tmp_path / "classes.txt")] == [name for name, _ in ADE20K]
 
 
 # --- masks that do not fit --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What annotation files leave doubtful: view and size of images, ranges, kinds, entries that are wrong."""
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +10,7 @@ from conftest import load, refused
 from labeling_tools import NAMES, TOOLS, dump, outlines, shapes
 from PIL import Image, ImageOps
 from test_annotations import EDITED, edit, edit_first, load_mask, samples_of
-from trees import save, scene
+from trees import PLAIN, save, scene
 
 import check_data
 import evaluate
@@ -480,3 +481,26 @@ def test_masks_without_partner_or_damaged_are_left_out(tmp_path):
     source = load("folder", tmp_path, skip_bad_labels=True)
     assert samples_of(source).keys() == {"3", "4", "5"}
     assert all(any(name in note for note in source.notes) for name in ("0.jpg", "1.png", "2.png"))
+
+
+@pytest.mark.parametrize("labels", ["masks", "labelme"])
+def test_names_on_lists_whose_labels_cannot_be_used_are_left_out_as_these_are(tmp_path, run, labels):
+    root = tmp_path / "data"
+    if labels == "masks":
+        PLAIN(root)
+        (root / "masks/0.png").unlink()
+    else:
+        TOOLS["labelme"](root)
+        edit_first(root, "labelme", points="x")
+    names = sorted(path.name for path in root.rglob("*.jpg"))
+    for split, listed in (("train", [*names[:4], "gone.jpg"]), ("val", names[4:6])):
+        (root / f"{split}.txt").write_text("\n".join(listed))
+    with pytest.raises(InputError, match=names[0].removesuffix(".jpg")):
+        load("folder", root)
+    source = load("folder", root, skip_bad_labels=True)
+    assert [len(source.splits[split]) for split in ("train", "val")] == [3, 2]
+    assert any(names[0] in note and "gone.jpg" in note for note in source.notes)
+    flags = ["--data-root", root, "--out-dir", tmp_path]
+    code, text, err = run(check_data, *flags, "--fix", tmp_path / "clean")
+    assert code == 0 and re.search(rf"^problem: .*\n +{names[0]} of train.txt\n +gone.jpg", text, re.M), err
+    assert len(samples_of(load("folder", tmp_path / "clean"))) == 5

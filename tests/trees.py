@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -129,11 +130,11 @@ def numbers_of(numbers, entry="{}"):
     return "".join(entry.format(number) + "\n" for number in numbers)
 
 
-def listed(files):
+def listed(files, name="{}"):
     """Return a tree whose list files leave out the last pair."""
     def write(root):
         splits = ["train"] * 8 + ["val"] * (PAIRS - 9) + [None]
-        pairs = layout("images/{}.jpg", "masks/{}.png", files)(root)
+        pairs = layout(f"images/{name}.jpg", f"masks/{name}.png", files)(root)
         return [pair._replace(split=split) for pair, split in zip(pairs, splits, strict=True)]
 
     return write
@@ -310,6 +311,7 @@ def annotated(files):
 
 
 # --- the trees --------------------------------------------------------------------------------------------
+NFC, NFD = (unicodedata.normalize(form, "Übergrößé") for form in ("NFC", "NFD"))
 NAMES = "sky\nroad\ncar\n"
 TABLE = "name,r,g,b\nground,0,0,0\nroof,200,30,30\npool,30,30,200\n"
 TABLE_OF_LABELS = "id;name\n0;ground\n1;roof\n2;pool\n"
@@ -437,11 +439,20 @@ LAYOUTS = {name: Tree(layout(*paths), THREE) for name, paths in FOLDERS.items()}
         with_folder(joined(train=PLAIN), "test/images", ["x.png"], mode="RGB"), THREE, notes=("test",)),
     "pairs beside val/": Tree(lambda root: [*(pair._replace(split="train") for pair in PLAIN(root)),
                                             *joined(val=OTHERS)(root)], THREE),
+    "accents as macOS writes them": Tree(layout(f"images/{NFD}{{}}.jpg", f"masks/{NFC}{{}}.png"), THREE),
+    "accents of scenes": Tree(
+        together(layout(f"images/{NFD}/{{}}.jpg", f"masks/{NFC}/{{}}.png"),
+                 layout("images/south/{}.jpg", "masks/south/{}.png", first=PAIRS)), THREE),
+    "accents of lists": Tree(listed(lists(entry=f"{NFC} {{}}.jpg"), f"{NFD} {{}}"), THREE),
+    "accents beside masks": Tree(layout(f"all/{NFD}{{}}.jpg", f"all/{NFC}{{}}_mask.png"), THREE),
     "scenes with equal file names": Tree(joined(north=PLAIN, south=OTHERS), THREE),
     "an image without mask": Tree(with_folder(PLAIN, "images", ["x.png"], mode="RGB"), refused=("x.png",)),
     "a mask without image": Tree(with_folder(PLAIN, "masks", ["x.png"]), refused=("x.png",)),
     **{f"a mask {name} without image": Tree(with_folder(PLAIN, "masks", [name]), refused=(name,))
        for name in ("3_2.png", "3_wet.png")},
+    "a mask for images of two splits": Tree(
+        together(*(layout(f"images/{split}/{{}}.jpg", "masks/{}.png") for split in ("train", "val"))),
+        refused=("masks/0.png", "train/0.jpg", "val/0.jpg")),
     "train.txt val.txt": Tree(listed(lists()), THREE, notes=("train.txt", "val.txt")),
     "ImageSets/Segmentation/": Tree(listed(lists("ImageSets/Segmentation")), THREE),
     "lists of file names": Tree(listed(lists(entry="{}.jpg")), THREE),

@@ -28,8 +28,9 @@ import rasterio
 
 import utils
 from dataio.classes import STREETS
+from dataio.labels import save_classes
 from dataio.streets import draw_scene
-from visualize import save_classes, save_mask
+from visualize import save_mask
 
 COUNTS, SIZE, MAP_SIZE = {"train": 48, "val": 16}, (224, 224), (600, 900)
 CLASSES = [*STREETS, ("wet", (30, 200, 230))]
