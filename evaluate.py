@@ -120,6 +120,9 @@ def load_other_folder(options, checkpoint, cache_dir):
     is_same = checkpoint.get("config", {}).get("dataset") == options.dataset
     if is_same and has_training_files(data, checkpoint):
         return load_data(options, cache_dir)
+    if is_same:
+        print(f"{options.data_root} is taken for another folder than that of the training, whose files have "
+              "other names, sizes or labels: make sure that nothing in it was trained on")
     return data
 
 
