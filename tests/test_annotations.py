@@ -1120,3 +1120,86 @@ def test_without_shapely_a_geopackage_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "shapely", None)
     with refused("labels.gpkg", "pip install shapely"):
         find_masks(tmp_path)
+
+
+# --- YOLO: which files belong together, and what they mean -------------------------------------------------
+def test_a_label_file_that_cannot_be_read_does_not_make_its_image_background(tmp_path):
+    TOOLS["YOLO, Ultralytics"](tmp_path)
+    path = tmp_path / "labels/train/shot 0.txt"
+    path.write_text(path.read_text(), encoding="utf-16")
+    with refused("labels/train/shot 0.txt", "UTF-8"):
+        find_masks(tmp_path)
+    assert "shot 0" not in {sample.image.stem for sample in find_masks(tmp_path, True).samples}
+
+
+@pytest.mark.parametrize(("image", "labels", "is_used"), [
+    ("images/test/new.jpg", "", False), ("images/train/new.jpg", "", True), ("new.jpg", "", False),
+    ("img/train/new.jpg", "images>img", True), ("train/new.jpg", "beside", True)])
+def test_images_without_a_label_file_are_background_beside_labeled_ones(image, labels, is_used, tmp_path):
+    TOOLS["YOLO, beside the images" if labels == "beside" else "YOLO, Ultralytics"](tmp_path)
+    if labels == "images>img":
+        (tmp_path / "images").rename(tmp_path / "img")
+    save(tmp_path / image, np.zeros((84, 112, 3), np.uint8))
+    found = {sample.image.stem for sample in find_masks(tmp_path).samples}
+    assert len(found - {"new"}) == 6 and ("new" in found) == is_used
+    assert not is_used or not load_mask(tmp_path, "new")[1].any()
+
+
+def test_each_label_file_takes_the_nearest_list_of_classes(tmp_path):
+    truth = {}
+    for part, names in (("a", ["car", "tree"]), ("b", ["tree", "boat", "car"])):
+        truth |= TOOLS["YOLO, Roboflow"](tmp_path / part)
+        (tmp_path / part / "data.yaml").write_text(json.dumps(dict(names=names)))
+        for path in (tmp_path / part).rglob("*.txt"):
+            lines = path.read_text().splitlines()
+            path.write_text("\n".join(f"{names.index(NAMES[1:][int(line[0])])}{line[1:]}" for line in lines))
+    (tmp_path / "data.yaml").write_text("names: [x, y, z]")
+    source = load("folder", tmp_path, val_fraction=0)
+    assert [name for name, _ in source.classes] == ["background", "car", "tree", "boat"]
+    for samples in source.splits.values():
+        for sample in samples:
+            mask = read_sample(sample, source.table)[1]["mask"].numpy()
+            assert (mask != truth[sample.image]).mean() < 0.015, sample
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("names: [yes, no]", ["yes", "no"]), ("names: [1, 1.0]", ["1", "1.0"]),
+    ("names: [{0: car}, {1: tree}]", ["car", "tree"]), ("names:\n- 1: car\n- 0: tree", ["tree", "car"]),
+    ("names: {'0': car, 1: tree}", ["car", "tree"]), ("names: {0: car, 1: tree, 2: }", ["car", "tree"])])
+@pytest.mark.parametrize("file", ["data.yaml", "coco8-seg.yaml", "labels/my.yml"])
+def test_names_of_classes_are_text(file, text, names, tmp_path):
+    truth = TOOLS["YOLO, Ultralytics"](tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "args.yaml").write_text("epochs: 3\nhead: {names: 7}\n")
+    (tmp_path / file).write_text(text)
+    found, mask = load_mask(tmp_path)
+    mask = np.array([0, *(1 + names.index(name) for name in found[1:])])[mask]
+    assert set(found[1:]) == set(names)
+    assert (mask != truth[tmp_path / "images/train/shot 0.jpg"]).mean() < 0.015
+
+
+def test_folders_of_yolo_in_capitals(tmp_path):
+    truth = TOOLS["YOLO, Ultralytics"](tmp_path)
+    for name in ("images", "labels"):
+        (tmp_path / name).rename(tmp_path / name.capitalize())
+    assert len(find_masks(tmp_path).samples) == len(truth)
+
+
+def test_classes_of_yolo_as_fractions(tmp_path):
+    TOOLS["YOLO, Ultralytics"](tmp_path)
+    before, path = load_mask(tmp_path)[1], tmp_path / "labels/train/shot 0.txt"
+    path.write_text(re.sub("^([01]) ", r"\1.0 ", path.read_text(), flags=re.MULTILINE))
+    assert (load_mask(tmp_path)[1] == before).all() and before.any()
+
+
+@pytest.mark.parametrize(("file", "content", "named"), [
+    ("data.yaml", b"names: [car, tree]\nkpt_shape: [3, 2]", ["data.yaml", "kpt_shape"]),
+    ("data.yaml", "names: [Bäume, x]".encode("cp1252"), ["data.yaml", "UTF-8"]),
+    ("labels/train/shot 0.txt", b"0 .1 .1 .4 .1 .4 .4 .93", ["shot 0.txt line 1", "confidence"]),
+    ("labels/train/shot 0.txt", b"0.5 .1 .1 .4 .1 .4 .4", ["shot 0.txt line 1", "class"]),
+    ("labels/train/shot 0.txt", b"nan .1 .1 .4 .1 .4 .4", ["shot 0.txt line 1", "class"])])
+def test_what_yolo_files_cannot_mean_is_said(file, content, named, tmp_path):
+    TOOLS["YOLO, Ultralytics"](tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with refused(*named):
+        find_masks(tmp_path)
