@@ -372,7 +372,7 @@ def match(images, masks):
     ways = [(index_by_name(images, image_affix), index_by_name(masks, mask_affix))
             for image_affix, mask_affix in affixes]
     sides = max(ways, key=count_shared)
-    if images and masks and not count_shared(sides):
+    if len(images) > 1 and masks and not count_shared(sides):  # of a single name, all words are shared
         distinctive = index_by_distinct_words(images), index_by_distinct_words(masks)
         if count_shared(distinctive) == len(images) == len(masks):
             sides = distinctive

@@ -253,6 +253,123 @@ def test_names_of_files_tell_equal_images_apart(tmp_path):
             assert (mask != truth[sample.image]).mean() < 0.02
 
 
+def write_coco(root, images, folder="annotations", name="labels.json"):
+    """Write images {path: name in the file} with a car in each, and a COCO file; return {path: mask}."""
+    truth, content = {}, dict(images=[], annotations=[], categories=[dict(id=1, name="car")])
+    for number, (path, said) in enumerate(images.items()):
+        pixels, mask = scene(number, 2)
+        save(root / path, pixels)
+        truth[root / path] = mask
+        content["images"].append(dict(id=number, file_name=said, height=84, width=112))
+        content["annotations"].append(dict(id=number, image_id=number, category_id=1, segmentation=[
+            ring.ravel().tolist() for ring in outlines(mask, 1)]))
+    dump(root / folder / name, content)
+    return truth
+
+
+def right_masks(root, truth):
+    """Return {path of an image: whether its mask is right} of a folder."""
+    source = load("folder", root, val_fraction=0)
+    samples = [sample for samples in source.splits.values() for sample in samples]
+    return {sample.image: (read_sample(sample, source.table)[1]["mask"].numpy() != truth[sample.image])
+            .mean() < 0.02 for sample in samples}
+
+
+@pytest.mark.parametrize(("missing", "others"), [
+    ("val/1.png", ["train/1.png", "train/2.png"]),
+    ("images/1.jpg", ["images/2.jpg", "thermal/1.png"]),
+    ("zoom1.5.png", ["zoom1.png", "zoom2.png"]),
+    ("images/a.jpg", ["images/b.jpg", "masks/a.png"]),
+])
+def test_labels_of_an_image_that_is_missing_go_to_no_other(missing, others, tmp_path):
+    paths = {missing: missing, **{path: path for path in others if "thermal" not in path}}
+    write_coco(tmp_path, paths)
+    for path in others:
+        save(tmp_path / path, scene(7)[0])
+    (tmp_path / missing).unlink()
+    with refused(missing, "image 0"):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize(("path", "said"), [
+    ("images/a/1.png", "a/1.png"), ("images/1.png", "1.png"), ("images/1.PNG", "IMAGES\\1.png"),
+    ("images/1.png", "/home/me/data/1.png"), ("images/1.png", "../images/1.png"),
+    ("images/e\u0301 1.png", "\u00e9 1.png"), ("images/1.png", "https://x.org/y/1.png?token=3"),
+    ("images/1.webp", "1.jpg")])
+@pytest.mark.parametrize("beside", ["overlays", "images_thumbs_preview", "masks_viz"])
+def test_pictures_of_the_same_names_are_not_the_images(path, said, beside, tmp_path):
+    truth = write_coco(tmp_path, {path: said, "images/other.png": "other.png"})
+    for image in list(truth):
+        save(tmp_path / beside / image.name, scene(8)[0])
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+
+
+def test_a_file_per_class_of_the_same_images_is_put_together(tmp_path):
+    truth = TOOLS["COCO"](tmp_path)
+    for path in list(tmp_path.rglob("*.json")):
+        content = json.loads(path.read_text())
+        for id in (1, 2):
+            part = [entry for entry in content["annotations"] if entry["category_id"] == id]
+            dump(path.with_stem(f"{path.stem}_{NAMES[id]}"), {**content, "annotations": part})
+        path.unlink()
+    for name, sample in samples_of(load("folder", tmp_path)).items():
+        _, mask = load_mask(tmp_path, name)
+        names = [name for name, _ in load("folder", tmp_path).classes]
+        assert iou(np.array([NAMES.index(name) for name in names])[mask], truth[sample.image]) > 0.97
+
+
+def test_a_single_file_called_test_is_trained_on(tmp_path):
+    write_coco(tmp_path, {f"images/{number}.png": f"{number}.png" for number in range(6)},
+               name="test_run_annotations.json")
+    assert set(load("folder", tmp_path).splits) == {"train", "val"}
+
+
+def test_two_pictures_that_pair_by_name_do_not_hide_the_annotations(tmp_path):
+    truth = write_coco(tmp_path, {f"images/{name}.png": f"{name}.png" for name in "abcd"})
+    save(tmp_path / "masks/a.png", scene(3)[1])
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+    assert any("masks/a.png" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
+def test_outlines_a_little_over_the_edges_are_cut_off(tmp_path):
+    truth = write_coco(tmp_path, {f"images/{name}.png": f"{name}.png" for name in "abcd"})
+    path = tmp_path / "annotations/labels.json"
+    content = json.loads(path.read_text())
+    for entry, mask in zip(content["annotations"], truth.values(), strict=True):
+        mask[:] = 0
+        mask[60:] = 1
+        entry["segmentation"] = [[-4, 60, 116, 60, 116, 88, -4, 88]]
+    path.write_text(json.dumps(content))
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+    assert any("4 shapes" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
+def test_a_small_copy_of_a_huge_image_is_labeled_without_its_memory(tmp_path):
+    """The file gives 42000x56000: a mask of that size would take 2 GB."""
+    truth = write_coco(tmp_path, {"images/a.png": "a.png", "images/b.png": "b.png"})
+    path = tmp_path / "annotations/labels.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image.update(height=42000, width=56000)
+    for entry in content["annotations"]:
+        entry["segmentation"] = [scaled(ring, 500) for ring in entry["segmentation"]]
+    path.write_text(json.dumps(content))
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "cp1252"])
+def test_other_encodings_of_json_are_read_or_named(encoding, tmp_path):
+    truth = write_coco(tmp_path, {"images/a.png": "a.png", "images/\u00e9.png": "\u00e9.png"})
+    path = tmp_path / "annotations/labels.json"
+    content = json.loads(path.read_text())
+    path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    if encoding == "cp1252":
+        with refused("labels.json", "not valid JSON"):
+            find_masks(tmp_path)
+    else:
+        assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+
+
 def test_files_of_other_tasks_of_coco_are_left_aside(tmp_path):
     truth = TOOLS["COCO"](tmp_path)
     for split in ("train", "val"):

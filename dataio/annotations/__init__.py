@@ -39,17 +39,23 @@ TOOLS = {  # the first that has files in a folder is read
 def find_masks(root, skip_bad_labels=False):
     """Return the FolderContent of the images and masks under `root`: those of layout.find_pairs, else masks
     drawn from annotation files. Raises InputError, for what cannot be used unless skip_bad_labels.
+
+    Where annotation files are there and most images have no mask that pairs, the masks are left aside.
     """
     pairs, tools, refusal = None, TOOLS, None
     try:
         pairs = find_pairs(root)
-        if not class_masks.are_classes(pairs.samples, root):
+        if class_masks.are_classes(pairs.samples, root):  # images of one class each, which pair by name
+            tools = {"a mask per class": class_masks}
+        elif len(pairs.samples) >= len(pairs.images_without_mask):
             return pairs
-        tools = {"a mask per class": class_masks}  # images of one class each, which pair by name
     except NoMasks as error:
         refusal = error
     folder = FolderFiles(root)
-    found = {tool: files for tool, reader in tools.items() if (files := reader.find_files(folder))}
+    found = {}
+    for tool, reader in tools.items():
+        if not (found and reader is class_masks) and (files := reader.find_files(folder)):  # opens pictures
+            found[tool] = files
     if not found and refusal:
         reason = unread.explain(folder)
         raise NoMasks(f"{reason}; {refusal}" if reason else str(refusal))
@@ -57,8 +63,11 @@ def find_masks(root, skip_bad_labels=False):
         return pairs
     tool, *others = found
     content = draw_annotations(folder, tool, TOOLS[tool].read(found[tool], folder), skip_bad_labels)
-    content.notes += [f"left aside: {count_of(len(found[other]), 'file')} of {other}" for other in others]
     unknown = sorted(folder.json.keys() - set().union(*found.values()))
+    content.notes += [f"left aside: {count_of(len(found[other]), 'file')} of {other}" for other in others]
+    if pairs and pairs.images_without_mask:
+        content.doubts.append(f"left aside: {count_of(len(pairs.samples), 'mask')} that pair by name, as "
+                              f"{pairs.samples[0].mask.relative_to(root)}")
     if unknown:
         content.notes.append(f"not read: {count_of(len(unknown), 'JSON file')} of another form, as "
                              f"{unknown[0].relative_to(root)}")

@@ -6,6 +6,8 @@
         images.append(AnnotatedImage("shots/a.jpg", f"{path} image 1", path, shapes, size=(480, 640)))
 """
 import json
+import os
+import unicodedata
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +44,7 @@ class Annotations(NamedTuple):
     classes: names in order, or [] for those of the shapes. images: [AnnotatedImage]. files: that were read.
     shares: whether points are shares 0..1 of the sides. by_area: whether smaller shapes lie over larger ones
     rather than later ones over earlier. notes, doubts: lines on how the files were understood, and on what of
-    that may be wrong.
+    that may be wrong. state: what the masks depend on beside the files.
     """
 
     classes: list
@@ -52,11 +54,12 @@ class Annotations(NamedTuple):
     by_area: bool = False
     notes: list = ()
     doubts: list = ()
+    state: str = ""
 
 
 class FolderFiles:
-    """The files below a folder. images: [path]; json: {path: content}; broken: [path] of JSON files that
-    cannot be read.
+    """The files below a folder. images: [path]; folders: the names of theirs; json: {path: content}; broken:
+    {path: InputError} of JSON files that cannot be read.
 
     problems: {what is wrong: [file or entry]}, of everything that cannot be used.
     """
@@ -65,13 +68,13 @@ class FolderFiles:
         self.root, self.images, self.problems = root, list_images(root), defaultdict(list)
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for path in self.images:
-            self.by_name[path.name.lower()].append(path)
-            self.by_stem[path.stem.lower()].append(path)
+            self.by_name[parts_of(path.name)[-1]].append(path)
+            self.by_stem[parts_of(path.stem)[-1]].append(path)
+        self.folders = {name for path in self.images for name in self.folders_of(path)}
         paths = list_images(root, (".json", ".geojson"))
         contents = dict(zip(paths, in_parallel(read_json, paths, "reading annotations"), strict=True))
-        self.json = {path: content for path, content in contents.items()
-                     if not isinstance(content, InputError)}
-        self.broken = sorted(contents.keys() - self.json.keys())
+        self.broken = {path: error for path, error in contents.items() if isinstance(error, InputError)}
+        self.json = {path: content for path, content in contents.items() if path not in self.broken}
 
     def with_ending(self, *endings):
         """Return the files with one of these endings (.xml), sorted."""
@@ -94,39 +97,67 @@ class FolderFiles:
                 f"{path} ({type(error).__name__}: {error})")
 
     def find_images(self, names, near, split=""):
-        """Return the image files that an annotation file `near` calls by one of `names`: of several, those
-        whose folders fit best, then those of the split. A Path is the file itself.
+        """Return the image files that an annotation file `near` calls by one of `names`: several where
+        nothing tells which is meant. A Path is the file itself.
+
+        The path that the name says counts first, then the folders that it shares with the image, then what
+        these hold (images rather than overlays), then the split. None of another split, or of other folders
+        where those that the name says are there, is meant: it is the one that is missing.
         """
         if isinstance(names, Path):
             return [names]
         for name in names if isinstance(names, tuple) else (names,):
-            *folders, file_name = str(name).replace("\\", "/").lower().split("/")
-            candidates = self.by_name.get(file_name) or self.of_stem(file_name)
-            above = [*near.relative_to(self.root).parts[:-1], *folders]
-            scores = [count_shared_folders(above, [part.lower() for part in self.folders_of(path)])
-                      for path in candidates]
-            best = [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
-            best = [path for path in best if path.name == str(name).rsplit("/", 1)[-1]] or best
+            *folders, file_name = parts_of(name)
+            candidates = [path for path in self.by_name.get(file_name) or self.of_stem(file_name)
+                          if self.may_be(path, folders, near)]
+            ranks = [self.rank(path, folders, file_name, near, split) for path in candidates]
+            best = [path for path, rank in zip(candidates, ranks, strict=True) if rank == max(ranks)]
             if best:
-                return [path for path in best if split and self.split_of(path) == split] or best
+                return best
         return []
+
+    def may_be(self, path, folders, near):
+        """Return whether an image may be what a name with these folders in a file `near` means."""
+        own, said = self.folders_of(path), [folder for folder in folders if folder in self.folders]
+        splits = {self.split_of(path), role_of(tuple(folders)).split or self.split_of(near)} - {""}
+        return count_shared_folders(said, own) == len(said) and len(splits) < 2
+
+    def rank(self, path, folders, file_name, near, split):
+        """Return how well an image fits a name in a file `near`, as a tuple to compare."""
+        own = self.folders_of(path)
+        said = [os.path.normpath("/".join([*above, *folders, file_name]))
+                for above in ((), self.folders_of(near))]
+        shared = count_shared_folders([*self.folders_of(near), *folders], own)
+        content = role_of(own).content
+        holds = (content == "images") - (content in ("masks", "other"))
+        of_split = bool(split) and self.split_of(path) == split
+        return "/".join([*own, file_name]) in said, shared, holds, of_split
 
     def of_stem(self, name):
         """Return the image files that are called like a name but for the ending: a mask is none, where the
         name has an ending.
         """
         stem = Path(name).stem if Path(name).suffix in IMAGE_ENDINGS else name
-        paths = self.by_stem.get(stem) or self.by_stem.get(Path(stem).stem) or []
-        return [path for path in paths if stem == name
+        return [path for path in self.by_stem.get(stem, []) if stem == name
                 or role_of(self.folders_of(path)).content not in ("masks", "other")]
 
     def folders_of(self, path):
-        """Return the names of the folders between the root and a file."""
-        return path.relative_to(self.root).parts[:-1]
+        """Return the names of the folders between the root and a file, in lower case."""
+        return parts_of(path.relative_to(self.root))[:-1]
 
     def split_of(self, path):
         """Return the split that the names of the folders above a file say, or ""."""
         return role_of(self.folders_of(path)).split
+
+
+def parts_of(name):
+    """Return the folders and the name in a path, in lower case, of one way to write letters (NFC): those of
+    Windows, of URLs and of macOS are read too.
+    """
+    text = unicodedata.normalize("NFC", str(name)).replace("\\", "/").lower()
+    if "://" in text:
+        text = text.split("?")[0]
+    return tuple(part for part in text.split("/") if part not in ("", ".")) or ("",)
 
 
 def split_in(name):
@@ -138,7 +169,7 @@ def split_in(name):
 def read_json(path):
     """Return the content of a JSON file. Raises InputError."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(path.read_bytes())  # UTF-8, 16 or 32
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): export it again, or move it away") from None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from config import IGNORE, InputError, count_of
-from dataio.annotations.files import split_in
+from dataio.annotations.files import parts_of, split_in
 from dataio.annotations.judge import Canvas, decide_frames, judge_frames, judge_shapes
 from dataio.classes import plain
 from dataio.images import read_orientation
@@ -42,7 +42,7 @@ def draw_annotations(folder, tool, annotations, skip_bad_labels=False):
         raise InputError(f"the {tool} annotations of {root} hold no shape that can be drawn: "
                          f"{annotations.files[0]}{reasons}")
     values, entries = mask_values(annotations, good)
-    target = draw_masks(root, annotations.files, good, values)
+    target = draw_masks(root, annotations, good, values)
     shapes = count_of(sum(len(canvas.shapes) for canvas in good), "shape")
     over = "smaller over larger" if annotations.by_area else "later over earlier"
     notes = [f"{tool} annotations: {shapes} drawn over {count_of(len(good), 'image')}, {over}; the rest is "
@@ -68,7 +68,7 @@ def draw_annotations(folder, tool, annotations, skip_bad_labels=False):
 def judge_all(folder, annotations):
     """Return ([Canvas] of the images that are there, doubts); the problems are those of the FolderFiles."""
     if any(path.suffix in (".json", ".geojson") for path in annotations.files):
-        folder.problems["file not readable as JSON"] += folder.broken
+        folder.problems["file not readable as JSON"] += sorted(folder.broken)
     canvases, nothing = find_canvases(annotations.images, folder), Counter()  # {kind: shapes of it}
     for canvas in canvases:
         judge_shapes(canvas, annotations, folder.problems, nothing)
@@ -129,27 +129,49 @@ def find_canvases(images, folder):
         if isinstance(header, InputError):
             problems["image not readable"].append(str(header))
             continue
-        canvas = Canvas(path, entries[0], *header)
-        if len(entries) > 1:
-            canvas.is_bad = True
+        canvas = Canvas(path, together(entries), *header)
+        if not canvas.entry:
+            canvas = Canvas(path, entries[0], *header, is_bad=True)
             problems["image annotated twice: remove one of the entries"].append(
                 f"{path} by {entries[0].source} and {entries[1].source}")
         found.append(canvas)
     return sorted(found, key=lambda canvas: canvas.path)
 
 
+def together(entries):
+    """Return the AnnotatedImage of an image that several lists have, each with classes of its own, as where
+    there is a file per class; None where these are two versions.
+    """
+    if len(entries) == 1:
+        return entries[0]
+    labels = [label for entry in entries for label in {shape.label for shape in entry.shapes}]
+    paths, sizes = {entry.path for entry in entries}, {entry.size for entry in entries}
+    if len(paths) < len(entries) or len(set(labels)) < len(labels) or len(sizes) > 1 \
+            or not all(map(is_list, entries)):
+        return None
+    return entries[0]._replace(shapes=[shape for entry in entries for shape in entry.shapes])
+
+
+def is_list(image):
+    """Return whether the file of an AnnotatedImage is of many images: it is not called like this one."""
+    return not image.path.stem.lower().startswith(Path(parts_of(image.name)[-1]).stem)
+
+
 def file_splits(images):
-    """Return {path: split} by the names of the files that are not called like their image."""
-    return {image.path: split_in(image.path.stem) for image in images
-            if not image.path.stem.lower().startswith(Path(str(image.name)).stem.lower())}
+    """Return {path: split} by the names of the files that are lists."""
+    return {image.path: split_in(image.path.stem) for image in images if is_list(image)}
 
 
 def splits_of(canvases, folder):
     """Return the split of every Canvas, "" = not known: what its entry says, else, where the names of files
     with many images say several, these; else its folders, else the file's name and folders.
+
+    A single file that is called test holds all that there is to train on.
     """
     by_file = file_splits([canvas.entry for canvas in canvases])
     files_decide = len({*by_file.values()} - {""}) > 1
+    if {*by_file.values()} == {"test"}:
+        by_file = {}
     splits = []
     for canvas in canvases:
         path = canvas.entry.path
@@ -185,10 +207,10 @@ def mask_values(annotations, canvases):
     return values, entries
 
 
-def masks_folder(root, files, canvases):
-    """Return the folder for the masks of annotation files, named by all that the masks depend on."""
-    state = hashlib.sha256(f"{VERSION}".encode())
-    for path in files:
+def masks_folder(root, annotations, canvases):
+    """Return the folder for the masks of Annotations, named by all that the masks depend on."""
+    state = hashlib.sha256(f"{VERSION} {annotations.state}".encode())
+    for path in annotations.files:
         state.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     for canvas in canvases:
         view = canvas.size, canvas.orientation, canvas.is_upright, canvas.frame
@@ -196,14 +218,14 @@ def masks_folder(root, files, canvases):
     return drawn_folder() / state.hexdigest()[:16]
 
 
-def draw_masks(root, files, canvases, values):
+def draw_masks(root, annotations, canvases, values):
     """Write the masks of Canvases and return their folder; values: {label: mask value}."""
     def write_mask(canvas, folder):
         path = mask_path(canvas, root, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(canvas.draw(values)).save(path)
 
-    target = masks_folder(root, files, canvases)
+    target = masks_folder(root, annotations, canvases)
     fill_folder(target, write_mask, canvases, "drawing masks")
     return target
 

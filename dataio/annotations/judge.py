@@ -24,7 +24,7 @@ from dataio.resizing import resize_mask
 ENCLOSE_NOTHING = {"point", "points", "keypoint", "keypoints", "line", "lines", "linestrip", "polyline",
                    "skeleton"}
 MARGIN = 2  # pixels by which a point may lie outside of its image
-OUTSIDE = "shape outside of the image"
+FAR = 0.1  # of the side: points of annotations of another size lie further outside
 
 
 # --- what comes of an annotated image ---------------------------------------------------------------------
@@ -208,7 +208,6 @@ def alike(size, other):
 
 def judge_frames(canvases, shares, problems):
     """Add problems of sizes and of shapes outside of their images; return doubts."""
-    outside, count = [], 0
     for canvas in canvases:
         if canvas.frame is None:
             canvas.is_bad = True
@@ -216,35 +215,60 @@ def judge_frames(canvases, shares, problems):
             tall, wide = canvas.upright_size
             problems["image of other proportions than the annotations"].append(
                 f"{canvas.path}, {tall}x{wide}, by {canvas.entry.source}, {height}x{width}")
-            continue
-        sides = np.array(canvas.frame[::-1])
+    framed = [canvas for canvas in canvases if canvas.frame]
+    for canvas in framed:
         for shape in canvas.shapes:
-            if shape.whole and shape.corners[1].tolist() != sides.tolist():
+            if shape.whole and shape.corners[1].tolist() != list(canvas.frame[::-1]):
                 canvas.is_bad = True
                 problems["shape of another size than the image"].append(shape.where)
-            elif shares and shape.rings:
-                shape.rings, shape.holes = ([ring * sides for ring in rings]
-                                            for rings in (shape.rings, shape.holes))
-                shape.corners = shape.corners * sides
-            if (shape.corners[0] < -MARGIN).any() or (shape.corners[1] > sides + MARGIN).any():
-                outside.append((canvas, shape))
-            count += 1
-    most = 2 * len(outside) > count
-    away = outside if most else [(canvas, shape) for canvas, shape in outside if is_away(canvas, shape)]
-    reason = " (coordinates above 1 are not shares of the sides)" if most and shares else \
-        " (annotations of another size?)" if most else ""
+        fit_frame(canvas, shares)
+    placed = [(canvas, shape) for canvas in framed for shape in canvas.shapes]
+    cut = [(canvas, shape) for canvas, shape in placed if reaches_out(canvas, shape, MARGIN)]
+    far = [(canvas, shape) for canvas, shape in cut if reaches_out(canvas, shape, FAR * max(canvas.frame))]
+    most = 2 * len(far) > len(placed)
+    away = far if most else [(canvas, shape) for canvas, shape in cut if is_away(canvas, shape)]
+    reason = f" ({reason_of(far, shares)})" if most else ""
     for canvas, shape in away:
         canvas.is_bad = True
-        problems[OUTSIDE + reason].append(shape.where)
-    doubts = []
-    if len(outside) > len(away):
-        first = next(shape for canvas, shape in outside if not is_away(canvas, shape))
-        doubts.append(f"{count_of(len(outside) - len(away), 'shape')} cut off at the edges of the image, as "
-                      f"{first.where}")
-    if not shares and count and all_tiny(canvases):
+        problems[f"shape outside of the image{reason}"].append(shape.where)
+    if not shares and placed and all_tiny(canvases):
         raise InputError(f"all coordinates in {canvases[0].entry.path} and the other annotation files are "
                          "below 2: shares of the sides, where pixels are expected; export them in pixels")
-    return doubts
+    named = {shape.where for _, shape in away}
+    rest = [shape.where for _, shape in cut if shape.where not in named]
+    return [f"{count_of(len(rest), 'shape')} cut off at the edges of the image, as {rest[0]}"] if rest else []
+
+
+def fit_frame(canvas, shares):
+    """Scale the outlines of a Canvas from shares, or from the size of a copy, to pixels of the image. With
+    bitmaps the mask is drawn at their size instead.
+    """
+    view = canvas.upright_size if canvas.is_upright else canvas.size
+    if not any(shape.bitmap for shape in canvas.shapes):
+        factor = np.array(view[::-1]) / (1 if shares else canvas.frame[::-1])
+        canvas.frame = view
+    else:
+        factor = np.array(canvas.frame[::-1] if shares else (1, 1))
+    for shape in canvas.shapes:
+        if shape.rings and (factor != 1).any():
+            shape.rings, shape.holes = ([ring * factor for ring in rings]
+                                        for rings in (shape.rings, shape.holes))
+            shape.corners = shape.corners * factor
+
+
+def reaches_out(canvas, shape, margin):
+    """Return whether a shape has points outside of its image by more than a margin in pixels."""
+    return bool((shape.corners[0] < -margin).any()
+                or (shape.corners[1] > np.array(canvas.frame[::-1]) + margin).any())
+
+
+def reason_of(far, shares):
+    """Return why most shapes, [(Canvas, Drawable)], lie outside of their images."""
+    if shares:
+        return "coordinates above 1 are not shares of the sides"
+    if all((shape.corners[1] <= MARGIN).any() for _, shape in far):
+        return "coordinates below 0: y runs upward, or the origin is another one"
+    return "annotations of another size?"
 
 
 def is_away(canvas, shape):

@@ -24,6 +24,8 @@ UNREAD = [  # (patterns of what the file has in it, what it is, what to do)
 
 def explain(folder):
     """Return what the files of a FolderFiles are that no reader takes and what to do, "" where not known."""
+    if folder.broken:
+        return str(next(iter(folder.broken.values())))
     for path in folder.with_ending(*ENDINGS)[:FILES]:
         with open(path, "rb") as file:
             head = file.read(HEAD)
