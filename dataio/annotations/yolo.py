@@ -59,7 +59,7 @@ def nearest(path, class_files):
 
 
 def image_name(path, folder):
-    """Return what the image of a label file is called: `images` stands for `labels` in the names of folders."""
+    """Return what the image of a label file is called, `images` in place of the folder `labels`."""
     folders = ["images" if name.lower() == "labels" else name for name in folder.folders_of(path)]
     return "/".join([*folders, path.stem])
 
