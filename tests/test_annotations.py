@@ -1203,3 +1203,97 @@ def test_what_yolo_files_cannot_mean_is_said(file, content, named, tmp_path):
     (tmp_path / file).write_bytes(content)
     with refused(*named):
         find_masks(tmp_path)
+
+
+# --- masks of classes: layouts, names, pictures ------------------------------------------------------------
+def check_class_masks(root, truth, names=NAMES):
+    """Assert that the masks of a folder with these class names are those of {image: mask}."""
+    source = load("folder", root, val_fraction=0)
+    assert [name for name, _ in source.classes] == list(names)
+    assert {sample.image for sample in samples_of(source).values()} == truth.keys()
+    for sample in samples_of(source).values():
+        mask = read_sample(sample, source.table)[1]["mask"].numpy()
+        assert (mask == np.minimum(truth[sample.image], len(names) - 1)).all(), sample
+
+
+@pytest.mark.parametrize(("image", "mask"), [
+    ("images/s{split}/{name}.jpg", "masks/{label}/s{split}/{name}.png"),
+    ("images/s{split}/{name}.jpg", "masks/s{split}/{label}/{name}.png"),
+    ("images/{name}.jpg", "masks/{label}/{name}_mask.png"), ("images/{name}.jpg", "{label}/gt_{name}.png"),
+    ("images/{name}.jpg", "masks/{name}/{name}_{label}.png"),
+    ("images/{name}.jpg", "masks/{name}/{label}_gt.png")])
+def test_further_layouts_of_masks_of_classes(image, mask, tmp_path):
+    check_class_masks(tmp_path, class_masks(tmp_path, image, mask))
+
+
+@pytest.mark.parametrize("names", [("Car", "class2"), ("class1", "class2"), ("1", "2")])
+@pytest.mark.parametrize("are_shared", [True, False])
+def test_names_of_folders_of_classes(names, are_shared, tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    for old, name in zip(NAMES[1:], names, strict=True):
+        (tmp_path / "masks" / old).rename(tmp_path / "masks" / name)
+    if not are_shared:
+        for number, path in enumerate(sorted(truth)):
+            (tmp_path / "masks" / names[number % 2] / path.name).unlink()
+            truth[path] *= truth[path] == 2 - number % 2
+    if names == ("1", "2") and not are_shared:  # as parts of a data set are called
+        check_class_masks(tmp_path, truth, ["background", "foreground"])
+    else:
+        check_class_masks(tmp_path, truth, ["background", *names])
+
+
+def test_a_class_of_a_single_image_among_masks_of_each_image(tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES["masks/1/car.png"])
+    path = tmp_path / "images/shot 0.jpg"
+    truth[path][:9, :9] = 3
+    for id, name in enumerate((*NAMES[1:], "zebra"), 1):
+        save(tmp_path / f"masks/shot 0/{name}.png", np.uint8(truth[path] == id) * 255)
+    check_class_masks(tmp_path, truth, [*NAMES, "zebra"])
+
+
+@pytest.mark.parametrize("name", ["mask_{}", "mask{}", "obj{}", "Object {}", "{}", "instance-{}"])
+def test_numbered_masks_of_each_image_are_objects(name, tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES["masks/1/car.png"])
+    for path in tmp_path.glob("masks/*/*.png"):
+        path.rename(path.with_stem(name.format(NAMES.index(path.stem))))
+    check_class_masks(tmp_path, truth, ["background", "object"])
+
+
+def as_kind(region, kind):
+    """Return (H, W) bool as a PIL image in which something else than its values tells the region."""
+    values = Image.fromarray(np.uint8(255) * region)
+    if kind in ("RGBA", "LA"):
+        noise = np.random.default_rng(0).integers(1, 255, (*region.shape, 3), np.uint8)
+        noise[region] = 255
+        image = Image.fromarray(noise).convert(kind)
+        image.putalpha(values)
+        return image
+    image = Image.fromarray(np.uint8(region == (kind == "P, 1")))
+    if kind == "P, transparent":
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.info["transparency"] = 1
+    else:
+        image.putpalette([0, 0, 0, 255, 0, 0] if kind == "P, 1" else [255, 255, 255, 0, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P, 0", "P, 1", "P, transparent"])
+@pytest.mark.parametrize("tool", ["masks/car/", "Label Studio, masks"])
+def test_pictures_show_a_class_where_they_are_neither_black_nor_transparent(tool, kind, tmp_path):
+    truth = TOOLS[tool](tmp_path)
+    for path in tmp_path.glob("masks/**/*.png"):
+        as_kind(np.array(Image.open(path)) > 0, kind).save(path)
+    check_class_masks(tmp_path, truth)
+
+
+def test_pictures_that_fit_two_layouts_are_refused(tmp_path):
+    """Class 1 of image 2, or object 2 of image 1?"""
+    for name in ("1", "2"):
+        save(tmp_path / f"images/{name}.jpg", np.zeros((84, 112, 3), np.uint8))
+        for folder in ("1", "2"):
+            save(tmp_path / f"masks/{folder}/{name}.png", np.eye(84, 112, dtype=np.uint8))
+    with refused("masks/1/2.png", "images/1.jpg", "images/2.jpg"):
+        find_masks(tmp_path)
+    for folder, name in (("1", "car"), ("2", "tree")):
+        (tmp_path / "masks" / folder).rename(tmp_path / "masks" / name)
+    assert len(find_masks(tmp_path).samples) == 2

@@ -26,7 +26,7 @@ def find_files(folder):
                    key=lambda path: (path.suffix not in YAML, path.name not in CLASS_FILES))
     beside = {image.with_suffix(".txt") for image in folder.images}
     texts = [path for path in paths if path.suffix.lower() == ".txt" and path not in named
-             and ("labels" in map(str.lower, folder.folders_of(path)) or path in beside)]
+             and ("labels" in folder.folders_of(path) or path in beside)]
     return [*named, *texts] if named and texts else []
 
 
@@ -60,7 +60,7 @@ def nearest(path, class_files):
 
 def image_name(path, folder):
     """Return what the image of a label file is called, `images` in place of the folder `labels`."""
-    folders = ["images" if name.lower() == "labels" else name for name in folder.folders_of(path)]
+    folders = ["images" if name == "labels" else name for name in folder.folders_of(path)]
     return "/".join([*folders, path.stem])
 
 
