@@ -1120,3 +1120,180 @@ def test_without_shapely_a_geopackage_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "shapely", None)
     with refused("labels.gpkg", "pip install shapely"):
         find_masks(tmp_path)
+
+
+# --- YOLO: which files belong together, and what they mean -------------------------------------------------
+def test_a_label_file_that_cannot_be_read_does_not_make_its_image_background(tmp_path):
+    TOOLS["YOLO, Ultralytics"](tmp_path)
+    path = tmp_path / "labels/train/shot 0.txt"
+    path.write_text(path.read_text(), encoding="utf-16")
+    with refused("labels/train/shot 0.txt", "UTF-8"):
+        find_masks(tmp_path)
+    assert "shot 0" not in {sample.image.stem for sample in find_masks(tmp_path, True).samples}
+
+
+@pytest.mark.parametrize(("image", "labels", "is_used"), [
+    ("images/test/new.jpg", "", False), ("images/train/new.jpg", "", True), ("new.jpg", "", False),
+    ("img/train/new.jpg", "images>img", True), ("train/new.jpg", "beside", True)])
+def test_images_without_a_label_file_are_background_beside_labeled_ones(image, labels, is_used, tmp_path):
+    TOOLS["YOLO, beside the images" if labels == "beside" else "YOLO, Ultralytics"](tmp_path)
+    if labels == "images>img":
+        (tmp_path / "images").rename(tmp_path / "img")
+    save(tmp_path / image, np.zeros((84, 112, 3), np.uint8))
+    found = {sample.image.stem for sample in find_masks(tmp_path).samples}
+    assert len(found - {"new"}) == 6 and ("new" in found) == is_used
+    assert not is_used or not load_mask(tmp_path, "new")[1].any()
+
+
+def test_each_label_file_takes_the_nearest_list_of_classes(tmp_path):
+    truth = {}
+    for part, names in (("a", ["car", "tree"]), ("b", ["tree", "boat", "car"])):
+        truth |= TOOLS["YOLO, Roboflow"](tmp_path / part)
+        (tmp_path / part / "data.yaml").write_text(json.dumps(dict(names=names)))
+        for path in (tmp_path / part).rglob("*.txt"):
+            lines = path.read_text().splitlines()
+            path.write_text("\n".join(f"{names.index(NAMES[1:][int(line[0])])}{line[1:]}" for line in lines))
+    (tmp_path / "data.yaml").write_text("names: [x, y, z]")
+    source = load("folder", tmp_path, val_fraction=0)
+    assert [name for name, _ in source.classes] == ["background", "car", "tree", "boat"]
+    for samples in source.splits.values():
+        for sample in samples:
+            mask = read_sample(sample, source.table)[1]["mask"].numpy()
+            assert (mask != truth[sample.image]).mean() < 0.015, sample
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("names: [yes, no]", ["yes", "no"]), ("names: [1, 1.0]", ["1", "1.0"]),
+    ("names: [{0: car}, {1: tree}]", ["car", "tree"]), ("names:\n- 1: car\n- 0: tree", ["tree", "car"]),
+    ("names: {'0': car, 1: tree}", ["car", "tree"]), ("names: {0: car, 1: tree, 2: }", ["car", "tree"])])
+@pytest.mark.parametrize("file", ["data.yaml", "coco8-seg.yaml", "labels/my.yml"])
+def test_names_of_classes_are_text(file, text, names, tmp_path):
+    truth = TOOLS["YOLO, Ultralytics"](tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "args.yaml").write_text("epochs: 3\nhead: {names: 7}\n")
+    (tmp_path / file).write_text(text)
+    found, mask = load_mask(tmp_path)
+    mask = np.array([0, *(1 + names.index(name) for name in found[1:])])[mask]
+    assert set(found[1:]) == set(names)
+    assert (mask != truth[tmp_path / "images/train/shot 0.jpg"]).mean() < 0.015
+
+
+def test_folders_of_yolo_in_capitals(tmp_path):
+    truth = TOOLS["YOLO, Ultralytics"](tmp_path)
+    for name in ("images", "labels"):
+        (tmp_path / name).rename(tmp_path / name.capitalize())
+    assert len(find_masks(tmp_path).samples) == len(truth)
+
+
+def test_classes_of_yolo_as_fractions(tmp_path):
+    TOOLS["YOLO, Ultralytics"](tmp_path)
+    before, path = load_mask(tmp_path)[1], tmp_path / "labels/train/shot 0.txt"
+    path.write_text(re.sub("^([01]) ", r"\1.0 ", path.read_text(), flags=re.MULTILINE))
+    assert (load_mask(tmp_path)[1] == before).all() and before.any()
+
+
+@pytest.mark.parametrize(("file", "content", "named"), [
+    ("data.yaml", b"names: [car, tree]\nkpt_shape: [3, 2]", ["data.yaml", "kpt_shape"]),
+    ("data.yaml", "names: [Bäume, x]".encode("cp1252"), ["data.yaml", "UTF-8"]),
+    ("labels/train/shot 0.txt", b"0 .1 .1 .4 .1 .4 .4 .93", ["shot 0.txt line 1", "confidence"]),
+    ("labels/train/shot 0.txt", b"0.5 .1 .1 .4 .1 .4 .4", ["shot 0.txt line 1", "class"]),
+    ("labels/train/shot 0.txt", b"nan .1 .1 .4 .1 .4 .4", ["shot 0.txt line 1", "class"])])
+def test_what_yolo_files_cannot_mean_is_said(file, content, named, tmp_path):
+    TOOLS["YOLO, Ultralytics"](tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with refused(*named):
+        find_masks(tmp_path)
+
+
+# --- masks of classes: layouts, names, pictures ------------------------------------------------------------
+def check_class_masks(root, truth, names=NAMES):
+    """Assert that the masks of a folder with these class names are those of {image: mask}."""
+    source = load("folder", root, val_fraction=0)
+    assert [name for name, _ in source.classes] == list(names)
+    assert {sample.image for sample in samples_of(source).values()} == truth.keys()
+    for sample in samples_of(source).values():
+        mask = read_sample(sample, source.table)[1]["mask"].numpy()
+        assert (mask == np.minimum(truth[sample.image], len(names) - 1)).all(), sample
+
+
+@pytest.mark.parametrize(("image", "mask"), [
+    ("images/s{split}/{name}.jpg", "masks/{label}/s{split}/{name}.png"),
+    ("images/s{split}/{name}.jpg", "masks/s{split}/{label}/{name}.png"),
+    ("images/{name}.jpg", "masks/{label}/{name}_mask.png"), ("images/{name}.jpg", "{label}/gt_{name}.png"),
+    ("images/{name}.jpg", "masks/{name}/{name}_{label}.png"),
+    ("images/{name}.jpg", "masks/{name}/{label}_gt.png")])
+def test_further_layouts_of_masks_of_classes(image, mask, tmp_path):
+    check_class_masks(tmp_path, class_masks(tmp_path, image, mask))
+
+
+@pytest.mark.parametrize("names", [("Car", "class2"), ("class1", "class2"), ("1", "2")])
+@pytest.mark.parametrize("are_shared", [True, False])
+def test_names_of_folders_of_classes(names, are_shared, tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES["masks/car/1.png"])
+    for old, name in zip(NAMES[1:], names, strict=True):
+        (tmp_path / "masks" / old).rename(tmp_path / "masks" / name)
+    if not are_shared:
+        for number, path in enumerate(sorted(truth)):
+            (tmp_path / "masks" / names[number % 2] / path.name).unlink()
+            truth[path] *= truth[path] == 2 - number % 2
+    if names == ("1", "2") and not are_shared:  # as parts of a data set are called
+        check_class_masks(tmp_path, truth, ["background", "foreground"])
+    else:
+        check_class_masks(tmp_path, truth, ["background", *names])
+
+
+def test_a_class_of_a_single_image_among_masks_of_each_image(tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES["masks/1/car.png"])
+    path = tmp_path / "images/shot 0.jpg"
+    truth[path][:9, :9] = 3
+    for id, name in enumerate((*NAMES[1:], "zebra"), 1):
+        save(tmp_path / f"masks/shot 0/{name}.png", np.uint8(truth[path] == id) * 255)
+    check_class_masks(tmp_path, truth, [*NAMES, "zebra"])
+
+
+@pytest.mark.parametrize("name", ["mask_{}", "mask{}", "obj{}", "Object {}", "{}", "instance-{}"])
+def test_numbered_masks_of_each_image_are_objects(name, tmp_path):
+    truth = class_masks(tmp_path, *MASK_TREES["masks/1/car.png"])
+    for path in tmp_path.glob("masks/*/*.png"):
+        path.rename(path.with_stem(name.format(NAMES.index(path.stem))))
+    check_class_masks(tmp_path, truth, ["background", "object"])
+
+
+def as_kind(region, kind):
+    """Return (H, W) bool as a PIL image in which something else than its values tells the region."""
+    values = Image.fromarray(np.uint8(255) * region)
+    if kind in ("RGBA", "LA"):
+        noise = np.random.default_rng(0).integers(1, 255, (*region.shape, 3), np.uint8)
+        noise[region] = 255
+        image = Image.fromarray(noise).convert(kind)
+        image.putalpha(values)
+        return image
+    image = Image.fromarray(np.uint8(region == (kind == "P, 1")))
+    if kind == "P, transparent":
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.info["transparency"] = 1
+    else:
+        image.putpalette([0, 0, 0, 255, 0, 0] if kind == "P, 1" else [255, 255, 255, 0, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P, 0", "P, 1", "P, transparent"])
+@pytest.mark.parametrize("tool", ["masks/car/", "Label Studio, masks"])
+def test_pictures_show_a_class_where_they_are_neither_black_nor_transparent(tool, kind, tmp_path):
+    truth = TOOLS[tool](tmp_path)
+    for path in tmp_path.glob("masks/**/*.png"):
+        as_kind(np.array(Image.open(path)) > 0, kind).save(path)
+    check_class_masks(tmp_path, truth)
+
+
+def test_pictures_that_fit_two_layouts_are_refused(tmp_path):
+    """Class 1 of image 2, or object 2 of image 1?"""
+    for name in ("1", "2"):
+        save(tmp_path / f"images/{name}.jpg", np.zeros((84, 112, 3), np.uint8))
+        for folder in ("1", "2"):
+            save(tmp_path / f"masks/{folder}/{name}.png", np.eye(84, 112, dtype=np.uint8))
+    with refused("masks/1/2.png", "images/1.jpg", "images/2.jpg"):
+        find_masks(tmp_path)
+    for folder, name in (("1", "car"), ("2", "tree")):
+        (tmp_path / "masks" / folder).rename(tmp_path / "masks" / name)
+    assert len(find_masks(tmp_path).samples) == 2

@@ -1,13 +1,14 @@
 """A black and white picture for each class or object of an image, in one of three layouts:
 
-    masks/car/1.png     masks/tree/1.png        beside images/1.jpg, also car_masks/1.png
+    masks/car/1.png     masks/tree/1.png        beside images/1.jpg, also car_masks/1.png or car/1_mask.png
     masks/1_car.png     masks/1_tree.png        or beside the images
     1/masks/0ac3.png    1/masks/77f0.png        beside 1/images/1.png: one class, called object (Data Science
                                                 Bowl), or masks/1/car.png masks/1/tree.png
 
-Every picture holds 0 and one other value. Smaller shapes lie over larger ones.
+Every picture is black, or transparent, and of one other value. Smaller shapes lie over larger ones.
 """
 import re
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
@@ -15,9 +16,8 @@ import numpy as np
 
 from config import InputError, count_of
 from dataio.annotations.files import AnnotatedImage, Annotations
-from dataio.annotations.shapes import BadLabel, Shape, read_picture
-from dataio.layout import KNOWN_WORDS, MASK_AFFIX, count_shared_folders, role_of, words_of
-from dataio.readers import decode_mask
+from dataio.annotations.shapes import BadLabel, Shape, picture_codes, read_picture
+from dataio.layout import KNOWN_WORDS, MASK_AFFIX, common_name, count_shared_folders, role_of, words_of
 from dataio.scan import distinct
 from utils import evenly_sampled, grouped, in_parallel
 
@@ -25,6 +25,7 @@ OPENED = 16  # pictures that are opened to see whether all are black and white
 NEARLY_ALL = 0.8  # share of them that has to be; the others are named then
 MUCH = 0.5  # share of the pixels above which classes that overlap are doubtful
 OBJECT = "object"  # the class of pictures whose names say none
+NUMBERED = re.compile(r"((obj|object|instance|inst)[ _.-]*)?\d+", re.IGNORECASE)  # names of objects
 
 
 class Picture(NamedTuple):
@@ -37,25 +38,29 @@ class Picture(NamedTuple):
 
 def find_files(folder):
     """Return the pictures of a FolderFiles, or []."""
-    return [picture.path for picture in find_pictures(folder)]
+    return [picture.path for picture in next(iter(find_readings(folder)), [])]
 
 
 def read(files, folder):
-    """Return the Annotations of pictures."""
-    pictures = find_pictures(folder)
+    """Return the Annotations of pictures. Raises InputError where it is not clear which layout they have."""
+    pictures, *others = find_readings(folder)
+    if others:
+        pairs = list(zip(pictures, others[0], strict=False))
+        one, other = next((pair for pair in pairs if pair[0].image != pair[1].image), pairs[0])
+        raise InputError(f"{one.path} may show {one.label} in {one.image} or {other.label} in {other.image}: "
+                         "give classes other names than images, as in masks/car/1.png")
     by_image = grouped([picture for picture in pictures if picture.image], lambda picture: picture.image)
     strays = [Shape("", "", str(picture.path), problem="of an image that is not there")
               for picture in pictures if not picture.image]
     images = [AnnotatedImage(None, "", files[0], strays)] if strays else []
     overlaps = []  # the share of each image with any
     found = in_parallel(look_at, list(by_image.values()), "reading masks")
-    for (image, entries), (contents, overlap) in zip(by_image.items(), found, strict=True):
-        shapes = [shape_of(picture, content) for picture, content in zip(entries, contents, strict=True)]
+    for (image, entries), (shapes, overlap) in zip(by_image.items(), found, strict=True):
         splits = {folder.split_of(picture.path) for picture in entries} - {""}
         split = splits.pop() if len(splits) == 1 and not folder.split_of(image) else ""
-        images.append(AnnotatedImage(image, str(image), image, list(filter(None, shapes)), split=split))
+        images.append(AnnotatedImage(image, str(image), image, shapes, split=split))
         overlaps += [overlap] * (overlap > 0)
-    classes = sorted({picture.label for picture in pictures})
+    classes = sorted({picture.label for picture in pictures if picture.image})
     notes = [f"{count_of(len(pictures), 'black and white picture')}, one for each "
              + (f"class of an image: {', '.join(classes)}" if classes != [OBJECT] else
                 f"object of an image, which is of the only class, {OBJECT}")]
@@ -72,66 +77,66 @@ def read(files, folder):
 
 
 def look_at(pictures):
-    """Return ([what is wrong with each of the pictures of an image, "empty" or ""], the share of their pixels
-    that lies in several classes).
+    """Return ([Shape] of those pictures of an image that are not empty, the share of their pixels that lies
+    in several classes).
     """
-    contents, covered = [], {}  # {class: (H, W) bool}
-    for picture in pictures:
+    shapes, covered = [], {}  # {class: (H, W) bool}
+    for path, _, label in pictures:
+        shape = Shape(label, "picture", str(path), bitmap=partial(read_picture, path))
         try:
-            pixels = read_black_and_white(picture.path).pixels
-            contents.append("" if pixels.any() else "empty")
-            before = covered.get(picture.label, np.zeros_like(pixels))
-            covered[picture.label] = before | pixels if before.shape == pixels.shape else pixels
+            pixels = read_black_and_white(path)
         except BadLabel as error:
-            contents.append(str(error))
+            shapes.append(shape._replace(problem=str(error)))
+            continue
+        shapes += [shape] * bool(pixels.any())
+        before = covered.get(label, np.zeros_like(pixels))
+        covered[label] = before | pixels if before.shape == pixels.shape else pixels
     if len({pixels.shape for pixels in covered.values()}) != 1:
-        return contents, 0
+        return shapes, 0
     count = sum(pixels.astype(np.uint8) for pixels in covered.values())
-    return contents, int((count > 1).sum()) / max(1, int((count > 0).sum()))
-
-
-def shape_of(picture, content):
-    """Return the Shape of a Picture, None where it is empty; content: as look_at says."""
-    shape = Shape(picture.label, "picture", str(picture.path))
-    if content:
-        return None if content == "empty" else shape._replace(problem=content)
-    return shape._replace(bitmap=partial(read_picture, picture.path))
+    return shapes, int((count > 1).sum()) / max(1, int((count > 0).sum()))
 
 
 def read_black_and_white(path):
-    """Return the Bitmap of a picture of 0 and one other value. Raises BadLabel."""
-    bitmap = read_picture(path)
-    if not is_black_and_white(path):
+    """Return the pixels (H, W), bool, of a picture of 0 and one other value. Raises BadLabel."""
+    codes = picture_codes(path)
+    values, _ = distinct(codes)
+    if len(values) > 2 or len(values) == 2 and values[0] != 0:
         raise BadLabel("of a picture with more values than 0 and another one, where all others have these")
-    return bitmap
+    return codes > 0
 
 
 def is_black_and_white(path):
     """Return whether a file holds 0 and one other value, or one of them."""
     try:
-        codes, _ = distinct(decode_mask(path).codes)
-    except InputError:
+        read_black_and_white(path)
+    except BadLabel:
         return False
-    return len(codes) < 2 or len(codes) == 2 and codes[0] == 0
+    return True
 
 
 def are_classes(samples, root):
     """Return whether the masks of Samples that pair by name lie in folders of classes: all are black and
-    white, and in several folders whose names, without numbers, no folder of their images has.
+    white, and in several folders whose names no folder of their images has, and which differ by more than
+    numbers or hold the word class.
     """
-    labels = set()
-    for sample in samples:
-        image, mask = (role_of(path.relative_to(root).parts[:-1]).group for path in sample[:2])
-        labels.add(tuple(word for word in mask if word not in image))
-    named = all(label and all(map(str.isalpha, label)) for label in labels)
-    return len(labels) > 1 and named and all(
+    def words_above(path):
+        return [word for name in path.relative_to(root).parts[:-1] for word in words_of(name)
+                if word == "class" or word not in KNOWN_WORDS]
+
+    labels = {tuple(word for word in words_above(sample.mask) if word not in words_above(sample.image))
+              for sample in samples}
+    names = {tuple(filter(str.isalpha, label)) for label in labels}  # part1 and part2 are no classes
+    differ = len(names) > 1 or len(labels) > 1 and names == {("class",)}
+    return differ and all(names) and all(
         is_black_and_white(sample.mask) for sample in evenly_sampled(samples, OPENED))
 
 
 # --- which pictures belong to which image and class -------------------------------------------------------
-def find_pictures(folder):
-    """Return the [Picture] of a FolderFiles: of the one layout that fits, [] where none or several do."""
-    roles = {path: role_of(folder.folders_of(path)) for path in folder.images}
+def find_readings(folder):
+    """Return the lists of Pictures of a FolderFiles by each layout that fits: of those that show most images.
+    """
+    roles = {path: role_of(above(path, folder)) for path in folder.images}
     below = [path for path, role in roles.items() if role.below_masks]
     others = [path for path, role in roles.items() if not role.below_masks and role.content != "other"]
     named = [path for path in others if roles[path].content == "images"]
@@ -142,34 +147,44 @@ def find_pictures(folder):
                  by_image_folder(below, others, folder)]
     elif others:  # without a folder called masks: car/ and tree/ beside images/, 1_car.png beside 1.jpg
         found = [by_class_folder(apart, named, folder), by_suffix(others, others, folder)]
-    fitting = [pictures for pictures in found if is_complete(pictures)]
-    return fitting[0] if len(fitting) == 1 else []
+    fitting = [pictures for number, pictures in enumerate(found)
+               if pictures not in found[:number] and is_complete(pictures)]
+    counts = [len({picture.image for picture in pictures}) for pictures in fitting]
+    return [pictures for pictures, count in zip(fitting, counts, strict=True) if count == max(counts)]
+
+
+def above(path, folder):
+    """Return the names of the folders between the root of a FolderFiles and a file, as they are spelled."""
+    return path.relative_to(folder.root).parts[:-1]
 
 
 def is_complete(pictures):
     """Return whether most of the Pictures have an image, there are several classes, or objects of one image,
     and nearly all of those that are opened are black and white.
     """
-    images = [picture.image for picture in pictures if picture.image]
-    if 2 * len(images) <= len(pictures):
-        return False
-    labels = {picture.label for picture in pictures}
-    if len(labels) < 2 and (labels != {OBJECT} or len(set(images)) == len(images)):
+    shown = [picture for picture in pictures if picture.image]
+    labels = {picture.label for picture in shown}
+    several = len(labels) > 1 or labels == {OBJECT} and len({picture.image for picture in shown}) < len(shown)
+    if 2 * len(shown) <= len(pictures) or not several:
         return False
     opened = [is_black_and_white(picture.path) for picture in evenly_sampled(pictures, OPENED)]
     return sum(opened) >= NEARLY_ALL * len(opened)
 
 
 def by_class_folder(paths, images, folder):
-    """Return the [Picture] of masks/car/1.png and images/1.jpg."""
-    by_stem = grouped(images, lambda path: path.stem)
-    pictures = []
+    """Return the [Picture] of masks/car/1.png and images/1.jpg: the class is the innermost folder that the
+    image does not lie in too.
+    """
+    by_stem, pictures = grouped(images, lambda path: path.stem), []
     for path in paths:
-        names = [name for name in folder.folders_of(path) if not set(words_of(name)) <= KNOWN_WORDS]
+        candidates = by_stem.get(path.stem) or by_stem.get(common_name(path, MASK_AFFIX), [])
+        image = nearest(path, candidates, folder)
+        own = above(image, folder) if image else ()
+        names = [name for name in above(path, folder)
+                 if name not in own and not set(words_of(name)) <= KNOWN_WORDS]
         if not names:
             return []
-        label = MASK_AFFIX.fullmatch(names[-1])[1]
-        pictures.append(Picture(path, nearest(path, by_stem.get(path.stem, []), folder), label))
+        pictures.append(Picture(path, image, MASK_AFFIX.fullmatch(names[-1])[1]))
     return pictures
 
 
@@ -181,7 +196,7 @@ def by_suffix(paths, images, folder):
         start, end = next(((start, end) for start, end in reversed(ends) if path.stem[:start] in by_stem),
                           (0, 0))
         label = MASK_AFFIX.fullmatch(path.stem[end:])[1]
-        if end and not label.isdecimal():
+        if end and not NUMBERED.fullmatch(label):
             pictures.append(Picture(path, nearest(path, by_stem[path.stem[:start]], folder), label))
         elif path not in images:
             pictures.append(Picture(path, None, ""))
@@ -191,15 +206,17 @@ def by_suffix(paths, images, folder):
 
 
 def by_image_folder(paths, images, folder):
-    """Return the [Picture] of 1/masks/0ac3.png and 1/images/1.png, or of masks/1/car.png and images/1.jpg."""
+    """Return the [Picture] of 1/masks/0ac3.png and 1/images/1.png, or of masks/1/car.png and images/1.jpg:
+    names are classes where most pictures have one that is there again.
+    """
     by_stem, pictures = grouped(images, lambda path: path.stem), []
     for path in paths:
-        names = [name for name in reversed(folder.folders_of(path)) if name in by_stem]
+        names = [name for name in reversed(above(path, folder)) if name in by_stem]
         image = nearest(path, by_stem[names[0]], folder) if names else None
-        pictures.append(Picture(path, image, path.stem))
-    repeated = {label for label, same in grouped(pictures, lambda picture: picture.label).items()
-                if len(same) > 1 and not label.isdecimal()}
-    if not all(picture.label in repeated for picture in pictures):
+        label = re.sub(rf"^{re.escape(names[0])}[ _.-]+", "", path.stem) if names else path.stem
+        pictures.append(Picture(path, image, MASK_AFFIX.fullmatch(label)[1]))
+    counts = Counter(picture.label for picture in pictures if not NUMBERED.fullmatch(picture.label))
+    if 2 * sum(count for count in counts.values() if count > 1) <= len(pictures):
         pictures = [picture._replace(label=OBJECT) for picture in pictures]
     return pictures
 
@@ -209,6 +226,6 @@ def nearest(path, images, folder):
     split = folder.split_of(path)
     images = [image for image in images if image != path
               and (not split or folder.split_of(image) in ("", split))]
-    scores = [count_shared_folders(folder.folders_of(image), folder.folders_of(path)) for image in images]
+    scores = [count_shared_folders(above(image, folder), above(path, folder)) for image in images]
     best = [image for image, score in zip(images, scores, strict=True) if score == max(scores)]
     return best[0] if len(best) == 1 else None

@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from config import InputError
+from dataio.images import open_image
 from dataio.readers import decode_mask
 
 CORNERS = 64  # of the polygon that stands for a circle or an ellipse
@@ -207,19 +208,36 @@ def decode_png(text, left, top, compressed=False):
 
 
 def read_picture(path, colors=()):
-    """Return the Bitmap of a picture of the image's size, where it is not 0 or where it has one of the
-    colors, 24-bit numbers. Raises BadLabel.
+    """Return the Bitmap of a picture of the image's size, where it is neither black nor transparent, or where
+    it has one of the colors, 24-bit numbers. Raises BadLabel.
     """
-    try:
-        stored = decode_mask(path)
-    except InputError:
-        raise BadLabel(f"of a picture that cannot be read, {path}") from None
     if not colors:
-        pixels = stored.pixels
-        return Bitmap((pixels.max(2) if pixels.ndim == 3 else pixels) > 0, whole=True)
+        return Bitmap(picture_codes(path) > 0, whole=True)
+    stored = decode_picture(path)
     if stored.colors is None:
         raise BadLabel(f"of a picture that is not painted in colors, {path}")
     return Bitmap(np.isin(stored.colors, colors), whole=True)
+
+
+def picture_codes(path):
+    """Return what a picture shows, (H, W): 24-bit colors, or the numbers of a deeper one; 0 where it is
+    transparent. Raises BadLabel.
+    """
+    stored = decode_picture(path)
+    codes = stored.pixels if stored.colors is None else stored.colors
+    if stored.mode in ("P", "PA", "LA", "RGBA"):
+        with open_image(path) as image:
+            if image.has_transparency_data:
+                codes = np.where(np.array(image.convert("RGBA"))[..., 3] > 0, codes, 0)
+    return codes
+
+
+def decode_picture(path):
+    """Return the StoredMask of a picture. Raises BadLabel."""
+    try:
+        return decode_mask(path)
+    except InputError:
+        raise BadLabel(f"of a picture that cannot be read, {path}") from None
 
 
 def paste(bitmap, mask, value):
