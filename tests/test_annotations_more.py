@@ -1,12 +1,15 @@
 """Annotation files of labeling tools: which image, annotation, attribute and size they mean."""
+import json
+
 import numpy as np
 import pytest
 from conftest import refused
 from labeling_tools import dump
-from test_annotations import load_mask, studio
+from test_annotations import load_mask, studio, via3_region, via_region, write_shapes
 from trees import save
 
 from dataio.annotations import find_masks
+from dataio.annotations.via import class_attribute
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +181,33 @@ def test_pictures_of_two_servers_with_tasks_of_the_same_number(ids, tmp_path):
         (tmp_path / "two/p.json").rename(tmp_path / "q.json")
         with refused("task-1-annotation-7"):
             find_masks(tmp_path)
+
+
+# --- VIA --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tool", ["VIA 2, JSON", "VIA 3"])
+def test_regions_of_via_without_attributes_are_of_one_class(tool, tmp_path):
+    """As in the balloons of Mask R-CNN."""
+    region = dict(via_region("rect", x=10, y=10, width=20, height=30), region_attributes={})
+    if tool == "VIA 3":
+        region = dict(via3_region(2, 10, 10, 20, 30), av={})
+    write_shapes(tmp_path, tool, [region])
+    if tool == "VIA 2, JSON":  # whose other images have classes
+        content = json.loads((tmp_path / "via_export_json.json").read_text())
+        with refused("region 1"):
+            find_masks(tmp_path)
+        dump(tmp_path / "via_export_json.json", dict(list(content.items())[:1]))
+    names, mask = load_mask(tmp_path)
+    assert names == ["background", "object"] and (mask == box_at(10)).all()
+    assert any("object" in note for note in find_masks(tmp_path).notes)
+
+
+@pytest.mark.parametrize(("rows", "named"), [
+    ([dict(name=f"obj{number}", category="car") for number in range(3)], "category"),
+    ([dict(name=f"obj{number}", kind="car") for number in range(30)], "kind"),
+    ([dict(label=f"read {number}", type="") for number in range(30)], None),
+    ([dict(label=f"class {number % 20}") for number in range(30)], "label"),
+    ([dict(remark={"a": True}, kind=str(number % 3)) for number in range(30)] + [dict(kind="1")], "kind"),
+    ([{}], None)])
+def test_which_attribute_is_the_class(rows, named):
+    attribute, notes = class_attribute(rows)
+    assert attribute == named and len(notes) == (named != "label")
