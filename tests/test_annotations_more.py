@@ -3,12 +3,15 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
+from affine import Affine
 from conftest import refused
-from labeling_tools import dump
-from test_annotations import load_mask, studio, via3_region, via_region, write_shapes
+from labeling_tools import dump, features, on_map, tiles
+from test_annotations import RING, load_mask, studio, via3_region, via_region, write_shapes
 from trees import save
 
-from dataio.annotations import find_masks
+from dataio.annotations import find_masks, geo
+from dataio.annotations.files import FolderFiles
 from dataio.annotations.via import class_attribute
 
 
@@ -211,3 +214,48 @@ def test_regions_of_via_without_attributes_are_of_one_class(tool, tmp_path):
 def test_which_attribute_is_the_class(rows, named):
     attribute, notes = class_attribute(rows)
     assert attribute == named and len(notes) == (named != "label")
+
+
+# --- polygons on a map ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("rows", "key"), [
+    ([dict(label="car", source="a"), dict(source="b"), dict(source="b")], "label"),
+    ([dict(label=f"class {number % 15}" if number < 30 else None) for number in range(100)], "label"),
+    ([dict(name="pool"), *[dict(name="")] * 3, dict(name="pool")], "name"),
+    ([dict(name="Town Hall", building="yes"), dict(building="yes"), dict(building="shed")], "building"),
+    ([dict(type="multipolygon", building="yes"), dict(building="yes"), dict(building="shed")], "building"),
+    ([dict(name="Town Hall"), {}, {}], None),
+    ([dict(label=number) for number in range(30)] + [{}] * 30, None)])
+def test_the_property_that_names_the_classes(rows, key):
+    assert geo.class_property(rows) == key
+
+
+def test_features_without_the_class_that_few_others_have_are_named(tmp_path):
+    (_, path, _, transform), *_ = tiles(tmp_path)
+    content = features([("car", on_map(RING, transform))] * 3, "label")
+    for feature in content["features"][1:]:
+        feature["properties"] = dict(label=None)
+    dump(tmp_path / "houses.geojson", content)
+    with refused("houses.geojson feature 2", "without a class"):
+        find_masks(tmp_path)
+
+
+def test_state_of_polygons_on_a_map_is_where_the_images_lie(tmp_path):
+    def move(path):
+        with rasterio.open(path, "r+") as file:
+            a, b, c, d, e, f = file.transform[:6]
+            file.transform = Affine(a, b, c + 1, d, e, f)
+
+    def state():
+        folder = FolderFiles(tmp_path)
+        return geo.read(geo.find_files(folder), folder).state
+
+    (_, path, _, transform), *others = tiles(tmp_path)
+    dump(tmp_path / "houses.geojson", features([("car", on_map(RING, transform))]))
+    before = state()
+    move(others[-1][1])  # far from all shapes
+    assert state() == before
+    move(path)
+    moved = state()
+    with rasterio.open(path, "r+") as file:
+        file.crs = rasterio.crs.CRS.from_epsg(25833)
+    assert len({before, moved, state()}) == 3 and str(tmp_path) not in before

@@ -42,7 +42,7 @@ class Annotations(NamedTuple):
     classes: names in order, or [] for those of the shapes. images: [AnnotatedImage]. files: that were read.
     shares: whether points are shares 0..1 of the sides. by_area: whether smaller shapes lie over larger ones
     rather than later ones over earlier. notes, doubts: lines on how the files were understood, and on what of
-    that may be wrong.
+    that may be wrong. state: what the masks depend on beside the files.
     """
 
     classes: list
@@ -52,6 +52,7 @@ class Annotations(NamedTuple):
     by_area: bool = False
     notes: list = ()
     doubts: list = ()
+    state: str = ""
 
 
 class FolderFiles:
