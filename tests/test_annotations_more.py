@@ -1,13 +1,15 @@
 """Annotation files of labeling tools: which image, annotation, attribute and size they mean."""
+import csv
 import json
 
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from conftest import refused
-from labeling_tools import dump, features, on_map, tiles
+from conftest import load, refused
+from labeling_tools import coco, dump, features, kaggle, on_map, pairs_of_runs, tiles, via
 from test_annotations import RING, load_mask, studio, via3_region, via_region, write_shapes
+from test_importer import save_turned
 from trees import save
 
 from dataio.annotations import find_masks, geo
@@ -259,3 +261,63 @@ def test_state_of_polygons_on_a_map_is_where_the_images_lie(tmp_path):
     with rasterio.open(path, "r+") as file:
         file.crs = rasterio.crs.CRS.from_epsg(25833)
     assert len({before, moved, state()}) == 3 and str(tmp_path) not in before
+
+
+# --- run lengths in CSV -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("file", ["train.csv", "masks.csv"])
+def test_sizes_are_those_of_the_images_of_the_split(file, tmp_path):
+    """Of an image in train/ and another one of its name in test/."""
+    lines = ["ImageId,EncodedPixels"]
+    for number in range(3):
+        blank(tmp_path / f"train/{number}.png")
+        blank(tmp_path / f"test/{number}.png", size=(60, 90))
+        lines.append(f"{number}.png,{pairs_of_runs(box_at(60, 40))}")
+    (tmp_path / file).write_text("\n".join(lines))
+    if file == "train.csv":
+        assert (label_masks(tmp_path, "object")["0"] == box_at(60, 40)).all()
+    else:
+        with refused("0.png", "several files"):
+            find_masks(tmp_path)
+
+
+@pytest.mark.parametrize("gives_size", [False, True])
+def test_run_lengths_on_a_photo_that_exif_turns_are_a_doubt(gives_size, tmp_path):
+    for name, orientation in (("a", 6), ("b", 1), ("c", 6)):
+        save_turned(tmp_path / f"{name}.jpg", np.zeros((*SIZE, 3), np.uint8), orientation)
+    text = pairs_of_runs(box_at(60))
+    rows = ["ImageId,EncodedPixels,Height,Width", *(f"{name}.jpg,{text},84,112" for name in "ab"), "c.jpg,,,"]
+    (tmp_path / "train.csv").write_text("\n".join(
+        row if gives_size else ",".join(row.split(",")[:2]) for row in rows))
+    assert (label_masks(tmp_path, "object")["a"] == box_at(60)).all()
+    doubts = find_masks(tmp_path).doubts
+    assert not doubts if gives_size else len(doubts) == 1 and "1 photo" in doubts[0] and "a.jpg" in doubts[0]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_cells_may_end_in_semicolons(mark, tmp_path):
+    kaggle(tmp_path / "a")
+    via(tmp_path / "b", "csv")
+    for path in tmp_path.glob("*/*.csv"):
+        label = "class 1" if path.stem == "train" else "car"
+        masks = label_masks(path.parent, label)
+        rows = list(csv.reader(path.read_text().splitlines()))
+        with open(path, "w", newline="") as file:
+            file.write(mark)
+            csv.writer(file, delimiter=";").writerows(rows)
+        after = label_masks(path.parent, label)
+        assert after.keys() == masks.keys() and all((after[name] == masks[name]).all() for name in masks)
+
+
+# --- COCO -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("none", ["none", "", None])
+def test_classes_of_coco_that_are_not_used_keep_their_place(none, tmp_path):
+    """But for the head of Roboflow's list."""
+    coco(tmp_path, head=[dict(id=90, name="all", supercategory=none), dict(id=91, name="bus"),
+                         dict(id=92, name="van", supercategory="van")])
+    for path in tmp_path.rglob("*.json"):
+        content = json.loads(path.read_text())
+        for entry in content["categories"][3:]:
+            entry["supercategory"] = "all"
+        dump(path, content)
+    names = [name for name, _ in load("folder", tmp_path).classes]
+    assert names == ["background", "bus", "van", "tree", "car"]

@@ -8,6 +8,7 @@ import json
 import math
 
 from config import InputError
+from dataio.annotations.csv_runs import csv_reader
 from dataio.annotations.files import AnnotatedImage, Annotations, read_shapes
 from dataio.annotations.shapes import BadLabel, Shape, box, ellipse
 
@@ -33,7 +34,7 @@ def is_image(entry):
 def csv_rows(path):
     """Yield the rows of a CSV file, lists of text, without the # before those of older versions."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.reader(file):
+        for row in csv_reader(file):
             if row:
                 yield [row[0].removeprefix("#"), *row[1:]]
 
