@@ -42,7 +42,9 @@ def read(files, folder):
 
 
 def read_categories(path, content):
-    """Return {id: name}, without the head of the list that Roboflow adds. Raises InputError."""
+    """Return {id: name}, without the head of the list that Roboflow adds: of no supercategory, but that of
+    others, and not used. Raises InputError.
+    """
     used = [entry.get("category_id") for entry in content["annotations"] if isinstance(entry, dict)]
     if not content.get("categories"):
         return {id: f"category {id}" for id in sorted(filter(lambda id: type(id) is int, set(used)))}
@@ -50,7 +52,7 @@ def read_categories(path, content):
     categories = {}
     for entry in content["categories"]:
         id, name = entry["id"], str(entry["name"]).strip()
-        if name in heads and id not in used:
+        if name in heads and entry.get("supercategory") in (None, "", "none") and id not in used:
             continue
         if id in categories or name in categories.values():
             raise InputError(f"{path} lists two categories of the id {id} or the name {name}: rename one")

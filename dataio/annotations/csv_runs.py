@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import InputError
-from dataio.annotations.files import AnnotatedImage, Annotations
+from config import InputError, count_of
+from dataio.annotations.files import AnnotatedImage, Annotations, split_in
 from dataio.annotations.shapes import BadLabel, Bitmap, Shape, paste, runs_bitmap
-from dataio.images import MOST_PIXELS, image_size
+from dataio.images import MOST_PIXELS, read_orientation, upright_size
 from utils import evenly_sampled, grouped, in_parallel
 
 IMAGE_COLUMNS = ("imageid", "image", "img", "filename", "file", "imagename", "imageidclassid", "imagelabel",
@@ -69,10 +69,16 @@ def read(files, folder):
             rows += found
             paths |= dict.fromkeys((row.image for row in found), path)
     by_name = grouped(rows, lambda row: row.image)
-    sizes = dict(zip(by_name, in_parallel(lambda name: size_of(by_name[name][0], paths[name], folder),
-                                          list(by_name), "reading images"), strict=True))
-    sizes = {name: None if isinstance(size, InputError) else size for name, size in sizes.items()}
+    found = in_parallel(lambda name: size_of(by_name[name][0], paths[name], folder), list(by_name),
+                        "reading images")
+    sizes, turned = {}, []
+    for name, header in zip(by_name, found, strict=True):
+        sizes[name], is_turned = (None, False) if isinstance(header, InputError) else header
+        turned += [name] * (is_turned and any(row.runs.lower() not in NOTHING for row in by_name[name]))
     by_columns, notes, doubts = find_order(rows, sizes)
+    if turned:
+        doubts.append(f"{count_of(len(turned), 'photo')} turned by EXIF, as {turned[0]}, of which the file "
+                      "gives no size: pixels are taken as numbered on the upright image")
     images = []
     for name, entries in by_name.items():
         shapes = [Shape(row.label, "run lengths", row.where,
@@ -86,11 +92,18 @@ def read(files, folder):
     return Annotations(classes, images, files, by_area=True, notes=notes, doubts=doubts)
 
 
+def csv_reader(file):
+    """Return the csv.reader of an open file; its first line tells whether commas or semicolons end cells."""
+    csv.field_size_limit(1 << 30)
+    line = file.readline()
+    file.seek(0)
+    return csv.reader(file, delimiter=";" if line.count(";") > line.count(",") else ",")
+
+
 def read_rows(path):
     """Yield the Rows of a file. Raises KeyError without its columns, and InputError."""
-    csv.field_size_limit(1 << 30)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
+        reader = csv_reader(file)
         titles = [re.sub(r"[\s_.-]", "", title).lower() for title in next(reader, [])]
         image, label, runs, height, width = (
             next((titles.index(name) for name in names if name in titles), None)
@@ -123,9 +136,15 @@ def size_from(texts):
 
 
 def size_of(row, path, folder):
-    """Return the (H, W) of the image of a Row, None where there is no such image. Raises InputError."""
-    images = folder.find_images(row.image, path)
-    return row.size or (image_size(images[0]) if images else None)
+    """Return the (H, W) of the upright image of a Row, None where there is none, and whether EXIF turns its
+    sides while the file does not say which view it means. Raises InputError.
+    """
+    images = [] if row.size else folder.find_images(row.image, path, split_in(path.stem))
+    if not images:
+        return row.size, False
+    size, orientation = read_orientation(images[0])
+    upright = upright_size(size, orientation)
+    return upright, upright != size
 
 
 def read_pairs(text, size):

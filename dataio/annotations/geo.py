@@ -26,6 +26,7 @@ from dataio.layout import MASK_AFFIX, common_name
 from utils import grouped, in_parallel
 
 LABEL_KEYS = ("label", "class", "type", "name", "category", "class_name", "classname", "kind")
+SURE_KEYS = ("label", "class", "category", "class_name", "classname")  # though few features have them
 OWN_NAMES = 20  # features (or files) above which names that are mostly different are no classes
 OUTSIDE = "whose shapes lie on no image: is it of another place, or its reference system wrong?"
 OBJECT = "object"  # the class where nothing names one
@@ -96,7 +97,9 @@ def read(files, folder):
     images = [read_beside(image, places[image], found, folder, doubts) for image, found in beside.items()]
     over = [layer for layer in named(over, notes) if layer.shapes]
     images += read_over(over, places, folder, notes, doubts) if over else []
-    return Annotations([], merged(images), files, by_area=True, notes=counted(notes), doubts=counted(doubts))
+    images = merged(images)
+    return Annotations([], images, files, by_area=True, notes=counted(notes), doubts=counted(doubts),
+                       state=state_of(images, places, folder.root))
 
 
 def counted(lines):
@@ -248,15 +251,27 @@ def properties_of(feature):
 
 
 def class_property(rows):
-    """Return the property that names the class of a feature, None without; rows: all properties."""
+    """Return the property that names the class of a feature, None without; rows: all properties.
+
+    A known one that at most half of the features have leaves the others without a class, which is a problem,
+    but no reason to call all of them alike; names that most lack are rather those of single houses or roads.
+    """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     values = {key: [row[key] for row in rows if is_name(row.get(key))] for key in keys}
-    keys = [key for key in keys if 2 * len(values[key]) > len(rows) and (
+    common = [key for key in keys if 2 * len(values[key]) > len(rows) and (
         len(rows) <= OWN_NAMES or 2 * len(set(values[key])) <= len(rows))]
-    known = [key for name in LABEL_KEYS for key in keys if key.lower() == name]
-    texts = [key for key in keys if all(isinstance(value, str) for value in values[key])
+    rare = [key for key in keys if 0 < 2 * len(values[key]) <= len(rows) and 2 * len(set(values[key])) <= (
+        len(values[key]) + OWN_NAMES * (key.lower() != "name"))]
+    texts = [key for key in common if all(isinstance(value, str) for value in values[key])
              and len(set(values[key])) > 1]
-    return known[0] if known else texts[0] if len(texts) == 1 else None
+    ways = (in_order(common, LABEL_KEYS), in_order(rare, SURE_KEYS), texts[:2 - len(texts)],
+            in_order(rare, LABEL_KEYS))
+    return next((key for way in ways for key in way), None)
+
+
+def in_order(keys, names):
+    """Return those of the keys that are among names, in the order of these."""
+    return [key for name in names for key in keys if key.lower() == name]
 
 
 def label_of(properties, key):
@@ -335,6 +350,13 @@ def place_of(path):
             return Place(source.transform if has_place else None, source.crs, source.shape)
     except InputError:  # such as a JPEG
         return Place(None, None, None)
+
+
+def state_of(images, places, root):
+    """Return where [AnnotatedImage] lie, as text with a line for each: the masks depend on it."""
+    found = sorted((image.name, places[image.name]) for image in images if image.name)
+    return "\n".join(f"{path.relative_to(root)} {place.transform and tuple(place.transform)[:6]} "
+                     f"{place.crs and place.crs.to_wkt()}" for path, place in found)
 
 
 def projected(layer, place, doubts):

@@ -1,64 +1,119 @@
-"""Label Studio, brush labels as PNG: a picture for each label of a task, 0 or 255.
+"""Label Studio, brush labels as PNG: a picture for each label of an annotation of a task, 0 or 255.
 
-Their names hold the number of the task alone: the JSON export beside them says the image of each task;
-without it, an image is called like the number of its task.
+Their names hold the numbers of the task and the annotation: the JSON export beside them says the images of
+each task, and which of its annotations counts; without it, an image is called like the number of its task.
 """
-import re
+from collections import Counter
 from functools import partial
-from pathlib import PurePosixPath
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import NamedTuple
 
+from config import count_of
 from dataio.annotations.files import AnnotatedImage, Annotations
+from dataio.annotations.label_studio import (PICTURE_NAME, UNTOLD, Task, kind_of, labeled_keys, name_in,
+                                             read_tasks)
 from dataio.annotations.shapes import Shape, read_picture
-from dataio.images import IMAGE_ENDINGS
+from dataio.layout import count_shared_folders
+from utils import grouped
 
-UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # digits before the name of a file, whose spaces became _
-PICTURE_NAME = re.compile(r"task-(\d+)-annotation-\d+-by-\d+-tag-(.+)-\d+\.png")
+WITH_AREA = ("brush", "polygon", "ellipse", "rectangle")  # kinds of regions
+UNCLEAR = "picture of several tasks of its number: keep the exports of a project in a folder of their own"
+
+
+class Picture(NamedTuple):
+    """A picture of a label. task, annotation: numbers; tool: the `from_name` of its regions."""
+
+    path: object
+    task: str
+    annotation: int
+    tool: str
+    label: str
 
 
 def find_files(folder):
     """Return the pictures of a FolderFiles, and the JSON exports beside them."""
     pictures = [path for path in folder.images if PICTURE_NAME.fullmatch(path.name)]
     return pictures and [*pictures, *(path for path, content in folder.json.items()
-                                      if isinstance(content, list))]
+                                      if isinstance(content, list) and any(map(has_image, content)))]
+
+
+def has_image(entry):
+    """Return whether an entry of a list is a task, with annotations or without."""
+    return isinstance(entry, dict) and ("data" in entry or "annotation_id" in entry)
 
 
 def read(files, folder):
     """Return the Annotations of pictures."""
-    names_of, images = {}, {}  # by number of the task
-    for path in files:
-        if path.suffix == ".json":
-            with folder.reading(path, "Label Studio"):
-                names_of |= {task["id"]: image_names(task["data"]) for task in folder.json[path]
-                             if isinstance(task, dict) and task.get("data") and "id" in task}
-    for path in files:
-        if match := PICTURE_NAME.fullmatch(path.name):
-            task, label = match.groups()
-            if task not in images:
-                names = names_of.get(int(task), task)
-                images[task] = AnnotatedImage(names, f"{path} (task {task})", path, [])
-            images[task].shapes.append(Shape(label, "picture", str(path), bitmap=partial(read_picture, path)))
-    return Annotations([], list(images.values()), files)
+    tasks = read_tasks([path for path in files if path.suffix == ".json"], folder)
+    pictures = [picture_of(path) for path in files if path.suffix != ".json"]
+    by_task = grouped(pictures, task_finder(tasks, folder))
+    folder.problems[UNCLEAR] += [str(picture.path) for picture in by_task.pop(None, [])]
+    to_names, images, several, lost = labeled_keys(tasks), [], [], Counter()
+    for task in dict.fromkeys([*by_task, *tasks]):
+        by_annotation = grouped(by_task.get(task, []), lambda picture: picture.annotation)
+        several += [task] * (len(by_annotation) > 1)
+        taken, regions = taken_of(task, by_annotation), task.taken["regions"]
+        kinds = [kind for kind in map(kind_of, regions) if kind in WITH_AREA]
+        lost[task] = len(kinds) - (kinds.count("brush") if taken else 0)
+        if not taken and (lost[task] or not task.annotations):
+            continue  # neither pictures nor background
+        tools = {name_in(region, "from_name"): name_in(region, "to_name") for region in regions}
+        found = task.by_image(to_names, [(tools.get(picture.tool), picture) for picture in taken])
+        if found is None:
+            folder.problems[UNTOLD].append(str(task))
+            continue
+        path = taken[0].path if taken else task.path
+        images += [AnnotatedImage(names, f"{path} (task {task.number})", path, list(map(shape_of, pictures)))
+                   for names, pictures in found.items()]
+    return Annotations([], images, files, notes=notes_on(several, +lost))
 
 
-def image_names(data):
-    """Return the names that the image file of a task may have, by its `data`: {key: URL or path}.
+def picture_of(path):
+    """Return the Picture of a file."""
+    task, annotation, tool, label = PICTURE_NAME.fullmatch(path.name).groups()
+    return Picture(path, task, int(annotation), tool, label)
 
-    Raises ValueError where it has none.
+
+def shape_of(picture):
+    """Return the Shape of a Picture."""
+    return Shape(picture.label, "picture", str(picture.path), bitmap=partial(read_picture, picture.path))
+
+
+def task_finder(tasks, folder):
+    """Return the function that finds the Task of a Picture, None where it cannot be told. Of several of its
+    number it is the one with its annotation, else the one whose export is nearest.
     """
-    paths = [path_of(text) for text in data.values() if isinstance(text, str)]
-    if not paths:
-        raise ValueError("no image")
-    names = []
-    for path in [path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_ENDINGS] or paths:
-        names.append(path)
-        if match := UPLOADED.fullmatch(PurePosixPath(path).name):
-            names += [match[1], match[1].replace("_", " ")]
-    return tuple(names)
+    by_number, nameless = grouped(tasks, lambda task: str(task.number)), {}
+
+    def task_of(picture):
+        found = by_number.get(picture.task)
+        if not found:  # an image of this number; in several folders there may be several
+            names = (picture.task,)
+            key = (picture.task, *folder.find_images(names, picture.path))
+            return nameless.setdefault(key, Task(picture.task, picture.path, {}, {"": names}, []))
+        folders = folder.folders_of(picture.path)
+        scores = [(any(annotation["id"] == picture.annotation for annotation in task.annotations),
+                   count_shared_folders(folder.folders_of(task.path), folders)) for task in found]
+        best = [task for task, score in zip(found, scores, strict=True) if score == max(scores)]
+        return best[0] if len(best) == 1 else None
+
+    return task_of
 
 
-def path_of(url):
-    """Return the path in a URL: of /data/upload/3/name.jpg, /data/local-files/?d=a/name.jpg, s3://..."""
-    parts = urlsplit(url)
-    folder = parse_qs(parts.query).get("d", [""])[0]
-    return folder if folder and "local-files" in parts.path else unquote(parts.path)
+def taken_of(task, by_annotation):
+    """Return those of {annotation: [Picture]} that the export takes, else those of the highest number."""
+    if by_annotation.keys() & {annotation["id"] for annotation in task.annotations}:
+        return by_annotation.get(task.taken["id"], [])
+    return by_annotation[max(by_annotation)] if by_annotation else []
+
+
+def notes_on(several, lost):
+    """Return notes on tasks annotated several times, and on {task: regions without a picture}."""
+    notes = []
+    if several:
+        notes.append(f"{count_of(len(several), 'task')} with pictures of several annotations, as "
+                     f"{several[0]}: taken was the one that the JSON export says (the ground truth, else the "
+                     "last), without it the one of the highest number")
+    if lost:
+        notes.append(f"not used: {count_of(lost.total(), 'shape')} of the JSON export without a PNG file, as "
+                     f"polygons, of {next(iter(lost))}; without the PNG files the export itself is read")
+    return notes

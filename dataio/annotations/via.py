@@ -1,18 +1,20 @@
 """VGG Image Annotator 2 (and 1): its project, or its annotations exported as JSON or CSV.
 
-Regions carry attributes of the user's own, one of which is the class. Coordinates are continuous, a box is
-x, y, width and height; an ellipse turns clockwise by theta, in radians.
+Regions carry attributes of the user's own, one of which is the class; without any, all are of one class.
+Coordinates are continuous, a box is x, y, width and height; an ellipse turns clockwise by theta, in radians.
 """
 import csv
 import json
 import math
-from collections import Counter
 
 from config import InputError
+from dataio.annotations.csv_runs import csv_reader
 from dataio.annotations.files import AnnotatedImage, Annotations, read_shapes
 from dataio.annotations.shapes import BadLabel, Shape, box, ellipse
 
-CLASS_NAMES = ("label", "class", "type", "name")  # of the attribute that is the class
+CLASS_NAMES = ("label", "class", "type", "category", "name")  # of the attribute that is the class
+OBJECT = "object"  # the class where no attribute is one
+OWN_NAMES, OWN_SHARE = 20, 0.9  # values above which an attribute that mostly differs (this share) is no class
 PROJECT = "_via_img_metadata"  # the key of the images in a project
 COLUMNS = {"filename", "region_shape_attributes", "region_attributes"}  # of a CSV export
 
@@ -32,7 +34,7 @@ def is_image(entry):
 def csv_rows(path):
     """Yield the rows of a CSV file, lists of text, without the # before those of older versions."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.reader(file):
+        for row in csv_reader(file):
             if row:
                 yield [row[0].removeprefix("#"), *row[1:]]
 
@@ -63,7 +65,8 @@ def read(files, folder):
     attribute, notes = class_attribute(attributes)
 
     def read_region(region, where):
-        return shape_of(region["shape_attributes"], chosen(region["region_attributes"].get(attribute)), where)
+        label = OBJECT if attribute is None else chosen(region["region_attributes"].get(attribute))
+        return shape_of(region["shape_attributes"], label, where)
 
     images = [AnnotatedImage(name, f"{path} image {name}", path,
                              read_shapes(regions, read_region, f"{path} image {name} region", "VIA"))
@@ -92,12 +95,22 @@ def read_csv(path):
 
 
 def class_attribute(attributes):
-    """Return which key of the attributes of all regions, [{name: value}], is the class, and a note on it."""
-    counts = Counter(name for values in attributes if isinstance(values, dict)
-                     for name, value in values.items() if value not in ("", None, {}))
-    named = [name for known in CLASS_NAMES for name in counts if name.lower() == known]
-    best = (named or [name for name, _ in counts.most_common(1)] or [""])[0]
-    others = ", ".join(sorted(counts.keys() - {best}))
+    """Return which key of the attributes of all regions, [{name: value}], is the class, None = none is, and
+    notes on it. One that has a value of its own in nearly each of many regions, as a remark, is no class.
+    """
+    values = {}  # as text
+    for name, value in (item for row in attributes if isinstance(row, dict) for item in row.items()):
+        if value not in ("", None, {}):
+            values.setdefault(name, []).append(str(value))
+    names = sorted((name for name, texts in values.items()
+                    if len(texts) <= OWN_NAMES or len(set(texts)) <= OWN_SHARE * len(texts)),
+                   key=lambda name: -len(values[name]))
+    named = [name for known in CLASS_NAMES for name in names if name.lower() == known]
+    best = next(iter(named or names), None)
+    others = ", ".join(sorted(values.keys() - {best}))
+    if best is None and attributes:
+        return None, ["no attribute of the regions names classes" + (f" ({others})" if others else "")
+                      + f": the only one is called {OBJECT}"]
     return best, [f"the class of a region is its attribute {best}, not {others}"] if others else []
 
 

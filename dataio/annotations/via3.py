@@ -4,7 +4,7 @@ A region is [number of its kind, x, y, ...] in continuous coordinates; one attri
 """
 from dataio.annotations.files import AnnotatedImage, Annotations, read_shapes
 from dataio.annotations.shapes import BadLabel, Shape, as_points, box, ellipse, rectangle
-from dataio.annotations.via import class_attribute
+from dataio.annotations.via import OBJECT, class_attribute
 
 KINDS = {1: "point", 2: "rectangle", 3: "circle", 4: "ellipse", 5: "line", 6: "polyline", 7: "polygon",
          8: "extreme rectangle", 9: "extreme circle"}
@@ -31,7 +31,7 @@ def read(files, folder):
                           for entries in regions.values() for entry in entries]
             class_name, lines = class_attribute(attributes)
             notes += [line for line in lines if line not in notes]
-            id = next((id for id in names if names[id] == class_name), "")
+            id = next((id for id in names if names[id] == class_name), None)
             read_region = reader_of(id, content["attribute"].get(id, {}))
             for view, entries in regions.items():
                 file = content["file"][str(content["view"][view]["fid_list"][0])]
@@ -43,9 +43,9 @@ def read(files, folder):
 
 
 def reader_of(id, attribute):
-    """Return the function that reads a region whose class is the attribute of this id."""
+    """Return the function that reads a region whose class is the attribute of this id, None = of none."""
     def read_region(region, where):
-        label = region["av"].get(id, "")
+        label = OBJECT if id is None else region["av"].get(id, "")
         if attribute.get("type") in OF_OPTIONS:
             if "," in str(label):
                 raise BadLabel("of several classes")
