@@ -190,7 +190,7 @@ def by_class_folder(paths, images, folder):
 
 def by_suffix(paths, images, folder):
     """Return the [Picture] of 1_car.png and 1.jpg."""
-    by_stem, pictures = grouped(images, lambda path: path.stem), []
+    by_stem, known, pictures = grouped(images, lambda path: path.stem), set(images), []
     for path in paths:
         ends = [match.span() for match in re.finditer(r"[ _.-]+", path.stem)]
         start, end = next(((start, end) for start, end in reversed(ends) if path.stem[:start] in by_stem),
@@ -198,7 +198,7 @@ def by_suffix(paths, images, folder):
         label = MASK_AFFIX.fullmatch(path.stem[end:])[1]
         if end and not NUMBERED.fullmatch(label):
             pictures.append(Picture(path, nearest(path, by_stem[path.stem[:start]], folder), label))
-        elif path not in images:
+        elif path not in known:
             pictures.append(Picture(path, None, ""))
     if len({picture.label for picture in pictures}) * 2 > len(pictures):  # names of objects, or of photos
         return []
