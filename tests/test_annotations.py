@@ -1154,6 +1154,8 @@ def test_each_label_file_takes_the_nearest_list_of_classes(tmp_path):
             lines = path.read_text().splitlines()
             path.write_text("\n".join(f"{names.index(NAMES[1:][int(line[0])])}{line[1:]}" for line in lines))
     (tmp_path / "data.yaml").write_text("names: [x, y, z]")
+    (tmp_path / "a/clone").mkdir()
+    (tmp_path / "a/clone/coco.yaml").write_text("names: [x, y, z]")
     source = load("folder", tmp_path, val_fraction=0)
     assert [name for name, _ in source.classes] == ["background", "car", "tree", "boat"]
     for samples in source.splits.values():
@@ -1224,6 +1226,15 @@ def check_class_masks(root, truth, names=NAMES):
     ("images/{name}.jpg", "masks/{name}/{label}_gt.png")])
 def test_further_layouts_of_masks_of_classes(image, mask, tmp_path):
     check_class_masks(tmp_path, class_masks(tmp_path, image, mask))
+
+
+def test_a_mask_of_one_scene_is_none_of_another(tmp_path):
+    class_masks(tmp_path, "images/s{split}/{name}.jpg", "masks/{label}/S{split}/{name}.png")
+    (tmp_path / "images/strain/shot 0.jpg").rename(tmp_path / "images/sval/shot 0.jpg")
+    with refused("masks/car/Strain/shot 0.png", "masks/tree/Strain/shot 0.png"):
+        find_masks(tmp_path)
+    source = load("folder", tmp_path, skip_bad_labels=True)
+    assert [name for name, _ in source.classes] == list(NAMES) and "shot 0" not in samples_of(source)
 
 
 @pytest.mark.parametrize("names", [("Car", "class2"), ("class1", "class2"), ("1", "2")])

@@ -172,19 +172,21 @@ def is_complete(pictures):
 
 
 def by_class_folder(paths, images, folder):
-    """Return the [Picture] of masks/car/1.png and images/1.jpg: the class is the innermost folder that the
-    image does not lie in too.
+    """Return the [Picture] of masks/car/1.png and images/1.jpg: the class is the innermost folder that has
+    not the name of one of images, as the scene in masks/car/scene/1.png and images/scene/1.jpg.
     """
     by_stem, pictures = grouped(images, lambda path: path.stem), []
+    shared = {name for image in images for name in folder.folders_of(image)}
     for path in paths:
         candidates = by_stem.get(path.stem) or by_stem.get(common_name(path, MASK_AFFIX), [])
-        image = nearest(path, candidates, folder)
-        own = above(image, folder) if image else ()
+        scenes = shared.intersection(folder.folders_of(path))
+        candidates = [image for image in candidates if scenes.issubset(folder.folders_of(image))]
         names = [name for name in above(path, folder)
-                 if name not in own and not set(words_of(name)) <= KNOWN_WORDS]
+                 if name.lower() not in shared and not set(words_of(name)) <= KNOWN_WORDS]
         if not names:
             return []
-        pictures.append(Picture(path, image, MASK_AFFIX.fullmatch(names[-1])[1]))
+        label = MASK_AFFIX.fullmatch(names[-1])[1]
+        pictures.append(Picture(path, nearest(path, candidates, folder), label))
     return pictures
 
 

@@ -22,8 +22,8 @@ YAML = (".yaml", ".yml")
 def find_files(folder):
     """Return the files that name the classes and the label files of a FolderFiles, or []."""
     paths = folder.with_ending(*YAML, ".txt", ".names")
-    named = sorted(filter(names_classes, paths),
-                   key=lambda path: (path.suffix not in YAML, path.name not in CLASS_FILES))
+    named = sorted(filter(names_classes, paths), key=lambda path: (
+        len(path.parts), path.suffix not in YAML, path.name not in CLASS_FILES))
     beside = {image.with_suffix(".txt") for image in folder.images}
     texts = [path for path in paths if path.suffix.lower() == ".txt" and path not in named
              and ("labels" in folder.folders_of(path) or path in beside)]
@@ -54,7 +54,9 @@ def read(files, folder):
 
 
 def nearest(path, class_files):
-    """Return that of the files that name classes whose folder has most in common with a label file's."""
+    """Return that of the files that name classes whose folder has most in common with a label file's, the
+    first of several.
+    """
     return max(class_files, key=lambda file: len(os.path.commonpath([path, file.parent])))
 
 
