@@ -563,7 +563,9 @@ def report_folders(content, paths, root):
         content.notes.append(f"not used: {count_by_folder(unused, root)}")
     fewest = min(Counter(path.parent for path in masks).values())
     for folder, files in grouped(unused, lambda path: path.parent).items():
-        if role_of(folder.relative_to(root).parts).content == "other":
+        *above, _ = names = folder.relative_to(root).parts or ("",)
+        beside = folder.parent in {path.parent.parent for path in masks} and role_of(tuple(above)).below_masks
+        if role_of(names).content == "other" and not beside:  # masks/object beside masks/car may be a class
             continue  # as its name tells
         if len(files) >= fewest and all_look_like_masks(files):
             content.doubts.append(f"{folder.relative_to(root).as_posix()} is not used and looks like masks "

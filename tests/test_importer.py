@@ -292,6 +292,26 @@ def test_labels_of_an_image_that_is_missing_go_to_no_other(missing, others, tmp_
         find_masks(tmp_path)
 
 
+@pytest.mark.parametrize(("tool", "missing", "other"), [
+    ("Datumaro", "images/val/shot 2.jpg", "images/train/shot 2.jpg"),
+    ("Supervisely", "val/img/shot 2.jpg", "train/img/shot 2.jpg"),
+    ("YOLO, Ultralytics", "images/val/shot 2.jpg", "images/train/shot 2.jpg")])
+def test_labels_of_a_missing_image_go_to_no_other_part_of_the_data(tool, missing, other, tmp_path):
+    TOOLS[tool](tmp_path)
+    (tmp_path / missing).rename(tmp_path / other)
+    with refused("shot 2"):
+        find_masks(tmp_path)
+
+
+def test_a_class_called_object_is_doubted(tmp_path):
+    for seed in range(4):
+        pixels, mask = scene(seed, 3)
+        save(tmp_path / f"images/{seed}.jpg", pixels)
+        save(tmp_path / f"masks/car/{seed}.png", np.uint8(255) * (mask == 1))
+        save(tmp_path / f"masks/object/{seed}.png", np.uint8(255) * (mask == 2))
+    assert any("masks/object" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
 @pytest.mark.parametrize(("path", "said"), [
     ("images/a/1.png", "a/1.png"), ("images/1.png", "1.png"), ("images/1.PNG", "IMAGES\\1.png"),
     ("images/1.png", "/home/me/data/1.png"), ("images/1.png", "../images/1.png"),

@@ -32,11 +32,11 @@ def read_item(item, path, read_annotation):
     """Return the AnnotatedImage of an item of a file."""
     source = f"{path} item {item['id']}"
     image = item.get("image") or item.get("media") or {}
-    names = str(image.get("path") or item["id"]), str(item["id"])
+    name = f"{path.stem}/{image.get('path') or item['id']}"
     size = dict(enumerate(image.get("size") or ()))
     entries = [entry for entry in item["annotations"] if entry.get("type") not in NO_SHAPES]
     shapes = read_shapes(entries, read_annotation, f"{source} annotation", "Datumaro")
-    return AnnotatedImage(names, source, path, shapes, given_size(size, 0, 1), split_in(path.stem))
+    return AnnotatedImage(name, source, path, shapes, given_size(size, 0, 1), split_in(path.stem))
 
 
 def reader_of(labels):

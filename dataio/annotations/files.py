@@ -70,7 +70,8 @@ class FolderFiles:
         for path in self.images:
             self.by_name[parts_of(path.name)[-1]].append(path)
             self.by_stem[parts_of(path.stem)[-1]].append(path)
-        self.folders = {name for path in self.images for name in self.folders_of(path)}
+        self.folders = {name for path in self.images for name in self.folders_of(path)
+                        if self.role(path).content not in ("masks", "other")}
         paths = list_images(root, (".json", ".geojson"))
         contents = dict(zip(paths, in_parallel(read_json, paths, "reading annotations"), strict=True))
         self.broken = {path: error for path, error in contents.items() if isinstance(error, InputError)}
@@ -120,7 +121,9 @@ class FolderFiles:
         """Return whether an image may be what a name with these folders in a file `near` means."""
         own, said = self.folders_of(path), [folder for folder in folders if folder in self.folders]
         splits = {self.split_of(path), role_of(tuple(folders)).split or self.split_of(near)} - {""}
-        return count_shared_folders(said, own) == len(said) and len(splits) < 2
+        groups = [name for name in self.folders_of(near) if name in self.folders and is_group(name)]
+        return (count_shared_folders(said, own) == len(said) and len(splits) < 2
+                and (bool(said) or set(groups) <= set(own)))
 
     def rank(self, path, folders, file_name, near, split):
         """Return how well an image fits a name in a file `near`, as a tuple to compare."""
@@ -128,7 +131,7 @@ class FolderFiles:
         said = [os.path.normpath("/".join([*above, *folders, file_name]))
                 for above in ((), self.folders_of(near))]
         shared = count_shared_folders([*self.folders_of(near), *folders], own)
-        content = role_of(own).content
+        content = self.role(path).content
         holds = (content == "images") - (content in ("masks", "other"))
         of_split = bool(split) and self.split_of(path) == split
         return "/".join([*own, file_name]) in said, shared, holds, of_split
@@ -139,7 +142,7 @@ class FolderFiles:
         """
         stem = Path(name).stem if Path(name).suffix in IMAGE_ENDINGS else name
         return [path for path in self.by_stem.get(stem, []) if stem == name
-                or role_of(self.folders_of(path)).content not in ("masks", "other")]
+                or self.role(path).content not in ("masks", "other")]
 
     def folders_of(self, path):
         """Return the names of the folders between the root and a file, in lower case."""
@@ -147,7 +150,11 @@ class FolderFiles:
 
     def split_of(self, path):
         """Return the split that the names of the folders above a file say, or ""."""
-        return role_of(self.folders_of(path)).split
+        return self.role(path).split
+
+    def role(self, path):
+        """Return the layout.FolderRole of the folders between the root and a file."""
+        return role_of(path.relative_to(self.root).parts[:-1])
 
 
 def parts_of(name):
@@ -158,6 +165,12 @@ def parts_of(name):
     if "://" in text:
         text = text.split("?")[0]
     return tuple(part for part in text.split("/") if part not in ("", ".")) or ("",)
+
+
+def is_group(name):
+    """Return whether a folder's name tells neither what lies in it nor a split, as that of a scene."""
+    role = role_of((name,))
+    return bool(role.group) and not role.content and not role.split
 
 
 def split_in(name):

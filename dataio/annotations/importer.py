@@ -21,7 +21,7 @@ from dataio.readers import Sample, drawn_folder
 from dataio.scan import fill_folder
 from utils import grouped, in_parallel, is_background, is_ignored
 
-VERSION = 2  # of the drawing: masks drawn by another version are drawn anew
+VERSION = 3  # of the drawing: masks drawn by another version are drawn anew
 NAMED = 5  # of the entries of a problem
 
 
@@ -207,9 +207,9 @@ def mask_values(annotations, canvases):
     return values, entries
 
 
-def masks_folder(root, annotations, canvases):
+def masks_folder(root, annotations, canvases, values):
     """Return the folder for the masks of Annotations, named by all that the masks depend on."""
-    state = hashlib.sha256(f"{VERSION} {annotations.state}".encode())
+    state = hashlib.sha256(f"{VERSION} {values} {annotations.state}".encode())
     for path in annotations.files:
         state.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     for canvas in canvases:
@@ -225,7 +225,7 @@ def draw_masks(root, annotations, canvases, values):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(canvas.draw(values)).save(path)
 
-    target = masks_folder(root, annotations, canvases)
+    target = masks_folder(root, annotations, canvases, values)
     fill_folder(target, write_mask, canvases, "drawing masks")
     return target
 
