@@ -314,7 +314,8 @@ def test_a_class_called_object_is_doubted(tmp_path):
 
 @pytest.mark.parametrize(("path", "said"), [
     ("images/a/1.png", "a/1.png"), ("images/1.png", "1.png"), ("images/1.PNG", "IMAGES\\1.png"),
-    ("images/1.png", "/home/me/data/1.png"), ("images/1.png", "../images/1.png"),
+    ("images/1.png", "/home/me/data/1.png"), ("images/1.png", "C:\\photos\\1.png"),
+    ("images/1.png", "../images/1.png"),
     ("images/e\u0301 1.png", "\u00e9 1.png"), ("images/1.png", "https://x.org/y/1.png?token=3"),
     ("images/1.webp", "1.jpg")])
 @pytest.mark.parametrize("beside", ["overlays", "images_thumbs_preview", "masks_viz"])

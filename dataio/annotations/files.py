@@ -7,6 +7,7 @@
 """
 import json
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from contextlib import contextmanager
@@ -109,21 +110,24 @@ class FolderFiles:
             return [names]
         for name in names if isinstance(names, tuple) else (names,):
             *folders, file_name = parts_of(name)
+            known = [] if is_absolute(name) else [folder for folder in folders if folder in self.folders]
             candidates = [path for path in self.by_name.get(file_name) or self.of_stem(file_name)
-                          if self.may_be(path, folders, near)]
+                          if self.may_be(path, folders, known, near)]
             ranks = [self.rank(path, folders, file_name, near, split) for path in candidates]
             best = [path for path, rank in zip(candidates, ranks, strict=True) if rank == max(ranks)]
             if best:
                 return best
         return []
 
-    def may_be(self, path, folders, near):
-        """Return whether an image may be what a name with these folders in a file `near` means."""
-        own, said = self.folders_of(path), [folder for folder in folders if folder in self.folders]
+    def may_be(self, path, folders, known, near):
+        """Return whether an image may be what a name with these folders in a file `near` means; known: those
+        of them that there are below the root.
+        """
+        own = self.folders_of(path)
         splits = {self.split_of(path), role_of(tuple(folders)).split or self.split_of(near)} - {""}
         groups = [name for name in self.folders_of(near) if name in self.folders and is_group(name)]
-        return (count_shared_folders(said, own) == len(said) and len(splits) < 2
-                and (bool(said) or set(groups) <= set(own)))
+        return (count_shared_folders(known, own) == len(known) and len(splits) < 2
+                and (bool(known) or set(groups) <= set(own)))
 
     def rank(self, path, folders, file_name, near, split):
         """Return how well an image fits a name in a file `near`, as a tuple to compare."""
@@ -165,6 +169,11 @@ def parts_of(name):
     if "://" in text:
         text = text.split("?")[0]
     return tuple(part for part in text.split("/") if part not in ("", ".")) or ("",)
+
+
+def is_absolute(name):
+    """Return whether a name is a path from the root of another machine, or a URL."""
+    return bool(re.match(r"[/\\]|[A-Za-z]:[/\\]|\w+://", str(name)))
 
 
 def is_group(name):
