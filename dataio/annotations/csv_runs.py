@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import InputError, count_of
-from dataio.annotations.files import OBJECT, AnnotatedImage, Annotations, read_csv, split_in
+from config import InputError
+from dataio.annotations.files import OBJECT, AnnotatedImage, Annotations, given_size, read_csv, split_in
 from dataio.annotations.shapes import BadLabel, Shape, runs_bitmap
-from dataio.images import MOST_PIXELS, read_orientation, upright_size
+from dataio.images import read_orientation
 from utils import evenly_sampled, grouped, in_parallel
 
 IMAGE_COLUMNS = ("imageid", "image", "img", "filename", "file", "imagename", "imageidclassid", "imagelabel",
@@ -66,22 +66,16 @@ def read(files, folder):
             rows += found
             paths |= dict.fromkeys((row.image for row in found), path)
     by_name = grouped(rows, lambda row: row.image)
-    headers = in_parallel(lambda name: size_of(by_name[name][0], paths[name], folder), list(by_name),
-                          "reading images")
-    headers = {name: (None, False) if isinstance(header, InputError) else header
-               for name, header in zip(by_name, headers, strict=True)}
-    sizes = {name: size for name, (size, _) in headers.items()}
+    found = in_parallel(lambda name: size_of(by_name[name][0], paths[name], folder), list(by_name),
+                        "reading images")
+    sizes = {name: None if isinstance(size, InputError) else size
+             for name, size in zip(by_name, found, strict=True)}
     by_columns, notes, doubts = find_order([row for row in rows if row.runs], sizes)
-    turned = [name for name, (_, is_turned) in headers.items()
-              if is_turned and any(row.runs for row in by_name[name])]
-    if turned:
-        doubts.append(f"{count_of(len(turned), 'photo')} turned by EXIF, as {turned[0]}, of which the file "
-                      "gives no size: pixels are taken as numbered on the upright image")
     images = []
     for name, entries in by_name.items():
         shapes = [Shape(row.label, "run lengths", row.where,
                         bitmap=partial(decode_pairs, row.runs, sizes[name], by_columns))
-                  for row in entries if sizes[name] and row.runs]
+                  for row in entries if row.runs]
         images.append(AnnotatedImage(name, entries[0].where, paths[name], shapes, sizes[name]))
     classes = sorted({row.label for row in rows} - {""},
                      key=lambda label: (len(label) * label[-1:].isdecimal(), label))
@@ -108,31 +102,24 @@ def read_rows(path):
             match = re.fullmatch(r"(.+\.[A-Za-z]{3,4})_(.+)", name) or re.fullmatch(r"(.+)_([^_]+)", name)
             name, kind = match.groups() if match else (name, "")
         kind = f"class {kind}" if kind.isdecimal() else kind
-        text = cells[runs].strip()
-        size = size_from([cells[side] for side in sides if side is not None])
+        text, given = cells[runs].strip(), [cells[side].strip() for side in sides if side is not None]
+        size = given_size({side: int(text) for side, text in enumerate(given) if text.isdecimal()}, 0, 1)
         yield Row(name, kind, "" if text.lower() in NOTHING else text, size, where)
 
 
-def size_from(texts):
-    """Return the (H, W) of two cells, None where they are none."""
-    size = tuple(int(text) for text in texts if text.isdecimal() and len(text) < 6)
-    return size if len(size) == 2 and 0 < math.prod(size) <= MOST_PIXELS else None
-
-
 def size_of(row, path, folder):
-    """Return the (H, W) of the upright image of a Row, None where there is none, and whether EXIF turns its
-    sides while the file does not say which view it means. Raises InputError.
+    """Return the (H, W) that a Row gives, else that of its image; None where there is none, or EXIF turns it,
+    so that pixels may be numbered before or after turning. Raises InputError.
     """
     images = [] if row.size else folder.find_images(row.image, path, split_in(path.stem))
-    if not images:
-        return row.size, False
-    size, orientation = read_orientation(images[0])
-    upright = upright_size(size, orientation)
-    return upright, upright != size
+    size, orientation = read_orientation(images[0]) if images else (row.size, 1)
+    return size if orientation == 1 else None
 
 
 def decode_pairs(text, size, by_columns):
     """Return the Bitmap of an image of pairs of a first pixel, from 1, and a length. Raises BadLabel."""
+    if size is None:
+        raise BadLabel("on a photo that EXIF turns, of which its file gives no size: save the photo upright")
     if not re.fullmatch(r"(\d{1,18}\s+)*\d{1,18}", text, re.ASCII):
         raise BadLabel("with run lengths that are not numbers from 1")
     numbers, pixels = np.array(text.split()).astype(np.int64), math.prod(size)
