@@ -29,6 +29,7 @@ BATCH = 16  # rows in memory
 ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"II": ".tif", b"MM": ".tif", b"GIF8": ".gif",
            b"BM": ".bmp", b"RIFF": ".webp"}  # by the first bytes of a file
 HUB_FILES = ("*.parquet", "*.arrow", "*id2label.json", "*dataset_info.json", "*classes.txt", "README.md")
+DAMAGED = "is damaged: download or export it again"
 CONVERTED = "refs/convert/parquet"  # the branch of the Hub with files that it converted itself
 
 
@@ -158,12 +159,7 @@ def open_table(path):
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()  # stays on the disk
         return Table(table.schema, table.num_rows, lambda columns: table.select(columns).to_batches(BATCH))
     except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from None
-
-
-def damaged(path, error):
-    """Return the InputError of a file that cannot be read."""
-    return InputError(f"{path} is damaged ({' '.join(str(error).split())}): download or export it again")
+        raise InputError(f"{path} {DAMAGED} ({error})") from None
 
 
 def read_rows(path, columns):
@@ -173,7 +169,7 @@ def read_rows(path, columns):
         for batch in batches:
             yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:  # of which pyarrow's are
-        raise damaged(path, error) from None
+        raise InputError(f"{path} {DAMAGED} ({error})") from None
 
 
 def read_features(path):
@@ -223,25 +219,21 @@ def write_rows(path, source, columns, folder):
     folders = below / "images", below / "masks"
     for inner in folders:
         inner.mkdir(parents=True, exist_ok=True)
-    for row, contents in enumerate(read_rows(path, columns)):
-        files = [file_of(content, source, f"{path} row {row} column {column}")
-                 for content, column in zip(contents, columns, strict=True)]
+    for row, cells in enumerate(read_rows(path, columns)):
+        files = [file_of(cell, f"{path} row {row}") for cell in cells]
         if all(files):
             for inner, data in zip(folders, files, strict=True):
                 (inner / f"{name}_{row:06d}{ending_of(data, path, row)}").write_bytes(data)
 
 
-def file_of(content, source, where):
-    """Return the bytes of the file in a cell, None where it is empty. Raises InputError."""
-    if not isinstance(content, dict):
-        return content
-    if content.get("bytes") or not content.get("path"):
-        return content.get("bytes")
-    try:
-        return (source / content["path"]).read_bytes()  # which an absolute path replaces
-    except OSError:
-        raise InputError(f"{where} says the file {content['path']}, which is not there: write the data set "
-                         "anew with the files in it") from None
+def file_of(cell, where):
+    """Return the bytes of the file in a cell, {bytes, path} or bytes; None without. Raises InputError."""
+    if not isinstance(cell, dict):
+        return cell
+    if cell.get("path") and not cell.get("bytes"):
+        raise InputError(f"{where} has the name of the file {cell['path']} and not what is in it: write the "
+                         "data set anew with its files (save_to_disk or push_to_hub)")
+    return cell.get("bytes")
 
 
 def ending_of(data, path, row):
