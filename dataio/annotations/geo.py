@@ -1,4 +1,4 @@
-"""GeoJSON and GeoPackage files of polygons on a map, and the GeoJSON of QuPath, in pixels of an image.
+"""GeoJSON and GeoPackage files of polygons on a map.
 
 A file that is called like an image (a.geojson, a.tif.geojson, a_annotations.geojson) belongs to it, another
 one to every GeoTIFF that its polygons touch. Coordinates are those of the file's reference system,
@@ -36,12 +36,11 @@ FEATURE_TABLES = """
     FROM gpkg_contents c JOIN gpkg_geometry_columns g USING (table_name)
     LEFT JOIN gpkg_spatial_ref_sys s ON g.srs_id = s.srs_id WHERE c.data_type = 'features' ORDER BY 1
 """
-QUPATH_OBJECTS = {"annotation", "PathAnnotationObject"}  # others are cells and tiles
 
 
 class Layer(NamedTuple):
     """The features of a file, or of a table in it. features: of GeoJSON, whose geometry may be bytes of a
-    GeoPackage; crs: their reference system, None = that of the images; in_pixels: whether they are QuPath's.
+    GeoPackage; crs: their reference system, None = that of the images.
 
     shapes: those of the features that are polygons, in their coordinates, labeled None where nothing names
     the classes; rest: points, lines, and what cannot be read.
@@ -51,7 +50,6 @@ class Layer(NamedTuple):
     name: str
     features: list
     crs: CRS | None
-    in_pixels: bool = False
     shapes: list = ()
     rest: list = ()
 
@@ -66,7 +64,8 @@ class Place(NamedTuple):
 
 def find_files(folder):
     """Return the files of a FolderFiles with polygons on a map: GeoJSON, GeoPackage; shapefiles alone too."""
-    files = [path for path, content in folder.json.items() if features_of(content) is not None]
+    files = [path for path, content in folder.json.items()
+             if features_of(content) is not None and not is_qupath(content)]
     files += folder.with_ending(".gpkg")
     return files or folder.with_ending(".shp")
 
@@ -89,10 +88,7 @@ def read(files, folder):
         if len(own) > 1:
             folder.problems["file of several images of its name: rename them"].append(str(layer.path))
         elif own:
-            add_shapes(images, own[0], layer.path, layer.rest)
             lost += place_beside(named(layer, OBJECT), own[0], places[own[0]], images, folder, doubts)
-        elif layer.in_pixels:
-            folder.problems["file in pixels without an image of its name"].append(str(layer.path))
         else:
             over.append(layer)
     lost += place_on_map(named_by_file(over, notes), places, images, folder, doubts)
@@ -128,14 +124,24 @@ def features_of(content):
     return features if is_list else None
 
 
+def is_qupath(content):
+    """Return whether the content of a JSON file is GeoJSON of QuPath, which qupath.py reads."""
+    return any(map(qupath_kind, features_of(content) or []))
+
+
+def qupath_kind(feature):
+    """Return what QuPath calls a feature, "" for those of other programs."""
+    properties = properties_of(feature)
+    id = str(feature.get("id")) if isinstance(feature, dict) else ""
+    kind = properties.get("objectType") or (id if id.startswith("Path") else "")
+    return str(kind or ("annotation" if "classification" in properties else ""))
+
+
 def open_geojson(path, content):
     """Return the Layer of a GeoJSON file, without shapes. Raises InputError."""
-    features = features_of(content)
-    if any(map(qupath_kind, features)):
-        return Layer(path, path.stem, features, None, in_pixels=True)
     is_said = isinstance(content, dict) and content.get("crs")
     crs = crs_of(path, content["crs"]["properties"]["name"]) if is_said else DEGREES
-    return Layer(path, path.stem, features, crs)
+    return Layer(path, path.stem, features_of(content), crs)
 
 
 def open_geopackage(path):
@@ -178,41 +184,38 @@ def with_shapes(layers):
     properties have one of these as the class.
     """
     def schema_of(layer):
-        return layer.in_pixels, tuple(properties_of(layer.features[0]) if layer.features else ())
+        return tuple(properties_of(layer.features[0])) if layer.features else ()
 
     found, notes = [], []
-    for (in_pixels, _), alike in grouped(layers, schema_of).items():
-        rows = [properties_of(feature) for layer in alike for feature in layer.features]
-        key = None if in_pixels else class_property(rows)
+    for alike in grouped(layers, schema_of).values():
+        key = class_property([properties_of(feature) for layer in alike for feature in layer.features])
         if key is not None:
             notes.append(f"the property `{key}` of the features is their class")
-        found += [read_layer(layer, key, notes) for layer in alike]
+        found += [read_layer(layer, key) for layer in alike]
     return found, notes
 
 
-def read_layer(layer, key, notes):
+def read_layer(layer, key):
     """Return a Layer with the Shapes of its features; key: the property that is their class, or None."""
-    kinds = {qupath_kind(feature) for feature in layer.features}
-    wanted = kinds & QUPATH_OBJECTS or kinds
-
     def read_feature(feature, where):
-        if qupath_kind(feature) not in wanted:
-            return []
-        properties = feature.get("properties") or {}
-        label = qupath_label(properties) if layer.in_pixels else key and label_of(properties.get(key))
+        label = key and label_of((feature.get("properties") or {}).get(key))
         return read_geometry(feature["geometry"], Shape(label, "", where))
 
-    if kinds != wanted:
-        notes.append(f"QuPath: {', '.join(sorted(kinds - wanted))} left aside, annotations are read")
     name = f"{layer.path} {layer.name}" if layer.path.suffix.lower() == ".gpkg" else layer.path
-    shapes = []
-    for read in read_shapes(layer.features, read_feature, f"{name} feature", "GeoJSON"):
-        shapes += read if isinstance(read, list) else [read]
-    rest = [shape._replace(label=shape.label or OBJECT) for shape in shapes if not shape.rings]
-    shapes = [shape for shape in shapes if shape.rings]
+    found = read_features(layer.features, read_feature, name)
+    rest = [shape._replace(label=shape.label or OBJECT) for shape in found if not shape.rings]
+    shapes = [shape for shape in found if shape.rings]
     if layer.crs is DEGREES and any((abs(shape.rings[0]).max(0) > LARGEST).any() for shape in shapes):
         layer = layer._replace(crs=None)
     return layer._replace(shapes=shapes, rest=rest)
+
+
+def read_features(features, read_feature, where):
+    """Return the Shapes of features, of each those that read_feature(feature, where) returns."""
+    shapes = []
+    for found in read_shapes(features, read_feature, f"{where} feature", "GeoJSON"):
+        shapes += found if isinstance(found, list) else [found]  # a Shape with a problem
+    return shapes
 
 
 def properties_of(feature):
@@ -246,21 +249,6 @@ def is_name(value):
 def label_of(value):
     """Return the class that the value of a property names, "" for none."""
     return "" if not is_name(value) else f"class {value}" if isinstance(value, int) else value
-
-
-def qupath_kind(feature):
-    """Return what QuPath calls a feature, "" for those of other programs."""
-    properties = properties_of(feature)
-    id = str(feature.get("id")) if isinstance(feature, dict) else ""
-    kind = properties.get("objectType") or (id if id.startswith("Path") else "")
-    return str(kind or ("annotation" if "classification" in properties else ""))
-
-
-def qupath_label(properties):
-    """Return the class of a feature of QuPath."""
-    label = properties.get("classification")
-    label = (label.get("name") or ": ".join(label["names"])) if isinstance(label, dict) else label
-    return "ignore" if str(label).lower() == "ignore*" else label or ""
 
 
 def read_geometry(geometry, shape):
@@ -336,16 +324,17 @@ def place_of(path):
 
 
 def place_beside(layer, image, place, images, folder, doubts):
-    """Add the shapes of a file to the image that it is called like; return where those are that do not lie on
-    it.
-    """
-    if place.transform is not None and not layer.in_pixels:
+    """Add the shapes of a file to the image that it is called like; return where those beyond it are."""
+    if layer.rest or not layer.shapes:
+        add_shapes(images, image, layer.path, layer.rest)
+    if place.transform is not None:
         return place_on_map([layer], {image: place}, images, folder, doubts)
     rings = [ring for shape in layer.shapes for ring in shape.rings]
     if rings and (np.ptp(np.concatenate(rings), axis=0) < 2).all():
         folder.problems["file in degrees beside an image without georeference: save it as a GeoTIFF"].append(
             str(layer.path))
-    add_shapes(images, image, layer.path, layer.shapes)
+    elif rings:
+        add_shapes(images, image, layer.path, layer.shapes)
     return []
 
 
