@@ -80,7 +80,9 @@ def read(files, folder):
         with folder.reading(path, "GeoJSON or GeoPackage"):
             is_json = path.suffix.lower() != ".gpkg"
             layers += [open_geojson(path, folder.json[path])] if is_json else open_geopackage(path)
-    layers, notes = with_shapes(layers)
+    key = class_property([properties_of(feature) for layer in layers for feature in layer.features])
+    layers = [read_layer(layer, key) for layer in layers]
+    notes = [] if key is None else [f"the property `{key}` of the features is their class"]
     places = dict(zip(folder.images, in_parallel(place_of, folder.images, "reading images"), strict=True))
     images, over, lost, doubts = {}, [], [], []  # lost: the shapes that lie on no image
     for layer in layers:
@@ -91,7 +93,9 @@ def read(files, folder):
             lost += place_beside(named(layer, OBJECT), own[0], places[own[0]], images, folder, doubts)
         else:
             over.append(layer)
-    lost += place_on_map(named_by_file(over, notes), places, images, folder, doubts)
+    if key is None:
+        over = named_by_file(over, doubts)
+    lost += place_on_map(over, places, images, folder, doubts)
     any_image = next(iter(images), None)
     for layer in over:
         for shape in layer.rest:
@@ -102,7 +106,7 @@ def read(files, folder):
                       "of the images, or too small")
     state = "\n".join(f"{path.relative_to(folder.root)} {places[path].transform!r} {places[path].crs}"
                       for path in sorted(filter(None, images)))  # the masks depend on where images lie
-    return Annotations([], list(images.values()), files, by_area=True, notes=list(dict.fromkeys(notes)),
+    return Annotations([], list(images.values()), files, by_area=True, notes=notes,
                        doubts=list(dict.fromkeys(doubts)), state=state)
 
 
@@ -179,22 +183,6 @@ def crs_of(path, name):
 
 
 # --- features ---------------------------------------------------------------------------------------------
-def with_shapes(layers):
-    """Return layers with the Shapes of their features, and notes. Files whose features have the same
-    properties have one of these as the class.
-    """
-    def schema_of(layer):
-        return tuple(properties_of(layer.features[0])) if layer.features else ()
-
-    found, notes = [], []
-    for alike in grouped(layers, schema_of).values():
-        key = class_property([properties_of(feature) for layer in alike for feature in layer.features])
-        if key is not None:
-            notes.append(f"the property `{key}` of the features is their class")
-        found += [read_layer(layer, key) for layer in alike]
-    return found, notes
-
-
 def read_layer(layer, key):
     """Return a Layer with the Shapes of its features; key: the property that is their class, or None."""
     def read_feature(feature, where):
@@ -295,18 +283,18 @@ def read_ring(positions):
     return points
 
 
-def named_by_file(layers, notes):
-    """Return layers over several images, with their names as the classes where nothing else names them."""
-    without = sorted({layer.name for layer in layers if None in [shape.label for shape in layer.shapes]})
-    use_names = len(without) <= MOST_FILES and not any(map(split_in, without))
-    if without:
-        notes.append(f"no property names classes: they are called as their files, {', '.join(without)}"
-                     if use_names else f"no property names classes: the only one is called {OBJECT}")
+def named_by_file(layers, doubts):
+    """Return layers over several images with their names as the classes: not those of many, or of splits."""
+    names = sorted({layer.name for layer in layers if layer.shapes})
+    use_names = len(names) <= MOST_FILES and not any(map(split_in, names))
+    called = f"they are called as their files, {', '.join(names)}" if use_names else \
+        f"the only one is called {OBJECT}"
+    doubts += [f"no property of all files names the classes: {called}"] * bool(names)
     return [named(layer, layer.name if use_names else OBJECT) for layer in layers]
 
 
 def named(layer, label):
-    """Return a Layer whose shapes have a label where they had none."""
+    """Return a Layer whose shapes have a label where no property names it."""
     return layer._replace(shapes=[shape._replace(label=label) if shape.label is None else shape
                                   for shape in layer.shapes])
 
