@@ -49,13 +49,15 @@ def read(files, folder):
         if not taken and (lost[task] or not task.annotations):
             continue  # neither pictures nor background
         tools = {region.get("from_name"): region.get("to_name") for region in regions}
-        found = task.by_image([(tools.get(picture.tool), shape_of(picture)) for picture in taken])
+        found = task.by_image([(tools.get(picture.tool), picture) for picture in taken])
         if found is None:
             folder.problems[UNTOLD].append(str(task))
             continue
-        path = taken[0].path if taken else task.path
-        images += [AnnotatedImage(names, f"{path} (task {task.number})", path, shapes)
-                   for names, shapes in found.items()]
+        first = taken[0].path if taken else task.path
+        for names, shown in found.items():
+            shapes = [Shape(label, "picture", str(path), bitmap=partial(read_picture, path))
+                      for path, *_, label in shown]
+            images.append(AnnotatedImage(names, f"{first} (task {task.number})", first, shapes))
     notes, lost = [], +lost
     if several:
         notes.append(f"{count_of(len(several), 'task')} with pictures of several annotations, as "
@@ -86,8 +88,3 @@ def taken_of(task, by_annotation):
     if by_annotation.keys() & {annotation["id"] for annotation in task.annotations}:
         return by_annotation.get(task.taken["id"], [])
     return by_annotation[max(by_annotation, key=int)] if by_annotation else []
-
-
-def shape_of(picture):
-    """Return the Shape of a Picture."""
-    return Shape(picture.label, "picture", str(picture.path), bitmap=partial(read_picture, picture.path))
