@@ -29,6 +29,7 @@ BATCH = 16  # rows in memory
 ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"II": ".tif", b"MM": ".tif", b"GIF8": ".gif",
            b"BM": ".bmp", b"RIFF": ".webp"}  # by the first bytes of a file
 HUB_FILES = ("*.parquet", "*.arrow", "*id2label.json", "*dataset_info.json", "*classes.txt", "README.md")
+DAMAGED = "is damaged: download or export it again"
 CONVERTED = "refs/convert/parquet"  # the branch of the Hub with files that it converted itself
 
 
@@ -54,11 +55,14 @@ def unpack(root, download=True):
     columns = choose_columns(files[0], kinds)
     target = drawn_folder().parent / "hf" / key_of(source, files, columns)
     fill_folder(target, lambda path, folder: write_rows(path, source, columns, folder), files, "unpacking")
-    own = source / "classes.txt"
+    own, written = source / "classes.txt", target / "classes.txt"
     names, of = ({}, own) if own.is_file() else class_names(source, features)
     text = own.read_bytes() if own.is_file() else class_list(names).encode()
-    write_class_list(target / "classes.txt", text)
-    pairs, rows = len(list(target.glob("*/masks/*"))), sum(map(count_rows, files))
+    if not text:
+        written.unlink(missing_ok=True)  # of an earlier run
+    elif not written.is_file() or written.read_bytes() != text:
+        write_atomically(written, lambda temporary: temporary.write_bytes(text))
+    pairs, rows = len(list(target.glob("*/masks/*"))), sum(open_table(path).rows for path in files)
     notes = [f"{count_of(len(files), 'file')} of Hugging Face: images of the column `{columns[0]}`, masks of "
              f"`{columns[1]}`; {count_of(pairs, 'pair')} written to {target}"]
     others = [name for name, kind in kinds.items() if kind == "Image" and name not in columns]
@@ -132,67 +136,45 @@ def key_of(source, files, columns):
 
 
 # --- what is in them --------------------------------------------------------------------------------------
-def arrow():
-    """Return the package pyarrow. Raises InputError where it is missing."""
+class Table(NamedTuple):
+    """The rows of a file. schema: pyarrow's; rows: their number; batches: f([column]) -> record batches."""
+
+    schema: object
+    rows: int
+    batches: object
+
+
+def open_table(path):
+    """Return the Table of a parquet file or of an arrow file. Raises InputError."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise InputError("--dataset hf reads its files with pyarrow: pip install pyarrow") from None
-    return pyarrow
-
-
-def opened(path):
-    """Return a pyarrow ParquetFile or the reader of an arrow file. Raises InputError."""
-    pyarrow = arrow()
     try:
         if path.suffix.lower() == ".parquet":
-            return pyarrow.parquet.ParquetFile(path)
-        try:
-            return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-        except pyarrow.ArrowInvalid:
-            return pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+            file = pyarrow.parquet.ParquetFile(path)
+            return Table(file.schema_arrow, file.metadata.num_rows,
+                         lambda columns: file.iter_batches(BATCH, columns=columns))
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()  # stays on the disk
+        return Table(table.schema, table.num_rows, lambda columns: table.select(columns).to_batches(BATCH))
     except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from None
+        raise InputError(f"{path} {DAMAGED} ({error})") from None
 
 
-def damaged(path, error):
-    """Return the InputError of a file that cannot be read."""
-    return InputError(f"{path} is damaged ({' '.join(str(error).split())}): download or export it again")
-
-
-def batches(path, columns):
-    """Yield the rows of a file as record batches of some columns. Raises InputError."""
-    file = opened(path)
+def read_rows(path, columns):
+    """Yield a tuple of the cells of each row in some columns. Raises InputError."""
+    batches = open_table(path).batches(list(columns))
     try:
-        if path.suffix.lower() == ".parquet":
-            yield from file.iter_batches(BATCH, columns=list(columns))
-        else:
-            for batch in stored_batches(file):
-                for start in range(0, batch.num_rows, BATCH):
-                    yield batch.slice(start, BATCH).select(list(columns))
-    except (arrow().ArrowException, OSError, KeyError) as error:
-        raise damaged(path, error) from None
-
-
-def stored_batches(file):
-    """Return the record batches of an arrow file, a stream or not."""
-    is_stream = hasattr(file, "read_next_batch")
-    return file if is_stream else map(file.get_batch, range(file.num_record_batches))
-
-
-def count_rows(path):
-    """Return the number of rows of a file. Raises InputError."""
-    file = opened(path)
-    if path.suffix.lower() == ".parquet":
-        return file.metadata.num_rows
-    return sum(batch.num_rows for batch in stored_batches(file))
+        for batch in batches:
+            yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:  # of which pyarrow's are
+        raise InputError(f"{path} {DAMAGED} ({error})") from None
 
 
 def read_features(path):
     """Return {column: what the file's features say of it, else the type of its values}. Raises InputError."""
-    file = opened(path)
-    schema = file.schema_arrow if hasattr(file, "schema_arrow") else file.schema
+    schema = open_table(path).schema
     try:
         content = json.loads((schema.metadata or {})[b"huggingface"])
         return dict(content["info"]["features"].items())
@@ -234,30 +216,24 @@ def write_rows(path, source, columns, folder):
     Rows without either are left out. Raises InputError.
     """
     below, name = folder / split_of(path, source), "_".join(path.relative_to(source).with_suffix("").parts)
-    for part in ("images", "masks"):
-        (below / part).mkdir(parents=True, exist_ok=True)
-    row = 0
-    for batch in batches(path, columns):
-        for contents in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
-            files = [file_of(content, source, f"{path} row {row} column {column}")
-                     for content, column in zip(contents, columns, strict=True)]
-            for part, data in zip(("images", "masks"), files, strict=True):
-                if all(files):
-                    (below / part / f"{name}_{row:06d}{ending_of(data, path, row)}").write_bytes(data)
-            row += 1
+    folders = below / "images", below / "masks"
+    for inner in folders:
+        inner.mkdir(parents=True, exist_ok=True)
+    for row, cells in enumerate(read_rows(path, columns)):
+        files = [file_of(cell, f"{path} row {row}") for cell in cells]
+        if all(files):
+            for inner, data in zip(folders, files, strict=True):
+                (inner / f"{name}_{row:06d}{ending_of(data, path, row)}").write_bytes(data)
 
 
-def file_of(content, source, where):
-    """Return the bytes of the file in a cell, None where it is empty. Raises InputError."""
-    if not isinstance(content, dict):
-        return content
-    if content.get("bytes") or not content.get("path"):
-        return content.get("bytes")
-    try:
-        return (source / content["path"]).read_bytes()  # which an absolute path replaces
-    except OSError:
-        raise InputError(f"{where} says the file {content['path']}, which is not there: write the data set "
-                         "anew with the files in it") from None
+def file_of(cell, where):
+    """Return the bytes of the file in a cell, {bytes, path} or bytes; None without. Raises InputError."""
+    if not isinstance(cell, dict):
+        return cell
+    if cell.get("path") and not cell.get("bytes"):
+        raise InputError(f"{where} has the name of the file {cell['path']} and not what is in it: write the "
+                         "data set anew with its files (save_to_disk or push_to_hub)")
+    return cell.get("bytes")
 
 
 def ending_of(data, path, row):
@@ -273,14 +249,15 @@ def class_names(source, features):
     """Return ({mask value: class}, the file that says so): id2label.json, else lists of classes (ClassLabel)
     in the features or in README.md; ({}, "") without. A ClassLabel that is no list is of whole images.
     """
-    for path in [path for path in list_images(source, (".json",)) if path.name.endswith("id2label.json")][:1]:
-        return read_id2label(path), path
-    card = source / "README.md"
+    for path in list_images(source, (".json",)):
+        if path.name.endswith("id2label.json"):
+            return read_id2label(path), path
     for feature in features.values():
         inner = feature.get("feature") if isinstance(feature, dict) else feature
         inner = inner[0] if isinstance(inner, list) and inner else inner
         if kind_of(inner) == "ClassLabel" and inner.get("names"):
             return dict(enumerate(map(str, inner["names"]))), "the features"
+    card = source / "README.md"
     try:
         head = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])["dataset_info"]
         for entry in (head[0] if isinstance(head, list) else head)["features"]:
@@ -295,8 +272,7 @@ def class_names(source, features):
 def read_id2label(path):
     """Return {mask value: class} of id2label.json. Raises InputError."""
     try:
-        content = json.loads(path.read_bytes())
-        names = {int(id): str(name) for id, name in content.items()}
+        names = {int(id): str(name) for id, name in json.loads(path.read_bytes()).items()}
     except (ValueError, TypeError, AttributeError):
         names = {}
     if not names or min(names) < 0:
@@ -310,14 +286,6 @@ def class_list(names):
     lines = (f"{' '.join(name.replace('=', ' ').lstrip('# ').split()) or f'class {value}'} = {value}"
              for value, name in names.items())
     return "".join(f"{line}\n" for line in lines)
-
-
-def write_class_list(path, content):
-    """Write the classes.txt that names the classes from now on, or remove it where there is no content."""
-    if not content:
-        path.unlink(missing_ok=True)
-    elif not path.is_file() or path.read_bytes() != content:
-        write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def readings(names, values):

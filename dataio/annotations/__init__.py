@@ -11,8 +11,8 @@ annotation file changes; the folder itself stays as it is. What is not labeled i
 """
 from config import count_of
 from dataio.annotations import (class_masks, coco, csv_runs, cvat, datumaro, geo, isat, label_studio,
-                                label_studio_masks, labelme, superannotate, supervisely, unread, via, via3,
-                                yolo)
+                                label_studio_masks, labelme, qupath, superannotate, supervisely, unread, via,
+                                via3, yolo)
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.importer import draw_annotations
 from dataio.layout import NoMasks, find_pairs
@@ -32,6 +32,7 @@ TOOLS = {  # the first that has files in a folder is read
     "YOLO": yolo,
     "a mask per class": class_masks,
     "run lengths in CSV": csv_runs,
+    "QuPath": qupath,
     "GeoJSON or GeoPackage": geo,
 }
 

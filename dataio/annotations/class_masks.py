@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import InputError, count_of
-from dataio.annotations.files import AnnotatedImage, Annotations
+from dataio.annotations.files import OBJECT, AnnotatedImage, Annotations
 from dataio.annotations.shapes import BadLabel, Shape, picture_codes, read_picture
 from dataio.layout import KNOWN_WORDS, MASK_AFFIX, common_name, count_shared_folders, role_of, words_of
 from dataio.scan import distinct
@@ -24,7 +24,6 @@ from utils import evenly_sampled, grouped, in_parallel
 OPENED = 16  # pictures that are opened to see whether all are black and white
 NEARLY_ALL = 0.8  # share of them that has to be; the others are named then
 MUCH = 0.5  # share of the pixels above which classes that overlap are doubtful
-OBJECT = "object"  # the class of pictures whose names say none
 NUMBERED = re.compile(r"((obj|object|instance|inst)[ _.-]*)?\d+", re.IGNORECASE)  # names of objects
 
 
@@ -49,22 +48,19 @@ def read(files, folder):
         one, other = next((pair for pair in pairs if pair[0].image != pair[1].image), pairs[0])
         raise InputError(f"{one.path} may show {one.label} in {one.image} or {other.label} in {other.image}: "
                          "give classes other names than images, as in masks/car/1.png")
-    by_image = grouped([picture for picture in pictures if picture.image], lambda picture: picture.image)
+    by_image = grouped(pictures, lambda picture: picture.image)
     strays = [Shape("", "", str(picture.path), problem="of an image that is not there")
-              for picture in pictures if not picture.image]
+              for picture in by_image.pop(None, [])]
     images = [AnnotatedImage(None, "", files[0], strays)] if strays else []
     overlaps = []  # the share of each image with any
     found = in_parallel(look_at, list(by_image.values()), "reading masks")
     for (image, entries), (shapes, overlap) in zip(by_image.items(), found, strict=True):
-        splits = {folder.split_of(picture.path) for picture in entries} - {""}
-        split = splits.pop() if len(splits) == 1 and not folder.split_of(image) else ""
-        images.append(AnnotatedImage(image, str(image), image, shapes, split=split))
+        images.append(AnnotatedImage(image, str(image), entries[0].path, shapes))
         overlaps += [overlap] * (overlap > 0)
     classes = sorted({picture.label for picture in pictures if picture.image})
-    notes = [f"{count_of(len(pictures), 'black and white picture')}, one for each "
-             + (f"class of an image: {', '.join(classes)}" if classes != [OBJECT] else
-                f"object of an image, which is of the only class, {OBJECT}")]
-    doubts = []
+    each = f"class of an image: {', '.join(classes)}" if classes != [OBJECT] else \
+        f"object of an image, which is of the only class, {OBJECT}"
+    notes, doubts = [f"{count_of(len(pictures), 'black and white picture')}, one for each {each}"], []
     if overlaps:
         share = np.mean(overlaps)
         line = (f"pictures of different classes overlap in {count_of(len(overlaps), 'image')}, in "
@@ -89,11 +85,11 @@ def look_at(pictures):
             shapes.append(shape._replace(problem=str(error)))
             continue
         shapes += [shape] * bool(pixels.any())
-        before = covered.get(label, np.zeros_like(pixels))
+        before = covered.get(label, pixels)
         covered[label] = before | pixels if before.shape == pixels.shape else pixels
     if len({pixels.shape for pixels in covered.values()}) != 1:
-        return shapes, 0
-    count = sum(pixels.astype(np.uint8) for pixels in covered.values())
+        return shapes, 0  # the sizes are judged later
+    count = np.sum(list(covered.values()), 0)
     return shapes, int((count > 1).sum()) / max(1, int((count > 0).sum()))
 
 
@@ -139,14 +135,12 @@ def find_readings(folder):
     roles = {path: role_of(above(path, folder)) for path in folder.images}
     below = [path for path, role in roles.items() if role.below_masks]
     others = [path for path, role in roles.items() if not role.below_masks and role.content != "other"]
-    named = [path for path in others if roles[path].content == "images"]
-    apart = [path for path in others if roles[path].content != "images"]
-    found = []
-    if below and others:
-        found = [by_class_folder(below, others, folder), by_suffix(below, others, folder),
-                 by_image_folder(below, others, folder)]
-    elif others:  # without a folder called masks: car/ and tree/ beside images/, 1_car.png beside 1.jpg
-        found = [by_class_folder(apart, named, folder), by_suffix(others, others, folder)]
+    by_stem, layouts = grouped(others, lambda path: path.stem), (by_class_folder, by_suffix, by_image_folder)
+    found = [layout(below, by_stem, folder) for layout in layouts]
+    if not below:  # without a folder called masks: car/ and tree/ beside images/, 1_car.png beside 1.jpg
+        apart = grouped(others, lambda path: roles[path].content == "images")
+        images = grouped(apart.get(True, []), lambda path: path.stem)
+        found = [by_class_folder(apart.get(False, []), images, folder), by_suffix(others, by_stem, folder)]
     fitting = [pictures for number, pictures in enumerate(found)
                if pictures not in found[:number] and is_complete(pictures)]
     counts = [len({picture.image for picture in pictures}) for pictures in fitting]
@@ -171,56 +165,59 @@ def is_complete(pictures):
     return sum(opened) >= NEARLY_ALL * len(opened)
 
 
-def by_class_folder(paths, images, folder):
+def by_class_folder(paths, by_stem, folder):
     """Return the [Picture] of masks/car/1.png and images/1.jpg: the class is the innermost folder that has
-    not the name of one of images, as the scene in masks/car/scene/1.png and images/scene/1.jpg.
+    not the name of one of images, as the scene in masks/car/scene/1.png and images/scene/1.jpg. by_stem:
+    {stem: images}.
     """
-    by_stem, pictures = grouped(images, lambda path: path.stem), []
-    shared = {name for image in images for name in folder.folders_of(image)}
+    pictures = []
+    shared = {name for same in by_stem.values() for image in same for name in folder.folders_of(image)}
     for path in paths:
-        candidates = by_stem.get(path.stem) or by_stem.get(common_name(path, MASK_AFFIX), [])
+        images = by_stem.get(path.stem) or by_stem.get(common_name(path, MASK_AFFIX), [])
         scenes = shared.intersection(folder.folders_of(path))
-        candidates = [image for image in candidates if scenes.issubset(folder.folders_of(image))]
+        images = [image for image in images if scenes.issubset(folder.folders_of(image))]
         names = [name for name in above(path, folder)
                  if name.lower() not in shared and not set(words_of(name)) <= KNOWN_WORDS]
         if not names:
             return []
-        label = MASK_AFFIX.fullmatch(names[-1])[1]
-        pictures.append(Picture(path, nearest(path, candidates, folder), label))
+        pictures.append(Picture(path, nearest(path, images, folder), bare(names[-1])))
     return pictures
 
 
-def by_suffix(paths, images, folder):
+def by_suffix(paths, by_stem, folder):
     """Return the [Picture] of 1_car.png and 1.jpg."""
-    by_stem, known, pictures = grouped(images, lambda path: path.stem), set(images), []
+    pictures = []
     for path in paths:
-        ends = [match.span() for match in re.finditer(r"[ _.-]+", path.stem)]
-        start, end = next(((start, end) for start, end in reversed(ends) if path.stem[:start] in by_stem),
-                          (0, 0))
-        label = MASK_AFFIX.fullmatch(path.stem[end:])[1]
-        if end and not NUMBERED.fullmatch(label):
-            pictures.append(Picture(path, nearest(path, by_stem[path.stem[:start]], folder), label))
-        elif path not in known:
+        cuts = [cut for cut in re.finditer(r"[ _.-]+(?=[^ _.-])", path.stem)
+                if path.stem[:cut.start()] in by_stem]
+        label = bare(path.stem[cuts[-1].end():]) if cuts else ""
+        if label and not NUMBERED.fullmatch(label):
+            image = nearest(path, by_stem[path.stem[:cuts[-1].start()]], folder)
+            pictures.append(Picture(path, image, label))
+        elif path not in by_stem.get(path.stem, ()):
             pictures.append(Picture(path, None, ""))
-    if len({picture.label for picture in pictures}) * 2 > len(pictures):  # names of objects, or of photos
-        return []
-    return pictures
+    labels = {picture.label for picture in pictures}
+    return pictures if 2 * len(labels) <= len(pictures) else []  # else names of objects, or of photos
 
 
-def by_image_folder(paths, images, folder):
+def by_image_folder(paths, by_stem, folder):
     """Return the [Picture] of 1/masks/0ac3.png and 1/images/1.png, or of masks/1/car.png and images/1.jpg:
     names are classes where most pictures have one that is there again.
     """
-    by_stem, pictures = grouped(images, lambda path: path.stem), []
+    pictures = []
     for path in paths:
-        names = [name for name in reversed(above(path, folder)) if name in by_stem]
-        image = nearest(path, by_stem[names[0]], folder) if names else None
-        label = re.sub(rf"^{re.escape(names[0])}[ _.-]+", "", path.stem) if names else path.stem
-        pictures.append(Picture(path, image, MASK_AFFIX.fullmatch(label)[1]))
+        name = next((name for name in reversed(above(path, folder)) if name in by_stem), "")
+        label = re.sub(rf"^{re.escape(name)}[ _.-]+", "", path.stem)
+        pictures.append(Picture(path, nearest(path, by_stem.get(name, []), folder), bare(label)))
     counts = Counter(picture.label for picture in pictures if not NUMBERED.fullmatch(picture.label))
     if 2 * sum(count for count in counts.values() if count > 1) <= len(pictures):
         pictures = [picture._replace(label=OBJECT) for picture in pictures]
     return pictures
+
+
+def bare(name):
+    """Return a name without the words for a mask."""
+    return MASK_AFFIX.fullmatch(name)[1]
 
 
 def nearest(path, images, folder):

@@ -6,7 +6,6 @@
 EncodedPixels are pairs of a first pixel, from 1, and a length; an empty cell means that there is nothing.
 Pixels are numbered column by column in most contests, row by row in others: the shapes tell.
 """
-import csv
 import math
 import re
 from functools import partial
@@ -14,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import InputError, count_of
-from dataio.annotations.files import AnnotatedImage, Annotations, split_in
-from dataio.annotations.shapes import BadLabel, Bitmap, Shape, paste, runs_bitmap
-from dataio.images import MOST_PIXELS, read_orientation, upright_size
+from config import InputError
+from dataio.annotations.files import OBJECT, AnnotatedImage, Annotations, given_size, read_csv, split_in
+from dataio.annotations.shapes import BadLabel, Shape, runs_bitmap
+from dataio.images import read_orientation
 from utils import evenly_sampled, grouped, in_parallel
 
 IMAGE_COLUMNS = ("imageid", "image", "img", "filename", "file", "imagename", "imageidclassid", "imagelabel",
@@ -27,13 +26,14 @@ RUN_COLUMNS = ("encodedpixels", "encodedpixel", "encoding", "rle", "rlemask", "r
                "segmentation", "mask")
 SIDES = (("height", "imgheight", "imageheight"), ("width", "imgwidth", "imagewidth"))
 NOTHING = ("", "-1", "nan")
-OBJECT = "object"  # the class of files without a column for it
 COMPARED = 200  # shapes that tell the order of the pixels
 CLEAR = 0.8  # share of the steps from line to line that the right order has at most of those of the other
 
 
 class Row(NamedTuple):
-    """A row of a file. size: the (H, W) that it gives, or None; where: the file and the line."""
+    """A row of a file. runs: "" where there is nothing; size: the (H, W) that it gives, or None; where: the
+    file and the line.
+    """
 
     image: str
     label: str
@@ -51,8 +51,8 @@ def find_files(folder):
 def holds_runs(path):
     """Return whether a file has the columns, and pairs of numbers in the first row that is not empty."""
     try:
-        first = next((row.runs for row in read_rows(path) if row.runs.lower() not in NOTHING), "")
-    except (InputError, OSError, ValueError, LookupError, csv.Error):
+        first = next((row.runs for row in read_rows(path) if row.runs), "")
+    except (InputError, OSError, ValueError, LookupError):
         return False
     return bool(re.fullmatch(r"\d+(\s+\d+)+", first))
 
@@ -62,28 +62,20 @@ def read(files, folder):
     rows, paths = [], {}  # {name of an image: the file that has it}
     for path in files:
         with folder.reading(path, "run-length"):
-            try:
-                found = list(read_rows(path))
-            except csv.Error as error:
-                raise InputError(f"{path} is not a readable CSV file ({error}): export it again") from None
+            found = list(read_rows(path))
             rows += found
             paths |= dict.fromkeys((row.image for row in found), path)
     by_name = grouped(rows, lambda row: row.image)
     found = in_parallel(lambda name: size_of(by_name[name][0], paths[name], folder), list(by_name),
                         "reading images")
-    sizes, turned = {}, []
-    for name, header in zip(by_name, found, strict=True):
-        sizes[name], is_turned = (None, False) if isinstance(header, InputError) else header
-        turned += [name] * (is_turned and any(row.runs.lower() not in NOTHING for row in by_name[name]))
-    by_columns, notes, doubts = find_order(rows, sizes)
-    if turned:
-        doubts.append(f"{count_of(len(turned), 'photo')} turned by EXIF, as {turned[0]}, of which the file "
-                      "gives no size: pixels are taken as numbered on the upright image")
+    sizes = {name: None if isinstance(size, InputError) else size
+             for name, size in zip(by_name, found, strict=True)}
+    by_columns, notes, doubts = find_order([row for row in rows if row.runs], sizes)
     images = []
     for name, entries in by_name.items():
         shapes = [Shape(row.label, "run lengths", row.where,
                         bitmap=partial(decode_pairs, row.runs, sizes[name], by_columns))
-                  for row in entries if sizes[name] and row.runs.lower() not in NOTHING]
+                  for row in entries if row.runs]
         images.append(AnnotatedImage(name, entries[0].where, paths[name], shapes, sizes[name]))
     classes = sorted({row.label for row in rows} - {""},
                      key=lambda label: (len(label) * label[-1:].isdecimal(), label))
@@ -92,91 +84,54 @@ def read(files, folder):
     return Annotations(classes, images, files, by_area=True, notes=notes, doubts=doubts)
 
 
-def csv_reader(file):
-    """Return the csv.reader of an open file; its first line tells whether commas or semicolons end cells."""
-    csv.field_size_limit(1 << 30)
-    line = file.readline()
-    file.seek(0)
-    return csv.reader(file, delimiter=";" if line.count(";") > line.count(",") else ",")
-
-
 def read_rows(path):
     """Yield the Rows of a file. Raises KeyError without its columns, and InputError."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv_reader(file)
-        titles = [re.sub(r"[\s_.-]", "", title).lower() for title in next(reader, [])]
-        image, label, runs, height, width = (
-            next((titles.index(name) for name in names if name in titles), None)
-            for names in (IMAGE_COLUMNS, CLASS_COLUMNS, RUN_COLUMNS, *SIDES))
-        if image is None or runs is None:
-            raise KeyError(f"no columns of images and runs: {', '.join(titles)}")
-        joined = re.search("label|class", titles[image])
-        for cells in filter(None, reader):
-            where = f"{path} line {reader.line_num}"
-            if len(cells) < len(titles):
-                raise InputError(f"{where} has {len(cells)} cells of {len(titles)}: export it again")
-            name, kind = cells[image].strip(), OBJECT if label is None else cells[label].strip()
-            if joined:
-                name, kind = name_and_class(name)
-            kind = f"class {kind}" if kind.isdecimal() else kind
-            sides = [cells[side] for side in (height, width) if side is not None]
-            yield Row(name, kind, cells[runs].strip(), size_from(sides), where)
-
-
-def name_and_class(text):
-    """Return the name of the image and the class in `a.jpg_Fish`."""
-    match = re.fullmatch(r"(.+\.[A-Za-z]{3,4})_(.+)", text) or re.fullmatch(r"(.+)_([^_]+)", text)
-    return match.groups() if match else (text, "")
-
-
-def size_from(texts):
-    """Return the (H, W) of two cells, None where they are none."""
-    size = tuple(int(text) for text in texts if text.isdecimal() and len(text) < 6)
-    return size if len(size) == 2 and 0 < math.prod(size) <= MOST_PIXELS else None
+    lines = read_csv(path)
+    _, titles = next(lines, (1, []))
+    titles = [re.sub(r"[\s_.-]", "", title).lower() for title in titles]
+    image, label, runs, *sides = (next((titles.index(name) for name in names if name in titles), None)
+                                  for names in (IMAGE_COLUMNS, CLASS_COLUMNS, RUN_COLUMNS, *SIDES))
+    if image is None or runs is None:
+        raise KeyError(f"no columns of images and runs: {', '.join(titles)}")
+    for number, cells in lines:
+        where = f"{path} line {number}"
+        if len(cells) < len(titles):
+            raise InputError(f"{where} has {len(cells)} cells of {len(titles)}: export it again")
+        name, kind = cells[image].strip(), OBJECT if label is None else cells[label].strip()
+        if re.search("label|class", titles[image]):  # a.jpg_Fish
+            match = re.fullmatch(r"(.+\.[A-Za-z]{3,4})_(.+)", name) or re.fullmatch(r"(.+)_([^_]+)", name)
+            name, kind = match.groups() if match else (name, "")
+        kind = f"class {kind}" if kind.isdecimal() else kind
+        text, given = cells[runs].strip(), [cells[side].strip() for side in sides if side is not None]
+        size = given_size({side: int(text) for side, text in enumerate(given) if text.isdecimal()}, 0, 1)
+        yield Row(name, kind, "" if text.lower() in NOTHING else text, size, where)
 
 
 def size_of(row, path, folder):
-    """Return the (H, W) of the upright image of a Row, None where there is none, and whether EXIF turns its
-    sides while the file does not say which view it means. Raises InputError.
+    """Return the (H, W) that a Row gives, else that of its image; None where there is none, or EXIF turns it,
+    so that pixels may be numbered before or after turning. Raises InputError.
     """
     images = [] if row.size else folder.find_images(row.image, path, split_in(path.stem))
-    if not images:
-        return row.size, False
-    size, orientation = read_orientation(images[0])
-    upright = upright_size(size, orientation)
-    return upright, upright != size
-
-
-def read_pairs(text, size):
-    """Return the first pixels, from 0, and the ends of runs, (n,) int64. Raises BadLabel."""
-    try:
-        numbers = np.array([int(number) for number in text.replace("_", "?").split()], np.int64)
-    except (ValueError, OverflowError):
-        raise BadLabel("with run lengths that are not pairs of numbers") from None
-    if len(numbers) % 2:
-        raise BadLabel("with an odd count of numbers, where each run has two")
-    starts, lengths = numbers[::2] - 1, numbers[1::2]
-    pixels, order = math.prod(size), np.argsort(starts)
-    if numbers.min() < 1 or numbers.max() > pixels or (starts + lengths).max() > pixels:
-        raise BadLabel(f"with runs outside of its image, whose pixels are numbered from 1 to {pixels}")
-    starts, ends = starts[order], (starts + lengths)[order]
-    if (starts[1:] < ends[:-1]).any():
-        raise BadLabel("with runs that overlap")
-    return starts, ends
+    size, orientation = read_orientation(images[0]) if images else (row.size, 1)
+    return size if orientation == 1 else None
 
 
 def decode_pairs(text, size, by_columns):
-    """Return the Bitmap of pairs of a first pixel, from 1, and a length, of the columns or rows that they
-    touch. Raises BadLabel.
-    """
-    starts, ends = read_pairs(text, size)
-    line = size[0] if by_columns else size[1]
-    first, last = int(starts[0]) // line, -(-int(ends[-1]) // line)
-    borders = np.stack([starts, ends], 1).ravel() - first * line
-    counts = np.diff(borders, prepend=0, append=(last - first) * line)
-    if by_columns:
-        return Bitmap(runs_bitmap(counts, line, last - first, True).pixels, left=first)
-    return Bitmap(runs_bitmap(counts, last - first, line).pixels, top=first)
+    """Return the Bitmap of an image of pairs of a first pixel, from 1, and a length. Raises BadLabel."""
+    if size is None:
+        raise BadLabel("on a photo that EXIF turns, of which its file gives no size: save the photo upright")
+    if not re.fullmatch(r"(\d{1,18}\s+)*\d{1,18}", text, re.ASCII):
+        raise BadLabel("with run lengths that are not numbers from 1")
+    numbers, pixels = np.array(text.split()).astype(np.int64), math.prod(size)
+    if len(numbers) % 2:
+        raise BadLabel("with an odd count of numbers, where each run has two")
+    starts, lengths = numbers[::2] - 1, numbers[1::2]
+    if numbers.min() < 1 or (starts + lengths).max() > pixels:
+        raise BadLabel(f"with runs outside of its image, whose pixels are numbered from 1 to {pixels}")
+    borders = np.stack([starts, starts + lengths], 1)[np.argsort(starts)].ravel()
+    if (np.diff(borders) < 0).any():
+        raise BadLabel("with runs that overlap")
+    return runs_bitmap(np.diff(borders, prepend=0, append=pixels), *size, by_columns)
 
 
 def find_order(rows, sizes):
@@ -187,16 +142,14 @@ def find_order(rows, sizes):
              and len(row.runs.split()) > 2]
     steps = np.zeros(2)
     for row in evenly_sampled(tells, COMPARED):
-        height, width = size = sizes[row.image]
-        pixels = np.zeros(size, bool)
         try:
-            paste(decode_pairs(row.runs, size, by_columns=True), pixels, True)
+            pixels = decode_pairs(row.runs, sizes[row.image], by_columns=True).pixels.T.ravel()
         except BadLabel:
             continue  # named later
-        pixels = pixels.T.ravel()
-        steps += [np.count_nonzero(pixels[side:] != pixels[:-side]) for side in (height, width)]
-    by_columns, names = bool(steps[0] <= steps[1]), ("column by column", "row by row")
+        steps += [np.count_nonzero(pixels[side:] != pixels[:-side]) for side in sizes[row.image]]
+    names = "column by column", "row by row"
     if steps.min() < CLEAR * steps.max():
+        by_columns = bool(steps[0] < steps[1])
         return by_columns, [f"pixels are numbered {names[not by_columns]}: so shapes hold together"], []
     reason = "" if tells else ", because all images are square"
     return True, [], [f"nothing tells whether pixels are numbered {names[0]} or {names[1]}{reason}: taken as "

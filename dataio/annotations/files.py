@@ -5,6 +5,7 @@
     with folder.reading(path, "COCO"):                   # what is wrong with its form is noted, not raised
         images.append(AnnotatedImage("shots/a.jpg", f"{path} image 1", path, shapes, size=(480, 640)))
 """
+import csv
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from dataio.layout import SPLIT_OF, count_shared_folders, list_images, role_of, 
 from utils import in_parallel
 
 FORM_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError)
+OBJECT = "object"  # the class of shapes where nothing names one
+FEW, MOSTLY = 20, 0.7  # values of a property that may all differ; share of different ones among more of them
 
 
 class AnnotatedImage(NamedTuple):
@@ -219,3 +222,31 @@ def given_size(content, *keys):
     sides = tuple(content.get(key) for key in keys)
     sides = tuple(int(side) if isinstance(side, float) and side.is_integer() else side for side in sides)
     return sides if all(type(side) is int and 0 < side < 100_000 for side in sides) else None
+
+
+def read_csv(path):
+    """Yield (number of the line, cells) of the rows of a CSV file, whose first line tells whether commas or
+    semicolons end cells. Raises InputError.
+    """
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        line = file.readline()
+        file.seek(0)
+        reader = csv.reader(file, delimiter=";" if line.count(";") > line.count(",") else ",")
+        try:
+            for cells in filter(None, reader):
+                yield reader.line_num, cells
+        except csv.Error as error:
+            raise InputError(f"{path} is not a readable CSV file ({error}): export it again") from None
+
+
+def class_properties(rows):
+    """Return {property: [value]} of the properties that may be the class; rows: {property: value} of each
+    shape. Values that mostly differ from shape to shape are names or remarks.
+    """
+    values = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    return {name: found for name, found in values.items()
+            if len(found) <= FEW or len(set(found)) <= MOSTLY * len(found)}

@@ -27,16 +27,17 @@ UNTOLD = ("task of several images that does not say on which its regions are (`t
 
 @dataclass(eq=False)
 class Task:
-    """A task of an export. number: its id, which a task of another server may have too; path: the export.
+    """A task of an export, or of several entries of JSON-MIN, which has one for each annotation.
 
-    texts: {key in its `data`: names that a file may have by this text}; images: those that may be images.
+    number: its id, which a task of another server may have too; path: the export. names: {key in its `data`:
+    names that a file may have by this text}; images: those names that may be of images, each once.
     annotations: [{"id", "ground_truth", "regions"}].
     """
 
-    number: object
+    number: str
     path: Path
-    texts: dict
-    images: dict
+    names: dict
+    images: list
     annotations: list
 
     def __str__(self):
@@ -48,34 +49,27 @@ class Task:
         truths = [annotation for annotation in self.annotations if annotation["ground_truth"]]
         return [dict(id=None, regions=[]), *self.annotations[-1:], *truths[:1]][-1]
 
-    def names_of(self, to_name):
-        """Return the names of the image that a region is on, None where it cannot be told."""
-        names = set(self.images.values())
-        return self.texts.get(to_name) or (names.pop() if len(names) == 1 else None)
-
-    def by_image(self, to_names, items):
-        """Return {names of an image: [item]} of [(to_name, item)], None where it cannot be told. Images
-        without any are among them where their keys are among to_names, those of the export.
+    def by_image(self, items):
+        """Return {names of an image: [item]} of [(to_name, item)], None where it cannot be told. Of several
+        images those without an item are not among them.
         """
-        keys = [key for key in self.texts if key in to_names]
-        found = {names: [] for names in map(self.names_of, keys or [None]) if names}
+        the_only = self.images[0] if len(self.images) == 1 else None
+        found = {the_only: []} if the_only and not items else {}
         for to_name, item in items:
-            found.setdefault(self.names_of(to_name), []).append(item)
+            found.setdefault(self.names.get(to_name) or the_only, []).append(item)
         return None if None in found else found
 
 
 def find_files(folder):
     """Return the JSON exports of a FolderFiles, unless the pictures of label_studio_masks are there."""
-    if any(PICTURE_NAME.fullmatch(path.name) for path in folder.images):
-        return []
-    return [path for path, content in folder.json.items()
-            if isinstance(content, list) and any(map(is_task, content))]
+    return [] if any(PICTURE_NAME.fullmatch(path.name) for path in folder.images) else exports(folder)
 
 
-def is_task(entry):
-    """Return whether an entry of a list is a task of JSON or JSON-MIN."""
-    return isinstance(entry, dict) and ("annotation_id" in entry or "data" in entry and bool(
-        entry.keys() & {"annotations", "completions"}))
+def exports(folder):
+    """Return the files of a FolderFiles that are lists of tasks, of JSON or JSON-MIN."""
+    return [path for path, content in folder.json.items() if isinstance(content, list) and any(
+        isinstance(entry, dict) and ("annotation_id" in entry or entry.keys() >= {"data", "annotations"})
+        for entry in content)]
 
 
 def read(files, folder):
@@ -83,15 +77,10 @@ def read(files, folder):
     images, several, empty = [], [], []
     for path in files:
         tasks = read_tasks([path], folder)
-        to_names = labeled_keys(tasks)
-        for task in tasks:
-            if not task.annotations:
-                empty.append(task)
-                continue
-            if len(task.annotations) > 1:
-                several.append(task)
-            found = task.by_image(to_names, [(name_in(region, "to_name"), region)
-                                             for region in task.taken["regions"]])
+        empty += [task for task in tasks if not task.annotations]
+        several += [task for task in tasks if len(task.annotations) > 1]
+        for task in filter(lambda task: task.annotations, tasks):
+            found = task.by_image([(region.get("to_name"), region) for region in task.taken["regions"]])
             if found is None:
                 folder.problems[UNTOLD].append(str(task))
                 continue
@@ -110,78 +99,50 @@ def read(files, folder):
 
 # --- tasks ------------------------------------------------------------------------------------------------
 def read_tasks(paths, folder):
-    """Return the [Task] of exports. Entries of the same number and images are one: JSON-MIN has an entry for
-    each annotation. Numbers alone may be those of two servers.
-    """
+    """Return the [Task] of exports; entries of the same number and images are one."""
     tasks = {}
-    entries = [(path, *item) for path in paths for item in enumerate(folder.json[path], 1)]
-    for path, number, entry in entries:
-        with folder.reading(f"{path} task {number}", "Label Studio"):
-            texts, images = images_of(task_data(entry))
-            task = Task(entry.get("id", number), path, texts, images, annotations_of(entry))
-            known = tasks.setdefault((path.parent, task.number, *task.images.values()), task)
-            if known is not task:
-                known.annotations += task.annotations
+    for path in paths:
+        for number, entry in enumerate(folder.json[path], 1):
+            with folder.reading(f"{path} task {number}", "Label Studio"):
+                names, images = images_of(entry if "annotation_id" in entry else entry["data"])
+                task = Task(str(entry.get("id", number)), path, names, images, [])
+                task = tasks.setdefault((path.parent, task.number, *images), task)
+                task.annotations += annotations_of(entry)
     return list(tasks.values())
 
 
-def labeled_keys(tasks):
-    """Return the set of the `to_name` of all regions of tasks."""
-    return {name_in(region, "to_name") for task in tasks for annotation in task.annotations
-            for region in annotation["regions"]}
-
-
-def name_in(region, key):
-    """Return the `to_name` or `from_name` of a region, None where it has none."""
-    return str(region[key]) if key in region else None
-
-
-def task_data(task):
-    """Return the {key: value} of a task among which its images are; in JSON-MIN they are its own."""
-    return task["data"] if "annotation_id" not in task else task
-
-
 def images_of(data):
-    """Return Task.texts and Task.images of the `data` of a task, {key: URL or path}.
+    """Return Task.names and Task.images of the `data` of a task, {key: URL or path}.
 
     Where no text ends as an image does, each may be the image. Raises ValueError where there is none.
     """
-    texts = {key: image_names(path_of(text)) for key, text in data.items() if isinstance(text, str) and text}
-    if not texts:
+    names = {key: image_names(text) for key, text in data.items() if isinstance(text, str) and text}
+    if not names:
         raise ValueError("no image")
-    images = {key: names for key, names in texts.items()
-              if PurePosixPath(names[0]).suffix.lower() in IMAGE_ENDINGS}
-    return texts, images or {"": tuple(name for names in texts.values() for name in names)}
+    images = [found for found in names.values() if PurePosixPath(found[0]).suffix.lower() in IMAGE_ENDINGS]
+    return names, list(dict.fromkeys(images)) or [tuple(name for found in names.values() for name in found)]
 
 
-def image_names(path):
-    """Return the names that an image file may have, by its path on the server."""
+def image_names(url):
+    """Return the names that an image file may have, by its URL: /data/upload/3/0a1b2c3d-name.jpg,
+    /data/local-files/?d=a/name.jpg, s3://bucket/name.jpg.
+    """
+    parts = urlsplit(url)
+    local = parse_qs(parts.query).get("d", [""])[0] if "local-files" in parts.path else ""
+    path = local or unquote(parts.path)
     match = UPLOADED.fullmatch(PurePosixPath(path).name)
     return (path, match[1], match[1].replace("_", " ")) if match else (path,)
-
-
-def path_of(url):
-    """Return the path in a URL: of /data/upload/3/name.jpg, /data/local-files/?d=a/name.jpg, s3://..."""
-    parts = urlsplit(url)
-    folder = parse_qs(parts.query).get("d", [""])[0]
-    return folder if folder and "local-files" in parts.path else unquote(parts.path)
 
 
 def annotations_of(task):
     """Return [{"id", "ground_truth", "regions"}] of a task, without those that were cancelled."""
     if "annotation_id" in task:
-        lists = [value for value in task.values() if isinstance(value, list)]
-        return [dict(id=id_of(task["annotation_id"]), ground_truth=False, regions=[
-            region for regions in lists for region in regions if is_region(region)])]
-    annotations = task["annotations"] if "annotations" in task else task.get("completions", [])
-    return [dict(id=id_of(annotation.get("id")), ground_truth=annotation.get("ground_truth"),
+        regions = [region for regions in task.values() if isinstance(regions, list) for region in regions]
+        return [dict(id=str(task["annotation_id"]), ground_truth=False,
+                     regions=list(filter(is_region, regions)))]
+    return [dict(id=str(annotation.get("id")), ground_truth=annotation.get("ground_truth"),
                  regions=regions_of(annotation["result"]))
-            for annotation in annotations if not annotation.get("was_cancelled")]
-
-
-def id_of(value):
-    """Return the number of an annotation, None where it has none."""
-    return value if type(value) is int else None
+            for annotation in task["annotations"] if not annotation.get("was_cancelled")]
 
 
 # --- regions ----------------------------------------------------------------------------------------------
@@ -190,8 +151,9 @@ def regions_of(results):
     regions = {}
     for number, result in enumerate(results):
         if "value" in result:
-            key = result.get("id", number), result.get("to_name")
-            regions.setdefault(key, {}).update({**result, **result["value"]})
+            names = {key: str(result[key]) for key in ("to_name", "from_name") if key in result}
+            key = result.get("id", number), names.get("to_name")
+            regions.setdefault(key, {}).update({**result, **result["value"], **names})
     return [region for region in regions.values() if is_region(region)]
 
 
@@ -200,19 +162,16 @@ def is_region(entry):
     return isinstance(entry, dict) and any(key in KINDS or key.endswith("labels") for key in entry)
 
 
-def label_key(region):
-    """Return the key of the labels of a region, None without."""
-    return next((key for key in region if key.endswith("labels")), None)
-
-
 def kind_of(region):
-    """Return what a region is: one of KINDS, else what its labels are called after."""
-    return next((KINDS[key] for key in KINDS if key in region), str(label_key(region)).removesuffix("labels"))
+    """Return what a region is: one of KINDS, else what its labels are called after, as `timeseries`."""
+    keys = [key for key in KINDS if key in region]
+    return KINDS[keys[0]] if keys else next(key for key in region if key.endswith("labels"))[:-len("labels")]
 
 
 def read_region(region, where):
     """Return the Shape of a region. Raises BadLabel."""
-    labels, kind = region.get(label_key(region)) or [""], kind_of(region)
+    kind, label_key = kind_of(region), next((key for key in region if key.endswith("labels")), None)
+    labels = region.get(label_key) or [""]
     shape = Shape(labels[0], kind, where)
     size = given_size(region, "original_height", "original_width")
     if len(labels) > 1:

@@ -2,9 +2,9 @@
 
 A region is [number of its kind, x, y, ...] in continuous coordinates; one attribute is its class.
 """
-from dataio.annotations.files import AnnotatedImage, Annotations, read_shapes
+from dataio.annotations.files import OBJECT, AnnotatedImage, Annotations, read_shapes
 from dataio.annotations.shapes import BadLabel, Shape, as_points, box, ellipse, rectangle
-from dataio.annotations.via import OBJECT, class_attribute
+from dataio.annotations.via import class_attribute
 
 KINDS = {1: "point", 2: "rectangle", 3: "circle", 4: "ellipse", 5: "line", 6: "polyline", 7: "polygon",
          8: "extreme rectangle", 9: "extreme circle"}
