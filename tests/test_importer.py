@@ -1,15 +1,22 @@
 """What annotation files leave doubtful: view and size of images, ranges, kinds, entries that are wrong."""
+import base64
+import io
 import json
 import re
+import zlib
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import rasterio
+from affine import Affine
 from conftest import load, refused
-from labeling_tools import NAMES, TOOLS, dump, outlines, shapes
+from labeling_tools import (METERS, NAMES, TOOLS, brush, dump, features, on_map, outlines, png_text, runs,
+                            shapes, tiles)
 from PIL import Image, ImageOps
-from test_annotations import EDITED, edit, edit_first, load_mask, samples_of
+from test_annotations import (EDITED, RING, as_kind, box_region, edit, edit_first, interior, load_mask,
+                              samples_of, studio, write_shapes)
 from trees import PLAIN, save, scene
 
 import check_data
@@ -504,3 +511,123 @@ def test_names_on_lists_whose_labels_cannot_be_used_are_left_out_as_these_are(tm
     code, text, err = run(check_data, *flags, "--fix", tmp_path / "clean")
     assert code == 0 and re.search(rf"^problem: .*\n +{names[0]} of train.txt\n +gone.jpg", text, re.M), err
     assert len(samples_of(load("folder", tmp_path / "clean"))) == 5
+
+
+# --- masks that would be wrong in silence -----------------------------------------------------------------
+def test_masks_are_drawn_anew_of_a_photo_that_is_turned_another_way(tmp_path):
+    """The pixels as stored are the same, and so are the labels on them."""
+    write_photos(tmp_path, [6], on_stored=True)
+    before = load_mask(tmp_path, "photo_0")[1]
+    path, exif = tmp_path / "photo_0.jpg", Image.Exif()
+    exif[0x0112] = 8
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    after = load_mask(tmp_path, "photo_0")[1]
+    assert (after == before[::-1, ::-1]).all() and (after != before).any()
+
+
+def test_masks_are_drawn_anew_of_a_tile_that_is_moved(tmp_path):
+    """By ten pixels to the right: its polygons lie ten pixels further left in it."""
+    (_, path, _, transform), *_ = tiles(tmp_path)
+    dump(tmp_path / "labels.geojson", features([("car", on_map(RING, transform))]))
+    before = load_mask(tmp_path, path.stem)[1]
+    with rasterio.open(path, "r+") as file:
+        file.transform = file.transform * Affine.translation(10, 0)
+    after = load_mask(tmp_path, path.stem)[1]
+    assert (after[:, :-10] == before[:, 10:]).all() and after.any()
+
+
+@pytest.mark.parametrize("on_stored", [False, True])
+@pytest.mark.parametrize("given", ["stored", "upright", "none"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_run_lengths_tell_which_view_of_a_turned_photo_was_labeled(orientation, given, on_stored, tmp_path):
+    """By their own size, whatever the file says."""
+    truth = write_photos(tmp_path, [orientation], on_stored, given)
+    content = json.loads((tmp_path / "labels.json").read_text())
+    mask = truth["photo_0"]
+    if on_stored:
+        mask = np.ascontiguousarray(upright(mask, INVERSE.get(orientation, orientation)))
+    for entry in content["annotations"]:
+        entry["segmentation"] = dict(size=mask.shape, counts=runs(mask == entry["category_id"]))
+    dump(tmp_path / "labels.json", content)
+    assert agreement(tmp_path, truth) == 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 3])
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_holes_and_bitmaps_of_a_larger_or_smaller_copy(bitmap, factor, tmp_path):
+    TOOLS["Supervisely"](tmp_path)
+    squares = [scaled([[left, top], [right, top], [right, bottom], [left, bottom]], factor)
+               for left, top, right, bottom in ((10, 10, 70, 70), (30, 30, 50, 50))]
+    entries = [dict(classTitle="car", geometryType="polygon",
+                    points=dict(exterior=squares[0], interior=squares[1:]))]
+    expected = np.zeros((84, 112), int)
+    expected[10:70, 10:70], expected[30:50, 30:50] = 1, 0
+    if bitmap:
+        data = png_text(np.ones((int(20 * factor), int(10 * factor)), bool), True)
+        entries.append(dict(classTitle="tree", geometryType="bitmap", bitmap=dict(
+            origin=scaled([90, 40], factor), data=data)))
+        expected[40:60, 90:100] = 2
+    size = dict(height=round(84 * factor), width=round(112 * factor))
+    edit(tmp_path, "Supervisely", lambda content: content.update(objects=entries, size=size))
+    mask = load_mask(tmp_path)[1]
+    assert not ((mask != expected) & interior(expected)).any()
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P, 0", "P, 1", "P, transparent"])
+@pytest.mark.parametrize("tool", ["labelme", "Supervisely"])
+def test_bitmaps_in_files_show_a_shape_where_they_are_neither_black_nor_transparent(tool, kind, tmp_path):
+    TOOLS[tool](tmp_path)
+    region, file = box_region(55, 35, 50, 30), io.BytesIO()
+    as_kind(region, kind).save(file, "PNG")
+    if tool == "labelme":
+        text = base64.b64encode(file.getvalue()).decode()
+        change = dict(shapes=[dict(label="car", shape_type="mask", points=[[0, 0], [111, 83]], mask=text)])
+    else:
+        text = base64.b64encode(zlib.compress(file.getvalue())).decode()
+        change = dict(objects=[dict(classTitle="car", geometryType="bitmap",
+                                    bitmap=dict(origin=[0, 0], data=text))])
+    edit(tmp_path, tool, lambda content: content.update(change))
+    names, mask = load_mask(tmp_path)
+    assert (mask == region * names.index("car")).all()
+
+
+@pytest.mark.parametrize("points", [[[30, 20], [80, 50]], [[80, 50], [30, 20]], [[80, 20], [30, 50]],
+                                    [[29.6, 20.4], [79.6, 50.4]]])
+def test_a_mask_of_labelme_lies_at_its_upper_left_corner(points, tmp_path):
+    TOOLS["labelme"](tmp_path)
+    entry = dict(label="car", shape_type="mask", points=points, mask=png_text(np.ones((30, 50), bool), False))
+    edit(tmp_path, "labelme", lambda content: content.update(shapes=[entry]))
+    names, mask = load_mask(tmp_path)
+    assert (mask == box_region(55, 35, 50, 30) * names.index("car")).all()
+
+
+def test_a_brush_of_label_studio_is_its_alpha_whatever_its_color(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (84, 112, 4))
+    colors[..., 3] = 255 * box_region(55, 35, 50, 30)
+    entry = studio("brushlabels", format="rle", rle=brush(colors))
+    write_shapes(tmp_path, "Label Studio", [entry])
+    names, mask = load_mask(tmp_path)
+    assert (mask == box_region(55, 35, 50, 30) * names.index("car")).all()
+
+
+def test_masks_of_images_that_are_moved_are_theirs(tmp_path):
+    write_coco(tmp_path, {"images/a.png": "a.png", "images/b.png": "b.png"})
+    before = [load_mask(tmp_path, name)[1] for name in "ab"]
+    (tmp_path / "images").rename(tmp_path / "photos")
+    assert all((load_mask(tmp_path, name)[1] == mask).all() for name, mask in zip("ab", before, strict=True))
+
+
+def test_polygons_on_an_image_with_a_place_and_no_reference_system(tmp_path):
+    """As with a world file: coordinates are those of the image."""
+    (_, path, _, transform), *others = tiles(tmp_path)
+    with rasterio.open(path) as file:
+        pixels = file.read()
+    for _, other, *_ in others:
+        other.unlink()
+    dump(path.with_suffix(".geojson"), features([("car", on_map(RING, transform, METERS))]))
+    before = load_mask(tmp_path, path.stem)[1]
+    with rasterio.open(path, "w", driver="GTiff", height=84, width=112, count=len(pixels), dtype=pixels.dtype,
+                       transform=transform) as file:
+        file.write(pixels)
+    assert (load_mask(tmp_path, path.stem)[1] == before).all() and before.any()
