@@ -12,10 +12,10 @@ import pytest
 import rasterio
 from affine import Affine
 from conftest import load, refused
-from labeling_tools import (METERS, NAMES, TOOLS, brush, dump, features, on_map, outlines, png_text, runs,
-                            shapes, tiles)
+from labeling_tools import (DEGREES, METERS, NAMES, TOOLS, brush, dump, features, on_map, outlines,
+                            pairs_of_runs, png_text, runs, shapes, tiles)
 from PIL import Image, ImageOps
-from test_annotations import (EDITED, RING, as_kind, box_region, edit, edit_first, interior, load_mask,
+from test_annotations import (EDITED, HOLE, RING, as_kind, box_region, edit, edit_first, interior, load_mask,
                               samples_of, studio, write_shapes)
 from trees import PLAIN, save, scene
 
@@ -631,3 +631,178 @@ def test_polygons_on_an_image_with_a_place_and_no_reference_system(tmp_path):
                        transform=transform) as file:
         file.write(pixels)
     assert (load_mask(tmp_path, path.stem)[1] == before).all() and before.any()
+
+
+def test_polygons_of_an_image_and_of_a_file_over_all_are_both_drawn(tmp_path):
+    (_, path, _, transform), *_ = tiles(tmp_path)
+    squares = {name: np.array([(left, 10), (left + 30, 10), (left + 30, 60), (left, 60)], float)
+               for name, left in (("car", 10), ("tree", 60))}
+    for name, file in (("car", path.with_suffix(".geojson")), ("tree", tmp_path / "labels.geojson")):
+        dump(file, features([(name, on_map(squares[name], transform))]))
+    names, mask = load_mask(tmp_path, path.stem)
+    expected = np.zeros((84, 112), int)
+    expected[10:60, 10:40], expected[10:60, 60:90] = names.index("car"), names.index("tree")
+    assert not ((mask != expected) & interior(expected)).any()
+
+
+def test_holes_of_polygons_on_rows_that_qgis_counts_below_0(tmp_path):
+    save(tmp_path / "plain.jpg", np.zeros((84, 112, 3), np.uint8))
+    masks = []
+    for sign in (1, -1):
+        content = features([("car", [])])
+        content["features"][0]["geometry"]["coordinates"] = [
+            [*ring.tolist(), ring[0].tolist()] for ring in (RING * (1, sign), HOLE * (1, sign))]
+        dump(tmp_path / "plain.geojson", content)
+        masks.append(load_mask(tmp_path, "plain")[1])
+    assert (masks[0] == masks[1]).all() and masks[0][20, 30] == 1 and masks[0][40, 48] == 0
+
+
+def test_shares_beside_run_lengths_are_refused(tmp_path):
+    TOOLS["COCO"](tmp_path)
+    stretch(tmp_path, 0.01)
+    edit_first(tmp_path, "COCO", segmentation=dict(size=[84, 112], counts=runs(np.eye(84, 112, dtype=bool))))
+    with refused("instances_train2017.json", "shares"):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize(("paths", "others"), [
+    (["1.png", "a/1.png", "b/a/1.png"], []), (["1.png"], ["images/1.png"]), (["a/1.png"], ["b/a/1.png"])])
+def test_a_name_with_its_folders_is_that_file_where_it_is_there(paths, others, tmp_path):
+    truth = write_coco(tmp_path, {path: path for path in paths}, folder=".")
+    for path in others:
+        save(tmp_path / path, scene(8)[0])
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+
+
+def test_masks_of_classes_are_of_the_image_with_the_longest_name(tmp_path):
+    """1_2_car.png is of 1_2.jpg, and not the class 2_car of 1.jpg."""
+    truth = {}
+    for seed, name in enumerate(("1", "1_2", "1_3", "4")):
+        pixels, mask = scene(seed, 3)
+        save(tmp_path / f"images/{name}.jpg", pixels)
+        truth[name] = mask
+        for id in (1, 2):
+            save(tmp_path / f"masks/{name}_{NAMES[id]}.png", np.uint8(255) * (mask == id))
+    for name, expected in truth.items():
+        names, mask = load_mask(tmp_path, name)
+        assert names == list(NAMES) and (mask == expected).all()
+
+
+def test_equal_names_in_two_projects_are_those_of_their_own_file(tmp_path):
+    truth = write_coco(tmp_path / "a", {"images/1.png": "1.png", "images/2.png": "2.png"})
+    truth |= write_coco(tmp_path / "b", {"images/2.png": "2.png", "images/1.png": "1.png"})
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+    first, second = (load_data_mask(tmp_path, tmp_path / f"{project}/images/1.png") for project in "ab")
+    assert (first != second).any()
+
+
+def load_data_mask(root, image):
+    """Return the mask (H, W) of an image by its path."""
+    source = load("folder", root, val_fraction=0)
+    sample, = (sample for samples in source.splits.values() for sample in samples if sample.image == image)
+    return read_sample(sample, source.table)[1]["mask"].numpy()
+
+
+def test_the_innermost_folder_is_the_class(tmp_path):
+    pixels, truth = scene(0, 3)
+    for name in "ab":
+        save(tmp_path / f"images/{name}.jpg", pixels)
+        for id in (1, 2):
+            save(tmp_path / f"masks/summer/{NAMES[id]}/{name}.png", np.uint8(255) * (truth == id))
+    names, mask = load_mask(tmp_path, "a")
+    assert names == list(NAMES) and (mask == truth).all()
+
+
+def test_masks_of_objects_are_of_the_image_of_the_innermost_folder(tmp_path):
+    """Of the image 2 of the group 1, and not of the image 1 of that group."""
+    truth = {}
+    for group in "12":
+        for name in "12":
+            path = tmp_path / group / name / f"images/{name}.png"
+            pixels, truth[path] = scene(int(group + name), 2)
+            save(path, pixels)
+            for part, rows in (("0ac3", slice(0, 40)), ("77f0", slice(40, 84))):
+                region = np.zeros((84, 112), np.uint8)
+                region[rows] = 255 * truth[path][rows]
+                save(path.parents[1] / f"masks/{part}{group}{name}.png", region)
+    assert all((load_data_mask(tmp_path, path) == mask).all() for path, mask in truth.items())
+
+
+def test_a_mask_of_a_class_that_may_be_of_two_images_is_refused(tmp_path):
+    for path in ("a/1", "b/1", "2", "3", "4"):
+        save(tmp_path / f"images/{path}.jpg", scene(0)[0])
+    for label in ("car", "tree"):
+        for name in "1234":
+            save(tmp_path / f"masks/{label}/{name}.png", np.uint8(255) * box_region(55, 35, 50, 30))
+    with pytest.raises(InputError, match="masks/car/1.png"):
+        find_masks(tmp_path)
+    samples = find_masks(tmp_path, skip_bad_labels=True).samples
+    assert {sample.image.stem for sample in samples} == {"2", "3", "4"}
+
+
+def test_one_file_over_tiles_of_two_reference_systems(tmp_path):
+    (_, path, _, transform), (_, other, *_), *_ = tiles(tmp_path)
+    square = np.array([(20.2, 10.2), (70.2, 10.2), (70.2, 60.2), (20.2, 60.2)])
+    lon, lat = on_map(square, transform)[0]
+    degrees = Affine.translation(lon + 1, lat + 1) * Affine.scale(1e-4, -1e-4)
+    with rasterio.open(other, "w", driver="GTiff", height=84, width=112, count=3, dtype="uint8", crs=DEGREES,
+                       transform=degrees) as file:
+        file.write(np.zeros((3, 84, 112), np.uint8))
+    ring = (square * (1e-4, -1e-4) + (lon + 1, lat + 1)).tolist()
+    dump(tmp_path / "labels.geojson", features([("car", on_map(square, transform)),
+                                                ("car", [*ring, ring[0]])]))
+    expected = np.zeros((84, 112), int)
+    expected[10:60, 20:70] = 1
+    for image in (path, other):
+        assert not ((load_mask(tmp_path, image.stem)[1] != expected) & interior(expected)).any()
+
+
+def test_photos_that_tell_of_both_views_decide_for_no_other(tmp_path):
+    truth = {}
+    for folder, on_stored, given, size, high in (("a", False, "none", (112, 60), True),
+                                                 ("b", True, "none", (112, 60), True),
+                                                 ("c", False, "none", (64, 60), False)):
+        found = write_photos(tmp_path / folder, [6], on_stored, given, size, high)
+        truth[tmp_path / folder / "photo_0.jpg"] = found["photo_0"]
+    assert all(iou(load_data_mask(tmp_path, path), mask) > 0.95 for path, mask in truth.items())
+    assert any("1 image turned by EXIF" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(3, (112, 60)), (2, (60, 112)), (6, (84, 84))])
+def test_photos_that_are_turned_to_the_same_size_are_taken_as_upright(orientation, size, tmp_path):
+    truth = write_photos(tmp_path, [orientation], size=size, high=size[0] > 60)
+    assert agreement(tmp_path, truth) > 0.97
+    assert any("EXIF" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
+@pytest.mark.parametrize("name", ["shot", "my_shot", "my_1"])
+def test_run_lengths_in_any_order_of_names_with_underscores(name, tmp_path):
+    generator, truth, lines = np.random.default_rng(0), {}, ["ImageId_ClassId,EncodedPixels"]
+    for seed in range(3):
+        pixels, truth[f"{name}_{seed}"] = scene(seed, 3)
+        save(tmp_path / f"images/{name}_{seed}.jpg", pixels)
+        for id in (1, 2):
+            pairs = np.array(pairs_of_runs(truth[f"{name}_{seed}"] == id).split()).reshape(-1, 2)
+            text = " ".join(generator.permutation(pairs).ravel())
+            lines.append(f"{name}_{seed}_{id},{text}")
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    for stem, expected in truth.items():
+        names, mask = load_mask(tmp_path, stem)
+        assert names == ["background", "class 1", "class 2"] and (mask == expected).all()
+
+
+@pytest.mark.parametrize("move", [(-60, 0), (0, -60), (130, 0), (0, 100)])
+def test_a_shape_beyond_any_edge_is_refused(move, tmp_path):
+    TOOLS["labelme"](tmp_path)
+    square = np.array([(10, 10), (50, 10), (50, 50), (10, 50)]) + move
+    edit_first(tmp_path, "labelme", points=square.tolist())
+    with refused("shot 0.json shape 1", "outside"):
+        find_masks(tmp_path)
+
+
+def test_run_lengths_of_the_sides_in_the_other_order_are_refused(tmp_path):
+    TOOLS["COCO"](tmp_path)
+    pixels = np.eye(112, 84, dtype=bool)
+    edit_first(tmp_path, "COCO", segmentation=dict(size=[112, 84], counts=runs(pixels)))
+    with refused("annotation 0", "another size"):
+        find_masks(tmp_path)
