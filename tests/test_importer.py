@@ -806,3 +806,62 @@ def test_run_lengths_of_the_sides_in_the_other_order_are_refused(tmp_path):
     edit_first(tmp_path, "COCO", segmentation=dict(size=[112, 84], counts=runs(pixels)))
     with refused("annotation 0", "another size"):
         find_masks(tmp_path)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("thin", ["polygon with a hole", "run lengths"])
+def test_the_shape_of_fewer_pixels_lies_above(thin, order, tmp_path):
+    """A frame of 464 pixels over a square of 900, though its outline encloses more."""
+    square, outer, inner = (np.array([(left, left), (end, left), (end, end), (left, end)])
+                            for left, end in ((4, 34), (10, 70), (12, 68)))
+    expected = np.zeros((84, 112), int)
+    expected[4:34, 4:34] = 1
+    frame = np.zeros((84, 112), bool)
+    frame[10:70, 10:70], frame[12:68, 12:68] = True, False
+    expected[frame] = 2
+    save(tmp_path / "a.png", scene(0)[0])
+    if thin == "run lengths":
+        masks = [expected == 1, frame]
+        masks[0][4:34, 4:34] = True
+        dump(tmp_path / "labels.json", dict(
+            images=[dict(id=1, file_name="a.png", height=84, width=112)],
+            categories=[dict(id=id, name=NAMES[id]) for id in (1, 2)],
+            annotations=[dict(id=id, image_id=1, category_id=id + 1, segmentation=dict(
+                size=[84, 112], counts=runs(masks[id]))) for id in order]))
+    else:
+        content = features([(NAMES[id + 1], []) for id in order])
+        for feature, id in zip(content["features"], order, strict=True):
+            feature["geometry"]["coordinates"] = [[*ring.tolist(), ring[0].tolist()] for ring in
+                                                  ([square], [outer, inner])[id]]
+        dump(tmp_path / "a.geojson", content)
+    names, mask = load_mask(tmp_path, "a")
+    assert (np.array([NAMES.index(name) for name in names])[mask] == expected).all()
+
+
+@pytest.mark.parametrize("change", ["other file", "other size", "same file", "own file"])
+def test_two_versions_of_the_labels_of_an_image_are_refused(change, tmp_path):
+    """The same classes again, other classes on a copy of another size, two entries of one file, or files that
+    are called like their image.
+    """
+    write_coco(tmp_path, {"images/a.png": "a.png", "images/b.png": "b.png"})
+    path = tmp_path / "annotations/labels.json"
+    content = json.loads(path.read_text())
+    image, (entry, *_) = content["images"][0], content["annotations"]
+    tree = {**entry, "category_id": 2, "id": 7}
+    content["categories"].append(dict(id=2, name="tree"))
+    if change == "other file":
+        dump(path.with_name("labels_2.json"), content)
+    elif change == "own file":
+        content["images"] = [image]
+        for name, shape in (("a_old", entry), ("a_new", tree)):
+            dump(path.with_name(f"{name}.json"), {**content, "annotations": [shape]})
+        path.unlink()
+    elif change == "other size":
+        dump(path.with_name("labels_2.json"), {**content, "annotations": [tree], "images": [
+            {**image, "height": 168, "width": 224}]})
+    else:
+        content["images"].append({**image, "id": 5})
+        content["annotations"].append({**tree, "image_id": 5})
+        dump(path, content)
+    with pytest.raises(InputError, match="annotated twice"):
+        find_masks(tmp_path)
