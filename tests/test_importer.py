@@ -865,3 +865,23 @@ def test_two_versions_of_the_labels_of_an_image_are_refused(change, tmp_path):
         dump(path, content)
     with pytest.raises(InputError, match="annotated twice"):
         find_masks(tmp_path)
+
+
+def test_all_outlines_and_holes_of_a_shape_are_drawn(tmp_path):
+    """Of two outlines both; of two holes both, and what of them lies outside of the outline is no shape."""
+    def square(left, top, right, bottom):
+        return [[left, top], [right, top], [right, bottom], [left, bottom]]
+
+    TOOLS["COCO"](tmp_path / "coco")
+    rings = [np.ravel(square(left, 10, left + 20, 50)).tolist() for left in (10, 60)]
+    edit(tmp_path / "coco", "COCO", lambda content: content.update(annotations=[
+        {**content["annotations"][0], "segmentation": rings}]))
+    names, mask = load_mask(tmp_path / "coco")
+    expected = box_region(20, 30, 20, 40) | box_region(70, 30, 20, 40)
+    assert ((mask > 0) == expected).all()
+    TOOLS["Supervisely"](tmp_path / "super")
+    points = dict(exterior=square(10, 10, 60, 60), interior=[square(20, 20, 30, 30), square(50, 40, 80, 50)])
+    edit(tmp_path / "super", "Supervisely", lambda content: content.update(objects=[
+        dict(classTitle="car", geometryType="polygon", points=points)]))
+    expected = box_region(35, 35, 50, 50) & ~box_region(25, 25, 10, 10) & ~box_region(65, 45, 30, 10)
+    assert ((load_mask(tmp_path / "super")[1] > 0) == expected).all()
