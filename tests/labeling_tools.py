@@ -205,8 +205,10 @@ def box_of(region):
 
 
 def brush(region):
-    """Return (H, W) bool as Label Studio's brush: @thi.ng/rle-pack of its RGBA values, a list of bytes."""
-    flat = np.repeat(region.ravel() * 255, 4)
+    """Return (H, W) bool, or (H, W, 4), as Label Studio's brush: @thi.ng/rle-pack of its RGBA values, a list
+    of bytes.
+    """
+    flat = np.repeat(region.ravel() * 255, 4) if region.ndim == 2 else region.ravel()
     sizes = (3, 4, 8, 16)
     bits = f"{len(flat):032b}{7:05b}" + "".join(f"{size - 1:04b}" for size in sizes)
     ends = np.append(np.flatnonzero(np.diff(flat)) + 1, len(flat))

@@ -149,6 +149,16 @@ def test_rows_without_a_mask_are_left_out(tmp_path):
     assert len(source.splits["train"]) == 5 and any("1 row" in note for note in source.notes)
 
 
+def test_files_of_equal_names_and_of_folders_called_like_another_split(tmp_path):
+    """The name of a file says its split before those of its folders do."""
+    as_parquet(tmp_path, dict(train=range(4)), file="{split}/{part}.parquet")
+    as_parquet(tmp_path, dict(train=range(4, 8)), file="data/{split}/{part}.parquet")
+    as_parquet(tmp_path, dict(validation=range(8, 10)), file="train/{split}-{part}.parquet")
+    splits = load("hf", tmp_path).splits
+    assert {split: sorted(number_of(sample, range(10)) for sample in samples)
+            for split, samples in splits.items()} == dict(train=list(range(8)), val=[8, 9])
+
+
 # --- classes ----------------------------------------------------------------------------------------------
 CLASS_LABEL = dict(_type="ClassLabel", names=list(NAMES.values()))
 
@@ -166,6 +176,16 @@ def test_classes_of_the_features_and_of_the_card(features, card, names, tmp_path
     as_parquet(tmp_path, SPLITS, None, features=features)
     (tmp_path / "README.md").write_text(card)
     assert [name for name, _ in load("hf", tmp_path).classes] == names
+
+
+def test_names_of_the_card_are_those_of_its_numbers(tmp_path):
+    as_parquet(tmp_path, SPLITS, None)
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: objects\n    sequence:\n      class_label:\n"
+        "        names:\n          '2': tree\n          '0': ground\n          '1': car\n---\n")
+    source = load("hf", tmp_path)
+    names = [name for name, _ in source.classes]
+    assert [names[id] for id in source.table[:3]] == ["ground", "car", "tree"]
 
 
 def test_a_class_list_of_ones_own_counts_and_masks_without_one_are_read_as_in_a_folder(tmp_path):

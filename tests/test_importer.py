@@ -1,15 +1,22 @@
 """What annotation files leave doubtful: view and size of images, ranges, kinds, entries that are wrong."""
+import base64
+import io
 import json
 import re
+import zlib
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import rasterio
+from affine import Affine
 from conftest import load, refused
-from labeling_tools import NAMES, TOOLS, dump, outlines, shapes
+from labeling_tools import (DEGREES, METERS, NAMES, TOOLS, brush, dump, features, on_map, outlines,
+                            pairs_of_runs, png_text, runs, shapes, tiles)
 from PIL import Image, ImageOps
-from test_annotations import EDITED, edit, edit_first, load_mask, samples_of
+from test_annotations import (EDITED, HOLE, RING, as_kind, box_region, edit, edit_first, interior, load_mask,
+                              samples_of, studio, write_shapes)
 from trees import PLAIN, save, scene
 
 import check_data
@@ -525,3 +532,377 @@ def test_names_on_lists_whose_labels_cannot_be_used_are_left_out_as_these_are(tm
     code, text, err = run(check_data, *flags, "--fix", tmp_path / "clean")
     assert code == 0 and re.search(rf"^problem: .*\n +{names[0]} of train.txt\n +gone.jpg", text, re.M), err
     assert len(samples_of(load("folder", tmp_path / "clean"))) == 5
+
+
+# --- masks that would be wrong in silence -----------------------------------------------------------------
+def test_masks_are_drawn_anew_of_a_photo_that_is_turned_another_way(tmp_path):
+    """The pixels as stored are the same, and so are the labels on them."""
+    write_photos(tmp_path, [6], on_stored=True)
+    before = load_mask(tmp_path, "photo_0")[1]
+    path, exif = tmp_path / "photo_0.jpg", Image.Exif()
+    exif[0x0112] = 8
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    after = load_mask(tmp_path, "photo_0")[1]
+    assert (after == before[::-1, ::-1]).all() and (after != before).any()
+
+
+def test_masks_are_drawn_anew_of_a_tile_that_is_moved(tmp_path):
+    """By ten pixels to the right: its polygons lie ten pixels further left in it."""
+    (_, path, _, transform), *_ = tiles(tmp_path)
+    dump(tmp_path / "labels.geojson", features([("car", on_map(RING, transform))]))
+    before = load_mask(tmp_path, path.stem)[1]
+    with rasterio.open(path, "r+") as file:
+        file.transform = file.transform * Affine.translation(10, 0)
+    after = load_mask(tmp_path, path.stem)[1]
+    assert (after[:, :-10] == before[:, 10:]).all() and after.any()
+
+
+@pytest.mark.parametrize("on_stored", [False, True])
+@pytest.mark.parametrize("given", ["stored", "upright", "none"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_run_lengths_tell_which_view_of_a_turned_photo_was_labeled(orientation, given, on_stored, tmp_path):
+    """By their own size, whatever the file says."""
+    truth = write_photos(tmp_path, [orientation], on_stored, given)
+    content = json.loads((tmp_path / "labels.json").read_text())
+    mask = truth["photo_0"]
+    if on_stored:
+        mask = np.ascontiguousarray(upright(mask, INVERSE.get(orientation, orientation)))
+    for entry in content["annotations"]:
+        entry["segmentation"] = dict(size=mask.shape, counts=runs(mask == entry["category_id"]))
+    dump(tmp_path / "labels.json", content)
+    assert agreement(tmp_path, truth) == 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 3])
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_holes_and_bitmaps_of_a_larger_or_smaller_copy(bitmap, factor, tmp_path):
+    TOOLS["Supervisely"](tmp_path)
+    squares = [scaled([[left, top], [right, top], [right, bottom], [left, bottom]], factor)
+               for left, top, right, bottom in ((10, 10, 70, 70), (30, 30, 50, 50))]
+    entries = [dict(classTitle="car", geometryType="polygon",
+                    points=dict(exterior=squares[0], interior=squares[1:]))]
+    expected = np.zeros((84, 112), int)
+    expected[10:70, 10:70], expected[30:50, 30:50] = 1, 0
+    if bitmap:
+        data = png_text(np.ones((int(20 * factor), int(10 * factor)), bool), True)
+        entries.append(dict(classTitle="tree", geometryType="bitmap", bitmap=dict(
+            origin=scaled([90, 40], factor), data=data)))
+        expected[40:60, 90:100] = 2
+    size = dict(height=round(84 * factor), width=round(112 * factor))
+    edit(tmp_path, "Supervisely", lambda content: content.update(objects=entries, size=size))
+    mask = load_mask(tmp_path)[1]
+    assert not ((mask != expected) & interior(expected)).any()
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P, 0", "P, 1", "P, transparent"])
+@pytest.mark.parametrize("tool", ["labelme", "Supervisely"])
+def test_bitmaps_in_files_show_a_shape_where_they_are_neither_black_nor_transparent(tool, kind, tmp_path):
+    TOOLS[tool](tmp_path)
+    region, file = box_region(55, 35, 50, 30), io.BytesIO()
+    as_kind(region, kind).save(file, "PNG")
+    if tool == "labelme":
+        text = base64.b64encode(file.getvalue()).decode()
+        change = dict(shapes=[dict(label="car", shape_type="mask", points=[[0, 0], [111, 83]], mask=text)])
+    else:
+        text = base64.b64encode(zlib.compress(file.getvalue())).decode()
+        change = dict(objects=[dict(classTitle="car", geometryType="bitmap",
+                                    bitmap=dict(origin=[0, 0], data=text))])
+    edit(tmp_path, tool, lambda content: content.update(change))
+    names, mask = load_mask(tmp_path)
+    assert (mask == region * names.index("car")).all()
+
+
+@pytest.mark.parametrize("points", [[[30, 20], [80, 50]], [[80, 50], [30, 20]], [[80, 20], [30, 50]],
+                                    [[29.6, 20.4], [79.6, 50.4]]])
+def test_a_mask_of_labelme_lies_at_its_upper_left_corner(points, tmp_path):
+    TOOLS["labelme"](tmp_path)
+    entry = dict(label="car", shape_type="mask", points=points, mask=png_text(np.ones((30, 50), bool), False))
+    edit(tmp_path, "labelme", lambda content: content.update(shapes=[entry]))
+    names, mask = load_mask(tmp_path)
+    assert (mask == box_region(55, 35, 50, 30) * names.index("car")).all()
+
+
+def test_a_brush_of_label_studio_is_its_alpha_whatever_its_color(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (84, 112, 4))
+    colors[..., 3] = 255 * box_region(55, 35, 50, 30)
+    entry = studio("brushlabels", format="rle", rle=brush(colors))
+    write_shapes(tmp_path, "Label Studio", [entry])
+    names, mask = load_mask(tmp_path)
+    assert (mask == box_region(55, 35, 50, 30) * names.index("car")).all()
+
+
+def test_masks_of_images_that_are_moved_are_theirs(tmp_path):
+    write_coco(tmp_path, {"images/a.png": "a.png", "images/b.png": "b.png"})
+    before = [load_mask(tmp_path, name)[1] for name in "ab"]
+    (tmp_path / "images").rename(tmp_path / "photos")
+    assert all((load_mask(tmp_path, name)[1] == mask).all() for name, mask in zip("ab", before, strict=True))
+
+
+def test_polygons_on_an_image_with_a_place_and_no_reference_system(tmp_path):
+    """As with a world file: coordinates are those of the image."""
+    (_, path, _, transform), *others = tiles(tmp_path)
+    with rasterio.open(path) as file:
+        pixels = file.read()
+    for _, other, *_ in others:
+        other.unlink()
+    dump(path.with_suffix(".geojson"), features([("car", on_map(RING, transform, METERS))]))
+    before = load_mask(tmp_path, path.stem)[1]
+    with rasterio.open(path, "w", driver="GTiff", height=84, width=112, count=len(pixels), dtype=pixels.dtype,
+                       transform=transform) as file:
+        file.write(pixels)
+    assert (load_mask(tmp_path, path.stem)[1] == before).all() and before.any()
+
+
+def test_polygons_of_an_image_and_of_a_file_over_all_are_both_drawn(tmp_path):
+    (_, path, _, transform), *_ = tiles(tmp_path)
+    squares = {name: np.array([(left, 10), (left + 30, 10), (left + 30, 60), (left, 60)], float)
+               for name, left in (("car", 10), ("tree", 60))}
+    for name, file in (("car", path.with_suffix(".geojson")), ("tree", tmp_path / "labels.geojson")):
+        dump(file, features([(name, on_map(squares[name], transform))]))
+    names, mask = load_mask(tmp_path, path.stem)
+    expected = np.zeros((84, 112), int)
+    expected[10:60, 10:40], expected[10:60, 60:90] = names.index("car"), names.index("tree")
+    assert not ((mask != expected) & interior(expected)).any()
+
+
+def test_holes_of_polygons_on_rows_that_qgis_counts_below_0(tmp_path):
+    save(tmp_path / "plain.jpg", np.zeros((84, 112, 3), np.uint8))
+    masks = []
+    for sign in (1, -1):
+        content = features([("car", [])])
+        content["features"][0]["geometry"]["coordinates"] = [
+            [*ring.tolist(), ring[0].tolist()] for ring in (RING * (1, sign), HOLE * (1, sign))]
+        dump(tmp_path / "plain.geojson", content)
+        masks.append(load_mask(tmp_path, "plain")[1])
+    assert (masks[0] == masks[1]).all() and masks[0][20, 30] == 1 and masks[0][40, 48] == 0
+
+
+def test_shares_beside_run_lengths_are_refused(tmp_path):
+    TOOLS["COCO"](tmp_path)
+    stretch(tmp_path, 0.01)
+    edit_first(tmp_path, "COCO", segmentation=dict(size=[84, 112], counts=runs(np.eye(84, 112, dtype=bool))))
+    with refused("instances_train2017.json", "shares"):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize(("paths", "others"), [
+    (["1.png", "a/1.png", "b/a/1.png"], []), (["1.png"], ["images/1.png"]), (["a/1.png"], ["b/a/1.png"])])
+def test_a_name_with_its_folders_is_that_file_where_it_is_there(paths, others, tmp_path):
+    truth = write_coco(tmp_path, {path: path for path in paths}, folder=".")
+    for path in others:
+        save(tmp_path / path, scene(8)[0])
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+
+
+def test_masks_of_classes_are_of_the_image_with_the_longest_name(tmp_path):
+    """1_2_car.png is of 1_2.jpg, and not the class 2_car of 1.jpg."""
+    truth = {}
+    for seed, name in enumerate(("1", "1_2", "1_3", "4")):
+        pixels, mask = scene(seed, 3)
+        save(tmp_path / f"images/{name}.jpg", pixels)
+        truth[name] = mask
+        for id in (1, 2):
+            save(tmp_path / f"masks/{name}_{NAMES[id]}.png", np.uint8(255) * (mask == id))
+    for name, expected in truth.items():
+        names, mask = load_mask(tmp_path, name)
+        assert names == list(NAMES) and (mask == expected).all()
+
+
+def test_equal_names_in_two_projects_are_those_of_their_own_file(tmp_path):
+    truth = write_coco(tmp_path / "a", {"images/1.png": "1.png", "images/2.png": "2.png"})
+    truth |= write_coco(tmp_path / "b", {"images/2.png": "2.png", "images/1.png": "1.png"})
+    assert right_masks(tmp_path, truth) == dict.fromkeys(truth, True)
+    first, second = (load_data_mask(tmp_path, tmp_path / f"{project}/images/1.png") for project in "ab")
+    assert (first != second).any()
+
+
+def load_data_mask(root, image):
+    """Return the mask (H, W) of an image by its path."""
+    source = load("folder", root, val_fraction=0)
+    sample, = (sample for samples in source.splits.values() for sample in samples if sample.image == image)
+    return read_sample(sample, source.table)[1]["mask"].numpy()
+
+
+def test_the_innermost_folder_is_the_class(tmp_path):
+    pixels, truth = scene(0, 3)
+    for name in "ab":
+        save(tmp_path / f"images/{name}.jpg", pixels)
+        for id in (1, 2):
+            save(tmp_path / f"masks/summer/{NAMES[id]}/{name}.png", np.uint8(255) * (truth == id))
+    names, mask = load_mask(tmp_path, "a")
+    assert names == list(NAMES) and (mask == truth).all()
+
+
+def test_masks_of_objects_are_of_the_image_of_the_innermost_folder(tmp_path):
+    """Of the image 2 of the group 1, and not of the image 1 of that group."""
+    truth = {}
+    for group in "12":
+        for name in "12":
+            path = tmp_path / group / name / f"images/{name}.png"
+            pixels, truth[path] = scene(int(group + name), 2)
+            save(path, pixels)
+            for part, rows in (("0ac3", slice(0, 40)), ("77f0", slice(40, 84))):
+                region = np.zeros((84, 112), np.uint8)
+                region[rows] = 255 * truth[path][rows]
+                save(path.parents[1] / f"masks/{part}{group}{name}.png", region)
+    assert all((load_data_mask(tmp_path, path) == mask).all() for path, mask in truth.items())
+
+
+def test_a_mask_of_a_class_that_may_be_of_two_images_is_refused(tmp_path):
+    for path in ("a/1", "b/1", "2", "3", "4"):
+        save(tmp_path / f"images/{path}.jpg", scene(0)[0])
+    for label in ("car", "tree"):
+        for name in "1234":
+            save(tmp_path / f"masks/{label}/{name}.png", np.uint8(255) * box_region(55, 35, 50, 30))
+    with pytest.raises(InputError, match="masks/car/1.png"):
+        find_masks(tmp_path)
+    samples = find_masks(tmp_path, skip_bad_labels=True).samples
+    assert {sample.image.stem for sample in samples} == {"2", "3", "4"}
+
+
+def test_one_file_over_tiles_of_two_reference_systems(tmp_path):
+    (_, path, _, transform), (_, other, *_), *_ = tiles(tmp_path)
+    square = np.array([(20.2, 10.2), (70.2, 10.2), (70.2, 60.2), (20.2, 60.2)])
+    lon, lat = on_map(square, transform)[0]
+    degrees = Affine.translation(lon + 1, lat + 1) * Affine.scale(1e-4, -1e-4)
+    with rasterio.open(other, "w", driver="GTiff", height=84, width=112, count=3, dtype="uint8", crs=DEGREES,
+                       transform=degrees) as file:
+        file.write(np.zeros((3, 84, 112), np.uint8))
+    ring = (square * (1e-4, -1e-4) + (lon + 1, lat + 1)).tolist()
+    dump(tmp_path / "labels.geojson", features([("car", on_map(square, transform)),
+                                                ("car", [*ring, ring[0]])]))
+    expected = np.zeros((84, 112), int)
+    expected[10:60, 20:70] = 1
+    for image in (path, other):
+        assert not ((load_mask(tmp_path, image.stem)[1] != expected) & interior(expected)).any()
+
+
+def test_photos_that_tell_of_both_views_decide_for_no_other(tmp_path):
+    truth = {}
+    for folder, on_stored, given, size, high in (("a", False, "none", (112, 60), True),
+                                                 ("b", True, "none", (112, 60), True),
+                                                 ("c", False, "none", (64, 60), False)):
+        found = write_photos(tmp_path / folder, [6], on_stored, given, size, high)
+        truth[tmp_path / folder / "photo_0.jpg"] = found["photo_0"]
+    assert all(iou(load_data_mask(tmp_path, path), mask) > 0.95 for path, mask in truth.items())
+    assert any("1 image turned by EXIF" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(3, (112, 60)), (2, (60, 112)), (6, (84, 84))])
+def test_photos_that_are_turned_to_the_same_size_are_taken_as_upright(orientation, size, tmp_path):
+    truth = write_photos(tmp_path, [orientation], size=size, high=size[0] > 60)
+    assert agreement(tmp_path, truth) > 0.97
+    assert any("EXIF" in doubt for doubt in find_masks(tmp_path).doubts)
+
+
+@pytest.mark.parametrize("name", ["shot", "my_shot", "my_1"])
+def test_run_lengths_in_any_order_of_names_with_underscores(name, tmp_path):
+    generator, truth, lines = np.random.default_rng(0), {}, ["ImageId_ClassId,EncodedPixels"]
+    for seed in range(3):
+        pixels, truth[f"{name}_{seed}"] = scene(seed, 3)
+        save(tmp_path / f"images/{name}_{seed}.jpg", pixels)
+        for id in (1, 2):
+            pairs = np.array(pairs_of_runs(truth[f"{name}_{seed}"] == id).split()).reshape(-1, 2)
+            text = " ".join(generator.permutation(pairs).ravel())
+            lines.append(f"{name}_{seed}_{id},{text}")
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    for stem, expected in truth.items():
+        names, mask = load_mask(tmp_path, stem)
+        assert names == ["background", "class 1", "class 2"] and (mask == expected).all()
+
+
+@pytest.mark.parametrize("move", [(-60, 0), (0, -60), (130, 0), (0, 100)])
+def test_a_shape_beyond_any_edge_is_refused(move, tmp_path):
+    TOOLS["labelme"](tmp_path)
+    square = np.array([(10, 10), (50, 10), (50, 50), (10, 50)]) + move
+    edit_first(tmp_path, "labelme", points=square.tolist())
+    with refused("shot 0.json shape 1", "outside"):
+        find_masks(tmp_path)
+
+
+def test_run_lengths_of_the_sides_in_the_other_order_are_refused(tmp_path):
+    TOOLS["COCO"](tmp_path)
+    pixels = np.eye(112, 84, dtype=bool)
+    edit_first(tmp_path, "COCO", segmentation=dict(size=[112, 84], counts=runs(pixels)))
+    with refused("annotation 0", "another size"):
+        find_masks(tmp_path)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("thin", ["polygon with a hole", "run lengths"])
+def test_the_shape_of_fewer_pixels_lies_above(thin, order, tmp_path):
+    """A frame of 464 pixels over a square of 900, though its outline encloses more."""
+    square, outer, inner = (np.array([(left, left), (end, left), (end, end), (left, end)])
+                            for left, end in ((4, 34), (10, 70), (12, 68)))
+    expected = np.zeros((84, 112), int)
+    expected[4:34, 4:34] = 1
+    frame = np.zeros((84, 112), bool)
+    frame[10:70, 10:70], frame[12:68, 12:68] = True, False
+    expected[frame] = 2
+    save(tmp_path / "a.png", scene(0)[0])
+    if thin == "run lengths":
+        masks = [expected == 1, frame]
+        masks[0][4:34, 4:34] = True
+        dump(tmp_path / "labels.json", dict(
+            images=[dict(id=1, file_name="a.png", height=84, width=112)],
+            categories=[dict(id=id, name=NAMES[id]) for id in (1, 2)],
+            annotations=[dict(id=id, image_id=1, category_id=id + 1, segmentation=dict(
+                size=[84, 112], counts=runs(masks[id]))) for id in order]))
+    else:
+        content = features([(NAMES[id + 1], []) for id in order])
+        for feature, id in zip(content["features"], order, strict=True):
+            feature["geometry"]["coordinates"] = [[*ring.tolist(), ring[0].tolist()] for ring in
+                                                  ([square], [outer, inner])[id]]
+        dump(tmp_path / "a.geojson", content)
+    names, mask = load_mask(tmp_path, "a")
+    assert (np.array([NAMES.index(name) for name in names])[mask] == expected).all()
+
+
+@pytest.mark.parametrize("change", ["other file", "other size", "same file", "own file"])
+def test_two_versions_of_the_labels_of_an_image_are_refused(change, tmp_path):
+    """The same classes again, other classes on a copy of another size, two entries of one file, or files that
+    are called like their image.
+    """
+    write_coco(tmp_path, {"images/a.png": "a.png", "images/b.png": "b.png"})
+    path = tmp_path / "annotations/labels.json"
+    content = json.loads(path.read_text())
+    image, (entry, *_) = content["images"][0], content["annotations"]
+    tree = {**entry, "category_id": 2, "id": 7}
+    content["categories"].append(dict(id=2, name="tree"))
+    if change == "other file":
+        dump(path.with_name("labels_2.json"), content)
+    elif change == "own file":
+        content["images"] = [image]
+        for name, shape in (("a_old", entry), ("a_new", tree)):
+            dump(path.with_name(f"{name}.json"), {**content, "annotations": [shape]})
+        path.unlink()
+    elif change == "other size":
+        dump(path.with_name("labels_2.json"), {**content, "annotations": [tree], "images": [
+            {**image, "height": 168, "width": 224}]})
+    else:
+        content["images"].append({**image, "id": 5})
+        content["annotations"].append({**tree, "image_id": 5})
+        dump(path, content)
+    with pytest.raises(InputError, match="annotated twice"):
+        find_masks(tmp_path)
+
+
+def test_all_outlines_and_holes_of_a_shape_are_drawn(tmp_path):
+    """Of two outlines both; of two holes both, and what of them lies outside of the outline is no shape."""
+    def square(left, top, right, bottom):
+        return [[left, top], [right, top], [right, bottom], [left, bottom]]
+
+    TOOLS["COCO"](tmp_path / "coco")
+    rings = [np.ravel(square(left, 10, left + 20, 50)).tolist() for left in (10, 60)]
+    edit(tmp_path / "coco", "COCO", lambda content: content.update(annotations=[
+        {**content["annotations"][0], "segmentation": rings}]))
+    names, mask = load_mask(tmp_path / "coco")
+    expected = box_region(20, 30, 20, 40) | box_region(70, 30, 20, 40)
+    assert ((mask > 0) == expected).all()
+    TOOLS["Supervisely"](tmp_path / "super")
+    points = dict(exterior=square(10, 10, 60, 60), interior=[square(20, 20, 30, 30), square(50, 40, 80, 50)])
+    edit(tmp_path / "super", "Supervisely", lambda content: content.update(objects=[
+        dict(classTitle="car", geometryType="polygon", points=points)]))
+    expected = box_region(35, 35, 50, 50) & ~box_region(25, 25, 10, 10) & ~box_region(65, 45, 30, 10)
+    assert ((load_mask(tmp_path / "super")[1] > 0) == expected).all()
