@@ -666,16 +666,14 @@ def test_polygons_of_an_image_and_of_a_file_over_all_are_both_drawn(tmp_path):
     assert not ((mask != expected) & interior(expected)).any()
 
 
-def test_holes_of_polygons_on_rows_that_qgis_counts_below_0(tmp_path):
+def test_holes_of_polygons_in_pixels(tmp_path):
     save(tmp_path / "plain.jpg", np.zeros((84, 112, 3), np.uint8))
-    masks = []
-    for sign in (1, -1):
-        content = features([("car", [])])
-        content["features"][0]["geometry"]["coordinates"] = [
-            [*ring.tolist(), ring[0].tolist()] for ring in (RING * (1, sign), HOLE * (1, sign))]
-        dump(tmp_path / "plain.geojson", content)
-        masks.append(load_mask(tmp_path, "plain")[1])
-    assert (masks[0] == masks[1]).all() and masks[0][20, 30] == 1 and masks[0][40, 48] == 0
+    content = features([("car", [])])
+    content["features"][0]["geometry"]["coordinates"] = [
+        [*ring.tolist(), ring[0].tolist()] for ring in (RING, HOLE)]
+    dump(tmp_path / "plain.geojson", content)
+    mask = load_mask(tmp_path, "plain")[1]
+    assert mask[20, 30] == 1 and mask[40, 48] == 0
 
 
 def test_shares_beside_run_lengths_are_refused(tmp_path):
