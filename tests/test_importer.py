@@ -904,3 +904,13 @@ def test_names_of_several_words_and_empty_lines_of_a_list_keep_the_numbers(tmp_p
     path = next(path for path in truth if path.stem == "shot 0")
     names, mask = load_mask(tmp_path)
     assert names == ["background", "traffic light", "tree"] and iou(mask, truth[path]) > 0.97
+
+
+def test_masks_in_colors_that_differ_in_blue_alone_are_no_gray_values(tmp_path):
+    colors = np.array([(0, 0, 0), (1, 1, 200), (2, 2, 90)], np.uint8)
+    for seed in range(3):
+        pixels, mask = scene(seed, 3)
+        save(tmp_path / f"images/{seed}.jpg", pixels)
+        save(tmp_path / f"masks/{seed}.png", colors[mask])
+    with refused("painted in colors"):
+        load("folder", tmp_path)
