@@ -904,3 +904,32 @@ def test_all_outlines_and_holes_of_a_shape_are_drawn(tmp_path):
         dict(classTitle="car", geometryType="polygon", points=points)]))
     expected = box_region(35, 35, 50, 50) & ~box_region(25, 25, 10, 10) & ~box_region(65, 45, 30, 10)
     assert ((load_mask(tmp_path / "super")[1] > 0) == expected).all()
+
+
+def test_a_size_of_slightly_other_proportions_is_refused(tmp_path):
+    TOOLS["labelme"](tmp_path)
+    edit(tmp_path, "labelme", lambda content: content.update(imageHeight=84, imageWidth=110))
+    with refused("shot 0.jpg", "84x112", "84x110"):
+        find_masks(tmp_path)
+
+
+def test_names_of_several_words_and_empty_lines_of_a_list_keep_the_numbers(tmp_path):
+    truth = TOOLS["YOLO, Ultralytics"](tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "classes.txt").write_text("traffic light\n\ntree\n")
+    for path in tmp_path.rglob("labels/*/*.txt"):
+        path.write_text("".join(line.replace("1 ", "2 ", line.startswith("1 "))
+                                for line in path.read_text().splitlines(True)))
+    path = next(path for path in truth if path.stem == "shot 0")
+    names, mask = load_mask(tmp_path)
+    assert names == ["background", "traffic light", "tree"] and iou(mask, truth[path]) > 0.97
+
+
+def test_masks_in_colors_that_differ_in_blue_alone_are_no_gray_values(tmp_path):
+    colors = np.array([(0, 0, 0), (1, 1, 200), (2, 2, 90)], np.uint8)
+    for seed in range(3):
+        pixels, mask = scene(seed, 3)
+        save(tmp_path / f"images/{seed}.jpg", pixels)
+        save(tmp_path / f"masks/{seed}.png", colors[mask])
+    with refused("painted in colors"):
+        load("folder", tmp_path)
