@@ -62,8 +62,8 @@ class Annotations(NamedTuple):
 
 
 class FolderFiles:
-    """The files below a folder. images: [path]; folders: names of theirs, without masks'; json: {path: content}; broken:
-    {path: InputError} of JSON files that cannot be read.
+    """The files below a folder. images: [path]; folders: the names of those that images lie in, not masks;
+    json: {path: content}; broken: {path: InputError} of JSON files that cannot be read.
 
     problems: {what is wrong: [file or entry]}, of everything that cannot be used.
     """
