@@ -198,6 +198,18 @@ def test_kinds_that_are_not_known_are_refused_by_name(tool, values, named, tmp_p
         find_masks(tmp_path)
 
 
+@pytest.mark.parametrize(("segmentation", "is_counted"), [
+    ([[20.6, 40.3, 20.6, 40.3, 60.7, 40.3, 60.7, 40.3]], True),  # a box of height 0, as a few of COCO's
+    (dict(size=[84, 112], counts=[84 * 112]), False)])
+def test_shapes_without_area_draw_nothing(segmentation, is_counted, tmp_path):
+    TOOLS["COCO"](tmp_path)
+    before = load_mask(tmp_path)[1]
+    edit(tmp_path, "COCO", lambda content: content["annotations"].append(
+        {**content["annotations"][0], "id": 99, "segmentation": segmentation}))
+    assert ["without area" in doubt for doubt in find_masks(tmp_path).doubts] == [True] * is_counted
+    assert (load_mask(tmp_path)[1] == before).all()
+
+
 def test_names_that_differ_in_spelling_alone_are_doubted(tmp_path):
     TOOLS["labelme"](tmp_path)
     edit_first(tmp_path, "labelme", label="CAR ")

@@ -98,7 +98,9 @@ def judge_shapes(canvas, annotations, problems, nothing):
                     continue
                 problem = f"of the unknown kind {shape.kind}"
             elif not problem:
-                canvas.shapes.append(drawable(shape, label, number, annotations.by_area))
+                drawn = drawable(shape, label, number, annotations.by_area)
+                canvas.shapes += [drawn] if drawn else []
+                nothing[f"{shape.kind} without area"] += not drawn
         except BadLabel as error:
             problem = str(error)
         if problem:
@@ -107,7 +109,9 @@ def judge_shapes(canvas, annotations, problems, nothing):
 
 
 def drawable(shape, label, number, by_area):
-    """Return the Drawable of a Shape, the n-th of its image; by_area: as in Annotations. Raises BadLabel."""
+    """Return the Drawable of a Shape, the n-th of its image, None where its outlines have no area, as in
+    COCO here and there; by_area: as in Annotations. Raises BadLabel.
+    """
     if shape.bitmap:
         bitmap = shape.bitmap()
         rings, holes, area, whole = [], [], int(bitmap.pixels.sum()), bitmap.whole
@@ -117,8 +121,10 @@ def drawable(shape, label, number, by_area):
         area, whole = area - area_of_holes, False
         points = np.concatenate(rings) if rings else np.zeros((1, 2))
         corners = np.stack([points.min(0), points.max(0)])
-    if not area > 0:
-        raise BadLabel("without area (fewer than three points, or all on a line)")
+    if not area > 0 and not shape.bitmap:
+        if all(len(as_points(ring)) < 3 for ring in shape.rings):
+            raise BadLabel("of fewer than three points")
+        return None
     order = (shape.order, -area if by_area else 0, number)
     return Drawable(label, shape.where, order, rings, holes, shape.bitmap, corners, whole)
 
