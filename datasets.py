@@ -17,7 +17,7 @@ from shlex import quote
 import numpy as np
 from PIL import Image
 
-from config import IGNORE, DataOptions, InputError, count_of
+from config import IGNORE, OWN_DATA, DataOptions, InputError, count_of
 from dataio import huggingface, schema
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
@@ -240,7 +240,7 @@ def classes_in(sample, source):
     try:
         counts = np.bincount(read_mask(sample.mask, source.table).ravel(), minlength=256)
     except PaintedMask as error:
-        if source.name in ("folder", "hf"):
+        if source.name in OWN_DATA:
             raise
         raise InputError(f"{error}; --dataset {source.name} needs those: for masks in colors of your own, "
                          "list them in a classes.txt and give --dataset folder") from None

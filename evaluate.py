@@ -168,7 +168,7 @@ def make_batches(samples, table, protocol, batch_size, rule):
 def warn_of_misfits(samples, rule):
     """Print a warning where image files are not as those of the training."""
     misfits = utils.all_in_parallel(lambda sample: rule.doubt(sample.image, stored_of(sample.image)), samples,
-                              "image headers")
+                                    "image headers")
     misfits = list(filter(None, misfits))
     if misfits:
         print(f"warning: {count_of(len(misfits), 'image')} not as in training: {misfits[0]}: their scores "

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from config import InputError
 from dataio.annotations.shapes import BadLabel, Shape
 from dataio.images import IMAGE_ENDINGS
-from dataio.layout import SPLIT_OF, count_shared_folders, list_images, role_of, words_of
+from dataio.layout import SPLIT_OF, count_shared_folders, list_files, role_of, words_of
 from utils import in_parallel
 
 FORM_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError)
@@ -62,28 +62,29 @@ class Annotations(NamedTuple):
 
 
 class FolderFiles:
-    """The files below a folder. images: [path]; folders: the names of those that images lie in, not masks;
-    json: {path: content}; broken: {path: InputError} of JSON files that cannot be read.
+    """The files below a folder. files, images: [path]; folders: the names of those that images lie in, not
+    masks; json: {path: content}; broken: {path: InputError} of JSON files that cannot be read.
 
     problems: {what is wrong: [file or entry]}, of everything that cannot be used.
     """
 
     def __init__(self, root):
-        self.root, self.images, self.problems = root, list_images(root), defaultdict(list)
+        self.root, self.files, self.problems = root, list_files(root), defaultdict(list)
+        self.images = self.with_ending(*IMAGE_ENDINGS)
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for path in self.images:
             self.by_name[parts_of(path.name)[-1]].append(path)
             self.by_stem[parts_of(path.stem)[-1]].append(path)
         self.folders = {name for path in self.images for name in self.folders_of(path)
                         if self.role(path).content not in ("masks", "other")}
-        paths = list_images(root, (".json", ".geojson"))
+        paths = self.with_ending(".json", ".geojson")
         contents = dict(zip(paths, in_parallel(read_json, paths, "reading annotations"), strict=True))
         self.broken = {path: error for path, error in contents.items() if isinstance(error, InputError)}
         self.json = {path: content for path, content in contents.items() if path not in self.broken}
 
     def with_ending(self, *endings):
         """Return the files with one of these endings (.xml), sorted."""
-        return list_images(self.root, endings)
+        return [path for path in self.files if path.suffix.lower() in endings]
 
     def json_with(self, *keys):
         """Return {path: content} of the JSON files that are an object with these keys."""

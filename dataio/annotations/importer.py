@@ -74,8 +74,8 @@ def judge_all(folder, annotations):
         judge_shapes(canvas, annotations, folder.problems, nothing)
     doubts = [*annotations.doubts, *decide_frames(canvases, annotations.shares),
               *judge_frames(canvases, annotations.shares, folder.problems)]
-    if nothing.total():
-        counts = ", ".join(f"{count} x {kind}" for kind, count in sorted((+nothing).items()))
+    if nothing:
+        counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(nothing.items()))
         doubts.append(f"not drawn, because they enclose nothing: {counts}")
     return canvases, doubts
 

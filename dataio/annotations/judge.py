@@ -98,9 +98,10 @@ def judge_shapes(canvas, annotations, problems, nothing):
                     continue
                 problem = f"of the unknown kind {shape.kind}"
             elif not problem:
-                drawn = drawable(shape, label, number, annotations.by_area)
-                canvas.shapes += [drawn] if drawn else []
-                nothing[f"{shape.kind} without area"] += not drawn
+                if drawn := drawable(shape, label, number, annotations.by_area):
+                    canvas.shapes.append(drawn)
+                else:
+                    nothing[f"{shape.kind} without area"] += 1
         except BadLabel as error:
             problem = str(error)
         if problem:
