@@ -19,8 +19,9 @@ import torch
 import utils
 from config import DataOptions, InputError, count_of, fields_affecting, flag, has_meaning
 from dataio import schema
-from dataio.classes import ADE20K, VOC
+from dataio.classes import ADE20K, VOC, first_difference
 from dataio.image_rule import ImageRule
+from dataio.readers import may_be_equal
 from engine import LOG_EVERY
 from metrics import best_row
 from model import ModelSpec, build_model
@@ -309,7 +310,8 @@ class Run:
         names = dict(config=self.settings, classes=self.classes)
         schema.check(schema.UserNames, names, "the checkpoint of this run")
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
-        self.facts = dict(data.fingerprints(), processes=world_size())
+        with utils.main_process_first():  # it may read all files
+            self.facts = dict(data.fingerprints(), processes=world_size())
         backbone = state.model.backbone
         self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None
         self.confusion, self.stop, self.saved_at = None, None, time.monotonic()
@@ -328,6 +330,8 @@ class Run:
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
         schema.check(schema.Resumed, saved, "last.pth")
         self.check_facts(saved)
+        if len(set(utils.all_gather((saved["epoch"], saved["step"])))) > 1:
+            raise InputError("the run was saved while these processes read its last.pth: start them again")
         model = self.state.model
         weights = with_backbone(saved, model, "last.pth") if is_head_alone(saved) else saved["model"]
         load_strictly(model, weights, "last.pth")
@@ -348,13 +352,19 @@ class Run:
         print(f"resumed after epoch {saved['epoch']}{within}")
 
     def check_facts(self, saved):
-        """Raise InputError where the number of processes or the data are not those of the saved run."""
+        """Raise InputError where the number of processes, the classes or the data are not those of the saved
+        run.
+        """
         processes = saved["processes"]
         if processes != self.facts["processes"]:
             raise InputError(f"the run made its steps from the batches of {count_of(processes, 'process')}, "
                              f"and would now of {self.facts['processes']}: torchrun --nproc-per-node "
                              f"{processes}")
-        if any(saved[name] != value for name, value in self.facts.items()):
+        if others := first_difference(saved["classes"], self.classes):
+            raise InputError(f"the classes are not those the run was trained on ({others}): restore their "
+                             "names and their order, or start a new run without --resume")
+        fingerprints = self.facts.keys() - {"processes"}
+        if not all(may_be_equal(saved[name], self.facts[name]) for name in fingerprints):
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
                              "or changed): restore it, or start a new run without --resume")
 

@@ -43,6 +43,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataio import schema
+from dataio.readers import may_be_equal
 import utils
 import visualize
 from checkpoint import load_model
@@ -96,7 +97,7 @@ class Run:
     def is_scored_on_its_data(self):
         """Whether the data set that was scored is the one of the training, of which it may be a split."""
         fingerprint = self.metrics["protocol"].get("data_fingerprint")
-        return bool(self.config) and self.config.get("data_fingerprint") == fingerprint
+        return bool(self.config) and may_be_equal(self.config.get("data_fingerprint"), fingerprint)
 
     def key_without(self, ignored):
         """Return a text that is equal for runs that differ in `ignored` settings at most."""

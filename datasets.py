@@ -21,6 +21,7 @@ from config import IGNORE, OWN_DATA, DataOptions, InputError, count_of
 from dataio import huggingface, schema
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
+from dataio.contents import hash_contents
 from dataio.folder import folder, refuse_file
 from dataio.labels import class_file
 from dataio.layout import existing, list_images, pair_files, read_list
@@ -387,20 +388,10 @@ def with_extra(source, root):
 
 def unknown_images(samples, source):
     """Return those of `samples` whose images, byte for byte, a DataSource has in no split but `unused`."""
-    sizes = {sample.image.stat().st_size for sample in samples}  # only files of these sizes are read
-    digests = set()
-    for split, others in source.splits.items():
-        if split != "unused":
-            digests |= {digest(other.image) for other in others if other.image.stat().st_size in sizes}
-    return [sample for sample in samples if digest(sample.image) not in digests]
-
-
-def digest(path):
-    """Return a hash of a file. Raises InputError."""
-    try:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    others = [other for split, others in source.splits.items() if split != "unused" for other in others]
+    hashes = hash_contents(sample.image for sample in [*samples, *others])
+    known = {hashes[other.image] for other in others}
+    return [sample for sample in samples if hashes[sample.image] not in known]
 
 
 def with_codes(table, ids):
@@ -420,8 +411,9 @@ def with_codes(table, ids):
 def rewritten(samples, table, codes, root):
     """Return the Samples with masks of `codes` in the drawn folder, written where they are not there yet."""
     state = hashlib.sha256(codes.tobytes() + table.tobytes())
+    hashes = hash_contents(sample.mask for sample in samples)
     for sample in samples:
-        state.update(f"{sample.image.relative_to(root)} ".encode() + digest(sample.mask))
+        state.update(f"{sample.image.relative_to(root)} {hashes[sample.mask]}\n".encode())
     target = drawn_folder() / state.hexdigest()[:16]
 
     def write(sample, folder):

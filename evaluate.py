@@ -49,9 +49,11 @@ import utils
 import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, OWN_DATA, InputError, count_of
+from dataio.classes import first_difference
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
 from dataio.images import stored_of
 from dataio.labels import NamedTwice
+from dataio.readers import may_be_equal
 from dataio.stratify import blocks_of
 from datasets import load_data
 from inference.predictor import Predictor, choose_protocol
@@ -128,21 +130,14 @@ def load_other_folder(options, checkpoint, cache_dir):
 
 def has_training_files(data, checkpoint):
     """Return whether a DataSource has the files a model was trained on; True where that is not known."""
-    fingerprint = data.fingerprints()["data_fingerprint"]
-    return checkpoint.get("data_fingerprint", fingerprint) == fingerprint
+    return may_be_equal(checkpoint.get("data_fingerprint"), data.fingerprints()["data_fingerprint"])
 
 
 def check_classes(data, checkpoint, dataset):
     """Raise InputError where a DataSource does not have the classes of a model."""
-    model_classes, data_classes = ([name for name, _ in source] for source
-                                   in (checkpoint["classes"], data.classes))
-    if model_classes == data_classes:
-        return
-    pairs = [pair for pair in zip(model_classes, data_classes, strict=False) if pair[0] != pair[1]]
-    difference = "class {} against {}".format(*pairs[0]) if pairs else \
-        f"{len(model_classes)} classes against {len(data_classes)}"
-    raise InputError(f"the model's classes are not those of --dataset {dataset} ({difference}): evaluate it "
-                     "on a data set with its classes")
+    if difference := first_difference(checkpoint["classes"], data.classes):
+        raise InputError(f"the model's classes are not those of --dataset {dataset} ({difference}): evaluate "
+                         "it on a data set with its classes")
 
 
 def split_samples(data, split):
@@ -238,7 +233,7 @@ def describe_protocol(args, data, split, samples, predictor):
 def protocol_line(protocol):
     """Return the protocol dict as one line."""
     return ("protocol: {dataset} {split}, {images} images, {classes} classes, ignore {ignore}, {views}, "
-            "{precision}, {scored}, boundary tolerance {boundary_tolerance}, files {data_fingerprint:.8} "
+            "{precision}, {scored}, boundary tolerance {boundary_tolerance}, {data_fingerprint:.14} "
             "split {split_fingerprint:.8}, weights {weights_sha256}").format(**protocol)
 
 

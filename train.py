@@ -326,12 +326,20 @@ def print_result(history, data, out_dir):
 def main():
     """Train as the flags say."""
     flags = parse_train_args(description=__doc__)
-    out_dir = Path(flags.get("out_dir", "outputs"))
-    last = out_dir / "last.pth"
-    if flags.get("resume") and not last.exists():
+    folder = utils.RunFolder(flags.get("out_dir", "outputs"), flags.get("resume", False))
+    if not folder.owned:
+        return run_training(flags, folder)
+    last = folder.path / "last.pth"
+    if not last.exists():
         raise InputError(f"--resume: {last} does not exist, the run has saved nothing yet: start it by its "
                          "command without --resume")
-    saved = read_checkpoint(last) if flags.get("resume") else None
+    with folder:  # from before it is read: another process may still be saving the run
+        return run_training(flags, folder, read_checkpoint(last))
+
+
+def run_training(flags, folder, saved=None):
+    """Train in a utils.RunFolder; saved: the checkpoint of the run that is resumed."""
+    out_dir = folder.path
     config = resolve(flags, saved and saved.get("config", {}))
     check_registered(flags, config)
     if not {"dataset", "recipe", "resume"} & flags.keys():
@@ -352,7 +360,6 @@ def main():
     check_effects(flags, config, state.model)
     check_targets(state.model.head, data)
     visualize.require_trackers(config.log)
-    folder = utils.RunFolder(out_dir, config.resume)
     weights_from = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
     run = Run(state, dataclasses.asdict(config), data, folder, weights_from)
     if saved:

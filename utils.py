@@ -246,7 +246,9 @@ def from_launcher(name, default):
 
 def rank():
     """Return the number of this process, 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    return from_launcher("RANK", 0) if from_launcher("WORLD_SIZE", 1) > 1 else 0
 
 
 def world_size():
@@ -439,7 +441,7 @@ def make_folder(path):
 
 
 class RunFolder:
-    """The --out-dir of a run, locked against other runs while the `with` block lasts.
+    """The --out-dir of a run, locked against other runs while the `with` block lasts; it may be nested.
 
     Before the run writes its first file it calls make_room(), which moves an earlier run to previous/<time>/:
     a run that fails before that has touched nothing. In processes other than the main one nothing happens.

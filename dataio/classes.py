@@ -140,3 +140,15 @@ def spare_colors(ids, used):
     own = {id: SPARE_COLORS[id] for id in ids if SPARE_COLORS[id] in free}
     others = (color for color in free if color not in own.values())
     return {id: own.get(id) or next(others) for id in ids}
+
+
+def first_difference(classes, others):
+    """Return how the names or the order of two lists of classes differ first, as text; "" where they do not.
+
+    classes, others: [(name, color), ...]. Colors may differ.
+    """
+    names, other_names = ([name for name, _ in source] for source in (classes, others))
+    for id, (name, other) in enumerate(zip(names, other_names, strict=False)):
+        if name != other:
+            return f"class {id}: {name} against {other}"
+    return "" if len(names) == len(other_names) else f"{len(names)} classes against {len(other_names)}"

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import InputError, count_of
+from dataio.contents import hash_contents
 from dataio.dataloader import Batches, collate, naming_files
 from dataio.readers import short_hash
 from models.backbones import features_of_parts
@@ -156,6 +157,11 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
                          f"damaged, and {folder} cannot be written: name another folder")
     if missing:
         fill(model, parts, dataset, files, missing, precision, workers)
+        if {file_facts(dataset.samples)["contents"]} != {fact["contents"] for fact in facts.values()}:
+            for file in files.values():
+                file.sums_path.unlink(missing_ok=True)
+            raise InputError("--cache-features: images or masks were changed while their features were "
+                             "computed: start again")
     barrier()
     targets = {name: file for name, file in files.items() if name not in parts}
     return CachedDataset(dataset, model, {part: files[part] for part in parts}, targets, views)
@@ -185,14 +191,13 @@ def plan_files(model, parts, dataset, folder, precision, views):
 
 
 def file_facts(samples):
-    """Return the hashes of a file list: its names, and its sizes and times of change."""
+    """Return the hashes of a file list: its names, and what the files hold. Raises InputError."""
     paths = [os.path.abspath(path) for sample in samples for path in sample.files_read()]
-    names, stats = paths, list(map(os.stat, paths))
+    names, hashes = paths, hash_contents(paths)
     with suppress(ValueError):  # Windows: data and drawn masks on two drives
         base = os.path.commonpath(list(map(os.path.dirname, paths)))
         names = [os.path.relpath(path, base) for path in paths]
-    changes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    return dict(names=short_hash(names), contents=short_hash(changes))
+    return dict(names=short_hash(names), contents=short_hash([hashes[Path(path)] for path in paths]))
 
 
 def reserve(files, facts, folder):

@@ -16,8 +16,8 @@ import yaml
 
 from config import IGNORE, InputError, count_of
 from dataio.annotations.files import split_in
+from dataio.contents import cache_home, hash_contents
 from dataio.layout import SPLIT_OF, list_images, words_of
-from dataio.readers import drawn_folder
 from dataio.scan import fill_folder
 from utils import write_atomically
 
@@ -53,7 +53,7 @@ def unpack(root, download=True):
     features = read_features(files[0])
     kinds = {name: kind_of(feature) for name, feature in features.items()}
     columns = choose_columns(files[0], kinds)
-    target = drawn_folder().parent / "hf" / key_of(source, files, columns)
+    target = cache_home() / "hf" / key_of(source, files, columns)
     fill_folder(target, lambda path, folder: write_rows(path, source, columns, folder), files, "unpacking")
     own, written = source / "classes.txt", target / "classes.txt"
     names, of = ({}, own) if own.is_file() else class_names(source, features)
@@ -129,9 +129,8 @@ def split_of(path, source):
 def key_of(source, files, columns):
     """Return the name of the folder for what is unpacked, a hash of all that it depends on."""
     state = hashlib.sha256(f"{VERSION} {columns}\n".encode())
-    for path in files:
-        facts = path.stat()
-        state.update(f"{path.relative_to(source)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    for path, digest in hash_contents(files).items():
+        state.update(f"{path.relative_to(source)} {digest}\n".encode())
     return state.hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from config import IGNORE, InputError
+from dataio.contents import cache_home, hash_contents
 from dataio.image_rule import PICTURES, ImageRule
 from dataio.images import (IMAGE_ENDINGS, TIFF_BITS, TIFF_COLORS, TIFF_SIGN, TIFFS, BandFile, companions,
 load_array, naming_damage, no_data, open_image, stored_of, tiff_tags, upright, upright_size)
@@ -26,6 +27,7 @@ MASK_ENDINGS = IMAGE_ENDINGS
 OUTSIDE = 254  # entry of a value table for mask values that are no class: an error, never trained on
 MASK_VALUES = range(-32768, 65536)  # that a mask may hold
 NODATA = MASK_VALUES[0] - 1  # stands for pixels that a mask file marks as no data
+FINGERPRINT = "files:"  # what the fingerprints of data begin with, since they are of what the files hold
 COLORS = 1 << 24  # entries of a value table for masks painted in colors
 
 
@@ -95,8 +97,9 @@ class DataSource:
         return [*self.splits["train"], *self.extra]
 
     def fingerprints(self):
-        """Return short hashes {name: text} that equal data share: of names and sizes of all files and how
-        masks are decoded, of which image is in which split, and of --extra where there is one.
+        """Return short hashes {name: text} that equal data share: of names and contents of all files, how
+        masks are decoded and what the classes are called, of which image is in which split, and of --extra
+        where there is one. Raises InputError.
         """
         samples = [sample for split in self.splits.values() for sample in split]
         files = {absolute(path) for sample in samples for path in sample.files()}
@@ -109,18 +112,30 @@ class DataSource:
             return str(path.relative_to(drawn if drawn in path.parents else base))
 
         ordered = sorted(files, key=lambda path: (drawn not in path.parents, path))
-        data = [(name(path), path.stat().st_size) for path in ordered]
-        data.append(hashlib.sha256(self.table).hexdigest())
+        # the folder of a drawn mask is named by all that it was made of
+        hashes = hash_contents([path for path in [*ordered, *(sample.image for sample in self.extra)]
+                                if drawn not in path.parents])
+        data = [(name(path), hashes.get(path)) for path in ordered]
+        data += [hashlib.sha256(self.table).hexdigest(), [name for name, _ in self.classes]]
         if named := sorted({(target.name, target.kind) for sample in samples for target in sample.targets}):
             data.append(named)
         splits = [(split, sorted(name(sample.image) for sample in samples))
                   for split, samples in sorted(self.splits.items())]
-        fingerprints = {"data_fingerprint": short_hash(data), "split_fingerprint": short_hash(splits)}
+        fingerprints = {"data_fingerprint": FINGERPRINT + short_hash(data),
+                        "split_fingerprint": short_hash(splits)}
         if self.extra:
-            extra = [(sample.image.name, sample.image.stat().st_size, *map(name, sample.files()[1:]))
+            extra = [(sample.image.name, hashes[sample.image], *map(name, sample.files()[1:]))
                      for sample in self.extra]
             fingerprints["extra_fingerprint"] = short_hash(extra)
         return fingerprints
+
+
+def may_be_equal(fingerprint, other):
+    """Return whether two fingerprints do not differ as far as they can be compared: None and "" are not
+    known, and earlier versions made them of other facts.
+    """
+    known = fingerprint and other and fingerprint.startswith(FINGERPRINT) == other.startswith(FINGERPRINT)
+    return not known or fingerprint == other
 
 
 def short_hash(value):
@@ -135,7 +150,7 @@ def absolute(path):
 
 def drawn_folder():
     """Return the folder of drawn masks: in it one folder each, named by a hash of all they were made of."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoseg/masks"
+    return cache_home() / "masks"
 
 
 # --- masks ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 
 from config import IGNORE, InputError, count_of
 from dataio import readers
+from dataio.contents import hash_contents
 from dataio.readers import read_mask
 from dataio.scan import scan_image
 from utils import all_in_parallel, code_hash, in_parallel, read_kept, write_atomically
@@ -20,15 +21,11 @@ ALIKE = 40  # bits of 256 in which the looks of neighboring frames may differ; o
 
 
 def digest_of_masks(samples, table):
-    """Return a SHA-256 over the names, sizes and times of the masks of Samples, and how they are read."""
+    """Return a SHA-256 over what the masks of Samples hold, and how they are read. Raises InputError."""
     digest = hashlib.sha256(np.ascontiguousarray(table))
-    digest.update(code_hash(readers).encode())
-    for sample in samples:
-        facts = None
-        if sample.mask is not None:
-            stat = sample.mask.stat()
-            facts = str(sample.mask.resolve()), stat.st_size, stat.st_mtime_ns
-        digest.update(repr(facts).encode())
+    hashes = hash_contents(sample.mask for sample in samples if sample.mask)
+    facts = code_hash(readers), [hashes.get(sample.mask) for sample in samples]
+    digest.update(repr(facts).encode())
     return digest
 
 

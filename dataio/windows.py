@@ -23,6 +23,7 @@ import torch
 
 from config import IGNORE, InputError
 from dataio import image_rule, images, readers, resizing
+from dataio.contents import hash_contents, state_of
 from dataio.image_rule import PICTURES
 from dataio.images import (EXIF_ORIENTATION, TIFFS, BandFile, image_size, named_errors, stored_of, tiff_tags,
 upright_size)
@@ -195,8 +196,7 @@ class WindowReader:
     def kept_path(self, index):
         """Return the file that holds a decoded pair; its name is a hash of all that it depends on."""
         sample = self.samples[index]
-        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-                 for path in sample.files_read()]
+        files = [(str(path.resolve()), state_of(path)) for path in sample.files_read()]
         facts = decoding_code(), files, self.sizes[index], self.rule.facts()
         state = hashlib.sha256(repr(facts).encode() + self.table.tobytes())
         return self.folder / f"decoded-{state.hexdigest()[:16]}.npy"
@@ -240,8 +240,8 @@ class WindowReader:
         image, sorted; drawn once, then read from cache_dir.
         """
         state = digest_of_masks(self.samples, self.table)
-        changes = [path.stat().st_mtime_ns for sample in self.samples for path in sample.files_read()]
-        facts = decoding_code(), self.rule.facts(), POINTS, num_classes, self.sizes, changes
+        hashes = hash_contents(path for sample in self.samples for path in sample.files_read())
+        facts = decoding_code(), self.rule.facts(), POINTS, num_classes, self.sizes, list(hashes.values())
         state.update(repr(facts).encode())
         path = Path(cache_dir) / f"points-{state.hexdigest()[:16]}.npy"
         rows = read_kept(path)

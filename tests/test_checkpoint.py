@@ -344,7 +344,10 @@ def test_a_checkpoint_of_another_architecture_of_an_earlier_version_loads(tmp_pa
 
 
 def test_files_of_a_run_of_earlier_versions_load_and_resume(data, tmp_path, run):
-    """Their entries, written out: nothing is kept beside the weights, settings are fewer."""
+    """Their entries, written out: nothing is kept beside the weights, settings are fewer, the fingerprint of
+    the data is made of other facts.
+    """
+    source = load("folder", data)
     net = tiny(unfreeze="all")
     optimizer = engine.OPTIMIZERS["adamw"](engine.parameter_groups(net, 1e-3, 1e-3))
     settings = dict(dataset="folder", data_root=str(data), val_fraction=0.2, classes=[], resplit=False,
@@ -357,10 +360,10 @@ def test_files_of_a_run_of_earlier_versions_load_and_resume(data, tmp_path, run)
                     out_dir=str(tmp_path))
     metrics = {name.removeprefix("val_"): ROW[name] for name in ROW if name.startswith("val_")}
     best = dict(
-        format="dinoseg", version=1, classes=[[name, list(color)] for name, color in CLASSES], imgsz=[28, 42],
-        spec=OLD_SPEC,
+        format="dinoseg", version=1, classes=[[name, list(color)] for name, color in source.classes],
+        imgsz=[28, 42], spec=OLD_SPEC,
         model=net.state_dict(), epoch=1, config=settings, metrics=metrics, processes=1,
-        **load("folder", data).fingerprints())
+        **dict(source.fingerprints(), data_fingerprint="0123456789abcdef"))
     numbers = torch.Generator().get_state()
     last = dict(
         best, optimizer=optimizer.state_dict(), scaler={}, step=2, history=[ROW], counts=torch.ones(3, 3),

@@ -317,6 +317,32 @@ def test_fingerprints_tell_files_splits_and_decoding_apart(tmp_path):
     assert changed[0] != data and changed[1] == split
 
 
+def test_fingerprints_tell_contents_class_names_and_extra_images_apart(tmp_path):
+    """Of files that keep their names and sizes."""
+    names = [("a", (0, 0, 0)), ("b", (1, 1, 1))]
+    paths = [tmp_path / f"{folder}/{name}.bmp" for folder in "im" for name in "12"]
+    extra = tmp_path / "more/3.bmp"
+
+    def fingerprints(classes=names, changed=None):
+        """Return (data, extra) fingerprints; changed: the file that holds other pixels."""
+        for path in (*paths, extra):
+            path.parent.mkdir(exist_ok=True)
+            Image.new("L", (9, 7), int(path == changed)).save(path)
+        samples = [Sample(*pair) for pair in zip(paths[:2], paths[2:], strict=True)]
+        splits = {"train": samples[:1], "val": samples[1:]}
+        source = DataSource("x", classes, splits, index_table(2), extra=[Sample(extra, paths[2])])
+        return [source.fingerprints()[name] for name in ("data_fingerprint", "extra_fingerprint")]
+
+    data, more = fingerprints()
+    assert fingerprints() == [data, more]
+    swapped = [(name, color) for (name, _), (_, color) in zip(names[::-1], names, strict=True)]
+    assert len({data, fingerprints(swapped)[0], *(fingerprints(changed=path)[0] for path in paths)}) == 6
+    recolored = fingerprints([(name, (9, 9, 9)) for name, _ in names])
+    assert recolored == [data, more]
+    changed = fingerprints(changed=extra)
+    assert changed[0] == data and changed[1] != more
+
+
 def test_a_file_is_the_same_however_its_path_is_spelled(tmp_path, monkeypatch):
     """Else a model would be scored on images that it was trained on."""
     for name in ("a", "b", "c"):

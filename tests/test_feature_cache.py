@@ -375,6 +375,23 @@ def test_a_file_with_another_content_of_the_same_size_is_noticed(tmp_path):
         assert is_close(values, net, image) and torch.equal(targets["mask"], want["mask"])
 
 
+def test_a_file_that_changes_while_features_are_computed_leaves_none(samples, tmp_path, monkeypatch, passes):
+    fill = cache.fill
+
+    def fill_and_change(*args):
+        fill(*args)
+        pixels = np.array(Image.open(samples[0].image))
+        Image.fromarray(255 - pixels).save(samples[0].image)
+
+    with monkeypatch.context() as patch, refused("--cache-features"):
+        patch.setattr(cache, "fill", fill_and_change)
+        cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
+    net, dataset = tiny(), training_set(samples)
+    cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32)
+    for index in range(len(samples)):
+        assert is_close(cached[index][0], net, dataset[index][0])
+
+
 def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypatch):
     folder, part = tmp_path / "cache", Part("map", 2)
     folder.mkdir()

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from attacks import same_run
 from conftest import ROOT, call, write_folder
 from test_scripts import OPTIONS, history_of, registered_options, train_flags
@@ -21,7 +23,7 @@ import evaluate
 import train
 import utils
 from config import InputError
-from dataio import dataloader, feature_cache, readers
+from dataio import contents, dataloader, feature_cache, readers
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +257,68 @@ def test_what_may_not_change_on_resume_is_refused(straight, tmp_path, run, chang
     code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", out, *more)
     assert code == 2 and named in err and err.count("\n") == 1
     assert contents_of(out) == before
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["while the other is at work", "after it"])
+def test_a_run_that_is_resumed_twice_loses_no_epoch(straight, tmp_path, run, monkeypatch, waits):
+    """A job that is started again while the old process still saves: last.pth is not read before its end."""
+    out = shutil.copytree(straight(), tmp_path / "out")
+    flags = [str(word) for word in ("--resume", "--epochs", 4, "--out-dir", out)]
+    load_data, codes = train.load_data, []
+
+    def load_after_another(*args):
+        monkeypatch.setattr(train, "load_data", load_data)
+        other = [sys.executable, ROOT / "train.py", *flags]
+        codes.append(subprocess.run(other, capture_output=True).returncode)
+        return load_data(*args)
+
+    if waits:
+        monkeypatch.setattr(train, "load_data", load_after_another)
+        code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", out)
+        assert codes == [2] and code == 0 and len(history_of(out)) == 3, err
+    else:
+        assert run(train, *flags)[0] == 0 and run(train, *flags)[0] == 0
+        assert len(history_of(out)) == 4
+
+
+def test_other_class_names_are_refused_and_named(data, tmp_path, run):
+    folder, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    lines = ["ground", "cat", "dog"]
+    (folder / "classes.txt").write_text("\n".join(lines))
+    assert run(train, *flags_of(folder, out, "--epochs", 1))[0] == 0
+    (folder / "classes.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+    before = contents_of(out)
+    code, _, err = run(train, "--resume", "--epochs", 2, "--out-dir", out)
+    assert code == 2 and err.count("\n") == 1 and all(name in err for name in lines[:2])
+    assert contents_of(out) == before
+
+
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_a_file_edited_at_its_size_and_time_is_noticed(data, tmp_path, run, folder, monkeypatch):
+    """Its content tells, though its hash of before is kept: by --resume, evaluate.py and --cache-features."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    monkeypatch.setattr(contents, "SETTLED", -1 << 62)
+    copy, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    for path in copy.glob("*/*.png"):  # files whose size says nothing
+        Image.open(path).save(path, compress_level=0)
+    flags = ("--dataset", "folder", "--data-root", copy, "--backbone", "vit_tiny", "--imgsz", 28, 42,
+             "--workers", 0, "--epochs", 1, "--cache-features", tmp_path / "cache", "--out-dir")
+    code, _, err = run(train, *flags, out)
+    assert code == 0, err
+    path = copy / folder / "00.png"
+    before, pixels = path.stat(), np.array(Image.open(path))
+    Image.fromarray(np.flipud(pixels)).save(path, compress_level=0)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    code, _, err = run(train, "--resume", "--epochs", 2, "--out-dir", out)
+    assert code == 2 and "data set" in err
+    code, text, _ = run(evaluate, "--model", out / "last.pth", "--out-dir", tmp_path)
+    assert code == 0 and "warning: files" in text
+    losses = []
+    for more in ((), ("--cache-features", tmp_path / "new")):
+        assert run(train, *flags, tmp_path / f"again{len(losses)}", *more)[0] == 0
+        losses.append(history_of(tmp_path / f"again{len(losses)}")[0]["train_loss"])
+    assert losses[0] == losses[1] != history_of(out)[0]["train_loss"]
 
 
 def test_what_may_change_on_resume_is_named(straight, tmp_path, run):
