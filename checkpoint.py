@@ -305,8 +305,7 @@ class Run:
 
     def __init__(self, state, settings, data, folder, origins=None):
         self.state, self.settings, self.classes = state, utils.finite(settings), data.classes
-        self.folder, self.origins, self.image_counts = folder, origins or {}, data.counts
-        self.rule = data.rule
+        self.folder, self.origins, self.data, self.rule = folder, origins or {}, data, data.rule
         names = dict(config=self.settings, classes=self.classes)
         schema.check(schema.UserNames, names, "the checkpoint of this run")
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
@@ -381,13 +380,23 @@ class Run:
         self.origins, self.confusion = saved["origins"], saved["counts"]
         state.history, state.step, state.progress = saved["history"], saved["step"], saved["progress"]
 
+    def warn_of_changed_files(self):
+        """Print a warning where the data set is no longer that of the beginning."""
+        try:
+            now = self.data.fingerprints()
+        except InputError:  # a file is gone
+            now = None
+        if now != {name: self.facts[name] for name in now or ()}:
+            print("warning: files of the data set were changed or removed since the run began: it may have "
+                  "seen some of them before and some of them after that")
+
     # --- saving
     def write_config(self):
         """Write config.json: all settings, what the run depends on, where it runs."""
         model = self.state.model
         facts = dict(self.settings, **self.facts, **self.origins, code=self.code,
                      protocol=PROTOCOL[self.settings["train_scale"]].format(*self.settings["imgsz"]),
-                     class_names=[name for name, _ in self.classes], images=self.image_counts,
+                     class_names=[name for name, _ in self.classes], images=self.data.counts,
                      image_rule=self.rule.as_dict(), parameters=model.parameter_counts(),
                      **utils.run_facts(model.mean.device))
         utils.write_text(self.folder.path / "config.json", json.dumps(facts, indent=1))
@@ -412,12 +421,19 @@ class Run:
             self.described = True
 
     def save(self):
-        """Write last.pth, from which --resume continues, within an epoch too."""
+        """Write last.pth, from which --resume continues, within an epoch too. Raises FloatingPointError, with
+        the earlier one left as it is, where a step has made weights that are not finite.
+        """
         state, self.saved_at = self.state, time.monotonic()
         if self.progress:
             state.progress = self.progress()
         if not is_main_process():
             return
+        finite = [value.isfinite().all() for value in state.model.state_dict().values()]
+        if not torch.stack(finite).all():
+            raise FloatingPointError(f"step {state.step} has made weights that are nan or inf, which are "
+                                     "not saved: --resume continues from what was saved before; lower --lr or "
+                                     "try --amp off")
         self.claim_folder()
         utils.save_checkpoint(self.pack(
             state.live_weights, optimizer=state.optimizer.state_dict(), step=state.step,

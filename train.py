@@ -386,6 +386,7 @@ def run_training(flags, folder, saved=None):
                 print(f"the run has its {epochs}: give a larger --epochs to continue")
     if is_main_process():
         print_result(state.history, data, out_dir)
+        run.warn_of_changed_files()
 
 
 def train_epochs(run, config, objective, train_batches, val_batches, trackers):

@@ -378,6 +378,40 @@ def test_lost_images_cost_nothing_that_was_learned(data, straight, tmp_path, run
     same_run(straight(), out)
 
 
+def test_weights_that_are_not_finite_replace_no_others(data, straight, tmp_path, run, monkeypatch):
+    """A gradient of nan shows in the next loss; a signal may come before it."""
+    original = checkpoint.Run.after_step
+
+    def after_step(run, progress):
+        if run.state.step == 4:
+            next(run.state.model.head.parameters()).data.fill_(float("nan"))
+            run.stop.asked = signal.SIGTERM
+        original(run, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Run, "after_step", after_step)
+        code, _, err = run(train, *flags_of(data, tmp_path))
+    assert code == 1 and "step 4" in err and err.count("\n") == 1
+    assert torch.load(tmp_path / "last.pth")["step"] == 3
+    assert run(train, "--resume", "--out-dir", tmp_path)[0] == 0
+    same_run(straight(), tmp_path)
+
+
+def test_files_that_change_while_a_run_trains_are_noticed_at_its_end(data, tmp_path, run, monkeypatch):
+    copy = shutil.copytree(data, tmp_path / "data")
+
+    def change():
+        pixels = np.array(Image.open(copy / "masks/00.png"))
+        Image.fromarray(np.flipud(pixels)).save(copy / "masks/00.png")
+
+    for number, changes in enumerate((False, True)):
+        with monkeypatch.context() as patch:
+            if changes:
+                patch.setattr(checkpoint.Run, "after_step", at_step(2, change))
+            code, text, err = run(train, *flags_of(copy, tmp_path / f"out{number}", "--epochs", 1))
+        assert code == 0 and ("warning: files" in text) == changes, err
+
+
 def test_a_full_disk_is_one_line_and_leaves_complete_files(straight, tmp_path, run):
     resource = pytest.importorskip("resource")
     out = shutil.copytree(straight(), tmp_path / "out")
