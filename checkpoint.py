@@ -431,9 +431,9 @@ class Run:
             return
         finite = [value.isfinite().all() for value in state.model.state_dict().values()]
         if not torch.stack(finite).all():
-            raise FloatingPointError(f"step {state.step} has made weights that are nan or inf, which are "
-                                     "not saved: --resume continues from what was saved before; lower --lr or "
-                                     "try --amp off")
+            raise FloatingPointError(f"step {state.step} has made weights of nan or inf, which are not saved: "
+                                     "--resume goes on from what was saved before; lower --lr or try --amp "
+                                     "off")
         self.claim_folder()
         utils.save_checkpoint(self.pack(
             state.live_weights, optimizer=state.optimizer.state_dict(), step=state.step,
