@@ -431,7 +431,7 @@ class Run:
             return
         finite = [value.isfinite().all() for value in state.model.state_dict().values()]
         if not torch.stack(finite).all():
-            raise FloatingPointError(f"step {state.step} has made weights of nan or inf, which are not saved: "
+            raise FloatingPointError(f"step {state.step} has made weights of nan or inf, which are not kept: "
                                      "--resume goes on from what was saved before; lower --lr or try --amp "
                                      "off")
         self.claim_folder()
