@@ -14,6 +14,7 @@ import math
 import os
 import queue
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -170,15 +171,10 @@ class VideoReader:
             raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
         check_name(self.source)
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        if self.is_camera:
-            self.capture = cv2.VideoCapture(int(self.source))
-        elif self.is_url:
-            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
-            self.capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
-        else:  # absolute, or a colon in a name would look like a protocol
-            self.capture = cv2.VideoCapture(str(Path(self.source).absolute()))
-        opened, self.first = self.capture.read()
-        if not opened:
+        # macOS asks for the right to use a camera in the main thread only
+        may_hang = self.live and not (self.is_camera and sys.platform == "darwin")
+        self.capture, self.first = in_background(self.open) if may_hang else self.open()
+        if self.first is None:
             raise InputError(f"--input {source} does not open as a video: check the file, camera or URL")
         self.timeline = Timeline() if self.live else self.timeline_of_file()
         self.size = self.first.shape[:2]
@@ -192,6 +188,18 @@ class VideoReader:
         self.end = 0.0
         # without times of its own, the picture is as late as the decoder says, which is wrong
         self.start = self.zero if getattr(self.timeline, "has_times", False) else 0.0
+
+    def open(self):
+        """Return (cv2.VideoCapture of the source, its first frame or None)."""
+        if self.is_camera:
+            capture = cv2.VideoCapture(int(self.source))
+        elif self.is_url:
+            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
+            capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
+        else:  # absolute, or a colon in a name would look like a protocol
+            capture = cv2.VideoCapture(str(Path(self.source).absolute()))
+        opened, first = capture.read()
+        return capture, first if opened else None
 
     def timeline_of_file(self):
         """Return the FileTimeline, a plain Timeline where PyAV cannot open what OpenCV can."""
@@ -235,6 +243,26 @@ class VideoReader:
         return is_stored and self.count is not None and frames + max(2, 0.02 * self.count) < self.count
 
 
+def in_background(function):
+    """Return function(), called in a thread: a signal interrupts the wait for it, but not OpenCV itself."""
+    done = queue.Queue()
+
+    def work():
+        try:
+            done.put((function(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        with suppress(queue.Empty):
+            result, error = done.get(timeout=0.1)
+            break
+    if error is not None:
+        raise error
+    return result
+
+
 def check_name(path):
     """Raise InputError for a path that is not UTF-8, at which OpenCV ends the process."""
     try:
@@ -265,8 +293,8 @@ def require_encoder():
 class SoundCopy:
     """Copies the sound of one file into another, as it is, while that one's frames are written.
 
-    start: that of the file's VideoReader. seconds = how much was copied, lead = seconds by which the sound begins
-    before the picture. Sound that cannot be read or written ends early; the picture goes on.
+    start: that of the file's VideoReader. seconds = how much was copied, lead = seconds by which the sound
+    begins before the picture. Sound that cannot be read or written ends early; the picture goes on.
     """
 
     def __init__(self, path, container, start=0.0):

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -467,6 +468,31 @@ def test_a_pipe_where_a_camera_would_be(tmp_path):
     threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,), daemon=True).start()
     reader = VideoReader(tmp_path / "pipe")
     assert reader.live and reader.size == (48, 64) and len(list(reader)) == 30
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("has_writer", [False, True], ids=["nobody", "silent"])
+def test_a_source_that_sends_nothing_can_be_stopped(tmp_path, run, number, has_writer):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    opened = [os.open(pipe, os.O_RDWR)] if has_writer else []
+    rescue = threading.Timer(6, lambda: [os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK)),
+                                         *map(os.close, opened), opened.clear()])
+    stop = threading.Timer(0.5, signal.raise_signal, [number])
+    # a signal that nobody waits for would end the tests
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        stop.start()
+        rescue.start()
+        started = time.perf_counter()
+        code, out, err = run(infer_video, "--input", pipe, "--out-dir", tmp_path / "out")
+        assert code == 128 + number and time.perf_counter() - started < 3
+        assert "Traceback" not in err and not (tmp_path / "out").exists()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        rescue.cancel()
+        rescue.function()  # lets the thread that waits for the pipe end
 
 
 def test_a_full_disk_leaves_a_playable_clip(tmp_path, monkeypatch):
