@@ -476,23 +476,32 @@ def test_a_pipe_where_a_camera_would_be(tmp_path):
 def test_a_source_that_sends_nothing_can_be_stopped(tmp_path, run, number, has_writer):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    opened = [os.open(pipe, os.O_RDWR)] if has_writer else []
-    rescue = threading.Timer(6, lambda: [os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK)),
-                                         *map(os.close, opened), opened.clear()])
-    stop = threading.Timer(0.5, signal.raise_signal, [number])
+    writer = os.open(pipe, os.O_RDWR) if has_writer else None
+    ended = threading.Event()
+
+    def stop():
+        time.sleep(0.5)
+        signal.raise_signal(number)
+        ended.wait(6)
+        if has_writer:
+            os.close(writer)
+        for _ in range(100):  # whoever still waits for the pipe, with one way to open it after the other
+            os.close(os.open(pipe, os.O_RDWR))
+            time.sleep(0.02)
+
+    stopper = threading.Thread(target=stop, daemon=True)
     # a signal that nobody waits for would end the tests
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        stop.start()
-        rescue.start()
+        stopper.start()
         started = time.perf_counter()
         code, out, err = run(infer_video, "--input", pipe, "--out-dir", tmp_path / "out")
         assert code == 128 + number and time.perf_counter() - started < 3
         assert "Traceback" not in err and not (tmp_path / "out").exists()
     finally:
+        ended.set()
+        stopper.join()
         signal.signal(signal.SIGTERM, before)
-        rescue.cancel()
-        rescue.function()  # lets the thread that waits for the pipe end
 
 
 def test_a_full_disk_leaves_a_playable_clip(tmp_path, monkeypatch):
