@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -95,6 +96,14 @@ class Parser(argparse.ArgumentParser):
             self.print_usage(sys.stderr)
             report_error(f"{self.prog}: error: {message}")
         sys.exit(2)
+
+
+def end_at_interrupts():
+    """Let Ctrl-C end a script of this folder without a traceback while it imports; utils.run_main undoes it."""
+    folder, main = Path(__file__).resolve().parent, getattr(sys.modules["__main__"], "__file__", None)
+    is_script = main is not None and Path(main).resolve().parent in (folder, folder / "tools")
+    if is_script and "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def safe_streams():
@@ -457,6 +466,7 @@ LISTED = {"heads": "head", "losses": "loss", "augmentations": "augment"}  # head
 def script_parser(description, **options):
     """Return the argparse parser of a script, without flags yet."""
     safe_streams()
+    end_at_interrupts()
     return Parser(description=description, allow_abbrev=False,
                   formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 

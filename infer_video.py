@@ -1,4 +1,4 @@
-"""Segment a video, camera or stream: an overlay clip of the same size and frame rate, with an FPS counter.
+"""Segment a video, camera or stream: an overlay clip of the same size and frame times, with an FPS counter.
 
     python infer_video.py --input clip.mp4
     python infer_video.py --input 0 --show             # first camera; q in the window or Ctrl-C ends it
@@ -108,7 +108,8 @@ def main():
     if args.show:
         visualize.require_display()
     require_encoder()
-    reader = VideoReader(args.input)
+    with utils.stopping_at_once(lambda: f"stopped before --input {args.input} sent a frame"):
+        reader = VideoReader(args.input)
     background = Background(args.cutout, reader.size) if args.cutout else None
     expected = min(filter(None, (reader.count, args.max_frames)), default=None)
     model, checkpoint = load_model(args.model)
@@ -125,9 +126,11 @@ def main():
     start = time.perf_counter()
     with (utils.StopOnSignal() as stop,
           ShareTable(csv_path, predictor.classes) if args.csv else nullcontext() as shares,
-          VideoWriter(path, reader.size, reader.fps, sound_of) as writer):
+          VideoWriter(path, reader.size, reader.fps, sound_of, reader.start) as writer):
         try:
             stages, dropped = make_pipeline(args, reader, predictor, background, shares, writer).run(stop)
+            if not (stop.asked or args.max_frames or reader.ended_early(writer.frames)):
+                writer.extend(reader.end)
         except OSError as error:
             raise InputError(f"{path} cannot be written after {count_of(writer.frames, 'frame')} "
                              f"({error.strerror}); what was written before is playable") from None

@@ -87,6 +87,8 @@ def run_main(main):
     for bad input, a full disk or full memory, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of config.end_at_interrupts
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main() or 0)
     except Stopped as stop:
         print(f"\n{stop.args[1]}", file=sys.stderr)

@@ -1,18 +1,20 @@
 """Video: frames from files, cameras and streams; clips that browsers play; threads and a GPU between them.
 
     reader = VideoReader("clip.mp4")                  # or "0", "rtsp://..."
-    with VideoWriter("out.mp4", reader.size, reader.fps, sound_of="clip.mp4") as writer:
-        with ReadAhead(reader) as frames, WriteBehind(writer.write) as encode:
-            for frame in frames:                      # (H, W, 3) uint8 RGB; later ones are being decoded
-                encode.put(frame)                     # returns at once, unless several are waiting already
+    with VideoWriter("out.mp4", reader.size, reader.fps, "clip.mp4", reader.start) as writer:
+        with ReadAhead(reader.timed()) as frames, WriteBehind(writer.write) as encode:
+            for frame, seconds in frames:             # (H, W, 3) uint8 RGB; later ones are being decoded
+                encode.put(frame, seconds)            # returns at once, unless several are waiting already
 
 Pipeline does the same with a model and an overlay in between. Clips are written through PyAV.
 """
 import errno
 import itertools
+import math
 import os
 import queue
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -38,10 +40,115 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complain
 TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
 LIVE_PROTOCOLS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms"}
 COUNTED = {".mp4", ".mov", ".m4v", ".avi"}  # containers that store how many frames they hold
-LONGEST_GAP = 10.0  # seconds between two frames of a file that are believed
+LONGEST_GAP = 12 * 3600.0  # seconds between two frames that are believed; an .mp4 holds no much longer frame
+LONGEST_JUMP = 10.0  # the same where recordings may be joined, as in MPEG-TS: the limit of ffmpeg
+OVERLAP = 0.5  # seconds by which times may go back within one recording
+SHORT_LEAD = 0.1  # seconds of sound before the picture that may be left out
+SNAP = 0.0006  # seconds that a time is off where a container counts in milliseconds
+TICKS = 90_000  # per second, at least, in which frames are timed
 MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "alac", "opus"}  # codecs that an .mp4 may hold as they are
 RESERVE = 1 << 26  # bytes of disk that stay free for the end of a clip: frames in the encoder, its index
 DEPTH = 4  # items that wait between two threads
+
+
+# --- the times of picture and sound -----------------------------------------------------------------------
+class Timeline:
+    """Puts the times of picture and sound on one axis in seconds, which runs on where recordings were joined.
+
+    A stream's times belong to one recording while they go on. Where they jump back, or more than `longest`
+    seconds ahead of all streams, the next recording begins: it follows the end of the one before, and its
+    shift holds for all streams, so that picture and sound stay together. start: the time that becomes 0.
+    """
+
+    def __init__(self, start=0.0, longest=LONGEST_JUMP):
+        self.longest, self.end = longest, 0.0
+        self.shifts = [-start]  # of the recordings
+        self.current, self.last = {}, {}  # of the streams: number of the recording, seconds
+
+    def recording_of(self, stream, time):
+        """Return the number of the recording in which `time` continues a stream, None where none does."""
+        last, newest = self.last.get(stream), len(self.shifts) - 1
+        for number in (self.current.get(stream, 0), *range(newest, -1, -1)):
+            seconds = time + self.shifts[number]
+            earliest = -self.longest if last is None else last - OVERLAP
+            if earliest <= seconds <= max(self.end, last or 0.0) + self.longest:
+                return number
+        return None
+
+    def place(self, stream, time, shown=None, duration=0.0):
+        """Return the shift of a stream's next time. shown: when it is shown, where `time` is for decoding."""
+        shown = time if shown is None else shown
+        number = self.recording_of(stream, time)
+        if number is None:
+            number = len(self.shifts)
+            self.shifts.append(self.end - shown)
+        shift = self.shifts[number]
+        self.current[stream], self.last[stream] = number, time + shift
+        self.end = max(self.end, shown + shift + duration)
+        return shift
+
+    def seconds(self, stamp, duration):
+        """Return where a frame is shown. stamp: its own seconds since the first one."""
+        return stamp + self.place("frames", stamp, duration=duration)
+
+
+class FileTimeline(Timeline):
+    """The Timeline of a file, by its packets: 0 is where its picture starts.
+
+    has_times: whether the container says when pictures are shown. Raises av.error.FFmpegError, ValueError or
+    IndexError where PyAV cannot open the file, or it has no picture.
+    """
+
+    def __init__(self, path):
+        # absolute, or a colon in a name would look like a protocol
+        self.container = av.open(str(Path(path).absolute()), metadata_errors="replace")
+        self.picture, self.sound = self.container.streams.video[0], None
+        if self.container.streams.audio:
+            self.sound = self.container.streams.audio[0]
+        may_jump = self.container.format.flags & av.format.Flags.ts_discont.value
+        start = seconds_of(self.picture.start_time or 0, self.picture)
+        super().__init__(start, LONGEST_JUMP if may_jump else LONGEST_GAP)
+        self.start, self.picture_end, self.packets = start, 0.0, self.placed_packets()
+        self.has_times = self.container.format.name != "avi"
+
+    def placed_packets(self):
+        """Yield (packet of picture or sound, its shift in seconds) in the file's order."""
+        streams = [stream for stream in (self.picture, self.sound) if stream]
+        with suppress(av.error.FFmpegError, ValueError):
+            for packet in self.container.demux(streams):
+                times = [time for time in (packet.dts, packet.pts) if time is not None]
+                if not times:
+                    continue
+                stream = packet.stream
+                time, shown, duration = (seconds_of(value, stream) for value in
+                                         (times[0], times[-1], packet.duration or 0))
+                shift = self.place(stream.index, time, shown, duration)
+                if stream is self.picture:
+                    self.picture_end = max(self.picture_end, shown + shift + duration)
+                yield packet, shift
+
+    def next_picture(self):
+        """Read on until behind the next packet of the picture; return whether there was one."""
+        return any(packet.stream is self.picture for packet, _ in self.packets)
+
+    def read_to_end(self):
+        """Close the file; return the seconds at which its picture ends."""
+        while self.next_picture():
+            pass
+        self.container.close()
+        return self.picture_end
+
+    def seconds(self, stamp, duration):
+        """Return where a frame is shown. stamp: its own seconds since the picture's start, as OpenCV says."""
+        self.next_picture()  # of which there are at least as many as frames
+        while self.recording_of("frames", stamp + self.start) is None and self.next_picture():
+            pass
+        return super().seconds(stamp + self.start, duration)
+
+
+def seconds_of(time, stream):
+    """Return a time or duration in units of a PyAV stream in seconds."""
+    return float(time * stream.time_base)
 
 
 # --- reading: files, cameras, streams ---------------------------------------------------------------------
@@ -49,8 +156,10 @@ class VideoReader:
     """Iterates over the frames of a file, camera index or stream URL as (H, W, 3) uint8 RGB, upright.
 
     size = (H, W) in pixels, fps = Fraction, count = frames the file claims or None, live = camera, stream or
-    pipe, drops = whether frames that are not read in time are lost. Raises InputError where the source does
-    not open or gives no frame.
+    pipe, drops = whether frames that are not read in time are lost, start = seconds from where a file's
+    picture starts to the first frame that can be decoded, end = seconds from there to the end of the picture,
+    once all frames were read (0 = not known). Raises InputError where the source does not open or gives no
+    frame.
     """
 
     def __init__(self, source):
@@ -62,42 +171,69 @@ class VideoReader:
             raise InputError(f"--input {source} is not a file: give a video file, pipe, camera index or URL")
         check_name(self.source)
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        if self.is_camera:
-            self.capture = cv2.VideoCapture(int(self.source))
-        elif self.is_url:
-            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
-            self.capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
-        else:  # absolute, or a colon in a name would look like a protocol
-            self.capture = cv2.VideoCapture(str(Path(self.source).absolute()))
-        opened, self.first = self.capture.read()
-        if not opened:
+        # macOS asks for the right to use a camera in the main thread only
+        may_hang = self.live and not (self.is_camera and sys.platform == "darwin")
+        self.capture, self.first = in_background(self.open) if may_hang else self.open()
+        if self.first is None:
             raise InputError(f"--input {source} does not open as a video: check the file, camera or URL")
+        self.timeline = Timeline() if self.live else self.timeline_of_file()
         self.size = self.first.shape[:2]
         self.fps = exact_rate(self.capture.get(cv2.CAP_PROP_FPS))
         count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.count = count if count > 0 and not self.live else None
         is_broadcast = self.source.split("://")[0] in LIVE_PROTOCOLS or count <= 0
         self.drops = self.is_camera or self.is_url and is_broadcast
+        self.duration = float(1 / self.fps)  # of a frame, where nothing else is known
+        self.zero = self.timeline.seconds(self.own_seconds(), self.duration)  # of the first frame
+        self.end = 0.0
+        # without times of its own, the picture is as late as the decoder says, which is wrong
+        self.start = self.zero if getattr(self.timeline, "has_times", False) else 0.0
+
+    def open(self):
+        """Return (cv2.VideoCapture of the source, its first frame or None)."""
+        if self.is_camera:
+            capture = cv2.VideoCapture(int(self.source))
+        elif self.is_url:
+            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
+            capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, limits)
+        else:  # absolute, or a colon in a name would look like a protocol
+            capture = cv2.VideoCapture(str(Path(self.source).absolute()))
+        opened, first = capture.read()
+        return capture, first if opened else None
+
+    def timeline_of_file(self):
+        """Return the FileTimeline, a plain Timeline where PyAV cannot open what OpenCV can."""
+        if av is not None:
+            with suppress(av.error.FFmpegError, IndexError, ValueError, OSError):
+                return FileTimeline(self.source)
+        return Timeline()
+
+    def own_seconds(self):
+        """Return when the frame that was read is shown, as the source counts."""
+        return self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
 
     def __iter__(self):
         return (frame for frame, _ in self.timed())
 
     def timed(self):
         """Yield (frame, seconds since the first one): as the file says, else by the clock."""
-        frame, start, shift, last = self.first, time.perf_counter(), None, 0.0
-        while frame is not None:
-            seconds = time.perf_counter() - start
-            if not self.drops:
-                stamp = self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-                if shift is None:
-                    shift = stamp
-                elif not 0 <= stamp - shift - last < LONGEST_GAP:  # recordings that were joined
-                    shift = stamp - last - float(1 / self.fps)
-                seconds = last = stamp - shift
+        begun, seconds, stamp, frame = time.perf_counter(), 0.0, self.own_seconds(), self.first
+        while True:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), seconds
             read, frame = self.capture.read()
-            frame = frame if read else None
+            if not read:
+                break
+            last, stamp = stamp, self.own_seconds()
+            if self.drops:
+                seconds = time.perf_counter() - begun
+            elif stamp == last:  # the source does not say
+                seconds += self.duration
+            else:
+                shown = self.timeline.seconds(stamp, self.duration) - self.zero
+                seconds = max(shown, seconds + 1 / TICKS)
         self.capture.release()
+        if isinstance(self.timeline, FileTimeline):
+            self.end = self.timeline.read_to_end() - self.zero
 
     def ended_early(self, frames):
         """Return whether `frames` is clearly fewer than the file claims, which may be off by a few; False
@@ -105,6 +241,26 @@ class VideoReader:
         """
         is_stored = Path(self.source).suffix.lower() in COUNTED
         return is_stored and self.count is not None and frames + max(2, 0.02 * self.count) < self.count
+
+
+def in_background(function):
+    """Return function(), called in a thread: a signal interrupts the wait for it, but not OpenCV itself."""
+    done = queue.Queue()
+
+    def work():
+        try:
+            done.put((function(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        with suppress(queue.Empty):
+            result, error = done.get(timeout=0.1)
+            break
+    if error is not None:
+        raise error
+    return result
 
 
 def check_name(path):
@@ -137,34 +293,35 @@ def require_encoder():
 class SoundCopy:
     """Copies the sound of one file into another, as it is, while that one's frames are written.
 
-    seconds = how much was copied. Sound that cannot be read or written ends early; the picture goes on.
+    start: that of the file's VideoReader. seconds = how much was copied, lead = seconds by which the sound
+    begins before the picture. Sound that cannot be read or written ends early; the picture goes on.
     """
 
-    def __init__(self, path, container):
-        self.source = source = av.open(str(Path(path).absolute()))  # has to outlive its packets
-        stream = source.streams.audio[0]
+    def __init__(self, path, container, start=0.0):
+        self.timeline = FileTimeline(path)  # has to outlive its packets
+        if (stream := self.timeline.sound) is None:
+            raise ValueError("no sound")
         if (name := stream.codec_context.codec.canonical_name) not in MP4_SOUND:
             raise ValueError(f"an .mp4 cannot hold {name}")
         self.container, self.stream = container, container.add_stream_from_template(stream)
-        self.packets, self.seconds = self.packets_from_start(source), 0.0
+        early = start + self.timeline.start - seconds_of(stream.start_time or 0, stream)
+        self.lead = early if SHORT_LEAD < early <= self.timeline.longest else 0.0
+        self.packets, self.seconds = self.moved_packets(start - self.lead), 0.0
         self.packet = next(self.packets, None)
 
-    @staticmethod
-    def packets_from_start(source):
-        """Yield the packets in order, their times from the picture's start on: files need not start at 0."""
-        stream, picture, last = source.streams.audio[0], source.streams.video[0], -1
-        shift = round((picture.start_time or 0) * picture.time_base / stream.time_base)
-        with suppress(av.error.FFmpegError, ValueError):
-            for packet in source.demux(stream):
-                if packet.pts is None or packet.dts is None:
-                    continue
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+    def moved_packets(self, start):
+        """Yield the packets in order, from `start` of the timeline on, which becomes 0."""
+        last = -1
+        for packet, shift in self.timeline.packets:
+            if packet.stream is self.timeline.sound and None not in (packet.pts, packet.dts):
+                moved = round((shift - start) / packet.time_base)
+                packet.pts, packet.dts = packet.pts + moved, packet.dts + moved
                 if packet.dts > last:
                     last = packet.dts
                     yield packet
 
     def copy_until(self, seconds):
-        """Write the sound up to `seconds` after the start."""
+        """Write the sound up to `seconds` after the start of the clip."""
         while self.packet is not None and self.packet.pts * self.packet.time_base <= seconds:
             self.seconds = float(self.packet.pts * self.packet.time_base)
             self.packet.stream = self.stream
@@ -176,14 +333,15 @@ class SoundCopy:
 
 
 class VideoWriter:
-    """Writes (H, W, 3) uint8 RGB frames of one size to an H.264 .mp4 of that size and rate.
+    """Writes (H, W, 3) uint8 RGB frames of one size to an H.264 .mp4 of that size, each at its own time.
 
-    sound_of: a file whose sound is copied (`sound`: its SoundCopy, or None). The file appears under its name
-    at the end of the `with` block, with what was written until then, also where an error ends it; without a
-    frame nothing is left. Raises InputError where PyAV is missing.
+    fps: the rate of frames that come without times, and that the encoder plans for. sound_of: a file whose
+    sound is copied (`sound`: its SoundCopy, or None); start: that of its VideoReader. The file appears under
+    its name at the end of the `with` block, with what was written until then, also where an error ends it;
+    without a frame nothing is left. Raises InputError where PyAV is missing.
     """
 
-    def __init__(self, path, size, fps, sound_of=None):
+    def __init__(self, path, size, fps, sound_of=None, start=0.0):
         require_encoder()
         self.path, self.size, self.fps, self.frames = Path(path), tuple(size), Fraction(fps), 0
         check_name(self.path)
@@ -193,19 +351,35 @@ class VideoWriter:
         options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded completely
         self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
         self.stream = self.container.add_stream("libx264", rate=self.fps)
+        # at a constant rate every frame lasts a round number of ticks
+        self.tick = Fraction(1, self.fps.numerator * math.ceil(TICKS / self.fps.numerator))
+        self.stream.time_base = self.stream.codec_context.time_base = self.tick
+        self.stream.codec_context.framerate = self.fps
         self.stream.height, self.stream.width = self.size
         # 4:2:0 is what browsers play; it cannot hold an odd size
         self.stream.pix_fmt = "yuv444p" if self.size[0] % 2 or self.size[1] % 2 else "yuv420p"
         self.stream.options = {"crf": "20", "preset": "veryfast", "x264-params": "colormatrix=smpte170m"}
-        self.position = -1  # of the last frame, in units of 1 / fps
+        self.position, self.end = None, 0.0  # of the last frame, in ticks; of the clip, in seconds
+        self.at_rate = True  # every frame until now was shown at a multiple of 1 / fps
         self.sound = None
         if sound_of:
             # it may have none, or none that an .mp4 can hold
             with suppress(av.error.FFmpegError, IndexError, ValueError, OSError):
-                self.sound = SoundCopy(sound_of, self.container)
+                self.sound = SoundCopy(sound_of, self.container, start)
+        self.lead = self.sound.lead if self.sound else 0.0
 
-    def write(self, frame, seconds=0.0):
-        """Append one frame, shown `seconds` after the first, at the earliest 1 / fps after the last.
+    def position_of(self, seconds):
+        """Return where a frame is shown, in ticks: behind the last one, None = 1 / fps behind it."""
+        step = int(1 / self.fps / self.tick)
+        if seconds is None:
+            return 0 if self.position is None else self.position + step
+        number = round(seconds * self.fps)
+        self.at_rate = self.at_rate and abs(seconds - number / self.fps) < SNAP
+        position = number * step if self.at_rate else round(seconds / self.tick)
+        return position if self.position is None else max(position, self.position + 1)
+
+    def write(self, frame, seconds=None):
+        """Append one frame, shown `seconds` after the first.
 
         Raises ValueError for a frame of another size, OSError where the disk is full.
         """
@@ -214,12 +388,28 @@ class VideoWriter:
         if shutil.disk_usage(self.path.parent).free < RESERVE:  # once it is full, no index can be written
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.frames += 1
-        self.position = max(self.position + 1, round(seconds * self.fps))
+        self.position = self.position_of(seconds)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture.pts, picture.time_base = self.position, 1 / self.fps
+        picture.pts, picture.time_base = self.position + round(self.lead / self.tick), self.tick
+        self.end = float(self.position * self.tick + 1 / self.fps)
         if self.sound:
-            self.sound.copy_until((self.position + 1) / self.fps)
+            self.sound.copy_until(self.lead + self.end)
         self.container.mux(self.stream.encode(picture))
+
+    def extend(self, end):
+        """Show the last frame until `end`, in seconds after the first, and copy what is left of the sound."""
+        if end > self.position * self.tick + 2 * SNAP and abs(end - self.end) > 2 * SNAP:
+            self.end = end
+        if self.sound:
+            self.sound.copy_until(math.inf)
+
+    def finish(self):
+        """Write what waits in the encoder; the last frame lasts until the end of the clip."""
+        packets = self.stream.encode(None)
+        if packets:
+            last = max(packets, key=lambda packet: packet.pts)
+            last.duration = round((self.end + self.lead) / last.time_base) - last.pts
+        self.container.mux(packets)
 
     def __enter__(self):
         return self
@@ -227,8 +417,10 @@ class VideoWriter:
     def __exit__(self, *_):
         try:
             if self.frames:
-                self.container.mux(self.stream.encode(None))
+                self.finish()
             self.container.close()
+            if self.sound:
+                self.sound.timeline.container.close()
             if self.frames:
                 os.replace(self.temporary, self.path)
         finally:

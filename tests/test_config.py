@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from torch import nn
 
 import config
 import train
+import utils
 from config import (FIELDS, RECIPES, REGISTRIES, InputError, ModelOptions, TrainConfig, count_of,
                     fields_affecting, has_meaning, names, parse_train_args, resolve)
 from dataio.transforms import AUGMENTS
@@ -301,3 +304,31 @@ def test_class_tables_have_distinct_names_and_colors():
 
 def test_counts_are_of_the_right_number():
     assert [count_of(number, "mask") for number in (0, 1, 2)] == ["0 masks", "1 mask", "2 masks"]
+
+
+# --- Ctrl-C while a script starts -------------------------------------------------------------------------
+COMMANDS = [["train.py"], ["model.py"], ["evaluate.py"], ["infer_image.py", "--input", "a.png"],
+            ["infer_video.py", "--input", "a.mp4"], ["export.py", "--format", "onnx"], ["check_data.py"],
+            ["compare.py", "a"], ["demo.py"], ["-m", "tools.benchmark", "train"], ["-m", "tools.bands", "a"]]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals of POSIX")
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_ctrl_c_ends_a_script_that_still_imports_without_a_traceback(tmp_path, command):
+    (tmp_path / "torch.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(5)")
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
+
+
+def test_ctrl_c_in_main_and_in_programs_that_import_the_scripts_is_an_exception(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        config.script_parser("text")  # not the start of a script
+        assert signal.getsignal(signal.SIGINT) is before
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with pytest.raises(SystemExit) as stop:
+            utils.run_main(lambda: signal.raise_signal(signal.SIGINT))
+        assert stop.value.code == 130 and "stopped" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)

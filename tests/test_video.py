@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -51,9 +52,12 @@ def write_clip(path, count=30, fps=Fraction(30000, 1001), size=(48, 64)):
 def copy_clip(source, target, **options):
     """Write the frames of a clip at their times to another one; return the closed VideoWriter."""
     reader = VideoReader(source)
-    with VideoWriter(target, reader.size, 25, **options) as writer:
+    if "sound_of" in options:
+        options["start"] = reader.start
+    with VideoWriter(target, reader.size, reader.fps, **options) as writer:
         for frame, seconds in reader.timed():
             writer.write(frame, seconds)
+        writer.extend(reader.end)
     return writer
 
 
@@ -272,7 +276,136 @@ def test_joined_recordings_and_damaged_sound_do_not_end_the_run(tmp_path):
     for name, least in (("joined.ts", 90), ("damaged.ts", 10)):
         writer = copy_clip(tmp_path / name, tmp_path / "b.mp4", sound_of=tmp_path / name)
         assert len(list(VideoReader(tmp_path / "b.mp4"))) == writer.frames >= least
-        assert writer.position < 25 * 6  # no gap of the hours that a damaged time stamp may claim
+        assert writer.end < 6  # no gap of the hours that a damaged time stamp may claim
+
+
+def write_beeps(path, times, beeps, length, start=0.0, **options):
+    """Write a clip of `length` seconds that beeps at `beeps`; of its frames, shown at `times`, those at a
+    beep are white. start: seconds by which its picture begins after its sound.
+    """
+    unit, heard = Fraction(1, 90_000), 0
+    with av.open(str(path), "w", **options) as container:
+        picture, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=48000)
+        picture.height, picture.width, picture.pix_fmt = 48, 64, "yuv420p"
+        picture.codec_context.time_base, picture.options = unit, {"bf": "2", "g": "25"}
+        for moment in [*times, None]:
+            while heard / 48000 < (length if moment is None else moment + start):
+                clock = (np.arange(1024) + heard) / 48000
+                loud = np.any([(clock >= beep) & (clock < beep + 0.1) for beep in beeps], axis=0)
+                samples = av.AudioFrame.from_ndarray((loud * np.sin(6000 * clock)).astype(np.float32)[None],
+                                                     format="fltp", layout="mono")
+                samples.rate, samples.pts, heard = 48000, heard, heard + 1024
+                container.mux(sound.encode(samples))
+            if moment is not None:
+                bright = 255 if any(abs(moment + start - beep) < 0.001 for beep in beeps) else 20
+                pixels = np.full((48, 64, 3), bright, np.uint8)
+                shown = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                shown.pts, shown.time_base = round((moment + start) / unit), unit
+                container.mux(picture.encode(shown))
+        container.mux(picture.encode(None))
+        container.mux(sound.encode(None))
+    return path
+
+
+def read_beeps(path):
+    """Return (times of all frames, of the white ones, of the beeps, end of the sound), in seconds."""
+    shown, white, beeps, last = [], [], [], -1.0
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            shown.append(float(frame.time))
+            if frame.to_ndarray(format="gray").mean() > 128:
+                white.append(shown[-1])
+    with av.open(str(path)) as container:
+        for frame in container.decode(audio=0):
+            for position in np.flatnonzero(np.abs(frame.to_ndarray()[0]) > 0.2):
+                moment = frame.time + position / frame.rate
+                if moment - last > 0.2:
+                    beeps.append(moment)
+                last = moment
+            end = frame.time + frame.samples / frame.rate
+    return shown, white, beeps, end
+
+
+STEADY = [number / 25 for number in range(100)]
+BURST = ([number / 2 for number in range(6)] + [3 + number / 50 for number in range(100)]
+         + [5 + number / 2 for number in range(6)])
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize(("times", "beeps", "length"), [
+    (BURST, [1, 4, 7], 8), ([*STEADY, *(19 + time for time in STEADY)], [1, 3, 20, 22], 23)],
+    ids=["burst", "pause"])
+def test_picture_and_sound_stay_together_where_the_rate_varies(tmp_path, ending, times, beeps, length):
+    source = write_beeps(tmp_path / f"a.{ending}", times, beeps, length)
+    made = copy_clip(source, tmp_path / "b.mp4", sound_of=source)
+    shown, white, heard, end = read_beeps(tmp_path / "b.mp4")
+    assert np.allclose(shown, times, atol=1e-4) and np.allclose(white, beeps, atol=1e-4)
+    assert np.allclose(heard, beeps, atol=0.03) and abs(end - length) < 0.1
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.frames == made.frames == len(times)
+        assert 0 < float(stream.duration * stream.time_base) - times[-1] <= 0.5
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("start", [0.0, 0.52])
+def test_a_constant_rate_stays_one_and_a_picture_that_starts_late_keeps_its_sound(tmp_path, ending, start):
+    beeps = [start + 1, start + 3]
+    source = write_beeps(tmp_path / f"a.{ending}", STEADY, beeps, 5 + start, start)
+    copy_clip(source, tmp_path / "b.mp4", sound_of=source)
+    shown, white, heard, end = read_beeps(tmp_path / "b.mp4")
+    assert np.allclose(np.diff(shown), 0.04, atol=1e-4) and abs(shown[0] - start) < 0.03
+    assert len(white) == 2 and np.allclose(white, heard, atol=0.03)
+    assert end > 4.9 + start  # it goes on after the picture
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == 25 and stream.duration * stream.time_base == 4
+
+
+@pytest.mark.parametrize(("fps", "ending"), [(Fraction(24000, 1001), "mkv"), (Fraction(30000, 1001), "mp4"),
+                                             (Fraction(25, 2), "ts")], ids=str)
+def test_rates_survive_containers_that_round_times(tmp_path, fps, ending):
+    times = [float(number / fps) for number in range(60)]
+    source = write_beeps(tmp_path / f"a.{ending}", times, [], 5)
+    with VideoWriter(tmp_path / "b.mp4", (48, 64), fps) as writer:
+        for frame, seconds in VideoReader(source).timed():
+            writer.write(frame, seconds)
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == fps and stream.duration * stream.time_base == 60 / fps
+    capture = cv2.VideoCapture(str(tmp_path / "b.mp4"))
+    assert round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == 60
+    assert abs(capture.get(cv2.CAP_PROP_FPS) - fps) < 1e-6
+
+
+@pytest.mark.parametrize("jump", [0.0, 40.0], ids=["back", "ahead"])
+def test_picture_and_sound_stay_together_where_recordings_were_joined(tmp_path, jump):
+    first = write_beeps(tmp_path / "a.ts", STEADY, [1, 3], 4.3)  # the sound is longer
+    content = first.read_bytes()
+    if jump:
+        with av.open(str(first)) as source, av.open(str(tmp_path / "moved.ts"), "w") as target:
+            streams = {stream: target.add_stream_from_template(stream) for stream in source.streams}
+            for packet in source.demux():
+                if packet.dts is not None:
+                    moved = round(jump / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + moved, packet.dts + moved
+                    packet.stream = streams[packet.stream]
+                    target.mux(packet)
+        content = first.read_bytes() + (tmp_path / "moved.ts").read_bytes() + content
+    (tmp_path / "joined.ts").write_bytes(first.read_bytes() + content)
+    copy_clip(tmp_path / "joined.ts", tmp_path / "b.mp4", sound_of=tmp_path / "joined.ts")
+    shown, white, heard, _ = read_beeps(tmp_path / "b.mp4")
+    parts = 4 if jump else 2
+    assert len(shown) == 100 * parts and np.all(np.diff(shown) > 0.03) and max(np.diff(shown)) < 0.5
+    assert len(white) == 2 * parts and np.allclose(white, heard, atol=0.03)
+
+
+def test_a_recording_cut_off_in_front_keeps_its_sound_in_step(tmp_path):
+    content = write_beeps(tmp_path / "a.ts", STEADY, [1, 3], 4).read_bytes()
+    (tmp_path / "cut.ts").write_bytes(content[len(content) * 45 // 100 // 188 * 188:])  # not at a key frame
+    copy_clip(tmp_path / "cut.ts", tmp_path / "b.mp4", sound_of=tmp_path / "cut.ts")
+    _, white, heard, _ = read_beeps(tmp_path / "b.mp4")
+    assert len(white) == len(heard) == 1 and abs(white[0] - heard[0]) < 0.03
 
 
 def test_frames_are_shown_when_the_source_shows_them(tmp_path):
@@ -335,6 +468,40 @@ def test_a_pipe_where_a_camera_would_be(tmp_path):
     threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,), daemon=True).start()
     reader = VideoReader(tmp_path / "pipe")
     assert reader.live and reader.size == (48, 64) and len(list(reader)) == 30
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("has_writer", [False, True], ids=["nobody", "silent"])
+def test_a_source_that_sends_nothing_can_be_stopped(tmp_path, run, number, has_writer):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR) if has_writer else None
+    ended = threading.Event()
+
+    def stop():
+        time.sleep(0.5)
+        signal.raise_signal(number)
+        ended.wait(6)
+        if has_writer:
+            os.close(writer)
+        for _ in range(100):  # whoever still waits for the pipe, with one way to open it after the other
+            os.close(os.open(pipe, os.O_RDWR))
+            time.sleep(0.02)
+
+    stopper = threading.Thread(target=stop, daemon=True)
+    # a signal that nobody waits for would end the tests
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        stopper.start()
+        started = time.perf_counter()
+        code, out, err = run(infer_video, "--input", pipe, "--out-dir", tmp_path / "out")
+        assert code == 128 + number and time.perf_counter() - started < 3
+        assert "Traceback" not in err and not (tmp_path / "out").exists()
+    finally:
+        ended.set()
+        stopper.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_full_disk_leaves_a_playable_clip(tmp_path, monkeypatch):
