@@ -11,6 +11,7 @@ they are needed. Nothing here unpickles. A new backend or format is one class, e
 import importlib.util
 import json
 import sys
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -136,13 +137,16 @@ class OnnxRuntime(ExportedModel):
 
 
 class OpenVino(ExportedModel):
-    """OpenVINO on the CPU; `precise` keeps it in float32, else bfloat16 where the CPU has it."""
+    """OpenVINO on the CPU; `precise` keeps it in float32, else bfloat16 where the CPU has it.
+
+    Threads take turns: a request computes one input at a time, on all cores anyway.
+    """
 
     ending = ".xml"
 
     def __init__(self, program, size, batch=0, geometry=None, precise=False):
         super().__init__(program, size, batch, geometry)
-        self.core = import_openvino().Core()
+        self.core, self.turn = import_openvino().Core(), threading.Lock()
         half = not precise and "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.hints = dict(INFERENCE_PRECISION_HINT="bf16" if half else "f32")
         if precise:
@@ -192,13 +196,14 @@ class OpenVino(ExportedModel):
         return queue
 
     def run(self, batches):
-        if len(batches) == 1:
-            return [self.compiled(batches)[0]]
-        results = [None] * len(batches)
-        for index, images in enumerate(batches):
-            self.queue.start_async([images], (results, index))
-        self.queue.wait_all()
-        return results
+        with self.turn:
+            if len(batches) == 1:
+                return [self.compiled(batches, share_outputs=False)[0]]
+            results = [None] * len(batches)
+            for index, images in enumerate(batches):
+                self.queue.start_async([images], (results, index))
+            self.queue.wait_all()
+            return results
 
 
 # What export.py writes, and what runs a .pth beside torch. A new one is one class above and one line here.

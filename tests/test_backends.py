@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import infer_image
 import infer_video
 from checkpoint import load_model, pack_checkpoint
 from config import InputError
+from dataio.resizing import resize_image
 from inference import backends, predictor
 from inference.backends import convert
 from models.heads import HEADS
@@ -119,6 +121,36 @@ def test_a_clip_runs_in_openvino_from_a_checkpoint(trained, exported, tmp_path, 
     code, text, err = run(infer_video, "--model", exported / "model.pth", "--input", clip,
                           "--out-dir", tmp_path, "--backend", "openvino", "--batch-size", 5)
     assert code == 0 and "12 frames" in text and "OpenVINO" in text, err
+
+
+# --- threads ----------------------------------------------------------------------------------------------
+def check_in_threads(predictor, rounds=8, batch=1):
+    """Assert that three threads get of one Predictor, on images of three sizes, what one thread gets."""
+    images = [random_images(batch, 3, 40 + 13 * number, 50, seed=number) // (number + 1) for number in range(3)]
+
+    def confidences(number):
+        return predictor.scores(images[number]).confidence if batch == 1 else \
+            predictor.model.logits(resize_image(images[number], SIZE))[0].numpy()
+
+    want = [confidences(number) for number in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(lambda number: [confidences(number) for _ in range(rounds)], range(3)))
+    for number in range(3):
+        for values in got[number]:
+            np.testing.assert_allclose(values, want[number], atol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_threads_share_a_network(head):
+    facts = {"classes": [[name, [0, 0, 0]] for name in "abc"], "imgsz": SIZE}
+    check_in_threads(predictor.Predictor(tiny(head=head).eval(), facts, "cpu",
+                                         predictor.make_protocol("slide", "", SIZE)))
+
+
+@pytest.mark.parametrize(("ending", "batch"), [(".onnx", 1), (".xml", 1), (".xml", 5)])
+def test_threads_share_an_exported_file(exported, ending, batch):
+    """batch 5: more than an exported file takes at once, so that OpenVINO computes side by side."""
+    check_in_threads(predictor.Predictor(*load_model(exported / f"model{ending}", precise=True)), 25, batch)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
