@@ -5,6 +5,7 @@
     run.save()                                                      # last.pth, from which --resume continues
 """
 import dataclasses
+import hashlib
 import json
 import random
 import re
@@ -68,12 +69,12 @@ def pack_checkpoint(model, classes, imgsz, backbone_sha256=None, weights=None, *
                 **more)
 
 
-def read_checkpoint(path):
-    """Read a file that pack_checkpoint made; its `spec` comes as a ModelSpec.
+def read_checkpoint(path, digest=None):
+    """Read a file that pack_checkpoint made; its `spec` comes as a ModelSpec; digest: as of torch_load.
 
     Raises InputError where it is missing, damaged or not a checkpoint of this code.
     """
-    checkpoint = torch_load(path)
+    checkpoint = torch_load(path, digest)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "dinoseg":
         raise InputError(f"{path} is not a checkpoint of train.py (best_model_iou.pth, last.pth)")
     missing = {"spec", "classes", "imgsz", "model"} - checkpoint.keys()
@@ -113,14 +114,17 @@ def load_model(path, precise=False):
 
     path: a checkpoint gives a Segmenter, the name of an official DINOv2 head too; an exported file gives an
     ExportedModel (`precise`: in float32 whatever the processor can do). Where a DINOv2 was trained and
-    torch.hub's code is not at hand, the same network from timm takes its place. Raises InputError.
+    torch.hub's code is not at hand, the same network from timm takes its place. The dict's `file_sha256` is
+    the hash_model_file of the bytes that were loaded, an official head's aside. Raises InputError.
     """
     if OFFICIAL_NAME.fullmatch(str(path)) and not Path(path).exists():
         return load_official(str(path))
     if is_exported(path):
         from inference.backends import open_exported
         return open_exported(path, precise)
-    checkpoint = read_checkpoint(path)
+    digest = hashlib.sha256()
+    checkpoint = read_checkpoint(path, digest)
+    checkpoint["file_sha256"] = digest.hexdigest()
     spec, state = checkpoint["spec"], checkpoint["model"]
     if is_head_alone(checkpoint):
         try:

@@ -61,7 +61,7 @@ from inference.report import SCORES, existing_figures, report_page
 from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, FEW, bootstrap_interval, boundary_f1,
                      counts_per_image, group_images, miou_from_counts, nan_mean, nan_mean_per_class,
                      sum_groups)
-from models.weights import hash_model_file, hash_state
+from models.weights import hash_state
 
 WORST_IMAGES, CONFUSED_PAIRS = 20, 8  # rows of pictures in a report
 FEW_IMAGES = 16  # that this process reads itself: others take longer to start
@@ -216,8 +216,8 @@ def summarize(total, records, classes, groups):
 def describe_protocol(args, data, split, samples, predictor):
     """Return the protocol as a dict of plain values: all that a score depends on."""
     model, protocol = predictor.model, predictor.protocol
-    is_file = Path(args.model).is_file()  # else an official head
-    weights = hash_model_file(args.model) if is_file else hash_state(model.state_dict())
+    # the file may hold another model by now; an official head has none
+    weights = predictor.checkpoint.get("file_sha256") or hash_state(model.state_dict())
     return dict(
         dataset=data.name, split=split, images=len(samples), classes=len(data.classes), ignore=IGNORE,
         images_read_as=str(predictor.rule), views=str(protocol), imgsz=list(protocol.window),

@@ -29,12 +29,14 @@ if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
 import dataclasses
-import json
+import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 import utils
 from checkpoint import data_options, is_exported, load_model
@@ -43,8 +45,9 @@ from dataio.image_rule import ImageRule, read_image
 from dataio.resizing import resize_image
 from dataio.streets import draw_scene
 from datasets import load_data
-from inference.backends import FORMATS, Graph, first_line
+from inference.backends import FORMATS, Graph, first_line, write_exported
 from inference.predictor import make_protocol
+from models.weights import model_files
 
 AGREEMENT = 0.999  # of the pixels, between the exported file and PyTorch, both in float32
 CHECKED = 4  # real images, and as many random ones
@@ -103,6 +106,54 @@ def check_agreement(model, path, checkpoint, size):
     return text
 
 
+# --- files ------------------------------------------------------------------------------------------------
+@contextmanager
+def working_folder(path):
+    """Context with an empty folder beside `path`, removed at its end; those that killed exports to `path`
+    left are removed too. Raises InputError where another export to it is at work.
+    """
+    start, end = f".{path.name}.", ".export"
+    utils.make_folder(path.parent, "--out")
+    folder = Path(tempfile.mkdtemp(end, start, path.parent))
+    try:
+        with locked(folder, path):
+            for other in path.parent.iterdir():
+                if other.name.startswith(start) and other.name.endswith(end) and other != folder:
+                    with locked(other, path):
+                        shutil.rmtree(other, ignore_errors=True)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder, path):
+    """Context in which a working folder is this process's. Raises InputError where it is another export's."""
+    lock = FileLock(folder / ".lock")  # the system gives it back when a process dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another export.py is writing {path}: wait for it, or give another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def move_files(written, path):
+    """Move the files of an exported model to `path`, which comes last: it never stands beside the weights of
+    another model. Signals wait.
+    """
+    with utils.StopOnSignal():
+        files, old_files = model_files(written), model_files(path)
+        if len(files) > 1 or len(old_files) > 1:
+            path.unlink(missing_ok=True)
+        for file in old_files[1:]:
+            file.unlink(missing_ok=True)
+        for file in reversed(files):
+            os.replace(file, path.with_name(file.name))
+
+
 def main():
     """Export, check, move into place."""
     args = parse_args()
@@ -113,23 +164,20 @@ def main():
     if is_exported(args.model):
         raise InputError(f"--model {args.model} is exported already: give the checkpoint of train.py (.pth)")
     model, checkpoint = load_model(args.model)
-    facts = metadata(model, checkpoint, args)
-    size, text = tuple(facts["imgsz"]), json.dumps(utils.finite(facts))
-    utils.make_folder(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        written = Path(folder) / path.name
+    facts = utils.finite(metadata(model, checkpoint, args))
+    size = tuple(facts["imgsz"])
+    with working_folder(path) as folder, utils.stopping_at_once(lambda: f"stopped: {path} was not written"):
+        written = folder / path.name
         try:
-            FORMATS[args.format].write(Graph(model, size).eval(), args.batch_size, text, written)
+            write_exported(FORMATS[args.format], Graph(model, size).eval(), facts, written)
         except RuntimeError as error:  # of OpenVINO, of a full disk too
             if utils.is_out_of_memory(error):
                 raise
             raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try "
                              "another --format") from None
         agreed = check_agreement(model, written, checkpoint, size)
-        files = list(Path(folder).iterdir())  # OpenVINO writes two
-        megabytes = sum(file.stat().st_size for file in files) / 1e6
-        for file in files:
-            shutil.move(file, path.parent / file.name)
+        megabytes = sum(file.stat().st_size for file in model_files(written)) / 1e6
+        move_files(written, path)
     print(f"{path}: {megabytes:.1f} MB, images of {size[0]}x{size[1]}, batches of "
           f"{args.batch_size or 'any size'}; it agrees with PyTorch in {agreed} (float32)")
     print(f"try it:\n  python infer_image.py --model {path} --input YOUR_IMAGE.jpg")

@@ -13,6 +13,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when 
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 # imported before this folder is on sys.path, so that none of them imports a module here instead of a package
@@ -21,6 +22,7 @@ import numpy  # noqa: F401
 import PIL.Image  # noqa: F401
 import rasterio  # noqa: F401
 import timm  # noqa: F401
+import torch
 import torchvision  # noqa: F401
 import tqdm  # noqa: F401
 
@@ -53,17 +55,41 @@ def own_modules():
 
 
 def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None, protocol="", tta="",
-              tile_scale=None, overlap=None):
+              tile_scale=None, overlap=None, file_sha256=""):
     """Return an inference.predictor.Predictor: predict(image) takes a path or a numpy image (H, W, 3) uint8,
     of a model of other images one in their type and bands.
 
     checkpoint: of train.py, a file of export.py, or an official head's name; device, imgsz, protocol
-    (whole, slide, tile), tta (flip, ms, "ms,flip"), tile_scale and overlap as the flags of infer_image.py.
-    Raises config.InputError.
+    (whole, slide, tile), tta (flip, ms, "ms,flip"), tile_scale and overlap as the flags of infer_image.py;
+    file_sha256: refuse a file of another SHA-256 (an .xml together with its .bin). It may be pickled, as
+    processes that are spawned need it: there, the file is opened again. Raises config.InputError.
     """
+    flags = dict(device=device, imgsz=imgsz, protocol=protocol, tta=tta, tile_scale=tile_scale,
+                 overlap=overlap)
     with own_modules():
         from checkpoint import load_model
+        from config import InputError
         from inference.predictor import Predictor, choose_protocol
         model, facts = load_model(checkpoint)
+        sha256 = facts.get("file_sha256", "")  # an official head has no file
+        if file_sha256 not in ("", sha256):
+            raise InputError(f"{checkpoint} is not the file it was: its SHA-256 is {sha256[:16]} and not "
+                             f"{file_sha256[:16]}; load the model again")
+        path = os.path.abspath(checkpoint) if sha256 else checkpoint
+        InputError.__reduce__ = as_value_error
         chosen = choose_protocol(facts, imgsz, protocol, tta, tile_scale, overlap)
-        return Predictor(model, facts, device, chosen)
+        again = partial(torch.hub.load, str(HERE), "segmenter", path, source="local", file_sha256=sha256,
+                        **flags)
+
+        class Reopened(Predictor):
+            """A Predictor that is pickled as the call that makes it: its modules are not in sys.modules."""
+
+            def __reduce__(self):
+                return again, ()
+
+        return Reopened(model, facts, device, chosen)
+
+
+def as_value_error(error):
+    """Return what an InputError is pickled as: no other process can import its class."""
+    return ValueError, error.args

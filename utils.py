@@ -431,14 +431,14 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def make_folder(path):
-    """Create a folder that must be writable and return its path. Raises InputError."""
+def make_folder(path, flag="--out-dir"):
+    """Create a folder that must be writable and return its path. Raises InputError that names the flag."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out-dir: cannot create {path} ({error.strerror}); choose another one") from None
+        raise InputError(f"{flag}: cannot create {path} ({error.strerror}); choose another one") from None
     if not os.access(path, os.W_OK):
-        raise InputError(f"--out-dir: {path} is not writable: choose another folder")
+        raise InputError(f"{flag}: {path} is not writable: choose another folder")
     return path
 
 

@@ -220,6 +220,8 @@ class Exported(ModelFile):
     """The metadata of a file of export.py."""
 
     batch: integer(0, LARGEST_SIDE)
+    name: Text = ""
+    checksum: Annotated[StrictStr, Field(pattern="^(crc32:[0-9a-f]{8})?$")] = ""
 
 
 class Checkpoint(ModelFile):

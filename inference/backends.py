@@ -11,7 +11,9 @@ they are needed. Nothing here unpickles. A new backend or format is one class, e
 import importlib.util
 import json
 import sys
+import threading
 import warnings
+import zlib
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +23,14 @@ from torch import nn
 
 from dataio import schema
 from config import InputError
+from dataio.image_rule import ImageRule
 from models.heads import logits_of
 from models.upsampling import geometry_of, pixels
+from models.weights import blocks_of, hash_model_file, model_files, unchanged
 
 STREAMS = 2  # batches that OpenVINO computes side by side
 METADATA = "dinoseg"  # key of the JSON in a file's metadata
+NO_CHECKSUM = "crc32:00000000"  # in its place where it is computed
 
 
 class Graph(nn.Module):
@@ -65,7 +70,8 @@ class ExportedModel(nn.Module):
 
     program: the runtime's own model; size: (H, W); batch: images per call, 0 = any; geometry: of its logits
     where they are coarse, else they are pixels of that size; precise: in float32 whatever the processor can
-    do. ending: of its files; read(path) returns (program, metadata text or None); write(graph, batch, text,
+    do. ending: of its files; read(path) returns (program, metadata text or None); shapes(program): those of
+    images (B, C, H, W) and logits (B, K, H, W), None where it takes any number; write(graph, batch, text,
     path) exports a Graph.
     """
 
@@ -125,6 +131,13 @@ class OnnxRuntime(ExportedModel):
         return session, session.get_modelmeta().custom_metadata_map.get(METADATA)
 
     @staticmethod
+    def shapes(program):
+        """Return the shapes of images and logits."""
+        (images,), (logits,) = program.get_inputs(), program.get_outputs()
+        return [[side if isinstance(side, int) else None for side in values.shape]
+                for values in (images, logits)]
+
+    @staticmethod
     def write(graph, batch, text, path):
         """Export a Graph; batch 0 = any number of images."""
         program = onnx_program(graph, batch)
@@ -136,13 +149,16 @@ class OnnxRuntime(ExportedModel):
 
 
 class OpenVino(ExportedModel):
-    """OpenVINO on the CPU; `precise` keeps it in float32, else bfloat16 where the CPU has it."""
+    """OpenVINO on the CPU; `precise` keeps it in float32, else bfloat16 where the CPU has it.
+
+    Threads take turns: a request computes one input at a time, on all cores anyway.
+    """
 
     ending = ".xml"
 
     def __init__(self, program, size, batch=0, geometry=None, precise=False):
         super().__init__(program, size, batch, geometry)
-        self.core = import_openvino().Core()
+        self.core, self.turn = import_openvino().Core(), threading.Lock()
         half = not precise and "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.hints = dict(INFERENCE_PRECISION_HINT="bf16" if half else "f32")
         if precise:
@@ -152,11 +168,16 @@ class OpenVino(ExportedModel):
 
     @staticmethod
     def read(path):
-        """Return (model, metadata text) of an .xml file with its .bin. Raises InputError."""
-        if not path.with_suffix(".bin").is_file():
-            raise InputError(f"{path.with_suffix('.bin')} is missing: OpenVINO's .xml needs it beside it")
+        """Return (model, metadata text) of an .xml file with its .bin."""
         model = import_openvino().Core().read_model(str(path))
         return model, model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
+
+    @staticmethod
+    def shapes(program):
+        """Return the shapes of images and logits."""
+        (images,), (logits,) = program.inputs, program.outputs
+        return [[side.get_length() if side.is_static else None for side in values.partial_shape]
+                for values in (images, logits)]
 
     @staticmethod
     def write(graph, batch, text, path):
@@ -166,7 +187,8 @@ class OpenVino(ExportedModel):
         model = ov.convert_model(str(onnx_path))
         model.set_rt_info(text, [METADATA])
         ov.save_model(model, str(path), compress_to_fp16=False)
-        onnx_path.unlink()
+        for file in model_files(onnx_path):
+            file.unlink()
 
     @classmethod
     def of(cls, graph):
@@ -192,13 +214,14 @@ class OpenVino(ExportedModel):
         return queue
 
     def run(self, batches):
-        if len(batches) == 1:
-            return [self.compiled(batches)[0]]
-        results = [None] * len(batches)
-        for index, images in enumerate(batches):
-            self.queue.start_async([images], (results, index))
-        self.queue.wait_all()
-        return results
+        with self.turn:
+            if len(batches) == 1:
+                return [self.compiled(batches, share_outputs=False)[0]]
+            results = [None] * len(batches)
+            for index, images in enumerate(batches):
+                self.queue.start_async([images], (results, index))
+            self.queue.wait_all()
+            return results
 
 
 # What export.py writes, and what runs a .pth beside torch. A new one is one class above and one line here.
@@ -225,10 +248,18 @@ def open_exported(path, precise=False):
                          "with export.py --format onnx")
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a file of export.py, or a checkpoint of train.py")
+    for file in model_files(path):
+        if not file.is_file():
+            raise InputError(f"{file} is missing: {path.name} needs it beside it")
     model_class = next(entry for entry in FORMATS.values() if entry.ending == ending)
-    with runtime_errors(f"{path} is not a readable {ending} file"):
-        program, text = model_class.read(path)
-    facts = check_facts(text, path)
+    with unchanged(path, model_files(path)):
+        with runtime_errors(f"{path} is not a readable {ending} file"):
+            program, text = model_class.read(path)
+            shapes = model_class.shapes(program)
+        facts = check_facts(text, path)
+        check_checksum(facts, path)
+        facts["file_sha256"] = hash_model_file(path)
+    check_shapes(*shapes, facts, path)
     with runtime_errors(f"{path} does not run here"):
         model = model_class(program, facts["imgsz"], facts["batch"], precise=precise)
     model.num_classes = len(facts["classes"])
@@ -244,6 +275,56 @@ def check_facts(text, path):
     if not isinstance(facts, dict) or facts.get("format") != "dinoseg":
         raise InputError(f"{path} was not written by export.py: its metadata has no classes and size")
     return schema.check(schema.Exported, facts, path)
+
+
+def check_shapes(images, logits, facts, path):
+    """Raise InputError where a network's images (B, C, H, W) or logits (B, K, H, W) are not as its metadata
+    says; None is any number.
+    """
+    named = {"images per call": facts["batch"], "bands": ImageRule.of(facts.get("image_rule")).channels,
+             "rows": facts["imgsz"][0], "columns": facts["imgsz"][1], "classes": len(facts["classes"])}
+    for (name, count), own in zip(named.items(), [*images, logits[1]], strict=True):
+        if own not in (count, None):
+            raise InputError(f"{path} was edited or is damaged: its metadata says {count} {name}, its "
+                             f"network has {own}; export it again")
+
+
+def checksum(path, own):
+    """Return the CRC-32 of the files of a model, as NO_CHECKSUM has it, in which `own` counts as NO_CHECKSUM.
+
+    It tells the weights of two trainings apart at gigabytes per second; nothing is safe from forgery by it.
+    """
+    value, own, blank = 0, own.encode(), NO_CHECKSUM.encode()
+    for file_path in model_files(path):
+        with open(file_path, "rb") as file:
+            end = b""  # of the block before, in which `own` may begin
+            for block in blocks_of(file):
+                block = (end + block).replace(own, blank)
+                end = block[1 - len(own):]
+                value = zlib.crc32(block[:1 - len(own)], value)
+            value = zlib.crc32(end, value)
+    return f"crc32:{value:08x}"
+
+
+def check_checksum(facts, path):
+    """Raise InputError where a model's files do not belong together; earlier versions wrote no checksum."""
+    name = facts.get("name", path.name)
+    if path.suffix.lower() == ".onnx" and len(model_files(path)) > 1 and name != path.name:
+        raise InputError(f"{path} was called {name} and reads {name}.data still: give it that name again")
+    if facts.get("checksum") and checksum(path, facts["checksum"]) != facts["checksum"]:
+        mixed = "".join(f", or {file.name} is of another export" for file in model_files(path)[1:])
+        raise InputError(f"{path} was edited or is damaged{mixed}: its checksum is another; export it again")
+
+
+def write_exported(model_class, graph, facts, path):
+    """Write a Graph as a file of one of FORMATS; facts: its metadata, but name and checksum."""
+    text = json.dumps(dict(facts, name=path.name, checksum=NO_CHECKSUM))
+    model_class.write(graph, facts["batch"], text, path)
+    place = path.read_bytes().rindex(NO_CHECKSUM.encode())  # the metadata stand at the end
+    own = checksum(path, NO_CHECKSUM)
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(own.encode())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,8 +218,8 @@ class Backbone(nn.Module):
         """(B, 3, H, W) normalized, H and W multiples of size_divisor -> the maps (B, D, h, w), {block: tokens
         (B, prefix + h * w, D) that enter it} of the token_blocks.
         """
-        tokens = {}
-        hooks = [self.blocks[block].register_forward_pre_hook(partial(keep_tokens, tokens, block))
+        tokens, thread = {}, this_thread()
+        hooks = [self.blocks[block].register_forward_pre_hook(partial(keep_tokens, tokens, block, thread))
                  for block in token_blocks]
         try:
             return self.maps(images), tokens
@@ -390,9 +391,18 @@ class TimmBackbone(Backbone):
         return [m if m.shape[-2:] == finest else F.interpolate(m, size=finest, mode="bilinear") for m in maps]
 
 
-def keep_tokens(tokens, block, module, inputs):
-    """Forward pre-hook of a block: note the tokens (B, N, D) that enter it."""
-    tokens[block] = inputs[0]
+def keep_tokens(tokens, block, thread, module, inputs):
+    """Forward pre-hook of a block: note the tokens (B, N, D) that enter it in a thread; other threads may run
+    the network at the same time.
+    """
+    now = this_thread()
+    if now == thread or None in (now, thread):
+        tokens[block] = inputs[0]
+
+
+def this_thread():
+    """Return the number of this thread, None within torch.compile, which cannot trace the question."""
+    return None if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def check_layers(layers, depth):

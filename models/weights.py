@@ -4,8 +4,10 @@
     load_strictly(net, state, "dinov2_vits14_pretrain.pth")
 """
 import hashlib
+import os
 import pickle
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -86,15 +88,46 @@ def hash_files(*paths):
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+            for block in blocks_of(file):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def hash_model_file(path):
-    """Return the SHA-256, 64 hex digits, of a model's file; an OpenVINO .xml together with its weights."""
+def blocks_of(file):
+    """Yield what is left of an open file as bytes, a megabyte at a time."""
+    while block := file.read(1 << 20):
+        yield block
+
+
+def model_files(path):
+    """Return the files that a model consists of: `path`, and the weights that OpenVINO and, above 1.5 GB,
+    torch's ONNX exporter write beside it.
+    """
     path = Path(path)
-    return hash_files(*([path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]))
+    if path.suffix.lower() == ".xml":
+        return [path, path.with_suffix(".bin")]
+    weights = path.with_name(f"{path.name}.data")
+    return [path, weights] if path.suffix.lower() == ".onnx" and weights.is_file() else [path]
+
+
+def hash_model_file(path):
+    """Return the SHA-256, 64 hex digits, of a model's file, of all model_files together."""
+    return hash_files(*model_files(path))
+
+
+@contextmanager
+def unchanged(path, files):
+    """Context in which `files`, paths or numbers of open files, are read. Raises InputError that names the
+    model `path` where they were written or replaced meanwhile.
+    """
+    def versions():
+        stats = [os.stat(file) for file in files]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    before = versions()
+    yield
+    if versions() != before:
+        raise InputError(f"{path} was written while it was read: run this again")
 
 
 def hash_state(state):
@@ -106,14 +139,22 @@ def hash_state(state):
     return digest.hexdigest()
 
 
-def torch_load(path):
-    """torch.load to the CPU without unpickling code. Raises InputError for a file that is damaged."""
+def torch_load(path, digest=None):
+    """torch.load to the CPU without unpickling code. Raises InputError for a file that is damaged.
+
+    digest: of hashlib, updated with the bytes that are loaded; another file may get the name meanwhile.
+    """
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
         raise InputError(f"{path} is not a file")
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, unchanged(path, [file.fileno()]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what is refused here anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
+            for block in blocks_of(file) if digest else ():
+                digest.update(block)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError:

@@ -1,13 +1,17 @@
 """Exported models and OpenVINO: the same logits, masks and scores as PyTorch; clear refusals."""
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, random_images, tiny
+from conftest import ROOT, call, random_images, refused, tiny
 from PIL import Image
 from test_video import write_clip
 
@@ -17,9 +21,12 @@ import infer_image
 import infer_video
 from checkpoint import load_model, pack_checkpoint
 from config import InputError
+from dataio.image_rule import ImageRule
+from dataio.resizing import resize_image
 from inference import backends, predictor
 from inference.backends import convert
 from models.heads import HEADS
+from models.weights import hash_files, hash_model_file
 
 SIZE = (30, 43)  # not a multiple of the patches
 KINDS = {"onnx": (".onnx", 0), "openvino": (".xml", 2)}  # ending, --batch-size
@@ -121,6 +128,37 @@ def test_a_clip_runs_in_openvino_from_a_checkpoint(trained, exported, tmp_path, 
     assert code == 0 and "12 frames" in text and "OpenVINO" in text, err
 
 
+# --- threads ----------------------------------------------------------------------------------------------
+def check_in_threads(predictor, rounds=8, batch=1):
+    """Assert that three threads get of one Predictor, on images of three sizes, what one thread gets."""
+    images = [random_images(batch, 3, 40 + 13 * number, 50, seed=number) // (number + 1)
+              for number in range(3)]
+
+    def confidences(number):
+        return predictor.scores(images[number]).confidence if batch == 1 else \
+            predictor.model.logits(resize_image(images[number], SIZE))[0].numpy()
+
+    want = [confidences(number) for number in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(lambda number: [confidences(number) for _ in range(rounds)], range(3)))
+    for number in range(3):
+        for values in got[number]:
+            np.testing.assert_allclose(values, want[number], atol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_threads_share_a_network(head):
+    facts = {"classes": [[name, [0, 0, 0]] for name in "abc"], "imgsz": SIZE}
+    check_in_threads(predictor.Predictor(tiny(head=head).eval(), facts, "cpu",
+                                         predictor.make_protocol("slide", "", SIZE)))
+
+
+@pytest.mark.parametrize(("ending", "batch"), [(".onnx", 1), (".xml", 1), (".xml", 5)])
+def test_threads_share_an_exported_file(exported, ending, batch):
+    """batch 5: more than an exported file takes at once, so that OpenVINO computes side by side."""
+    check_in_threads(predictor.Predictor(*load_model(exported / f"model{ending}", precise=True)), 25, batch)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("ending", "flags", "named"), [
     (".onnx", ["--backend", "openvino"], "--backend"),
@@ -168,12 +206,124 @@ def test_metadata_that_export_did_not_write(change):
             backends.check_facts(text, "m.onnx")
 
 
+# --- files that do not belong together --------------------------------------------------------------------
+def copy_edited(source, path, **facts):
+    """Copy an exported file, its metadata changed by `facts`, None leaves one out; return its path."""
+    def edited(text):
+        changed = json.loads(text) | facts
+        return json.dumps({name: value for name, value in changed.items() if value is not None})
+
+    if path.suffix == ".onnx":
+        import onnx
+        model = onnx.load(source)
+        entry = next(entry for entry in model.metadata_props if entry.key == backends.METADATA)
+        entry.value = edited(entry.value)
+        onnx.save(model, path)
+    else:
+        tree = ElementTree.parse(source)
+        element = next(tree.iter(backends.METADATA))
+        element.set("value", edited(element.get("value")))
+        tree.write(path)
+        shutil.copy(source.with_suffix(".bin"), path.with_suffix(".bin"))
+    return path
+
+
+@pytest.mark.parametrize(("ending", "change"), [
+    *((ending, change) for ending in (".onnx", ".xml") for change in (
+        {"classes": [["a", [0, 0, 0]]] * 2}, {"classes": [["a", [0, 0, 0]]] * 5}, {"imgsz": [30, 44]},
+        {"imgsz": [31, 43]}, {"image_rule": ImageRule(bands=(1, 2, 3, 4)).as_dict()})),
+    (".xml", {"batch": 3}), (".xml", {"batch": 0})])
+def test_metadata_of_another_network_are_refused(exported, tmp_path, ending, change):
+    source = exported / f"model{ending}"
+    with refused(tmp_path / f"m{ending}"):
+        load_model(copy_edited(source, tmp_path / f"m{ending}", **change, checksum=None))
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".xml"])
+def test_files_are_those_that_were_exported(exported, tmp_path, ending):
+    source, path = exported / f"model{ending}", tmp_path / f"m{ending}"
+    names = [[name, [0, 0, 0]] for name in "cba"]
+    assert load_model(copy_edited(source, path, classes=names, checksum=None))[1]["classes"] == names
+    with refused(path):
+        load_model(copy_edited(source, path, classes=names))
+    weights = path if ending == ".onnx" else path.with_suffix(".bin")
+    for file in (path, weights):
+        shutil.copy(source.with_suffix(file.suffix), file)
+    assert load_model(path)[1]["file_sha256"] == hash_model_file(path)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1  # the weights of another training
+    weights.write_bytes(content)
+    with refused(path):
+        load_model(path)
+
+
+def test_weights_beside_an_onnx_file_belong_to_it(tmp_path, run, monkeypatch):
+    """As torch writes them above 1.5 GB: under the name that the file had."""
+    torch.save(pack_checkpoint(tiny(head="linear"), [(name, (0, 0, 0)) for name in "abc"], SIZE),
+               tmp_path / "m.pth")
+    path, weights = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    assert run(export, "--model", tmp_path / "m.pth")[0] == 0 and weights.is_file()
+    _, facts = load_model(path)
+    assert facts["file_sha256"] == hash_files(path, weights) == hash_model_file(path)
+    for file in (path, weights):
+        shutil.copy(file, tmp_path / file.name.replace("m.", "other."))
+    with refused(tmp_path / "other.onnx", weights.name):
+        load_model(tmp_path / "other.onnx")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with refused(path, weights.name):
+        load_model(path)
+    monkeypatch.setattr(backends.OnnxRuntime, "write", lambda graph, batch, text, path: path.write_text(text))
+    monkeypatch.setattr(export, "agreement", lambda *_: 1.0)
+    assert run(export, "--model", tmp_path / "m.pth")[0] == 0 and not weights.exists()
+
+
+@pytest.mark.parametrize("ending", [".pth", ".onnx", ".xml"])
+def test_the_hash_is_that_of_what_was_loaded(trained, exported, tmp_path, run, monkeypatch, ending):
+    """A training run replaces the file between loading and scoring."""
+    path = tmp_path / f"m{ending}"
+    others = [".bin"] * (ending == ".xml")
+    for suffix in (ending, *others):
+        shutil.copy(exported / f"model{suffix}", path.with_suffix(suffix))
+    before = hash_model_file(path)
+
+    def then_replaced(*args, **options):
+        model = load_model(*args, **options)
+        (tmp_path / "new").write_bytes(b"of another training")
+        os.replace(tmp_path / "new", path)
+        return model
+
+    monkeypatch.setattr(evaluate, "load_model", then_replaced)
+    code, _, err = run(evaluate, "--model", path, "--out-dir", tmp_path, "--data-root", trained[0])
+    assert code == 0, err
+    protocol = json.loads((tmp_path / "evaluation/metrics.json").read_text())["protocol"]
+    assert protocol["weights_sha256"] == before[:16]
+
+
+@pytest.mark.parametrize("ending", [".pth", ".onnx"])
+def test_a_file_that_is_written_while_it_is_read_is_refused(exported, tmp_path, monkeypatch, ending):
+    path = shutil.copy(exported / f"model{ending}", tmp_path / f"m{ending}")
+    module, name = (torch, "load") if ending == ".pth" else (backends, "check_facts")
+    original = getattr(module, name)
+
+    def written_meanwhile(*args, **options):
+        path.write_bytes(path.read_bytes())
+        os.utime(path, (1, 1))
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, written_meanwhile)
+    with refused(path):
+        load_model(path)
+
+
 # --- export.py --------------------------------------------------------------------------------------------
 def test_an_export_that_disagrees_is_not_written(tmp_path, run, monkeypatch):
     classes = [("a", (0, 0, 0)), ("b", (9, 9, 9)), ("c", (1, 2, 3))]
     torch.save(pack_checkpoint(tiny(), classes, SIZE), tmp_path / "m.pth")
     monkeypatch.setattr(export, "agreement", lambda *_: 0.9985)
-    monkeypatch.setattr(backends.OnnxRuntime, "write", lambda graph, batch, text, path: path.touch())
+    monkeypatch.setattr(backends.OnnxRuntime, "write", lambda graph, batch, text, path: path.write_text(text))
     code, _, err = run(export, "--model", tmp_path / "m.pth")
     assert code == 2 and "99.850 %" in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["m.pth"]
@@ -229,6 +379,27 @@ try:
 except Exception as error:
     print("refused:", type(error).__name__)
 """
+
+
+@pytest.mark.parametrize("ending", [".pth", ".onnx", ".xml"])
+def test_a_pickled_segmenter_opens_its_file_again(trained, exported, tmp_path, monkeypatch, ending):
+    """As processes need it that are spawned; the classes of hubconf are in none of their modules."""
+    for suffix in {ending, ending.replace("xml", "bin")}:
+        shutil.copy(exported / f"model{suffix}", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    predictor = torch.hub.load(str(ROOT), "segmenter", f"model{ending}", source="local", tta="flip")
+    want = predictor.predict(trained[0] / "images/00.png")
+    monkeypatch.chdir("/")
+    pickled = pickle.dumps(predictor)
+    again = pickle.loads(pickled)
+    assert str(again) == str(predictor) and (again.predict(trained[0] / "images/00.png") == want).all()
+    with pytest.raises(Exception, match="gone.png") as refusal:
+        predictor.predict("gone.png")
+    assert "gone.png" in str(pickle.loads(pickle.dumps(refusal.value)))
+    with open(tmp_path / f"model{ending}", "ab") as file:
+        file.write(b" ")
+    with pytest.raises(Exception, match=f"model{ending}"):
+        pickle.loads(pickled)
 
 
 @pytest.mark.long
