@@ -126,6 +126,16 @@ def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, ov
 
 # --- views ------------------------------------------------------------------------------------------------
 # A view of images is (logits (B, K, h, w), their Geometry), of which models/upsampling.py makes pixels.
+def in_one_layout(images):
+    """Return a copy of images (B, C, H, W) in which the colors of a pixel lie side by side, as those of a batch
+    of a dataloader do.
+
+    Convolutions choose their order of sums by the strides, and one image has many: as a file is read, resized
+    or cut, it would have other last digits, and here and there another class, than in a batch.
+    """
+    return images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+
+
 def slide_logits(model, images, window, stride, batch_size):
     """Average the logits of overlapping windows: images (B, C, H, W) uint8 -> (B, K, H, W) float32."""
     height, width = images.shape[-2:]
@@ -137,7 +147,7 @@ def slide_logits(model, images, window, stride, batch_size):
     for start in range(0, len(corners), step):
         batch = corners[start:start + step]
         crops = torch.stack([images[..., top:top + high, left:left + wide] for top, left in batch])
-        logits = model(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (n, B, K, H, W)
+        logits = model(in_one_layout(crops.flatten(0, 1))).unflatten(0, crops.shape[:2])  # (n, B, K, H, W)
         if total is None:
             total = logits.new_zeros(len(images), logits.shape[2], height, width)
             count = logits.new_zeros(height, width)
@@ -154,9 +164,10 @@ def views_of(model, images, protocol, precision, batch_size=8):
     model in eval mode; batch_size: windows per forward pass. A single view is alive at a time, unless the
     caller keeps them.
     """
-    images = images.to(next(model.parameters()).device, non_blocking=True)
+    device = next(model.parameters()).device
     for size in protocol.sizes(*images.shape[-2:]):
-        resized = resize_image(images, size)
+        # where the images are, as dataloaders resize them: processors and GPUs round differently
+        resized = resize_image(images, size).to(device, non_blocking=True)
         for mirrored in (False, True)[:1 + protocol.flip]:
             inputs = resized.flip(-1) if mirrored else resized
             with precision.autocast():
@@ -164,7 +175,7 @@ def views_of(model, images, protocol, precision, batch_size=8):
                     logits = slide_logits(model, inputs, protocol.window, protocol.stride, batch_size)
                     geometry = geometry_of(size)
                 else:
-                    logits, geometry = model.logits(inputs)
+                    logits, geometry = model.logits(in_one_layout(inputs))
             yield logits, geometry._replace(mirrored=mirrored)
 
 

@@ -1,10 +1,12 @@
 """Prediction at an image's own size against loops written out: whole, windows, tiles, views."""
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_images, tiny
+from conftest import load, random_images, tiny, write_folder
 from torch import nn
 
+import evaluate
 from checkpoint import load_model, pack_checkpoint
 from dataio.resizing import resize_image
 from inference import predictor as predictor_module
@@ -13,6 +15,7 @@ from inference.predictor import (Predictor, Protocol, Tiles, choose_protocol, ed
 from models import upsampling
 from models.upsampling import geometry_of, pixels
 from test_engine import FLOAT32, ConvolutionHead, on_images, pixelwise
+from utils import Precision
 
 VIEW_SIZES = (9, 7), (4, 4), (13, 20)  # of logits
 
@@ -108,6 +111,67 @@ def test_images_are_predicted_at_other_sizes_than_their_own(count):
     views = net(inputs), net(inputs.flip(-1)).flip(-1)
     for index, (pred, size) in enumerate(zip(preds, sizes, strict=True)):
         assert_argmax(pred, sum(resized(view[index:index + 1], size).softmax(1) for view in views)[0])
+
+
+# --- one label map, whichever script asks -----------------------------------------------------------------
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two images as (their samples, the table of their masks)."""
+    data = load("folder", write_folder(tmp_path_factory.mktemp("photos"), count=2, size=(50, 90)))
+    return [sample for samples in data.splits.values() for sample in samples], data.table
+
+
+@pytest.fixture(scope="module")
+def undecided():
+    """A Segmenter of 100 classes, the last ten twins of the first ten, whose scores are close to each other."""
+    net = tiny(num_classes=100, head="detail").eval()
+    for values in net.head.parameters():
+        if len(values) == 100:
+            values.data[90:] = values.data[:10]
+    return net
+
+
+@pytest.mark.parametrize("tta", ["", "flip"])
+@pytest.mark.parametrize("kind", ["whole", "slide", "tile"])
+@pytest.mark.parametrize("precision", ["off", "bf16"])
+def test_what_evaluate_scores_is_what_infer_image_writes(photos, undecided, precision, kind, tta):
+    """Bit by bit where as many images or windows pass the network at once; else but for near ties."""
+    samples, table = photos
+    predictor = predictor_of(undecided, make_protocol(kind, tta, (42, 56)))
+    predictor.precision = Precision(precision, predictor.device)
+    images = [predictor.read(sample.image).image[None] for sample in samples]
+    written = [predictor(image)[0] for image in images]
+    scores = [predictor.scores(image, every_class=True) for image in images]
+    assert all((score.pred == pred).all() for score, pred in zip(scores, written, strict=True))
+    for batch_size in (1, 2, 8):
+        loader = evaluate.make_batches(samples, table, predictor.protocol, batch_size, predictor.rule)
+        scored = [pred.numpy() for batch, targets, _ in loader
+                  for pred in predictor.predict_at(batch, [(50, 90)] * len(batch), batch_size)]
+        if batch_size == (1 if kind == "whole" else 8):
+            assert all((pred == other).all() for pred, other in zip(scored, written, strict=True))
+        for pred, other, score in zip(scored, written, scores, strict=True):
+            chances = np.take_along_axis(score.probabilities, pred[None].astype(int), 0)[0]
+            assert (pred == other).mean() > 0.97 and (chances > 0.98 * score.confidence).all()
+
+
+def test_a_convolution_gets_an_image_in_one_layout_however_it_lies_in_memory():
+    net, layouts, image = neighbors(), set(), random_images(1, 3, 24, 40)
+    net.head.layers[0].register_forward_pre_hook(lambda layer, inputs: layouts.add(inputs[0].stride()))
+    as_read = image[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
+    batch = torch.cat([image] * 2).contiguous(memory_format=torch.channels_last)
+    for lying in (image, as_read, batch[:1], image.mT.contiguous().mT, image.flip(-1)):
+        for protocol in (Protocol((24, 40)), Protocol((12, 20)), make_protocol("slide", "", (24, 40))):
+            list(views_of(net, lying, protocol, FLOAT32))
+    assert len(layouts) == 2  # of two sizes
+
+
+def test_images_are_resized_where_they_are_whatever_device_the_model_is_on(monkeypatch):
+    """As dataloaders do: a GPU would round some pixels of uint8 in the other direction."""
+    devices = []
+    monkeypatch.setattr(predictor_module, "resize_image",
+                        lambda images, size: devices.append(images.device.type) or resize_image(images, size))
+    logits = next(views_of(neighbors().to("meta"), random_images(1, 3, 50, 40), Protocol((24, 20)), FLOAT32))[0]
+    assert devices == ["cpu"] and logits.device.type == "meta"
 
 
 # --- windows and views ------------------------------------------------------------------------------------
