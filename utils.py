@@ -66,13 +66,14 @@ class StopOnSignal:
 
 @contextmanager
 def stopping_at_once(line):
-    """Context in which Ctrl-C and SIGTERM end the work where it is, as an error would. Raises Stopped with
-    what line() returns then.
+    """Context in which Ctrl-C and SIGTERM end the work where it is, as an error would, so that nothing half
+    done is left. A signal that is ignored stays so. Raises Stopped with what line() returns then.
     """
     def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -87,15 +88,11 @@ def run_main(main):
     for bad input, a full disk or full memory, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of config.end_at_interrupts
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.exit(main() or 0)
+        with stopping_at_once(lambda: "stopped"):
+            sys.exit(main() or 0)
     except Stopped as stop:
         print(f"\n{stop.args[1]}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
     except FloatingPointError as error:
         report_error(f"error: {error}")
         sys.exit(1)

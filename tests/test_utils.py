@@ -2,9 +2,13 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import utils
 from config import InputError
@@ -155,3 +159,34 @@ def test_a_fault_of_ours_keeps_its_traceback(fault):
 
     with pytest.raises(fault):
         utils.run_main(main)
+
+
+# --- signals ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_script_with_a_line_and_leaves_nothing_half_done(tmp_path, number):
+    """Even while it writes a file."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import utils
+def write(path):
+    path.write_text("half")
+    os.kill(os.getpid(), {int(number)})
+    import time; time.sleep(20)
+utils.run_main(lambda: utils.write_atomically("result", write))
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 128 + number and "Traceback" not in process.stderr
+    assert process.stderr.count("stopped") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_script_that_is_started_to_survive_interrupts_does(tmp_path):
+    """As by `nohup` or `&` in a script: what is ignored stays ignored."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+import utils
+utils.run_main(lambda: os.kill(os.getpid(), signal.SIGINT))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
