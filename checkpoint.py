@@ -21,6 +21,7 @@ import utils
 from config import DataOptions, InputError, count_of, fields_affecting, flag, has_meaning
 from dataio import schema
 from dataio.classes import ADE20K, VOC, first_difference
+from dataio.contents import contents_of
 from dataio.image_rule import ImageRule
 from dataio.readers import may_be_equal
 from engine import LOG_EVERY
@@ -315,6 +316,7 @@ class Run:
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
         with utils.main_process_first():  # it may read all files
             self.facts = dict(data.fingerprints(), processes=world_size())
+            self.trained_on = contents_of(sample.image for sample in data.training)
         backbone = state.model.backbone
         self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None
         self.confusion, self.stop, self.saved_at = None, None, time.monotonic()
@@ -415,7 +417,7 @@ class Run:
             self.state.model, self.classes, self.settings["imgsz"], self.backbone_sha256, weights,
             epoch=len(history), config=self.settings, image_rule=self.rule.as_dict(),
             metrics={name.removeprefix("val_"): scores[name] for name in scores if name.startswith("val_")},
-            **self.facts, **more)
+            trained_on=self.trained_on, **self.facts, **more)
 
     def claim_folder(self):
         """Make the folder that of this run, before it writes there for the first time."""

@@ -52,7 +52,7 @@ from models.weights import model_files
 AGREEMENT = 0.999  # of the pixels, between the exported file and PyTorch, both in float32
 CHECKED = 4  # real images, and as many random ones
 PLAIN_KEYS = ("format", "version", "classes", "config", "epoch", "metrics", "protocol", "data_fingerprint",
-              "image_rule")
+              "trained_on", "image_rule")
 
 
 def real_images(checkpoint, size, num_bands):

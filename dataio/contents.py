@@ -17,6 +17,7 @@ from utils import all_in_parallel, grouped, write_text
 
 WHOLE = 1 << 28  # bytes of the largest file that is read as a whole
 BLOCKS, BLOCK = 256, 1 << 20  # of a larger one: how many blocks are read, the first and the last among them
+DIGITS = 12  # of a hash that stand for it among those of other images
 SETTLED = 2 * 10 ** 9  # nanoseconds: a file may change again within a tick of its file system's clock
 
 
@@ -34,6 +35,17 @@ def hash_contents(paths):
         if settled:
             keep_hashes(folder, kept[folder] | settled)
     return hashes
+
+
+def contents_of(paths):
+    """Return one text that tells which contents files have: DIGITS of each hash. Raises InputError."""
+    return "".join(sorted({digest[:DIGITS] for digest in hash_contents(paths).values()}))
+
+
+def paths_in(contents, paths):
+    """Return those Paths whose contents are in a text of contents_of. Raises InputError."""
+    known = {contents[start:start + DIGITS] for start in range(0, len(contents), DIGITS)}
+    return [path for path, digest in hash_contents(paths).items() if digest[:DIGITS] in known] if known else []
 
 
 def state_of(path):

@@ -213,6 +213,7 @@ class ModelFile(BaseModel):
     epoch: Count = 0
     metrics: dict[Text, Any] = {}
     data_fingerprint: Text = ""
+    trained_on: Annotated[StrictStr, Field(pattern="^[0-9a-f]*$")] = ""
     image_rule: StoredRule = None
 
 

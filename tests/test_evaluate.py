@@ -27,6 +27,7 @@ import infer_image
 import utils
 from checkpoint import load_model, load_official
 from dataio.classes import ADE20K, VOC
+from dataio.contents import paths_in
 from dataio.image_rule import read_image
 from dataio.readers import read_mask
 from dataio.resizing import resize_image
@@ -259,6 +260,22 @@ def test_a_folder_is_split_as_in_training_another_is_scored_entirely(other_folde
     moved = dict(checkpoint, config=dict(checkpoint["config"], data_root=str(tmp_path / "moved")))
     assert opened(tmp_path / "moved", moved, tmp_path)[0] == "val"
     assert "warning" in capsys.readouterr().out
+
+
+def test_images_that_were_trained_on_are_counted_whatever_they_are_called(trained, tmp_path, run):
+    data, out = trained
+    checkpoint = load_model(out / "best_model_iou.pth")[1]
+    samples = load("folder", data).splits
+    assert not paths_in(checkpoint["trained_on"], [sample.image for sample in samples["val"]])
+    other = write_folder(tmp_path / "other", count=3, size=(40, 50))
+    for split, name in (("train", "a"), ("val", "b")):
+        shutil.copy(samples[split][0].image, other / f"images/{name}.png")
+        shutil.copy(samples[split][0].mask, other / f"masks/{name}.png")
+    flags = ("--model", out / "best_model_iou.pth", "--out-dir", tmp_path)
+    code, text, err = run(evaluate, *flags, "--data-root", other)
+    assert code == 0 and text.count("warning: 1 of 5 images") == 1 and "images/a.png" in text, err
+    code, text, err = run(evaluate, *flags)
+    assert code == 0 and "warning" not in text, err
 
 
 @pytest.mark.parametrize("tool", ["YOLO, classes.txt", "SuperAnnotate", "labelme"])
