@@ -198,7 +198,11 @@ def test_broken_files_are_one_line(trained, exported, tmp_path, run, ending, dam
 
 @pytest.mark.parametrize("change", [
     {"imgsz": "224"}, {"imgsz": [224]}, {"batch": "1"}, {"batch": -1}, {"classes": "abc"},
-    {"classes": [["a", [0, 0, 300]]]}, {"protocol": {"foo": 1}}, {"format": "other"}], ids=str)
+    {"classes": [["a", [0, 0, 300]]]}, {"protocol": {"foo": 1}}, {"format": "other"},
+    {"protocol": {"window": [28, 42], "slide": True, "stride": [28, 43]}},  # leaves out pixels
+    {"protocol": {"window": [28, 42], "tile": 2.0, "stride": [20, 21]}},
+    {"protocol": {"window": [28, 42], "slide": True}},
+    {"checksum": "crc32:1"}], ids=str)
 def test_metadata_that_export_did_not_write(change):
     good = {"format": "dinoseg", "imgsz": [28, 42], "batch": 1, "classes": [["a", [0, 0, 0]]]}
     assert backends.check_facts(json.dumps(good), "m.onnx")["imgsz"] == [28, 42]
@@ -450,6 +454,16 @@ def test_a_pickled_segmenter_opens_its_file_again(trained, exported, tmp_path, m
         file.write(b" ")
     with pytest.raises(Exception, match=f"model{ending}"):
         pickle.loads(pickled)
+
+
+def test_threads_may_load_at_the_same_time(exported):
+    before, path = dict(sys.modules), list(sys.path)
+    with ThreadPoolExecutor(3) as pool:
+        loads = [pool.submit(torch.hub.load, str(ROOT), "segmenter", str(exported / "model.pth"),
+                             source="local") for _ in range(3)]
+    assert all([name for name, _ in load.result().classes] == ["background", "class 1", "class 2"]
+               for load in loads)
+    assert sys.path == path and all(sys.modules[name] is module for name, module in before.items())
 
 
 @pytest.mark.long
