@@ -123,7 +123,8 @@ def working_folder(path):
                         shutil.rmtree(other, ignore_errors=True)
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with utils.StopOnSignal():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -138,6 +139,18 @@ def locked(folder, path):
         yield
     finally:
         lock.release()
+
+
+def write(model_class, graph, facts, path):
+    """Write a Graph as a file of one of FORMATS. Raises InputError where that fails, as on a full disk."""
+    try:
+        write_exported(model_class, graph, facts, path)
+    except (OSError, RuntimeError) as error:  # the latter is OpenVINO's
+        if utils.is_out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path.name} could not be written into {path.parent.parent} ({reason}): free some "
+                         "disk, or try another --format") from None
 
 
 def move_files(written, path):
@@ -166,15 +179,9 @@ def main():
     model, checkpoint = load_model(args.model)
     facts = utils.finite(metadata(model, checkpoint, args))
     size = tuple(facts["imgsz"])
-    with working_folder(path) as folder, utils.stopping_at_once(lambda: f"stopped: {path} was not written"):
+    with working_folder(path) as folder:
         written = folder / path.name
-        try:
-            write_exported(FORMATS[args.format], Graph(model, size).eval(), facts, written)
-        except RuntimeError as error:  # of OpenVINO, of a full disk too
-            if utils.is_out_of_memory(error):
-                raise
-            raise InputError(f"{path} could not be written ({first_line(error)}): free some disk, or try "
-                             "another --format") from None
+        write(FORMATS[args.format], Graph(model, size).eval(), facts, written)
         agreed = check_agreement(model, written, checkpoint, size)
         megabytes = sum(file.stat().st_size for file in model_files(written)) / 1e6
         move_files(written, path)

@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 import sys
+import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,14 @@ import tqdm  # noqa: F401
 
 dependencies = ["torch", "torchvision", "timm", "cv2", "numpy", "PIL", "rasterio", "tqdm"]
 HERE = Path(__file__).resolve().parent
+# torch.hub runs this file anew at every call, so the lock is kept where all of them find it
+LOADING = vars(torch.hub).setdefault("dinoseg_loading", threading.RLock())
 
 
 @contextmanager
 def own_modules():
     """Context in which `import utils` and the like mean the files of this folder; afterwards sys.modules and
-    sys.path are as they were.
+    sys.path are as they were. Threads take turns.
     """
     names = {path.stem for path in HERE.glob("*.py")} - {"hubconf"}
     names |= {path.parent.name for path in HERE.glob("*/__init__.py")}
@@ -41,17 +44,18 @@ def own_modules():
     def same_names():
         return {name: module for name, module in sys.modules.items() if name.split(".")[0] in names}
 
-    others, path = same_names(), list(sys.path)
-    for name in others:
-        del sys.modules[name]
-    sys.path.insert(0, str(HERE))
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in same_names():
+    with LOADING:
+        others = same_names()
+        for name in others:
             del sys.modules[name]
-        sys.modules.update(others)
+        sys.path.insert(0, str(HERE))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(HERE))  # and not all as it was: torch.hub adds folders too, in any thread
+            for name in same_names():
+                del sys.modules[name]
+            sys.modules.update(others)
 
 
 def segmenter(checkpoint="outputs/best_model_iou.pth", device="auto", imgsz=None, protocol="", tta="",

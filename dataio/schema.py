@@ -84,7 +84,7 @@ Text = Annotated[Any, AfterValidator(check_line)]
 Count, ClassId = integer(0), integer(0, MOST_CLASSES - 1)
 Side, Channel = integer(1, LARGEST_SIDE), integer(0, 255)
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
-Scale = Annotated[StrictFloat, Field(gt=0, le=16)]
+Scale = Annotated[StrictFloat, Field(ge=1 / 16, le=16)]
 Score = StrictFloat | None  # a loss in half precision may be infinite
 Tensor = InstanceOf[torch.Tensor]
 Size = tuple[Side, Side]
@@ -171,6 +171,16 @@ class Protocol(BaseModel):
     scales: Annotated[list[Scale], Field(min_length=1, max_length=32)] = (1.0,)
     flip: StrictBool = False
     tile: Annotated[Number, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def check_gaps(self):
+        """Raise ValueError where windows or tiles would leave out pixels, or tiles be as large as none is."""
+        sides = [side / self.tile if self.tile else side for side in self.window]
+        moves = self.slide or self.tile
+        if moves and (len(self.stride) != 2 or not all(stride <= side <= LARGEST_SIDE for stride, side in
+                                                       zip(self.stride, sides, strict=True))):
+            raise ValueError("should have a stride up to its window")
+        return self
 
 
 class StoredRule(BaseModel):

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, random_images, refused, tiny
+from filelock import FileLock
 from PIL import Image
 from test_video import write_clip
 
@@ -196,7 +198,11 @@ def test_broken_files_are_one_line(trained, exported, tmp_path, run, ending, dam
 
 @pytest.mark.parametrize("change", [
     {"imgsz": "224"}, {"imgsz": [224]}, {"batch": "1"}, {"batch": -1}, {"classes": "abc"},
-    {"classes": [["a", [0, 0, 300]]]}, {"protocol": {"foo": 1}}, {"format": "other"}], ids=str)
+    {"classes": [["a", [0, 0, 300]]]}, {"protocol": {"foo": 1}}, {"format": "other"},
+    {"protocol": {"window": [28, 42], "slide": True, "stride": [28, 43]}},  # leaves out pixels
+    {"protocol": {"window": [28, 42], "tile": 2.0, "stride": [20, 21]}},
+    {"protocol": {"window": [28, 42], "slide": True}},
+    {"checksum": "crc32:1"}], ids=str)
 def test_metadata_that_export_did_not_write(change):
     good = {"format": "dinoseg", "imgsz": [28, 42], "batch": 1, "classes": [["a", [0, 0, 0]]]}
     assert backends.check_facts(json.dumps(good), "m.onnx")["imgsz"] == [28, 42]
@@ -319,14 +325,62 @@ def test_a_file_that_is_written_while_it_is_read_is_refused(exported, tmp_path, 
 
 
 # --- export.py --------------------------------------------------------------------------------------------
-def test_an_export_that_disagrees_is_not_written(tmp_path, run, monkeypatch):
-    classes = [("a", (0, 0, 0)), ("b", (9, 9, 9)), ("c", (1, 2, 3))]
-    torch.save(pack_checkpoint(tiny(), classes, SIZE), tmp_path / "m.pth")
-    monkeypatch.setattr(export, "agreement", lambda *_: 0.9985)
+@pytest.fixture
+def quick_export(tmp_path, run, monkeypatch):
+    """Return a function that runs export.py on tmp_path/m.pth, in which nothing is computed; its argument is
+    called in place of the comparison with PyTorch.
+    """
+    torch.save(pack_checkpoint(tiny(), [(name, (0, 0, 0)) for name in "abc"], SIZE), tmp_path / "m.pth")
     monkeypatch.setattr(backends.OnnxRuntime, "write", lambda graph, batch, text, path: path.write_text(text))
-    code, _, err = run(export, "--model", tmp_path / "m.pth")
+
+    def export_with(agreement=lambda *_: 1.0):
+        monkeypatch.setattr(export, "agreement", agreement)
+        return run(export, "--model", tmp_path / "m.pth")
+
+    return export_with
+
+
+def test_an_export_that_disagrees_is_not_written(tmp_path, quick_export):
+    code, _, err = quick_export(lambda *_: 0.9985)
     assert code == 2 and "99.850 %" in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["m.pth"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_the_files_as_they_were(tmp_path, quick_export, number):
+    (tmp_path / "m.onnx").write_text("earlier")
+    code, _, err = quick_export(lambda *_: os.kill(os.getpid(), number))
+    assert code == 128 + number and err.strip().count("\n") == 0 and "m.onnx" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.pth"]
+    assert (tmp_path / "m.onnx").read_text() == "earlier"
+
+
+def test_what_a_killed_export_left_is_removed_and_another_at_work_is_not(tmp_path, quick_export):
+    left, other = tmp_path / ".m.onnx.killed.export", tmp_path / ".other.onnx.killed.export"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "m.onnx").write_text("half")
+    with FileLock(left / ".lock"):
+        code, _, err = quick_export()
+        assert code == 2 and "m.onnx" in err and (left / "m.onnx").exists()
+    assert quick_export()[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "m.onnx", "m.pth"]
+
+
+def test_the_weights_of_an_export_never_stand_beside_an_earlier_file(tmp_path, monkeypatch):
+    for folder, text in ((tmp_path / "new", "new"), (tmp_path, "old")):
+        folder.mkdir(exist_ok=True)
+        for name in ("m.xml", "m.bin"):
+            (folder / name).write_text(text)
+    states, replace = [], os.replace
+
+    def watched(source, target):
+        replace(source, target)
+        states.append({path.name: path.read_text() for path in tmp_path.glob("m.*")})
+
+    monkeypatch.setattr(os, "replace", watched)
+    export.move_files(tmp_path / "new/m.xml", tmp_path / "m.xml")
+    assert states == [{"m.bin": "new"}, {"m.bin": "new", "m.xml": "new"}]
 
 
 @pytest.mark.parametrize(("flags", "named"), [
@@ -400,6 +454,16 @@ def test_a_pickled_segmenter_opens_its_file_again(trained, exported, tmp_path, m
         file.write(b" ")
     with pytest.raises(Exception, match=f"model{ending}"):
         pickle.loads(pickled)
+
+
+def test_threads_may_load_at_the_same_time(exported):
+    before, path = dict(sys.modules), list(sys.path)
+    with ThreadPoolExecutor(3) as pool:
+        loads = [pool.submit(torch.hub.load, str(ROOT), "segmenter", str(exported / "model.pth"),
+                             source="local") for _ in range(3)]
+    assert all([name for name, _ in load.result().classes] == ["background", "class 1", "class 2"]
+               for load in loads)
+    assert sys.path == path and all(sys.modules[name] is module for name, module in before.items())
 
 
 @pytest.mark.long
