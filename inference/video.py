@@ -40,6 +40,8 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complain
 TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
 LIVE_PROTOCOLS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms"}
 COUNTED = {".mp4", ".mov", ".m4v", ".avi"}  # containers that store how many frames they hold
+VIDEO_ENDINGS = {*COUNTED, ".3gp", ".asf", ".flv", ".gif", ".m2ts", ".mkv", ".mpeg", ".mpg", ".mts", ".ogv",
+                 ".ts", ".vob", ".webm", ".wmv"}
 LONGEST_GAP = 12 * 3600.0  # seconds between two frames that are believed; an .mp4 holds no much longer frame
 LONGEST_JUMP = 10.0  # the same where recordings may be joined, as in MPEG-TS: the limit of ffmpeg
 OVERLAP = 0.5  # seconds by which times may go back within one recording
