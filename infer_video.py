@@ -102,8 +102,8 @@ def print_summary(reader, writer, predictor, seconds, stages):
     sound = "with its sound" if writer.sound and writer.sound.seconds else "without sound"
     print(f"{count_of(count, 'frame')} in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end "
           f"({predictor}); in parallel, per frame {per_frame}")
-    print(f"{writer.path}: H.264, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
-          f"{sound}")
+    rate = f"{float(reader.fps):.5g} frames/s" if writer.at_rate else "the frames at their own times"
+    print(f"{writer.path}: H.264, {reader.size[1]}x{reader.size[0]}, {rate}, {sound}")
 
 
 def main():
@@ -137,8 +137,9 @@ def main():
             if not (stop.asked or args.max_frames or reader.ended_early(writer.frames)):
                 writer.extend(reader.end)
         except OSError as error:
+            kept = "what was written before is playable" if writer.frames else "nothing was written"
             raise InputError(f"{path} cannot be written after {count_of(writer.frames, 'frame')} "
-                             f"({error.strerror}); what was written before is playable") from None
+                             f"({error.strerror}); {kept}") from None
     frames = count_of(writer.frames, "frame")
     if writer.frames == 0:
         print("stopped before the first frame; nothing was written")
