@@ -102,7 +102,7 @@ def print_summary(reader, writer, predictor, seconds, stages):
     sound = "with its sound" if writer.sound and writer.sound.seconds else "without sound"
     print(f"{count_of(count, 'frame')} in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end "
           f"({predictor}); in parallel, per frame {per_frame}")
-    rate = f"{float(reader.fps):.5g} frames/s" if writer.at_rate else "the frames at their own times"
+    rate = f"{float(reader.fps):.5g} frames/s" if writer.is_steady else "the frames at their own times"
     print(f"{writer.path}: H.264, {reader.size[1]}x{reader.size[0]}, {rate}, {sound}")
 
 
