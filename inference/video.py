@@ -283,7 +283,7 @@ def check_name(path):
 
 def exact_rate(fps):
     """Return a frame rate as the fraction it stands for: 29.97 -> 30000/1001, 12.5 -> 25/2."""
-    if not 0 < fps < 1000:  # also NaN: cameras do not always say
+    if not 0.001 <= fps < 1000:  # also NaN: cameras do not always say
         return Fraction(30)
     for base in (24, 30, 48, 60, 120):
         ntsc = Fraction(base * 1000, 1001)
