@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def end_at_interrupts():
-    """Let Ctrl-C end a script of this folder without a traceback while it imports; utils.run_main undoes it."""
+    """Let Ctrl-C end a script of this folder while it imports, without a traceback, until utils.run_main."""
     folder, main = Path(__file__).resolve().parent, getattr(sys.modules["__main__"], "__file__", None)
     is_script = main is not None and Path(main).resolve().parent in (folder, folder / "tools")
     if is_script and "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

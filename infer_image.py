@@ -4,8 +4,9 @@
     python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
 
 Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
-class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. A file that
-cannot be read is reported and skipped; the exit code is then 1.
+class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. <name> is the
+file's without its ending; of a.jpg beside a.png in one folder it is a_jpg. A file that cannot be read is
+reported and skipped; the exit code is then 1.
 """
 from config import (add_image_flags, add_overlay_flags, add_run_flags, fraction, inference_parser,
                     parse_inference_args)
@@ -86,11 +87,16 @@ def find_inputs(inputs):
 
 
 def output_names(paths):
-    """Return one distinct output name per path: its stem, after the folder's name where stems repeat."""
+    """Return one distinct output name per path: that of outputs.result_names, after the folder's name where
+    these repeat. Arrays beside a picture of the same name are more likely results than inputs.
+    """
+    pictures = outputs.result_names(paths, {*IMAGE_ENDINGS} - {*READERS})
+    others = outputs.result_names(paths, {*IMAGE_ENDINGS})
     names = {}  # keeps its order, and is searched at once
-    for path in paths:
-        plain = path.stem, f"{path.parent.name}_{path.stem}", f"{path.parent.name}_{path.name}"
-        numbered = (f"{path.stem}_{number}" for number in itertools.count(2))
+    for path, picture, other in zip(paths, pictures, others, strict=True):
+        name = other if path.suffix.lower() in READERS else picture
+        plain = name, f"{path.parent.name}_{name}", f"{path.parent.name}_{path.name}"
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
         names[next(name for name in itertools.chain(plain, numbered) if name not in names)] = path
     return list(names)
 

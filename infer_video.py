@@ -6,8 +6,9 @@
     python infer_video.py --input clip.mp4 --cutout beach.jpg --csv  # persons in front of a picture; a table
 
 Decoding, the model, drawing and encoding run at the same time, in threads. Writes
-OUT_DIR/inference_results_video/<name>.mp4: H.264, with the sound of the file. Ctrl-C, a full disk or a stream
-that ends leave a playable file of what was done until then.
+OUT_DIR/inference_results_video/<name>.mp4: H.264, with the sound of the file; <name> is the file's without
+its ending, of a.mp4 beside a.mkv a_mp4. Ctrl-C, a full disk or a stream that ends leave a playable file of
+what was done until then.
 """
 from config import (add_overlay_flags, add_run_flags, batch_images, inference_parser, parse_inference_args,
                     positive_int)
@@ -40,16 +41,19 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError, count_of
-from inference.outputs import Background, ShareTable, require_background
+from inference.outputs import Background, ShareTable, require_background, result_names
 from inference.predictor import Predictor, choose_protocol
-from inference.video import (FrameSegmenter, Paint, Pipeline, VideoReader, VideoWriter, draw_rate,
-                             require_encoder)
+from inference.video import (VIDEO_ENDINGS, FrameSegmenter, Paint, Pipeline, VideoReader, VideoWriter,
+                             draw_rate, require_encoder)
 
 
 def output_path(reader, out_dir, cutout):
-    """Return where the clip goes: <name>.mp4 for a file; a name with the time for a camera or stream."""
+    """Return where the clip goes: <name>.mp4 for a file, by outputs.result_names; a name with the time for a
+    camera or stream.
+    """
     if not reader.live:
-        path = out_dir / f"{Path(reader.source).stem}{'_cutout' if cutout else ''}.mp4"
+        (name,) = result_names([Path(reader.source)], VIDEO_ENDINGS)
+        path = out_dir / f"{name}{'_cutout' if cutout else ''}.mp4"
         same = path.exists() and path.samefile(reader.source)
         return path.with_stem(f"{path.stem}_overlay") if same else path  # never over its own input
     kind = f"camera{reader.source}" if reader.is_camera else "stream"
@@ -98,8 +102,8 @@ def print_summary(reader, writer, predictor, seconds, stages):
     sound = "with its sound" if writer.sound and writer.sound.seconds else "without sound"
     print(f"{count_of(count, 'frame')} in {seconds:.1f} s: {count / seconds:.2f} frames/s end to end "
           f"({predictor}); in parallel, per frame {per_frame}")
-    print(f"{writer.path}: H.264, {reader.size[1]}x{reader.size[0]}, {float(reader.fps):.5g} frames/s, "
-          f"{sound}")
+    rate = f"{float(reader.fps):.5g} frames/s" if writer.is_steady else "the frames at their own times"
+    print(f"{writer.path}: H.264, {reader.size[1]}x{reader.size[0]}, {rate}, {sound}")
 
 
 def main():
@@ -123,6 +127,7 @@ def main():
     out_dir = utils.make_folder(Path(args.out_dir) / "inference_results_video")
     path = output_path(reader, out_dir, args.cutout)
     csv_path, sound_of = path.with_suffix(".csv"), None if reader.live else reader.source
+    replaced = [str(file) for file in (path, csv_path)[:1 + args.csv] if file.exists()]
     start = time.perf_counter()
     with (utils.StopOnSignal() as stop,
           ShareTable(csv_path, predictor.classes) if args.csv else nullcontext() as shares,
@@ -132,8 +137,9 @@ def main():
             if not (stop.asked or args.max_frames or reader.ended_early(writer.frames)):
                 writer.extend(reader.end)
         except OSError as error:
+            kept = "what was written before is playable" if writer.frames else "nothing was written"
             raise InputError(f"{path} cannot be written after {count_of(writer.frames, 'frame')} "
-                             f"({error.strerror}); what was written before is playable") from None
+                             f"({error.strerror}); {kept}") from None
     frames = count_of(writer.frames, "frame")
     if writer.frames == 0:
         print("stopped before the first frame; nothing was written")
@@ -141,6 +147,8 @@ def main():
     print_summary(reader, writer, predictor, time.perf_counter() - start, stages)
     if args.csv:
         print(f"{csv_path}: the share of every class, a line per frame")
+    if replaced:
+        print(f"replaced {' and '.join(replaced)} of an earlier run")
     if dropped:
         print(f"{count_of(dropped, 'frame')} came faster than the model could follow: dropped")
     if stop.asked:

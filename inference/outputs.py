@@ -5,6 +5,7 @@
 """
 import csv
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from dataio.annotations.shapes import area_of, polygons
 from dataio.image_rule import read_image
 from dataio.images import copy_image
 from dataio.labels import save_classes
-from utils import save_image
+from utils import grouped, save_image
 from visualize import background_id, save_mask
 
 
@@ -166,6 +167,31 @@ def save_gray(values, path, bits):
     """Write probabilities (H, W) as a gray PNG of 8 or 16 bit, whose largest value stands for 1."""
     largest = 2 ** bits - 1
     save_image(np.rint(values.clip(0, 1) * largest).astype(np.uint8 if bits == 8 else np.uint16), path)
+
+
+# --- names ------------------------------------------------------------------------------------------------
+def result_names(paths, endings):
+    """Return the name of the results of every input file: its stem, with its ending where its folder holds
+    another input of that stem, by its `endings` ({".mp4", ...}): a_mp4 and a_mkv. Every run over these files,
+    or some of them, gives the same names.
+    """
+    stems = {}  # of each folder: {stem: names of its files}
+    for folder in {path.parent for path in paths}:
+        with suppress(OSError):
+            files = (Path(entry.name) for entry in os.scandir(folder) if entry.is_file())
+            stems[folder] = grouped((file for file in files if not file.name.startswith(".")
+                                     and file.suffix.lower() in endings), lambda file: file.stem)
+    return [result_name(path, stems.get(path.parent, {})) for path in paths]
+
+
+def result_name(path, stems):
+    """Return the name of the results of one file. stems: {stem: names of the inputs in its folder}."""
+    name, ending = path.stem, path.suffix[1:] or "file"
+    if any(other.name != path.name for other in stems.get(name, ())):
+        name = f"{path.stem}_{ending}"
+        while name in stems:  # a_mkv.mp4 beside a.mp4 and a.mkv
+            name = f"{name.removesuffix(ending)}_{ending}"
+    return name
 
 
 # --- pseudo-labels ----------------------------------------------------------------------------------------

@@ -40,11 +40,14 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complain
 TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
 LIVE_PROTOCOLS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms"}
 COUNTED = {".mp4", ".mov", ".m4v", ".avi"}  # containers that store how many frames they hold
-LONGEST_GAP = 12 * 3600.0  # seconds between two frames that are believed; an .mp4 holds no much longer frame
+VIDEO_ENDINGS = {*COUNTED, ".3gp", ".asf", ".flv", ".gif", ".m2ts", ".mkv", ".mpeg", ".mpg", ".mts", ".ogv",
+                 ".ts", ".vob", ".webm", ".wmv"}
+LONGEST_GAP = 6 * 3600.0  # seconds between two frames that are believed: 2^32 ticks, as an .mp4 counts
 LONGEST_JUMP = 10.0  # the same where recordings may be joined, as in MPEG-TS: the limit of ffmpeg
 OVERLAP = 0.5  # seconds by which times may go back within one recording
 SHORT_LEAD = 0.1  # seconds of sound before the picture that may be left out
 SNAP = 0.0006  # seconds that a time is off where a container counts in milliseconds
+MOST_REORDERED = 16  # frames that H.264 may decode before the first one is shown
 TICKS = 90_000  # per second, at least, in which frames are timed
 MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "alac", "opus"}  # codecs that an .mp4 may hold as they are
 RESERVE = 1 << 26  # bytes of disk that stay free for the end of a clip: frames in the encoder, its index
@@ -59,6 +62,8 @@ class Timeline:
     seconds ahead of all streams, the next recording begins: it follows the end of the one before, and its
     shift holds for all streams, so that picture and sound stay together. start: the time that becomes 0.
     """
+
+    has_times = False
 
     def __init__(self, start=0.0, longest=LONGEST_JUMP):
         self.longest, self.end = longest, 0.0
@@ -105,10 +110,13 @@ class FileTimeline(Timeline):
         self.picture, self.sound = self.container.streams.video[0], None
         if self.container.streams.audio:
             self.sound = self.container.streams.audio[0]
+        if not all(stream.time_base for stream in (self.picture, self.sound) if stream):
+            raise ValueError("a stream without a unit of time")
         may_jump = self.container.format.flags & av.format.Flags.ts_discont.value
         start = seconds_of(self.picture.start_time or 0, self.picture)
         super().__init__(start, LONGEST_JUMP if may_jump else LONGEST_GAP)
-        self.start, self.picture_end, self.packets = start, 0.0, self.placed_packets()
+        self.start, self.packets = start, self.placed_packets()
+        self.latest, self.picture_end = 0.0, 0.0  # when the last picture is shown, from and to
         self.has_times = self.container.format.name != "avi"
 
     def placed_packets(self):
@@ -123,8 +131,8 @@ class FileTimeline(Timeline):
                 time, shown, duration = (seconds_of(value, stream) for value in
                                          (times[0], times[-1], packet.duration or 0))
                 shift = self.place(stream.index, time, shown, duration)
-                if stream is self.picture:
-                    self.picture_end = max(self.picture_end, shown + shift + duration)
+                if stream is self.picture and shown + shift >= self.latest:
+                    self.latest, self.picture_end = shown + shift, shown + shift + duration
                 yield packet, shift
 
     def next_picture(self):
@@ -135,6 +143,8 @@ class FileTimeline(Timeline):
         """Close the file; return the seconds at which its picture ends."""
         while self.next_picture():
             pass
+        if self.picture.duration and len(self.shifts) == 1:  # a packet's may be up to the next one's decoding
+            self.picture_end = seconds_of(self.picture.duration, self.picture)
         self.container.close()
         return self.picture_end
 
@@ -187,7 +197,7 @@ class VideoReader:
         self.zero = self.timeline.seconds(self.own_seconds(), self.duration)  # of the first frame
         self.end = 0.0
         # without times of its own, the picture is as late as the decoder says, which is wrong
-        self.start = self.zero if getattr(self.timeline, "has_times", False) else 0.0
+        self.start = self.zero if self.timeline.has_times else 0.0
 
     def open(self):
         """Return (cv2.VideoCapture of the source, its first frame or None)."""
@@ -273,7 +283,7 @@ def check_name(path):
 
 def exact_rate(fps):
     """Return a frame rate as the fraction it stands for: 29.97 -> 30000/1001, 12.5 -> 25/2."""
-    if not 0 < fps < 1000:  # also NaN: cameras do not always say
+    if not 0.001 <= fps < 1000:  # also NaN: cameras do not always say
         return Fraction(30)
     for base in (24, 30, 48, 60, 120):
         ntsc = Fraction(base * 1000, 1001)
@@ -351,8 +361,9 @@ class VideoWriter:
         options = {"movflags": "+faststart"}  # the index in front: plays before it is loaded completely
         self.container = av.open(str(self.temporary), "w", format="mp4", options=options)
         self.stream = self.container.add_stream("libx264", rate=self.fps)
-        # at a constant rate every frame lasts a round number of ticks
-        self.tick = Fraction(1, self.fps.numerator * math.ceil(TICKS / self.fps.numerator))
+        # at a constant rate every frame lasts a whole number of ticks
+        rate = self.fps.numerator if self.fps.numerator < TICKS else TICKS
+        self.tick = Fraction(1, rate * math.ceil(TICKS / rate))
         self.stream.time_base = self.stream.codec_context.time_base = self.tick
         self.stream.codec_context.framerate = self.fps
         self.stream.height, self.stream.width = self.size
@@ -360,7 +371,9 @@ class VideoWriter:
         self.stream.pix_fmt = "yuv444p" if self.size[0] % 2 or self.size[1] % 2 else "yuv420p"
         self.stream.options = {"crf": "20", "preset": "veryfast", "x264-params": "colormatrix=smpte170m"}
         self.position, self.end = None, 0.0  # of the last frame, in ticks; of the clip, in seconds
+        self.packets = 0  # that came from the encoder
         self.at_rate = True  # every frame until now was shown at a multiple of 1 / fps
+        self.is_steady = True  # at the next one
         self.sound = None
         if sound_of:
             # it may have none, or none that an .mp4 can hold
@@ -370,7 +383,7 @@ class VideoWriter:
 
     def position_of(self, seconds):
         """Return where a frame is shown, in ticks: behind the last one, None = 1 / fps behind it."""
-        step = int(1 / self.fps / self.tick)
+        step = round(1 / self.fps / self.tick)
         if seconds is None:
             return 0 if self.position is None else self.position + step
         number = round(seconds * self.fps)
@@ -389,12 +402,13 @@ class VideoWriter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.frames += 1
         self.position = self.position_of(seconds)
+        self.is_steady &= abs(self.position * self.tick - (self.frames - 1) / self.fps) < SNAP
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         picture.pts, picture.time_base = self.position + round(self.lead / self.tick), self.tick
         self.end = float(self.position * self.tick + 1 / self.fps)
         if self.sound:
             self.sound.copy_until(self.lead + self.end)
-        self.container.mux(self.stream.encode(picture))
+        self.mux(self.stream.encode(picture))
 
     def extend(self, end):
         """Show the last frame until `end`, in seconds after the first, and copy what is left of the sound."""
@@ -406,9 +420,23 @@ class VideoWriter:
     def finish(self):
         """Write what waits in the encoder; the last frame lasts until the end of the clip."""
         packets = self.stream.encode(None)
-        if packets:
-            last = max(packets, key=lambda packet: packet.pts)
-            last.duration = round((self.end + self.lead) / last.time_base) - last.pts
+        self.is_steady = self.is_steady and abs(self.end - self.frames / self.fps) < SNAP
+        if packets and not self.is_steady:
+            last = packets[-1]  # to be decoded, a B-frame perhaps: what comes after it counts as its own
+            last.dts, last.duration = last.pts, round((self.lead + self.end) / self.tick) - last.pts
+        self.mux(packets)
+
+    def mux(self, packets):
+        """Write packets of the encoder.
+
+        An .mp4 adds up its length from the steps between times of decoding, which begin as far before the
+        first frame as the first B-frames need: seconds, where the first frames are shown for long.
+        """
+        start = round(self.lead / self.tick)
+        for packet in packets:
+            if not self.is_steady and packet.dts < start:
+                packet.dts = start - MOST_REORDERED + self.packets
+            self.packets += 1
         self.container.mux(packets)
 
     def __enter__(self):

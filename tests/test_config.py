@@ -315,7 +315,8 @@ COMMANDS = [["train.py"], ["model.py"], ["evaluate.py"], ["infer_image.py", "--i
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals of POSIX")
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_ctrl_c_ends_a_script_that_still_imports_without_a_traceback(tmp_path, command):
-    (tmp_path / "torch.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(5)")
+    interrupted = "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(5)"
+    (tmp_path / "torch.py").write_text(interrupted)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == -signal.SIGINT and done.stderr == ""

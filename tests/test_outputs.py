@@ -19,7 +19,7 @@ import infer_video
 from checkpoint import pack_checkpoint
 from dataio.image_rule import read_image
 from dataio.readers import read_sample
-from inference.outputs import Background, ClassShares, ShareTable, coco_entries, find_regions
+from inference.outputs import Background, ClassShares, ShareTable, coco_entries, find_regions, result_names
 from inference.predictor import Predictor
 from inference.video import VideoReader
 from test_video import write_clip
@@ -320,3 +320,44 @@ def test_a_background_that_is_not_an_image_is_one_line_before_a_model_is_loaded(
     write_clip(tmp_path / "clip.mp4", count=2, size=(48, 64))
     code, _, err = run(infer_video, "--input", "clip.mp4", "--model", "gone.pth", "--cutout", background)
     assert code == 2 and background in err and err.count("\n") == 1 and not (tmp_path / "outputs").exists()
+
+
+# --- names of results -------------------------------------------------------------------------------------
+def test_names_of_results_hold_the_ending_where_stems_repeat_and_are_the_same_in_every_run(tmp_path):
+    want = {"a.mp4": "a_mp4", "a.mkv": "a__mkv", "a_mkv.mp4": "a_mkv", "b.MOV": "b_MOV", "b.mov": "b_mov",
+            "c.mp4": "c", "d": "d_file", "d.mp4": "d"}
+    paths = [tmp_path / name for name in want]
+    for path in [*paths, tmp_path / "c.txt", tmp_path / ".c.mkv"]:
+        path.touch()
+    endings = {".mp4", ".mkv", ".mov"}
+    assert result_names(paths, endings) == list(want.values())
+    assert [result_names([path], endings)[0] for path in paths] == list(want.values())
+
+
+def test_images_of_the_same_name_in_runs_of_their_own_do_not_replace_each_other(tmp_path, photos, run):
+    for name, shade in (("a.jpg", 10), ("a.png", 200), ("b.png", 90)):
+        Image.fromarray(np.full((30, 40, 3), shade, np.uint8)).save(tmp_path / name)
+    np.save(tmp_path / "b.npy", np.zeros((3, 30, 40), np.uint8))  # more likely a result than an input
+    flags = ("--model", tmp_path / "model.pth", "--out-dir", tmp_path, "--backend", "torch")
+    for name in ("a.jpg", "a.png", "b.png"):
+        assert run(infer_image, "--input", tmp_path / name, *flags)[0] == 0
+    masks = {path.name for path in (tmp_path / "inference_results_image").glob("*_mask.png")}
+    assert masks == {"a_jpg_mask.png", "a_png_mask.png", "b_mask.png"}
+    assert run(infer_image, "--input", tmp_path, *flags)[0] == 0
+    assert {path.name for path in (tmp_path / "inference_results_image").glob("*_mask.png")} == masks
+
+
+def test_clips_of_the_same_name_do_not_replace_each_other_and_replaced_ones_are_named(tmp_path, photos, run):
+    first = write_clip(tmp_path / "a.mp4", 3)
+    flags = ("--model", tmp_path / "model.pth", "--out-dir", tmp_path, "--backend", "torch", "--csv")
+    folder = tmp_path / "inference_results_video"
+    code, text, _ = run(infer_video, "--input", first, *flags)
+    assert code == 0 and "replaced" not in text
+    code, text, _ = run(infer_video, "--input", first, *flags)
+    assert code == 0 and f"replaced {folder / 'a.mp4'} and {folder / 'a.csv'}" in text
+    shutil.copy(first, tmp_path / "a.mkv")
+    for name in ("a.mkv", "a.mp4"):
+        code, text, _ = run(infer_video, "--input", tmp_path / name, *flags)
+        assert code == 0 and "replaced" not in text
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}.{ending}" for name in ("a", "a_mp4", "a_mkv") for ending in ("mp4", "csv")}

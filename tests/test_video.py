@@ -63,7 +63,7 @@ def copy_clip(source, target, **options):
 
 @pytest.mark.parametrize(("fps", "want"), [
     (29.97, "30000/1001"), (29.97002997, "30000/1001"), (23.976, "24000/1001"), (59.94, "60000/1001"),
-    (30.0, "30"), (25.0, "25"), (12.5, "25/2"), (10.0, "10"), (0.0, "30"), (float("nan"), "30"),
+    (30.0, "30"), (25.0, "25"), (12.5, "25/2"), (10.0, "10"), (0.0, "30"), (float("nan"), "30"), (1e-5, "30"),
     (90000.0, "30")])
 def test_frame_rates_as_fractions(fps, want):
     assert exact_rate(fps) == Fraction(want)
@@ -398,6 +398,22 @@ def test_picture_and_sound_stay_together_where_recordings_were_joined(tmp_path, 
     parts = 4 if jump else 2
     assert len(shown) == 100 * parts and np.all(np.diff(shown) > 0.03) and max(np.diff(shown)) < 0.5
     assert len(white) == 2 * parts and np.allclose(white, heard, atol=0.03)
+
+
+@pytest.mark.parametrize("times", [[0, 1, 2, 600, 601], [0, 1, 2, *(3 + time for time in STEADY)],
+                                   [*STEADY, 5, 6, 7], STEADY, [0]], ids=len)
+def test_the_length_of_a_clip_is_the_end_of_its_last_frame(tmp_path, times):
+    """In the edit list too, by which browsers show it; the first frames may be decoded long before."""
+    with VideoWriter(tmp_path / "a.mp4", (48, 64), 25) as writer:
+        for frame, seconds in zip(frames(len(times)), times, strict=True):
+            writer.write(frame, seconds)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert abs(stream.duration * stream.time_base - times[-1] - 0.04) < 0.001
+        assert np.allclose([float(frame.time) for frame in container.decode(video=0)], times, atol=1e-4)
+    content = (tmp_path / "a.mp4").read_bytes()
+    start = content.find(b"elst") + 12
+    assert abs(int.from_bytes(content[start:start + 4], "big") / 1000 - times[-1] - 0.04) < 0.002
 
 
 def test_a_recording_cut_off_in_front_keeps_its_sound_in_step(tmp_path):
