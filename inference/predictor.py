@@ -127,8 +127,8 @@ def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, ov
 # --- views ------------------------------------------------------------------------------------------------
 # A view of images is (logits (B, K, h, w), their Geometry), of which models/upsampling.py makes pixels.
 def in_one_layout(images):
-    """Return a copy of images (B, C, H, W) in which the colors of a pixel lie side by side, as those of a batch
-    of a dataloader do.
+    """Return a copy of images (B, C, H, W) in which the colors of a pixel lie side by side, as they do in the
+    batches of a dataloader.
 
     Convolutions choose their order of sums by the strides, and one image has many: as a file is read, resized
     or cut, it would have other last digits, and here and there another class, than in a batch.

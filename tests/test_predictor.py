@@ -123,7 +123,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undecided():
-    """A Segmenter of 100 classes, the last ten twins of the first ten, whose scores are close to each other."""
+    """A Segmenter of 100 classes with scores close to each other, the last ten twins of the first ten."""
     net = tiny(num_classes=100, head="detail").eval()
     for values in net.head.parameters():
         if len(values) == 100:
@@ -167,10 +167,10 @@ def test_a_convolution_gets_an_image_in_one_layout_however_it_lies_in_memory():
 
 def test_images_are_resized_where_they_are_whatever_device_the_model_is_on(monkeypatch):
     """As dataloaders do: a GPU would round some pixels of uint8 in the other direction."""
-    devices = []
+    devices, net = [], neighbors().to("meta")
     monkeypatch.setattr(predictor_module, "resize_image",
                         lambda images, size: devices.append(images.device.type) or resize_image(images, size))
-    logits = next(views_of(neighbors().to("meta"), random_images(1, 3, 50, 40), Protocol((24, 20)), FLOAT32))[0]
+    logits, _ = next(views_of(net, random_images(1, 3, 50, 40), Protocol((24, 20)), FLOAT32))
     assert devices == ["cpu"] and logits.device.type == "meta"
 
 
