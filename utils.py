@@ -4,6 +4,7 @@
     write_text("outputs/metrics.json", text)
 """
 import ast
+import errno
 import hashlib
 import inspect
 import json
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,6 +37,7 @@ from config import InputError, report_error
 RUN_OUTPUTS = ("config.json", "history.jsonl", "loss.png", "accuracy.png", "miou.png", "head_scores.png",
                "per_class_iou.png", "confusion_matrix.png", "best_model_iou.pth", "last.pth", "valid_preds",
                "tensorboard", "wandb", "trackers.json", ".run.json")
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP  # of file systems that have none
 
 
 # --- errors and stops -------------------------------------------------------------------------------------
@@ -439,6 +442,29 @@ def make_folder(path, flag="--out-dir"):
     return path
 
 
+def acquire(lock, flag, timeout=-1):
+    """Acquire a FileLock; on a file system that has no locks, say so in one line and go on without.
+
+    timeout: seconds to wait for another process, -1 = as long as it takes. Raises Timeout, and InputError,
+    which names `flag`, where the lock file cannot be opened: it may be another user's.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # filelock's: it locks by a file of another kind where it can
+            lock.acquire(timeout=timeout)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            hint = ""
+            if isinstance(error, PermissionError):
+                hint = ", or let all users write this file, in a folder without the sticky bit"
+            raise InputError(f"{flag}: {lock.lock_file} cannot be locked ({error.strerror}): name another "
+                             f"folder{hint}") from None
+        print(f"note: {Path(lock.lock_file).parent} is on a file system without locks: start a single run at "
+              "a time in it", flush=True)
+
+
 class RunFolder:
     """The --out-dir of a run, locked against other runs while the `with` block lasts; it may be nested.
 
@@ -448,13 +474,13 @@ class RunFolder:
     """
 
     def __init__(self, path, resume=False):
-        self.path, self.owned, self.lock = Path(path), resume, FileLock(Path(path) / ".lock")
+        self.path, self.owned, self.lock = Path(path), resume, FileLock(Path(path) / ".lock", mode=0o666)
 
     def __enter__(self):
         if is_main_process():
             make_folder(self.path)
             try:
-                self.lock.acquire(timeout=0)
+                acquire(self.lock, "--out-dir", timeout=0)
             except Timeout:
                 raise InputError(f"--out-dir: another run is writing to {self.path}: wait for it, or choose "
                                  "another folder") from None

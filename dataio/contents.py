@@ -45,7 +45,8 @@ def contents_of(paths):
 def paths_in(contents, paths):
     """Return those Paths whose contents are in a text of contents_of. Raises InputError."""
     known = {contents[start:start + DIGITS] for start in range(0, len(contents), DIGITS)}
-    return [path for path, digest in hash_contents(paths).items() if digest[:DIGITS] in known] if known else []
+    hashes = hash_contents(paths) if known else {}
+    return [path for path, digest in hashes.items() if digest[:DIGITS] in known]
 
 
 def state_of(path):

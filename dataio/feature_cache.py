@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import zlib
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from dataio.contents import hash_contents
 from dataio.dataloader import Batches, collate, naming_files
 from dataio.readers import short_hash
 from models.backbones import features_of_parts
-from utils import barrier, is_out_of_memory, local_rank, local_world_size, write_text
+from utils import acquire, barrier, is_out_of_memory, local_rank, local_world_size, write_text
 
 VERSION = 4  # of the format
 MOVING = "contents", "reading", "code"  # facts in which a cache of the same files, once, may differ
@@ -80,6 +80,9 @@ class EntryFile:
                     if hasattr(os, "posix_fallocate"):  # else a full disk would end in SIGBUS later
                         os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
+            if isinstance(error, PermissionError):
+                raise InputError(f"--cache-features: {error.filename} cannot be replaced "
+                                 f"({error.strerror}): it is another user's, name another folder") from None
             self.path.unlink(missing_ok=True)
             raise InputError(f"--cache-features: no room for {self.path} ({error.strerror}): free some disk, "
                              "or name another folder") from None
@@ -153,8 +156,9 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     missing = [number for number in range(local_rank(), len(dataset) * views, local_world_size())
                if not all(file.has(number) for file in files.values())]
     if missing and not all(file.is_writable() for file in files.values()):
+        locked = next(file.path for file in files.values() if not file.is_writable())
         raise InputError(f"--cache-features: the features of {count_of(len(missing), 'view')} are missing or "
-                         f"damaged, and {folder} cannot be written: name another folder")
+                         f"damaged, and {locked} cannot be written: name another folder")
     if missing:
         fill(model, parts, dataset, files, missing, precision, workers)
         if {file_facts(dataset.samples)["contents"]} != {fact["contents"] for fact in facts.values()}:
@@ -204,9 +208,18 @@ def reserve(files, facts, folder):
     """Create the folder and the files that are missing, while no other run does; say how large they are.
     Raises InputError where the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    # in a folder that is read-only, all may be there already
-    with FileLock(folder / ".cache.lock") if os.access(folder, os.W_OK) else nullcontext():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--cache-features: {folder} cannot be made ({error.strerror}): name another "
+                         "folder") from None
+    lock = FileLock(folder / ".cache.lock", mode=0o666)  # of all who share the folder, as far as umask allows
+    if not all(file.is_complete() for file in files):  # what is complete needs no lock, nor a writable folder
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"--cache-features: {folder} does not hold all features of these images and "
+                             "this model, and cannot be written: name another folder (--cache-features DIR)")
+        acquire(lock, "--cache-features")
+    try:
         missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_complete()]
         for _, fact in missing:
             remove_outdated(fact, folder)
@@ -215,12 +228,14 @@ def reserve(files, facts, folder):
         views = count_of(files[0].count, f"{facts[0]['split']} view")
         print(f"feature cache of {views} in {folder}: {total / 1e9:.2f} GB, "
               f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)
-        if needed + SPARE > free:
+        if missing and needed + SPARE > free:
             raise InputError(f"--cache-features needs {needed / 1e9:.2f} GB in {folder}, which has "
                              f"{free / 1e9:.2f} GB free: free some disk, name another folder "
                              "(--cache-features DIR), or lower --imgsz or --cache-views")
         for file, fact in missing:
             file.create(fact)
+    finally:
+        lock.release()
 
 
 def remove_outdated(facts, folder):

@@ -257,22 +257,23 @@ class WindowReader:
 
 
 def check_room(readers):
-    """Create the folder of WindowReaders and say what is to be added there. Raises InputError where it cannot
-    be written, or the disk is too full for all of it.
+    """Create the folder of WindowReaders and say what is to be added there. Raises InputError where something
+    is and it cannot be written, or the disk is too full for all of it.
     """
     folder = readers[0].folder
+    missing = [math.prod(reader.sizes[index]) for reader in readers for index in range(len(reader))
+               if not reader.by_windows[index] and not reader.kept_path(index).exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if missing:  # a folder that holds all may be read-only
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--cache-images: cannot write to {folder} ({error.strerror}); name another "
                          "folder") from None
-    missing = [math.prod(reader.sizes[index]) for reader in readers for index in range(len(reader))
-               if not reader.by_windows[index] and not reader.kept_path(index).exists()]
     needed, free = len(readers[0].beyond) * sum(missing), shutil.disk_usage(folder).free
     print(f"decoded images in {folder}: {len(missing)} of {sum(map(len, readers))} are to be added, "
           f"{needed / 1e9:.2f} GB; {free / 1e9:.1f} GB free", flush=True)
-    if needed + SPARE > free:
+    if missing and needed + SPARE > free:
         raise InputError(f"--cache-images needs {needed / 1e9:.2f} GB in {folder}, which has "
                          f"{free / 1e9:.2f} GB free: free some disk, or name another folder")
 

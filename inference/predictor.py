@@ -127,8 +127,8 @@ def choose_protocol(checkpoint, imgsz=None, kind="", tta="", tile_scale=None, ov
 # --- views ------------------------------------------------------------------------------------------------
 # A view of images is (logits (B, K, h, w), their Geometry), of which models/upsampling.py makes pixels.
 def in_one_layout(images):
-    """Return a copy of images (B, C, H, W) in which the colors of a pixel lie side by side, as those of a batch
-    of a dataloader do.
+    """Return a copy of images (B, C, H, W) in which the colors of a pixel lie side by side, as they do in the
+    batches of a dataloader.
 
     Convolutions choose their order of sums by the strides, and one image has many: as a file is read, resized
     or cut, it would have other last digits, and here and there another class, than in a batch.
@@ -356,6 +356,13 @@ def scores_of(scored, size, every_class=False):
     return Scores(pred, confidence, all_classes)
 
 
+def check_images(images):
+    """Raise InputError where images are not (B, C, H, W) uint8: 0..1 in float would be taken for black."""
+    if images.ndim != 4 or images.dtype != torch.uint8 or not images.numel():
+        raise InputError("images are (B, C, H, W) uint8 with values from 0 to 255, not "
+                         f"{tuple(images.shape)} of {str(images.dtype).removeprefix('torch.')}")
+
+
 # --- the predictor ----------------------------------------------------------------------------------------
 class Predictor:
     """A model ready to use: predictor(images (B, C, H, W) uint8) -> label maps (B, H, W) uint8 numpy.
@@ -440,15 +447,19 @@ class Predictor:
 
     @torch.inference_mode()
     def scores(self, images, every_class=False):
-        """Return the Scores of one image (1, C, H, W) uint8; every_class: with the probabilities of all."""
+        """Return the Scores of one image (1, C, H, W) uint8; every_class: with the probabilities of all.
+        Raises InputError for other tensors.
+        """
+        check_images(images)
         size = tuple(images.shape[-2:])
         return scores_of(self.rows(images, size), size, every_class)
 
     @torch.inference_mode()
     def predict_at(self, images, sizes, batch_size=8):
         """Return the class ids of images (B, C, H, W) uint8, a list of (H, W) uint8 of the `sizes`, on the
-        device.
+        device. Raises InputError for other tensors.
         """
+        check_images(images)
         if self.protocol.tile or len(images) == 1:  # the views of a single image need not be kept
             return [label_map(self.rows(image, size, batch_size), size)
                     for image, size in zip(images.split(1), sizes, strict=True)]

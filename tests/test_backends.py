@@ -350,7 +350,7 @@ def test_an_export_that_disagrees_is_not_written(tmp_path, quick_export):
 def test_a_signal_leaves_the_files_as_they_were(tmp_path, quick_export, number):
     (tmp_path / "m.onnx").write_text("earlier")
     code, _, err = quick_export(lambda *_: os.kill(os.getpid(), number))
-    assert code == 128 + number and err.strip().count("\n") == 0 and "m.onnx" in err
+    assert code == 128 + number and err.strip().count("\n") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.pth"]
     assert (tmp_path / "m.onnx").read_text() == "earlier"
 

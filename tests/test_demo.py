@@ -1,16 +1,18 @@
 """demo.py: what it computes, and the page in a real browser without a window."""
+import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny, write_folder
+from conftest import ROOT, refused, tiny, write_folder
 from PIL import Image
 
 import demo
@@ -48,18 +50,62 @@ def test_without_gradio_and_with_a_wrong_flag_it_is_one_line(run, monkeypatch):
         assert code == 2 and named in err.splitlines()[-1]
 
 
+def test_what_is_too_large_for_a_page_is_refused_before_it_is_decoded(tmp_path, model_file, monkeypatch):
+    predictor, path = Predictor(*load_model(model_file), "cpu"), tmp_path / "large.png"
+    monkeypatch.setattr(predictor, "read", lambda path: pytest.fail("decoded"))
+    for size, fits in (((8160, 6120), True), ((9000, 9000), False)):  # a phone's 50 megapixels
+        Image.new("1", size).save(path)
+        if fits:
+            demo.check_size(path)
+        else:
+            with refused("large.png", "81 megapixels", 64, "infer_image.py"):
+                demo.segment(predictor, path, 0.5)
+    np.savez_compressed(tmp_path / "bomb.npz", np.zeros((3, 1000, 1000), np.uint8))
+    demo.check_size(tmp_path / "bomb.npz")
+    monkeypatch.setattr(demo, "MAX_DECODED", 2_000_000)
+    with refused("bomb.npz", "3 MB", "infer_image.py"):
+        demo.segment(predictor, tmp_path / "bomb.npz", 0.5)
+    monkeypatch.setattr(demo, "MAX_BYTES", 10)
+    with refused("large.png", "infer_image.py"):
+        demo.segment(predictor, path, 0.5)
+    with refused("gone.png", "again"):
+        demo.segment(predictor, tmp_path / "gone.png", 0.5)
+
+
+def test_a_request_has_an_uploaded_file_and_a_weight(tmp_path):
+    uploads = tmp_path / "uploads"
+    uploaded = dict(path=str(uploads / "0f/a.png"))
+    for image in (uploaded, None):
+        for alpha in (0, 0.5, 1):
+            demo.check_request([image, alpha], uploads)
+    for alpha in (float("nan"), float("inf"), "0.5", None, -0.1, True, [], {}):
+        with refused("weight"):
+            demo.check_request([uploaded, alpha], uploads)
+    paths = ("/etc/passwd", str(uploads / "../a.png"), str(uploads), "http://127.0.0.1/a.png", "", "a\0b", 5,
+             None)
+    inline = dict(uploaded, url="data:image/png;base64,AAAA")
+    for image in (*[dict(path=path) for path in paths], inline, {}, "x", 5, []):
+        with refused("uploaded"):
+            demo.check_request([image, 0.5], uploads)
+    for values in ([], [None], [None, 0.5, 0.5], None, "ab", {}):
+        with refused("reload"):
+            demo.check_request(values, uploads)
+
+
 @pytest.fixture
 def served(tmp_path, model_file):
-    """demo.py at a free port; yields its address, and the port for a second one."""
+    """demo.py at a free port; yields the port, the command that runs it, and what it says on the terminal."""
     pytest.importorskip("gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, ROOT / "demo.py", "--model", model_file, "--device", "cpu", "--backend",
                "torch", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert f"http://127.0.0.1:{port}" in process.stdout.readline()
-    yield port, command
+    log = tmp_path / "terminal.txt"
+    with open(log, "w") as terminal:
+        process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.STDOUT)
+    wait_for(lambda: f"http://127.0.0.1:{port}" in log.read_text())
+    yield port, command, log
     process.terminate()
     process.wait(timeout=20)
 
@@ -89,10 +135,57 @@ def wait_for(function, seconds=60):
     return value
 
 
+def post(address, content, kind="application/json"):
+    """Return (status, text) of what a page answers to `content`, bytes or plain values."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data, {"Content-Type": kind})) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.long
+def test_whatever_a_client_posts_is_answered_in_one_line_and_leaves_no_traceback(tmp_path, served):
+    port, _, log = served
+    page = f"http://127.0.0.1:{port}/gradio_api"
+
+    def upload(name, content):
+        head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+        form = head + content + b"\r\n--x--\r\n"
+        status, text = post(f"{page}/upload", form, "multipart/form-data; boundary=x")
+        return (json.loads(text)[0] if status == 200 else None), status
+
+    def answer(image, alpha=0.5):
+        status, text = post(f"{page}/call/show", dict(data=[image, alpha]))
+        assert status == 200
+        with urllib.request.urlopen(f"{page}/call/show/{json.loads(text)['event_id']}") as stream:
+            kind, data = stream.read().decode().strip().split("\n")
+        return kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+    good = write_folder(tmp_path / "data", count=1) / "images/00.png"
+    path, _ = upload("good.png", good.read_bytes())
+    for image in (dict(path=path, meta={"_type": "gradio.FileData"}), dict(path=path), None):
+        assert answer(image)[0] == "complete"
+    for name, content in (("zero.png", b""), ("text.jpg", b"no picture"), ("a.svg", b"<svg/>"),
+                          ("a.heic", b"\0\0\0\x18ftypheic"), ("cut.png", good.read_bytes()[:200])):
+        kind, data = answer(dict(path=upload(name, content)[0]))
+        assert kind == "error" and data["error"].startswith(name) and "\n" not in data["error"]
+    elsewhere = dict(path=str(good))
+    for image, alpha in ((dict(path=path), "x"), (dict(path=path), float("nan")), (5, 0.5), (elsewhere, 0.5),
+                         (dict(elsewhere, meta={"_type": "gradio.FileData"}), 0.5)):
+        kind, data = answer(image, alpha)
+        assert kind == "error" and "\n" not in data["error"] and str(tmp_path) not in data["error"]
+    assert upload("large.png", bytes(demo.MAX_BYTES + 1))[1] == 413
+    for route in ("call/nothing", "run/show", "queue/join", "component_server"):
+        assert post(f"{page}/{route}", dict(data=[], fn_index=99, session_hash="a"))[0] >= 400
+    assert "Traceback" not in log.read_text()
+
+
 @pytest.mark.long
 def test_an_image_dropped_into_a_browser(tmp_path, served, model_file):
     """The page shows the overlay that the predictor gives, pixel by pixel, and its shares."""
-    port, command = served
+    port, command, _ = served
     paths = sorted((write_folder(tmp_path / "data", count=1) / "images").iterdir())
     deep = np.random.default_rng(0).integers(0, 4096, (45, 61)).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")  # 12 bit of gray, which only our own reader scales

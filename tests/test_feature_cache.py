@@ -1,5 +1,6 @@
 """The feature cache: the same features, the same training, nothing computed twice, damage noticed."""
 import dataclasses
+import errno
 import importlib.util
 import linecache
 import os
@@ -405,6 +406,26 @@ def test_a_cache_that_cannot_be_written_can_be_read(samples, tmp_path, monkeypat
     again.parts[part].path.write_bytes(content)
     with refused("--cache-features", folder):
         cache_features(tiny(), training_set(samples), folder, FLOAT32)
+
+
+def test_a_complete_cache_needs_no_lock_and_an_incomplete_one_says_what_is_missing(samples, tmp_path,
+                                                                                    monkeypatch):
+    def of_another_user(lock, *args):
+        raise PermissionError(errno.EACCES, "Permission denied", lock.lock_file)
+
+    folder, dataset = tmp_path / "cache", training_set(samples)
+    cache_features(tiny(), dataset, folder, FLOAT32)
+    monkeypatch.setattr(cache.FileLock, "_acquire", of_another_user)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    cache_features(tiny(), dataset, folder, FLOAT32)
+    for missing in folder.glob("*.bin"):
+        missing.unlink()
+    with refused("--cache-features", folder / ".cache.lock", "Permission denied", "another folder"):
+        cache_features(tiny(), dataset, folder, FLOAT32)
+    monkeypatch.setattr(cache.os, "access", lambda path, mode: False)
+    with refused("--cache-features", folder, "cannot be written"):
+        cache_features(tiny(), dataset, folder, FLOAT32)
+    assert not list(folder.glob("*.bin"))
 
 
 def test_batches_shrink_until_they_fit(samples, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load, random_images, tiny, write_folder
+from conftest import load, random_images, refused, tiny, write_folder
 from torch import nn
 
 import evaluate
@@ -123,7 +123,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undecided():
-    """A Segmenter of 100 classes, the last ten twins of the first ten, whose scores are close to each other."""
+    """A Segmenter of 100 classes with scores close to each other, the last ten twins of the first ten."""
     net = tiny(num_classes=100, head="detail").eval()
     for values in net.head.parameters():
         if len(values) == 100:
@@ -167,11 +167,34 @@ def test_a_convolution_gets_an_image_in_one_layout_however_it_lies_in_memory():
 
 def test_images_are_resized_where_they_are_whatever_device_the_model_is_on(monkeypatch):
     """As dataloaders do: a GPU would round some pixels of uint8 in the other direction."""
-    devices = []
+    devices, net = [], neighbors().to("meta")
     monkeypatch.setattr(predictor_module, "resize_image",
                         lambda images, size: devices.append(images.device.type) or resize_image(images, size))
-    logits = next(views_of(neighbors().to("meta"), random_images(1, 3, 50, 40), Protocol((24, 20)), FLOAT32))[0]
+    logits, _ = next(views_of(net, random_images(1, 3, 50, 40), Protocol((24, 20)), FLOAT32))
     assert devices == ["cpu"] and logits.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["whole", "slide", "tile"])
+def test_arrays_of_any_size_and_layout_are_predicted_and_others_refused(kind):
+    predictor = predictor_of(local(), make_protocol(kind, "", (24, 20)))
+    for size in ((1, 1), (5, 400), (400, 5), (24, 20)):
+        assert predictor.predict(np.zeros((*size, 3), np.uint8)).shape == size
+    image = random_images(40, 60, 3).numpy()
+    want, given = predictor.predict(image), image.copy()
+    given.setflags(write=False)
+    mirrored_twice = image[:, ::-1].copy()[:, ::-1]
+    for other in (given, np.repeat(image, 2, 1)[:, ::2], mirrored_twice, np.asfortranarray(image)):
+        assert (predictor.predict(other) == want).all()
+    gray = predictor.predict(image[..., 0])
+    assert (gray == predictor.predict(np.dstack([image[..., 0]] * 3))).all()
+    for wrong in (np.zeros((0, 5, 3), np.uint8), image[None], image[..., :1], None, []):
+        with refused("image", "H, W"):
+            predictor.predict(wrong)
+    images = torch.from_numpy(image).permute(2, 0, 1)[None]
+    for wrong in (images / 255, images[0], images[:0]):
+        for method in (predictor, predictor.scores):
+            with refused("uint8"):
+                method(wrong)
 
 
 # --- windows and views ------------------------------------------------------------------------------------

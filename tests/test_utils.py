@@ -1,14 +1,16 @@
 """Device choice with fakes, atomic files, the folder of a run, errors as one line."""
 
+import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 
 import utils
 from config import InputError
@@ -77,6 +79,31 @@ def write_run(path, *names, resume=False):
             (path / name).write_text(str(names))
         folder.make_room()
         assert folder.saved == (path / "last.pth").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capfd, code):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_run(tmp_path, "last.pth")
+    out, err = capfd.readouterr()
+    assert (tmp_path / "last.pth").exists() and not err
+    assert out.count("\n") == (code != errno.ENOSYS)  # filelock has another kind of lock for this one
+    assert code == errno.ENOSYS or str(tmp_path) in out
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_a_lock_that_cannot_be_had_names_its_file(tmp_path, monkeypatch, code):
+    def opened(lock, *args):
+        raise OSError(code, os.strerror(code), lock.lock_file)
+
+    monkeypatch.setattr(utils.FileLock, "_acquire", opened)
+    with refused("--out-dir", tmp_path / ".lock", os.strerror(code), "another folder"):
+        write_run(tmp_path, "last.pth")
 
 
 def files_in(folder):

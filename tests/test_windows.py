@@ -232,6 +232,22 @@ def test_the_cache_is_of_these_files_this_table_and_this_code(tmp_path, monkeypa
     assert [len(list(path.iterdir())) for path in (folder, points)] == [count + 1 for count in files]
 
 
+def test_images_that_are_all_there_are_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    reader = WindowReader(samples_of(tmp_path, "png"), TABLE, tmp_path / "cache")
+    check_room([reader])
+    reader.read(0, 0, 0, 45, 61)
+
+    def denied(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(windows.tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(windows.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    check_room([reader])
+    reader.kept_path(0).unlink()
+    with refused("--cache-images", tmp_path / "cache", "Permission denied"):
+        check_room([reader])
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     (sample,) = samples_of(tmp_path, "png")
     readers = [WindowReader([sample], TABLE, tmp_path / "cache") for _ in range(2)]
