@@ -33,6 +33,7 @@ def parse_args():
 if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
+import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -107,7 +108,9 @@ def print_summary(reader, writer, predictor, seconds, stages):
 
 
 def main():
-    """Segment the video; return 130 where a file was interrupted. Raises InputError where it ends early."""
+    """Segment the video; return 130 or 143 where a signal stopped it. Raises InputError where a file ends
+    early.
+    """
     args = parse_args()
     if args.show:
         visualize.require_display()
@@ -143,7 +146,7 @@ def main():
     frames = count_of(writer.frames, "frame")
     if writer.frames == 0:
         print("stopped before the first frame; nothing was written")
-        return 130
+        return 128 + (stop.asked or signal.SIGINT)
     print_summary(reader, writer, predictor, time.perf_counter() - start, stages)
     if args.csv:
         print(f"{csv_path}: the share of every class, a line per frame")
@@ -153,7 +156,7 @@ def main():
         print(f"{count_of(dropped, 'frame')} came faster than the model could follow: dropped")
     if stop.asked:
         print(f"stopped after {frames}; the clip up to there is complete")
-        return 0 if reader.live or args.show else 130
+        return 0 if reader.live or args.show else 128 + stop.asked
     if not args.max_frames and reader.ended_early(writer.frames):
         raise InputError(f"--input {args.input} ended after {writer.frames} of {reader.count} frames: the "
                          f"file is damaged or cut off; what could be read is in {path}")

@@ -14,6 +14,7 @@ import math
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -30,11 +31,7 @@ import torch
 from tqdm import tqdm
 
 from config import InputError
-
-try:
-    import av
-except ImportError:
-    av = None
+from inference.times import FileTimeline, Timeline, av, seconds_of
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complaints come as one line instead
 TIMEOUT_MS = 15_000  # after which a stream that sends nothing has ended
@@ -42,9 +39,6 @@ LIVE_PROTOCOLS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", 
 COUNTED = {".mp4", ".mov", ".m4v", ".avi"}  # containers that store how many frames they hold
 VIDEO_ENDINGS = {*COUNTED, ".3gp", ".asf", ".flv", ".gif", ".m2ts", ".mkv", ".mpeg", ".mpg", ".mts", ".ogv",
                  ".ts", ".vob", ".webm", ".wmv"}
-LONGEST_GAP = 6 * 3600.0  # seconds between two frames that are believed: 2^32 ticks, as an .mp4 counts
-LONGEST_JUMP = 10.0  # the same where recordings may be joined, as in MPEG-TS: the limit of ffmpeg
-OVERLAP = 0.5  # seconds by which times may go back within one recording
 SHORT_LEAD = 0.1  # seconds of sound before the picture that may be left out
 SNAP = 0.0006  # seconds that a time is off where a container counts in milliseconds
 MOST_REORDERED = 16  # frames that H.264 may decode before the first one is shown
@@ -52,113 +46,6 @@ TICKS = 90_000  # per second, at least, in which frames are timed
 MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "alac", "opus"}  # codecs that an .mp4 may hold as they are
 RESERVE = 1 << 26  # bytes of disk that stay free for the end of a clip: frames in the encoder, its index
 DEPTH = 4  # items that wait between two threads
-
-
-# --- the times of picture and sound -----------------------------------------------------------------------
-class Timeline:
-    """Puts the times of picture and sound on one axis in seconds, which runs on where recordings were joined.
-
-    A stream's times belong to one recording while they go on. Where they jump back, or more than `longest`
-    seconds ahead of all streams, the next recording begins: it follows the end of the one before, and its
-    shift holds for all streams, so that picture and sound stay together. start: the time that becomes 0.
-    """
-
-    has_times = False
-
-    def __init__(self, start=0.0, longest=LONGEST_JUMP):
-        self.longest, self.end = longest, 0.0
-        self.shifts = [-start]  # of the recordings
-        self.current, self.last = {}, {}  # of the streams: number of the recording, seconds
-
-    def recording_of(self, stream, time):
-        """Return the number of the recording in which `time` continues a stream, None where none does."""
-        last, newest = self.last.get(stream), len(self.shifts) - 1
-        for number in (self.current.get(stream, 0), *range(newest, -1, -1)):
-            seconds = time + self.shifts[number]
-            earliest = -self.longest if last is None else last - OVERLAP
-            if earliest <= seconds <= max(self.end, last or 0.0) + self.longest:
-                return number
-        return None
-
-    def place(self, stream, time, shown=None, duration=0.0):
-        """Return the shift of a stream's next time. shown: when it is shown, where `time` is for decoding."""
-        shown = time if shown is None else shown
-        number = self.recording_of(stream, time)
-        if number is None:
-            number = len(self.shifts)
-            self.shifts.append(self.end - shown)
-        shift = self.shifts[number]
-        self.current[stream], self.last[stream] = number, time + shift
-        self.end = max(self.end, shown + shift + duration)
-        return shift
-
-    def seconds(self, stamp, duration):
-        """Return where a frame is shown. stamp: its own seconds since the first one."""
-        return stamp + self.place("frames", stamp, duration=duration)
-
-
-class FileTimeline(Timeline):
-    """The Timeline of a file, by its packets: 0 is where its picture starts.
-
-    has_times: whether the container says when pictures are shown. Raises av.error.FFmpegError, ValueError or
-    IndexError where PyAV cannot open the file, or it has no picture.
-    """
-
-    def __init__(self, path):
-        # absolute, or a colon in a name would look like a protocol
-        self.container = av.open(str(Path(path).absolute()), metadata_errors="replace")
-        self.picture, self.sound = self.container.streams.video[0], None
-        if self.container.streams.audio:
-            self.sound = self.container.streams.audio[0]
-        if not all(stream.time_base for stream in (self.picture, self.sound) if stream):
-            raise ValueError("a stream without a unit of time")
-        may_jump = self.container.format.flags & av.format.Flags.ts_discont.value
-        start = seconds_of(self.picture.start_time or 0, self.picture)
-        super().__init__(start, LONGEST_JUMP if may_jump else LONGEST_GAP)
-        self.start, self.packets = start, self.placed_packets()
-        self.latest, self.picture_end = 0.0, 0.0  # when the last picture is shown, from and to
-        self.has_times = self.container.format.name != "avi"
-
-    def placed_packets(self):
-        """Yield (packet of picture or sound, its shift in seconds) in the file's order."""
-        streams = [stream for stream in (self.picture, self.sound) if stream]
-        with suppress(av.error.FFmpegError, ValueError):
-            for packet in self.container.demux(streams):
-                times = [time for time in (packet.dts, packet.pts) if time is not None]
-                if not times:
-                    continue
-                stream = packet.stream
-                time, shown, duration = (seconds_of(value, stream) for value in
-                                         (times[0], times[-1], packet.duration or 0))
-                shift = self.place(stream.index, time, shown, duration)
-                if stream is self.picture and shown + shift >= self.latest:
-                    self.latest, self.picture_end = shown + shift, shown + shift + duration
-                yield packet, shift
-
-    def next_picture(self):
-        """Read on until behind the next packet of the picture; return whether there was one."""
-        return any(packet.stream is self.picture for packet, _ in self.packets)
-
-    def read_to_end(self):
-        """Close the file; return the seconds at which its picture ends."""
-        while self.next_picture():
-            pass
-        if self.picture.duration and len(self.shifts) == 1:  # a packet's may be up to the next one's decoding
-            self.picture_end = seconds_of(self.picture.duration, self.picture)
-        self.container.close()
-        return self.picture_end
-
-    def seconds(self, stamp, duration):
-        """Return where a frame is shown. stamp: its own seconds since the picture's start, as OpenCV says."""
-        self.next_picture()  # of which there are at least as many as frames
-        while self.recording_of("frames", stamp + self.start) is None and self.next_picture():
-            pass
-        return super().seconds(stamp + self.start, duration)
-
-
-def seconds_of(time, stream):
-    """Return a time or duration in units of a PyAV stream in seconds."""
-    return float(time * stream.time_base)
 
 
 # --- reading: files, cameras, streams ---------------------------------------------------------------------
@@ -660,7 +547,7 @@ class Pipeline:
                     if self.show is None:
                         draw.put(frame, pred, seconds)
                     elif self.show(draw_and_encode(frame, pred, seconds)):
-                        stop.asked = True
+                        stop.asked = signal.SIGINT  # as Ctrl-C
                         break
                 bar.update(len(batch))
                 if stop.asked:
