@@ -19,8 +19,9 @@ import torch
 from config import IGNORE, InputError
 from dataio.contents import cache_home, hash_contents
 from dataio.image_rule import PICTURES, ImageRule
-from dataio.images import (IMAGE_ENDINGS, TIFF_BITS, TIFF_COLORS, TIFF_SIGN, TIFFS, BandFile, companions,
-load_array, naming_damage, no_data, open_image, stored_of, tiff_tags, upright, upright_size)
+from dataio.images import (IMAGE_ENDINGS, TIFF_BITS, TIFF_COLORS, TIFF_SIGN, TIFFS, BandFile, check_size,
+                           companions, load_array, naming_damage, no_data, open_image, stored_of, tiff_tags,
+                           upright, upright_size)
 from dataio.resizing import resize_mask
 
 MASK_ENDINGS = IMAGE_ENDINGS
@@ -238,6 +239,7 @@ def decode_mask(path):
             stored = file.stored
             if stored.pages:
                 raise InputError(f"{path} holds several pages: save each of them as a file of its own")
+            check_size(path, stored, 1)
             pixels = as_mask_pixels(path, file.read([1])[0], stored.nodata)
         return StoredMask(stored.dtype, "TIFF", upright(pixels, stored.orientation), None)
     with open_image(path) as mask, naming_damage(path):

@@ -1,12 +1,14 @@
 """Files of every kind come out right, broken ones give one line that names them."""
 import struct
 import zlib
+from contextlib import nullcontext
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attacks import png_header
 from conftest import blocks, refused, write_pair
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -92,11 +94,18 @@ def test_broken_images_are_named(tmp_path, content):
 
 
 def test_images_have_up_to_a_billion_pixels(tmp_path, monkeypatch):
+    for number, size in enumerate([(1 << 15, 1 << 15), ((1 << 15) + 1, 1 << 15)]):
+        (tmp_path / "header.png").write_bytes(png_header(*size))
+        with refused("header.png") if number else nullcontext():
+            assert read_orientation(tmp_path / "header.png")[0] == size[::-1]
     path = save(gradient(60, 71), tmp_path / "photo.png")
+    deep = save(gradient(60, 71)[..., 0].astype(np.uint16), tmp_path / "deep.tif")  # not read by PIL
+    rule = decide_rule([deep])
     monkeypatch.setattr(images, "MOST_PIXELS", 4000)
-    for read in (read_image, decode_mask):
-        with refused(path, 4000):
-            read(path)
+    for file, reads in ((path, (read_image, decode_mask)), (deep, (rule.read, decode_mask))):
+        for read in reads:
+            with refused(file, 4000):
+                read(file)
     monkeypatch.setattr(images, "MOST_PIXELS", 1 << 30)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL's own limit
     assert read_image(path).shape == (3, 60, 71)
