@@ -69,6 +69,14 @@ def test_a_file_put_in_the_place_of_another_is_read_where_the_system_keeps_no_ti
     assert hash_contents([path]) != first
 
 
+def test_hashes_are_kept_in_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # Windows
+    hash_contents([write(tmp_path / "a/1", b"x")])
+    assert len(list((tmp_path / "home/.cache/dinoseg/contents").iterdir())) == 1
+
+
 def test_the_hash_of_a_file_that_may_still_change_is_not_kept(tmp_path, read, monkeypatch):
     monkeypatch.setattr(contents, "SETTLED", 1 << 62)
     path = write(tmp_path / "a/1", b"x")

@@ -135,6 +135,27 @@ def test_a_missing_package_is_one_line_before_anything_is_moved(tmp_path, run, m
     assert run(train, "--log", "none", "tensorboard")[0] == 2
 
 
+def test_an_earlier_run_is_moved_before_a_tracker_starts(tmp_path, run, monkeypatch):
+    """Which may write at once, to a folder that is called as that of the earlier run."""
+    def start(folder, settings):
+        (earlier,) = (folder / "previous").glob("*/*/event")
+        assert earlier.read_text() == "earlier"
+        (folder / "tensorboard").mkdir()
+        raise RuntimeError("no key")
+
+    data = write_folder(tmp_path / "data", count=4)
+    (tmp_path / "out/tensorboard").mkdir(parents=True)
+    (tmp_path / "out/tensorboard/event").write_text("earlier")
+    monkeypatch.setitem(visualize.TRACKERS, "tensorboard", start)
+    monkeypatch.setattr(visualize, "require_trackers", lambda names: None)
+    flags = ["--dataset", "folder", "--data-root", data, "--log", "tensorboard", "--backbone", "vit_tiny",
+             "--imgsz", 28, 28, "--out-dir", tmp_path / "out"]
+    assert run(train, *flags, "--unfreeze", 9)[0] == 2
+    assert (tmp_path / "out/tensorboard/event").exists()  # it failed before that
+    code, _, err = run(train, *flags)
+    assert code == 2 and "no key" in err, err
+
+
 class Broken:
     """A tracker that takes one epoch."""
 
