@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import write_folder
+from conftest import refused, write_folder
 
 import train
 import visualize
@@ -183,6 +183,21 @@ def test_a_tracker_that_fails_costs_a_warning_and_no_more(tmp_path, monkeypatch,
     with Trackers(["wandb"], tmp_path, {"lr": 1}, CLASSES, resumed=True) as trackers:
         trackers.follow([ROW])
     assert capsys.readouterr().out.startswith("warning: --log wandb ")
+
+
+@pytest.mark.parametrize(("name", "variable", "value"), [
+    ("mlflow", "MLFLOW_DISABLE_TELEMETRY", "true"), ("wandb", "WANDB_ERROR_REPORTING", "false")])
+def test_packages_are_told_not_to_report_that_they_are_used(tmp_path, monkeypatch, name, variable, value):
+    """Before they are imported, and unless the user wants it."""
+    (tmp_path / f"{name}.py").write_text(f"import os\nraise OSError('told ' + os.environ['{variable}'])")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    for setting in (None, "mine"):
+        monkeypatch.setenv(variable, str(setting))
+        if setting is None:
+            monkeypatch.delenv(variable)
+        with refused(f"--log {name}", f"told {setting or value}"):
+            Trackers([name], tmp_path, {}, CLASSES)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
