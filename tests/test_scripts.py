@@ -160,6 +160,12 @@ def test_hub_backbone_trains_saves_and_infers_offline(hub_cache, tmp_path, run):
     weights = hub_cache / "hub/checkpoints/dinov2_vits14_pretrain.pth"
     assert recorded["hub"] == "facebookresearch/dinov2:main" and recorded["hub_code"]
     assert recorded["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    (hub_cache / "hub/facebookresearch_dinov2_main/more.py").write_text("x = 1")
+    weights.unlink()  # last.pth holds them
+    code, text, err = run(train, "--resume", "--epochs", 2, "--out-dir", tmp_path)
+    now = json.loads((tmp_path / "config.json").read_text())
+    assert code == 0 and now["weights_sha256"] == recorded["weights_sha256"], err
+    assert now["hub_code"] != recorded["hub_code"] and f"hub_code is {now['hub_code']}" in text
     flags = ["--input", data / "images", "--model", tmp_path / "best_model_iou.pth", "--out-dir", tmp_path]
     code, text, err = run(infer_image, *flags)
     assert code == 0 and "8 of 8 images" in text, err
