@@ -81,8 +81,9 @@ def test_pages_name_only_flags_and_files_that_exist(page):
 
 
 def messages_of(tree):
-    """Yield the texts of a module, "..." in place of the values in an f-string."""
-    for node in ast.walk(tree):
+    """Yield the texts of a module but its docstrings, "..." in place of the values in an f-string."""
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in {*ast.walk(tree)} - docstrings:
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
