@@ -1,5 +1,6 @@
 """demo.py: what it computes, and the page in a real browser without a window."""
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -60,8 +61,8 @@ def served(tmp_path, model_file):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert f"http://127.0.0.1:{port}" in process.stdout.readline()
     yield port, command
-    process.terminate()
-    process.wait(timeout=20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0  # Ctrl-C is its normal end
 
 
 def open_browser(profile):

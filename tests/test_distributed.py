@@ -64,7 +64,7 @@ def test_a_process_that_fails_ends_the_run_with_its_message(tmp_path):
     more = ["--cache-features", tmp_path / "cache", "--cache-views", 2]
     done = torchrun(2, *flags(data, tmp_path / "out", 2, *more), timeout=90)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode != 0 and lines and "00.png" in lines[0] and "[process " in lines[0]
+    assert done.returncode == 1 and lines and "00.png" in lines[0] and "[process " in lines[0]
     assert not (tmp_path / "out/best_model_iou.pth").exists()
 
 
