@@ -95,7 +95,7 @@ def open_picture(path):
     tags = getattr(image, "tag_v2", {})
     has_bands = TIFF_NODATA in tags or tags.get(TIFF_SAMPLES, 1) > SAMPLES.get(tags.get(TIFF_COLORS), 4)
     has_bands |= 2 in tags.get(TIFF_SIGN, ()) or tags.get(TIFF_COMPRESSION) in JPEGS
-    if is_tiff:  # a mask beside it, or in a page of its own
+    if is_tiff and tags:  # a mask beside it, or in a page of its own
         has_bands |= os.path.exists(f"{path}.msk") or bool(tags.next) and 4 in tiff_tags(path, TIFF_PAGE)
     if has_bands or image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in image.tile):
         image.close()

@@ -1,4 +1,5 @@
 """Files of every kind come out right, broken ones give one line that names them."""
+import shutil
 import struct
 import zlib
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from attacks import png_header
 from conftest import blocks, refused, write_pair
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_image_rule import write_tiff
 
 from dataio import images, readers
 from dataio.image_rule import PICTURES, decide_rule, read_image
@@ -124,6 +126,19 @@ def test_no_picture_runs_another_program(tmp_path, monkeypatch):
     for kind in ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM"):
         Image.new("RGB", (9, 8), "red").save(tmp_path / "picture", format=kind)
         assert read_image(tmp_path / "picture").shape == (3, 8, 9)
+
+
+@pytest.mark.parametrize(("ending", "kind"), [
+    ("png", np.uint8), ("png", np.uint16), ("tif", np.uint8), ("tif", np.uint16), ("tif", np.int8),
+    ("tif", np.float32)])
+def test_pictures_are_what_they_hold_whatever_they_are_called(tmp_path, kind, ending):
+    values = (gradient()[..., 0] // 9 - 3 * (kind == np.int8)).astype(kind)
+    path, other = tmp_path / f"right.{ending}", tmp_path / f"wrong.{'tif' if ending == 'png' else 'png'}"
+    save(values, path) if ending == "png" else write_tiff(path, values[None])
+    shutil.copy(path, other)
+    assert (decode_mask(other).pixels == values).all()
+    first, second = (decide_rule([file]).read(file).image for file in (path, other))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
