@@ -116,6 +116,18 @@ def test_files_up_to_the_limit_are_read_as_a_whole(tmp_path, monkeypatch):
     assert len(hashes) == 25
 
 
+@pytest.mark.parametrize(("megabytes", "is_noticed"), [(256, True), (257, False)])
+def test_above_256_megabytes_a_byte_between_two_blocks_does_not_count(tmp_path, megabytes, is_noticed):
+    path, hashes = write(tmp_path / "a/1", b""), []
+    for value in (b"x", b"y"):
+        with open(path, "r+b") as file:
+            file.truncate(megabytes << 20)  # nothing is stored of it
+            file.seek((1 << 20) + 1000)  # the second block begins later
+            file.write(value)
+        hashes.append(contents.hash_file(path))
+    assert (hashes[0] != hashes[1]) == is_noticed
+
+
 def test_a_file_that_is_gone_is_named(tmp_path):
     with refused("gone"):
         hash_contents([tmp_path / "gone"])
