@@ -383,7 +383,8 @@ class Run:
         for name, item in state.kept.items():
             item.load_state_dict(saved["kept"][name])
         restore_random_state(saved["random"])
-        self.origins, self.confusion = saved["origins"], saved["counts"]
+        code_now = {name: value for name, value in self.origins.items() if name.startswith("hub")}
+        self.origins, self.confusion = {**saved["origins"], **code_now}, saved["counts"]
         state.history, state.step, state.progress = saved["history"], saved["step"], saved["progress"]
 
     def warn_of_changed_files(self):

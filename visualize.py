@@ -291,6 +291,7 @@ class WandB:
     """Weights & Biases, project WANDB_PROJECT or dinoseg; WANDB_MODE=offline keeps all in OUT_DIR/wandb."""
 
     def __init__(self, folder, settings):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
         import wandb
         self.picture = wandb.Image
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "dinoseg"), dir=str(folder),
@@ -308,6 +309,7 @@ class MLflow:
     """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where to, else MLflow's own default."""
 
     def __init__(self, folder, settings):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
         import mlflow
         self.mlflow = mlflow
         mlflow.start_run(run_name=folder.resolve().name)

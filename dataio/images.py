@@ -95,7 +95,7 @@ def open_picture(path):
     tags = getattr(image, "tag_v2", {})
     has_bands = TIFF_NODATA in tags or tags.get(TIFF_SAMPLES, 1) > SAMPLES.get(tags.get(TIFF_COLORS), 4)
     has_bands |= 2 in tags.get(TIFF_SIGN, ()) or tags.get(TIFF_COMPRESSION) in JPEGS
-    if is_tiff:  # a mask beside it, or in a page of its own
+    if is_tiff and tags:  # a mask beside it, or in a page of its own
         has_bands |= os.path.exists(f"{path}.msk") or bool(tags.next) and 4 in tiff_tags(path, TIFF_PAGE)
     if has_bands or image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in image.tile):
         image.close()
@@ -425,11 +425,9 @@ def read_stored(path, stored, bands, alpha=0, step=1):
         with open_picture(path) as image, naming_damage(path):
             pixels = np.array(to_rgb(image))[::step, ::step]  # (h, w, 3)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[picked]), None
-    bytes_read = math.prod(stored.size) * len(bands) * np.dtype(stored.dtype).itemsize
-    if step == 1 and (math.prod(stored.size) > MOST_PIXELS or bytes_read > 4 * MOST_PIXELS):
-        raise InputError(f"{path} has more than {MOST_PIXELS} pixels, or 4 bytes for each of so many, which "
-                         "are not read at once: a TIFF is read by windows with --protocol tile of "
-                         "infer_image.py and --train-scale native")
+    if step == 1:
+        check_size(path, stored, len(bands), "; a TIFF is read by windows with --protocol tile of "
+                   "infer_image.py and --train-scale native")
     with BandFile(path, overviews=False) as file:
         if step <= LARGE_STEP:
             shape = None if step == 1 else tuple(-(-side // step) for side in stored.size)
@@ -438,6 +436,15 @@ def read_stored(path, stored, bands, alpha=0, step=1):
         values = np.block([[file.read(bands, window) for window in row] for row in grid])
         masks = [[file.valid(alpha, window) for window in row] for row in grid]
         return values, np.block(masks) if file.has_mask(alpha) else None
+
+
+def check_size(path, stored, count, advice=": cut it into tiles"):
+    """Raise InputError where so many bands of an image file are more than is read at once; advice: its end.
+    """
+    pixels = math.prod(stored.size)
+    if pixels > MOST_PIXELS or pixels * count * np.dtype(stored.dtype).itemsize > 4 * MOST_PIXELS:
+        raise InputError(f"{path} has more than {MOST_PIXELS} pixels, or 4 bytes for each of so many, which "
+                         f"are not read at once{advice}")
 
 
 def windows_of(size):

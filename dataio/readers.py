@@ -19,8 +19,9 @@ import torch
 from config import IGNORE, InputError
 from dataio.contents import cache_home, hash_contents
 from dataio.image_rule import PICTURES, ImageRule
-from dataio.images import (IMAGE_ENDINGS, TIFF_BITS, TIFF_COLORS, TIFF_SIGN, TIFFS, BandFile, companions,
-load_array, naming_damage, no_data, open_image, stored_of, tiff_tags, upright, upright_size)
+from dataio.images import (IMAGE_ENDINGS, TIFF_BITS, TIFF_COLORS, TIFF_SIGN, BandFile, check_size, companions,
+                           load_array, naming_damage, no_data, open_image, stored_of, tiff_tags, upright,
+                           upright_size)
 from dataio.resizing import resize_mask
 
 MASK_ENDINGS = IMAGE_ENDINGS
@@ -238,6 +239,7 @@ def decode_mask(path):
             stored = file.stored
             if stored.pages:
                 raise InputError(f"{path} holds several pages: save each of them as a file of its own")
+            check_size(path, stored, 1)
             pixels = as_mask_pixels(path, file.read([1])[0], stored.nodata)
         return StoredMask(stored.dtype, "TIFF", upright(pixels, stored.orientation), None)
     with open_image(path) as mask, naming_damage(path):
@@ -256,11 +258,11 @@ def has_numbers(path):
     """Return whether a file is a TIFF of one band that is more than a picture of 8 bit: deeper, signed or of
     floats. PIL would not open some of them, and takes signed bytes for others.
     """
-    if Path(path).suffix.lower() not in TIFFS:
+    bits = next(iter(tiff_tags(path, TIFF_BITS)), None)
+    if not bits:  # no TIFF, whatever it is called
         return False
-    bits, sign, colors = (next(iter(tiff_tags(path, tag)), None)
-                          for tag in (TIFF_BITS, TIFF_SIGN, TIFF_COLORS))
-    return bool(bits) and len(bits) == 1 and colors in (None, 1) and (bits[0] > 8 or sign not in (None, (1,)))
+    sign, colors = (next(iter(tiff_tags(path, tag)), None) for tag in (TIFF_SIGN, TIFF_COLORS))
+    return len(bits) == 1 and colors in (None, 1) and (bits[0] > 8 or sign not in (None, (1,)))
 
 
 def read_array(path):

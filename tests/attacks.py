@@ -1,6 +1,6 @@
 """Attacks on every script: hostile flags, files, checkpoints, metadata, names, streams, limits; and kills.
 
-    python tests/attacks.py                            # all families, about ten minutes on two cores
+    python tests/attacks.py                            # all families, 18,000 attacks: hours
     python tests/attacks.py --family flags resumed     # some of them, every attack printed
     python tests/attacks.py --each 30 --seed 7         # at most so many of a family, others every time
     python tests/attacks.py --kills 100                # kill a short run at random moments, resume it
@@ -211,7 +211,7 @@ def carry_out(attack):
     if attack.streams == "closed":
         sys.stdout = sys.stderr = None
     os.chdir(attack.folder)
-    os.environ.update(attack.env)
+    os.environ.update({"XDG_CACHE_HOME": str(attack.folder / "home cache"), **attack.env})
     tempfile.tempdir = None
     atexit._clear()  # what the parent registered is the parent's
     code = 70

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from conftest import ROOT, load, tiny, write_folder, write_pair
 from PIL import Image
 
 import check_data
+import demo  # noqa: F401
 import infer_image
 import train
 import visualize
@@ -45,6 +47,8 @@ from dataio.windows import WindowReader
 from inference.backends import import_openvino
 from inference.predictor import Protocol, make_protocol
 from inference.video import VideoReader
+from models.weights import read_weights
+from utils import read_kept
 
 CLASSES = [("background", (0, 0, 0)), ("a", (255, 0, 0)), ("b", (0, 255, 0))]
 EXAMPLES = int(os.environ.get("FUZZ", 0))
@@ -64,6 +68,34 @@ def test_attacks_and_kills_are_survived(more):
     command = [sys.executable, "tests/attacks.py", *map(str, more)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+class Evil:
+    """Pickled, it writes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_file_runs_the_code_in_it(tmp_path):
+    """Checkpoints and weights, images and masks, caches."""
+    evil = Evil(tmp_path / "ran")
+    torch.save(dict(pack_checkpoint(tiny(), CLASSES, (28, 28)), later=evil), tmp_path / "model.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(evil))
+    np.save(tmp_path / "array.npy", np.array([[evil]], object), allow_pickle=True)
+    np.savez(tmp_path / "array.npz", np.array([[evil]], object), allow_pickle=True)
+    readers = dict(model=[load_model, read_weights], plain=[load_model, read_weights],
+                   array=[LENIENT.read, partial(read_mask, table=index_table(3))])
+    for path in sorted(tmp_path.iterdir()):
+        for read in readers[path.stem]:
+            with pytest.raises(InputError, match=path.name):
+                read(path)
+    assert read_kept(tmp_path / "array.npy") is None and not evil.path.exists()
+    pickle.loads((tmp_path / "plain.pth").read_bytes())
+    assert evil.path.exists()
 
 
 # --- the forms of files -----------------------------------------------------------------------------------
@@ -190,6 +222,7 @@ def test_nothing_reports_that_it_is_used():
     import_openvino()
     with pytest.raises(ImportError):
         import openvino_telemetry  # noqa: F401
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"  # by demo.py, before gradio is imported
 
 
 # --- readers ----------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """Position embeddings at any grid, timm backbones, torch.hub offline."""
 
 import copy
+import email.message
 import hashlib
+import io
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +184,31 @@ def test_the_hub_reference_can_be_pinned_and_is_recorded(hub_cache, monkeypatch)
     (code.with_name(f"facebookresearch_dinov2_{commit}") / "more.py").write_text("x = 1")
     assert origins("dinov2_vits14", "none")["hub_code"] != before["hub_code"]
     assert origins("vit_tiny", "none") == dict.fromkeys(before)
+
+
+@pytest.mark.parametrize("ref", ["0123456789abcdef" * 2 + "01234567", "some/branch", "v1.0"])
+def test_the_code_of_a_commit_a_branch_and_a_tag_is_downloaded(ref, hub_cache, monkeypatch):
+    """GitHub lists branches and tags, and torch.hub would refuse a commit that is not on the list."""
+    code, urls = hub_cache / "hub/facebookresearch_dinov2_main", []
+
+    def list_refs(request):
+        listed = [ref] if "commit" not in request.full_url and "page=1" in request.full_url else []
+        refs = [dict(name=name, commit=dict(sha="f" * 40)) for name in listed if len(name) < 40]
+        answer = io.BytesIO(json.dumps(refs).encode())
+        answer.headers = email.message.Message()
+        return answer
+
+    def download(url, path, **_):
+        urls.append(url)
+        shutil.make_archive(str(path).removesuffix(".zip"), "zip", code.parent, code.name)
+
+    monkeypatch.setattr(torch.hub, "urlopen", list_refs)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setenv("DINOSEG_HUB", f"facebookresearch/dinov2:{ref}")
+    for _ in range(2):  # downloaded, then kept
+        tiny(backbone="dinov2_vits14", weights="none")
+    assert len(urls) == 1 and urls[0].endswith(f"facebookresearch/dinov2/zipball/{ref}")
+    assert origins("dinov2_vits14", "none")["hub_code"]
 
 
 def test_code_of_another_repository_needs_the_users_word(hub_cache, monkeypatch):

@@ -69,6 +69,14 @@ def test_a_file_put_in_the_place_of_another_is_read_where_the_system_keeps_no_ti
     assert hash_contents([path]) != first
 
 
+def test_hashes_are_kept_in_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # Windows
+    hash_contents([write(tmp_path / "a/1", b"x")])
+    assert len(list((tmp_path / "home/.cache/dinoseg/contents").iterdir())) == 1
+
+
 def test_the_hash_of_a_file_that_may_still_change_is_not_kept(tmp_path, read, monkeypatch):
     monkeypatch.setattr(contents, "SETTLED", 1 << 62)
     path = write(tmp_path / "a/1", b"x")
@@ -106,6 +114,18 @@ def test_files_up_to_the_limit_are_read_as_a_whole(tmp_path, monkeypatch):
         content[changed] = 1
         hashes.add(hash_contents([write(path, content)])[path])
     assert len(hashes) == 25
+
+
+@pytest.mark.parametrize(("megabytes", "is_noticed"), [(256, True), (257, False)])
+def test_above_256_megabytes_a_byte_between_two_blocks_does_not_count(tmp_path, megabytes, is_noticed):
+    path, hashes = write(tmp_path / "a/1", b""), []
+    for value in (b"x", b"y"):
+        with open(path, "r+b") as file:
+            file.truncate(megabytes << 20)  # nothing is stored of it
+            file.seek((1 << 20) + 1000)  # the second block begins later
+            file.write(value)
+        hashes.append(contents.hash_file(path))
+    assert (hashes[0] != hashes[1]) == is_noticed
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):

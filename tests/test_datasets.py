@@ -299,9 +299,9 @@ def test_fingerprints_tell_files_splits_and_decoding_apart(tmp_path):
     for name in ("s1", "s2"):
         write_pair(root / name / "a.png", root / name / "m/a.png", blocks(8, 8, (0, 1)))
 
-    def fingerprints(root, train="s1", val="s2", classes=2):
+    def fingerprints(root, train="s1", val="s2", classes=2, mask="a.png"):
         """Return (data, split) fingerprints."""
-        samples = [Sample(root / name / "a.png", root / name / "m/a.png") for name in (train, val)]
+        samples = [Sample(root / name / "a.png", root / name / "m" / mask) for name in (train, val)]
         splits = {"train": samples[:1], "val": samples[1:]}
         return list(DataSource("x", [], splits, index_table(classes)).fingerprints().values())
 
@@ -312,6 +312,10 @@ def test_fingerprints_tell_files_splits_and_decoding_apart(tmp_path):
     assert decoded[0] != data and decoded[1] == split
     shutil.copytree(root, moved)
     assert fingerprints(moved) == [data, split]
+    for name in ("s1", "s2"):
+        shutil.copy(moved / name / "m/a.png", moved / name / "m/b.png")
+    renamed = fingerprints(moved, mask="b.png")
+    assert renamed[0] != data and renamed[1] == split
     write_pair(moved / "s2/a.png", moved / "s2/m/a.png", blocks(30, 30, (0, 1)))
     changed = fingerprints(moved)
     assert changed[0] != data and changed[1] == split

@@ -1,6 +1,7 @@
 """demo.py: what it computes, and the page in a real browser without a window."""
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -106,8 +107,8 @@ def served(tmp_path, model_file):
         process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.STDOUT)
     wait_for(lambda: f"http://127.0.0.1:{port}" in log.read_text())
     yield port, command, log
-    process.terminate()
-    process.wait(timeout=20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0  # Ctrl-C is its normal end
 
 
 def open_browser(profile):

@@ -14,15 +14,26 @@ from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.readers import Sample, index_table
 
 
-def torchrun(processes, *flags, timeout=120):
-    """Run train.py as `torchrun --nproc-per-node N train.py ...` does."""
+def start_torchrun(processes, *flags):
+    """Start train.py as `torchrun --nproc-per-node N train.py ...` does; return the process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--master-port", str(port), "train.py", *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+def torchrun(processes, *flags, timeout=120):
+    """Run train.py by start_torchrun; return its subprocess.CompletedProcess."""
+    process = start_torchrun(processes, *flags)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def flags(data, out, batch_size, *more):
@@ -64,8 +75,22 @@ def test_a_process_that_fails_ends_the_run_with_its_message(tmp_path):
     more = ["--cache-features", tmp_path / "cache", "--cache-views", 2]
     done = torchrun(2, *flags(data, tmp_path / "out", 2, *more), timeout=90)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode != 0 and lines and "00.png" in lines[0] and "[process " in lines[0]
+    assert done.returncode == 1 and lines and "00.png" in lines[0] and "[process " in lines[0]
     assert not (tmp_path / "out/best_model_iou.pth").exists()
+
+
+@pytest.mark.long
+def test_processes_that_are_stopped_save_together_and_go_on(tmp_path):
+    data, out = write_folder(tmp_path / "data", count=15), tmp_path / "out"
+    process = start_torchrun(2, *flags(data, out, 2), "--epochs", 500)
+    while not process.stdout.readline().startswith("epoch 2/500"):
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    saved = torch.load(out / "last.pth")
+    assert 2 <= saved["epoch"] < 500 and "--resume continues" in err, err
+    done = torchrun(2, "--resume", "--epochs", saved["epoch"] + 2, "--out-dir", out)
+    assert done.returncode == 0 and len(history_of(out)) == saved["epoch"] + 2, done.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])

@@ -78,3 +78,24 @@ def test_pages_name_only_flags_and_files_that_exist(page):
         assert (page.parent / picture).stat().st_size < 300_000
     for link in re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def messages_of(tree):
+    """Yield the texts of a module but its docstrings, "..." in place of the values in an f-string."""
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in {*ast.walk(tree)} - docstrings:
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_that_the_docs_explain_are_printed():
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
+    ours = [tree for name, tree in TREES.items() if not name.startswith("tests.")]
+    messages = [message for tree in ours for message in messages_of(tree)]
+    for quote in quoted:  # "..." stands for any text
+        words = re.compile(".*".join(map(re.escape, quote.split("..."))))
+        assert any(map(words.search, messages)), quote
+    assert len(quoted) > 9

@@ -204,20 +204,21 @@ def test_pseudo_labels_are_a_folder_to_train_on_and_never_mix(photos, segment, r
     assert len(list((labels / "images").iterdir())) == 3
 
 
-def test_what_is_done_is_written_after_ctrl_c(photos, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_done_is_written_after_a_signal(photos, run, tmp_path, monkeypatch, number):
     """The signal comes while the second of three images is at hand."""
     calls, scores = [], Predictor.scores
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return scores(*args)
 
     monkeypatch.setattr(Predictor, "scores", interrupted)
     code, text, _ = run(infer_image, "--model", tmp_path / "model.pth", "--input", photos, "--device", "cpu",
                         "--json", "--polygons", "coco", "--out-dir", tmp_path)
-    assert code == 130 and "2 of 3" in text
+    assert code == 128 + number and "2 of 3" in text
     folder = tmp_path / "inference_results_image"
     assert len(json.loads((folder / "shares.json").read_text())) == 2
     assert len(json.loads((folder / "coco.json").read_text())["images"]) == 2

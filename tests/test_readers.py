@@ -1,15 +1,19 @@
 """Files of every kind come out right, broken ones give one line that names them."""
+import shutil
 import struct
 import zlib
+from contextlib import nullcontext
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attacks import png_header
 from conftest import blocks, refused, write_pair
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_image_rule import write_tiff
 
 from dataio import images, readers
 from dataio.image_rule import PICTURES, decide_rule, read_image
@@ -92,11 +96,18 @@ def test_broken_images_are_named(tmp_path, content):
 
 
 def test_images_have_up_to_a_billion_pixels(tmp_path, monkeypatch):
+    for number, size in enumerate([(1 << 15, 1 << 15), ((1 << 15) + 1, 1 << 15)]):
+        (tmp_path / "header.png").write_bytes(png_header(*size))
+        with refused("header.png") if number else nullcontext():
+            assert read_orientation(tmp_path / "header.png")[0] == size[::-1]
     path = save(gradient(60, 71), tmp_path / "photo.png")
+    deep = save(gradient(60, 71)[..., 0].astype(np.uint16), tmp_path / "deep.tif")  # not read by PIL
+    rule = decide_rule([deep])
     monkeypatch.setattr(images, "MOST_PIXELS", 4000)
-    for read in (read_image, decode_mask):
-        with refused(path, 4000):
-            read(path)
+    for file, reads in ((path, (read_image, decode_mask)), (deep, (rule.read, decode_mask))):
+        for read in reads:
+            with refused(file, 4000):
+                read(file)
     monkeypatch.setattr(images, "MOST_PIXELS", 1 << 30)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL's own limit
     assert read_image(path).shape == (3, 60, 71)
@@ -115,6 +126,19 @@ def test_no_picture_runs_another_program(tmp_path, monkeypatch):
     for kind in ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM"):
         Image.new("RGB", (9, 8), "red").save(tmp_path / "picture", format=kind)
         assert read_image(tmp_path / "picture").shape == (3, 8, 9)
+
+
+@pytest.mark.parametrize(("ending", "kind"), [
+    ("png", np.uint8), ("png", np.uint16), ("tif", np.uint8), ("tif", np.uint16), ("tif", np.int8),
+    ("tif", np.float32)])
+def test_pictures_are_what_they_hold_whatever_they_are_called(tmp_path, kind, ending):
+    values = (gradient()[..., 0] // 9 - 3 * (kind == np.int8)).astype(kind)
+    path, other = tmp_path / f"right.{ending}", tmp_path / f"wrong.{'tif' if ending == 'png' else 'png'}"
+    save(values, path) if ending == "png" else write_tiff(path, values[None])
+    shutil.copy(path, other)
+    assert (decode_mask(other).pixels == values).all()
+    first, second = (decide_rule([file]).read(file).image for file in (path, other))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +229,26 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
+def test_a_run_that_nobody_asks_saves_every_ten_minutes_and_goes_on_after_it_was_killed(
+        data, straight, tmp_path, run, monkeypatch):
+    """Steps of four minutes: it is saved after the third of five."""
+    seconds, original, more = [0.0], checkpoint.Run.after_step, ("--batch-size", 2)
+
+    def after_step(run, progress):
+        seconds[0] += 240
+        if run.state.step == 5:
+            raise ZeroDivisionError("killed")
+        original(run, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(checkpoint.Run, "after_step", after_step)
+        patch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+        call(train, *flags_of(data, tmp_path, *more))
+    assert torch.load(tmp_path / "last.pth")["step"] == 3
+    assert run(train, "--resume", "--out-dir", tmp_path)[0] == 0
+    same_run(straight(*more), tmp_path)
+
+
 # --- resuming -----------------------------------------------------------------------------------------------
 def test_more_epochs_on_resume_equal_a_longer_run(data, straight, tmp_path, run):
     assert run(train, *flags_of(data, tmp_path), "--epochs", 1)[0] == 0
@@ -246,7 +267,8 @@ def test_more_epochs_on_resume_equal_a_longer_run(data, straight, tmp_path, run)
     (None, ("--data-root", "OTHER"), "--resume"),
     (None, ("--head", "linear"), "--head"),
     (None, ("--lr", 0.1), "--lr"),
-], ids=["none", "cut", "the best one", "processes", "optimizer", "data", "head", "lr"])
+    (None, ("--loss", "dice"), "--loss"),
+], ids=["none", "cut", "the best one", "processes", "optimizer", "data", "head", "lr", "loss"])
 def test_what_may_not_change_on_resume_is_refused(straight, tmp_path, run, change, more, named):
     out = shutil.copytree(straight(), tmp_path / "out")
     if change:
@@ -324,10 +346,11 @@ def test_a_file_edited_at_its_size_and_time_is_noticed(data, tmp_path, run, fold
 def test_what_may_change_on_resume_is_named(straight, tmp_path, run):
     out = shutil.copytree(straight(), tmp_path / "out")
     state = torch.load(out / "last.pth")
-    utils.save_checkpoint(dict(state, torch="1.0", code="abc"), out / "last.pth")
+    utils.save_checkpoint(dict(state, device="cuda:7", torch="1.0", code="abc"), out / "last.pth")
     code, text, _ = run(train, "--resume", "--epochs", 3, "--out-dir", out)
     notes = [line for line in text.splitlines() if line.startswith("note:")]
-    assert code == 0 and "1.0" in notes[0] and "abc" in notes[1] and len(history_of(out)) == 3
+    assert code == 0 and len(history_of(out)) == 3
+    assert all(before in note for before, note in zip(("cuda:7", "1.0", "abc"), notes, strict=True))
 
 
 @pytest.mark.plots

@@ -1,4 +1,5 @@
 """The scripts as a user runs them: training, inference on images and video, bad input."""
+import hashlib
 import json
 import os
 import shutil
@@ -155,6 +156,16 @@ def test_hub_backbone_trains_saves_and_infers_offline(hub_cache, tmp_path, run):
     more = ["--epochs", 1, "--backbone", "dinov2_vits14", "--unfreeze", 1]
     code, _, err = run(train, *train_flags(data, tmp_path, *more))
     assert code == 0, err
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    weights = hub_cache / "hub/checkpoints/dinov2_vits14_pretrain.pth"
+    assert recorded["hub"] == "facebookresearch/dinov2:main" and recorded["hub_code"]
+    assert recorded["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    (hub_cache / "hub/facebookresearch_dinov2_main/more.py").write_text("x = 1")
+    weights.unlink()  # last.pth holds them
+    code, text, err = run(train, "--resume", "--epochs", 2, "--out-dir", tmp_path)
+    now = json.loads((tmp_path / "config.json").read_text())
+    assert code == 0 and now["weights_sha256"] == recorded["weights_sha256"], err
+    assert now["hub_code"] != recorded["hub_code"] and f"hub_code is {now['hub_code']}" in text
     flags = ["--input", data / "images", "--model", tmp_path / "best_model_iou.pth", "--out-dir", tmp_path]
     code, text, err = run(infer_image, *flags)
     assert code == 0 and "8 of 8 images" in text, err
@@ -326,19 +337,20 @@ def test_a_clip_is_never_written_over_its_input(model_file, tmp_path, run):
     assert clip.read_bytes() == before and clip.with_name("clip_overlay.mp4").exists()
 
 
+class Camera:
+    """A camera never ends, however many frames are dropped."""
+
+    def __init__(self, index):
+        assert index == 0
+
+    def read(self):
+        return True, np.full((48, 64, 3), 90, np.uint8)
+
+    def get(self, _):
+        return 0.0
+
+
 def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
-    class Camera:
-        """A camera never ends, however many frames are dropped."""
-
-        def __init__(self, index):
-            assert index == 0
-
-        def read(self):
-            return True, np.full((48, 64, 3), 90, np.uint8)
-
-        def get(self, _):
-            return 0.0
-
     monkeypatch.setattr(video.cv2, "VideoCapture", Camera)
     flags = ["--input", 0, "--max-frames", 5, "--model", model_file, "--out-dir", tmp_path]
     code, text, _ = run(infer_video, *flags)
@@ -346,6 +358,27 @@ def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
     (made,) = (tmp_path / "inference_results_video").iterdir()
     assert code == 0 and made.name.startswith("camera0_") and "5 frames" in text
     assert len(list(VideoReader(made))) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("frames", "want"), [(3, 0), (0, 130)])
+def test_stopping_a_camera_is_its_normal_end(model_file, tmp_path, run, monkeypatch, number, frames, want):
+    def timed(reader):
+        for count in range(100):
+            if count == frames:
+                os.kill(os.getpid(), number)
+                time.sleep(0.5)  # none comes for a while
+            yield reader.read()[1], count / 10
+            time.sleep(0.1)  # none is dropped
+
+    monkeypatch.setattr(video.cv2, "VideoCapture", Camera)
+    monkeypatch.setattr(VideoReader, "timed", lambda reader: timed(reader.capture))
+    flags = ["--input", 0, "--model", model_file, "--backend", "torch", "--out-dir", tmp_path]
+    code, text, err = run(infer_video, *flags)
+    monkeypatch.undo()
+    made = list((tmp_path / "inference_results_video").iterdir())
+    assert code == want and len(made) == bool(frames), text + err
+    assert not made or 0 < len(list(VideoReader(made[0]))) <= frames
 
 
 @pytest.mark.parametrize("script", [infer_image, infer_video], ids=["image", "video"])

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import write_folder
+from conftest import refused, write_folder
 
 import train
 import visualize
@@ -135,6 +135,27 @@ def test_a_missing_package_is_one_line_before_anything_is_moved(tmp_path, run, m
     assert run(train, "--log", "none", "tensorboard")[0] == 2
 
 
+def test_an_earlier_run_is_moved_before_a_tracker_starts(tmp_path, run, monkeypatch):
+    """Which may write at once, to a folder that is called as that of the earlier run."""
+    def start(folder, settings):
+        (earlier,) = (folder / "previous").glob("*/*/event")
+        assert earlier.read_text() == "earlier"
+        (folder / "tensorboard").mkdir()
+        raise RuntimeError("no key")
+
+    data = write_folder(tmp_path / "data", count=4)
+    (tmp_path / "out/tensorboard").mkdir(parents=True)
+    (tmp_path / "out/tensorboard/event").write_text("earlier")
+    monkeypatch.setitem(visualize.TRACKERS, "tensorboard", start)
+    monkeypatch.setattr(visualize, "require_trackers", lambda names: None)
+    flags = ["--dataset", "folder", "--data-root", data, "--log", "tensorboard", "--backbone", "vit_tiny",
+             "--imgsz", 28, 28, "--out-dir", tmp_path / "out"]
+    assert run(train, *flags, "--unfreeze", 9)[0] == 2
+    assert (tmp_path / "out/tensorboard/event").exists()  # it failed before that
+    code, _, err = run(train, *flags)
+    assert code == 2 and "no key" in err, err
+
+
 class Broken:
     """A tracker that takes one epoch."""
 
@@ -162,6 +183,21 @@ def test_a_tracker_that_fails_costs_a_warning_and_no_more(tmp_path, monkeypatch,
     with Trackers(["wandb"], tmp_path, {"lr": 1}, CLASSES, resumed=True) as trackers:
         trackers.follow([ROW])
     assert capsys.readouterr().out.startswith("warning: --log wandb ")
+
+
+@pytest.mark.parametrize(("name", "variable", "value"), [
+    ("mlflow", "MLFLOW_DISABLE_TELEMETRY", "true"), ("wandb", "WANDB_ERROR_REPORTING", "false")])
+def test_packages_are_told_not_to_report_that_they_are_used(tmp_path, monkeypatch, name, variable, value):
+    """Before they are imported, and unless the user wants it."""
+    (tmp_path / f"{name}.py").write_text(f"import os\nraise OSError('told ' + os.environ['{variable}'])")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    for setting in (None, "mine"):
+        monkeypatch.setenv(variable, str(setting))
+        if setting is None:
+            monkeypatch.delenv(variable)
+        with refused(f"--log {name}", f"told {setting or value}"):
+            Trackers([name], tmp_path, {}, CLASSES)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
