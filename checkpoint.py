@@ -21,7 +21,7 @@ import utils
 from config import DataOptions, InputError, count_of, fields_affecting, flag, has_meaning
 from dataio import schema
 from dataio.classes import ADE20K, VOC, first_difference
-from dataio.contents import contents_of
+from dataio.contents import contents_of, joined
 from dataio.image_rule import ImageRule
 from dataio.readers import may_be_equal
 from engine import LOG_EVERY
@@ -206,8 +206,8 @@ def check_backbone(hash_here, hash_in_training, spec, path):
 
 
 def load_head(model, path):
-    """Load the head of a checkpoint into a Segmenter with the same backbone; return the names of the classes
-    it was trained on. Raises InputError where head or backbone are others.
+    """Load the head of a checkpoint into a Segmenter with the same backbone; return the checkpoint. Raises
+    InputError where head or backbone are others.
     """
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
@@ -232,7 +232,7 @@ def load_head(model, path):
         if not torch.equal(state[name][:, theirs], getattr(model, name).cpu()[:, ours]):
             raise InputError(f"--head-weights {path} was trained with another --normalize: give the same one")
     load_strictly(model.head, of_module["head"], path)
-    return [name for name, _ in checkpoint["classes"]]
+    return checkpoint
 
 
 # --- official heads ---------------------------------------------------------------------------------------
@@ -316,7 +316,8 @@ class Run:
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
         with utils.main_process_first():  # it may read all files
             self.facts = dict(data.fingerprints(), processes=world_size())
-            self.trained_on = contents_of(sample.image for sample in data.training)
+            images = contents_of(sample.image for sample in data.training)
+        self.trained_on = joined(images, state.trained_on)
         backbone = state.model.backbone
         self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None
         self.confusion, self.stop, self.saved_at = None, None, time.monotonic()
@@ -384,6 +385,7 @@ class Run:
             item.load_state_dict(saved["kept"][name])
         restore_random_state(saved["random"])
         self.origins, self.confusion = saved["origins"], saved["counts"]
+        self.trained_on = joined(self.trained_on, saved.get("trained_on", ""))  # that of --head-weights too
         state.history, state.step, state.progress = saved["history"], saved["step"], saved["progress"]
 
     def warn_of_changed_files(self):

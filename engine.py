@@ -206,7 +206,8 @@ class TrainState:
     """All that changes while a run trains, and that a resumed run goes on with.
 
     step: optimizer steps done; history: a dict per epoch; progress: of an epoch that is not at its end,
-    dict(batches, images, sums, counts) as EpochLog.progress returns it; kept: objects with a state_dict.
+    dict(batches, images, sums, counts) as EpochLog.progress returns it; kept: objects with a state_dict;
+    trained_on: contents_of the images that its weights were trained on before.
     """
 
     model: nn.Module
@@ -217,6 +218,7 @@ class TrainState:
     progress: dict = None
     kept: dict = field(default_factory=dict)
     live_weights: dict = None
+    trained_on: str = ""
 
     def keep(self, name, item):
         """Save an object with state_dict and load_state_dict, such as an average of weights or a queue, in

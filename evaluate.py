@@ -50,13 +50,12 @@ import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, OWN_DATA, InputError, count_of
 from dataio.classes import first_difference
-from dataio.contents import paths_in
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
 from dataio.images import stored_of
 from dataio.labels import NamedTwice
 from dataio.readers import may_be_equal
 from dataio.stratify import blocks_of
-from datasets import load_data
+from datasets import load_data, warn_of_trained_images
 from inference.predictor import Predictor, choose_protocol
 from inference.report import SCORES, existing_figures, report_page
 from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, FEW, bootstrap_interval, boundary_f1,
@@ -132,14 +131,6 @@ def load_other_folder(options, checkpoint, cache_dir):
 def has_training_files(data, checkpoint):
     """Return whether a DataSource has the files a model was trained on; True where that is not known."""
     return may_be_equal(checkpoint.get("data_fingerprint"), data.fingerprints()["data_fingerprint"])
-
-
-def warn_of_trained_images(samples, checkpoint):
-    """Print a warning where images that are scored were trained on, whatever they are called now."""
-    trained = paths_in(checkpoint.get("trained_on", ""), [sample.image for sample in samples])
-    if trained:
-        print(f"warning: {len(trained)} of {count_of(len(samples), 'image')} were trained on, such as "
-              f"{trained[0]}: the scores are too high")
 
 
 def check_classes(data, checkpoint, dataset):
@@ -352,7 +343,7 @@ def main():
     data, split = open_data(args, checkpoint)
     samples = split_samples(data, split)
     if split != "train":
-        warn_of_trained_images(samples, checkpoint)
+        warn_of_trained_images(samples, checkpoint.get("trained_on", ""))
     groups = group_images([str(sample.image) for sample in samples], args.group_by)
     out_dir = Path(args.out_dir) / "evaluation"
     utils.make_folder(out_dir)
