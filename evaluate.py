@@ -36,6 +36,7 @@ import csv
 import dataclasses
 import io
 import json
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,7 @@ import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, OWN_DATA, InputError, count_of
 from dataio.classes import first_difference
+from dataio.contents import hash_contents
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
 from dataio.images import stored_of
 from dataio.labels import NamedTwice
@@ -173,16 +175,20 @@ def warn_of_misfits(samples, rule):
 def score(predictor, loader, batch_size):
     """Return (ConfusionMatrix of all images, one record per image) of a Predictor's model and protocol.
 
-    A record is dict(name, cells, boundary): cells = [[truth, prediction, pixels], ...] of the image's own
-    confusion matrix, without zeros; boundary = [boundary F1 of each class, NaN where it has none].
+    A record is dict(name, content, cells, boundary): content = hashes of the image file and of its mask as it
+    is decoded; cells = [[truth, prediction, pixels], ...] of the image's own confusion matrix, without zeros;
+    boundary = [boundary F1 of each class, NaN where it has none].
     """
     model, records = predictor.model, []
+    hashes = hash_contents(sample.image for sample in loader.dataset.samples)
 
     def add_record(name, pred, mask, matrix):
         cells = torch.nonzero(matrix.counts)  # (n, 2)
         pixels = matrix.counts[cells[:, 0], cells[:, 1]]
         boundary = boundary_f1(pred.cpu().numpy(), mask.numpy(), model.num_classes).tolist()
-        records.append(dict(name=name, cells=torch.column_stack([cells, pixels]).tolist(), boundary=boundary))
+        content = f"{hashes[Path(name)]} {zlib.crc32(mask.contiguous().numpy()):08x}"
+        records.append(dict(name=name, content=content, cells=torch.column_stack([cells, pixels]).tolist(),
+                            boundary=boundary))
 
     predict = partial(predictor.predict_at, batch_size=batch_size)
     bar = tqdm(loader, "evaluating", unit="batch", leave=False, disable=None)
