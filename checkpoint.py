@@ -332,7 +332,7 @@ class Run:
     # --- resuming
     def restore(self, saved):
         """Continue a saved run. Raises InputError where the data or the number of processes are others."""
-        if missing := {*schema.Resumed.model_fields, *self.facts} - saved.keys():
+        if missing := {*schema.Resumed.model_fields, *self.facts} - {*saved, "extra_fingerprint"}:
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
         schema.check(schema.Resumed, saved, "last.pth")
         self.check_facts(saved)
@@ -369,6 +369,9 @@ class Run:
         if others := first_difference(saved["classes"], self.classes):
             raise InputError(f"the classes are not those the run was trained on ({others}): restore their "
                              "names and their order, or start a new run without --resume")
+        extra, other_extra = (facts.get("extra_fingerprint", "") for facts in (saved, self.facts))
+        if bool(extra) != bool(other_extra):
+            raise InputError(f"the run was started with{'' if extra else 'out'} --extra: give the same")
         fingerprints = self.facts.keys() - {"processes"}
         if not all(may_be_equal(saved[name], self.facts[name]) for name in fingerprints):
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
