@@ -305,7 +305,8 @@ class Run:
     settings: those of train.py as a dict of plain values; data: its DataSource; folder: the utils.RunFolder
     that it writes to; origins: where the weights came from, to be recorded. confusion: counts (K, K) of the
     last validation; stop: the utils.StopOnSignal that asks the run to end. Raises InputError for settings and
-    class names with which a checkpoint could not be read again, such as a folder with a line break.
+    class names with which a checkpoint could not be read again, such as a folder with a line break, and where
+    the processes of torchrun have other data.
     """
 
     def __init__(self, state, settings, data, folder, origins=None):
@@ -317,6 +318,9 @@ class Run:
         with utils.main_process_first():  # it may read all files
             self.facts = dict(data.fingerprints(), processes=world_size())
             images = contents_of(sample.image for sample in data.training)
+        if any(facts != self.facts for facts in utils.all_gather(self.facts)):
+            raise InputError("the processes do not have the same data (files, contents or split): every "
+                             "machine needs a complete copy")
         self.trained_on = joined(images, state.trained_on)
         backbone = state.model.backbone
         self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None

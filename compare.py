@@ -169,8 +169,9 @@ def read_json(path, form, lines=False):
 class SeedScores(NamedTuple):
     """Scores of one seed, its folds together.
 
-    images: names of the N images, sorted; contents: of metrics.json, "" where not known; counts: (N, 3, K) correct, true and predicted pixels; matrix: the
-    ConfusionMatrix of all images; boundary: (K,) boundary F1, the mean over the images.
+    images: names of the N images, sorted; contents: of metrics.json, "" where not known; counts: (N, 3, K)
+    correct, true and predicted pixels; matrix: the ConfusionMatrix of all images; boundary: (K,) boundary F1,
+    the mean over the images.
     """
 
     images: list

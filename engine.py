@@ -291,8 +291,8 @@ class EpochLog:
             yield batch
 
     def add(self, loss, terms, names, step=None, lr=0.0, weight=None):
-        """Note a batch: scalar tensors loss, terms and weight, file names, optimizer step (None: of validation),
-        learning rate.
+        """Note a batch: scalar tensors loss, terms and weight, file names, optimizer step (None: of
+        validation), learning rate.
         """
         terms = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
         values = {name: value.detach() for name, value in terms.items()}
@@ -313,8 +313,8 @@ class EpochLog:
             weight, loss = numbers[:2]
             if not math.isfinite(loss):
                 where = "in validation" if step is None else f"at step {step} (lr {lr:.2e})"
-                raise FloatingPointError(f"the loss is {loss} {where} in the batch {' '.join(names)}: check these "
-                                         "files, lower --lr or try --amp off")
+                raise FloatingPointError(f"the loss is {loss} {where} in the batch {' '.join(names)}: check "
+                                         "these files, lower --lr or try --amp off")
             if weight == 0 and loss != 0:
                 raise ValueError(f"the objective returned the loss {loss} with the weight 0 at step {step}, "
                                  "which changes nothing: return how many images it is a mean of")

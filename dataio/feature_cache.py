@@ -202,20 +202,22 @@ def file_facts(samples):
 
 
 def versions_of(samples):
-    """Return {Path: (state_of it, hash)} of all files on which the pixels of Samples depend. Raises InputError.
+    """Return {Path: (state_of it, hash)} of all files on which the pixels of Samples depend. Raises
+    InputError.
     """
     states = {path: state_of(path) for sample in samples for path in sample.files_read()}
     return {path: (states[path], digest) for path, digest in hash_contents(states).items()}
 
 
 def check_versions(samples, versions):
-    """Raise InputError where files of Samples no longer hold what they did at versions_of: what was read since
-    then must not be kept as theirs, not even by a run that is stopped.
+    """Raise InputError where files of Samples no longer hold what they did at versions_of: what was read
+    since then must not be kept as theirs, not even by a run that is stopped.
     """
     for path in (path for sample in samples for path in sample.files_read()):
         state, digest = versions.get(path, (None, None))
         if state_of(path) != state and hash_file(path) != digest:
-            raise InputError(f"--cache-features: {path} was changed while features were computed: start again")
+            raise InputError(f"--cache-features: {path} was changed while features were computed: start "
+                             "again")
 
 
 def reserve(files, facts, folder):

@@ -135,8 +135,8 @@ class DataSource:
 
 
 def marks_of(image):
-    """Return what the files beside an image say of its pixels, [] for nothing: the hash of .msk, and AUX_ENTRIES
-    of .aux.xml, to which viewers add statistics that change nothing. Raises InputError.
+    """Return what the files beside an image say of its pixels, [] for nothing: the hash of .msk, and
+    AUX_ENTRIES of .aux.xml, to which viewers add statistics that change nothing. Raises InputError.
     """
     marks = []
     for path in companions(image):

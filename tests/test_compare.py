@@ -325,8 +325,8 @@ def test_what_cannot_be_ranked_is_refused(tmp_path, refused, kind):
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
-def test_images_and_masks_that_were_edited_between_two_scorings_are_not_ranked(tmp_path, trained, refused, ranked,
-                                                                               kind):
+def test_images_and_masks_that_were_edited_between_two_scorings_are_not_ranked(tmp_path, trained, refused,
+                                                                               ranked, kind):
     """Also where a mask has as many pixels of every class as before."""
     (data, out), folders = trained, [tmp_path / name for name in ("first", "same", "other")]
     shutil.copytree(data, tmp_path / "data")

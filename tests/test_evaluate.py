@@ -281,8 +281,8 @@ def test_images_that_were_trained_on_are_counted_whatever_they_are_called(traine
 
 def test_what_the_head_was_trained_on_before_counts_too_also_when_resumed(tmp_path, run):
     data, first, second = write_folder(tmp_path / "data", count=6), tmp_path / "first", tmp_path / "second"
-    flags = ("--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--weights", "none", "--imgsz",
-             28, 28, "--batch-size", 4, "--workers", 0, "--epochs", 1)
+    flags = ("--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--weights", "none",
+             "--imgsz", 28, 28, "--batch-size", 4, "--workers", 0, "--epochs", 1)
     code, text, err = run(train, *flags, "--fold", "1/3", "--out-dir", first)
     assert code == 0 and "trained on" not in text, err
     head = "--head-weights", first / "last.pth"
