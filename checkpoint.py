@@ -21,7 +21,7 @@ import utils
 from config import DataOptions, InputError, count_of, fields_affecting, flag, has_meaning
 from dataio import schema
 from dataio.classes import ADE20K, VOC, first_difference
-from dataio.contents import contents_of
+from dataio.contents import contents_of, joined
 from dataio.image_rule import ImageRule
 from dataio.readers import may_be_equal
 from engine import LOG_EVERY
@@ -206,8 +206,8 @@ def check_backbone(hash_here, hash_in_training, spec, path):
 
 
 def load_head(model, path):
-    """Load the head of a checkpoint into a Segmenter with the same backbone; return the names of the classes
-    it was trained on. Raises InputError where head or backbone are others.
+    """Load the head of a checkpoint into a Segmenter with the same backbone; return the checkpoint. Raises
+    InputError where head or backbone are others.
     """
     checkpoint = read_checkpoint(path)
     spec, state = checkpoint["spec"], checkpoint["model"]
@@ -232,7 +232,7 @@ def load_head(model, path):
         if not torch.equal(state[name][:, theirs], getattr(model, name).cpu()[:, ours]):
             raise InputError(f"--head-weights {path} was trained with another --normalize: give the same one")
     load_strictly(model.head, of_module["head"], path)
-    return [name for name, _ in checkpoint["classes"]]
+    return checkpoint
 
 
 # --- official heads ---------------------------------------------------------------------------------------
@@ -305,7 +305,8 @@ class Run:
     settings: those of train.py as a dict of plain values; data: its DataSource; folder: the utils.RunFolder
     that it writes to; origins: where the weights came from, to be recorded. confusion: counts (K, K) of the
     last validation; stop: the utils.StopOnSignal that asks the run to end. Raises InputError for settings and
-    class names with which a checkpoint could not be read again, such as a folder with a line break.
+    class names with which a checkpoint could not be read again, such as a folder with a line break, and where
+    the processes of torchrun have other data.
     """
 
     def __init__(self, state, settings, data, folder, origins=None):
@@ -316,7 +317,11 @@ class Run:
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
         with utils.main_process_first():  # it may read all files
             self.facts = dict(data.fingerprints(), processes=world_size())
-            self.trained_on = contents_of(sample.image for sample in data.training)
+            images = contents_of(sample.image for sample in data.training)
+        if any(facts != self.facts for facts in utils.all_gather(self.facts)):
+            raise InputError("the processes do not have the same data (files, contents or split): every "
+                             "machine needs a complete copy")
+        self.trained_on = joined(images, state.trained_on)
         backbone = state.model.backbone
         self.backbone_sha256 = hash_backbone(backbone.state_dict()) if settings["save_head_only"] else None
         self.confusion, self.stop, self.saved_at = None, None, time.monotonic()
@@ -331,7 +336,7 @@ class Run:
     # --- resuming
     def restore(self, saved):
         """Continue a saved run. Raises InputError where the data or the number of processes are others."""
-        if missing := {*schema.Resumed.model_fields, *self.facts} - saved.keys():
+        if missing := {*schema.Resumed.model_fields, *self.facts} - {*saved, "extra_fingerprint"}:
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
         schema.check(schema.Resumed, saved, "last.pth")
         self.check_facts(saved)
@@ -368,6 +373,9 @@ class Run:
         if others := first_difference(saved["classes"], self.classes):
             raise InputError(f"the classes are not those the run was trained on ({others}): restore their "
                              "names and their order, or start a new run without --resume")
+        extra, other_extra = (facts.get("extra_fingerprint", "") for facts in (saved, self.facts))
+        if bool(extra) != bool(other_extra):
+            raise InputError(f"the run was started with{'' if extra else 'out'} --extra: give the same")
         fingerprints = self.facts.keys() - {"processes"}
         if not all(may_be_equal(saved[name], self.facts[name]) for name in fingerprints):
             raise InputError("the data set is not the one the run was trained on (files were added, removed "
@@ -385,6 +393,7 @@ class Run:
         restore_random_state(saved["random"])
         code_now = {name: value for name, value in self.origins.items() if name.startswith("hub")}
         self.origins, self.confusion = {**saved["origins"], **code_now}, saved["counts"]
+        self.trained_on = joined(self.trained_on, saved.get("trained_on", ""))  # that of --head-weights too
         state.history, state.step, state.progress = saved["history"], saved["step"], saved["progress"]
 
     def warn_of_changed_files(self):

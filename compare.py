@@ -169,11 +169,13 @@ def read_json(path, form, lines=False):
 class SeedScores(NamedTuple):
     """Scores of one seed, its folds together.
 
-    images: names of the N images, sorted; counts: (N, 3, K) correct, true and predicted pixels; matrix: the
-    ConfusionMatrix of all images; boundary: (K,) boundary F1, the mean over the images.
+    images: names of the N images, sorted; contents: of metrics.json, "" where not known; counts: (N, 3, K)
+    correct, true and predicted pixels; matrix: the ConfusionMatrix of all images; boundary: (K,) boundary F1,
+    the mean over the images.
     """
 
     images: list
+    contents: list
     counts: np.ndarray
     matrix: ConfusionMatrix
     boundary: np.ndarray
@@ -238,7 +240,7 @@ def make_column(runs):
                              "of them, or score folds on the images that validated them")
         seeds.append(score_seed(records, len(classes)))
     for seed in seeds[1:]:
-        if seed.images != seeds[0].images or not same_masks(seed, seeds[0]):
+        if seed.images != seeds[0].images or not same_pixels(seed, seeds[0]):
             raise InputError(f"{folders} differ in --seed alone, but were not scored on the same images: "
                              "give every seed the same folds")
     return Column(column_name([run.folder.name for run in runs]), classes, runs, seeds)
@@ -252,13 +254,18 @@ def score_seed(records, num_classes):
         truth, pred, pixels = torch.tensor(record["cells"], dtype=torch.int64).view(-1, 3).T
         matrix.counts[truth, pred] += pixels
     boundaries = np.array([record["boundary"] for record in records], float)  # null -> NaN
-    return SeedScores([record["name"] for record in records], counts_per_image(records, num_classes), matrix,
+    images, contents = zip(*((record["name"], record.get("content", "")) for record in records), strict=True)
+    return SeedScores([*images], [*contents], counts_per_image(records, num_classes), matrix,
                       nan_mean_per_class(boundaries))
 
 
-def same_masks(seed, other):
-    """Return whether the masks of two SeedScores have as many pixels of every class, image by image."""
-    return np.array_equal(seed.counts[:, 1], other.counts[:, 1])
+def same_pixels(seed, other):
+    """Return whether the images and masks of two SeedScores are the same, image by image: as many pixels of
+    every class and, as far as they are known, the same contents.
+    """
+    pairs = zip(seed.contents, other.contents, strict=True)
+    return np.array_equal(seed.counts[:, 1], other.counts[:, 1]) and \
+        all(content == another for content, another in pairs if content and another)
 
 
 def column_name(folder_names):
@@ -276,8 +283,8 @@ def check_comparable(first, other):
         what = f"the classes ({', '.join(first.classes[:5])} / {', '.join(other.classes[:5])})"
     elif [Path(name).name for name in seed.images] != [Path(name).name for name in other_seed.images]:
         what = f"the images that were scored ({len(seed.images)} / {len(other_seed.images)})"
-    elif not same_masks(seed, other_seed):
-        what = "the masks that were scored"
+    elif not same_pixels(seed, other_seed):
+        what = "the contents of the images or masks that were scored"
     else:
         return
     raise InputError(f"{first.runs[0].folder} and {other.runs[0].folder} cannot be ranked: {what} differ")

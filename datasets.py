@@ -21,7 +21,7 @@ from config import IGNORE, OWN_DATA, DataOptions, InputError, count_of
 from dataio import huggingface, schema
 from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
-from dataio.contents import hash_contents
+from dataio.contents import hash_contents, paths_in
 from dataio.folder import folder, refuse_file
 from dataio.labels import class_file
 from dataio.layout import existing, list_images, pair_files, read_list
@@ -275,6 +275,16 @@ def without_leaks(source):
         return source
     note = f"{count_of(leaks, 'training image')} of validation or test: left out of training"
     return dataclasses.replace(source, splits={**source.splits, "train": train}, notes=[*source.notes, note])
+
+
+def warn_of_trained_images(samples, contents):
+    """Print a warning where images that are scored were trained on, whatever they are called now; contents:
+    a text of contents_of the images of the training.
+    """
+    trained = paths_in(contents, [sample.image for sample in samples])
+    if trained:
+        print(f"warning: {len(trained)} of {count_of(len(samples), 'image')} that are scored were trained "
+              f"on, such as {trained[0]}: the scores are too high")
 
 
 def split_anew(source, options, cache_dir):

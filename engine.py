@@ -206,7 +206,8 @@ class TrainState:
     """All that changes while a run trains, and that a resumed run goes on with.
 
     step: optimizer steps done; history: a dict per epoch; progress: of an epoch that is not at its end,
-    dict(batches, images, sums, counts) as EpochLog.progress returns it; kept: objects with a state_dict.
+    dict(batches, images, sums, counts) as EpochLog.progress returns it; kept: objects with a state_dict;
+    trained_on: contents_of the images that its weights were trained on before.
     """
 
     model: nn.Module
@@ -217,6 +218,7 @@ class TrainState:
     progress: dict = None
     kept: dict = field(default_factory=dict)
     live_weights: dict = None
+    trained_on: str = ""
 
     def keep(self, name, item):
         """Save an object with state_dict and load_state_dict, such as an average of weights or a queue, in
@@ -288,8 +290,10 @@ class EpochLog:
                 return
             yield batch
 
-    def add(self, loss, terms, names, step=0, lr=0.0, weight=None):
-        """Note a batch: scalar tensors loss, terms and weight, file names, optimizer step, learning rate."""
+    def add(self, loss, terms, names, step=None, lr=0.0, weight=None):
+        """Note a batch: scalar tensors loss, terms and weight, file names, optimizer step (None: of
+        validation), learning rate.
+        """
         terms = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
         values = {name: value.detach() for name, value in terms.items()}
         weight = torch.ones_like(values["loss"]) if weight is None else weight.to(values["loss"])
@@ -308,8 +312,9 @@ class EpochLog:
         for numbers, (values, _, names, step, lr) in zip(rows, self.unread, strict=True):
             weight, loss = numbers[:2]
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step} (lr {lr:.2e}) in the batch "
-                                         f"{' '.join(names)}: check these files, lower --lr or try --amp off")
+                where = "in validation" if step is None else f"at step {step} (lr {lr:.2e})"
+                raise FloatingPointError(f"the loss is {loss} {where} in the batch {' '.join(names)}: check "
+                                         "these files, lower --lr or try --amp off")
             if weight == 0 and loss != 0:
                 raise ValueError(f"the objective returned the loss {loss} with the weight 0 at step {step}, "
                                  "which changes nothing: return how many images it is a mean of")

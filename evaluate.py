@@ -36,6 +36,7 @@ import csv
 import dataclasses
 import io
 import json
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -50,13 +51,13 @@ import visualize
 from checkpoint import data_options, load_model
 from config import IGNORE, OWN_DATA, InputError, count_of
 from dataio.classes import first_difference
-from dataio.contents import paths_in
+from dataio.contents import hash_contents
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
 from dataio.images import stored_of
 from dataio.labels import NamedTwice
 from dataio.readers import may_be_equal
 from dataio.stratify import blocks_of
-from datasets import load_data
+from datasets import load_data, warn_of_trained_images
 from inference.predictor import Predictor, choose_protocol
 from inference.report import SCORES, existing_figures, report_page
 from metrics import (BOUNDARY_BAND, BOUNDARY_TOLERANCE, FEW, bootstrap_interval, boundary_f1,
@@ -134,14 +135,6 @@ def has_training_files(data, checkpoint):
     return may_be_equal(checkpoint.get("data_fingerprint"), data.fingerprints()["data_fingerprint"])
 
 
-def warn_of_trained_images(samples, checkpoint):
-    """Print a warning where images that are scored were trained on, whatever they are called now."""
-    trained = paths_in(checkpoint.get("trained_on", ""), [sample.image for sample in samples])
-    if trained:
-        print(f"warning: {len(trained)} of {count_of(len(samples), 'image')} were trained on, such as "
-              f"{trained[0]}: the scores are too high")
-
-
 def check_classes(data, checkpoint, dataset):
     """Raise InputError where a DataSource does not have the classes of a model."""
     if difference := first_difference(checkpoint["classes"], data.classes):
@@ -182,16 +175,20 @@ def warn_of_misfits(samples, rule):
 def score(predictor, loader, batch_size):
     """Return (ConfusionMatrix of all images, one record per image) of a Predictor's model and protocol.
 
-    A record is dict(name, cells, boundary): cells = [[truth, prediction, pixels], ...] of the image's own
-    confusion matrix, without zeros; boundary = [boundary F1 of each class, NaN where it has none].
+    A record is dict(name, content, cells, boundary): content = hashes of the image file and of its mask as it
+    is decoded; cells = [[truth, prediction, pixels], ...] of the image's own confusion matrix, without zeros;
+    boundary = [boundary F1 of each class, NaN where it has none].
     """
     model, records = predictor.model, []
+    hashes = hash_contents(sample.image for sample in loader.dataset.samples)
 
     def add_record(name, pred, mask, matrix):
         cells = torch.nonzero(matrix.counts)  # (n, 2)
         pixels = matrix.counts[cells[:, 0], cells[:, 1]]
         boundary = boundary_f1(pred.cpu().numpy(), mask.numpy(), model.num_classes).tolist()
-        records.append(dict(name=name, cells=torch.column_stack([cells, pixels]).tolist(), boundary=boundary))
+        content = f"{hashes[Path(name)]} {zlib.crc32(mask.contiguous().numpy()):08x}"
+        records.append(dict(name=name, content=content, cells=torch.column_stack([cells, pixels]).tolist(),
+                            boundary=boundary))
 
     predict = partial(predictor.predict_at, batch_size=batch_size)
     bar = tqdm(loader, "evaluating", unit="batch", leave=False, disable=None)
@@ -352,7 +349,7 @@ def main():
     data, split = open_data(args, checkpoint)
     samples = split_samples(data, split)
     if split != "train":
-        warn_of_trained_images(samples, checkpoint)
+        warn_of_trained_images(samples, checkpoint.get("trained_on", ""))
     groups = group_images([str(sample.image) for sample in samples], args.group_by)
     out_dir = Path(args.out_dir) / "evaluation"
     utils.make_folder(out_dir)

@@ -40,7 +40,7 @@ from dataio.image_rule import ImageRule, check_fit, decide_rule
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
 from dataio.windows import WindowReader, check_room
-from datasets import check_trainable, load_data, with_extra
+from datasets import check_trainable, load_data, warn_of_trained_images, with_extra
 from losses import Criterion, check_class_weights, class_weights
 from metrics import best_row, has_stalled
 from model import ModelSpec, build_model
@@ -73,16 +73,18 @@ def build_state(config, data, device):
     with main_process_first():  # it may download
         model = build_model(spec, weights, config.unfreeze)
     model.normalize_bands(data.rule.mean, data.rule.std)
+    trained_on = ""
     if config.head_weights and not config.resume:
-        trained_on = load_head(model, config.head_weights)
-        print(f"the head starts from {config.head_weights}, trained on {', '.join(trained_on)}")
+        trained = load_head(model, config.head_weights)
+        names, trained_on = [name for name, _ in trained["classes"]], trained.get("trained_on", "")
+        print(f"the head starts from {config.head_weights}, trained on {', '.join(names)}")
     model = model.to(device)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     lr_scale = engine.backbone_scale(model, config.backbone_lr_scale)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, lr_scale)
     optimizer = engine.OPTIMIZERS[config.optimizer](groups)
-    return engine.TrainState(model, optimizer, utils.Precision(config.amp, device))
+    return engine.TrainState(model, optimizer, utils.Precision(config.amp, device), trained_on=trained_on)
 
 
 def build_criterion(config, data, device):
@@ -365,6 +367,7 @@ def run_training(flags, folder, saved=None):
     if saved:
         run.restore(saved)
     print_plan(config, data, state.model, state.precision)
+    warn_of_trained_images(data.splits["val"], run.trained_on)
     with utils.stopping_at_once(lambda: interrupted_message(folder, config)), folder:
         if state.history and is_main_process():  # a run may have been killed before it drew
             draw(run)

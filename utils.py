@@ -503,7 +503,7 @@ class RunFolder:
                 target = target.with_name(f"{target.name}_2")
             target.mkdir(parents=True)
             for path in earlier:
-                path.rename(target / path.name)
+                shutil.move(path, target / path.name)  # previous/ may be a link to another disk
             print(f"the earlier run in {self.path} was moved to {target}")
         self.owned = True
 

@@ -42,9 +42,19 @@ def contents_of(paths):
     return "".join(sorted({digest[:DIGITS] for digest in hash_contents(paths).values()}))
 
 
+def digests_in(contents):
+    """Return the set of what a text of contents_of holds: DIGITS of each hash."""
+    return {contents[start:start + DIGITS] for start in range(0, len(contents), DIGITS)}
+
+
+def joined(*texts):
+    """Return the text of contents_of for all files of several such texts."""
+    return "".join(sorted(set().union(*map(digests_in, texts))))
+
+
 def paths_in(contents, paths):
     """Return those Paths whose contents are in a text of contents_of. Raises InputError."""
-    known = {contents[start:start + DIGITS] for start in range(0, len(contents), DIGITS)}
+    known = digests_in(contents)
     hashes = hash_contents(paths) if known else {}
     return [path for path, digest in hashes.items() if digest[:DIGITS] in known]
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import zlib
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import InputError, count_of
-from dataio.contents import hash_contents
+from dataio.contents import hash_contents, hash_file, state_of
 from dataio.dataloader import Batches, collate, naming_files
 from dataio.readers import short_hash
 from models.backbones import features_of_parts
@@ -148,6 +149,7 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     for a model whose training does not start from what a frozen part of its backbone computes.
     """
     parts, folder = model.cached_parts(), Path(folder)
+    versions = versions_of(dataset.samples)
     model.eval()  # BatchNorm of a frozen backbone must not learn from the images that are cached
     files, facts = plan_files(model, parts, dataset, folder, precision, views)
     if local_rank() == 0:
@@ -160,12 +162,7 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
         raise InputError(f"--cache-features: the features of {count_of(len(missing), 'view')} are missing or "
                          f"damaged, and {locked} cannot be written: name another folder")
     if missing:
-        fill(model, parts, dataset, files, missing, precision, workers)
-        if {file_facts(dataset.samples)["contents"]} != {fact["contents"] for fact in facts.values()}:
-            for file in files.values():
-                file.sums_path.unlink(missing_ok=True)
-            raise InputError("--cache-features: images or masks were changed while their features were "
-                             "computed: start again")
+        fill(model, parts, dataset, files, missing, precision, workers, versions)
     barrier()
     targets = {name: file for name, file in files.items() if name not in parts}
     return CachedDataset(dataset, model, {part: files[part] for part in parts}, targets, views)
@@ -202,6 +199,25 @@ def file_facts(samples):
         base = os.path.commonpath(list(map(os.path.dirname, paths)))
         names = [os.path.relpath(path, base) for path in paths]
     return dict(names=short_hash(names), contents=short_hash([hashes[Path(path)] for path in paths]))
+
+
+def versions_of(samples):
+    """Return {Path: (state_of it, hash)} of all files on which the pixels of Samples depend. Raises
+    InputError.
+    """
+    states = {path: state_of(path) for sample in samples for path in sample.files_read()}
+    return {path: (states[path], digest) for path, digest in hash_contents(states).items()}
+
+
+def check_versions(samples, versions):
+    """Raise InputError where files of Samples no longer hold what they did at versions_of: what was read
+    since then must not be kept as theirs, not even by a run that is stopped.
+    """
+    for path in (path for sample in samples for path in sample.files_read()):
+        state, digest = versions.get(path, (None, None))
+        if state_of(path) != state and hash_file(path) != digest:
+            raise InputError(f"--cache-features: {path} was changed while features were computed: start "
+                             "again")
 
 
 def reserve(files, facts, folder):
@@ -257,8 +273,10 @@ def remove_outdated(facts, folder):
             print(f"the data set has changed: {file} is removed and computed again")
 
 
-def fill(model, parts, dataset, files, missing, precision, workers):
-    """Compute the entries `missing` (items of the dataset) of every file."""
+def fill(model, parts, dataset, files, missing, precision, workers, versions):
+    """Compute the entries `missing` (items of the dataset) of every file; versions: versions_of its samples,
+    by which the cache is named. Raises InputError for images and masks that were changed since.
+    """
     device = model.mean.device
     size = BATCH.get(device.type, 8)
     loader = Batches(dataset, size, missing, workers, pin_memory=device.type == "cuda")
@@ -269,8 +287,9 @@ def fill(model, parts, dataset, files, missing, precision, workers):
         for images, targets, _ in loader:
             values, size = parts_that_fit(model, parts, images, precision, size)
             values.update((name, target) for name, target in targets.items() if name in files)
-            for index in range(len(images)):
-                number = next(numbers)
+            batch = list(islice(numbers, len(images)))
+            check_versions([dataset.samples[number % len(dataset)] for number in batch], versions)
+            for index, number in enumerate(batch):
                 for key, file in files.items():
                     file.write(number, values[key][index])
             bar.update(len(images))

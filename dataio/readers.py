@@ -8,6 +8,7 @@ data is ignored. What is wrong with a file is an InputError that names it.
 """
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from config import IGNORE, InputError
-from dataio.contents import cache_home, hash_contents
+from dataio.contents import cache_home, hash_contents, hash_file
 from dataio.image_rule import PICTURES, ImageRule
 from dataio.images import (IMAGE_ENDINGS, TIFF_BITS, TIFF_COLORS, TIFF_SIGN, BandFile, check_size, companions,
                            load_array, naming_damage, no_data, open_image, stored_of, tiff_tags, upright,
@@ -29,6 +30,7 @@ OUTSIDE = 254  # entry of a value table for mask values that are no class: an er
 MASK_VALUES = range(-32768, 65536)  # that a mask may hold
 NODATA = MASK_VALUES[0] - 1  # stands for pixels that a mask file marks as no data
 FINGERPRINT = "files:"  # what the fingerprints of data begin with, since they are of what the files hold
+AUX_ENTRIES = re.compile(rb'<(?:NoDataValue|ColorInterp|ColorTable|Entry|MDI key="INTERNAL_MASK)[^>]*>[^<]*')
 COLORS = 1 << 24  # entries of a value table for masks painted in colors
 
 
@@ -118,6 +120,8 @@ class DataSource:
                                 if drawn not in path.parents])
         data = [(name(path), hashes.get(path)) for path in ordered]
         data += [hashlib.sha256(self.table).hexdigest(), [name for name, _ in self.classes]]
+        marks = {name(sample.image): marks_of(sample.image) for sample in samples}
+        data += [(image, said) for image, said in sorted(marks.items()) if said]
         if named := sorted({(target.name, target.kind) for sample in samples for target in sample.targets}):
             data.append(named)
         splits = [(split, sorted(name(sample.image) for sample in samples))
@@ -125,10 +129,23 @@ class DataSource:
         fingerprints = {"data_fingerprint": FINGERPRINT + short_hash(data),
                         "split_fingerprint": short_hash(splits)}
         if self.extra:
-            extra = [(sample.image.name, hashes[sample.image], *map(name, sample.files()[1:]))
-                     for sample in self.extra]
+            extra = [(sample.image.name, hashes[sample.image], *map(name, sample.files()[1:]),
+                      *marks_of(sample.image)) for sample in self.extra]
             fingerprints["extra_fingerprint"] = short_hash(extra)
         return fingerprints
+
+
+def marks_of(image):
+    """Return what the files beside an image say of its pixels, [] for nothing: the hash of .msk, and
+    AUX_ENTRIES of .aux.xml, to which viewers add statistics that change nothing. Raises InputError.
+    """
+    marks = []
+    for path in companions(image):
+        try:
+            marks += AUX_ENTRIES.findall(path.read_bytes()) if path.suffix == ".xml" else [hash_file(path)]
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    return marks
 
 
 def may_be_equal(fingerprint, other):

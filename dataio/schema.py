@@ -319,6 +319,7 @@ class Record(BaseModel):
     """The scores of one image: (class, class, pixels) of the confusion counts that are not 0."""
 
     name: StrictStr
+    content: Text = ""
     cells: list[tuple[ClassId, ClassId, Count]]
     boundary: list[Score]
 

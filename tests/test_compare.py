@@ -324,6 +324,23 @@ def test_what_cannot_be_ranked_is_refused(tmp_path, refused, kind):
     assert kind in refused(first, other)
 
 
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_images_and_masks_that_were_edited_between_two_scorings_are_not_ranked(tmp_path, trained, refused,
+                                                                               ranked, kind):
+    """Also where a mask has as many pixels of every class as before."""
+    (data, out), folders = trained, [tmp_path / name for name in ("first", "same", "other")]
+    shutil.copytree(data, tmp_path / "data")
+    for part in ("images", "masks"):  # another folder than that of the training, all of which is scored
+        (tmp_path / "data" / part / "09.png").unlink()
+    for folder in folders:
+        if folder.name == "other":
+            path = sorted((tmp_path / "data" / kind).iterdir())[0]
+            Image.fromarray(np.array(Image.open(path))[:, ::-1]).save(path)
+        call(evaluate, "--model", out / "last.pth", "--data-root", tmp_path / "data", "--out-dir", folder)
+    ranked(*folders[:2])
+    assert "contents" in refused(folders[0], folders[2])
+
+
 NO_NAME = [dict(cells=[], boundary=[0, 0])]
 NO_CLASS = [dict(name="a.png", cells=[[9, 9, 9]], boundary=[0, 0])]
 

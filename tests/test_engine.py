@@ -152,6 +152,11 @@ def test_a_loss_that_is_not_finite_names_its_files():
     with pytest.raises(FloatingPointError, match="step 2 .*image_4.png image_5.png") as error:
         run_epoch(pixelwise(), batches_of(images, masks, 2), criterion=criterion)
     assert "image_6" not in str(error.value)
+    net = pixelwise()
+    objective = Objective(net, lambda logits, labels: (logits.float().mean() * float("nan"), {}))
+    with pytest.raises(FloatingPointError, match="validation .*image_0.png") as error:
+        engine.evaluate(net, batches_of(images, masks, 2), Precision("off", torch.device("cpu")), objective)
+    assert "step" not in str(error.value)
 
 
 def test_gradients_are_clipped():

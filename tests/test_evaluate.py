@@ -24,6 +24,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 import evaluate
 import infer_image
+import train
 import utils
 from checkpoint import load_model, load_official
 from dataio.classes import ADE20K, VOC
@@ -276,6 +277,23 @@ def test_images_that_were_trained_on_are_counted_whatever_they_are_called(traine
     assert code == 0 and text.count("warning: 1 of 5 images") == 1 and "images/a.png" in text, err
     code, text, err = run(evaluate, *flags)
     assert code == 0 and "warning" not in text, err
+
+
+def test_what_the_head_was_trained_on_before_counts_too_also_when_resumed(tmp_path, run):
+    data, first, second = write_folder(tmp_path / "data", count=6), tmp_path / "first", tmp_path / "second"
+    flags = ("--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--weights", "none",
+             "--imgsz", 28, 28, "--batch-size", 4, "--workers", 0, "--epochs", 1)
+    code, text, err = run(train, *flags, "--fold", "1/3", "--out-dir", first)
+    assert code == 0 and "trained on" not in text, err
+    head = "--head-weights", first / "last.pth"
+    code, text, err = run(train, *flags, "--fold", "2/3", *head, "--out-dir", second)
+    assert code == 0 and "warning: 2 of 2 images" in text, err
+    shutil.rmtree(first)
+    for epochs in (1, 2):
+        code, text, err = run(evaluate, "--model", second / "last.pth", "--out-dir", second)
+        assert code == 0 and "warning: 2 of 2 images" in text, err
+        if epochs == 1:
+            assert run(train, "--resume", "--epochs", 2, "--out-dir", second)[0] == 0
 
 
 @pytest.mark.parametrize("tool", ["YOLO, classes.txt", "SuperAnnotate", "labelme"])

@@ -113,5 +113,7 @@ def test_a_run_with_more_images_resumes_scores_and_notices_their_change(tmp_path
     next((moved / "images").iterdir()).unlink()
     shutil.rmtree(moved / "masks")
     shutil.copytree(data / "masks", moved / "masks")
+    code, _, err = run(train, "--resume", "--epochs", 4, "--extra", "", "--out-dir", out)
+    assert code == 2 and "--extra" in err and err.count("\n") == 1  # an empty variable of a shell
     code, _, err = run(train, "--resume", "--epochs", 4, "--extra", moved, "--out-dir", out)
     assert code == 2 and err.count("\n") == 1

@@ -377,16 +377,19 @@ def test_a_file_with_another_content_of_the_same_size_is_noticed(tmp_path):
 
 
 def test_a_file_that_changes_while_features_are_computed_leaves_none(samples, tmp_path, monkeypatch, passes):
-    fill = cache.fill
+    """Even where the run is stopped at once and the file is restored."""
+    fill, content = cache.fill, samples[0].image.read_bytes()
 
-    def fill_and_change(*args):
-        fill(*args)
+    def change_and_fill(*args):
         pixels = np.array(Image.open(samples[0].image))
         Image.fromarray(255 - pixels).save(samples[0].image)
+        fill(*args)
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, refused("--cache-features"):
-        patch.setattr(cache, "fill", fill_and_change)
+    with monkeypatch.context() as patch, refused("--cache-features", samples[0].image):
+        patch.setattr(cache, "fill", change_and_fill)
         cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
+    samples[0].image.write_bytes(content)
     net, dataset = tiny(), training_set(samples)
     cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32)
     for index in range(len(samples)):

@@ -3,6 +3,7 @@ import json
 import warnings
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -915,3 +916,20 @@ def test_statistics_that_a_program_writes_beside_images_change_no_fingerprint(tm
         file.statistics(1)
     assert (data / "images/0.tif.aux.xml").exists()
     assert load_data(options, tmp_path).fingerprints() == before
+
+
+def test_what_files_beside_images_say_of_their_pixels_changes_the_fingerprint(tmp_path):
+    data = write_set(tmp_path / "data", "12", 3, 4)
+    options = DataOptions(dataset="folder", data_root=str(data))
+    seen = [load_data(options, tmp_path).fingerprints()["data_fingerprint"]]
+    path = data / "images/0.tif"
+    for row in (0, 1):
+        valid = np.full(stored_of(path).size, 255, np.uint8)
+        valid[row] = 0
+        write_tiff(data / "images/0.tif.msk", valid[None])
+        seen.append(load_data(options, tmp_path).fingerprints()["data_fingerprint"])
+    for value in (7, 8):
+        Path(f"{path}.aux.xml").write_text("<PAMDataset><PAMRasterBand band='1'><NoDataValue>"
+                                           f"{value}</NoDataValue></PAMRasterBand></PAMDataset>")
+        seen.append(load_data(options, tmp_path).fingerprints()["data_fingerprint"])
+    assert len(set(seen)) == 5

@@ -420,6 +420,13 @@ def test_weights_that_are_not_finite_replace_no_others(data, straight, tmp_path,
     same_run(straight(), tmp_path)
 
 
+def test_processes_with_other_data_are_refused_before_anything_is_written(data, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(utils, "all_gather", lambda value: [value, dict(value, data_fingerprint="files:0")])
+    code, _, err = run(train, *flags_of(data, tmp_path / "out"))
+    assert code == 2 and "data" in err and err.count("\n") == 1
+    assert not (tmp_path / "out/last.pth").exists()
+
+
 def test_files_that_change_while_a_run_trains_are_noticed_at_its_end(data, tmp_path, run, monkeypatch):
     copy = shutil.copytree(data, tmp_path / "data")
 

@@ -81,6 +81,18 @@ def write_run(path, *names, resume=False):
         assert folder.saved == (path / "last.pth").exists()
 
 
+def test_an_earlier_run_is_moved_to_another_disk_too(tmp_path, monkeypatch):
+    def rename(*args):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    write_run(tmp_path, "last.pth", "valid_preds/epoch_001.png")
+    monkeypatch.setattr(os, "rename", rename)
+    write_run(tmp_path, "last.pth", "config.json")
+    (earlier,) = (tmp_path / "previous").iterdir()
+    assert (earlier / "valid_preds/epoch_001.png").exists() and "epoch" in (earlier / "last.pth").read_text()
+    assert not (tmp_path / "valid_preds").exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capfd, code):
     fcntl = pytest.importorskip("fcntl")
