@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import train
+from dataio.contents import paths_in
 from dataio.readers import read_sample
 from datasets import with_extra
 from losses import class_weights
@@ -107,6 +108,8 @@ def test_a_run_with_more_images_resumes_scores_and_notices_their_change(tmp_path
     moved = pseudo.rename(tmp_path / "elsewhere")
     code, text, err = run(evaluate, "--model", out / "last.pth", "--out-dir", out)
     assert code == 0 and "2 images" in text, err  # which needs none of them
+    trained_on = torch.load(out / "last.pth")["trained_on"]
+    assert len(paths_in(trained_on, (moved / "images").iterdir())) == 4
     code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", out)
     assert code == 2 and "--extra " in err and "pseudo" in err and err.count("\n") == 1
     assert run(train, "--resume", "--epochs", 3, "--extra", moved, "--out-dir", out)[0] == 0
