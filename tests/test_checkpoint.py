@@ -289,6 +289,15 @@ def test_a_run_without_what_is_kept_now_does_not_resume(new_run, tmp_path):
         new_run.restore(read_checkpoint(tmp_path / "last.pth"))
 
 
+def test_an_earlier_run_is_moved_before_an_epoch_is_saved_halfway(new_run, tmp_path):
+    for name in ("best_model_iou.pth", "last.pth"):
+        (tmp_path / name).write_text("earlier")
+    new_run.save()
+    assert {path.name for path in tmp_path.glob("previous/*/*")} == {"best_model_iou.pth", "last.pth"}
+    assert read_checkpoint(tmp_path / "last.pth") and (tmp_path / "config.json").exists()
+    assert not (tmp_path / "best_model_iou.pth").exists()
+
+
 def test_processes_that_read_a_run_before_and_after_it_was_saved_do_not_resume(new_run, tmp_path, monkeypatch):
     new_run.save()
     monkeypatch.setattr(utils, "all_gather", lambda value: [value, (value[0], value[1] + 1)])

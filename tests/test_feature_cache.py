@@ -377,16 +377,17 @@ def test_a_file_with_another_content_of_the_same_size_is_noticed(tmp_path):
 
 
 def test_a_file_that_changes_while_features_are_computed_leaves_none(samples, tmp_path, monkeypatch, passes):
-    fill = cache.fill
+    fill, before = cache.fill, samples[0].image.read_bytes()
 
-    def fill_and_change(*args):
-        fill(*args)
+    def change_and_fill(*args):
         pixels = np.array(Image.open(samples[0].image))
         Image.fromarray(255 - pixels).save(samples[0].image)
+        fill(*args)
 
     with monkeypatch.context() as patch, refused("--cache-features"):
-        patch.setattr(cache, "fill", fill_and_change)
+        patch.setattr(cache, "fill", change_and_fill)
         cache_features(tiny(), training_set(samples), tmp_path / "cache", FLOAT32)
+    samples[0].image.write_bytes(before)
     net, dataset = tiny(), training_set(samples)
     cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32)
     for index in range(len(samples)):
@@ -526,8 +527,17 @@ def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, 
         (tmp_path / "file").write_text("")
         more = ["--cache-features", folder]
         code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
-        assert code == 2 and str(folder) in err and err.count("\n") == 1
+        assert code == 2 and err.count("\n") == 1 and all(map(err.__contains__, ("--cache-features", str(folder))))
         assert not list((tmp_path / "cache").glob("*_*")) and not (tmp_path / "out/config.json").exists()
+
+
+def test_files_of_another_user_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def denied(path, **_):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(cache.Path, "unlink", denied)  # of their files, in a folder with the sticky bit
+    with refused("--cache-features", tmp_path / "a.sums", "another user"):
+        cache.EntryFile(tmp_path / "a.bin", 1, (1,), torch.float32).create({})
 
 
 TINY = ("--backbone", "vit_tiny")
