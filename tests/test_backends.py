@@ -202,6 +202,9 @@ def test_broken_files_are_one_line(trained, exported, tmp_path, run, ending, dam
     {"protocol": {"window": [28, 42], "slide": True, "stride": [28, 43]}},  # leaves out pixels
     {"protocol": {"window": [28, 42], "tile": 2.0, "stride": [20, 21]}},
     {"protocol": {"window": [28, 42], "slide": True}},
+    {"protocol": {"window": [28, 42], "tile": 1e-5, "stride": [20, 21]}},  # tiles as large as no image is
+    {"protocol": {"window": [28, 42], "scales": [1e-5]}}, {"protocol": {"window": [28, 42], "scales": [1e5]}},
+    {"trained_on": "no hash"},
     {"checksum": "crc32:1"}], ids=str)
 def test_metadata_that_export_did_not_write(change):
     good = {"format": "dinoseg", "imgsz": [28, 42], "batch": 1, "classes": [["a", [0, 0, 0]]]}

@@ -63,6 +63,9 @@ def test_classes_are_matched_by_name_and_painted_masks_take_colors(tmp_path, pse
     lookup[:3] = 2, 0, 1
     for path, mask in masks_of(both.extra, both.table).items():
         assert (mask == lookup[np.array(Image.open(pseudo / "masks" / path))]).all()
+    changed = next((pseudo / "masks").iterdir())
+    Image.fromarray(np.zeros((45, 61), np.uint8)).save(changed)  # not those that were written before
+    assert (masks_of(with_extra(source, pseudo).extra, both.table)[changed.name] == 2).all()
     (pseudo / "classes.txt").write_text("pool\nground\nboat\n")
     with refused("--extra", pseudo, "boat"):
         with_extra(source, pseudo)

@@ -123,7 +123,7 @@ def test_a_lock_is_waited_for_as_long_as_asked_and_open_to_all_users(tmp_path):
     utils.acquire(lock, "--flag")
     assert lock.is_locked and leave.is_set()
     lock.release()
-    umask = os.umask(0)
+    umask = os.umask(0o022)
     try:
         with RunFolder(tmp_path) as folder:
             assert os.stat(folder.lock.lock_file).st_mode & 0o777 == 0o666

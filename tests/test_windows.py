@@ -231,7 +231,7 @@ def test_the_cache_is_of_these_files_this_table_and_this_code(tmp_path, monkeypa
     sample.mask.write_bytes(content[::-1])  # damaged, and of the same size and time
     os.utime(sample.mask, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with refused(sample.mask):
-        read()
+        WindowReader([sample], TABLE, folder).read(0, 0, 0, 45, 61)
     sample.mask.write_bytes(content)
     read()
     files = [len(list(path.iterdir())) for path in (folder, points)]
