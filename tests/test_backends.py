@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,6 +22,7 @@ import evaluate
 import export
 import infer_image
 import infer_video
+import utils
 from checkpoint import load_model, pack_checkpoint
 from config import InputError
 from dataio.image_rule import ImageRule
@@ -370,20 +372,42 @@ def test_what_a_killed_export_left_is_removed_and_another_at_work_is_not(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "m.onnx", "m.pth"]
 
 
-def test_the_weights_of_an_export_never_stand_beside_an_earlier_file(tmp_path, monkeypatch):
-    for folder, text in ((tmp_path / "new", "new"), (tmp_path, "old")):
+def test_exports_to_one_file_take_turns_and_what_cannot_be_written_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    with export.working_folder(path) as folder:
+        with refused("m.onnx"), export.working_folder(path):
+            pass
+        assert folder.is_dir()
+        monkeypatch.setattr(export, "write_exported", mock.Mock(side_effect=OSError(28, "No space left")))
+        with refused("m.onnx", tmp_path, "No space left"):
+            export.write(None, None, {}, folder / path.name)
+    path.write_text("")
+    with refused("--out", path), export.working_folder(path / "m.onnx"):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("new", "old"), [
+    (("m.xml", "m.bin"), ("m.xml", "m.bin")), (("m.onnx",), ("m.onnx", "m.onnx.data")),
+    (("m.onnx", "m.onnx.data"), ("m.onnx",))], ids=str)
+def test_the_weights_of_an_export_never_stand_beside_an_earlier_file(tmp_path, monkeypatch, new, old):
+    """Nor are they left alone by a signal."""
+    for folder, names in ((tmp_path / "new", new), (tmp_path, old)):
         folder.mkdir(exist_ok=True)
-        for name in ("m.xml", "m.bin"):
-            (folder / name).write_text(text)
+        for name in names:
+            (folder / name).write_text("old" if folder == tmp_path else "new")
     states, replace = [], os.replace
 
     def watched(source, target):
         replace(source, target)
         states.append({path.name: path.read_text() for path in tmp_path.glob("m.*")})
+        if len(states) == 1:  # a second one would not wait
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(os, "replace", watched)
-    export.move_files(tmp_path / "new/m.xml", tmp_path / "m.xml")
-    assert states == [{"m.bin": "new"}, {"m.bin": "new", "m.xml": "new"}]
+    with utils.stopping_at_once(str):
+        export.move_files(tmp_path / "new" / new[0], tmp_path / new[0])
+    assert states == [dict.fromkeys(new[number:], "new") for number in reversed(range(len(new)))]
 
 
 @pytest.mark.parametrize(("flags", "named"), [

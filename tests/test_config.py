@@ -322,11 +322,14 @@ def test_ctrl_c_ends_a_script_that_still_imports_without_a_traceback(tmp_path, c
     assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
-@pytest.mark.parametrize(("handler", "imported", "ends"), [
-    (signal.default_int_handler, False, True), (signal.default_int_handler, True, False),
-    (signal.SIG_IGN, False, False)], ids=["starts", "in main", "nohup"])
-def test_ctrl_c_is_left_alone_in_main_and_where_it_is_ignored(monkeypatch, handler, imported, ends):
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "train.py"))
+@pytest.mark.parametrize(("script", "handler", "imported", "ends"), [
+    (ROOT / "train.py", signal.default_int_handler, False, True),
+    (ROOT / "train.py", signal.default_int_handler, True, False),
+    (ROOT / "train.py", signal.SIG_IGN, False, False),
+    ("/elsewhere/train.py", signal.default_int_handler, False, False)],
+    ids=["starts", "in main", "nohup", "another's"])
+def test_ctrl_c_is_left_alone_where_it_is_not_ours(monkeypatch, script, handler, imported, ends):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
     if not imported:
         monkeypatch.delitem(sys.modules, "torch")
     before = signal.signal(signal.SIGINT, handler)

@@ -63,7 +63,7 @@ def copy_clip(source, target, **options):
 
 @pytest.mark.parametrize(("fps", "want"), [
     (29.97, "30000/1001"), (29.97002997, "30000/1001"), (23.976, "24000/1001"), (59.94, "60000/1001"),
-    (30.0, "30"), (25.0, "25"), (12.5, "25/2"), (10.0, "10"), (0.0, "30"), (float("nan"), "30"), (1e-5, "30"),
+    (30.0, "30"), (25.0, "25"), (12.5, "25/2"), (10.0, "10"), (0.0, "30"), (0.5, "1/2"), (float("nan"), "30"), (1e-5, "30"),
     (90000.0, "30")])
 def test_frame_rates_as_fractions(fps, want):
     assert exact_rate(fps) == Fraction(want)
@@ -210,10 +210,10 @@ def test_write_behind_keeps_the_order_and_reports_what_fails():
 
 
 # --- sound, time stamps, pipes, streams, full disks -------------------------------------------------------
-def write_sound(path, seconds=1):
+def write_sound(path, seconds=1, codec="aac"):
     """Write a clip of 25 frames/s with a tone."""
     with av.open(str(path), "w") as container:
-        picture, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=48000)
+        picture, sound = container.add_stream("libx264", rate=25), container.add_stream(codec, rate=48000)
         picture.height, picture.width, picture.pix_fmt = 48, 64, "yuv420p"
         for number, frame in enumerate(frames(25 * seconds)):
             container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -254,13 +254,16 @@ def test_sound_is_copied_as_it_is(tmp_path):
     assert after == before[:len(after)] and len(after) >= len(before) - 2
     silent = write_clip(tmp_path / "silent.mp4", 2)
     assert copy_clip(silent, tmp_path / "c.mp4", sound_of=silent).sound is None
+    other = write_sound(tmp_path / "pcm.mkv", codec="pcm_f32le")  # no player takes it in an .mp4
+    assert copy_clip(other, tmp_path / "d.mp4", sound_of=other).sound is None
+    assert len(list(VideoReader(tmp_path / "d.mp4"))) == 25
 
 
-@pytest.mark.parametrize("ending", [".ts", ".mkv"])
+@pytest.mark.parametrize("ending", [".ts", ".mkv", ".avi"])
 def test_sound_and_picture_that_start_late_are_copied_in_step(tmp_path, ending):
     source = write_sound(tmp_path / f"a{ending}")  # .ts starts at 1.4 s
     assert copy_clip(source, tmp_path / "b.mp4", sound_of=source).sound.seconds > 0.8
-    assert not VideoReader(source).ended_early(10)  # such files do not store how many frames they hold
+    assert VideoReader(source).start == 0 and (ending == ".avi") == VideoReader(source).ended_early(10)  # such files do not store how many frames they hold
     with av.open(str(tmp_path / "b.mp4")) as container:
         starts = [float(stream.start_time * stream.time_base) for stream in container.streams]
     assert len(starts) == 2 and abs(starts[0] - starts[1]) < 0.1
@@ -332,14 +335,15 @@ BURST = ([number / 2 for number in range(6)] + [3 + number / 50 for number in ra
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
-@pytest.mark.parametrize(("times", "beeps", "length"), [
-    (BURST, [1, 4, 7], 8), ([*STEADY, *(19 + time for time in STEADY)], [1, 3, 20, 22], 23)],
-    ids=["burst", "pause"])
-def test_picture_and_sound_stay_together_where_the_rate_varies(tmp_path, ending, times, beeps, length):
-    source = write_beeps(tmp_path / f"a.{ending}", times, beeps, length)
+@pytest.mark.parametrize(("times", "beeps", "length", "start"), [
+    (BURST, [1, 4, 7], 8, 0), (BURST, [1, 4, 7], 9, 0.5),
+    ([*STEADY, *(19 + time for time in STEADY)], [1, 3, 20, 22], 23, 0)], ids=["burst", "late", "pause"])
+def test_picture_and_sound_stay_together_where_the_rate_varies(tmp_path, ending, times, beeps, length, start):
+    source = write_beeps(tmp_path / f"a.{ending}", times, beeps, length, start)
     made = copy_clip(source, tmp_path / "b.mp4", sound_of=source)
     shown, white, heard, end = read_beeps(tmp_path / "b.mp4")
-    assert np.allclose(shown, times, atol=1e-4) and np.allclose(white, beeps, atol=1e-4)
+    assert np.allclose(shown, np.add(times, shown[0]), atol=1e-4) and abs(shown[0] - start) < 0.03
+    assert np.allclose(white, beeps, atol=0.03)
     assert np.allclose(heard, beeps, atol=0.03) and abs(end - length) < 0.1
     with av.open(str(tmp_path / "b.mp4")) as container:
         stream = container.streams.video[0]
@@ -396,12 +400,15 @@ def test_picture_and_sound_stay_together_where_recordings_were_joined(tmp_path, 
     copy_clip(tmp_path / "joined.ts", tmp_path / "b.mp4", sound_of=tmp_path / "joined.ts")
     shown, white, heard, _ = read_beeps(tmp_path / "b.mp4")
     parts = 4 if jump else 2
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        stream = container.streams.video[0]
+        assert abs(float(stream.duration * stream.time_base) + shown[0] - shown[-1] - 0.04) < 0.02
     assert len(shown) == 100 * parts and np.all(np.diff(shown) > 0.03) and max(np.diff(shown)) < 0.5
     assert len(white) == 2 * parts and np.allclose(white, heard, atol=0.03)
 
 
 @pytest.mark.parametrize("times", [[0, 1, 2, 600, 601], [0, 1, 2, *(3 + time for time in STEADY)],
-                                   [*STEADY, 5, 6, 7], STEADY, [0]], ids=len)
+                                   [*STEADY, 5, 6, 7], STEADY, [0], [0, 0.04, 0.0401]], ids=len)
 def test_the_length_of_a_clip_is_the_end_of_its_last_frame(tmp_path, times):
     """In the edit list too, by which browsers show it; the first frames may be decoded long before."""
     with VideoWriter(tmp_path / "a.mp4", (48, 64), 25) as writer:
@@ -430,9 +437,15 @@ def test_a_recording_cut_off_in_front_keeps_its_sound_in_step(tmp_path, run):
     assert len(shown) == 5 and abs(end - shown[-1]) < 0.15
 
 
+def test_a_source_without_times_is_shown_at_its_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoReader, "own_seconds", lambda reader: 0.0)
+    reader = VideoReader(write_clip(tmp_path / "a.mp4", 5, Fraction(25)))
+    assert np.allclose([seconds for _, seconds in reader.timed()], np.arange(5) / 25)
+
+
 def test_frames_are_shown_when_the_source_shows_them(tmp_path):
-    times = [0, 1, 2, 3, 25, 26, 50, 51, 75, 76, 77, 100, 5000]  # 12 frames in 4 seconds, and one for minutes
-    assert copy_clip(write_frames(tmp_path / "a.mkv", times), tmp_path / "b.mp4").frames == 13
+    times = [0, 1, 2, 3, 25, 26, 50, 51, 75, 76, 77, 100]  # 12 frames in 4 seconds, unevenly
+    assert copy_clip(write_frames(tmp_path / "a.mkv", times), tmp_path / "b.mp4").frames == 12
     with av.open(str(tmp_path / "b.mp4")) as container:
         assert [round(float(frame.time) * 25) for frame in container.decode(video=0)] == times
 
