@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -266,6 +268,16 @@ def test_files_are_those_that_were_exported(exported, tmp_path, ending):
     weights.write_bytes(content)
     with refused(path):
         load_model(path)
+
+
+def test_a_checksum_is_of_the_file_but_itself_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "blocks_of", lambda file: iter(partial(file.read, 20), b""))
+    own, path = "crc32:12345678", tmp_path / "m.onnx"
+    for start in range(45):
+        content = bytes(range(start)) + b"%s" + b"end"
+        path.write_bytes(content.replace(b"%s", own.encode()))
+        blank = content.replace(b"%s", backends.NO_CHECKSUM.encode())
+        assert backends.checksum(path, own) == f"crc32:{zlib.crc32(blank):08x}"
 
 
 def test_weights_beside_an_onnx_file_belong_to_it(tmp_path, run, monkeypatch):

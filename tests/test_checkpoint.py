@@ -298,7 +298,7 @@ def test_an_earlier_run_is_moved_before_an_epoch_is_saved_halfway(new_run, tmp_p
     assert not (tmp_path / "best_model_iou.pth").exists()
 
 
-def test_processes_that_read_a_run_before_and_after_it_was_saved_do_not_resume(new_run, tmp_path, monkeypatch):
+def test_processes_that_read_a_run_before_and_after_a_save_do_not_resume(new_run, tmp_path, monkeypatch):
     new_run.save()
     monkeypatch.setattr(utils, "all_gather", lambda value: [value, (value[0], value[1] + 1)])
     with refused("last.pth", "start them again"):

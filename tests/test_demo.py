@@ -86,7 +86,7 @@ def test_what_is_too_large_for_a_page_is_refused_before_it_is_decoded(tmp_path, 
         demo.segment(predictor, tmp_path / "gone.png", 0.5)
 
 
-def test_a_page_computes_one_image_at_a_time_and_names_it_as_the_client_does(tmp_path, model_file, monkeypatch):
+def test_a_page_computes_one_image_at_a_time_and_names_it_as_clients_do(tmp_path, model_file, monkeypatch):
     """Also where gradio gives up on a request, whose thread goes on."""
     pytest.importorskip("gradio")
     page = demo.build_page(Predictor(*load_model(model_file), "cpu"), 0.5)
