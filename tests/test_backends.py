@@ -394,7 +394,7 @@ def test_exports_to_one_file_take_turns_and_what_cannot_be_written_is_named(tmp_
         with refused("m.onnx", tmp_path, "No space left"):
             export.write(None, None, {}, folder / path.name)
     path.write_text("")
-    with refused("--out", path), export.working_folder(path / "m.onnx"):
+    with refused("--out:", path), export.working_folder(path / "m.onnx"):
         pass
     assert list(tmp_path.iterdir()) == [path]
 

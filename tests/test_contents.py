@@ -71,7 +71,7 @@ def test_a_file_put_in_the_place_of_another_is_read_where_the_system_keeps_no_ti
 
 @pytest.mark.parametrize(("seconds", "reads"), [(1, 2), (3, 1)])
 def test_the_hash_of_a_file_that_may_change_is_not_kept(tmp_path, read, monkeypatch, seconds, reads):
-    """Of one that came a second ago, though the time of its content is another's; clocks tick in up to 2 s."""
+    """Of one that came a second ago, though the time of its content is old; clocks tick in up to 2 s."""
     monkeypatch.setattr(contents, "SETTLED", SETTLED)
     path = write(tmp_path / "a/1", b"x", like=SimpleNamespace(st_atime_ns=0, st_mtime_ns=0))
     now = path.stat().st_ctime_ns + seconds * 10 ** 9
