@@ -115,8 +115,7 @@ def main():
     if args.show:
         visualize.require_display()
     require_encoder()
-    with utils.stopping_at_once(lambda: f"stopped before --input {args.input} sent a frame"):
-        reader = VideoReader(args.input)
+    reader = VideoReader(args.input)
     background = Background(args.cutout, reader.size) if args.cutout else None
     expected = min(filter(None, (reader.count, args.max_frames)), default=None)
     model, checkpoint = load_model(args.model)

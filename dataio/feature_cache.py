@@ -229,7 +229,7 @@ def reserve(files, facts, folder):
     except OSError as error:
         raise InputError(f"--cache-features: {folder} cannot be made ({error.strerror}): name another "
                          "folder") from None
-    lock = FileLock(folder / ".cache.lock", mode=0o666)  # of all who share the folder, as far as umask allows
+    lock = FileLock(folder / ".cache.lock", mode=0o666)  # of all who share the folder
     if not all(file.is_complete() for file in files):  # what is complete needs no lock, nor a writable folder
         if not os.access(folder, os.W_OK):
             raise InputError(f"--cache-features: {folder} does not hold all features of these images and "

@@ -178,9 +178,9 @@ def result_names(paths, endings):
     stems = {}  # of each folder: {stem: names of its files}
     for folder in {path.parent for path in paths}:
         with suppress(OSError):
-            files = (Path(entry.name) for entry in os.scandir(folder) if entry.is_file())
-            stems[folder] = grouped((file for file in files if not file.name.startswith(".")
-                                     and file.suffix.lower() in endings), lambda file: file.stem)
+            files = (Path(name) for name in os.listdir(folder))
+            stems[folder] = grouped((file for file in files if file.suffix.lower() in endings),
+                                    lambda file: file.stem)
     return [result_name(path, stems.get(path.parent, {})) for path in paths]
 
 

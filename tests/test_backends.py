@@ -6,7 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,6 +24,7 @@ import evaluate
 import export
 import infer_image
 import infer_video
+import utils
 from checkpoint import load_model, pack_checkpoint
 from config import InputError
 from dataio.image_rule import ImageRule
@@ -202,6 +206,9 @@ def test_broken_files_are_one_line(trained, exported, tmp_path, run, ending, dam
     {"protocol": {"window": [28, 42], "slide": True, "stride": [28, 43]}},  # leaves out pixels
     {"protocol": {"window": [28, 42], "tile": 2.0, "stride": [20, 21]}},
     {"protocol": {"window": [28, 42], "slide": True}},
+    {"protocol": {"window": [28, 42], "tile": 1e-5, "stride": [20, 21]}},  # tiles as large as no image is
+    {"protocol": {"window": [28, 42], "scales": [1e-5]}}, {"protocol": {"window": [28, 42], "scales": [1e5]}},
+    {"trained_on": "no hash"},
     {"checksum": "crc32:1"}], ids=str)
 def test_metadata_that_export_did_not_write(change):
     good = {"format": "dinoseg", "imgsz": [28, 42], "batch": 1, "classes": [["a", [0, 0, 0]]]}
@@ -261,6 +268,16 @@ def test_files_are_those_that_were_exported(exported, tmp_path, ending):
     weights.write_bytes(content)
     with refused(path):
         load_model(path)
+
+
+def test_a_checksum_is_of_the_file_but_itself_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "blocks_of", lambda file: iter(partial(file.read, 20), b""))
+    own, path = "crc32:12345678", tmp_path / "m.onnx"
+    for start in range(45):
+        content = bytes(range(start)) + b"%s" + b"end"
+        path.write_bytes(content.replace(b"%s", own.encode()))
+        blank = content.replace(b"%s", backends.NO_CHECKSUM.encode())
+        assert backends.checksum(path, own) == f"crc32:{zlib.crc32(blank):08x}"
 
 
 def test_weights_beside_an_onnx_file_belong_to_it(tmp_path, run, monkeypatch):
@@ -367,20 +384,42 @@ def test_what_a_killed_export_left_is_removed_and_another_at_work_is_not(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "m.onnx", "m.pth"]
 
 
-def test_the_weights_of_an_export_never_stand_beside_an_earlier_file(tmp_path, monkeypatch):
-    for folder, text in ((tmp_path / "new", "new"), (tmp_path, "old")):
+def test_exports_to_one_file_take_turns_and_what_cannot_be_written_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    with export.working_folder(path) as folder:
+        with refused("m.onnx"), export.working_folder(path):
+            pass
+        assert folder.is_dir()
+        monkeypatch.setattr(export, "write_exported", mock.Mock(side_effect=OSError(28, "No space left")))
+        with refused("m.onnx", tmp_path, "No space left"):
+            export.write(None, None, {}, folder / path.name)
+    path.write_text("")
+    with refused("--out:", path), export.working_folder(path / "m.onnx"):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("new", "old"), [
+    (("m.xml", "m.bin"), ("m.xml", "m.bin")), (("m.onnx",), ("m.onnx", "m.onnx.data")),
+    (("m.onnx", "m.onnx.data"), ("m.onnx",))], ids=str)
+def test_the_weights_of_an_export_never_stand_beside_an_earlier_file(tmp_path, monkeypatch, new, old):
+    """Nor are they left alone by a signal."""
+    for folder, names in ((tmp_path / "new", new), (tmp_path, old)):
         folder.mkdir(exist_ok=True)
-        for name in ("m.xml", "m.bin"):
-            (folder / name).write_text(text)
+        for name in names:
+            (folder / name).write_text("old" if folder == tmp_path else "new")
     states, replace = [], os.replace
 
     def watched(source, target):
         replace(source, target)
         states.append({path.name: path.read_text() for path in tmp_path.glob("m.*")})
+        if len(states) == 1:  # a second one would not wait
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(os, "replace", watched)
-    export.move_files(tmp_path / "new/m.xml", tmp_path / "m.xml")
-    assert states == [{"m.bin": "new"}, {"m.bin": "new", "m.xml": "new"}]
+    with utils.stopping_at_once(str):
+        export.move_files(tmp_path / "new" / new[0], tmp_path / new[0])
+    assert states == [dict.fromkeys(new[number:], "new") for number in reversed(range(len(new)))]
 
 
 @pytest.mark.parametrize(("flags", "named"), [

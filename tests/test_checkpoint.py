@@ -27,6 +27,7 @@ import utils
 from checkpoint import (Run, data_options, hash_backbone, load_head, load_model, pack_checkpoint,
                         random_state, read_checkpoint, restore_random_state)
 from config import InputError
+from dataio.readers import Sample
 from losses import Criterion
 from model import ModelSpec
 from models.backbones import build_backbone
@@ -286,6 +287,30 @@ def test_a_run_without_what_is_kept_now_does_not_resume(new_run, tmp_path):
     new_run.state.keep("average", tiny())
     with refused("last.pth", "average"):
         new_run.restore(read_checkpoint(tmp_path / "last.pth"))
+
+
+def test_an_earlier_run_is_moved_before_an_epoch_is_saved_halfway(new_run, tmp_path):
+    for name in ("best_model_iou.pth", "last.pth"):
+        (tmp_path / name).write_text("earlier")
+    new_run.save()
+    assert {path.name for path in tmp_path.glob("previous/*/*")} == {"best_model_iou.pth", "last.pth"}
+    assert read_checkpoint(tmp_path / "last.pth") and (tmp_path / "config.json").exists()
+    assert not (tmp_path / "best_model_iou.pth").exists()
+
+
+def test_processes_that_read_a_run_before_and_after_a_save_do_not_resume(new_run, tmp_path, monkeypatch):
+    new_run.save()
+    monkeypatch.setattr(utils, "all_gather", lambda value: [value, (value[0], value[1] + 1)])
+    with refused("last.pth", "start them again"):
+        new_run.restore(read_checkpoint(tmp_path / "last.pth"))
+
+
+def test_a_run_whose_files_were_removed_says_so_at_its_end(new_run, tmp_path, capsys):
+    new_run.warn_of_changed_files()
+    assert not capsys.readouterr().out
+    new_run.data.splits["val"][0] = Sample(tmp_path / "gone.png", tmp_path / "gone.png")
+    new_run.warn_of_changed_files()
+    assert capsys.readouterr().out.startswith("warning: files")
 
 
 ROW = dict(epoch=1, lr=1e-3, seconds=1.0, train_loss=1.0, train_loss_ce=1.0, train_accuracy=0.5,

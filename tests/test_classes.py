@@ -1,10 +1,11 @@
 """Colors of classes: the table of made-up colors, published palettes, and who takes which."""
+import itertools
 
 import cv2
 import numpy as np
 import pytest
 
-from dataio.classes import BLACK, CITYSCAPES, PUBLISHED, SPARE_COLORS, VOC, fill_colors
+from dataio.classes import BLACK, CITYSCAPES, PUBLISHED, SPARE_COLORS, VOC, fill_colors, first_difference
 from visualize import IGNORE_COLOR
 
 
@@ -85,3 +86,10 @@ def test_colors_that_are_fixed_stay_and_made_up_colors_keep_away_from_them(count
     assert len({*made_up}) == len(made_up) and not {*made_up} & {*fixed.values(), BLACK}
     if fixed and made_up and count < 254:
         assert differences(made_up, [*fixed.values()]).min() > 4
+
+
+def test_classes_are_the_same_by_their_names_and_order_alone():
+    lists = ["", "a", "b", "ab", "ba", "abc", "abd"]
+    for names, others in itertools.product(lists, lists):
+        classes, other_classes = [(name, (0, 0, 0)) for name in names], [(name, (9, 9, 9)) for name in others]
+        assert (first_difference(classes, other_classes) == "") == (names == others)

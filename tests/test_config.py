@@ -322,6 +322,24 @@ def test_ctrl_c_ends_a_script_that_still_imports_without_a_traceback(tmp_path, c
     assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
+@pytest.mark.parametrize(("script", "handler", "imported", "ends"), [
+    (ROOT / "train.py", signal.default_int_handler, False, True),
+    (ROOT / "train.py", signal.default_int_handler, True, False),
+    (ROOT / "train.py", signal.SIG_IGN, False, False),
+    ("/elsewhere/train.py", signal.default_int_handler, False, False)],
+    ids=["starts", "in main", "nohup", "another's"])
+def test_ctrl_c_is_left_alone_where_it_is_not_ours(monkeypatch, script, handler, imported, ends):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch")
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        config.end_at_interrupts()
+        assert signal.getsignal(signal.SIGINT) == (signal.SIG_DFL if ends else handler)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_in_main_and_in_programs_that_import_the_scripts_is_an_exception(capsys):
     before = signal.getsignal(signal.SIGINT)
     try:

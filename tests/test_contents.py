@@ -6,7 +6,7 @@ import pytest
 from conftest import refused
 
 from dataio import contents
-from dataio.contents import hash_contents
+from dataio.contents import SETTLED, hash_contents
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +77,19 @@ def test_hashes_are_kept_in_the_home_of_the_user(tmp_path, monkeypatch):
     assert len(list((tmp_path / "home/.cache/dinoseg/contents").iterdir())) == 1
 
 
-def test_the_hash_of_a_file_that_may_still_change_is_not_kept(tmp_path, read, monkeypatch):
-    monkeypatch.setattr(contents, "SETTLED", 1 << 62)
+@pytest.mark.parametrize(("seconds", "reads"), [(1, 2), (3, 1)])
+def test_the_hash_of_a_file_that_may_change_is_not_kept(tmp_path, read, monkeypatch, seconds, reads):
+    """Of one that came a second ago, though the time of its content is old; clocks tick in up to 2 s."""
+    monkeypatch.setattr(contents, "SETTLED", SETTLED)
+    path = write(tmp_path / "a/1", b"x", like=SimpleNamespace(st_atime_ns=0, st_mtime_ns=0))
+    now = path.stat().st_ctime_ns + seconds * 10 ** 9
+    monkeypatch.setattr(contents, "time", SimpleNamespace(time_ns=lambda: now))
+    assert hash_contents([path]) == hash_contents([path]) and len(read) == reads
+
+
+def test_without_a_place_for_hashes_files_are_read_each_time(tmp_path, read, monkeypatch):
     path = write(tmp_path / "a/1", b"x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # no folder can be made in a file
     assert hash_contents([path]) == hash_contents([path]) and len(read) == 2
 
 

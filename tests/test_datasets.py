@@ -20,7 +20,7 @@ from dataio.classes import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC, plain
 from dataio.feature_cache import file_facts
 from dataio.dataloader import EpochSampler, SegmentationDataset, collate, make_loader, naming_files
 from dataio.image_rule import read_image
-from dataio.readers import DataSource, Sample, Target, index_table, read_mask
+from dataio.readers import FINGERPRINT, DataSource, Sample, Target, index_table, may_be_equal, read_mask
 
 
 def small_dataset(root, count=6, **options):
@@ -345,6 +345,14 @@ def test_fingerprints_tell_contents_class_names_and_extra_images_apart(tmp_path)
     assert recolored == [data, more]
     changed = fingerprints(changed=extra)
     assert changed[0] == data and changed[1] != more
+
+
+def test_fingerprints_that_cannot_be_compared_may_be_equal():
+    now, other, earlier, other_earlier = FINGERPRINT + "a1", FINGERPRINT + "b2", "a1", "b2"
+    for unknown in (None, "", earlier):
+        assert may_be_equal(unknown, now) and may_be_equal(now, unknown)
+    for one, another in ((now, other), (earlier, other_earlier)):
+        assert may_be_equal(one, one) and not may_be_equal(one, another) and not may_be_equal(another, one)
 
 
 def test_a_file_is_the_same_however_its_path_is_spelled(tmp_path, monkeypatch):

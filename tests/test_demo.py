@@ -1,10 +1,12 @@
 """demo.py: what it computes, and the page in a real browser without a window."""
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +21,7 @@ from PIL import Image
 import demo
 import visualize
 from checkpoint import load_model, pack_checkpoint
+from config import InputError
 from inference.predictor import Predictor
 
 CLASSES = [("background", (0, 0, 0)), ("cat", (255, 0, 0)), ("big dog", (0, 255, 0))]
@@ -66,11 +69,47 @@ def test_what_is_too_large_for_a_page_is_refused_before_it_is_decoded(tmp_path, 
     monkeypatch.setattr(demo, "MAX_DECODED", 2_000_000)
     with refused("bomb.npz", "3 MB", "infer_image.py"):
         demo.segment(predictor, tmp_path / "bomb.npz", 0.5)
-    monkeypatch.setattr(demo, "MAX_BYTES", 10)
-    with refused("large.png", "infer_image.py"):
+    np.savez_compressed(tmp_path / "bombs.npz", *np.zeros((2, 1000, 1500), np.uint8))
+    Image.new("RGB", (1000, 1000)).save(tmp_path / "rgb.png")
+    for name in ("bombs.npz", "rgb.png"):
+        with refused(name, "3 MB"):
+            demo.segment(predictor, tmp_path / name, 0.5)
+    (tmp_path / "damaged.npz").write_bytes(b"no zip")
+    with refused("damaged.npz"):
+        demo.segment(predictor, tmp_path / "damaged.npz", 0.5)
+    Image.new("1", (9, 9)).save(path)
+    os.truncate(path, 99_000_000)
+    demo.check_size(path)
+    os.truncate(path, 101_000_000)
+    with refused("large.png", "101 MB", "infer_image.py"):
         demo.segment(predictor, path, 0.5)
     with refused("gone.png", "again"):
         demo.segment(predictor, tmp_path / "gone.png", 0.5)
+
+
+def test_a_page_computes_one_image_at_a_time_and_names_it_as_clients_do(tmp_path, model_file, monkeypatch):
+    """Also where gradio gives up on a request, whose thread goes on."""
+    pytest.importorskip("gradio")
+    page = demo.build_page(Predictor(*load_model(model_file), "cpu"), 0.5)
+    show = next(iter(page.fns.values())).fn
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(InputError, match="^text.jpg"):
+        show(str(tmp_path / "text.jpg"), 0.5)
+    at_work, most = [], []
+
+    def segment(*_):
+        at_work.append(1)
+        most.append(len(at_work))
+        time.sleep(0.02)
+        at_work.pop()
+
+    monkeypatch.setattr(demo, "segment", segment)
+    threads = [threading.Thread(target=show, args=("a.png", 0.5)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_a_request_has_an_uploaded_file_and_a_weight(tmp_path):

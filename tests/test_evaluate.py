@@ -275,8 +275,9 @@ def test_images_that_were_trained_on_are_counted_whatever_they_are_called(traine
     flags = ("--model", out / "best_model_iou.pth", "--out-dir", tmp_path)
     code, text, err = run(evaluate, *flags, "--data-root", other)
     assert code == 0 and text.count("warning: 1 of 5 images") == 1 and "images/a.png" in text, err
-    code, text, err = run(evaluate, *flags)
-    assert code == 0 and "warning" not in text, err
+    for split in ("val", "train"):
+        code, text, err = run(evaluate, *flags, "--split", split)
+        assert code == 0 and "warning" not in text, err
 
 
 def test_what_the_head_was_trained_on_before_counts_too_also_when_resumed(tmp_path, run):

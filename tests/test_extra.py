@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import train
+from dataio.contents import paths_in
 from dataio.readers import read_sample
 from datasets import with_extra
 from losses import class_weights
@@ -62,6 +63,9 @@ def test_classes_are_matched_by_name_and_painted_masks_take_colors(tmp_path, pse
     lookup[:3] = 2, 0, 1
     for path, mask in masks_of(both.extra, both.table).items():
         assert (mask == lookup[np.array(Image.open(pseudo / "masks" / path))]).all()
+    changed = next((pseudo / "masks").iterdir())
+    Image.fromarray(np.zeros((45, 61), np.uint8)).save(changed)  # not those that were written before
+    assert (masks_of(with_extra(source, pseudo).extra, both.table)[changed.name] == 2).all()
     (pseudo / "classes.txt").write_text("pool\nground\nboat\n")
     with refused("--extra", pseudo, "boat"):
         with_extra(source, pseudo)
@@ -107,6 +111,8 @@ def test_a_run_with_more_images_resumes_scores_and_notices_their_change(tmp_path
     moved = pseudo.rename(tmp_path / "elsewhere")
     code, text, err = run(evaluate, "--model", out / "last.pth", "--out-dir", out)
     assert code == 0 and "2 images" in text, err  # which needs none of them
+    trained_on = torch.load(out / "last.pth")["trained_on"]
+    assert len(paths_in(trained_on, (moved / "images").iterdir())) == 4
     code, _, err = run(train, "--resume", "--epochs", 3, "--out-dir", out)
     assert code == 2 and "--extra " in err and "pseudo" in err and err.count("\n") == 1
     assert run(train, "--resume", "--epochs", 3, "--extra", moved, "--out-dir", out)[0] == 0

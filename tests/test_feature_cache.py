@@ -529,8 +529,17 @@ def test_no_room_on_the_disk_ends_before_anything_is_written(samples, tmp_path, 
         (tmp_path / "file").write_text("")
         more = ["--cache-features", folder]
         code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *more))
-        assert code == 2 and str(folder) in err and err.count("\n") == 1
+        assert code == 2 and err.count("\n") == 1 and "--cache-features" in err and str(folder) in err
         assert not list((tmp_path / "cache").glob("*_*")) and not (tmp_path / "out/config.json").exists()
+
+
+def test_files_of_another_user_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def denied(path, **_):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(cache.Path, "unlink", denied)  # of their files, in a folder with the sticky bit
+    with refused("--cache-features", tmp_path / "a.sums", "another user"):
+        cache.EntryFile(tmp_path / "a.bin", 1, (1,), torch.float32).create({})
 
 
 TINY = ("--backbone", "vit_tiny")

@@ -333,6 +333,7 @@ def test_names_of_results_hold_the_ending_where_stems_repeat_and_are_the_same_in
     endings = {".mp4", ".mkv", ".mov"}
     assert result_names(paths, endings) == list(want.values())
     assert [result_names([path], endings)[0] for path in paths] == list(want.values())
+    assert result_names([tmp_path / "x/a.mp4"], endings) == ["a"]  # of a folder that cannot be listed
 
 
 def test_images_of_the_same_name_in_runs_of_their_own_do_not_replace_each_other(tmp_path, photos, run):

@@ -404,8 +404,8 @@ def test_no_window_unless_asked(model_file, tmp_path, run, monkeypatch):
     assert code == 0 and len(windows) == 3 and "3 frames" in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_ctrl_c_leaves_a_playable_file(model_file, tmp_path, number):
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
+def test_a_signal_leaves_a_playable_file(model_file, tmp_path, number):
     """In a process of its own, the only one whose signals are those of a terminal."""
     clip = write_clip(tmp_path / "clip.mp4", 500)
     flags = ["--input", clip, "--model", model_file, "--out-dir", tmp_path, "--imgsz", "224", "224"]

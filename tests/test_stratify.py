@@ -101,6 +101,9 @@ def test_pixels_are_counted_once_and_again_when_a_mask_or_the_table_changes(samp
     assert path.stat().st_size == before.st_size and count()[1].tolist() == [45 * 61, 0, 0]
     write_pair(samples[2].image, samples[2].mask, blocks(45, 61, (2, 2)))
     assert count()[2].tolist() == [0, 0, 45 * 61]
+    swapped = samples[2].mask.rename(tmp_path / "swapped.png"), samples[3].mask.rename(samples[2].mask)
+    swapped[0].rename(samples[3].mask)
+    assert count()[3].tolist() == [0, 0, 45 * 61]
 
 
 def test_damaged_counts_are_counted_anew_and_a_mask_that_does_not_fit_is_named(samples, tmp_path):

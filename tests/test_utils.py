@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -93,6 +95,7 @@ def test_an_earlier_run_is_moved_to_another_disk_too(tmp_path, monkeypatch):
     assert not (tmp_path / "valid_preds").exists()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capfd, code):
     fcntl = pytest.importorskip("fcntl")
@@ -106,6 +109,38 @@ def test_a_file_system_without_locks_is_said_once_and_the_run_goes_on(tmp_path, 
     assert (tmp_path / "last.pth").exists() and not err
     assert out.count("\n") == (code != errno.ENOSYS)  # filelock has another kind of lock for this one
     assert code == errno.ENOSYS or str(tmp_path) in out
+
+
+def test_locks_that_are_not_implemented_are_none(tmp_path, monkeypatch, capsys):
+    """As filelock says of some file systems, by its version."""
+    monkeypatch.setattr(utils.FileLock, "_acquire", mock.Mock(side_effect=NotImplementedError("no flock")))
+    write_run(tmp_path, "last.pth")
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_a_lock_is_waited_for_as_long_as_asked_and_open_to_all_users(tmp_path):
+    held, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with utils.FileLock(tmp_path / ".other"):
+            held.set()
+            leave.wait(20)
+
+    threading.Thread(target=hold, daemon=True).start()
+    lock = utils.FileLock(tmp_path / ".other")
+    assert held.wait(20)
+    with pytest.raises(utils.Timeout):
+        utils.acquire(lock, "--flag", timeout=0)
+    threading.Timer(0.2, leave.set).start()
+    utils.acquire(lock, "--flag")
+    assert lock.is_locked and leave.is_set()
+    lock.release()
+    umask = os.umask(0o022)
+    try:
+        with RunFolder(tmp_path) as folder:
+            assert os.stat(folder.lock.lock_file).st_mode & 0o777 == 0o666
+    finally:
+        os.umask(umask)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
@@ -156,10 +191,20 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
         pass
 
 
-def test_an_out_dir_that_cannot_be_made_is_one_line(tmp_path):
+def test_an_out_dir_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--out-dir"):
+    with refused("--out-dir", tmp_path / "file/below"):
         utils.make_folder(tmp_path / "file/below")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with refused("--flag", tmp_path, "not writable"):
+        utils.make_folder(tmp_path, "--flag")
+
+
+@pytest.mark.parametrize(("processes", "is_main"), [("2", False), ("1", True)])
+def test_which_process_is_the_main_one_is_known_before_they_meet(monkeypatch, processes, is_main):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("RANK", "1")
+    assert utils.is_main_process() == is_main
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from conftest import tiny
 
 from checkpoint import load_model, pack_checkpoint
 from config import InputError
-from models.weights import read_weights
+from models.weights import model_files, read_weights
 
 
 def test_weights_of_another_model_are_refused_by_name(hub_cache, tmp_path):
@@ -43,3 +43,11 @@ def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, value):
     torch.save(packed, tmp_path / "m.pth")
     with pytest.raises(InputError, match=f"m.pth: {key}"):
         load_model(tmp_path / "m.pth")
+
+
+def test_files_of_a_model_are_found_by_its_ending_in_any_case(tmp_path):
+    for name, beside in (("a.xml", "a.bin"), ("B.XML", "B.bin"), ("c.onnx", "c.onnx.data"),
+                         ("D.ONNX", "D.ONNX.data")):
+        (tmp_path / beside).touch()
+        assert model_files(tmp_path / name) == [tmp_path / name, tmp_path / beside]
+    assert model_files(tmp_path / "alone.onnx") == [tmp_path / "alone.onnx"]

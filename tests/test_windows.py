@@ -1,5 +1,6 @@
 """--train-scale native: windows are crops of the images, tiles cover them once, caches know them."""
 import json
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -226,6 +227,13 @@ def test_the_cache_is_of_these_files_this_table_and_this_code(tmp_path, monkeypa
     assert 3 in read(table)[1] and 1 not in read(table)[1]
     Image.fromarray(255 - before.permute(1, 2, 0).numpy()).save(sample.image)
     assert (read()[0] == 255 - before).all()
+    content, stat = sample.mask.read_bytes(), sample.mask.stat()
+    sample.mask.write_bytes(content[::-1])  # damaged, and of the same size and time
+    os.utime(sample.mask, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with refused(sample.mask):
+        WindowReader([sample], TABLE, folder).read(0, 0, 0, 45, 61)
+    sample.mask.write_bytes(content)
+    read()
     files = [len(list(path.iterdir())) for path in (folder, points)]
     monkeypatch.setattr(windows, "decoding_code", lambda: "changed")
     read()
