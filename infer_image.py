@@ -97,7 +97,8 @@ def output_names(paths):
         name = other if path.suffix.lower() in READERS else picture
         plain = name, f"{path.parent.name}_{name}", f"{path.parent.name}_{path.name}"
         numbered = (f"{name}_{number}" for number in itertools.count(2))
-        names[next(name for name in itertools.chain(plain, numbered) if name not in names)] = path
+        candidates = map(outputs.short_name, itertools.chain(plain, numbered))
+        names[next(name for name in candidates if name not in names)] = path
     return list(names)
 
 

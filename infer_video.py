@@ -34,6 +34,7 @@ if __name__ == "__main__":
     parse_args()  # --help and wrong flags are answered before torch is imported
 
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -151,6 +152,9 @@ def main():
         print(f"{csv_path}: the share of every class, a line per frame")
     if replaced:
         print(f"replaced {' and '.join(replaced)} of an earlier run")
+    if reader.leaves_out:
+        print(f"warning: {args.input} holds streams that begin in the middle of it, as where recordings of "
+              "different programs were joined: they are left out; give each file by itself", file=sys.stderr)
     if dropped:
         print(f"{count_of(dropped, 'frame')} came faster than the model could follow: dropped")
     if stop.asked:

@@ -4,6 +4,7 @@
     content = geojson(regions, classes)            # or coco_entries(...), for one COCO JSON of all images
 """
 import csv
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from dataio.images import copy_image
 from dataio.labels import save_classes
 from utils import grouped, save_image
 from visualize import background_id, save_mask
+
+LONGEST_NAME = 180  # bytes of a result's name, of 255 that file systems take
 
 
 # --- polygons ---------------------------------------------------------------------------------------------
@@ -184,6 +187,15 @@ def result_names(paths, endings):
     return [result_name(path, stems.get(path.parent, {})) for path in paths]
 
 
+def short_name(name):
+    """Return a name that leaves room for what results append to it: a long one is cut, and ends in a hash."""
+    content = os.fsencode(name)
+    if len(content) <= LONGEST_NAME:
+        return name
+    start = content[:LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{start}_{hashlib.sha256(content).hexdigest()[:8]}"
+
+
 def result_name(path, stems):
     """Return the name of the results of one file. stems: {stem: names of the inputs in its folder}."""
     name, ending = path.stem, path.suffix[1:] or "file"
@@ -191,7 +203,7 @@ def result_name(path, stems):
         name = f"{path.stem}_{ending}"
         while name in stems:  # a_mkv.mp4 beside a.mp4 and a.mkv
             name = f"{name.removesuffix(ending)}_{ending}"
-    return name
+    return short_name(name)
 
 
 # --- pseudo-labels ----------------------------------------------------------------------------------------

@@ -63,8 +63,9 @@ class Timeline:
 class FileTimeline(Timeline):
     """The Timeline of a file, by its packets: 0 is where its picture starts.
 
-    has_times: whether the container says when pictures are shown. Raises av.error.FFmpegError, ValueError or
-    IndexError where PyAV cannot open the file, or it has no picture.
+    has_times: whether the container says when pictures are shown. has_later_streams: whether streams begin in
+    the middle of what was read, which are left out, as of a recording that was joined. Raises
+    av.error.FFmpegError, ValueError or IndexError where PyAV cannot open the file, or it has no picture.
     """
 
     def __init__(self, path):
@@ -79,24 +80,36 @@ class FileTimeline(Timeline):
         start = seconds_of(self.picture.start_time or 0, self.picture)
         super().__init__(start, LONGEST_JUMP if may_jump else LONGEST_GAP)
         self.start, self.packets = start, self.placed_packets()
+        self.has_later_streams = False
         self.latest, self.picture_end = 0.0, 0.0  # when the last picture is shown, from and to
         self.has_times = self.container.format.name != "avi"
 
-    def placed_packets(self):
-        """Yield (packet of picture or sound, its shift in seconds) in the file's order."""
+    def read_packets(self):
+        """Yield the packets of picture and sound in the file's order, as far as they can be read."""
         streams = [stream for stream in (self.picture, self.sound) if stream]
         with suppress(av.error.FFmpegError, ValueError):
-            for packet in self.container.demux(streams):
-                times = [time for time in (packet.dts, packet.pts) if time is not None]
-                if not times:
-                    continue
-                stream = packet.stream
-                time, shown, duration = (seconds_of(value, stream) for value in
-                                         (times[0], times[-1], packet.duration or 0))
-                shift = self.place(stream.index, time, shown, duration)
-                if stream is self.picture and shown + shift >= self.latest:
-                    self.latest, self.picture_end = shown + shift, shown + shift + duration
-                yield packet, shift
+            while True:
+                try:
+                    yield from self.container.demux(streams)
+                    return
+                except IndexError:  # PyAV does not know a stream that begins later
+                    self.has_later_streams = True
+
+    def placed_packets(self):
+        """Yield (packet of picture or sound, its shift in seconds) in the file's order."""
+        for packet in self.read_packets():
+            times = [time for time in (packet.dts, packet.pts) if time is not None]
+            if not times:
+                continue
+            stream = packet.stream
+            time, shown, duration = (seconds_of(value, stream) for value in
+                                     (times[0], times[-1], packet.duration or 0))
+            if abs(shown - time) > self.longest:  # damaged
+                shown = time
+            shift = self.place(stream.index, time, shown, duration)
+            if stream is self.picture and shown + shift >= self.latest:
+                self.latest, self.picture_end = shown + shift, shown + shift + duration
+            yield packet, shift
 
     def next_picture(self):
         """Read on until behind the next packet of the picture; return whether there was one."""
@@ -106,16 +119,20 @@ class FileTimeline(Timeline):
         """Close the file; return the seconds at which its picture ends."""
         while self.next_picture():
             pass
-        if self.picture.duration and len(self.shifts) == 1:  # a packet's may be up to the next one's decoding
-            self.picture_end = seconds_of(self.picture.duration, self.picture)
+        end = seconds_of(self.picture.duration or 0, self.picture)
+        if len(self.shifts) == 1 and self.latest <= end <= self.latest + self.longest:
+            self.picture_end = end  # a packet's may be up to the next one's decoding
         self.container.close()
         return self.picture_end
 
     def seconds(self, stamp, duration):
-        """Return where a frame is shown. stamp: its own seconds since the picture's start, as OpenCV says."""
+        """Return where a frame is shown, None where no packet is shown then: OpenCV says 0 of frames without
+        a time. stamp: its own seconds since the picture's start, as OpenCV says.
+        """
         self.next_picture()  # of which there are at least as many as frames
-        while self.recording_of("frames", stamp + self.start) is None and self.next_picture():
-            pass
+        while self.recording_of("frames", stamp + self.start) is None:
+            if not self.next_picture():
+                return None
         return super().seconds(stamp + self.start, duration)
 
 

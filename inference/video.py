@@ -9,6 +9,7 @@
 Pipeline does the same with a model and an overlay in between. Clips are written through PyAV.
 """
 import errno
+import io
 import itertools
 import math
 import os
@@ -55,8 +56,8 @@ class VideoReader:
     size = (H, W) in pixels, fps = Fraction, count = frames the file claims or None, live = camera, stream or
     pipe, drops = whether frames that are not read in time are lost, start = seconds from where a file's
     picture starts to the first frame that can be decoded, end = seconds from there to the end of the picture,
-    once all frames were read (0 = not known). Raises InputError where the source does not open or gives no
-    frame.
+    once all frames were read (0 = not known), leaves_out = whether a file was seen then to hold streams that
+    begin later and are not read. Raises InputError where the source does not open or gives no frame.
     """
 
     def __init__(self, source):
@@ -81,8 +82,8 @@ class VideoReader:
         is_broadcast = self.source.split("://")[0] in LIVE_PROTOCOLS or count <= 0
         self.drops = self.is_camera or self.is_url and is_broadcast
         self.duration = float(1 / self.fps)  # of a frame, where nothing else is known
-        self.zero = self.timeline.seconds(self.own_seconds(), self.duration)  # of the first frame
-        self.end = 0.0
+        self.zero = self.timeline.seconds(self.own_seconds(), self.duration) or 0.0  # of the first frame
+        self.end, self.leaves_out = 0.0, False
         # without times of its own, the picture is as late as the decoder says, which is wrong
         self.start = self.zero if self.timeline.has_times else 0.0
 
@@ -123,14 +124,16 @@ class VideoReader:
             last, stamp = stamp, self.own_seconds()
             if self.drops:
                 seconds = time.perf_counter() - begun
-            elif stamp == last:  # the source does not say
+                continue
+            shown = None if stamp == last else self.timeline.seconds(stamp, self.duration)
+            if shown is None:  # the source does not say
                 seconds += self.duration
             else:
-                shown = self.timeline.seconds(stamp, self.duration) - self.zero
-                seconds = max(shown, seconds + 1 / TICKS)
+                seconds = max(shown - self.zero, seconds + 1 / TICKS)
         self.capture.release()
         if isinstance(self.timeline, FileTimeline):
             self.end = self.timeline.read_to_end() - self.zero
+            self.leaves_out = self.timeline.has_later_streams
 
     def ended_early(self, frames):
         """Return whether `frames` is clearly fewer than the file claims, which may be off by a few; False
@@ -200,6 +203,9 @@ class SoundCopy:
             raise ValueError("no sound")
         if (name := stream.codec_context.codec.canonical_name) not in MP4_SOUND:
             raise ValueError(f"an .mp4 cannot hold {name}")
+        with av.open(io.BytesIO(), "w", format="mp4") as trial:  # fails where nothing is known of the sound
+            trial.add_stream_from_template(stream)
+            trial.start_encoding()
         self.container, self.stream = container, container.add_stream_from_template(stream)
         early = start + self.timeline.start - seconds_of(stream.start_time or 0, stream)
         self.lead = early if SHORT_LEAD < early <= self.timeline.longest else 0.0
@@ -222,11 +228,23 @@ class SoundCopy:
         while self.packet is not None and self.packet.pts * self.packet.time_base <= seconds:
             self.seconds = float(self.packet.pts * self.packet.time_base)
             self.packet.stream = self.stream
-            try:
-                self.container.mux(self.packet)
+            if mux(self.container, self.packet):
                 self.packet = next(self.packets, None)
-            except ValueError:  # out of order for the container
+            else:
                 self.packet = None
+
+
+def mux(container, packet):
+    """Write a packet to a PyAV container; return whether it, and what waited for it, fits in there. Raises
+    OSError where the disk is full.
+    """
+    try:
+        container.mux(packet)
+    except OSError:
+        raise
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
 
 
 class VideoWriter:
@@ -324,7 +342,8 @@ class VideoWriter:
             if not self.is_steady and packet.dts < start:
                 packet.dts = start - MOST_REORDERED + self.packets
             self.packets += 1
-        self.container.mux(packets)
+            if not mux(self.container, packet) and self.sound:  # whose packets wait for those of the picture
+                self.sound.packet = None
 
     def __enter__(self):
         return self

@@ -4,6 +4,7 @@ import os
 
 os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network
+os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))  # fonts, found once
 
 import copy
 import json
@@ -217,6 +218,12 @@ def trained(tmp_path_factory):
         Image.open(path).resize((90, 70)).save(path)
     call(train, *train_flags(data, out, "--epochs", 2, "--amp", "off"), plots=True)
     return data, out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """What is kept for all runs lies in a folder of these tests, not in the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def leave_out_plots(patch):

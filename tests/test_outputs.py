@@ -363,3 +363,15 @@ def test_clips_of_the_same_name_do_not_replace_each_other_and_replaced_ones_are_
         assert code == 0 and "replaced" not in text
     assert {path.name for path in folder.iterdir()} == {
         f"{name}.{ending}" for name in ("a", "a_mp4", "a_mkv") for ending in ("mp4", "csv")}
+
+
+@pytest.mark.parametrize("stem", ["n" * 245, "é" * 120, "n" * 180])
+def test_results_of_long_names_have_names_of_their_own_that_fit(tmp_path, stem):
+    paths = [tmp_path / f"{stem}.png", tmp_path / f"{stem[:-1]}x.png"]
+    for path in paths:
+        path.touch()
+    names = result_names(paths, {".png"})
+    assert len(set(names)) == 2 and names[:1] == result_names(paths[:1], {".png"})
+    for name in names:
+        (tmp_path / f".4194304.{name}_probability_100_{'c' * 40}.png").touch()
+    assert (names[0] == stem) == (len(stem) == 180)

@@ -285,6 +285,66 @@ def test_joined_recordings_and_damaged_sound_do_not_end_the_run(tmp_path):
         assert writer.end < 6  # no gap of the hours that a damaged time stamp may claim
 
 
+@pytest.mark.parametrize(("ending", "codec"), [("avi", "mpeg4"), ("mpg", "mpeg2video")])
+def test_a_last_frame_without_a_time_follows_the_one_before(tmp_path, ending, codec):
+    """As the B-frames of these leave it, whose time OpenCV calls 0; the sound goes on for longer."""
+    with av.open(str(tmp_path / f"a.{ending}"), "w") as container:
+        picture, sound = container.add_stream(codec, rate=25), container.add_stream("mp2", rate=48000)
+        picture.height, picture.width, picture.pix_fmt, picture.options = 48, 64, "yuv420p", {"bf": "2"}
+        for frame in frames(50):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for number in range(125):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), format="s16", layout="mono")
+            samples.rate, samples.pts = 48000, 1152 * number
+            container.mux(sound.encode(samples))
+        container.mux([*picture.encode(None), *sound.encode(None)])
+    times = [seconds for _, seconds in VideoReader(tmp_path / f"a.{ending}").timed()]
+    assert np.allclose(times, [number / 25 for number in range(50)], atol=0.001)
+
+
+def test_sound_of_which_nothing_is_known_is_left_out(tmp_path):
+    """A recording that announces sound and has none yet: an .mp4 of it could not be begun."""
+    with av.open(str(tmp_path / "a.ts"), "w") as container:
+        picture = container.add_stream("libx264", rate=25)
+        picture.height, picture.width, picture.pix_fmt = 48, 64, "yuv420p"
+        container.add_stream("aac", rate=48000)
+        for frame in frames(10):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(picture.encode(None))
+    writer = copy_clip(tmp_path / "a.ts", tmp_path / "b.mp4", sound_of=tmp_path / "a.ts")
+    assert writer.sound is None and len(list(VideoReader(tmp_path / "b.mp4"))) == 10
+
+
+def test_a_recording_with_streams_of_its_own_is_left_out_and_named(tmp_path, run):
+    """Joined behind another one, its streams begin in the middle of the file, where nothing reads them."""
+    write_sound(tmp_path / "a.ts")
+    options = {"mpegts_start_pid": "0x300", "mpegts_pmt_start_pid": "0x200"}
+    with (av.open(str(tmp_path / "a.ts")) as source,
+          av.open(str(tmp_path / "b.ts"), "w", options=options) as target):
+        streams = {stream: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream]
+                target.mux(packet)
+    (tmp_path / "c.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    torch.save(pack_checkpoint(tiny(), CLASSES, (28, 42)), tmp_path / "m.pth")
+    flags = ["--model", tmp_path / "m.pth", "--out-dir", tmp_path, "--backend", "torch"]
+    code, out, err = run(infer_video, "--input", tmp_path / "c.ts", *flags)
+    assert code == 0 and "with its sound" in out and err.count("c.ts") == 1
+    assert len(list(VideoReader(tmp_path / "inference_results_video/c.mp4"))) == 25
+
+
+def test_sound_that_an_mp4_refuses_ends_early_and_no_frame_is_lost(tmp_path):
+    content = bytearray(write_sound(tmp_path / "a.ts", seconds=2).read_bytes())
+    headers = [match.start() for match in re.finditer(b"\xff\xf1", content)]
+    for place in headers[len(headers) // 2:]:  # several blocks per frame and a checksum: FFmpeg gives up
+        content[place + 1], content[place + 6] = 0xf0, content[place + 6] & 0xfc | 1
+    (tmp_path / "a.ts").write_bytes(content)
+    writer = copy_clip(tmp_path / "a.ts", tmp_path / "b.mp4", sound_of=tmp_path / "a.ts")
+    assert len(list(VideoReader(tmp_path / "b.mp4"))) == writer.frames == 50
+    assert 0.5 < writer.sound.seconds < 1.5
+
+
 def write_beeps(path, times, beeps, length, start=0.0, **options):
     """Write a clip of `length` seconds that beeps at `beeps`; of its frames, shown at `times`, those at a
     beep are white. start: seconds by which its picture begins after its sound.
