@@ -1,7 +1,6 @@
 """Exported models and OpenVINO: the same logits, masks and scores as PyTorch; clear refusals."""
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -474,25 +473,42 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("ending", [".pth", ".onnx", ".xml"])
-def test_a_pickled_segmenter_opens_its_file_again(trained, exported, tmp_path, monkeypatch, ending):
-    """As processes need it that are spawned; the classes of hubconf are in none of their modules."""
-    for suffix in {ending, ending.replace("xml", "bin")}:
-        shutil.copy(exported / f"model{suffix}", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    predictor = torch.hub.load(str(ROOT), "segmenter", f"model{ending}", source="local", tta="flip")
-    want = predictor.predict(trained[0] / "images/00.png")
-    monkeypatch.chdir("/")
-    pickled = pickle.dumps(predictor)
+PICKLED = """
+import os, pickle, sys
+import torch
+root, image = sys.argv[1:3]
+for name in sys.argv[3:]:
+    segmenter = torch.hub.load(root, "segmenter", name, source="local", tta="flip")
+    want = segmenter.predict(image)
+    os.chdir("/")
+    pickled = pickle.dumps(segmenter)
     again = pickle.loads(pickled)
-    assert str(again) == str(predictor) and (again.predict(trained[0] / "images/00.png") == want).all()
-    with pytest.raises(Exception, match="gone.png") as refusal:
-        predictor.predict("gone.png")
-    assert "gone.png" in str(pickle.loads(pickle.dumps(refusal.value)))
-    with open(tmp_path / f"model{ending}", "ab") as file:
+    assert str(again) == str(segmenter) and (again.predict(image) == want).all()
+    os.chdir(sys.path[0])
+    try:
+        segmenter.predict("gone.png")
+    except Exception as error:
+        assert "gone.png" in str(pickle.loads(pickle.dumps(error)))
+    with open(name, "ab") as file:
         file.write(b" ")
-    with pytest.raises(Exception, match=f"model{ending}"):
+    try:
         pickle.loads(pickled)
+    except Exception as error:
+        print("refused:", error)
+"""
+
+
+def test_a_pickled_segmenter_opens_its_file_again(trained, exported, tmp_path):
+    """As processes need it that are spawned; the classes of hubconf are in none of their modules."""
+    names = ["model.pth", "model.onnx", "model.xml"]
+    for name in (*names, "model.bin"):
+        shutil.copy(exported / name, tmp_path)
+    (tmp_path / "program.py").write_text(PICKLED)
+    done = subprocess.run([sys.executable, "program.py", str(ROOT), trained[0] / "images/00.png", *names],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    refusals = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
+    assert all(name in line for name, line in zip(names, refusals, strict=True)), done.stdout
 
 
 def test_threads_may_load_at_the_same_time(exported):
