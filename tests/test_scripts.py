@@ -361,8 +361,8 @@ def test_max_frames_and_a_camera_index(model_file, tmp_path, run, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("frames", "want"), [(3, 0), (0, 130)])
-def test_stopping_a_camera_is_its_normal_end(model_file, tmp_path, run, monkeypatch, number, frames, want):
+@pytest.mark.parametrize("frames", [3, 0])
+def test_stopping_a_camera_is_its_normal_end(model_file, tmp_path, run, monkeypatch, number, frames):
     def timed(reader):
         for count in range(100):
             if count == frames:
@@ -377,7 +377,7 @@ def test_stopping_a_camera_is_its_normal_end(model_file, tmp_path, run, monkeypa
     code, text, err = run(infer_video, *flags)
     monkeypatch.undo()
     made = list((tmp_path / "inference_results_video").iterdir())
-    assert code == want and len(made) == bool(frames), text + err
+    assert code == (0 if frames else 128 + number) and len(made) == bool(frames), text + err
     assert not made or 0 < len(list(VideoReader(made[0]))) <= frames
 
 
