@@ -361,6 +361,8 @@ def main():
     loader = make_batches(samples, data.table, protocol, args.batch_size, predictor.rule)
     with naming_files(loader):
         total, records = score(predictor, loader, args.batch_size)
+    if not data.fingerprints().items() <= protocol_facts.items():
+        raise InputError(f"files of {data.name} were changed while they were scored: score them again")
     scores = summarize(total, records, data.classes, groups)
     scores["units"] = len(set(groups))
     scores["interval_over"] = f"{scores['units']} " + (f"groups by {args.group_by}" if args.group_by

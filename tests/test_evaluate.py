@@ -297,6 +297,19 @@ def test_what_the_head_was_trained_on_before_counts_too_also_when_resumed(tmp_pa
             assert run(train, "--resume", "--epochs", 2, "--out-dir", second)[0] == 0
 
 
+def test_files_that_change_while_they_are_scored_give_no_scores(trained, tmp_path, run, monkeypatch):
+    data, score = shutil.copytree(trained[0], tmp_path / "data"), evaluate.score
+
+    def score_and_change(*args):
+        shutil.copy(data / "masks/01.png", data / "masks/00.png")
+        return score(*args)
+
+    monkeypatch.setattr(evaluate, "score", score_and_change)
+    flags = ("--model", trained[1] / "last.pth", "--data-root", data, "--out-dir", tmp_path)
+    code, _, err = run(evaluate, *flags)
+    assert code == 2 and err.count("\n") == 1 and not (tmp_path / "evaluation/metrics.json").exists()
+
+
 @pytest.mark.parametrize("tool", ["YOLO, classes.txt", "SuperAnnotate", "labelme"])
 def test_a_class_list_beside_annotation_files_is_not_in_the_way_of_classes(tool, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
