@@ -132,7 +132,7 @@ def locked(folder, path):
     """Context in which a working folder is this process's. Raises InputError where it is another export's."""
     lock = FileLock(folder / ".lock")  # the system gives it back when a process dies
     try:
-        lock.acquire(timeout=0)
+        utils.acquire(lock, "--out", timeout=0)
     except Timeout:
         raise InputError(f"another export.py is writing {path}: wait for it, or give another --out") from None
     try:
