@@ -8,6 +8,7 @@ os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
 
 import copy
 import json
+import signal
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"  # real samples; tests that need them are skipped where they are missing
 
 torch.set_num_threads(1)  # small networks gain nothing from more
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start the tests with Ctrl-C ignored
 
 
 @lru_cache(maxsize=8)
