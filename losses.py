@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from config import IGNORE, InputError
 
 FOCAL_GAMMA = 2.0
+ERROR_BINS = 1024  # of lovasz
 MASK_WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}  # of mask_classification
 NO_OBJECT_WEIGHT = 0.1  # of the class loss of a query that matches no class
 
@@ -83,26 +84,39 @@ def lovasz(logits, masks, class_weights=None):
     """Lovasz-Softmax: the convex extension of 1 - IoU, mean over the classes present in the batch.
 
     Shapes as cross_entropy; class_weights are not used. Berman et al., The Lovasz-Softmax loss, CVPR
-    2018 (per batch, classes present, as in the paper's own code).
+    2018 (per batch, classes present, as in the paper's own code). The paper sorts the errors of all pixels;
+    here they are counted in ERROR_BINS, and those of a bin taken as equal, which is several times as fast.
     """
-    probabilities = at_least_float32(logits).softmax(1).movedim(1, -1)  # (B, H, W, K)
+    probabilities = at_least_float32(logits).softmax(1)  # (B, K, H, W)
     labeled = masks != IGNORE
-    probabilities, labels = probabilities[labeled], masks[labeled]  # (P, K), (P,)
+    labels = masks[labeled]  # (P,)
     losses = []
     for id in labels.unique().tolist():
-        truth = (labels == id).to(probabilities.dtype)  # (P,)
-        errors, order = (truth - probabilities[:, id]).abs().sort(descending=True)
-        losses.append((errors * lovasz_gradient(truth[order])).sum())
+        truth, share = labels == id, probabilities[:, id][labeled]  # (P,)
+        errors = torch.where(truth, 1 - share, share)
+        with torch.no_grad():
+            bins = ((1 - errors) * ERROR_BINS).long().clamp(0, ERROR_BINS - 1)  # largest errors first
+            bins += ERROR_BINS * truth
+            counts = torch.bincount(bins, minlength=2 * ERROR_BINS).view(2, ERROR_BINS).cpu()  # for float64
+            weights = lovasz_weights(*counts).to(errors).flatten()[bins]
+        losses.append((errors * weights).sum())
     return torch.stack(losses).mean() if losses else logits.sum() * 0.0
 
 
-def lovasz_gradient(truth):
-    """Gradient of the Lovasz extension of 1 - IoU: truth (P,) of 0 and 1, sorted by falling error -> (P,)."""
-    positives = truth.sum()
-    intersection = positives - truth.cumsum(0)
-    union = positives + (1 - truth).cumsum(0)
-    jaccard = 1 - intersection / union
-    return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+def lovasz_weights(negatives, positives):
+    """Return (2, N) float64: the gradient of the Lovasz extension of 1 - IoU to the error of each pixel of
+    other classes, and of the class, in a bin.
+
+    negatives, positives: (N,) pixels of other classes and of the class in each bin, largest errors first.
+    """
+    found, wrong = positives.cumsum(0).double(), negatives.cumsum(0).double()
+    total = found[-1]
+    jaccard = 1 - (total - found) / (total + wrong)
+    steps = torch.diff(jaccard, prepend=jaccard.new_zeros(1))  # of all pixels of a bin together
+    missing, union = total - found + positives / 2, total + wrong - negatives / 2  # in the middle of a bin
+    weights = torch.stack([missing / union ** 2, 1 / union])
+    together = negatives * weights[0] + positives * weights[1]
+    return weights * steps / together.clamp(min=1e-300)
 
 
 # A new loss is one function f(logits, masks, class_weights) above and one line here.

@@ -40,6 +40,20 @@ def test_lovasz_and_dice_equal_smp_on_the_classes_present(present):
     assert dice(logits, masks).item() == pytest.approx(expected * 5 / present, abs=1e-5)  # smp: all classes
 
 
+def test_lovasz_of_many_pixels_and_its_gradient_are_those_of_sorted_errors():
+    logits, masks = random_case(classes=3, height=90, width=131)  # a dozen errors in a bin
+    masks[0, :40] = 2  # sure and right, sure and wrong
+    logits[0, 2, :30] += 9
+    gradients = []
+    for loss in (lovasz, smp.losses.LovaszLoss("multiclass", ignore_index=255)):
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf, masks)
+        gradients += torch.autograd.grad(value, leaf)
+        assert value.item() == pytest.approx(lovasz(logits, masks).item(), abs=1e-5)
+    ours, sorted_errors = gradients
+    assert (ours - sorted_errors).norm() < 0.02 * sorted_errors.norm()
+
+
 def test_focal_equals_a_loop_over_pixels():
     logits, masks = random_case()
     weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
