@@ -150,6 +150,7 @@ def number_where(is_valid, expected):
 
 
 fraction = number_where(lambda value: 0.0 < value < 1.0, "a number between 0 and 1")
+share = number_where(lambda value: 0.0 < value <= 1.0, "a number above 0 and at most 1")
 finite_number = number_where(math.isfinite, "a number")
 positive_float = number_where(lambda value: 0.0 < value < math.inf, "a number above 0")
 non_negative_float = number_where(lambda value: 0.0 <= value < math.inf, "a number of at least 0")
@@ -173,6 +174,14 @@ def range_end(text):
     return text if text == "auto" else finite_number(text)
 
 
+def layer_index(text):
+    """argparse type of --layers: the index of a block, or `quarters`."""
+    try:
+        return text if text == "quarters" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor quarters") from None
+
+
 def block_count(text):
     """argparse type of --unfreeze: a number of blocks, or `all`."""
     return text if text == "all" else non_negative_int(text)
@@ -185,6 +194,13 @@ def backbone_name(text):
         return text
     raise argparse.ArgumentTypeError(f"unknown backbone {text!r} (known: {', '.join(known)}, "
                                      "timm/<any timm model name>)")
+
+
+def budget_minutes(text):
+    """argparse type of --budget: minutes of BUDGETS."""
+    if text.isdecimal() and int(text) in BUDGETS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, BUDGETS))}")
 
 
 def loss_name(text):
@@ -254,9 +270,10 @@ class ModelOptions:
                             "dinov3_vits16 ... dinov3_vitl16 (timm), vit_tiny, or timm/<model name>",
                             type=backbone_name, metavar="NAME", only=("arch", "dinov2"),
                             affects="features")
-    layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last "
-                            "(default: as the head wants)", nargs="+", type=int, metavar="I",
-                            only=("arch", "dinov2"), affects="head")
+    layers: tuple = setting((), "model", "blocks whose feature maps the head sees: 0 = first, -1 = last, or "
+                            "quarters = the last of each quarter of them (default: as the head wants)",
+                            nargs="+", type=layer_index, metavar="I", only=("arch", "dinov2"),
+                            affects="head")
     head: str = setting("detail", "model", "what turns feature maps into classes (listed below)", kind="head",
                         only=("arch", "dinov2"), affects="head")
     split_blocks: int = setting(3, "model", "split, split-detail, mask: the head trains a copy of so "
@@ -278,8 +295,15 @@ class TrainConfig(ModelOptions, DataOptions):
     """Every setting of train.py; one field = one flag (`data_root` is `--data-root`). Plain JSON types."""
 
     recipe: str = setting("", "recipe", "start from the settings of a recipe (listed below)", affects="run")
-    imgsz: tuple = setting((518, 518), "data", "size the network trains at; any H W works", nargs=2,
+    budget: int = setting(0, "recipe", "start from the settings that scored best in so many minutes on two "
+                          "CPU cores; size, views and steps follow from the images. A folder with "
+                          "--cache-features and no --recipe, --epochs or --steps has 5",
+                          type=budget_minutes, metavar="MINUTES", only=("arch", "dinov2"), affects="run")
+    imgsz: tuple = setting((518, 518), "data", "size the network runs at; any H W works", nargs=2,
                            type=image_side, metavar=("H", "W"), affects="run")
+    train_imgsz: tuple = setting((), "data", "size it trains at, where that is not --imgsz: a smaller one "
+                                 "trains on more images in the same time", nargs=2, type=image_side,
+                                 metavar=("H", "W"), only=("train_scale", "fit"), affects="run")
     augment: tuple = setting(("flip",), "data", "changes of the training images (listed below), or none",
                              nargs="+", kind="augment", affects="run")
     train_scale: str = setting("fit", "data", "fit = images are resized to --imgsz; native = random windows "
@@ -332,6 +356,9 @@ class TrainConfig(ModelOptions, DataOptions):
     backbone_lr_scale: float = setting(0.1, "training", "learning rate of unfrozen and copied blocks, "
                                        "relative to --lr (1 for every --arch but dinov2)",
                                        type=positive_float, metavar="X", affects="run")
+    layer_decay: float = setting(1.0, "training", "factor on that rate for every block that follows: "
+                                 "below 1, the first blocks change least", type=share, metavar="X",
+                                 only=("arch", "dinov2"), affects="run")
     weight_decay: float = setting(1e-3, "training", "weight decay; none on norms and biases",
                                   type=non_negative_float, affects="run")
     scheduler: str = setting("cosine", "training", "learning rate over the run; cosine, poly and linear warm "
@@ -455,6 +482,52 @@ RECIPES = {
                            lr=1e-2, weight_decay=5e-4, scheduler="onecycle", batch_size=8, accumulate=2,
                            epochs=80)),
 }
+
+@dataclass(frozen=True)
+class Budget:
+    """How many passes of the backbone fit into the minutes of --budget: of one image of BUDGET_PIXELS through
+    a ViT-S/14, on two CPU cores with AVX2. What else a run does is counted in such passes.
+    """
+
+    passes: int
+
+    def spend(self, images, validation_images, config):
+        """Return dict(cache_views, steps, epochs) for so many training and validation images and the batch
+        size of a TrainConfig.
+
+        Of a feature cache, a third of the passes at most goes into views; a seventh at most into validation.
+        Every image is trained on once at least, so that with many images a run takes longer than its budget.
+        """
+        cached = bool(config.cache_features)
+        step_cost, validation_cost = CACHED_COSTS if cached else LIVE_COSTS
+        views = max(1, min(MOST_VIEWS, self.passes // 3 // images)) if cached else 1
+        validation = validation_images * validation_cost
+        epochs = int(max(1, min(10, self.passes / 7 / max(1, validation))))
+        left = self.passes - epochs * validation - (views * images + validation_images) * cached
+        steps = max(1, round(max(left / step_cost, images) / config.batch_size / epochs)) * epochs
+        return dict(cache_views=views, steps=steps, epochs=epochs)
+
+
+def sizes_of_budget(proportion, cached):
+    """Return dict(imgsz, train_imgsz) in patches of 14, of BUDGET_PIXELS and TRAIN_PIXELS; proportion: H / W
+    of the images; cached: whether features are, which train at one size.
+    """
+    def size(pixels):
+        height = math.sqrt(pixels * proportion)
+        return tuple(max(14, 14 * round(side / 14)) for side in (height, height / proportion))
+
+    return dict(imgsz=size(BUDGET_PIXELS), train_imgsz=() if cached else size(TRAIN_PIXELS))
+
+
+# Chosen on CamVid's drives left out: docs/evaluation.md#camvid-in-minutes.
+BUDGETS = {5: Budget(900), 20: Budget(3800)}
+BUDGET_PIXELS, TRAIN_PIXELS = 336 * 448, 252 * 336  # of an image
+LIVE_COSTS, CACHED_COSTS = (2.1, 1.2), (1.2, 0.4)  # of training and of validating on one image, in passes
+MOST_VIEWS = 8
+BUDGET_SETTINGS = dict(head="detail", layers=("quarters",), unfreeze="all", lr=1e-3, backbone_lr_scale=0.1,
+                       layer_decay=0.8, loss="ce+lovasz", batch_size=4, augment=("crop", "flip", "color"))
+CACHED_BLOCKS = 3  # that train on cached features
+DEFAULT_BUDGET = 5  # of a folder with --cache-features
 
 # The settings of every --arch but dinov2, which trains as a whole.
 BASELINE_DEFAULTS = dict(unfreeze="all", backbone_lr_scale=1.0)
@@ -616,8 +689,15 @@ def as_setting(value):
 
 
 def recipe_settings(flags):
-    """Return the settings of the recipe among the flags, fitted to their --arch."""
+    """Return the settings of the recipe or the budget among the flags, fitted to their --arch."""
     settings = dict(RECIPES[flags["recipe"]][1]) if flags.get("recipe") else {}
+    if budget := chosen_budget(flags):
+        settings = dict(BUDGET_SETTINGS, budget=budget)
+        if flags.get("head", settings["head"]) != settings["head"]:
+            del settings["layers"]  # as the other head wants
+        if flags.get("cache_features"):
+            copies_blocks = flags.get("head") in FIELDS["split_blocks"].metadata["only"]
+            settings["unfreeze"] = 0 if copies_blocks or flags.get("save_head_only") else CACHED_BLOCKS
     if "epochs" in flags:  # means passes over the images, unless --steps is given too
         settings.pop("steps", None)
     arch_of_recipe = settings.get("arch", "dinov2")
@@ -626,6 +706,19 @@ def recipe_settings(flags):
         of_model = {*fields_affecting("features"), *fields_affecting("head"), *BASELINE_DEFAULTS}
         settings = {name: value for name, value in settings.items() if name not in of_model}
     return settings if arch == "dinov2" else {**BASELINE_DEFAULTS, **settings}
+
+
+def chosen_budget(flags):
+    """Return the minutes of --budget, DEFAULT_BUDGET for a folder with --cache-features alone, else 0. Raises
+    InputError.
+    """
+    is_native = flags.get("train_scale") == "native"
+    for other in ("--recipe",) * bool(flags.get("recipe")) + ("--train-scale native",) * is_native:
+        if flags.get("budget"):
+            raise InputError(f"--budget cannot be combined with {other}: leave out one of them")
+    is_plain = flags.get("dataset") in OWN_DATA and not {"recipe", "epochs", "steps"} & flags.keys()
+    is_plain = is_plain and not is_native and flags.get("arch", "dinov2") == "dinov2"
+    return flags.get("budget", DEFAULT_BUDGET if is_plain and flags.get("cache_features") else 0)
 
 
 def check_settings(config, flags):
@@ -679,6 +772,8 @@ def check_data_settings(config, flags):
 
 def check_training_settings(config, flags):
     """Raise InputError for flags of model, training and caches that contradict each other."""
+    if "quarters" in config.layers and len(config.layers) > 1:
+        raise InputError("--layers quarters stands alone: leave out quarters, or the indices")
     if config.steps % config.epochs:
         counts = range(min(config.epochs, config.steps), 0, -1)
         fitting = next(count for count in counts if not config.steps % count)
@@ -686,7 +781,7 @@ def check_training_settings(config, flags):
                          f"give a multiple of them, or --epochs {fitting}")
     if "cache_views" in flags and not config.cache_features:
         raise InputError("--cache-views has no effect without --cache-features: add it")
-    if config.cache_features and config.cache_views == 1 and flags.get("augment"):
+    if config.cache_features and config.cache_views == 1 and flags.get("augment") and not config.budget:
         raise InputError("--augment has no effect on the one view that is cached: give --cache-views K to "
                          "keep K augmented ones, or leave out --augment")
     if "save_head_only" in flags and (config.unfreeze != 0 or config.weights == "none"):

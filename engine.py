@@ -100,16 +100,18 @@ def lr_lambda(scheduler, total_steps, steps_per_epoch):
 
 
 # --- optimizer --------------------------------------------------------------------------------------------
-def backbone_scale(model, scale):
-    """Return f(parameter name) -> factor on its learning rate: `scale` for Segmenter.pretrained(), else 1."""
+def backbone_scale(model, scale, layer_decay=1.0):
+    """Return f(parameter name) -> factor on its learning rate: for Segmenter.pretrained() `scale`, times
+    `layer_decay` for every block that follows (Bao et al., BEiT, ICLR 2022); else 1.
+    """
     pretrained = model.pretrained()
-    return lambda name: scale if name in pretrained else 1.0
+    return lambda name: scale * layer_decay ** pretrained[name] if name in pretrained else 1.0
 
 
 def parameter_groups(model, lr, weight_decay, lr_scale=lambda name: 1.0):
     """Return optimizer groups of the parameters that train; `base_lr` is what the schedule multiplies.
 
-    lr_scale: a pure function name -> factor on lr, such as that of backbone_scale or a decay per layer. Three
+    lr_scale: a pure function name -> factor on lr, such as that of backbone_scale. Three
     groups at each learning rate: weights with weight decay, weights of norms (one dimension) and biases
     without.
     """

@@ -20,7 +20,7 @@ from torch import nn
 import utils
 from models.backbones import Features, Part, Tail, build_backbone, origin_code
 from models.baselines import build_baseline
-from models.heads import HEADS, logits_of
+from models.heads import HEADS, four_quarters, logits_of
 from models.upsampling import geometry_of, pad, pixels
 from models.weights import hash_state
 
@@ -187,11 +187,21 @@ class Segmenter(nn.Module):
             module.compile()
 
     def pretrained(self):
-        """Return the names of the parameters of the backbone and of the copies of its blocks in the head."""
+        """Return {name: how many blocks follow it} of the parameters of the backbone and of the copies of its
+        blocks in the head.
+        """
         modules = {"backbone": self.backbone, **{name: module for name, module in self.named_modules()
                                                  if isinstance(module, Tail)}}
-        return {f"{prefix}.{name}" for prefix, module in modules.items()
-                for name, _ in module.named_parameters()}
+        following = {}
+        for prefix, module in modules.items():
+            blocks = list(module.blocks)
+            after = {id(parameter): len(blocks) - 1 - number for number, block in enumerate(blocks)
+                     for parameter in block.parameters()}
+            norm = getattr(getattr(module, "net", module), "norm", nn.Identity())
+            after.update((id(parameter), 0) for parameter in norm.parameters())
+            following.update((f"{prefix}.{name}", after.get(id(parameter), len(blocks)))
+                             for name, parameter in module.named_parameters())
+        return following
 
     def parameter_counts(self):
         """Return (trained, all) numbers of parameters."""
@@ -215,7 +225,8 @@ def build_model(spec, weights="none", unfreeze=0, backbone=None):
     """
     if spec.arch == "dinov2":
         head = HEADS[spec.head]
-        backbone = backbone or build_backbone(spec.backbone, weights, spec.layers or head.reads.maps)
+        layers = four_quarters if spec.layers == ("quarters",) else spec.layers or head.reads.maps
+        backbone = backbone or build_backbone(spec.backbone, weights, layers)
         spec = dataclasses.replace(spec, layers=tuple(backbone.layers))
         decoder = head.build(backbone, spec)
     else:

@@ -2,6 +2,7 @@
 
     python train.py --recipe demo                      # drawn streets, minutes on a laptop CPU
     python train.py --imgsz 640 640 --dataset voc      # DINOv2 ViT-S/14, detail head, VOC 2012
+    python train.py --dataset folder --data-root my_photos --budget 5    # about five minutes on a laptop
     python train.py --recipe person-bn --data-root my_photos
     python train.py --arch segformer_b0 --dataset camvid --data-root CamVid     # a network to compare with
     python train.py --resume --epochs 60               # continue from outputs/last.pth
@@ -15,12 +16,14 @@ import dataclasses
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
 from shlex import join, quote
 
-from config import InputError, count_of, has_meaning, parse_train_args, resolve
+from config import (BUDGETS, InputError, count_of, flag, has_meaning, parse_train_args, resolve,
+                    sizes_of_budget)
 
 if __name__ == "__main__":
     parse_train_args(description=__doc__)  # --help and wrong flags are answered before torch is imported
@@ -37,6 +40,7 @@ from checkpoint import Run, load_head, read_checkpoint
 from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, make_loader, naming_files
 from dataio.feature_cache import cache_features
 from dataio.image_rule import ImageRule, check_fit, decide_rule
+from dataio.images import image_size
 from dataio.stratify import count_pixels
 from dataio.transforms import AUGMENTS
 from dataio.windows import WindowReader, check_room
@@ -46,12 +50,37 @@ from metrics import best_row, has_stalled
 from model import ModelSpec, build_model
 from models.backbones import origins
 from models.heads import HEADS
-from utils import init_distributed, is_background, is_main_process, main_process_first, rank, world_size
+from utils import (evenly_sampled, init_distributed, is_background, is_main_process, main_process_first, rank,
+                   world_size)
 
 EXAMPLES = 4  # validation images drawn after every epoch
+SIZED_IMAGES = 200  # whose proportions a --budget looks at
 
 
 # --- what a run consists of ---------------------------------------------------------------------------------
+def with_budget(config, flags, data):
+    """Return the TrainConfig of a --budget with its image size, views and steps for a data set, where flags
+    do not give them; prints them.
+    """
+    paths = [sample.image for sample in evenly_sampled(data.training, SIZED_IMAGES)]
+    sizes = utils.all_in_parallel(image_size, paths, "headers")
+    proportion = statistics.median(height / width for height, width in sizes)
+    settings = sizes_of_budget(proportion, bool(config.cache_features))
+    if "imgsz" in flags:
+        del settings["train_imgsz"]
+    spent = BUDGETS[config.budget].spend(len(data.training), len(data.splits["val"]), config)
+    if {"epochs", "steps"} & flags.keys():
+        spent = dict(cache_views=spent["cache_views"])
+    settings = {name: value for name, value in {**settings, **spent}.items() if name not in flags}
+    config = dataclasses.replace(config, **settings)
+    length = f"{config.steps} steps" if config.steps else count_of(config.epochs, "epoch")
+    views = f", {count_of(config.cache_views, 'view')} of every image cached" * bool(config.cache_features)
+    height, width = config.train_imgsz or config.imgsz
+    print(f"budget of {config.budget} minutes on two CPU cores: {length}, {config.batch_size} images of "
+          f"{height}x{width} at a time{views}")
+    return config
+
+
 def image_rule(config, data, saved):
     """Return the ImageRule of the data set; of a run that is resumed, that of its checkpoint `saved`. Raises
     InputError for images that it does not fit.
@@ -81,7 +110,7 @@ def build_state(config, data, device):
     model = model.to(device)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    lr_scale = engine.backbone_scale(model, config.backbone_lr_scale)
+    lr_scale = engine.backbone_scale(model, config.backbone_lr_scale, config.layer_decay)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, lr_scale)
     optimizer = engine.OPTIMIZERS[config.optimizer](groups)
     return engine.TrainState(model, optimizer, utils.Precision(config.amp, device), trained_on=trained_on)
@@ -105,7 +134,8 @@ def build_datasets(config, data):
     single_view = config.cache_features and config.cache_views == 1
     table, size, augments = data.table, config.imgsz, () if single_view else config.augment
     if config.train_scale == "fit":
-        return [SegmentationDataset(data.training, table, size, augments, config.seed, data.rule),
+        train_size = config.train_imgsz or size
+        return [SegmentationDataset(data.training, table, train_size, augments, config.seed, data.rule),
                 SegmentationDataset(data.splits["val"], table, size, rule=data.rule)]
     with main_process_first():
         readers = [WindowReader(samples, table, config.cache_images, data.rule)
@@ -169,8 +199,9 @@ def check_effects(flags, config, model):
                          f"{'trains' if backbone.trains() else 'is random'}: leave it out")
     check_bands(config, model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if "backbone_lr_scale" in flags and not trained & model.pretrained():
-        raise InputError("--backbone-lr-scale has no effect on a frozen backbone: add --unfreeze N or all")
+    for name in {"backbone_lr_scale", "layer_decay"} & flags.keys():
+        if not trained & model.pretrained().keys():
+            raise InputError(f"{flag(name)} has no effect on a frozen backbone: add --unfreeze N or all")
     blocks = trained_blocks(model)
     if blocks and not blocks & blocks_with_gradient(model):
         raise InputError(f"--unfreeze {config.unfreeze} has no effect, --head {config.head} reads nothing of "
@@ -347,7 +378,9 @@ def run_training(flags, folder, saved=None):
     if not {"dataset", "recipe", "resume"} & flags.keys():
         print("no --dataset given: training on streets, which are drawn")
     device = init_distributed(utils.pick_device(config.device))
-    print_settings(config)
+    is_open = config.budget and not saved  # a part of its settings follows from the images
+    if not is_open:
+        print_settings(config)
     with main_process_first():
         data = load_data(config, out_dir / "cache")
         if config.extra:
@@ -356,6 +389,9 @@ def run_training(flags, folder, saved=None):
         raise InputError(f"--train-images {config.train_images}: {data.name} has "
                          f"{count_of(len(data.splits['train']), 'training image')}")
     check_trainable(data)
+    if is_open:
+        config = with_budget(config, flags, data)
+        print_settings(config)
     data = dataclasses.replace(data, rule=image_rule(config, data, saved))
     utils.seed_everything(config.seed)
     state = build_state(config, data, device)

@@ -16,8 +16,9 @@ from torch import nn
 import config
 import train
 import utils
-from config import (FIELDS, RECIPES, REGISTRIES, InputError, ModelOptions, TrainConfig, count_of,
-                    fields_affecting, has_meaning, names, parse_train_args, resolve)
+from config import (BUDGET_PIXELS, BUDGETS, CACHED_COSTS, FIELDS, LIVE_COSTS, RECIPES, REGISTRIES,
+                    TRAIN_PIXELS, InputError, ModelOptions, TrainConfig, count_of, fields_affecting,
+                    has_meaning, names, parse_train_args, resolve, sizes_of_budget)
 from dataio.transforms import AUGMENTS
 from datasets import DATASETS
 from engine import lr_lambda
@@ -32,6 +33,55 @@ def test_explicit_flags_beat_the_recipe_and_the_recipe_beats_the_defaults():
     assert resolve(parse_train_args(["--augment", "none"])).augment == ()
     same_as_default = resolve(parse_train_args(["--recipe", "demo", "--unfreeze", "0"]))
     assert same_as_default.unfreeze == 0  # given, though it is the default of the flag
+
+
+def test_a_budget_is_a_set_of_defaults_and_that_of_a_folder_with_cache_features():
+    budget = resolve(parse_train_args(["--budget", "20", "--lr", "0.25"]))
+    assert budget.lr == 0.25 and budget.unfreeze == "all" and budget.layer_decay < 1
+    cached = ["--dataset", "folder", "--cache-features"]
+    alone, named = (resolve(parse_train_args([*flags, *cached])) for flags in ([], ["--budget", "5"]))
+    assert alone == named and alone.budget == 5 and alone.unfreeze != "all"
+    for flags in ("--epochs 3", "--steps 30", "--recipe person-bn"):
+        assert not resolve(parse_train_args([*flags.split(), *cached])).budget
+    assert not resolve(parse_train_args(["--dataset", "voc", "--cache-features"])).budget
+    saved = json.loads(json.dumps(dataclasses.asdict(alone)))
+    assert resolve({"cache_features": alone.cache_features}, saved) == alone
+    for flags in ("--head mask", "--save-head-only"):
+        assert resolve(parse_train_args([*cached, *flags.split()])).unfreeze == 0
+    assert resolve(parse_train_args(["--budget", "5", "--head", "linear"])).layers == ()
+    native = resolve(parse_train_args([*cached, "--train-scale", "native"]))
+    assert not native.budget and native.unfreeze == 0
+    for flags in ("--budget 5 --recipe demo", "--budget 5 --arch fcn_resnet50",
+                  "--budget 5 --train-scale native", "--train-imgsz 14 14 --train-scale native"):
+        with refused(flags.split()[0]):
+            resolve(parse_train_args(flags.split()))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("minutes", BUDGETS)
+@pytest.mark.parametrize("images", [20, 100, 367])
+def test_a_budget_is_spent_whatever_the_number_of_images(minutes, images, cached):
+    settings = resolve({"budget": minutes, **({"cache_features": "cache"} if cached else {})})
+    available, validation = BUDGETS[minutes].passes, images // 4
+    spent = BUDGETS[minutes].spend(images, validation, settings)
+    step_cost, validation_cost = CACHED_COSTS if cached else LIVE_COSTS
+    passes = spent["epochs"] * validation * validation_cost
+    passes += spent["steps"] * settings.batch_size * step_cost
+    passes += (spent["cache_views"] * images + validation) * cached
+    most = max(available, images * (step_cost + spent["cache_views"] + 1))  # each is trained on once
+    assert 0.9 * available < passes < 1.1 * most and spent["steps"] % spent["epochs"] == 0
+    many = BUDGETS[minutes].spend(10 ** 6, 10, settings)
+    assert many["steps"] * settings.batch_size == pytest.approx(10 ** 6, rel=1e-3)
+
+
+@pytest.mark.parametrize("proportion", [0.75, 4 / 3, 1.0, 0.1, 20.0])
+def test_the_sizes_of_a_budget_have_the_proportions_of_the_images(proportion):
+    sizes = sizes_of_budget(proportion, cached=False)
+    for (height, width), pixels in zip(sizes.values(), (BUDGET_PIXELS, TRAIN_PIXELS), strict=True):
+        assert height % 14 == width % 14 == 0
+        assert height / width == pytest.approx(proportion, rel=0.15)
+        assert height * width == pytest.approx(pixels, rel=0.15)
+    assert sizes_of_budget(proportion, cached=True) == dict(sizes, train_imgsz=())
 
 
 def test_what_trains_is_asked_of_the_model_not_of_unfreeze():

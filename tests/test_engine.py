@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -304,9 +305,24 @@ def test_the_lower_rate_is_of_the_backbone_and_of_copies_of_its_blocks_whatever_
     net.head.tail = nn.Conv2d(3, 3, 1)  # a new head may call its own layers so
     copied = {f"head.split.tail.{name}" for name, _ in net.head.split.tail.named_parameters()}
     backbone = {name for name, _ in net.named_parameters() if name.startswith("backbone.")}
-    assert copied and net.pretrained() == copied | backbone
+    assert copied and net.pretrained().keys() == copied | backbone
     rate = backbone_scale(net, 0.5)
     assert rate("head.tail.weight") == 1 and {rate(name) for name in copied | backbone} == {0.5}
+
+
+def test_layer_decay_counts_the_blocks_that_follow():
+    net = tiny(head="split", unfreeze="all")
+    depth, rate = len(net.backbone.blocks), backbone_scale(net, 0.5, 0.8)
+    for name, _ in net.named_parameters():
+        block = re.match(r"(.*)\.blocks\.(\d+)\.", name)
+        if block:  # copies are numbered from 0
+            count = depth if block[1] == "backbone.net" else len(net.head.split.tail.blocks)
+            expected = 0.5 * 0.8 ** (count - 1 - int(block[2]))
+        elif name.startswith("backbone.") and "norm" not in name:
+            expected = 0.5 * 0.8 ** depth  # of the patches and their positions
+        else:
+            expected = 0.5 if "norm" in name and name in net.pretrained() else 1
+        assert rate(name) == pytest.approx(expected), name
 
 
 @pytest.mark.parametrize(("options", "scale", "expected"), [

@@ -552,7 +552,7 @@ TINY = ("--backbone", "vit_tiny")
     (["--cache-features", "--arch", "segformer_b0", "--weights", "none"], "segformer_b0"),
     (["--cache-features", "--arch", "segformer_b0", "--weights", "none", "--unfreeze", 0], "segformer_b0"),
     (["--cache-views", 2], "--cache-features"),
-    (["--cache-features", "--augment", "flip"], "--cache-views"),
+    (["--cache-features", "--epochs", 1, "--augment", "flip"], "--cache-views"),
     (["--backbone-lr-scale", 0.5, *TINY], "--backbone-lr-scale"),
     (["--split-blocks", 2, *TINY], "--split-blocks"),
     (["--head", "mask", "--loss", "dice", *TINY], "--head mask"),

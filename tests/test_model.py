@@ -127,6 +127,7 @@ def test_frozen_blocks_run_in_eval_mode_without_autograd():
 def test_default_layers_are_the_last_four_and_the_last_one_for_linear():
     assert tiny().spec.layers == (2, 3, 4, 5) and tiny(head="linear").spec.layers == (5,)
     assert tiny(head="linear", layers=(0, 3)).spec.layers == (0, 3)
+    assert tiny(layers=("quarters",)).spec.layers == (0, 2, 3, 5)  # 1.5, 3, 4.5 and 6 blocks, rounded down
 
 
 @pytest.mark.parametrize(

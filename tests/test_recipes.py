@@ -1,5 +1,6 @@
 """Every recipe runs for one step at its real image size, on a tiny tree of its data set."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from conftest import write_folder, write_tree
 from torchvision.models import resnet101
 
+import config
 import infer_image
 from dataio import streets
 import train
-from config import RECIPES, resolve
+from config import BUDGETS, RECIPES, resolve
+from dataio.dataloader import SegmentationDataset
 from datasets import DATASETS
 
 FILES = {"loss.png", "miou.png", "config.json", "best_model_iou.pth", "last.pth", "valid_preds"}
@@ -89,3 +92,46 @@ def test_a_recipe_runs_from_its_name_alone(name, imgsz, data_root, tmp_path, hub
         tmp_path / "out",
     )
     assert code == 0, err
+
+
+@pytest.mark.plots
+def test_cache_features_alone_spends_a_budget_and_a_flag_beats_it(data_root, tmp_path, hub_cache, run,
+                                                                  monkeypatch):
+    small = dataclasses.replace(BUDGETS[5], passes=30)
+    monkeypatch.setitem(BUDGETS, 5, small)
+    monkeypatch.setattr(config, "BUDGET_PIXELS", 70 * 98)
+    flags = ["--dataset", "folder", "--data-root", data_root("folder"), "--classes", "background", "person"]
+    flags += ["--weights", "none", "--workers", 0]
+    flags += ["--cache-features", tmp_path / "cache"]
+    code, text, err = run(train, *flags, "--out-dir", tmp_path / "out")
+    assert code == 0, err
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    spent = small.spend(2, 1, resolve({"budget": 5, "cache_features": "cache"}))
+    assert {name: settings[name] for name in spent} == spent and f"{spent['steps']} steps" in text
+    code, _, err = run(train, *flags, "--out-dir", tmp_path / "out", "--resume")
+    assert code == 0, err
+    code, _, err = run(train, *flags, "--out-dir", tmp_path / "two", "--cache-views", 2, "--imgsz", 42, 28)
+    assert code == 0, err
+    settings = json.loads((tmp_path / "two/config.json").read_text())
+    assert (settings["cache_views"], settings["imgsz"]) == (2, [42, 28])
+
+
+@pytest.mark.plots
+def test_a_run_may_train_at_another_size_than_it_validates_at(data_root, tmp_path, hub_cache, run):
+    flags = ["--dataset", "folder", "--data-root", data_root("folder"), "--classes", "background", "person"]
+    flags += ["--weights", "none", "--workers", 0, "--epochs", 1, "--out-dir", tmp_path / "out"]
+    seen = []
+
+    class Seen(SegmentationDataset):
+        def __getitem__(self, item):
+            image, targets, name = super().__getitem__(item)
+            seen.append((self.augments is not None, tuple(image.shape[1:]), tuple(targets["mask"].shape)))
+            return image, targets, name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SegmentationDataset", Seen)
+        code, _, err = run(train, *flags, "--imgsz", 56, 70, "--train-imgsz", 28, 42)
+    assert code == 0, err
+    assert {(image, mask) for training, image, mask in seen if training} == {((28, 42), (28, 42))}
+    assert {image for training, image, _ in seen if not training} == {(56, 70)}
+    assert tuple(torch.load(tmp_path / "out/last.pth", weights_only=True)["imgsz"]) == (56, 70)

@@ -142,7 +142,7 @@ def test_a_stop_before_the_first_step_touches_nothing_and_names_its_command(
     out, cache = shutil.copytree(straight(), tmp_path / "my run"), tmp_path / "cache"
     before = contents_of(out)
     flags = ["--dataset", "folder", "--data-root", data, "--backbone", "vit_tiny", "--imgsz", 42, 56]
-    flags += ["--workers", 0, "--class-weights", "enet", "--out-dir", out]
+    flags += ["--workers", 0, "--class-weights", "enet", "--epochs", 2, "--out-dir", out]
     flags += ["--cache-features", cache] if cached else []
     passes, forward = [], feature_cache.parts_that_fit
 
