@@ -5,7 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import call, train_flags
+import torch
+from conftest import call, tiny, train_flags
 from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.metrics import jaccard_score
@@ -17,6 +18,7 @@ import train
 from checkpoint import load_model
 from inference.backends import FORMATS
 from models.weights import hash_model_file
+
 
 @pytest.fixture(scope="module")
 def runs(trained, tmp_path_factory):
@@ -381,3 +383,13 @@ def test_exported_and_copied_models_are_compared_while_they_are_what_was_scored(
     shutil.copy(runs["ours-0"] / "last.pth", copy / "last.pth")
     code, _, err = run(compare, elsewhere, "--out-dir", tmp_path)
     assert code == 2 and "last.pth" in err and err.count("\n") == 1
+
+
+def test_operations_are_those_of_all_products_attention_among_them():
+    model, patches, width = tiny(head="linear").eval(), 16 * 16, 192
+    tokens = patches + 1
+    products = 6 * (12 * tokens * width ** 2 + 2 * tokens ** 2 * width)  # six blocks
+    products += patches * (3 * 14 * 14 * width + width * model.num_classes)  # the embedding and the head
+    with torch.inference_mode():
+        counted = compare.gflops(model, torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    assert counted == pytest.approx(2 * products / 1e9, rel=0.01)
