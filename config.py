@@ -483,6 +483,7 @@ RECIPES = {
                            epochs=80)),
 }
 
+
 @dataclass(frozen=True)
 class Budget:
     """How many passes of the backbone fit into the minutes of --budget: of one image of BUDGET_PIXELS through
@@ -496,7 +497,8 @@ class Budget:
         size of a TrainConfig.
 
         Of a feature cache, a third of the passes at most goes into views; a seventh at most into validation.
-        Every image is trained on once at least, so that with many images a run takes longer than its budget.
+        Each image is trained on, or validated, once at least: with many of them a run takes longer than its
+        budget.
         """
         cached = bool(config.cache_features)
         step_cost, validation_cost = CACHED_COSTS if cached else LIVE_COSTS
@@ -519,7 +521,7 @@ def sizes_of_budget(proportion, cached):
     return dict(imgsz=size(BUDGET_PIXELS), train_imgsz=() if cached else size(TRAIN_PIXELS))
 
 
-# Chosen on CamVid's drives left out: docs/evaluation.md#camvid-in-minutes.
+# Chosen on a drive of CamVid left out: docs/evaluation.md#camvid-in-minutes.
 BUDGETS = {5: Budget(900), 20: Budget(3800)}
 BUDGET_PIXELS, TRAIN_PIXELS = 336 * 448, 252 * 336  # of an image
 LIVE_COSTS, CACHED_COSTS = (2.1, 1.2), (1.2, 0.4)  # of training and of validating on one image, in passes
@@ -713,9 +715,9 @@ def chosen_budget(flags):
     InputError.
     """
     is_native = flags.get("train_scale") == "native"
-    for other in ("--recipe",) * bool(flags.get("recipe")) + ("--train-scale native",) * is_native:
-        if flags.get("budget"):
-            raise InputError(f"--budget cannot be combined with {other}: leave out one of them")
+    if flags.get("budget") and (flags.get("recipe") or is_native):
+        other = "--recipe" if flags.get("recipe") else "--train-scale native"
+        raise InputError(f"--budget cannot be combined with {other}: leave out one of them")
     is_plain = flags.get("dataset") in OWN_DATA and not {"recipe", "epochs", "steps"} & flags.keys()
     is_plain = is_plain and not is_native and flags.get("arch", "dinov2") == "dinov2"
     return flags.get("budget", DEFAULT_BUDGET if is_plain and flags.get("cache_features") else 0)

@@ -23,7 +23,8 @@ def parse_args(argv=None):
     parser.add_argument("--imgsz", nargs=2, type=image_side, default=(336, 448), metavar=("H", "W"),
                         help="size of the images (336 448)")
     parser.add_argument("--weights", default="auto", help="of the ViT-S/14, as in train.py (auto)")
-    parser.add_argument("--augment", nargs="+", default=("crop", "flip", "color"), metavar="NAME",
+    parser.add_argument("--augment", nargs="+", default=("crop", "flip", "color"),
+                        choices=[*names("augment"), "none"], metavar="NAME",
                         help="as in train.py (crop flip color)")
     parser.add_argument("--batch-size", type=batch_images, default=8, help="images per step (8)")
     parser.add_argument("--encoder-lr-scale", type=positive_float, default=1.0, metavar="X",
@@ -100,7 +101,7 @@ def dpt(num_classes, weights, imgsz, frozen=False):
         state = checkpoint_filter_fn(state, encoder.model)
         missing, _ = encoder.model.load_state_dict(state, strict=False)  # it has no final norm
         if missing:
-            raise ValueError(f"weights do not fit {VIT}: {missing} are missing")
+            raise InputError(f"--weights {weights} do not fit {VIT}: {missing} are missing")
     encoder.requires_grad_(not frozen)
     return net
 
