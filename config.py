@@ -151,6 +151,7 @@ def number_where(is_valid, expected):
 
 fraction = number_where(lambda value: 0.0 < value < 1.0, "a number between 0 and 1")
 share = number_where(lambda value: 0.0 < value <= 1.0, "a number above 0 and at most 1")
+probability = number_where(lambda value: 0.0 <= value <= 1.0, "a number from 0 to 1")
 finite_number = number_where(math.isfinite, "a number")
 positive_float = number_where(lambda value: 0.0 < value < math.inf, "a number above 0")
 non_negative_float = number_where(lambda value: 0.0 <= value < math.inf, "a number of at least 0")
@@ -306,6 +307,9 @@ class TrainConfig(ModelOptions, DataOptions):
                                  metavar=("H", "W"), only=("train_scale", "fit"), affects="run")
     augment: tuple = setting(("flip",), "data", "changes of the training images (listed below), or none",
                              nargs="+", kind="augment", affects="run")
+    copy_paste: float = setting(0.0, "data", "share of the training images into which the pixels of rare "
+                                "classes of another one are pasted; without X 0.7", nargs="?", const=0.7,
+                                type=probability, metavar="X", only=("train_scale", "fit"), affects="run")
     train_scale: str = setting("fit", "data", "fit = images are resized to --imgsz; native = random windows "
                                "of that size at the images' own resolution times 0.5 to 2, validated by "
                                "tiles: for images much larger than --imgsz", choices=("fit", "native"),
@@ -486,11 +490,15 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How many passes of the backbone fit into the minutes of --budget: of one image of BUDGET_PIXELS through
-    a ViT-S/14, on two CPU cores with AVX2. What else a run does is counted in such passes.
+    """How many passes of the backbone fit into the minutes of --budget: of one image of PASS_PIXELS through a
+    ViT-S/14, on two CPU cores with AVX2. What else a run does is counted in such passes.
+
+    train_pixels, pixels: of an image in training, and in validation and inference.
     """
 
     passes: int
+    train_pixels: int = 252 * 336
+    pixels: int = 336 * 448
 
     def spend(self, images, validation_images, config):
         """Return dict(cache_views, steps, epochs) for so many training and validation images and the batch
@@ -501,33 +509,37 @@ class Budget:
         budget.
         """
         cached = bool(config.cache_features)
-        step_cost, validation_cost = CACHED_COSTS if cached else LIVE_COSTS
         views = max(1, min(MOST_VIEWS, self.passes // 3 // images)) if cached else 1
+        step_cost, validation_cost = CACHED_COSTS
+        if not cached:
+            step_cost, validation_cost = (cost * pixels / PASS_PIXELS for cost, pixels in
+                                          zip(LIVE_COSTS, (self.train_pixels, self.pixels), strict=True))
         validation = validation_images * validation_cost
         epochs = int(max(1, min(10, self.passes / 7 / max(1, validation))))
         left = self.passes - epochs * validation - (views * images + validation_images) * cached
         steps = max(1, round(max(left / step_cost, images) / config.batch_size / epochs)) * epochs
         return dict(cache_views=views, steps=steps, epochs=epochs)
 
+    def sizes(self, proportion, cached):
+        """Return dict(imgsz, train_imgsz) in patches of 14; proportion: H / W of the images; cached: whether
+        features are, which train and validate at PASS_PIXELS.
+        """
+        def size(pixels):
+            height = math.sqrt(pixels * proportion)
+            return tuple(max(14, 14 * round(side / 14)) for side in (height, height / proportion))
 
-def sizes_of_budget(proportion, cached):
-    """Return dict(imgsz, train_imgsz) in patches of 14, of BUDGET_PIXELS and TRAIN_PIXELS; proportion: H / W
-    of the images; cached: whether features are, which train at one size.
-    """
-    def size(pixels):
-        height = math.sqrt(pixels * proportion)
-        return tuple(max(14, 14 * round(side / 14)) for side in (height, height / proportion))
-
-    return dict(imgsz=size(BUDGET_PIXELS), train_imgsz=() if cached else size(TRAIN_PIXELS))
+        return dict(imgsz=size(PASS_PIXELS), train_imgsz=()) if cached else \
+            dict(imgsz=size(self.pixels), train_imgsz=size(self.train_pixels))
 
 
 # Chosen on a drive of CamVid left out: docs/evaluation.md#camvid-in-minutes.
-BUDGETS = {5: Budget(900), 20: Budget(3800)}
-BUDGET_PIXELS, TRAIN_PIXELS = 336 * 448, 252 * 336  # of an image
-LIVE_COSTS, CACHED_COSTS = (2.1, 1.2), (1.2, 0.4)  # of training and of validating on one image, in passes
+PASS_PIXELS = 336 * 448
+BUDGETS = {5: Budget(900), 20: Budget(3800, pixels=448 * 602)}
+LIVE_COSTS, CACHED_COSTS = (3.7, 1.2), (1.2, 0.4)  # of training and of validating on PASS_PIXELS, in passes
 MOST_VIEWS = 8
 BUDGET_SETTINGS = dict(head="detail", layers=("quarters",), unfreeze="all", lr=1e-3, backbone_lr_scale=0.1,
-                       layer_decay=0.8, loss="ce+lovasz", batch_size=4, augment=("crop", "flip", "color"))
+                       layer_decay=0.8, loss="ce+lovasz", batch_size=4, copy_paste=0.7,
+                       augment=("crop", "flip", "color"))
 CACHED_BLOCKS = 3  # that train on cached features
 DEFAULT_BUDGET = 5  # of a folder with --cache-features
 
@@ -783,9 +795,10 @@ def check_training_settings(config, flags):
                          f"give a multiple of them, or --epochs {fitting}")
     if "cache_views" in flags and not config.cache_features:
         raise InputError("--cache-views has no effect without --cache-features: add it")
-    if config.cache_features and config.cache_views == 1 and flags.get("augment") and not config.budget:
-        raise InputError("--augment has no effect on the one view that is cached: give --cache-views K to "
-                         "keep K augmented ones, or leave out --augment")
+    changing = [name for name in ("augment", "copy_paste") if flags.get(name)]
+    if config.cache_features and config.cache_views == 1 and changing and not config.budget:
+        raise InputError(f"{flag(changing[0])} has no effect on the one view that is cached: give "
+                         "--cache-views K to keep K augmented ones, or leave it out")
     if "save_head_only" in flags and (config.unfreeze != 0 or config.weights == "none"):
         reason = "trains" if config.unfreeze != 0 else "is random"
         raise InputError("--save-head-only leaves out a backbone that can be loaded again, and this one "

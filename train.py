@@ -22,8 +22,7 @@ import time
 from pathlib import Path
 from shlex import join, quote
 
-from config import (BUDGETS, InputError, count_of, flag, has_meaning, parse_train_args, resolve,
-                    sizes_of_budget)
+from config import (BUDGETS, InputError, count_of, flag, has_meaning, parse_train_args, resolve)
 
 if __name__ == "__main__":
     parse_train_args(description=__doc__)  # --help and wrong flags are answered before torch is imported
@@ -42,7 +41,7 @@ from dataio.feature_cache import cache_features
 from dataio.image_rule import ImageRule, check_fit, decide_rule
 from dataio.images import image_size
 from dataio.stratify import count_pixels
-from dataio.transforms import AUGMENTS
+from dataio.transforms import AUGMENTS, CopyPaste
 from dataio.windows import WindowReader, check_room
 from datasets import check_trainable, load_data, warn_of_trained_images, with_extra
 from losses import Criterion, check_class_weights, class_weights
@@ -65,10 +64,11 @@ def with_budget(config, flags, data):
     paths = [sample.image for sample in evenly_sampled(data.training, SIZED_IMAGES)]
     sizes = utils.all_in_parallel(image_size, paths, "headers")
     proportion = statistics.median(height / width for height, width in sizes)
-    settings = sizes_of_budget(proportion, bool(config.cache_features))
+    budget = BUDGETS[config.budget]
+    settings = budget.sizes(proportion, bool(config.cache_features))
     if "imgsz" in flags:
         del settings["train_imgsz"]
-    spent = BUDGETS[config.budget].spend(len(data.training), len(data.splits["val"]), config)
+    spent = budget.spend(len(data.training), len(data.splits["val"]), config)
     if {"epochs", "steps"} & flags.keys():
         spent = dict(cache_views=spent["cache_views"])
     settings = {name: value for name, value in {**settings, **spent}.items() if name not in flags}
@@ -129,13 +129,27 @@ def build_criterion(config, data, device):
     return Criterion(config.loss, weights.to(device))
 
 
+def build_copy_paste(config, data):
+    """Return the CopyPaste that a TrainConfig describes, or None; prints which classes are rare."""
+    if not config.copy_paste:
+        return None
+    with main_process_first():
+        pixels = count_pixels(data.training, data.table, len(data.classes), Path(config.out_dir) / "cache")
+    copy_paste = CopyPaste.of(pixels, config.copy_paste)
+    rare = ", ".join(data.classes[id][0] for id in copy_paste.images) or "none, as no class is rare"
+    print(f"copy-paste into {config.copy_paste:.0%} of the images: {rare}")
+    return copy_paste
+
+
 def build_datasets(config, data):
     """Return the datasets to train and to validate on: resized images, or windows at their own resolution."""
     single_view = config.cache_features and config.cache_views == 1
     table, size, augments = data.table, config.imgsz, () if single_view else config.augment
     if config.train_scale == "fit":
         train_size = config.train_imgsz or size
-        return [SegmentationDataset(data.training, table, train_size, augments, config.seed, data.rule),
+        copy_paste = None if single_view else build_copy_paste(config, data)
+        return [SegmentationDataset(data.training, table, train_size, augments, config.seed, data.rule,
+                                    copy_paste),
                 SegmentationDataset(data.splits["val"], table, size, rule=data.rule)]
     with main_process_first():
         readers = [WindowReader(samples, table, config.cache_images, data.rule)
@@ -277,7 +291,7 @@ def print_plan(config, data, model, precision):
     print(f"model: {network}, {trained:,} parameters train, {total - trained:,} are frozen")
     if not (model.backbone.pretrained or model.backbone.trains() or config.resume):
         print("warning: the backbone is random and frozen, only the head learns: add --unfreeze all")
-    if config.cache_features and config.cache_views == 1 and config.augment:
+    if config.cache_features and config.cache_views == 1 and (config.augment or config.copy_paste):
         print("augmentation is off: one view of every image is cached, as it is (--cache-views K keeps more)")
     device, processes = model.mean.device, world_size()
     if config.steps:

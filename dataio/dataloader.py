@@ -44,12 +44,13 @@ class SegmentationDataset(Dataset):
 
     Training (`augments` a tuple, maybe empty): image (C, h, w) and targets (h, w), all at `size`. Validation
     (`augments` None): image (C, h, w) at `size`, or as it is where `size` is empty; targets (H, W) at the
-    size they are stored in. Raises InputError where not all samples have targets of the same names and kinds.
+    size they are stored in. copy_paste: the CopyPaste of a training, or None. Raises InputError where not all
+    samples have targets of the same names and kinds.
     """
 
-    def __init__(self, samples, table, size, augments=None, seed=0, rule=PICTURES):
+    def __init__(self, samples, table, size, augments=None, seed=0, rule=PICTURES, copy_paste=None):
         self.samples, self.table, self.size, self.rule = list(samples), table, tuple(size), rule
-        self.augments, self.seed = augments, seed
+        self.augments, self.seed, self.copy_paste = augments, seed, copy_paste
         kinds = {tuple((target.name, target.kind) for target in sample.targets) for sample in self.samples}
         if len(kinds) > 1:
             raise InputError(f"not all images have the same targets beside their masks: {sorted(kinds)}")
@@ -70,8 +71,10 @@ class SegmentationDataset(Dataset):
         code = f"{decoding_code()} {code_hash(sys.modules[__name__])}"  # augment has its own
         facts = dict(split="val" if self.augments is None else "train", imgsz=list(self.size), reading=code,
                      image_rule=self.rule.facts())
-        if self.augments:
+        if self.augments or self.copy_paste:
             facts.update(augment=fingerprint(self.augments), seed=self.seed)
+        if self.copy_paste:
+            facts.update(copy_paste=repr(self.copy_paste))
         return facts
 
     @contextmanager
@@ -87,16 +90,23 @@ class SegmentationDataset(Dataset):
         finally:
             torch.set_rng_state(state)
 
+    def augmented(self, index):
+        """Return image and targets of an image, augmented by torch's random numbers."""
+        at_least = needed_size(self.size, self.augments)
+        image, targets = read_sample(self.samples[index], self.table, at_least, self.rule)
+        return augment(image, targets, self.size, self.augments)
+
     def __getitem__(self, item):
         sample = self.samples[item % len(self)]
         if self.augments is None:
             image, targets = read_sample(sample, self.table, rule=self.rule)
             image = resize_image(image, self.size) if self.size else image
-        else:
-            at_least = needed_size(self.size, self.augments)
-            image, targets = read_sample(sample, self.table, at_least, self.rule)
-            with self.drawing(item):
-                image, targets = augment(image, targets, self.size, self.augments)
+            return image, targets, str(sample.image)
+        with self.drawing(item) as index:
+            image, targets = self.augmented(index)
+            other = self.copy_paste.draw() if self.copy_paste else None
+            if other is not None:
+                image, targets = self.copy_paste(image, targets, *self.augmented(other))
         return image, targets, str(sample.image)
 
 

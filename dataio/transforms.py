@@ -21,6 +21,7 @@ from dataio.resizing import padding_color, resize_image, resize_targets
 from utils import code_hash, modules_of
 
 UNKNOWN = {torch.uint8: IGNORE, torch.float32: math.nan}  # value of target pixels that are made up
+RARE = 0.25  # of the share that each class would have if all had the same: with less it is rare
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # of RGB (NTSC)
 
 
@@ -218,6 +219,39 @@ class PhotometricDistortion(Augmentation):
 
 
 # A new augmentation is one class above and one line here; they are applied in this order.
+@dataclass(frozen=True)
+class CopyPaste:
+    """Pixels of rare classes of another image, put where they lie in it.
+
+    Ghiasi et al., Simple Copy-Paste Is a Strong Data Augmentation Method for Instance Segmentation, CVPR
+    2021, with classes in place of objects. share: of the images that get some; images: {rare class: indices
+    of the images that show it}.
+    """
+
+    share: float
+    images: dict
+
+    @classmethod
+    def of(cls, pixels, share):
+        """Return the one for a data set; pixels: (N, K) int, of every class in every image."""
+        shares = pixels.sum(0) / max(1, pixels.sum())
+        rare = np.flatnonzero((shares > 0) & (shares < RARE / pixels.shape[1]))
+        return cls(share, {id: np.flatnonzero(pixels[:, id]).tolist() for id in rare.tolist()})
+
+    def draw(self):
+        """Return the index of an image to paste from, any rare class as likely as another, or None."""
+        if not self.images or torch.rand(1).item() >= self.share:
+            return None
+        images = list(self.images.values())[torch.randint(len(self.images), ()).item()]
+        return images[torch.randint(len(images), ()).item()]
+
+    def __call__(self, image, targets, other_image, other_targets):
+        """Images (C, h, w) and targets {name: (h, w)} of one size -> image and targets."""
+        pasted = torch.isin(other_targets["mask"], torch.tensor(list(self.images), dtype=torch.uint8))
+        return torch.where(pasted, other_image, image), {
+            name: torch.where(pasted, other_targets[name], target) for name, target in targets.items()}
+
+
 AUGMENTS = {
     "crop": ScaleCrop(),
     "crop-linear": LinearCrop(),

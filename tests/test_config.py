@@ -16,9 +16,9 @@ from torch import nn
 import config
 import train
 import utils
-from config import (BUDGET_PIXELS, BUDGETS, CACHED_COSTS, FIELDS, LIVE_COSTS, RECIPES, REGISTRIES,
-                    TRAIN_PIXELS, InputError, ModelOptions, TrainConfig, count_of, fields_affecting,
-                    has_meaning, names, parse_train_args, resolve, sizes_of_budget)
+from config import (BUDGETS, CACHED_COSTS, FIELDS, LIVE_COSTS, PASS_PIXELS, RECIPES, REGISTRIES, InputError,
+                    ModelOptions, TrainConfig, count_of, fields_affecting, has_meaning, names,
+                    parse_train_args, resolve)
 from dataio.transforms import AUGMENTS
 from datasets import DATASETS
 from engine import lr_lambda
@@ -62,26 +62,32 @@ def test_a_budget_is_a_set_of_defaults_and_that_of_a_folder_with_cache_features(
 @pytest.mark.parametrize("images", [20, 100, 367])
 def test_a_budget_is_spent_whatever_the_number_of_images(minutes, images, cached):
     settings = resolve({"budget": minutes, **({"cache_features": "cache"} if cached else {})})
-    available, validation = BUDGETS[minutes].passes, images // 4
-    spent = BUDGETS[minutes].spend(images, validation, settings)
-    step_cost, validation_cost = CACHED_COSTS if cached else LIVE_COSTS
+    budget, validation = BUDGETS[minutes], images // 4
+    available, spent = budget.passes, budget.spend(images, validation, settings)
+    step_cost, validation_cost = CACHED_COSTS
+    if not cached:
+        step_cost = LIVE_COSTS[0] * budget.train_pixels / PASS_PIXELS
+        validation_cost = LIVE_COSTS[1] * budget.pixels / PASS_PIXELS
     passes = spent["epochs"] * validation * validation_cost
     passes += spent["steps"] * settings.batch_size * step_cost
     passes += (spent["cache_views"] * images + validation) * cached
     most = max(available, images * (step_cost + spent["cache_views"] + 1))  # each is trained on once
     assert 0.9 * available < passes < 1.1 * most and spent["steps"] % spent["epochs"] == 0
-    many = BUDGETS[minutes].spend(10 ** 6, 10, settings)
+    many = budget.spend(10 ** 6, 10, settings)
     assert many["steps"] * settings.batch_size == pytest.approx(10 ** 6, rel=1e-3)
 
 
+@pytest.mark.parametrize("minutes", BUDGETS)
 @pytest.mark.parametrize("proportion", [0.75, 4 / 3, 1.0, 0.1, 20.0])
-def test_the_sizes_of_a_budget_have_the_proportions_of_the_images(proportion):
-    sizes = sizes_of_budget(proportion, cached=False)
-    for (height, width), pixels in zip(sizes.values(), (BUDGET_PIXELS, TRAIN_PIXELS), strict=True):
+def test_the_sizes_of_a_budget_have_the_proportions_of_the_images(minutes, proportion):
+    budget = BUDGETS[minutes]
+    live, cached = budget.sizes(proportion, cached=False), budget.sizes(proportion, cached=True)
+    assert cached["train_imgsz"] == ()
+    for (height, width), pixels in ((live["imgsz"], budget.pixels), (cached["imgsz"], PASS_PIXELS),
+                                    (live["train_imgsz"], budget.train_pixels)):
         assert height % 14 == width % 14 == 0
         assert height / width == pytest.approx(proportion, rel=0.15)
         assert height * width == pytest.approx(pixels, rel=0.15)
-    assert sizes_of_budget(proportion, cached=True) == dict(sizes, train_imgsz=())
 
 
 def test_what_trains_is_asked_of_the_model_not_of_unfreeze():

@@ -23,7 +23,7 @@ from dataio import feature_cache as cache
 from dataio.dataloader import SegmentationDataset, collate
 from dataio.feature_cache import EntryFile, cache_features
 from dataio.readers import Sample, Target, index_table, value_table
-from dataio.transforms import AUGMENTS, ScaleCrop
+from dataio.transforms import AUGMENTS, CopyPaste, ScaleCrop
 from losses import Criterion
 from models.backbones import Part
 from models.weights import hash_state
@@ -110,7 +110,8 @@ def test_features_and_masks_are_those_of_the_images(samples, tmp_path):
     assert targets["mask"].shape == (45, 61) and is_close(values, net, dataset[1][0])
 
 
-def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path):
+@pytest.mark.parametrize("copy_paste", [None, CopyPaste(0.9, {1: [0, 2], 2: [1]})], ids=["", "copy-paste"])
+def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path, copy_paste):
     """Tokens, images, the mask and every other target, in the type that training has without a cache."""
     generator, with_targets = np.random.default_rng(0), []
     for sample in samples[:3]:
@@ -121,7 +122,7 @@ def test_views_are_the_first_epochs_of_the_augmented_training(samples, tmp_path)
         with_targets.append(sample._replace(targets=targets))
     net, count = tiny(head="split-detail"), len(with_targets)
     (block,) = net.head.reads.tokens
-    dataset = training_set(with_targets, ("crop", "flip", "color"), seed=3)
+    dataset = training_set(with_targets, ("crop", "flip", "color"), seed=3, copy_paste=copy_paste)
     cached = cache_features(net, dataset, tmp_path / "cache", FLOAT32, views=3)
     different = 0
     for item in range(4 * count):
@@ -274,13 +275,15 @@ def test_a_new_option_that_affects_features_makes_another_cache_unless_it_has_it
 
 
 def test_other_parameters_of_an_augmentation_are_another_cache(samples, fill, monkeypatch):
-    def views(names=("crop", "flip"), seed=0):
-        return fill(dataset=training_set(samples, names, seed=seed), views=2)
+    def views(names=("crop", "flip"), **options):
+        return fill(dataset=training_set(samples, names, **options), views=2)
 
     assert views() == 14 and views() == 0
     monkeypatch.setitem(AUGMENTS, "crop", ScaleCrop(scale=(0.9, 1.1)))
     assert views() == 14 and views() == 0
     assert views(("crop",)) == 14 and views(seed=1) == 14
+    for images in ([0], [2]):
+        assert views(copy_paste=CopyPaste(0.5, {1: images})) == 14
 
 
 def test_another_table_of_classes_is_another_cache_of_masks(samples, tmp_path):
@@ -553,6 +556,8 @@ TINY = ("--backbone", "vit_tiny")
     (["--cache-features", "--arch", "segformer_b0", "--weights", "none", "--unfreeze", 0], "segformer_b0"),
     (["--cache-views", 2], "--cache-features"),
     (["--cache-features", "--epochs", 1, "--augment", "flip"], "--cache-views"),
+    (["--cache-features", "--epochs", 1, "--copy-paste"], "--copy-paste"),
+    (["--copy-paste", "--train-scale", "native"], "--copy-paste"),
     (["--backbone-lr-scale", 0.5, *TINY], "--backbone-lr-scale"),
     (["--split-blocks", 2, *TINY], "--split-blocks"),
     (["--head", "mask", "--loss", "dice", *TINY], "--head mask"),

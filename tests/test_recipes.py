@@ -99,7 +99,7 @@ def test_cache_features_alone_spends_a_budget_and_a_flag_beats_it(data_root, tmp
                                                                   monkeypatch):
     small = dataclasses.replace(BUDGETS[5], passes=30)
     monkeypatch.setitem(BUDGETS, 5, small)
-    monkeypatch.setattr(config, "BUDGET_PIXELS", 70 * 98)
+    monkeypatch.setattr(config, "PASS_PIXELS", 70 * 98)
     flags = ["--dataset", "folder", "--data-root", data_root("folder"), "--classes", "background", "person"]
     flags += ["--weights", "none", "--workers", 0]
     flags += ["--cache-features", tmp_path / "cache"]
@@ -130,7 +130,7 @@ def test_a_run_may_train_at_another_size_than_it_validates_at(data_root, tmp_pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "SegmentationDataset", Seen)
-        code, _, err = run(train, *flags, "--imgsz", 56, 70, "--train-imgsz", 28, 42)
+        code, _, err = run(train, *flags, "--imgsz", 56, 70, "--train-imgsz", 28, 42, "--copy-paste", 1)
     assert code == 0, err
     assert {(image, mask) for training, image, mask in seen if training} == {((28, 42), (28, 42))}
     assert {image for training, image, _ in seen if not training} == {(56, 70)}

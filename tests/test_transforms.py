@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import blocks
+from PIL import Image
 
+from dataio.dataloader import SegmentationDataset
+from dataio.readers import Sample, index_table
 from dataio.resizing import PADDING_COLOR, resize_image, resize_map, resize_mask, resize_targets
-from dataio.transforms import AUGMENTS, ScaleCrop, augment, fingerprint, is_mixed
+from dataio.transforms import AUGMENTS, CopyPaste, ScaleCrop, augment, fingerprint, is_mixed
 
 
 def shaded(height=120, width=170, seed=3):
@@ -288,3 +291,47 @@ def test_images_are_resized_as_by_torchvision(monkeypatch, shape, able):
             want, resized = functional.resize(image, list(size), antialias=True), resize_image(image, size)
             assert torch.equal(resized, want) and resized.dtype == torch.uint8
             assert resized.stride() == want.stride()
+
+
+# --- copy-paste -------------------------------------------------------------------------------------------
+def test_rare_classes_are_pasted_where_they_lie_and_nothing_else_changes(tmp_path):
+    """Images are gray, 10 x their class and 1 for each file: where a pixel comes from shows."""
+    counts = np.zeros((5, 4), np.int64)  # class 2 is rare, class 3 is nowhere
+    samples = []
+    for number in range(5):
+        mask = np.random.default_rng(number).integers(0, 2, (40, 56), dtype=np.uint8)
+        if number in (1, 3):
+            mask[5 * number:5 * number + 4, 7:19] = 2
+        mask[:2] = 255
+        counts[number] = np.bincount(mask.ravel(), minlength=256)[:4]
+        image = np.where(mask == 255, 250, 10 * mask + number).astype(np.uint8)
+        sample = Sample(tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png")
+        Image.fromarray(image).save(sample.image)
+        Image.fromarray(mask).save(sample.mask)
+        samples.append(sample)
+    copy_paste = CopyPaste.of(counts, 0.6)
+    assert copy_paste.images == {2: [1, 3]}
+    plain = SegmentationDataset(samples, index_table(4), (40, 56), ())
+    pasting = SegmentationDataset(samples, index_table(4), (40, 56), (), copy_paste=copy_paste)
+    pasted_from = []
+    for item in range(200):
+        (image, targets, _), (before, mask) = pasting[item], plain[item][:2]
+        assert torch.equal(pasting[item][0], image)  # drawn by seed, epoch and image alone
+        changed = (image != before).any(0)
+        assert (targets["mask"][changed] == 2).all() and torch.equal(targets["mask"][~changed],
+                                                                     mask["mask"][~changed])
+        if changed.any():
+            (value,) = image[:, changed].unique().tolist()
+            other = plain[value - 20]
+            assert torch.equal(changed, (other[1]["mask"] == 2) & (before != other[0]).any(0))
+            pasted_from.append(value - 20)
+    assert {*pasted_from} == {1, 3} and 60 < len(pasted_from) < 130  # 120, without those of their own
+    assert CopyPaste.of(np.array([[50, 50]]), 0.6).draw() is None  # nothing is rare
+
+
+def test_each_rare_class_is_drawn_as_often_as_the_others():
+    counts = np.array([[1000, 1, 0, 900]] * 90 + [[1000, 0, 1, 900]] * 3)
+    torch.manual_seed(0)
+    drawn = [CopyPaste.of(counts, 1.0).draw() for _ in range(2000)]
+    assert np.mean([index >= 90 for index in drawn]) == pytest.approx(0.5, abs=0.05)
+    assert len({*drawn}) == 93

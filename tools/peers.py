@@ -8,8 +8,8 @@ that library's own CamVid example: Adam 2e-4, a cosine down to 1e-5, its Dice lo
 scores are those of this project, so that networks and training are compared and nothing else. The minutes are
 those of the training loop alone; a pass over --split follows. Writes OUT_DIR/evaluation/metrics.json.
 """
-from config import (add_run_flags, batch_images, image_side, names, non_negative_int, positive_float,
-                    registered, script_parser)
+from config import (add_run_flags, as_setting, batch_images, image_side, names, non_negative_int,
+                    positive_float, probability, registered, script_parser)
 
 
 def parse_args(argv=None):
@@ -23,9 +23,11 @@ def parse_args(argv=None):
     parser.add_argument("--imgsz", nargs=2, type=image_side, default=(336, 448), metavar=("H", "W"),
                         help="size of the images (336 448)")
     parser.add_argument("--weights", default="auto", help="of the ViT-S/14, as in train.py (auto)")
-    parser.add_argument("--augment", nargs="+", default=("crop", "flip", "color"),
+    parser.add_argument("--augment", nargs="+", default=["crop", "flip", "color"],
                         choices=[*names("augment"), "none"], metavar="NAME",
                         help="as in train.py (crop flip color)")
+    parser.add_argument("--copy-paste", type=probability, default=0.7, metavar="X",
+                        help="as in train.py (0.7)")
     parser.add_argument("--batch-size", type=batch_images, default=8, help="images per step (8)")
     parser.add_argument("--encoder-lr-scale", type=positive_float, default=1.0, metavar="X",
                         help="learning rate of DINOv2, relative to the decoder's (1, as in the example)")
@@ -49,6 +51,8 @@ import utils
 from config import DataOptions, InputError
 from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.image_rule import PICTURES
+from dataio.stratify import count_pixels
+from dataio.transforms import CopyPaste
 from datasets import load_data
 from engine import cosine_between
 from evaluate import make_batches, print_scores, score, split_samples, summarize
@@ -151,12 +155,15 @@ def main():
     args = parse_args()
     device = utils.pick_device(args.device)
     options = DataOptions(dataset=args.dataset, data_root=args.data_root)
-    data = load_data(options, Path(args.out_dir) / "cache")
+    cache_dir = Path(args.out_dir) / "cache"
+    data = load_data(options, cache_dir)
     utils.seed_everything(args.seed)
     num_classes = len(data.classes)
     model = Peer(PEERS[args.peer](num_classes, args.weights, args.imgsz), num_classes).to(device)
-    training = SegmentationDataset(data.splits["train"], data.table, args.imgsz, tuple(args.augment),
-                                   args.seed)
+    samples = data.splits["train"]
+    copy_paste = CopyPaste.of(count_pixels(samples, data.table, num_classes, cache_dir), args.copy_paste)
+    training = SegmentationDataset(samples, data.table, args.imgsz, as_setting(args.augment), args.seed,
+                                   copy_paste=copy_paste)
     steps = train(model, make_loader(training, args.batch_size, WORKERS), args, device)
     samples = split_samples(data, args.split)
     checkpoint = dict(classes=[[name, list(color)] for name, color in data.classes], imgsz=list(args.imgsz))
