@@ -137,7 +137,8 @@ def build_copy_paste(config, data):
         pixels = count_pixels(data.training, data.table, len(data.classes), Path(config.out_dir) / "cache")
     copy_paste = CopyPaste.of(pixels, config.copy_paste)
     rare = ", ".join(data.classes[id][0] for id in copy_paste.images) or "none, as no class is rare"
-    print(f"copy-paste into {config.copy_paste:.0%} of the images: {rare}")
+    if is_main_process():
+        print(f"copy-paste into {config.copy_paste:.0%} of the images: {rare}")
     return copy_paste
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from config import IGNORE, InputError
 from dataio.image_rule import PICTURES, read_image
-from dataio.readers import read_sample, read_sample_targets
+from dataio.readers import read_sample, read_sample_targets, short_hash
 from dataio.resizing import continued, resize_image, window_starts
 from dataio.transforms import augment, fingerprint, needed_size
 from dataio.windows import decoding_code
@@ -74,7 +74,7 @@ class SegmentationDataset(Dataset):
         if self.augments or self.copy_paste:
             facts.update(augment=fingerprint(self.augments), seed=self.seed)
         if self.copy_paste:
-            facts.update(copy_paste=repr(self.copy_paste))
+            facts.update(copy_paste=short_hash(repr(self.copy_paste)))
         return facts
 
     @contextmanager
