@@ -532,7 +532,7 @@ class Budget:
             dict(imgsz=size(self.pixels), train_imgsz=size(self.train_pixels))
 
 
-# Chosen on a drive of CamVid left out: docs/evaluation.md#camvid-in-minutes.
+# Chosen on drives of CamVid left out: docs/evaluation.md#camvid-in-minutes.
 PASS_PIXELS = 336 * 448
 BUDGETS = {5: Budget(900), 20: Budget(3800, pixels=448 * 602)}
 LIVE_COSTS, CACHED_COSTS = (3.7, 1.2), (1.2, 0.4)  # of training and of validating on PASS_PIXELS, in passes

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from shlex import join, quote
 
-from config import (BUDGETS, InputError, count_of, flag, has_meaning, parse_train_args, resolve)
+from config import BUDGETS, InputError, count_of, flag, has_meaning, parse_train_args, resolve
 
 if __name__ == "__main__":
     parse_train_args(description=__doc__)  # --help and wrong flags are answered before torch is imported
@@ -116,14 +116,17 @@ def build_state(config, data, device):
     return engine.TrainState(model, optimizer, utils.Precision(config.amp, device), trained_on=trained_on)
 
 
+def training_pixels(config, data):
+    """Return (N, K) int64: pixels of every class in every training image, counted once for all processes."""
+    with main_process_first():
+        return count_pixels(data.training, data.table, len(data.classes), Path(config.out_dir) / "cache")
+
+
 def build_criterion(config, data, device):
     """Return the loss that a TrainConfig describes; prints the class weights where there are any."""
     if config.class_weights == "none":
         return Criterion(config.loss)
-    with main_process_first():
-        pixels = count_pixels(data.training, data.table, len(data.classes),
-                              Path(config.out_dir) / "cache")
-    weights = class_weights(pixels, config.class_weights)
+    weights = class_weights(training_pixels(config, data), config.class_weights)
     print("class weights: " + ", ".join(f"{name} {weight:.3g}" for (name, _), weight in
                                         zip(data.classes, weights.tolist(), strict=True)))
     return Criterion(config.loss, weights.to(device))
@@ -133,9 +136,7 @@ def build_copy_paste(config, data):
     """Return the CopyPaste that a TrainConfig describes, or None; prints which classes are rare."""
     if not config.copy_paste:
         return None
-    with main_process_first():
-        pixels = count_pixels(data.training, data.table, len(data.classes), Path(config.out_dir) / "cache")
-    copy_paste = CopyPaste.of(pixels, config.copy_paste)
+    copy_paste = CopyPaste.of(training_pixels(config, data), config.copy_paste)
     rare = ", ".join(data.classes[id][0] for id in copy_paste.images) or "none, as no class is rare"
     if is_main_process():
         print(f"copy-paste into {config.copy_paste:.0%} of the images: {rare}")

@@ -45,6 +45,11 @@ def test_bad_flags_exit_with_2_and_one_line(tmp_path, run):
     code, _, err = run(peers, "dpt", "--dataset", "folder", "--data-root", data, "--imgsz", 28, 42,
                        "--weights", "none", "--out-dir", tmp_path)
     assert code == 2 and err.count("\n") == 1 and "--imgsz" in err
+    smaller = timm.create_model("vit_tiny_patch16_224", img_size=SIZE, num_classes=0).state_dict()
+    torch.save(smaller, tmp_path / "smaller.pth")
+    code, _, err = run(peers, "dpt", "--dataset", "folder", "--data-root", data, "--imgsz", *SIZE,
+                       "--weights", tmp_path / "smaller.pth", "--out-dir", tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "smaller.pth" in err
 
 
 @pytest.mark.parametrize("name", peers.PEERS)

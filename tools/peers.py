@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import utils
-from config import DataOptions, InputError
+from config import DataOptions, InputError, one_line
 from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.image_rule import PICTURES
 from dataio.stratify import count_pixels
@@ -103,7 +103,11 @@ def dpt(num_classes, weights, imgsz, frozen=False):
         published = weights == "auto"
         state = published_weights(dinov2_url("dinov2_vits14")) if published else read_weights(weights)
         state = checkpoint_filter_fn(state, encoder.model)
-        missing, _ = encoder.model.load_state_dict(state, strict=False)  # it has no final norm
+        try:
+            missing, _ = encoder.model.load_state_dict(state, strict=False)  # it has no final norm
+        except RuntimeError as error:  # of other shapes
+            reason = one_line(" ".join(str(error).split()))
+            raise InputError(f"--weights {weights} do not fit {VIT}: {reason}") from None
         if missing:
             raise InputError(f"--weights {weights} do not fit {VIT}: {missing} are missing")
     encoder.requires_grad_(not frozen)
