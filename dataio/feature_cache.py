@@ -8,7 +8,8 @@
 A cache is a memory-mapped file for every Part that the training starts from (maps and tokens of blocks in
 bfloat16, images), one for every target of training images, and beside each a file of checksums, of which an
 entry's is written after it: an interrupted cache is completed, a damaged entry computed again. The name of a
-file is a hash of all that its content depends on.
+file is a hash of all that its content depends on. Where images were added to a data set, or masks changed,
+the entries of images that another cache holds are copied from it.
 """
 import hashlib
 import json
@@ -17,7 +18,7 @@ import os
 import shutil
 import zlib
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -28,12 +29,14 @@ from tqdm import tqdm
 from config import InputError, count_of
 from dataio.contents import hash_contents, hash_file, state_of
 from dataio.dataloader import Batches, collate, naming_files
+from dataio.images import companions
 from dataio.readers import short_hash
 from models.backbones import features_of_parts
 from utils import acquire, barrier, is_out_of_memory, local_rank, local_world_size, write_text
 
-VERSION = 4  # of the format
-MOVING = "contents", "reading", "code"  # facts in which a cache of the same files, once, may differ
+VERSION = 5  # of the format
+LISTS = "names", "contents", "images"  # facts about which files there are
+MOVING = "contents", "images", "reading", "code"  # facts in which a cache of the same files, once, may differ
 BATCH = {"cuda": 64, "mps": 16, "cpu": 8}  # images per pass of the backbone; halved while they do not fit
 SPARE = 1 << 28  # bytes of disk that stay free
 
@@ -153,7 +156,7 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     model.eval()  # BatchNorm of a frozen backbone must not learn from the images that are cached
     files, facts = plan_files(model, parts, dataset, folder, precision, views)
     if local_rank() == 0:
-        reserve(list(files.values()), list(facts.values()), folder)
+        reserve(files, facts, folder, [] if dataset.augments else parts)
     barrier()
     missing = [number for number in range(local_rank(), len(dataset) * views, local_world_size())
                if not all(file.has(number) for file in files.values())]
@@ -192,13 +195,18 @@ def plan_files(model, parts, dataset, folder, precision, views):
 
 
 def file_facts(samples):
-    """Return the hashes of a file list: its names, and what the files hold. Raises InputError."""
+    """Return the hashes of a file list: its names, what the files hold, what each image holds. Raises
+    InputError.
+    """
     paths = [os.path.abspath(path) for sample in samples for path in sample.files_read()]
     names, hashes = paths, hash_contents(paths)
     with suppress(ValueError):  # Windows: data and drawn masks on two drives
         base = os.path.commonpath(list(map(os.path.dirname, paths)))
         names = [os.path.relpath(path, base) for path in paths]
-    return dict(names=short_hash(names), contents=short_hash([hashes[Path(path)] for path in paths]))
+    images = [short_hash([hashes[Path(path)] for path in (sample.image, *companions(sample.image))])
+              for sample in samples]
+    return dict(names=short_hash(names), contents=short_hash([hashes[Path(path)] for path in paths]),
+                images=images)
 
 
 def versions_of(samples):
@@ -220,9 +228,12 @@ def check_versions(samples, versions):
                              "again")
 
 
-def reserve(files, facts, folder):
+def reserve(files, facts, folder, unchanged):
     """Create the folder and the files that are missing, while no other run does; say how large they are.
     Raises InputError where the disk is full.
+
+    files, facts: by Part or name of a target; unchanged: the Parts that depend on an image alone, of which
+    entries are copied from other caches.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,47 +241,75 @@ def reserve(files, facts, folder):
         raise InputError(f"--cache-features: {folder} cannot be made ({error.strerror}): name another "
                          "folder") from None
     lock = FileLock(folder / ".cache.lock", mode=0o666)  # of all who share the folder
-    if not all(file.is_complete() for file in files):  # what is complete needs no lock, nor a writable folder
+    is_complete = all(file.is_complete() for file in files.values())
+    if not is_complete:  # what is complete needs no lock, nor a writable folder
         if not os.access(folder, os.W_OK):
             raise InputError(f"--cache-features: {folder} does not hold all features of these images and "
                              "this model, and cannot be written: name another folder (--cache-features DIR)")
         acquire(lock, "--cache-features")
     try:
-        missing = [(file, fact) for file, fact in zip(files, facts, strict=True) if not file.is_complete()]
-        for _, fact in missing:
-            remove_outdated(fact, folder)
-        needed, free = sum(file.bytes for file, _ in missing), shutil.disk_usage(folder).free
-        total = sum(file.bytes for file in files)
-        views = count_of(files[0].count, f"{facts[0]['split']} view")
+        missing = [key for key, file in files.items() if not file.is_complete()]
+        needed, free = sum(files[key].bytes for key in missing), shutil.disk_usage(folder).free
+        if missing and needed + SPARE > free:
+            remove_outdated([facts[key] for key in missing], folder)
+            free = shutil.disk_usage(folder).free
+        first = next(iter(files))
+        views = count_of(files[first].count, f"{facts[first]['split']} view")
+        total = sum(file.bytes for file in files.values())
         print(f"feature cache of {views} in {folder}: {total / 1e9:.2f} GB, "
               f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)
         if missing and needed + SPARE > free:
             raise InputError(f"--cache-features needs {needed / 1e9:.2f} GB in {folder}, which has "
                              f"{free / 1e9:.2f} GB free: free some disk, name another folder "
                              "(--cache-features DIR), or lower --imgsz or --cache-views")
-        for file, fact in missing:
-            file.create(fact)
+        for key in missing:
+            files[key].create(facts[key])
+        for part in unchanged:
+            if part in missing:
+                adopt(files[part], facts[part], folder)
+        remove_outdated([facts[key] for key in missing], folder)
     finally:
         lock.release()
 
 
-def remove_outdated(facts, folder):
-    """Remove a cache of the same files as they were before they changed; name one that is of other code."""
+def adopt(file, facts, folder):
+    """Copy entries of an EntryFile from the caches of other lists of images with the same facts."""
+    def lasting(facts):
+        return {key: value for key, value in facts.items() if key not in LISTS}
+
+    own, places = json.loads(json.dumps(facts)), {}
+    for place, digest in enumerate(own["images"]):
+        places.setdefault(digest, []).append(place)
+    for path in folder.glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, AttributeError):
+            other, values = json.loads(path.read_text()), path.with_suffix(".bin")
+            if values == file.path or lasting(other) != lasting(own):
+                continue
+            source = EntryFile(values, len(other["images"]), file.shape, file.dtype)
+            for number, digest in enumerate(other["images"]) if source.is_complete() else ():
+                wanted = [place for place in places.get(digest, ()) if not file.has(place)]
+                if wanted and source.has(number):
+                    for place in wanted:
+                        file.write(place, source.open()[0][number])
+
+
+def remove_outdated(all_facts, folder):
+    """Remove caches of the same files as they were before they changed; name those that are of other code."""
     def lasting(facts):
         return {key: value for key, value in facts.items() if key not in MOVING}
 
-    facts = json.loads(json.dumps(facts))
-    for path in folder.glob("*.json"):
+    all_facts = json.loads(json.dumps(all_facts))
+    for facts, path in product(all_facts, folder.glob("*.json")):
         with suppress(OSError, ValueError, KeyError, AttributeError):
             other, file = json.loads(path.read_text()), path.with_suffix(".bin")
-            if lasting(other) != lasting(facts):
+            if other == facts or lasting(other) != lasting(facts):
                 continue
             if other["contents"] == facts["contents"]:  # another branch or checkout may have a use for it
                 print(f"the code has changed: {file} is of other code and can be deleted")
                 continue
             for ending in (".json", ".bin", ".sums"):
                 path.with_suffix(ending).unlink(missing_ok=True)
-            print(f"the data set has changed: {file} is removed and computed again")
+            print(f"the data set has changed: {file} is removed")
 
 
 def fill(model, parts, dataset, files, missing, precision, workers, versions):
@@ -285,13 +324,19 @@ def fill(model, parts, dataset, files, missing, precision, workers, versions):
     bar = tqdm(total=len(missing), desc="features", unit="image", leave=False, disable=None)
     with bar, naming_files(loader):
         for images, targets, _ in loader:
-            values, size = parts_that_fit(model, parts, images, precision, size)
-            values.update((name, target) for name, target in targets.items() if name in files)
             batch = list(islice(numbers, len(images)))
+            lacking = [index for index, number in enumerate(batch)
+                       if not all(files[part].has(number) for part in parts)]
+            features = {}
+            if lacking:
+                features, size = parts_that_fit(model, parts, images[lacking], precision, size)
             check_versions([dataset.samples[number % len(dataset)] for number in batch], versions)
-            for index, number in enumerate(batch):
-                for key, file in files.items():
-                    file.write(number, values[key][index])
+            for part, values in features.items():
+                for index, value in zip(lacking, values, strict=True):
+                    files[part].write(batch[index], value)
+            for name in targets.keys() & files.keys():
+                for number, value in zip(batch, targets[name], strict=True):
+                    files[name].write(number, value)
             bar.update(len(images))
 
 
@@ -314,3 +359,31 @@ def parts_that_fit(model, parts, images, precision, size):
             size //= 2
             if model.mean.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+class PhotoCache:
+    """The cache of the photos of a dataset as they are, filled one by one in any order; later a training
+    takes from it what it needs. Raises InputError as cache_features does.
+    """
+
+    def __init__(self, model, dataset, folder, precision):
+        self.model, self.dataset, self.precision = model, dataset, precision
+        self.parts, folder = model.cached_parts(), Path(folder)
+        model.eval()
+        files, facts = plan_files(model, self.parts, dataset, folder, precision, views=1)
+        self.files = {part: files[part] for part in self.parts}
+        reserve(self.files, {part: facts[part] for part in self.parts}, folder, self.parts)
+        self.versions, self.geometry = versions_of(dataset.samples), model.geometry(dataset.size)
+        self.computed = {number for number in range(len(dataset))
+                         if all(file.has(number) for file in self.files.values())}
+
+    def compute(self, number):
+        """Compute the features of a photo, if they are not there."""
+        if number not in self.computed:
+            fill(self.model, self.parts, self.dataset, self.files, [number], self.precision, 0, self.versions)
+            self.computed.add(number)
+
+    def features(self, number):
+        """Return the Features of one photo."""
+        return features_of_parts({part: file.open()[0][number][None] for part, file in self.files.items()},
+                                 self.geometry)
