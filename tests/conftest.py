@@ -8,7 +8,10 @@ os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
 
 import copy
 import json
+import shutil
 import signal
+import socket
+import time
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -273,3 +276,36 @@ def hub_cache(tmp_path, monkeypatch):
     weights.parent.mkdir()
     torch.save(net.state_dict(), weights)
     return home
+
+
+# --- pages ------------------------------------------------------------------------------------------------
+def free_port():
+    """Return a port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def open_browser(profile):
+    """Return a Chromium without a window, or skip where there is none."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (browser and driver):
+        pytest.skip("needs Chromium or Chrome, and chromedriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = browser
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000",
+                 "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+                 f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    return selenium.Chrome(options, selenium.ChromeService(driver))
+
+
+def wait_for(function, seconds=60):
+    """Return function() as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (value := function()):
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.2)
+    return value

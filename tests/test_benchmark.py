@@ -79,3 +79,12 @@ def test_gpu_measures_all_cases_and_one_that_fails_costs_no_other(tmp_path, meas
     failed = [name for name, row in rows.items() if row["failed"]]
     assert failed == ["infer, --batch-size 1"] and len(rows) >= 2 * 4 + 1 + 2 * 3
     assert all(row["images_per_s"] > 0 for row in rows.values() if not row["failed"])
+
+
+def test_a_robot_labels_for_every_learner_on_the_same_images(tmp_path, measure, monkeypatch):
+    monkeypatch.setattr(benchmark, "STROKES", (2, 4))
+    monkeypatch.setattr(benchmark, "SCORED", 2)
+    data = write_folder(tmp_path / "data", count=10)
+    rows = measure("label", "--dataset", "folder", "--data-root", data, *SMALL, "--images", 3)
+    assert set(benchmark.LEARNERS) < set(rows)  # and full masks
+    assert all(0 <= row["miou"] <= 1 for row in rows.values())

@@ -1,9 +1,7 @@
 """demo.py: what it computes, and the page in a real browser without a window."""
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +13,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, tiny, write_folder
+from conftest import ROOT, free_port, open_browser, refused, tiny, wait_for, write_folder
 from PIL import Image
 
 import demo
@@ -136,9 +134,7 @@ def test_a_request_has_an_uploaded_file_and_a_weight(tmp_path):
 def served(tmp_path, model_file):
     """demo.py at a free port; yields the port, the command that runs it, and what it says on the terminal."""
     pytest.importorskip("gradio")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, ROOT / "demo.py", "--model", model_file, "--device", "cpu", "--backend",
                "torch", "--port", str(port)]
     log = tmp_path / "terminal.txt"
@@ -148,31 +144,6 @@ def served(tmp_path, model_file):
     yield port, command, log
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 0  # Ctrl-C is its normal end
-
-
-def open_browser(profile):
-    """Return a Chromium without a window, or skip where there is none."""
-    selenium = pytest.importorskip("selenium.webdriver")
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (browser and driver):
-        pytest.skip("needs Chromium or Chrome, and chromedriver")
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000",
-                 "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-                 f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    return selenium.Chrome(options, selenium.ChromeService(driver))
-
-
-def wait_for(function, seconds=60):
-    """Return function() as soon as it is true."""
-    end = time.monotonic() + seconds
-    while not (value := function()):
-        assert time.monotonic() < end, "nothing came"
-        time.sleep(0.2)
-    return value
 
 
 def post(address, content, kind="application/json"):

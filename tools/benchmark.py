@@ -3,6 +3,7 @@
     python -m tools.benchmark train --unfreeze 3    # a head and last blocks: plain, this code, feature cache
     python -m tools.benchmark infer --model outputs/best_model_iou.pth --input clip.mp4 --batch-size 2
     python -m tools.benchmark memory --side 20000   # a large image in tiles: peak memory and time
+    python -m tools.benchmark label --dataset camvid --data-root CamVid --images 20     # strokes of a robot
     python -m tools.benchmark gpu --epochs 4        # all that a GPU changes: train and infer as it wants them
 
 Absolute times depend on the machine and on what else it does; docs/evaluation.md quotes the ratios.
@@ -73,7 +74,8 @@ import utils
 from checkpoint import load_model, pack_checkpoint
 from config import IGNORE, DataOptions, InputError, one_line
 from dataio.dataloader import SegmentationDataset, make_loader
-from dataio.feature_cache import cache_features
+from dataio.feature_cache import PhotoCache, cache_features
+from dataio.image_rule import PICTURES
 from dataio.readers import read_mask
 from dataio.streets import draw_clip
 from dataio.windows import Raster
@@ -85,9 +87,11 @@ from inference.video import VideoReader, VideoWriter
 from infer_video import make_pipeline
 from losses import Criterion
 from model import ModelSpec, build_model
+from tools.robot import LEARNERS, Pictures, paint, score
 
 CLASSES = [(f"class {id}", (id, id, id)) for id in range(21)]  # classes of the models that are made here
 LR, WORKERS = 1e-3, min(8, os.cpu_count() or 1)
+STROKES, SCORED = (5, 10, 20, 50, 100), 24  # label: strokes after which so many other images are scored
 FRAMES = 10  # of the clip that gpu draws; it repeats them
 
 
@@ -402,6 +406,44 @@ def benchmark_memory(args):
 
 
 # --- gpu --------------------------------------------------------------------------------------------------
+# --- labels -----------------------------------------------------------------------------------------------
+def benchmark_label(args):
+    """Let a robot paint on --images training images; score who learns from its strokes on the others."""
+    device, data = utils.pick_device(args.device), data_of(args)
+    size = [round(side / 14) * 14 for side in args.imgsz]
+    num_classes = len(data.classes)
+    spec = ModelSpec(num_classes=num_classes, backbone=args.backbone)
+    precision, rows = utils.Precision("auto", device), []
+    samples = dict(train=utils.evenly_sampled(data.splits["train"], args.images),
+                   val=utils.evenly_sampled(data.splits["val"], SCORED))
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        def pictures(split):
+            dataset = SegmentationDataset(samples[split], data.table, size, (), rule=PICTURES)
+            return Pictures(dataset, PhotoCache(new_model(), dataset, Path(folder) / split, precision))
+
+        def new_model():
+            torch.manual_seed(0)
+            return build_model(spec, args.weights).to(device)
+
+        training, validation = pictures("train"), pictures("val")
+        for name, make in LEARNERS.items():
+            learner, predict = make(new_model(), training, num_classes)
+
+            def report(strokes, seconds, name=name, learner=learner, predict=predict):
+                miou = score(lambda number: predict(validation, number), validation, num_classes)
+                rows.append(dict(name=name, strokes=strokes, miou=miou, seconds_a_stroke=seconds))
+                print(f"{name}: {strokes} strokes, mIoU {miou:.3f}, {seconds:.2f} s a stroke", flush=True)
+
+            paint(learner, lambda number, predict=predict: predict(training, number), training, STROKES,
+                  report)
+        learner, predict = LEARNERS["label.py"](new_model(), training, num_classes)
+        learner.learn(dict(enumerate(training.masks)))
+        miou = score(lambda number: predict(validation, number), validation, num_classes)
+        rows.append(dict(name="label.py, full masks", strokes=math.nan, miou=miou, seconds_a_stroke=math.nan))
+    return dict(dataset=args.dataset, images=args.images, backbone=args.backbone, weights=args.weights,
+                rows=rows)
+
+
 def save_clip_and_model(args, folder):
     """Write a drawn clip of --images frames and an untrained model to a folder; return their paths."""
     clip, model_file = Path(folder) / "clip.mp4", Path(folder) / "model.pth"
@@ -439,7 +481,8 @@ def benchmark_gpu(args):
                 rows=rows)
 
 
-CASES = {"train": benchmark_train, "infer": benchmark_infer, "memory": benchmark_memory, "gpu": benchmark_gpu}
+CASES = {"train": benchmark_train, "infer": benchmark_infer, "memory": benchmark_memory,
+         "label": benchmark_label, "gpu": benchmark_gpu}
 
 
 def main():

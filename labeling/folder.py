@@ -1,0 +1,301 @@
+"""The folder that is being labeled: photos, what was painted on them, and the masks that were accepted.
+
+    with LabelFolder("labels", ["photos"], ["background", "crack"]) as folder:
+        folder.paint(0, Stroke(label=1, radius=4, points=[(10, 20), (60, 25)]))
+        folder.accept(0, pred, confidence, 0.9)
+
+OUT/classes.txt, OUT/pool (links to all photos, or copies), OUT/strokes/<name>.png (class ids where somebody
+painted, 255 elsewhere), and of the photos that were accepted OUT/images and OUT/masks, the data set that
+train.py takes. Every change is on disk, whole or not at all, before its call returns.
+"""
+import filecmp
+from collections import deque
+from pathlib import Path
+
+import cv2
+import numpy as np
+import rasterio
+from filelock import FileLock, Timeout
+from PIL import Image
+from pydantic import BaseModel, Field, FiniteFloat
+
+import utils
+import visualize
+from config import IGNORE, InputError
+from dataio.classes import fill_colors
+from dataio.image_rule import decide_rule
+from dataio.images import IMAGE_ENDINGS, image_size, read_orientation
+from dataio.labels import check_names, read_classes, save_classes
+from dataio.layout import list_images
+from dataio.readers import read_sample_targets
+from dataio.windows import is_raster
+
+LARGEST = 4096  # pixels of a side of a TIFF, above which its tiles are photos of their own
+TILE = 1024  # pixels of their sides
+UNDO = 30  # changes of a photo that can be taken back
+
+
+class Stroke(BaseModel):
+    """What a brush painted: label: a class id, 255 = nothing (an eraser); radius, points (x, y): in pixels of
+    the photo.
+    """
+
+    label: int = Field(ge=0, le=IGNORE)
+    radius: float = Field(gt=0, le=2000)
+    points: list[tuple[FiniteFloat, FiniteFloat]] = Field(min_length=1, max_length=20_000)
+
+    def area(self, size):
+        """Return which pixels of a photo of `size` = (H, W) it covers, (H, W) bool."""
+        drawn = np.zeros(size, np.uint8)
+        line = np.round(np.clip(self.points, -30_000, 30_000)).astype(np.int32)  # of what OpenCV takes
+        cv2.polylines(drawn, [line], isClosed=False, color=1, thickness=max(1, round(2 * self.radius)))
+        for end in (line[0], line[-1]):
+            cv2.circle(drawn, tuple(map(int, end)), max(0, round(self.radius)), 1, thickness=-1)
+        return drawn.astype(bool)
+
+
+class LabelFolder:
+    """A folder of photos, strokes and masks, locked against other processes while the `with` block lasts.
+
+    path: the folder; inputs: files and folders of photos to add to it, [] = those that are in it;
+    class_names: the classes, [] = those of its classes.txt; data: a DataSource of the same classes, whose
+    images are added with their masks. paths, names, sizes (H, W): of the photos, which have numbers;
+    unreadable: {path: why} of those left out. Raises InputError.
+    """
+
+    def __init__(self, path, inputs=(), class_names=(), data=None):
+        self.path = Path(utils.make_folder(path))
+        self.lock = FileLock(self.path / ".lock", mode=0o666)
+        self.inputs, self.class_names, self.data = inputs, list(class_names), data
+        self.history, self.unreadable, self.names = {}, {}, []
+
+    def __enter__(self):
+        try:
+            utils.acquire(self.lock, "--out-dir", timeout=0)
+        except Timeout:
+            raise InputError(f"--out-dir: another label.py is at work in {self.path}: use its page, or "
+                             "choose another folder") from None
+        try:
+            self.classes = self.open_classes()
+            self.add_photos()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+    # --- what is in it
+    def open_classes(self):
+        """Return [(name, (R, G, B))]; writes classes.txt. Raises InputError where the names contradict it."""
+        path = self.path / "classes.txt"
+        if path.exists():
+            classes = fill_colors([entry[:2] for entry in read_classes(path) if entry.name != "ignore"])
+            names = [name for name, _ in classes]
+            if self.class_names and self.class_names != names:
+                raise InputError(f"--classes {' '.join(self.class_names)}: the classes of {self.path} are "
+                                 f"{' '.join(names)}: leave it out, or choose another --out-dir")
+            return classes
+        if not self.class_names:
+            raise InputError("--classes names what can be painted: give two names or more, such as "
+                             "--classes background crack")
+        check_names(self.class_names)
+        classes = fill_colors([(name, None) for name in self.class_names])
+        save_classes(classes, self.path)
+        return classes
+
+    def add_photos(self):
+        """Link the photos of the inputs into pool/, or copy them; list those that can be read."""
+        pool = self.path / "pool"
+        utils.make_folder(pool)
+        samples = [sample for split in self.data.splits.values() for sample in split] if self.data else []
+        taken = {file.stem: file for file in list_images(pool)}
+        for path in (photo for item in self.inputs for photo in photos_of(Path(item))):
+            self.add_photo(path, pool, taken)
+        linked = {self.add_photo(sample.image, pool, taken): sample for sample in samples}
+        paths = [path for path in list_images(pool) if not self.why_unreadable(path)]
+        if not paths:
+            raise InputError(f"{self.path} holds no photo that can be read: give --input photos/")
+        self.paths = paths
+        self.names = [str(path.relative_to(pool)) for path in paths]
+        self.sizes = [image_size(path) for path in paths]
+        self.rule = decide_rule(paths)
+        for number, path in enumerate(paths):
+            if path in linked and self.state(number) == "untouched":
+                self.take_mask(number, linked[path])
+            self.link_accepted(number)
+
+    def add_photo(self, path, pool, taken):
+        """Link a photo into pool/, or its tiles; return where it is then, None = nowhere as a whole."""
+        if self.why_unreadable(path):
+            return None
+        if is_raster(path) and max(image_size(path)) > LARGEST:
+            write_tiles(path, pool)
+            return None
+        target = place_of(path, pool, taken)
+        if not target.exists():
+            link_or_copy(path, target)
+            taken[target.stem] = target
+        return target
+
+    def take_mask(self, number, sample):
+        """Take over the mask of a Sample of the data set, at the size of its image."""
+        targets = read_sample_targets(sample, self.data.table, self.rule)
+        if "mask" in targets:
+            size = self.sizes[number][::-1]
+            self.save("masks", number, cv2.resize(targets["mask"].numpy(), size,
+                                                  interpolation=cv2.INTER_NEAREST))
+
+    def why_unreadable(self, path):
+        """Return what is wrong with a photo, "" = nothing; keeps it in `unreadable`."""
+        try:
+            read_orientation(path)
+        except InputError as error:
+            self.unreadable[path] = str(error)
+        return self.unreadable.get(path, "")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def file(self, kind, number):
+        """Return the path of the strokes or the masks of a photo."""
+        return self.path / kind / f"{self.names[number]}.png" if kind == "strokes" else \
+            (self.path / kind / self.names[number]).with_suffix(".png")
+
+    def read(self, kind, number):
+        """Return the strokes or the mask of a photo, (H, W) uint8, or None. Raises InputError."""
+        path = self.file(kind, number)
+        if not path.exists():
+            return None
+        with Image.open(path) as file:
+            values = np.array(file)
+        if values.shape != self.sizes[number]:
+            raise InputError(f"{path} has {values.shape[0]}x{values.shape[1]} pixels, and its photo "
+                             f"{self.sizes[number][0]}x{self.sizes[number][1]}: delete it")
+        return values
+
+    def strokes(self, number):
+        """Return what was painted on a photo: (H, W) uint8 class ids, 255 = nothing."""
+        values = self.read("strokes", number)
+        return np.full(self.sizes[number], IGNORE, np.uint8) if values is None else values
+
+    def state(self, number):
+        """Return accepted, strokes or untouched."""
+        if self.file("masks", number).exists():
+            return "accepted"
+        return "strokes" if self.file("strokes", number).exists() else "untouched"
+
+    # --- what changes it
+    def paint(self, number, stroke):
+        """Paint a Stroke on a photo. Raises InputError for a class that is none."""
+        self.fill(number, stroke.area(self.sizes[number]), stroke.label)
+
+    def fill(self, number, area, label):
+        """Paint the pixels `area` (H, W) bool of a photo in a class, 255 = nothing; in the mask of a photo
+        that was accepted, too. Raises InputError.
+        """
+        if label != IGNORE and label >= len(self.classes):
+            raise InputError(f"class {label} is none of the {len(self.classes)} classes: reload the page")
+        strokes, mask = self.remembered(number)
+        for kind, values in (("strokes", strokes), ("masks", mask)):
+            if values is not None:
+                self.save(kind, number, np.where(area, np.uint8(label), values))
+
+    def remembered(self, number):
+        """Return (strokes, mask or None) of a photo, which undo brings back."""
+        before = self.strokes(number), self.read("masks", number)
+        self.history.setdefault(number, deque(maxlen=UNDO)).append(before)
+        return before
+
+    def undo(self, number):
+        """Take back the last change of a photo since the folder was opened, if there is any."""
+        if self.history.get(number):
+            for kind, values in zip(("strokes", "masks"), self.history[number].pop(), strict=True):
+                self.save(kind, number, values)
+
+    def accept(self, number, pred, confidence, least):
+        """Write the mask of a photo: what was painted, else the prediction (H, W) where its confidence
+        (H, W) is at least `least`, else 255.
+        """
+        painted, _ = self.remembered(number)
+        sure = np.where(confidence >= least, pred, np.uint8(IGNORE))
+        self.save("masks", number, np.where(painted == IGNORE, sure, painted))
+
+    def reopen(self, number):
+        """Take back that a photo was accepted: its mask goes, its strokes stay."""
+        self.remembered(number)
+        self.save("masks", number, None)
+
+    def save(self, kind, number, values):
+        """Write strokes or a mask (H, W) uint8; None, and strokes of nothing, leave no file."""
+        path = self.file(kind, number)
+        if values is None or kind == "strokes" and (values == IGNORE).all():
+            path.unlink(missing_ok=True)
+        else:
+            visualize.save_mask(values, self.classes, path)
+        if kind == "masks":
+            self.link_accepted(number)
+
+    def link_accepted(self, number):
+        """Let a photo be in images/ if, and only if, it has a mask."""
+        image = self.path / "images" / self.names[number]
+        if not self.file("masks", number).exists():
+            image.unlink(missing_ok=True)
+        elif not image.exists():
+            image.parent.mkdir(exist_ok=True)
+            link_or_copy(self.paths[number], image)
+
+
+# --- photos -----------------------------------------------------------------------------------------------
+def photos_of(path):
+    """Return the image files of a path, a file or a folder. Raises InputError: there are none."""
+    paths = list_images(path) if path.is_dir() else [path] * path.is_file()
+    if not paths:
+        raise InputError(f"--input {path} is no image and no folder with images ({' '.join(IMAGE_ENDINGS)})")
+    return paths
+
+
+def place_of(path, folder, taken):
+    """Return where a photo is in a folder, or goes; taken: {stem: file} there. Photos of one name get names
+    that differ in their masks' names, too.
+    """
+    names = [path.stem, f"{path.parent.name}_{path.stem}",
+             *(f"{path.stem}_{number}" for number in range(2, len(taken) + 3))]
+    for name in names:
+        file = taken.get(name)
+        if file is None:
+            return folder / (name + path.suffix)
+        if file.suffix == path.suffix and (file.samefile(path) or filecmp.cmp(path, file, shallow=False)):
+            return file
+
+
+def link_or_copy(path, target):
+    """Link a photo, or copy it where links cannot be made."""
+    try:
+        target.symlink_to(path.resolve())
+    except OSError:  # Windows, some network disks
+        utils.copy_file(path, target)
+
+
+def write_tiles(path, folder):
+    """Write the tiles of a TIFF that have data as TIFFs of their own, which lie where it lies."""
+    with rasterio.open(path) as source:
+        for top in range(0, source.height, TILE):
+            for left in range(0, source.width, TILE):
+                window = rasterio.windows.Window(left, top, min(TILE, source.width - left),
+                                                 min(TILE, source.height - top))
+                target = folder / f"{path.stem}_{top:06d}_{left:06d}.tif"
+                if target.exists() or not source.dataset_mask(window=window).any():
+                    continue
+                profile = dict(source.profile, driver="GTiff", width=window.width, height=window.height,
+                               transform=source.window_transform(window))
+                profile = {key: value for key, value in profile.items() if "block" not in key}
+                values = source.read(window=window)
+
+                def write(temporary, profile=profile, values=values):
+                    with rasterio.open(temporary, "w", **profile) as file:
+                        file.write(values)
+                        file.colorinterp = source.colorinterp
+
+                utils.write_atomically(target, write)
