@@ -3,6 +3,7 @@ import io
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 import dataio.feature_cache as cache
 import label
 import train
+from checkpoint import pack_checkpoint
 from config import IGNORE, DataOptions
 from dataio.classes import fill_colors
 from datasets import load_data
@@ -192,6 +194,30 @@ def test_a_map_becomes_tiles_that_lie_where_it_lies(tmp_path, monkeypatch):
             with rasterio.open(path) as tile, rasterio.open(tmp_path / "map.tif") as whole:
                 assert (tile.read() == values[:, top:top + 40, left:left + 40]).all()
                 assert tile.xy(0, 0) == whole.xy(top, left) and tile.res == whole.res
+
+
+def test_wrong_flags_are_one_line_and_make_nothing(tmp_path, photos, run, monkeypatch):
+    pytest.importorskip("uvicorn")
+    for name, head in (("bn.pth", "bn"), ("detail.pth", "detail")):
+        classes = [("sky", (0, 0, 9)), ("tar", (9, 0, 0)), ("crack", (0, 9, 0))]
+        torch.save(pack_checkpoint(tiny(head=head).eval(), classes, (42, 56)), tmp_path / name)
+    small = ("--backbone", "vit_tiny", "--weights", "none", "--device", "cpu", "--port", free_port())
+    new = ("--input", photos, "--classes", *CLASSES)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cases = [((), "--classes"), (("--data-root", tmp_path / "nowhere"), "nowhere"),
+                 ((*new, "--model", tmp_path / "bn.pth"), "bn.pth"),
+                 ((*new, "--model", tmp_path / "detail.pth"), "detail.pth"),
+                 ((*new, "--model", tmp_path / "gone.pth"), "gone.pth"),
+                 ((*new, "--port", taken.getsockname()[1]), "--port"), ((*new, "--imgsz", 0, 5), "--imgsz")]
+        for number, (flags, named) in enumerate(cases):
+            out = tmp_path / f"out{number}"
+            code, _, err = run(label, *small, *flags, "--out-dir", out)
+            lines = [line for line in err.splitlines() if not line.startswith(("left out", "usage", "  "))]
+            assert code == 2 and named in lines[-1] and len(lines) == 1, err
+            assert not list(out.glob("strokes/*")) and not list(out.glob("masks/*"))
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, err = run(label, *small, *new)
+    assert code == 2 and "pip install" in err and err.count("\n") == 1
 
 
 # --- what is learned --------------------------------------------------------------------------------------
@@ -534,6 +560,12 @@ def test_a_browser_paints_learns_corrects_accepts_and_goes_on_after_a_kill(tmp_p
         assert mask(number)[12, 14] == 1 and pixel("overlay", 0.15, 0.2) == bright
         doing(lambda: press("z"))
         assert mask(number)[12, 14] != 1
+        os.rename(out / "strokes", out / "gone")
+        (out / "strokes").write_text("in the way")  # as a full disk: nothing can be written
+        stroke((0.5, 0.5), (0.6, 0.5))
+        assert wait_for(lambda: browser.find_element("id", "message").text)
+        (out / "strokes").unlink()
+        os.rename(out / "gone", out / "strokes")
         process.kill()
         process.wait()
         process = serve()
