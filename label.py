@@ -10,12 +10,14 @@ Writes to OUT_DIR, at every stroke: classes.txt, pool (links to all photos), str
 the photos that were accepted. Needs the packages fastapi and uvicorn.
 """
 import io
+import secrets
 import socket
 import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 from config import add_run_flags, backbone_name, image_side, port_number, script_parser
 
@@ -108,6 +110,7 @@ class Session:
                 self.note(number)
         self.learned = 0  # the version that was learned
         self.predictions, self.uncertainties = {}, {}
+        self.run = secrets.token_hex(8)  # numbers of photos are those of this run
         self.damaged = {}  # number of a photo: why it cannot be read after all
 
     @contextmanager
@@ -121,11 +124,14 @@ class Session:
             yield
 
     def note(self, number):
-        """Take what is known of a photo: its mask where it was accepted, else what was painted."""
+        """Take what is known of a photo: the mask that it came with, else what was painted. A prediction that
+        was accepted teaches nothing new.
+        """
         with self.editing:
-            mask = self.folder.read("masks", number)
-            labels = self.folder.strokes(number) if mask is None else mask
-            labels = at_size(labels, self.cache.dataset.size)
+            mask = self.folder.read("masks", number) if self.folder.is_taken(number) else None
+            size = self.cache.dataset.size
+            labels = at_size(self.folder.strokes(number), size) if mask is None else \
+                cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
             if (labels == IGNORE).all():
                 self.known.pop(number, None)
             else:
@@ -182,28 +188,36 @@ class Session:
         numbers = [number for number in range(len(self.folder)) if number not in self.damaged]
         for number in numbers:
             if number not in self.cache.computed:
-                try:
-                    self.cache.compute(number)
-                except InputError as error:
-                    self.damaged[number] = str(error)
-                    print(f"left out: {error}", file=sys.stderr, flush=True)
-                return True
+                return self.survive(number, self.cache.compute)
         for number in numbers if self.learned or self.is_trained else ():
             if self.uncertainties.get(number, (-1, 0))[0] != self.learned:
-                self.uncertainties[number] = self.learned, self.ready_learner().uncertainty(number)
-                return True
+                return self.survive(number, self.doubt)
         return False
+
+    def survive(self, number, compute):
+        """Call compute(number); a photo with which that fails is listed and left out. Return True."""
+        try:
+            compute(number)
+        except Exception as error:  # the background goes on with the others
+            self.damaged[number] = said(error)
+            print(f"left out: {self.damaged[number]}", file=sys.stderr, flush=True)
+        return True
+
+    def doubt(self, number):
+        """Compute the uncertainty of a photo."""
+        self.uncertainties[number] = self.learned, self.ready_learner().uncertainty(number)
 
     # --- what a page asks for
     def state(self):
         """Return all that the page lists, plain values."""
         folder = self.folder
-        photos = [dict(name=name, state=folder.state(number), ready=number in self.cache.computed,
+        photos = [dict(name=name.encode("utf-8", "replace").decode(), state=folder.state(number),
+                       ready=number in self.cache.computed,
                        uncertainty=self.uncertainties.get(number, (0, None))[1],
                        height=folder.sizes[number][0], width=folder.sizes[number][1])
                   for number, name in enumerate(folder.names)]
         classes = [dict(name=name, color="#" + bytes(color).hex()) for name, color in folder.classes]
-        return dict(classes=classes, photos=photos, version=self.version,
+        return dict(classes=classes, photos=photos, run=self.run,
                     unreadable=[*folder.unreadable.values(), *self.damaged.values()])
 
     def photo(self, number):
@@ -255,7 +269,9 @@ class Session:
         self.edit(number, self.folder.undo)
 
     def accept(self, number, least):
-        """Write the mask of a photo."""
+        """Write the mask of a photo that has none."""
+        if self.folder.state(number) == "accepted":
+            return
         with self.turn():
             scores = self.predict(number)
         self.edit(number, self.folder.accept, scores.pred, scores.confidence, least)
@@ -276,6 +292,11 @@ def shrunk(pixels, interpolation):
     return cv2.resize(pixels, (width, height), interpolation=interpolation)
 
 
+def said(error):
+    """Return what is said of an exception, a line."""
+    return utils.message_for_user(error) or f"{type(error).__name__}: {one_line(str(error))}"
+
+
 def encoded(picture, kind, **options):
     """Return the bytes of a PIL image as a file."""
     file = io.BytesIO()
@@ -288,24 +309,29 @@ def build_app(session, hosts):
     """Return the web application of a Session, which answers to the names `hosts` alone: a page of another
     site cannot reach it under a name of its own.
     """
-    from fastapi import FastAPI, HTTPException
+    from fastapi import Depends, FastAPI, HTTPException
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     app = FastAPI(openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
-    @app.exception_handler(Exception)
     def in_one_line(request, error):
         """Answer an error in a line, which is said in the terminal, too."""
-        line = utils.message_for_user(error) or f"{type(error).__name__}: {one_line(str(error))}"
-        print(f"label.py: {line}", file=sys.stderr, flush=True)
-        return JSONResponse(dict(error=line), 400)
+        print(f"label.py: {said(error)}", file=sys.stderr, flush=True)
+        return JSONResponse(dict(error=said(error)), 400)
 
-    def checked(number: int):
+    for kind in (InputError, OSError, RuntimeError, ValueError, MemoryError, cv2.error):
+        app.add_exception_handler(kind, in_one_line)
+
+    def photo_number(number: int, run: str):
         """Return the number of a photo. Raises the error of HTTP for one that is none."""
+        if run != session.run:
+            raise InputError("label.py was started again since: reload the page")
         if not 0 <= number < len(session.folder):
             raise HTTPException(404)
         return number
+
+    Number = Annotated[int, Depends(photo_number)]
 
     @app.get("/")
     def page():
@@ -316,36 +342,36 @@ def build_app(session, hosts):
         return session.state()
 
     @app.get("/photo/{number}")
-    def photo(number: int):
-        return Response(session.photo(checked(number)), media_type="image/jpeg")
+    def photo(number: Number):
+        return Response(session.photo(number), media_type="image/jpeg")
 
     @app.get("/painted/{number}")
-    def painted(number: int):
-        return Response(session.painted(checked(number)), media_type="image/png")
+    def painted(number: Number):
+        return Response(session.painted(number), media_type="image/png")
 
     @app.get("/overlay/{number}")
-    def overlay(number: int):
-        return Response(session.overlay(checked(number)), media_type="image/png")
+    def overlay(number: Number):
+        return Response(session.overlay(number), media_type="image/png")
 
     @app.post("/paint/{number}")
-    def paint(number: int, stroke: Stroke):
-        session.paint(checked(number), stroke)
+    def paint(number: Number, stroke: Stroke):
+        session.paint(number, stroke)
 
     @app.post("/fill/{number}")
-    def fill(number: int, click: Fill):
-        session.fill(checked(number), click)
+    def fill(number: Number, click: Fill):
+        session.fill(number, click)
 
     @app.post("/undo/{number}")
-    def undo(number: int):
-        session.undo(checked(number))
+    def undo(number: Number):
+        session.undo(number)
 
     @app.post("/reopen/{number}")
-    def reopen(number: int):
-        session.edit(checked(number), session.folder.reopen)
+    def reopen(number: Number):
+        session.edit(number, session.folder.reopen)
 
     @app.post("/accept/{number}")
-    def accept(number: int, acceptance: Acceptance):
-        session.accept(checked(number), acceptance.least)
+    def accept(number: Number, acceptance: Acceptance):
+        session.accept(number, acceptance.least)
 
     return app
 
@@ -404,6 +430,8 @@ def main():
         thread.start()
         hosts = ["*"] if args.host == "0.0.0.0" else [args.host, "localhost"]
         train = f"python train.py --dataset folder --data-root {folder.path}"
+        if not args.model and (args.backbone, args.weights) != ("dinov2_vits14", "auto"):
+            train += f" --backbone {args.backbone} --weights {args.weights}"
         print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends it\n"
               f"train on what is accepted: {train} --budget 5\n"
               f"or on the features that are there: {train} --cache-features {folder.path / 'cache'} --imgsz "

@@ -171,10 +171,13 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     return CachedDataset(dataset, model, {part: files[part] for part in parts}, targets, views)
 
 
-def plan_files(model, parts, dataset, folder, precision, views):
-    """Return two dicts by Part or name of a training target: EntryFile, and facts its content depends on."""
+def plan_files(model, parts, dataset, folder, precision, views, first=None):
+    """Return two dicts by Part or name of a training target: EntryFile, and facts its content depends on.
+
+    first: an image and its targets in place of those of the dataset, of which the shapes are taken.
+    """
     count = len(dataset) * views
-    image, targets, _ = dataset[0]
+    image, targets = first or dataset[0][:2]
     with torch.inference_mode(), precision.autocast():
         first = model.compute_parts(parts, image[None].to(model.mean.device))  # {Part: (1, ...)}
     shared = dict(version=VERSION, views=views, **dataset.facts(), **file_facts(dataset.samples))
@@ -370,9 +373,9 @@ class PhotoCache:
         self.model, self.dataset, self.precision = model, dataset, precision
         self.parts, folder = model.cached_parts(), Path(folder)
         model.eval()
-        files, facts = plan_files(model, self.parts, dataset, folder, precision, views=1)
-        self.files = {part: files[part] for part in self.parts}
-        reserve(self.files, {part: facts[part] for part in self.parts}, folder, self.parts)
+        blank = torch.zeros(dataset.rule.channels, *dataset.size, dtype=torch.uint8)
+        self.files, facts = plan_files(model, self.parts, dataset, folder, precision, 1, (blank, {}))
+        reserve(self.files, facts, folder, self.parts)
         self.versions, self.geometry = versions_of(dataset.samples), model.geometry(dataset.size)
         self.computed = {number for number in range(len(dataset))
                          if all(file.has(number) for file in self.files.values())}

@@ -9,6 +9,8 @@ painted, 255 elsewhere), and of the photos that were accepted OUT/images and OUT
 train.py takes. Every change is on disk, whole or not at all, before its call returns.
 """
 import filecmp
+import json
+import os
 from collections import deque
 from pathlib import Path
 
@@ -24,14 +26,15 @@ import visualize
 from config import IGNORE, InputError
 from dataio.classes import fill_colors
 from dataio.image_rule import decide_rule
-from dataio.images import IMAGE_ENDINGS, image_size, read_orientation
-from dataio.labels import check_names, read_classes, save_classes
+from dataio.images import IMAGE_ENDINGS, companions, image_size, read_orientation
+from dataio.labels import check_names, read_classes, save_classes, writable_names
 from dataio.layout import list_images
-from dataio.readers import read_sample_targets
+from dataio.readers import read_sample_targets, short_hash
 from dataio.windows import is_raster
 
 LARGEST = 4096  # pixels of a side of a TIFF, above which its tiles are photos of their own
 TILE = 1024  # pixels of their sides
+LONGEST = 200  # bytes of a file name
 UNDO = 30  # changes of a photo that can be taken back
 
 
@@ -68,6 +71,7 @@ class LabelFolder:
         self.lock = FileLock(self.path / ".lock", mode=0o666)
         self.inputs, self.class_names, self.data = inputs, list(class_names), data
         self.history, self.unreadable, self.names = {}, {}, []
+        self.remembers = dict(classes=[], taken=[])  # as of the last time; taken: names of photos with a mask
 
     def __enter__(self):
         try:
@@ -75,9 +79,13 @@ class LabelFolder:
         except Timeout:
             raise InputError(f"--out-dir: another label.py is at work in {self.path}: use its page, or "
                              "choose another folder") from None
+        memory = self.path / ".label.json"
         try:
+            if memory.exists():
+                self.remembers = json.loads(memory.read_text(encoding="utf-8"))
             self.classes = self.open_classes()
             self.add_photos()
+            utils.write_text(memory, json.dumps(self.remembers))
         except BaseException:
             self.lock.release()
             raise
@@ -88,42 +96,50 @@ class LabelFolder:
 
     # --- what is in it
     def open_classes(self):
-        """Return [(name, (R, G, B))]; writes classes.txt. Raises InputError where the names contradict it."""
+        """Return [(name, (R, G, B))]; writes classes.txt. Raises InputError where the names contradict it, or
+        what was painted.
+        """
         path = self.path / "classes.txt"
-        if path.exists():
-            classes = fill_colors([entry[:2] for entry in read_classes(path) if entry.name != "ignore"])
-            names = [name for name, _ in classes]
-            if self.class_names and self.class_names != names:
-                raise InputError(f"--classes {' '.join(self.class_names)}: the classes of {self.path} are "
-                                 f"{' '.join(names)}: leave it out, or choose another --out-dir")
-            return classes
-        if not self.class_names:
-            raise InputError("--classes names what can be painted: give two names or more, such as "
-                             "--classes background crack")
-        check_names(self.class_names)
-        classes = fill_colors([(name, None) for name in self.class_names])
-        save_classes(classes, self.path)
+        if not path.exists():
+            if not self.class_names:
+                raise InputError("--classes names what can be painted: give two names or more, such as "
+                                 "--classes background crack")
+            check_names(self.class_names)
+            save_classes(fill_colors([(name, None) for name in self.class_names]), self.path)
+        classes = fill_colors([entry[:2] for entry in read_classes(path) if entry.name != "ignore"])
+        names = [name for name, _ in classes]
+        if self.class_names and writable_names(self.class_names) != names:
+            raise InputError(f"--classes {' '.join(self.class_names)}: the classes of {self.path} are "
+                             f"{' '.join(names)}: leave it out, or choose another --out-dir")
+        painted = self.remembers["classes"]
+        if names[:len(painted)] != painted:
+            raise InputError(f"{path} has the classes {' '.join(names)}, and what is painted is of "
+                             f"{' '.join(painted)}: put these back; others can follow them")
+        self.remembers["classes"] = names
         return classes
 
     def add_photos(self):
         """Link the photos of the inputs into pool/, or copy them; list those that can be read."""
-        pool = self.path / "pool"
+        pool, samples = self.path / "pool", []
         utils.make_folder(pool)
-        samples = [sample for split in self.data.splits.values() for sample in split] if self.data else []
-        taken = {file.stem: file for file in list_images(pool)}
-        for path in (photo for item in self.inputs for photo in photos_of(Path(item))):
-            self.add_photo(path, pool, taken)
-        linked = {self.add_photo(sample.image, pool, taken): sample for sample in samples}
-        paths = [path for path in list_images(pool) if not self.why_unreadable(path)]
-        if not paths:
-            raise InputError(f"{self.path} holds no photo that can be read: give --input photos/")
-        self.paths = paths
-        self.names = [str(path.relative_to(pool)) for path in paths]
-        self.sizes = [image_size(path) for path in paths]
-        self.rule = decide_rule(paths)
-        for number, path in enumerate(paths):
-            if path in linked and self.state(number) == "untouched":
-                self.take_mask(number, linked[path])
+        if self.data:
+            samples = [sample for split in self.data.splits.values() for sample in split]
+        before = {file.stem: file for file in list_images(pool)}
+        taken = dict(before)
+        try:
+            for path in (photo for item in self.inputs for photo in photos_of(Path(item), self.path)):
+                self.add_photo(path, pool, taken)
+            linked = {self.add_photo(sample.image, pool, taken): sample for sample in samples}
+            self.list_photos(pool)
+        except InputError:  # the folder opens as it was, next time
+            for file in taken.keys() - before.keys():
+                remove_image(taken[file])
+            raise
+        for number, path in enumerate(self.paths):
+            if path in linked and self.names[number] not in self.remembers["taken"]:
+                self.remembers["taken"].append(self.names[number])
+                if self.state(number) == "untouched":
+                    self.take_mask(number, linked[path])
             self.link_accepted(number)
 
     def add_photo(self, path, pool, taken):
@@ -131,13 +147,60 @@ class LabelFolder:
         if self.why_unreadable(path):
             return None
         if is_raster(path) and max(image_size(path)) > LARGEST:
-            write_tiles(path, pool)
+            tiles = write_tiles(path, pool)
+            taken.update((tile.stem, tile) for tile in tiles)
+            if self.data:
+                self.unreadable[path] = f"{path} becomes tiles, and its mask is not taken over"
             return None
         target = place_of(path, pool, taken)
         if not target.exists():
-            link_or_copy(path, target)
+            link_image(path, target)
             taken[target.stem] = target
         return target
+
+    def list_photos(self, pool):
+        """Find the photos of the pool that can be read, and the rule to read them by."""
+        names = [str(file.relative_to(pool)) for file in sorted(pool.rglob("*"))
+                 if file.is_symlink() and not file.exists()]
+        for name in names:
+            self.unreadable[pool / name] = f"{name} is gone: {os.readlink(pool / name)}"
+        paths = [path for path in list_images(pool) if not self.why_unreadable(path)]
+        self.sizes = [image_size(path) for path in paths]
+        self.names = [str(path.relative_to(pool)) for path in paths]
+        fits = [self.fits(number) for number in range(len(paths))]
+        names += [name for name, is_whole in zip(self.names, fits, strict=True) if not is_whole]
+        self.paths, self.names, self.sizes = (
+            [value for value, is_whole in zip(values, fits, strict=True) if is_whole]
+            for values in (paths, self.names, self.sizes))
+        if not self.paths:
+            raise InputError(f"{self.path} holds no photo that can be read: give --input photos/")
+        self.set_aside(names)
+        self.rule = decide_rule(self.paths)
+
+    def fits(self, number):
+        """Return whether what was painted has the size of the photo; keeps why not in `unreadable`."""
+        for path in (self.file(kind, number) for kind in ("strokes", "masks")):
+            if path.exists() and image_size(path) != self.sizes[number]:
+                (height, width), (tall, wide) = self.sizes[number], image_size(path)
+                self.unreadable[path] = (f"{self.names[number]} has {width}x{height} pixels, and {path} "
+                                         f"{wide}x{tall}: put the photo back, or delete that file")
+                return False
+        return True
+
+    def set_aside(self, names):
+        """Keep the masks of photos that are missing from the data set, until they are back."""
+        masks, aside = self.path / "masks", self.path / "set_aside"
+        for name in names:
+            mask = (masks / name).with_suffix(".png")
+            remove_image(self.path / "images" / name)
+            if mask.exists():
+                utils.make_folder(aside)
+                os.replace(mask, aside / mask.name)
+        for number in range(len(self.names)):
+            mask = self.file("masks", number)
+            if (aside / mask.name).exists() and not mask.exists():
+                utils.make_folder(masks)
+                os.replace(aside / mask.name, mask)
 
     def take_mask(self, number, sample):
         """Take over the mask of a Sample of the data set, at the size of its image."""
@@ -146,6 +209,10 @@ class LabelFolder:
             size = self.sizes[number][::-1]
             self.save("masks", number, cv2.resize(targets["mask"].numpy(), size,
                                                   interpolation=cv2.INTER_NEAREST))
+
+    def is_taken(self, number):
+        """Return whether the mask of a photo is one of the data set that was given, and not a prediction."""
+        return self.names[number] in self.remembers["taken"]
 
     def why_unreadable(self, path):
         """Return what is wrong with a photo, "" = nothing; keeps it in `unreadable`."""
@@ -203,24 +270,31 @@ class LabelFolder:
                 self.save(kind, number, np.where(area, np.uint8(label), values))
 
     def remembered(self, number):
-        """Return (strokes, mask or None) of a photo, which undo brings back."""
-        before = self.strokes(number), self.read("masks", number)
+        """Return (strokes, mask or None) of a photo, whose files undo brings back."""
+        files = [self.file(kind, number) for kind in ("strokes", "masks")]
+        before = [file.read_bytes() if file.exists() else None for file in files]
         self.history.setdefault(number, deque(maxlen=UNDO)).append(before)
-        return before
+        return self.strokes(number), self.read("masks", number)
 
     def undo(self, number):
         """Take back the last change of a photo since the folder was opened, if there is any."""
         if self.history.get(number):
-            for kind, values in zip(("strokes", "masks"), self.history[number].pop(), strict=True):
-                self.save(kind, number, values)
+            for kind, content in zip(("strokes", "masks"), self.history[number].pop(), strict=True):
+                file = self.file(kind, number)
+                if content is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    utils.write_atomically(file, lambda path, content=content: path.write_bytes(content))
+            self.link_accepted(number)
 
     def accept(self, number, pred, confidence, least):
         """Write the mask of a photo: what was painted, else the prediction (H, W) where its confidence
-        (H, W) is at least `least`, else 255.
+        (H, W) is at least `least`, else 255. A mask that is there stays.
         """
-        painted, _ = self.remembered(number)
-        sure = np.where(confidence >= least, pred, np.uint8(IGNORE))
-        self.save("masks", number, np.where(painted == IGNORE, sure, painted))
+        if self.state(number) != "accepted":
+            painted, _ = self.remembered(number)
+            sure = np.where(confidence >= least, pred, np.uint8(IGNORE))
+            self.save("masks", number, np.where(painted == IGNORE, sure, painted))
 
     def reopen(self, number):
         """Take back that a photo was accepted: its mask goes, its strokes stay."""
@@ -241,16 +315,18 @@ class LabelFolder:
         """Let a photo be in images/ if, and only if, it has a mask."""
         image = self.path / "images" / self.names[number]
         if not self.file("masks", number).exists():
-            image.unlink(missing_ok=True)
+            remove_image(image)
         elif not image.exists():
-            image.parent.mkdir(exist_ok=True)
-            link_or_copy(self.paths[number], image)
+            link_image(self.paths[number], image)
 
 
 # --- photos -----------------------------------------------------------------------------------------------
-def photos_of(path):
-    """Return the image files of a path, a file or a folder. Raises InputError: there are none."""
+def photos_of(path, leave_out):
+    """Return the image files of a path, a file or a folder, without those below another folder. Raises
+    InputError: there are none.
+    """
     paths = list_images(path) if path.is_dir() else [path] * path.is_file()
+    paths = [photo for photo in paths if not photo.absolute().is_relative_to(leave_out.absolute())]
     if not paths:
         raise InputError(f"--input {path} is no image and no folder with images ({' '.join(IMAGE_ENDINGS)})")
     return paths
@@ -260,8 +336,9 @@ def place_of(path, folder, taken):
     """Return where a photo is in a folder, or goes; taken: {stem: file} there. Photos of one name get names
     that differ in their masks' names, too.
     """
-    names = [path.stem, f"{path.parent.name}_{path.stem}",
-             *(f"{path.stem}_{number}" for number in range(2, len(taken) + 3))]
+    stem = path.stem if len(os.fsencode(path.name)) <= LONGEST else path.stem[:LONGEST // 4]
+    names = [stem, f"{path.parent.name[:LONGEST // 4]}_{stem}",
+             *(f"{stem}_{number}" for number in range(2, len(taken) + 3))]
     for name in names:
         file = taken.get(name)
         if file is None:
@@ -270,22 +347,34 @@ def place_of(path, folder, taken):
             return file
 
 
-def link_or_copy(path, target):
-    """Link a photo, or copy it where links cannot be made."""
-    try:
-        target.symlink_to(path.resolve())
-    except OSError:  # Windows, some network disks
-        utils.copy_file(path, target)
+def link_image(path, target):
+    """Link an image and the files that belong to it, or copy them where links cannot be made."""
+    target.parent.mkdir(exist_ok=True)
+    for file in (path, *companions(path)):
+        copy = Path(f"{target}{str(file)[len(str(path)):]}")
+        try:
+            copy.symlink_to(file.resolve())
+        except OSError:  # Windows, some network disks
+            utils.copy_file(file, copy)
+
+
+def remove_image(path):
+    """Remove the link or copy of an image, and of the files that belong to it."""
+    for file in (*companions(path), path):
+        file.unlink(missing_ok=True)
 
 
 def write_tiles(path, folder):
-    """Write the tiles of a TIFF that have data as TIFFs of their own, which lie where it lies."""
+    """Write the tiles of a TIFF that have data as TIFFs of their own, which lie where it lies; return those
+    that are new.
+    """
+    name, new = f"{path.stem[:LONGEST // 4]}_{short_hash(os.path.realpath(path))[:6]}", []
     with rasterio.open(path) as source:
         for top in range(0, source.height, TILE):
             for left in range(0, source.width, TILE):
                 window = rasterio.windows.Window(left, top, min(TILE, source.width - left),
                                                  min(TILE, source.height - top))
-                target = folder / f"{path.stem}_{top:06d}_{left:06d}.tif"
+                target = folder / f"{name}_{top:06d}_{left:06d}.tif"
                 if target.exists() or not source.dataset_mask(window=window).any():
                     continue
                 profile = dict(source.profile, driver="GTiff", width=window.width, height=window.height,
@@ -299,3 +388,5 @@ def write_tiles(path, folder):
                         file.colorinterp = source.colorinterp
 
                 utils.write_atomically(target, write)
+                new.append(target)
+    return new

@@ -88,6 +88,14 @@ class Learner:
             del self.painted[number]
         if self.painted:
             self.fit()
+        else:
+            self.set_linear(*self.start)
+
+    @torch.no_grad()
+    def set_linear(self, weight, bias):
+        """Give the linear part its weights (K, D) and biases (K,)."""
+        self.linear.conv_seg.weight[:, :, 0, 0] = weight
+        self.linear.conv_seg.bias.copy_(bias)
 
     def take(self, number, strokes):
         """Keep what is painted on a photo, and the features there; once for the same strokes."""
@@ -148,9 +156,7 @@ class Learner:
             return error
 
         solver.step(loss)
-        with torch.no_grad():
-            layer.weight[:, :, 0, 0] = weight
-            layer.bias.copy_(bias.masked_fill(absent, ABSENT))
+        self.set_linear(weight, bias.masked_fill(absent, ABSENT))
 
     # --- what was learned
     @torch.inference_mode()

@@ -196,6 +196,108 @@ def test_a_map_becomes_tiles_that_lie_where_it_lies(tmp_path, monkeypatch):
                 assert tile.xy(0, 0) == whole.xy(top, left) and tile.res == whole.res
 
 
+def test_accepting_twice_changes_nothing_and_undo_holds_little(folder):
+    folder.paint(0, dot(1, 10, 10))
+    zeros, sure = np.zeros((45, 61), np.uint8), np.ones((45, 61), np.float32)
+    folder.accept(0, zeros, sure, 0.9)
+    folder.paint(0, dot(2, 30, 30))
+    corrected = folder.read("masks", 0)
+    folder.accept(0, zeros, 0 * sure, 0.9)
+    assert (folder.read("masks", 0) == corrected).all()
+    for number in range(40):
+        folder.paint(0, dot(number % 3, number, 20))
+    assert sum(len(content or b"") for before in folder.history[0] for content in before) < 100_000
+    for _ in range(40):
+        folder.undo(0)
+    assert len(np.unique(folder.strokes(0))) > 1  # 30 changes are held
+
+
+def test_the_folder_may_lie_in_the_photos(photos):
+    for _ in range(2):
+        with LabelFolder(photos / "labels", [photos], CLASSES) as folder:
+            assert folder.names == ["00.png", "01.png", "02.png"]
+            folder.paint(0, dot(1, 10, 10))
+            folder.accept(1, np.zeros((45, 61), np.uint8), np.ones((45, 61)), 0.5)
+
+
+def test_photos_that_do_not_fit_the_others_leave_the_folder_as_it_was(tmp_path, photos, folder):
+    folder.paint(0, dot(1, 10, 10))
+    folder.__exit__()
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((45, 61), 4000, np.uint16)).save(deep)
+    with refused("deep.png"), LabelFolder(tmp_path / "labels", [deep]):
+        pass
+    with LabelFolder(tmp_path / "labels") as again:
+        assert again.names == ["00.png", "01.png", "02.png"] and again.state(0) == "strokes"
+
+
+def test_photos_that_go_change_and_come_back(tmp_path, photos, folder):
+    """Those that are left still are a data set."""
+    for number in range(3):
+        folder.accept(number, np.full((45, 61), number % 2, np.uint8), np.ones((45, 61)), 0.5)
+    folder.paint(2, dot(1, 10, 10))
+    folder.__exit__()
+    (photos / "00.png").rename(tmp_path / "elsewhere.png")
+    contents = (photos / "02.png").read_bytes()
+    Image.new("RGB", (30, 20)).save(photos / "02.png")
+    with LabelFolder(tmp_path / "labels") as fewer:
+        assert fewer.names == ["01.png"] and fewer.state(0) == "accepted"
+        assert {"00.png", "02.png"} <= {word for why in fewer.unreadable.values() for word in why.split()}
+        for kind in ("images", "masks"):
+            assert [path.name for path in (tmp_path / "labels" / kind).iterdir()] == ["01.png"]
+    (tmp_path / "elsewhere.png").rename(photos / "00.png")
+    (photos / "02.png").write_bytes(contents)
+    with LabelFolder(tmp_path / "labels") as again:
+        assert [again.state(number) for number in range(3)] == ["accepted"] * 3
+        assert again.read("masks", 2)[10, 10] == 1
+
+
+def test_classes_that_were_changed_are_refused_and_more_are_taken(tmp_path, folder):
+    path = tmp_path / "labels/classes.txt"
+    lines = path.read_text().splitlines()
+    folder.__exit__()
+    for changed in ([lines[1], lines[0], lines[2]], lines[:2]):
+        path.write_text("\n".join(changed))
+        with refused("classes.txt"), LabelFolder(tmp_path / "labels"):
+            pass
+    path.write_text("\n".join([*lines, "pothole 1 2 3"]))
+    with LabelFolder(tmp_path / "labels") as more:
+        assert [name for name, _ in more.classes] == [*CLASSES, "pothole"]
+
+
+@pytest.mark.parametrize("name", ["x" * 245 + ".png", "a b#?%\u00e9.png", os.fsdecode(b"caf\xe9.png")],
+                         ids=ascii)
+def test_photos_may_have_any_name(tmp_path, name):
+    source = tmp_path / "photos"
+    source.mkdir()
+    Image.new("RGB", (30, 20)).save(source / "plain.png")
+    os.rename(source / "plain.png", source / name)
+    with LabelFolder(tmp_path / "labels", [source], CLASSES) as folder:
+        folder.paint(0, dot(1, 10, 10))
+        folder.accept(0, np.zeros((20, 30), np.uint8), np.ones((20, 30)), 0.5)
+        json.dumps(label.Session(folder, tiny(head="detail"), (42, 56)).state()).encode()
+
+
+def test_files_beside_a_tiff_come_with_it_and_maps_of_one_name_are_two(tmp_path, monkeypatch):
+    monkeypatch.setattr("labeling.folder.LARGEST", 90)
+    monkeypatch.setattr("labeling.folder.TILE", 60)
+    profile = dict(driver="GTiff", dtype="uint8", count=3, crs="EPSG:32632")
+    for name, size in (("a/map.tif", (60, 100)), ("b/map.tif", (60, 100)), ("a/small.tif", (20, 30))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(
+                tmp_path / name, "w", height=size[0], width=size[1], **profile,
+                transform=rasterio.Affine(0.5, 0, 4e5, 0, -0.5, 5e6)) as file:
+            file.write(np.full((3, *size), 99, np.uint8))
+            if size == (20, 30):
+                file.write_mask(np.arange(30)[None].repeat(20, 0) < 10)
+    assert (tmp_path / "a/small.tif.msk").exists()
+    for _ in range(2):
+        with LabelFolder(tmp_path / "labels", [tmp_path / "a", tmp_path / "b"], CLASSES) as folder:
+            assert len(folder) == 5
+            small = next(path for path in folder.paths if path.name == "small.tif")
+            assert folder.rule.read(small).valid.sum() == 200
+
+
 def test_wrong_flags_are_one_line_and_make_nothing(tmp_path, photos, run, monkeypatch):
     pytest.importorskip("uvicorn")
     for name, head in (("bn.pth", "bn"), ("detail.pth", "detail")):
@@ -302,6 +404,16 @@ def test_a_trained_head_changes_where_it_is_corrected_and_nowhere_else(learner):
         assert after == [2 if id == 0 else id for id in want]
 
 
+def test_strokes_that_are_taken_back_leave_a_trained_head_as_it_was(learner):
+    learner.learn({0: strokes_of((0, 20, 10), (1, 20, 35), (2, 20, 60))})
+    trained = Learner(learner.model, SIZE, learner.features, range(4), is_trained=True)
+    before = trained.shares(1)
+    trained.learn({3: strokes_of((2, 20, 10))})
+    assert not torch.equal(trained.shares(1), before)
+    trained.learn({})
+    assert torch.equal(trained.shares(1), before)
+
+
 def test_a_photo_is_less_doubtful_where_it_was_painted(learner):
     learner.learn({0: strokes_of((0, 20, 10), (1, 20, 35))})
     doubts = [learner.uncertainty(number) for number in range(4)]
@@ -368,7 +480,9 @@ def session(folder):
 @pytest.fixture
 def client(session):
     testclient = pytest.importorskip("fastapi.testclient")
-    return testclient.TestClient(label.build_app(session, ["testserver"]), raise_server_exceptions=False)
+    client = testclient.TestClient(label.build_app(session, ["testserver"]), raise_server_exceptions=False)
+    client.params = dict(run=session.run)
+    return client
 
 
 def picture_of(answer):
@@ -407,9 +521,10 @@ def test_a_page_paints_learns_corrects_and_accepts(client, session, folder):
     assert client.post("/undo/0", json={}).is_success and (folder.read("masks", 0) == corrected).all()
 
 
-def test_a_photo_that_breaks_off_is_listed_and_the_others_go_on(tmp_path, photos):
-    content = (photos / "01.png").read_bytes()
-    (photos / "01.png").write_bytes(content[:len(content) // 2])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_photo_that_breaks_off_is_listed_and_the_others_go_on(tmp_path, photos, broken):
+    content = (photos / f"0{broken}.png").read_bytes()
+    (photos / f"0{broken}.png").write_bytes(content[:len(content) // 2])
     with LabelFolder(tmp_path / "labels", [photos], CLASSES) as folder:
         torch.manual_seed(0)
         session = label.Session(folder, tiny(head="detail"), (42, 56))
@@ -417,8 +532,29 @@ def test_a_photo_that_breaks_off_is_listed_and_the_others_go_on(tmp_path, photos
         while session.compute_something():
             pass
         state = session.state()
-        assert [photo["ready"] for photo in state["photos"]] == [True, False, True]
-        assert len(state["unreadable"]) == 2 and "01.png" in state["unreadable"][1]
+        assert [photo["ready"] for photo in state["photos"]] == [broken != number for number in range(3)]
+        assert len(state["unreadable"]) == 2 and f"0{broken}.png" in state["unreadable"][1]
+
+
+def test_a_page_of_an_earlier_run_is_told_to_reload(client, session, folder):
+    session.run = "another"
+    answer = client.post("/paint/0", json=dict(label=1, radius=3, points=[(5, 5)]))
+    assert answer.status_code == 400 and "reload" in answer.text and folder.state(0) == "untouched"
+
+
+def test_what_was_predicted_and_accepted_teaches_nothing(client, session):
+    for id, x in ((0, 5), (1, 50)):
+        client.post("/paint/0", json=dict(label=id, radius=3, points=[(x, 20), (x, 30)]))
+    known = session.known[0].copy()
+    assert client.post("/accept/0", json=dict(least=0.0)).is_success
+    assert client.post("/accept/1", json=dict(least=0.0)).is_success
+    assert (session.known[0] == known).all() and 1 not in session.known
+
+
+def test_an_error_is_a_line_in_the_terminal(client, capfd):
+    assert client.post("/accept/0", json=dict(least=0.5)).status_code == 400  # nothing is painted
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1 and "Traceback" not in err
 
 
 def test_two_pages_paint_on_one_photo(client, folder):
@@ -548,6 +684,10 @@ def test_a_browser_paints_learns_corrects_accepts_and_goes_on_after_a_kill(tmp_p
         assert strokes[12, 9] == 0 and strokes[36, 81] == 1
         assert pixel("strokes", 0.1, 0.2) == dark and pixel("strokes", 0.9, 0.6) == bright
         assert pixel("overlay", 0.15, 0.8) == dark and pixel("overlay", 0.85, 0.9) == bright
+        canvas = browser.find_element("id", "strokes")
+        arrow = keys(browser).move_to_element(canvas).click_and_hold().send_keys("\ue014").pause(1).release()
+        doing(arrow.perform)  # a stroke that began on a photo that is gone is painted nowhere
+        assert not (out / "strokes/1.png.png").exists() and (mask(0, "strokes") == strokes).all()
         doing(lambda: press("n"))
         item = browser.find_element("css selector", "#photos .on").text
         assert "0.png" not in item  # nothing is painted on the other photos
@@ -569,6 +709,8 @@ def test_a_browser_paints_learns_corrects_accepts_and_goes_on_after_a_kill(tmp_p
         process.kill()
         process.wait()
         process = serve()
+        press("z")
+        assert wait_for(lambda: "reload" in browser.find_element("id", "message").text)
         browser.refresh()
         wait_for(drawn)
         assert (mask(0, "strokes") == strokes).all() and pixel("strokes", 0.1, 0.2) == dark
