@@ -136,10 +136,9 @@ class LabelFolder:
                 remove_image(taken[file])
             raise
         for number, path in enumerate(self.paths):
-            if path in linked and self.names[number] not in self.remembers["taken"]:
+            if path in linked and self.state(number) == "untouched" and not self.is_taken(number):
+                self.take_mask(number, linked[path])
                 self.remembers["taken"].append(self.names[number])
-                if self.state(number) == "untouched":
-                    self.take_mask(number, linked[path])
             self.link_accepted(number)
 
     def add_photo(self, path, pool, taken):
@@ -198,9 +197,10 @@ class LabelFolder:
                 os.replace(mask, aside / mask.name)
         for number in range(len(self.names)):
             mask = self.file("masks", number)
-            if (aside / mask.name).exists() and not mask.exists():
+            back = aside / mask.name
+            if back.exists() and not mask.exists() and image_size(back) == self.sizes[number]:
                 utils.make_folder(masks)
-                os.replace(aside / mask.name, mask)
+                os.replace(back, mask)
 
     def take_mask(self, number, sample):
         """Take over the mask of a Sample of the data set, at the size of its image."""

@@ -240,6 +240,12 @@ def test_photos_that_go_change_and_come_back(tmp_path, photos, folder):
     (photos / "00.png").rename(tmp_path / "elsewhere.png")
     contents = (photos / "02.png").read_bytes()
     Image.new("RGB", (30, 20)).save(photos / "02.png")
+    (tmp_path / "labels/strokes/02.png.png").rename(tmp_path / "strokes.png")
+    with LabelFolder(tmp_path / "labels"):
+        pass
+    with LabelFolder(tmp_path / "labels") as fewer:  # a mask of another size does not come back
+        assert fewer.state(fewer.names.index("02.png")) == "untouched"
+    (tmp_path / "strokes.png").rename(tmp_path / "labels/strokes/02.png.png")
     with LabelFolder(tmp_path / "labels") as fewer:
         assert fewer.names == ["01.png"] and fewer.state(0) == "accepted"
         assert {"00.png", "02.png"} <= {word for why in fewer.unreadable.values() for word in why.split()}
