@@ -1,6 +1,6 @@
 """Label photos in a browser: paint a few strokes, see what a model makes of them, correct it, accept.
 
-    python label.py --input photos/ --classes background crack      # then open http://127.0.0.1:7861
+    python label.py --input photos/ --classes background person     # then open http://127.0.0.1:7861
     python label.py                                                 # go on with what is in labels/
     python label.py --input more/ --model outputs/best_model_iou.pth        # correct what a model predicts
     python label.py --data-root my_photos                           # correct the masks of a data set

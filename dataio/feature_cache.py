@@ -206,8 +206,8 @@ def file_facts(samples):
     with suppress(ValueError):  # Windows: data and drawn masks on two drives
         base = os.path.commonpath(list(map(os.path.dirname, paths)))
         names = [os.path.relpath(path, base) for path in paths]
-    images = [short_hash([hashes[Path(path)] for path in (sample.image, *companions(sample.image))])
-              for sample in samples]
+    images = [short_hash([hashes[Path(os.path.abspath(path))] for path in (image, *companions(image))])
+              for image in (sample.image for sample in samples)]
     return dict(names=short_hash(names), contents=short_hash([hashes[Path(path)] for path in paths]),
                 images=images)
 

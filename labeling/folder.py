@@ -103,7 +103,7 @@ class LabelFolder:
         if not path.exists():
             if not self.class_names:
                 raise InputError("--classes names what can be painted: give two names or more, such as "
-                                 "--classes background crack")
+                                 "--classes background person")
             check_names(self.class_names)
             save_classes(fill_colors([(name, None) for name in self.class_names]), self.path)
         classes = fill_colors([entry[:2] for entry in read_classes(path) if entry.name != "ignore"])
