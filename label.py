@@ -100,7 +100,7 @@ class Session:
         dataset = SegmentationDataset(samples, index_table(len(folder.classes)), imgsz, (), rule=folder.rule)
         precision = utils.Precision("auto", model.mean.device)
         self.cache = PhotoCache(model, dataset, folder.path / "cache", precision)
-        self.model, self.precision, self.learner = model, precision, None
+        self.model, self.learner = model, None
         self.computing, self.waiting = threading.Lock(), 0
         self.editing = threading.RLock()  # of what is known
         self.known = {}  # number: labels (h, w), at the size of the network

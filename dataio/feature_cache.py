@@ -156,7 +156,7 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     model.eval()  # BatchNorm of a frozen backbone must not learn from the images that are cached
     files, facts = plan_files(model, parts, dataset, folder, precision, views)
     if local_rank() == 0:
-        reserve(files, facts, folder, [] if dataset.augments else parts)
+        reserve(files, facts, folder, [] if dataset.augments or dataset.copy_paste else parts)
     barrier()
     missing = [number for number in range(local_rank(), len(dataset) * views, local_world_size())
                if not all(file.has(number) for file in files.values())]
@@ -277,16 +277,13 @@ def reserve(files, facts, folder, unchanged):
 
 def adopt(file, facts, folder):
     """Copy entries of an EntryFile from the caches of other lists of images with the same facts."""
-    def lasting(facts):
-        return {key: value for key, value in facts.items() if key not in LISTS}
-
     own, places = json.loads(json.dumps(facts)), {}
     for place, digest in enumerate(own["images"]):
         places.setdefault(digest, []).append(place)
     for path in folder.glob("*.json"):
         with suppress(OSError, ValueError, KeyError, AttributeError):
             other, values = json.loads(path.read_text()), path.with_suffix(".bin")
-            if values == file.path or lasting(other) != lasting(own):
+            if values == file.path or but_for(LISTS, other) != but_for(LISTS, own):
                 continue
             source = EntryFile(values, len(other["images"]), file.shape, file.dtype)
             for number, digest in enumerate(other["images"]) if source.is_complete() else ():
@@ -296,16 +293,18 @@ def adopt(file, facts, folder):
                         file.write(place, source.open()[0][number])
 
 
+def but_for(names, facts):
+    """Return the facts without some of them."""
+    return {key: value for key, value in facts.items() if key not in names}
+
+
 def remove_outdated(all_facts, folder):
     """Remove caches of the same files as they were before they changed; name those that are of other code."""
-    def lasting(facts):
-        return {key: value for key, value in facts.items() if key not in MOVING}
-
     all_facts = json.loads(json.dumps(all_facts))
     for facts, path in product(all_facts, folder.glob("*.json")):
         with suppress(OSError, ValueError, KeyError, AttributeError):
             other, file = json.loads(path.read_text()), path.with_suffix(".bin")
-            if other == facts or lasting(other) != lasting(facts):
+            if other == facts or but_for(MOVING, other) != but_for(MOVING, facts):
                 continue
             if other["contents"] == facts["contents"]:  # another branch or checkout may have a use for it
                 print(f"the code has changed: {file} is of other code and can be deleted")

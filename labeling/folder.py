@@ -125,15 +125,15 @@ class LabelFolder:
         if self.data:
             samples = [sample for split in self.data.splits.values() for sample in split]
         before = {file.stem: file for file in list_images(pool)}
-        taken = dict(before)
+        pooled = dict(before)
         try:
             for path in (photo for item in self.inputs for photo in photos_of(Path(item), self.path)):
-                self.add_photo(path, pool, taken)
-            linked = {self.add_photo(sample.image, pool, taken): sample for sample in samples}
+                self.add_photo(path, pool, pooled)
+            linked = {self.add_photo(sample.image, pool, pooled): sample for sample in samples}
             self.list_photos(pool)
         except InputError:  # the folder opens as it was, next time
-            for file in taken.keys() - before.keys():
-                remove_image(taken[file])
+            for file in pooled.keys() - before.keys():
+                remove_image(pooled[file])
             raise
         for number, path in enumerate(self.paths):
             if path in linked and self.state(number) == "untouched" and not self.is_taken(number):
@@ -141,20 +141,20 @@ class LabelFolder:
                 self.remembers["taken"].append(self.names[number])
             self.link_accepted(number)
 
-    def add_photo(self, path, pool, taken):
+    def add_photo(self, path, pool, pooled):
         """Link a photo into pool/, or its tiles; return where it is then, None = nowhere as a whole."""
         if self.why_unreadable(path):
             return None
         if is_raster(path) and max(image_size(path)) > LARGEST:
             tiles = write_tiles(path, pool)
-            taken.update((tile.stem, tile) for tile in tiles)
+            pooled.update((tile.stem, tile) for tile in tiles)
             if self.data:
                 self.unreadable[path] = f"{path} becomes tiles, and its mask is not taken over"
             return None
-        target = place_of(path, pool, taken)
+        target = place_of(path, pool, pooled)
         if not target.exists():
             link_image(path, target)
-            taken[target.stem] = target
+            pooled[target.stem] = target
         return target
 
     def list_photos(self, pool):
@@ -332,15 +332,15 @@ def photos_of(path, leave_out):
     return paths
 
 
-def place_of(path, folder, taken):
-    """Return where a photo is in a folder, or goes; taken: {stem: file} there. Photos of one name get names
+def place_of(path, folder, pooled):
+    """Return where a photo is in a folder, or goes; pooled: {stem: file} there. Photos of one name get names
     that differ in their masks' names, too.
     """
     stem = path.stem if len(os.fsencode(path.name)) <= LONGEST else path.stem[:LONGEST // 4]
     names = [stem, f"{path.parent.name[:LONGEST // 4]}_{stem}",
-             *(f"{stem}_{number}" for number in range(2, len(taken) + 3))]
+             *(f"{stem}_{number}" for number in range(2, len(pooled) + 3))]
     for name in names:
-        file = taken.get(name)
+        file = pooled.get(name)
         if file is None:
             return folder / (name + path.suffix)
         if file.suffix == path.suffix and (file.samefile(path) or filecmp.cmp(path, file, shallow=False)):

@@ -212,9 +212,9 @@ def test_whatever_the_features_depend_on_makes_another_cache(samples, fill, othe
 
 def test_another_list_of_images_needs_passes_for_the_new_ones_alone(samples, tmp_path, passes):
     """Copied from whichever cache has them, and what they hold; not of cut or mirrored images."""
-    def filled(some, augments=()):
+    def filled(some, augments=(), **options):
         passes.clear()
-        return cache_features(net, training_set(some, augments), tmp_path, FLOAT32), sum(passes)
+        return cache_features(net, training_set(some, augments, **options), tmp_path, FLOAT32), sum(passes)
 
     net, new = tiny(), Sample(samples[0].image.with_name("new.png"), samples[0].mask)
     Image.fromarray(random_images(3, 45, 61, seed=9).permute(1, 2, 0).numpy()).save(new.image)
@@ -228,6 +228,8 @@ def test_another_list_of_images_needs_passes_for_the_new_ones_alone(samples, tmp
             assert torch.equal(cached[index][1]["mask"], targets["mask"])
     assert filled(samples[:3], ["flip"])[1] == 3
     assert filled(samples[:2], ["flip"])[1] == 2
+    for some in (samples[:3], [samples[0], samples[3], samples[2]]):  # other images are pasted from
+        assert filled(some, copy_paste=CopyPaste(1.0, {1: [1]}))[1] == 3
 
 
 @pytest.mark.parametrize("where", ["dataio.dataloader.code_hash", "utils.code_hash", "model.origin_code"])

@@ -102,7 +102,13 @@ def test_what_is_painted_and_accepted_is_on_disk_at_once_and_found_again(tmp_pat
 def test_a_second_process_is_refused_and_changes_nothing(tmp_path, folder):
     with refused("--out-dir"), LabelFolder(tmp_path / "labels"):
         pass
-    command = [sys.executable, "label.py", "--out-dir", tmp_path / "labels", "--device", "cpu"]
+
+
+def test_a_second_label_py_ends_in_a_line(tmp_path, folder):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    command = [sys.executable, "label.py", "--out-dir", tmp_path / "labels", "--device", "cpu", "--port",
+               str(free_port())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--out-dir" in done.stderr and done.stderr.count("\n") == 1
 
@@ -277,7 +283,10 @@ def test_photos_may_have_any_name(tmp_path, name):
     source = tmp_path / "photos"
     source.mkdir()
     Image.new("RGB", (30, 20)).save(source / "plain.png")
-    os.rename(source / "plain.png", source / name)
+    try:
+        os.rename(source / "plain.png", source / name)
+    except OSError:
+        pytest.skip("no such name on this file system")
     with LabelFolder(tmp_path / "labels", [source], CLASSES) as folder:
         folder.paint(0, dot(1, 10, 10))
         folder.accept(0, np.zeros((20, 30), np.uint8), np.ones((20, 30)), 0.5)
@@ -305,6 +314,7 @@ def test_files_beside_a_tiff_come_with_it_and_maps_of_one_name_are_two(tmp_path,
 
 
 def test_wrong_flags_are_one_line_and_make_nothing(tmp_path, photos, run, monkeypatch):
+    pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     for name, head in (("bn.pth", "bn"), ("detail.pth", "detail")):
         classes = [("sky", (0, 0, 9)), ("tar", (9, 0, 0)), ("crack", (0, 9, 0))]

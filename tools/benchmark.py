@@ -405,7 +405,6 @@ def benchmark_memory(args):
     return dict(backbone=args.backbone, rows=[row])
 
 
-# --- gpu --------------------------------------------------------------------------------------------------
 # --- labels -----------------------------------------------------------------------------------------------
 def benchmark_label(args):
     """Let a robot paint on --images training images; score who learns from its strokes on the others."""
@@ -444,6 +443,7 @@ def benchmark_label(args):
                 rows=rows)
 
 
+# --- gpu --------------------------------------------------------------------------------------------------
 def save_clip_and_model(args, folder):
     """Write a drawn clip of --images frames and an untrained model to a folder; return their paths."""
     clip, model_file = Path(folder) / "clip.mp4", Path(folder) / "model.pth"
