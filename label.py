@@ -189,10 +189,12 @@ class Session:
         for number in numbers:
             if number not in self.cache.computed:
                 return self.survive(number, self.cache.compute)
-        for number in numbers if self.learned or self.is_trained else ():
-            if self.uncertainties.get(number, (-1, 0))[0] != self.learned:
-                return self.survive(number, self.doubt)
-        return False
+        outdated = [number for number in numbers
+                    if self.uncertainties.get(number, (-1, 0))[0] != self.learned]
+        if not outdated or not (self.learned or self.is_trained):
+            return False
+        oldest = min(outdated, key=lambda number: self.uncertainties.get(number, (-1, 0))[0])
+        return self.survive(oldest, self.doubt)
 
     def survive(self, number, compute):
         """Call compute(number); a photo with which that fails is listed and left out. Return True."""

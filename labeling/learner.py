@@ -4,16 +4,19 @@
     learner.learn({0: strokes})                 # {number: (518, 518) uint8 class ids, 255 = not painted}
     shares = learner.shares(1)                  # (1, K, 518, 518), probabilities
 
-The linear part of the detail head is the logistic regression of the painted pixels on their features, solved
-anew each time; all classes weigh alike, however much of each was painted. A guided filter then lets what is
-predicted, patch by patch, follow the edges of the image.
+The linear part of the detail head is the logistic regression of the painted pixels on their features and on
+the lines that they lie on, solved anew each time; all classes weigh alike, however much of each was painted.
+A guided filter lets what the features tell, patch by patch, follow the edges of the image; what the lines
+tell, pixel by pixel, is added to it.
 """
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from config import IGNORE
 from models.upsampling import pixels
@@ -21,8 +24,11 @@ from models.upsampling import pixels
 PER_CLASS = 100  # painted pixels of a class in a photo that are learned from
 SURE, KNOWN = 0.9, 0.1  # of a trained head: probability of the pixels it keeps; their weight against strokes
 PENALTY = 1.0  # by the number of classes: on the squared distance of the weights from where they start
+LINE_PENALTY = 0.1  # on the squared weights of lines
+SCALES = 0.7, 1.6, 3.5  # pixels: how thick lines are
 ITERATIONS = 50  # of L-BFGS, at most
 NEAR = 8, 8  # fields of a photo: where one is painted in, the prediction is not doubted
+LEAST = 1e-6  # probability that the features leave to a class, for the lines to say more
 ABSENT = -30.0  # logit of a class that nobody painted yet
 COARSE, RADIUS, SMOOTH = 4, 4, 1e-3  # of the guided filter: pixels per cell, cells, variance that is no edge
 
@@ -30,13 +36,14 @@ COARSE, RADIUS, SMOOTH = 4, 4, 1e-3  # of the guided filter: pixels per cell, ce
 @dataclass
 class Painted:
     """The pixels of a photo that are learned from: strokes (h, w) uint8 at the size of the network; labels
-    (n,) of some of its pixels; values (n, D), the features there; corrections (n, K), what a trained head
-    adds to its linear part.
+    (n,) of some of its pixels; values (n, D), the features there, and lines (n, 9); corrections (n, K), what
+    a trained head adds to its linear part.
     """
 
     strokes: np.ndarray
     labels: torch.Tensor
     values: torch.Tensor
+    lines: torch.Tensor
     corrections: torch.Tensor
 
 
@@ -56,19 +63,31 @@ class Learner:
         layer = self.linear.conv_seg
         self.start = [values.clone() if is_trained else torch.zeros_like(values)
                       for values in (layer.weight[:, :, 0, 0], layer.bias)]
+        self.standard = nn.BatchNorm2d(3 * len(SCALES), eps=1e-6, affine=False).to(layer.bias.device)
+        self.line_weight = layer.bias.new_zeros(len(layer.bias), 3 * len(SCALES))  # (K, 9)
+        self.take_statistics(looked_at)
         self.known = [self.sure_pixels(number) for number in looked_at] if is_trained else []
-        if not is_trained:
-            self.take_statistics(looked_at)
 
+    @torch.no_grad()
     def take_statistics(self, numbers):
-        """Give the BatchNorm of the features the statistics of photos."""
-        norm = self.linear.bn
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over what it sees
-        norm.train()
+        """Give the BatchNorm of lines, and that of features unless a head is trained, those of photos."""
+        norms = [self.standard] if self.is_trained else [self.standard, self.linear.bn]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over what it sees
+            norm.train()
         for number in numbers:
-            norm(torch.cat(self.finished(self.features(number)).maps, dim=1))
-        norm.eval()
+            features = self.features(number)
+            self.lines(features)
+            if not self.is_trained:
+                self.linear.bn(torch.cat(self.finished(features).maps, dim=1))
+        for norm in norms:
+            norm.eval()
+
+    def lines(self, features):
+        """Return the lines (1, 9, *size) of a photo, standardized."""
+        seen = torch.from_numpy(line_filters(features.image[0].permute(1, 2, 0).cpu().numpy()))
+        return self.standard(seen.permute(2, 0, 1)[None].to(self.start[1]))
 
     def sure_pixels(self, number):
         """Return Painted of pixels of a photo where a trained head is sure."""
@@ -89,13 +108,14 @@ class Learner:
         if self.painted:
             self.fit()
         else:
-            self.set_linear(*self.start)
+            self.set_weights(*self.start, torch.zeros_like(self.line_weight))
 
     @torch.no_grad()
-    def set_linear(self, weight, bias):
-        """Give the linear part its weights (K, D) and biases (K,)."""
+    def set_weights(self, weight, bias, line_weight):
+        """Give the linear part its weights (K, D) and biases (K,), and lines theirs (K, 9)."""
         self.linear.conv_seg.weight[:, :, 0, 0] = weight
         self.linear.conv_seg.bias.copy_(bias)
+        self.line_weight = line_weight.detach()
 
     def take(self, number, strokes):
         """Keep what is painted on a photo, and the features there; once for the same strokes."""
@@ -117,13 +137,15 @@ class Learner:
             values = F.grid_sample(maps.float(), grid[None, None], padding_mode="border", align_corners=False)
             return values[0, :, 0].T.contiguous()
 
-        features = self.finished(self.features(number))
+        cached = self.features(number)
+        lines = self.lines(cached)[0, :, points[:, 0], points[:, 1]].T
+        features = self.finished(cached)
         maps = self.linear.bn(torch.cat(features.maps, dim=1))  # (1, D, h, w)
         corrections = bias.new_zeros(len(points), len(bias))
         if self.is_trained:
             corrections = at_points(self.model.head(features)) - at_points(self.linear.conv_seg(maps))
         labels = torch.from_numpy(strokes[tuple(points.T)]).to(bias.device, torch.int64)
-        return Painted(strokes, labels, at_points(maps), corrections)
+        return Painted(strokes, labels, at_points(maps), lines, corrections)
 
     def some(self, points):
         """Return PER_CLASS of the points (m, 2), or all of them."""
@@ -132,9 +154,9 @@ class Learner:
     def fit(self):
         """Solve the linear part for all painted points, from where it stands."""
         everything = [*self.painted.values(), *self.known]
-        labels, values, corrections = (  # (n,), (n, D), (n, K)
+        labels, values, lines, corrections = (  # (n,), (n, D), (n, 9), (n, K)
             torch.cat([getattr(painted, name) for painted in everything])
-            for name in ("labels", "values", "corrections"))
+            for name in ("labels", "values", "lines", "corrections"))
         drawn = sum(len(painted.labels) for painted in self.painted.values())
         layer, num_classes = self.linear.conv_seg, len(self.start[1])
         weights = torch.cat([balanced(labels[:drawn], num_classes),
@@ -142,47 +164,45 @@ class Learner:
         absent = (torch.bincount(labels, minlength=num_classes) == 0) & (not self.is_trained)
         weight, bias = layer.weight[:, :, 0, 0].clone(), layer.bias.clone()
         bias[bias <= ABSENT] = 0
-        moving = [values.requires_grad_(True) for values in (weight, bias)]
+        line_weight = self.line_weight.clone()
+        moving = [values.requires_grad_(True) for values in (weight, bias, line_weight)]
         solver = torch.optim.LBFGS(moving, max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
         def loss():
             solver.zero_grad()
-            logits = (values @ weight.T + bias + corrections).masked_fill(absent, ABSENT)
+            logits = values @ weight.T + bias + lines @ line_weight.T + corrections
+            logits = logits.masked_fill(absent, ABSENT)
             error = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
             distance = sum((now - before).square().sum()
-                           for now, before in zip(moving, self.start, strict=True))
-            error = error + PENALTY / num_classes * distance
+                           for now, before in zip((weight, bias), self.start, strict=True))
+            error = error + PENALTY / num_classes * distance + LINE_PENALTY * line_weight.square().sum()
             error.backward()
             return error
 
         solver.step(loss)
-        self.set_linear(weight, bias.masked_fill(absent, ABSENT))
+        self.set_weights(weight, bias.masked_fill(absent, ABSENT), line_weight)
 
     # --- what was learned
-    @torch.inference_mode()
-    def logits_of(self, features):
-        """Features of a feature cache, of photos -> (logits (B, K, h, w), Geometry)."""
-        finished = self.finished(features)
-        head = self.model.head if self.is_trained else self.linear  # an untrained head adds nothing to it
-        return head(finished).float(), finished.geometry
-
-    @torch.inference_mode()
-    def shares_of(self, features):
-        """Features of a feature cache, of photos -> probabilities (B, K, *size)."""
-        logits, geometry = self.logits_of(features)
-        coarse = [max(1, side // COARSE) for side in self.size]
-        guide = features.image.to(logits.device).float() / 255
-        return guided(pixels(logits, geometry, coarse).softmax(1), guide)
-
     def shares(self, number):
         """Return the probabilities (1, K, *size) of a photo."""
         return self.shares_of(self.features(number))
 
+    @torch.inference_mode()
+    def shares_of(self, features):
+        """Features of a feature cache, of a photo -> probabilities (1, K, *size)."""
+        finished = self.finished(features)
+        head = self.model.head if self.is_trained else self.linear  # an untrained head adds nothing to it
+        coarse = [max(1, side // COARSE) for side in self.size]
+        logits = pixels(head(finished).float(), finished.geometry, coarse)
+        shares = guided(logits.softmax(1), features.image.to(logits.device).float() / 255)
+        of_lines = torch.einsum("ke,behw->bkhw", self.line_weight, self.lines(features))
+        absent = self.linear.conv_seg.bias <= ABSENT
+        return (shares.clamp(min=LEAST).log() + of_lines + ABSENT * absent[:, None, None]).softmax(1)
+
     def uncertainty(self, number):
         """Return the mean entropy of the prediction of a photo, 0 to 1, where nothing is painted near."""
-        logits, _ = self.logits_of(self.features(number))
-        shares = logits.softmax(1)
-        entropy = -(shares * shares.clamp(min=1e-9).log()).sum(1, keepdim=True) / math.log(logits.shape[1])
+        shares = self.shares(number)
+        entropy = -(shares * shares.clamp(min=LEAST).log()).sum(1, keepdim=True) / math.log(shares.shape[1])
         if number in self.painted:
             drawn = torch.from_numpy(self.painted[number].strokes != IGNORE).to(entropy)[None, None]
             near = F.adaptive_max_pool2d(drawn, NEAR)
@@ -196,6 +216,25 @@ def at_size(labels, size):
     smaller = np.full(size, IGNORE, np.uint8)
     smaller[y * size[0] // labels.shape[0], x * size[1] // labels.shape[1]] = labels[y, x]
     return smaller
+
+
+def line_filters(image):
+    """Return what tells the lines of an image (H, W, C) uint8 from what is around them, (H, W, 9) float32: at
+    each of SCALES the eigenvalues of the second derivatives of its brightness (Frangi et al. 1998), and how
+    much brighter it is than its surroundings.
+    """
+    brightness, seen = image.mean(2, dtype=np.float32) / 255, []
+    for scale in SCALES:
+        smooth, inner = (cv2.GaussianBlur(brightness, (0, 0), width) for width in (scale, 0.66 * scale))
+        xx, xy, yy = (cv2.Sobel(smooth, cv2.CV_32F, *order) for order in ((2, 0), (1, 1), (0, 2)))
+        seen += [*eigenvalues(xx, xy, yy), inner - smooth]
+    return np.stack(seen, 2)
+
+
+def eigenvalues(a, b, c):
+    """Return both eigenvalues of the symmetric matrices [[a, b], [b, c]], arrays of one shape."""
+    middle, half = (a + c) / 2, np.sqrt(((a - c) / 2) ** 2 + b * b)
+    return middle + half, middle - half
 
 
 def balanced(labels, num_classes):

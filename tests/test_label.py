@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import cv2
 import numpy as np
 import pytest
 import rasterio
@@ -439,6 +440,38 @@ def test_a_photo_is_less_doubtful_where_it_was_painted(learner):
     drawn[1, 1] = 1
     learner.learn({0: drawn})
     assert learner.uncertainty(0) == 0
+
+
+def test_a_line_thinner_than_a_patch_is_found_on_other_photos(learner):
+    """Where the features tell nothing: they are the same everywhere, and a pixel of a line is dark."""
+    noise = np.random.default_rng(0)
+    lines = {0: np.s_[:, 22], 1: np.s_[31, :], 2: np.s_[:, 50]}
+
+    def features(number):
+        image = np.full(SIZE, 150.0) + noise.normal(0, 4, SIZE)
+        image[lines[number]] -= 40
+        image = torch.from_numpy(image.astype(np.uint8))[None, None].repeat(1, 3, 1, 1)
+        maps = [torch.zeros(1, channels, 4, 5) for channels in learner.model.backbone.channels]
+        return Features(maps, {}, image, learner.model.geometry(SIZE))
+
+    learner = Learner(learner.model, SIZE, features, range(3))
+    drawn = strokes_of(*((1, y, 22) for y in range(10, 40)), *((0, y, 40 + y % 5) for y in range(10, 40)))
+    learner.learn({0: drawn})
+    for number in (1, 2):
+        line = np.zeros(SIZE, np.uint8)
+        line[lines[number]] = 1
+        far = cv2.dilate(line, np.ones((7, 7))) == 0
+        found = predict(learner, number).numpy()
+        assert set(np.unique(found)) == {0, 1}  # and never the class that was not painted
+        assert (found[line > 0] == 1).mean() > 0.9 and (found[far] == 1).mean() < 0.1
+
+
+def test_lines_are_seen_alike_whichever_way_they_go():
+    image = np.random.default_rng(0).integers(0, 255, (33, 33, 3), dtype=np.uint8)
+    seen, turned = learning.line_filters(image), learning.line_filters(image.transpose(1, 0, 2))
+    assert np.allclose(seen, turned.transpose(1, 0, 2), atol=1e-5)
+    flat = learning.line_filters(np.full((33, 21, 3), 7, np.uint8))
+    assert flat.shape == (33, 21, 9) and np.abs(flat).max() < 1e-5
 
 
 def test_the_guided_filter_is_that_of_the_paper(monkeypatch):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from config import IGNORE
+from labeling.learner import eigenvalues
 from tools import robot
 
 SIZE = 90, 120
@@ -58,7 +59,7 @@ def test_filters_see_nothing_in_one_color_and_edges_at_their_size():
 def test_eigenvalues_are_those_of_numpy():
     a, b, c = np.random.default_rng(0).normal(size=(3, 7, 5))
     want = np.linalg.eigvalsh(np.stack([np.stack([a, b], -1), np.stack([b, c], -1)], -1))
-    assert np.allclose(np.sort(np.stack(robot.eigenvalues(a, b, c), -1)), want)
+    assert np.allclose(np.sort(np.stack(eigenvalues(a, b, c), -1)), want)
 
 
 def test_a_forest_learns_the_strokes_of_several_images():

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import dijkstra
 
 from config import IGNORE
 from labeling.folder import Stroke
-from labeling.learner import Learner
+from labeling.learner import Learner, eigenvalues
 from metrics import ConfusionMatrix
 from models.upsampling import class_ids
 
@@ -155,12 +155,6 @@ def filtered(picture):
         channels += [smooth, cv2.Laplacian(smooth, cv2.CV_32F), np.hypot(across, down), smooth - wider,
                      *eigenvalues(*tensor), *eigenvalues(*twice)]
     return np.concatenate(channels, 2)
-
-
-def eigenvalues(a, b, c):
-    """Return both eigenvalues of the symmetric matrices [[a, b], [b, c]], arrays of one shape."""
-    middle, half = (a + c) / 2, np.sqrt(((a - c) / 2) ** 2 + b * b)
-    return middle + half, middle - half
 
 
 # --- the measurement --------------------------------------------------------------------------------------
