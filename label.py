@@ -391,7 +391,7 @@ def build_learned_model(args, folder):
     model, checkpoint = load_model(args.model)
     folder.rule = ImageRule.of(checkpoint.get("image_rule"))
     names = [name for name, _ in checkpoint["classes"]]
-    if getattr(model.spec, "head", "") != "detail":
+    if getattr(getattr(model, "spec", None), "head", "") != "detail":  # an exported file has none
         raise InputError(f"--model {args.model} has no detail head, which is what learns from strokes: train "
                          "one (--head detail), or leave it out")
     if names != [name for name, _ in folder.classes]:
@@ -413,6 +413,8 @@ def main():
     if args.data_root:
         data = load_data(DataOptions(dataset="folder", data_root=args.data_root, classes=tuple(class_names)))
         class_names = [name for name, _ in data.classes]
+        for note in data.notes:
+            print(f"  {note}")
     if args.model and not class_names and not (Path(args.out_dir) / "classes.txt").exists():
         class_names = [name for name, _ in read_checkpoint(args.model)["classes"]]
     try:

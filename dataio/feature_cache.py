@@ -373,9 +373,10 @@ class PhotoCache:
         self.parts, folder = model.cached_parts(), Path(folder)
         model.eval()
         blank = torch.zeros(dataset.rule.channels, *dataset.size, dtype=torch.uint8)
+        self.versions = versions_of(dataset.samples)  # before anything is read of them
         self.files, facts = plan_files(model, self.parts, dataset, folder, precision, 1, (blank, {}))
         reserve(self.files, facts, folder, self.parts)
-        self.versions, self.geometry = versions_of(dataset.samples), model.geometry(dataset.size)
+        self.geometry = model.geometry(dataset.size)
         self.computed = {number for number in range(len(dataset))
                          if all(file.has(number) for file in self.files.values())}
 

@@ -314,8 +314,9 @@ def check_entries(path, entries):
 
 # --- writing classes.txt ----------------------------------------------------------------------------------
 def save_classes(classes, folder):
-    """Write the classes.txt of a folder with masks of class ids, from which read_classes returns the same
-    [(name, (R, G, B))]. A name that no class list can hold is changed, which is printed.
+    """Write the classes.txt of a folder with masks of class ids and 255, from which read_classes returns the
+    same [(name, (R, G, B))]; of two classes it says that 255 is neither, which masks of 0 and 255 alone would
+    leave open. A name that no class list can hold is changed, which is printed.
     """
     path, (names, colors) = folder / "classes.txt", zip(*classes, strict=True)
     written = writable_names(names)
@@ -329,17 +330,31 @@ def class_list(names, colors):
     """Return the text of a classes.txt with names and colors or, where colors are equal, values: lines, else
     a table, whichever is read as these; None where nothing is.
     """
-    with_colors = [Entry(name, tuple(color)) for name, color in zip(names, colors, strict=True)]
-    with_ids = [Entry(name, None, id) for id, name in enumerate(names)]
-    for titles, equals, entries in ((("name", "r", "g", "b"), "", with_colors),
-                                    (("name", "value"), "= ", with_ids)):
-        rows, table = [(entry.name, *(entry.color or [entry.value])) for entry in entries], io.StringIO()
-        lines = "".join(f"{name} {equals}{' '.join(map(str, numbers))}\n" for name, *numbers in rows)
-        csv.writer(table, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([titles, *rows])
-        for text in (lines, table.getvalue()):
-            if read_back(text) == entries:
-                return text
-    return None
+    entries = [Entry(name, tuple(color), id)
+               for id, name, color in zip(range(len(names)), names, colors, strict=True)]
+    colored = [entry._replace(value=None) for entry in entries]
+    numbered = [entry._replace(color=None) for entry in entries]
+    ignored = [Entry("ignore", None, IGNORE)] * (len(names) == 2)
+    candidates = [(text_lines(colored + ignored), colored + ignored), (text_table(entries), entries),
+                  (text_lines(numbered), numbered), (text_table(numbered), numbered)]
+    if not ignored:
+        candidates.insert(1, (text_table(colored), colored))
+    return next((text for text, meant in candidates if read_back(text) == meant), None)
+
+
+def text_lines(entries):
+    """Return [Entry] as lines, `name R G B` or `name = VALUE`."""
+    return "".join(f"{name} {' '.join(map(str, color))}\n" if color else f"{name} = {value}\n"
+                   for name, color, value in entries)
+
+
+def text_table(entries):
+    """Return [Entry], all with a color, a value or both, as a table with titles."""
+    table, has_values = io.StringIO(), entries[0].value is not None
+    titles = "name", *("rgb" if entries[0].color else ""), *["value"] * has_values
+    rows = [(name, *(color or ()), *[value] * has_values) for name, color, value in entries]
+    csv.writer(table, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([titles, *rows])
+    return table.getvalue()
 
 
 def read_back(text):

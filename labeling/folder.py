@@ -9,6 +9,7 @@ painted, 255 elsewhere), and of the photos that were accepted OUT/images and OUT
 train.py takes. Every change is on disk, whole or not at all, before its call returns.
 """
 import filecmp
+import itertools
 import json
 import os
 from collections import deque
@@ -25,8 +26,9 @@ import utils
 import visualize
 from config import IGNORE, InputError
 from dataio.classes import fill_colors
+from dataio.contents import hash_contents
 from dataio.image_rule import decide_rule
-from dataio.images import IMAGE_ENDINGS, companions, image_size, read_orientation
+from dataio.images import IMAGE_ENDINGS, companions, image_size, named_errors, read_orientation
 from dataio.labels import check_names, read_classes, save_classes, writable_names
 from dataio.layout import list_images
 from dataio.readers import read_sample_targets, short_hash
@@ -35,6 +37,7 @@ from dataio.windows import is_raster
 LARGEST = 4096  # pixels of a side of a TIFF, above which its tiles are photos of their own
 TILE = 1024  # pixels of their sides
 LONGEST = 200  # bytes of a file name
+KINDS = "images", "masks"  # folders of the data set
 UNDO = 30  # changes of a photo that can be taken back
 
 
@@ -68,10 +71,15 @@ class LabelFolder:
 
     def __init__(self, path, inputs=(), class_names=(), data=None):
         self.path = Path(utils.make_folder(path))
+        if not (self.path / "pool").exists() and any((self.path / kind).exists() for kind in KINDS):
+            raise InputError(f"--out-dir {path} holds images or masks that are not of label.py, and would be "
+                             f"changed: choose another folder; --data-root {path} takes their masks over")
         self.lock = FileLock(self.path / ".lock", mode=0o666)
         self.inputs, self.class_names, self.data = inputs, list(class_names), data
         self.history, self.unreadable, self.names = {}, {}, []
-        self.remembers = dict(classes=[], taken=[])  # as of the last time; taken: names of photos with a mask
+        # by the names of photos: taken: whether its mask is that of the data set; contents: its hash; aside:
+        # the hash of the one whose mask was set aside
+        self.remembers = dict(classes=[], taken={}, contents={}, aside={})
 
     def __enter__(self):
         try:
@@ -79,13 +87,11 @@ class LabelFolder:
         except Timeout:
             raise InputError(f"--out-dir: another label.py is at work in {self.path}: use its page, or "
                              "choose another folder") from None
-        memory = self.path / ".label.json"
         try:
-            if memory.exists():
-                self.remembers = json.loads(memory.read_text(encoding="utf-8"))
+            if self.memory().exists():
+                self.remembers |= json.loads(self.memory().read_text(encoding="utf-8"))
             self.classes = self.open_classes()
             self.add_photos()
-            utils.write_text(memory, json.dumps(self.remembers))
         except BaseException:
             self.lock.release()
             raise
@@ -93,6 +99,14 @@ class LabelFolder:
 
     def __exit__(self, *_):
         self.lock.release()
+
+    def memory(self):
+        """Return the path of what is remembered."""
+        return self.path / ".label.json"
+
+    def remember(self):
+        """Write what is remembered."""
+        utils.write_text(self.memory(), json.dumps(self.remembers))
 
     # --- what is in it
     def open_classes(self):
@@ -106,7 +120,15 @@ class LabelFolder:
                                  "--classes background person")
             check_names(self.class_names)
             save_classes(fill_colors([(name, None) for name in self.class_names]), self.path)
-        classes = fill_colors([entry[:2] for entry in read_classes(path) if entry.name != "ignore"])
+        entries = read_classes(path)
+        named = [entry for entry in entries if entry.name != "ignore"]
+        in_order = all(entry.value in (None, id) for id, entry in enumerate(named))
+        if not in_order or entries[:len(named)] != named:
+            raise InputError(f"{path} does not number its classes 0, 1, ... in the order of its lines, as "
+                             "label.py does: put them in that order, and `ignore = 255` last")
+        classes = fill_colors([entry[:2] for entry in named])
+        if len(classes) == 2 and entries == named and named[0].value is None:
+            save_classes(classes, self.path)  # which says that 255 is neither of them
         names = [name for name, _ in classes]
         if self.class_names and writable_names(self.class_names) != names:
             raise InputError(f"--classes {' '.join(self.class_names)}: the classes of {self.path} are "
@@ -124,7 +146,8 @@ class LabelFolder:
         utils.make_folder(pool)
         if self.data:
             samples = [sample for split in self.data.splits.values() for sample in split]
-        before = {file.stem: file for file in list_images(pool)}
+        gone = [file for file in pool.rglob("*") if file.is_symlink() and not file.exists()]
+        before = {file.stem: file for file in [*gone, *list_images(pool)]}
         pooled = dict(before)
         try:
             for path in (photo for item in self.inputs for photo in photos_of(Path(item), self.path)):
@@ -135,10 +158,14 @@ class LabelFolder:
             for file in pooled.keys() - before.keys():
                 remove_image(pooled[file])
             raise
+        taken = self.remembers["taken"]
         for number, path in enumerate(self.paths):
-            if path in linked and self.state(number) == "untouched" and not self.is_taken(number):
+            if path in linked and self.state(number) == "untouched":
+                taken.setdefault(self.names[number], True)
+        self.remember()  # whatever ends what follows, it goes on next time
+        for number, path in enumerate(self.paths):
+            if path in linked and self.is_taken(number) and not self.file("masks", number).exists():
                 self.take_mask(number, linked[path])
-                self.remembers["taken"].append(self.names[number])
             self.link_accepted(number)
 
     def add_photo(self, path, pool, pooled):
@@ -146,16 +173,39 @@ class LabelFolder:
         if self.why_unreadable(path):
             return None
         if is_raster(path) and max(image_size(path)) > LARGEST:
-            tiles = write_tiles(path, pool)
+            try:
+                tiles = write_tiles(path, pool)
+            except InputError as error:
+                self.unreadable[path], tiles = str(error), []
             pooled.update((tile.stem, tile) for tile in tiles)
             if self.data:
                 self.unreadable[path] = f"{path} becomes tiles, and its mask is not taken over"
             return None
-        target = place_of(path, pool, pooled)
+        target = self.place_of(path, pool, pooled)
         if not target.exists():
+            target.unlink(missing_ok=True)  # a link to where it was before
             link_image(path, target)
             pooled[target.stem] = target
         return target
+
+    def place_of(self, path, pool, pooled):
+        """Return where a photo is in the pool, or goes; pooled: {stem: file} there. Photos of one name get
+        names that differ in their masks' names, too.
+        """
+        stem = path.stem if len(os.fsencode(path.name)) <= LONGEST else path.stem[:LONGEST // 4]
+        names = (f"{stem}_{number}" for number in itertools.count(2))
+        for name in itertools.chain([stem, f"{path.parent.name[:LONGEST // 4]}_{stem}"], names):
+            file = pooled.get(name)
+            if file is None:
+                return pool / (name + path.suffix)
+            if file.suffix == path.suffix and self.is_photo(file, path, pool):
+                return file
+
+    def is_photo(self, file, path, pool):
+        """Return whether a file of the pool is the photo `path`; one that is gone is known by its hash."""
+        if file.exists():
+            return file.samefile(path) or filecmp.cmp(path, file, shallow=False)
+        return self.remembers["contents"].get(str(file.relative_to(pool))) == hash_contents([path])[path]
 
     def list_photos(self, pool):
         """Find the photos of the pool that can be read, and the rule to read them by."""
@@ -166,25 +216,35 @@ class LabelFolder:
         paths = [path for path in list_images(pool) if not self.why_unreadable(path)]
         self.sizes = [image_size(path) for path in paths]
         self.names = [str(path.relative_to(pool)) for path in paths]
-        fits = [self.fits(number) for number in range(len(paths))]
+        hashes, known = hash_contents(paths), self.remembers["contents"]
+        fits = [self.fits(number, known.get(name) in (None, hashes[path]))
+                for number, (name, path) in enumerate(zip(self.names, paths, strict=True))]
         names += [name for name, is_whole in zip(self.names, fits, strict=True) if not is_whole]
         self.paths, self.names, self.sizes = (
             [value for value, is_whole in zip(values, fits, strict=True) if is_whole]
             for values in (paths, self.names, self.sizes))
+        known.update((name, hashes[path]) for name, path in zip(self.names, self.paths, strict=True))
         if not self.paths:
             raise InputError(f"{self.path} holds no photo that can be read: give --input photos/")
         self.set_aside(names)
         self.rule = decide_rule(self.paths)
 
-    def fits(self, number):
-        """Return whether what was painted has the size of the photo; keeps why not in `unreadable`."""
-        for path in (self.file(kind, number) for kind in ("strokes", "masks")):
-            if path.exists() and image_size(path) != self.sizes[number]:
-                (height, width), (tall, wide) = self.sizes[number], image_size(path)
-                self.unreadable[path] = (f"{self.names[number]} has {width}x{height} pixels, and {path} "
-                                         f"{wide}x{tall}: put the photo back, or delete that file")
-                return False
-        return True
+    def fits(self, number, is_same):
+        """Return whether what was painted is of a photo; keeps why not in `unreadable`. is_same: whether the
+        file holds what it held before.
+        """
+        files = [self.file(kind, number) for kind in ("strokes", "masks")]
+        painted = [path for path in files if path.exists()]
+        (height, width), name = self.sizes[number], self.names[number]
+        for path in painted:
+            high, wide = image_size(path)
+            if not is_same:
+                self.unreadable[path] = (f"{name} is another picture than that of {path}: put the photo "
+                                         "back, or delete that file")
+            elif (high, wide) != (height, width):
+                self.unreadable[path] = (f"{name} has {width}x{height} pixels, and {path} {wide}x{high}: put "
+                                         "the photo back, or delete that file")
+        return not self.unreadable.keys() & {*painted}
 
     def set_aside(self, names):
         """Keep the masks of photos that are missing from the data set, until they are back."""
@@ -194,11 +254,13 @@ class LabelFolder:
             remove_image(self.path / "images" / name)
             if mask.exists():
                 utils.make_folder(aside)
+                self.remembers["aside"][name] = self.remembers["contents"].get(name)
                 os.replace(mask, aside / mask.name)
-        for number in range(len(self.names)):
+        for number, name in enumerate(self.names):
             mask = self.file("masks", number)
             back = aside / mask.name
-            if back.exists() and not mask.exists() and image_size(back) == self.sizes[number]:
+            is_of_it = self.remembers["aside"].get(name) in (None, self.remembers["contents"][name])
+            if is_of_it and back.exists() and not mask.exists() and image_size(back) == self.sizes[number]:
                 utils.make_folder(masks)
                 os.replace(back, mask)
 
@@ -212,7 +274,7 @@ class LabelFolder:
 
     def is_taken(self, number):
         """Return whether the mask of a photo is one of the data set that was given, and not a prediction."""
-        return self.names[number] in self.remembers["taken"]
+        return self.remembers["taken"].get(self.names[number], False)
 
     def why_unreadable(self, path):
         """Return what is wrong with a photo, "" = nothing; keeps it in `unreadable`."""
@@ -273,13 +335,15 @@ class LabelFolder:
         """Return (strokes, mask or None) of a photo, whose files undo brings back."""
         files = [self.file(kind, number) for kind in ("strokes", "masks")]
         before = [file.read_bytes() if file.exists() else None for file in files]
-        self.history.setdefault(number, deque(maxlen=UNDO)).append(before)
+        self.history.setdefault(number, deque(maxlen=UNDO)).append((before, self.is_taken(number)))
         return self.strokes(number), self.read("masks", number)
 
     def undo(self, number):
         """Take back the last change of a photo since the folder was opened, if there is any."""
         if self.history.get(number):
-            for kind, content in zip(("strokes", "masks"), self.history[number].pop(), strict=True):
+            before, was_taken = self.history[number].pop()
+            self.set_taken(number, was_taken)
+            for kind, content in zip(("strokes", "masks"), before, strict=True):
                 file = self.file(kind, number)
                 if content is None:
                     file.unlink(missing_ok=True)
@@ -299,7 +363,14 @@ class LabelFolder:
     def reopen(self, number):
         """Take back that a photo was accepted: its mask goes, its strokes stay."""
         self.remembered(number)
+        self.set_taken(number, False)
         self.save("masks", number, None)
+
+    def set_taken(self, number, is_taken):
+        """Remember whether the mask of a photo is that of the data set."""
+        if is_taken != self.is_taken(number):
+            self.remembers["taken"][self.names[number]] = is_taken
+            self.remember()
 
     def save(self, kind, number, values):
         """Write strokes or a mask (H, W) uint8; None, and strokes of nothing, leave no file."""
@@ -332,21 +403,6 @@ def photos_of(path, leave_out):
     return paths
 
 
-def place_of(path, folder, pooled):
-    """Return where a photo is in a folder, or goes; pooled: {stem: file} there. Photos of one name get names
-    that differ in their masks' names, too.
-    """
-    stem = path.stem if len(os.fsencode(path.name)) <= LONGEST else path.stem[:LONGEST // 4]
-    names = [stem, f"{path.parent.name[:LONGEST // 4]}_{stem}",
-             *(f"{stem}_{number}" for number in range(2, len(pooled) + 3))]
-    for name in names:
-        file = pooled.get(name)
-        if file is None:
-            return folder / (name + path.suffix)
-        if file.suffix == path.suffix and (file.samefile(path) or filecmp.cmp(path, file, shallow=False)):
-            return file
-
-
 def link_image(path, target):
     """Link an image and the files that belong to it, or copy them where links cannot be made."""
     target.parent.mkdir(exist_ok=True)
@@ -366,7 +422,7 @@ def remove_image(path):
 
 def write_tiles(path, folder):
     """Write the tiles of a TIFF that have data as TIFFs of their own, which lie where it lies; return those
-    that are new.
+    that are new. Raises InputError where it is damaged; what could be read stays.
     """
     name, new = f"{path.stem[:LONGEST // 4]}_{short_hash(os.path.realpath(path))[:6]}", []
     with rasterio.open(path) as source:
@@ -375,12 +431,13 @@ def write_tiles(path, folder):
                 window = rasterio.windows.Window(left, top, min(TILE, source.width - left),
                                                  min(TILE, source.height - top))
                 target = folder / f"{name}_{top:06d}_{left:06d}.tif"
-                if target.exists() or not source.dataset_mask(window=window).any():
-                    continue
+                with named_errors(path):
+                    if target.exists() or not source.dataset_mask(window=window).any():
+                        continue
+                    values = source.read(window=window)
                 profile = dict(source.profile, driver="GTiff", width=window.width, height=window.height,
                                transform=source.window_transform(window))
                 profile = {key: value for key, value in profile.items() if "block" not in key}
-                values = source.read(window=window)
 
                 def write(temporary, profile=profile, values=values):
                     with rasterio.open(temporary, "w", **profile) as file:

@@ -350,6 +350,7 @@ def test_a_class_list_is_read_as_it_was_written(tmp_path, names, capsys):
     classes = [(name, (10 * id, 0, 9)) for id, name in enumerate(names)]
     save_classes(classes, tmp_path)
     entries, printed = read_classes(tmp_path / "classes.txt"), capsys.readouterr().out
+    entries = [entry for entry in entries if entry != ("ignore", None, 255)]
     assert [entry.color for entry in entries] == [color for _, color in classes]
     assert len({entry.name for entry in entries}) == len(names)
     for name, entry in zip(names, entries, strict=True):
@@ -367,7 +368,7 @@ def test_class_lists_of_odd_characters_and_equal_colors_are_read_as_they_were_wr
         if len(names) < 2:
             continue
         save_classes(list(zip(names, colors, strict=True)), tmp_path)
-        read = [entry.name for entry in read_classes(tmp_path / "classes.txt")]
+        read = [entry.name for entry in read_classes(tmp_path / "classes.txt") if entry.name != "ignore"]
         for name, stored in zip(names, read, strict=True):
             assert stored == name or "\n" in name or "\t" in name or name != name.strip(), (names, read)
     save_classes(ADE20K, tmp_path)

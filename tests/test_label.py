@@ -154,6 +154,116 @@ def test_the_masks_of_a_data_set_are_taken_over_and_it_stays_as_it_is(tmp_path):
     assert files == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+def test_a_taken_mask_is_truth_until_it_is_predicted_anew(tmp_path):
+    data = load_data(DataOptions(dataset="folder", data_root=str(write_folder(tmp_path / "data", count=2))))
+    names = [name for name, _ in data.classes]
+    with LabelFolder(tmp_path / "labels", (), names, data) as folder:
+        session = label.Session(folder, tiny(head="detail"), (42, 56))
+        assert session.known.keys() == {0, 1}
+        folder.reopen(0)
+        folder.accept(0, np.zeros((45, 61), np.uint8), np.ones((45, 61)), 0.5)
+        session.note(0)
+        assert session.known.keys() == {1}  # a prediction teaches nothing
+        for _ in range(2):
+            folder.undo(0)
+        session.note(0)
+        assert session.known.keys() == {0, 1}
+
+
+def test_masks_that_are_being_taken_over_as_it_ends_are_taken_next_time(tmp_path, monkeypatch):
+    data = load_data(DataOptions(dataset="folder", data_root=str(write_folder(tmp_path / "data", count=3))))
+    names, save = [name for name, _ in data.classes], LabelFolder.save
+
+    def interrupted(folder, kind, number, values):
+        if number == 1:
+            raise KeyboardInterrupt
+        save(folder, kind, number, values)
+
+    monkeypatch.setattr(LabelFolder, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt), LabelFolder(tmp_path / "labels", (), names, data):
+        pass
+    monkeypatch.undo()
+    with LabelFolder(tmp_path / "labels", (), names, data) as folder:
+        assert all(folder.is_taken(number) and folder.state(number) == "accepted" for number in range(3))
+
+
+def test_a_data_set_is_not_labeled_in_its_own_folder(tmp_path):
+    root = write_folder(tmp_path / "data", count=2)
+    files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with refused("--out-dir", "--data-root"), LabelFolder(root, [root / "images"], CLASSES):
+        pass
+    assert files == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def photo_of(path, gray):
+    """Write a photo of one gray; return its folder."""
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (30, 20), (gray, gray, 0)).save(path)
+    return path.parent
+
+
+def test_what_was_painted_stays_with_its_picture_whatever_has_its_name(tmp_path):
+    first = photo_of(tmp_path / "trip1/img.png", 50)
+    zeros, sure = np.zeros((20, 30), np.uint8), np.ones((20, 30))
+    with LabelFolder(tmp_path / "labels", [first], CLASSES) as folder:
+        folder.paint(0, dot(1, 10, 10))
+        folder.accept(0, zeros, sure, 0.5)
+    first.rename(tmp_path / "moved")
+    second = photo_of(tmp_path / "trip2/img.png", 90)
+    with LabelFolder(tmp_path / "labels", [second], CLASSES) as folder:  # another one of that name
+        assert len(folder) == 1 and folder.state(0) == "untouched" and "img.png" in str(folder.unreadable)
+    with LabelFolder(tmp_path / "labels", [tmp_path / "moved"], CLASSES) as folder:  # the first is back
+        states = {np.array(Image.open(path))[0, 0, 0]: folder.state(number)
+                  for number, path in enumerate(folder.paths)}
+        assert states == {50: "accepted", 90: "untouched"}
+    photo_of(tmp_path / "moved/img.png", 120)  # another one is put in its place
+    with LabelFolder(tmp_path / "labels") as folder:
+        assert [folder.state(number) for number in range(len(folder))] == ["untouched"]
+        assert not list((tmp_path / "labels/images").glob("*"))
+    photo_of(tmp_path / "moved/img.png", 50)
+    with LabelFolder(tmp_path / "labels") as folder:
+        assert sorted(map(folder.state, range(len(folder)))) == ["accepted", "untouched"]
+
+
+def test_unsure_is_not_the_second_of_two_classes(tmp_path, photos):
+    """Also where no mask holds that one, and with a list of classes that was there before."""
+    for name, written in (("new", None), ("old", "background\ncrack\n"), ("colors", "a 0 0 0\nb 9 9 9\n")):
+        if written:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "classes.txt").write_text(written)
+        with LabelFolder(tmp_path / name, [photos], [] if written else ["background", "crack"]) as folder:
+            confidence = np.ones((45, 61))
+            confidence[:, 20:] = 0
+            for number in range(3):
+                folder.accept(number, np.zeros((45, 61), np.uint8), confidence, 0.5)
+        with LabelFolder(tmp_path / name):
+            pass
+        data = load_data(DataOptions(dataset="folder", data_root=str(tmp_path / name)))
+        assert data.table[[0, 1, 255]].tolist() == [0, 1, IGNORE] and len(data.classes) == 2
+
+
+@pytest.mark.parametrize("written", ["ignore\nroad\nsky\n", "road = 1\nsky = 2\n", "sky = 1\nroad = 0\n"])
+def test_a_class_list_of_other_numbers_is_refused(tmp_path, photos, written):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/classes.txt").write_text(written)
+    with refused("classes.txt"), LabelFolder(tmp_path / "labels", [photos]):
+        pass
+
+
+def test_a_map_that_is_damaged_is_listed_and_what_can_be_read_of_it_is_there(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr("labeling.folder.LARGEST", 90)
+    monkeypatch.setattr("labeling.folder.TILE", 50)
+    values = np.random.default_rng(0).integers(1, 255, (3, 100, 100), dtype=np.uint8)
+    with rasterio.open(tmp_path / "map.tif", "w", driver="GTiff", dtype="uint8", count=3, height=100,
+                       width=100, crs="EPSG:32632", transform=rasterio.Affine(1, 0, 4e5, 0, -1, 5e6)) as file:
+        file.write(values)
+    content = (tmp_path / "map.tif").read_bytes()
+    (tmp_path / "map.tif").write_bytes(content[:len(content) // 2])
+    for _ in range(2):
+        with LabelFolder(tmp_path / "labels", [tmp_path / "map.tif", photos], CLASSES) as folder:
+            assert len(folder) >= 3 and any("map.tif" in why for why in folder.unreadable.values())
+
+
 def test_bad_classes_and_folders_are_one_line(tmp_path, photos):
     for classes, named in ((["a"], "--classes"), (["a", "a"], "--classes"), ([], "--classes")):
         with refused(named), LabelFolder(tmp_path / "other", [photos], classes):
@@ -213,7 +323,7 @@ def test_accepting_twice_changes_nothing_and_undo_holds_little(folder):
     assert (folder.read("masks", 0) == corrected).all()
     for number in range(40):
         folder.paint(0, dot(number % 3, number, 20))
-    assert sum(len(content or b"") for before in folder.history[0] for content in before) < 100_000
+    assert sum(len(content or b"") for before, _ in folder.history[0] for content in before) < 100_000
     for _ in range(40):
         folder.undo(0)
     assert len(np.unique(folder.strokes(0))) > 1  # 30 changes are held
@@ -247,12 +357,6 @@ def test_photos_that_go_change_and_come_back(tmp_path, photos, folder):
     (photos / "00.png").rename(tmp_path / "elsewhere.png")
     contents = (photos / "02.png").read_bytes()
     Image.new("RGB", (30, 20)).save(photos / "02.png")
-    (tmp_path / "labels/strokes/02.png.png").rename(tmp_path / "strokes.png")
-    with LabelFolder(tmp_path / "labels"):
-        pass
-    with LabelFolder(tmp_path / "labels") as fewer:  # a mask of another size does not come back
-        assert fewer.state(fewer.names.index("02.png")) == "untouched"
-    (tmp_path / "strokes.png").rename(tmp_path / "labels/strokes/02.png.png")
     with LabelFolder(tmp_path / "labels") as fewer:
         assert fewer.names == ["01.png"] and fewer.state(0) == "accepted"
         assert {"00.png", "02.png"} <= {word for why in fewer.unreadable.values() for word in why.split()}
@@ -263,6 +367,12 @@ def test_photos_that_go_change_and_come_back(tmp_path, photos, folder):
     with LabelFolder(tmp_path / "labels") as again:
         assert [again.state(number) for number in range(3)] == ["accepted"] * 3
         assert again.read("masks", 2)[10, 10] == 1
+    Image.new("RGB", (30, 20)).save(photos / "02.png")
+    (tmp_path / "labels/strokes/02.png.png").unlink()
+    for _ in range(3):  # its mask is set aside, and does not come back to another picture
+        with LabelFolder(tmp_path / "labels") as folder:
+            states = {name: folder.state(number) for number, name in enumerate(folder.names)}
+    assert states["02.png"] == "untouched"
 
 
 def test_classes_that_were_changed_are_refused_and_more_are_taken(tmp_path, folder):
@@ -699,14 +809,15 @@ def test_a_browser_paints_learns_corrects_accepts_and_goes_on_after_a_kill(tmp_p
             act()
             wait_for(lambda: drawn() > before)
 
-        def stroke(*points):
+        def stroke(*points, answered=True):
             canvas = browser.find_element("id", "strokes")
             width, height = canvas.rect["width"], canvas.rect["height"]
             at = [(round(width * (x - 0.5)), round(height * (y - 0.5))) for x, y in points]
             chain = keys(browser, duration=20).move_to_element_with_offset(canvas, *at[0]).click_and_hold()
             for point in at[1:]:
                 chain = chain.move_to_element_with_offset(canvas, *point)
-            doing(chain.release().perform)
+            chain = chain.release()
+            doing(chain.perform) if answered else chain.perform()
 
         def press(key):
             browser.find_element("tag name", "body").send_keys(key)
@@ -757,6 +868,8 @@ def test_a_browser_paints_learns_corrects_accepts_and_goes_on_after_a_kill(tmp_p
         os.rename(out / "gone", out / "strokes")
         process.kill()
         process.wait()
+        stroke((0.5, 0.5), (0.6, 0.5), answered=False)
+        assert wait_for(lambda: "saved" in browser.find_element("id", "message").text)
         process = serve()
         press("z")
         assert wait_for(lambda: "reload" in browser.find_element("id", "message").text)
