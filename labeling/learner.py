@@ -173,8 +173,9 @@ class Learner:
             logits = values @ weight.T + bias + lines @ line_weight.T + corrections
             logits = logits.masked_fill(absent, ABSENT)
             error = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-            distance = sum((now - before).square().sum()
-                           for now, before in zip((weight, bias), self.start, strict=True))
+            distance = (weight - self.start[0]).square().sum()
+            if self.is_trained:  # else biases are free: they say how rare a class is
+                distance = distance + (bias - self.start[1]).square().sum()
             error = error + PENALTY / num_classes * distance + LINE_PENALTY * line_weight.square().sum()
             error.backward()
             return error

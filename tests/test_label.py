@@ -552,6 +552,24 @@ def test_a_photo_is_less_doubtful_where_it_was_painted(learner):
     assert learner.uncertainty(0) == 0
 
 
+def test_what_is_learned_is_the_logistic_regression_of_scikit_learn(learner):
+    """Of strokes of one class on each photo, as a robot paints them; classes weigh alike."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    drawn = {number: np.full(SIZE, IGNORE, np.uint8) for number in range(3)}
+    drawn[0][:30, :60], drawn[1][40, 3:60], drawn[2][10:12, 30:33] = 0, 1, 2
+    learner.learn(drawn)
+    labels, values, lines = (torch.cat([getattr(painted, name) for painted in learner.painted.values()])
+                             for name in ("labels", "values", "lines"))
+    penalty = learning.PENALTY / 3
+    inputs = torch.cat([values, lines * (penalty / learning.LINE_PENALTY) ** 0.5], 1).numpy()
+    weights = learning.balanced(labels, 3).numpy()
+    theirs = linear_model.LogisticRegression(C=0.5 / penalty, tol=1e-8, max_iter=10_000)
+    want = theirs.fit(inputs, labels.numpy(), weights).predict_proba(inputs)
+    layer = learner.linear.conv_seg
+    logits = values @ layer.weight[:, :, 0, 0].T + layer.bias + lines @ learner.line_weight.T
+    assert np.allclose(logits.softmax(1).detach().numpy(), want, atol=1e-3)
+
+
 def test_a_line_thinner_than_a_patch_is_found_on_other_photos(learner):
     """Where the features tell nothing: they are the same everywhere, and a pixel of a line is dark."""
     noise = np.random.default_rng(0)
