@@ -391,6 +391,9 @@ class TrainConfig(ModelOptions, DataOptions):
                                    only=("arch", "dinov2"), affects="run")
     compile: bool = setting(False, "run", "torch.compile backbone and head: minutes at the start, faster "
                             "steps, above all on a GPU", action="store_true", affects="run")
+    checkpoint_activations: bool = setting(False, "run", "compute what blocks that train keep once more in "
+                                           "the backward pass: less memory, longer steps",
+                                           action="store_true", affects="nothing")
     amp: str = setting("auto", "run", "autocast: auto = what the device is good at", kind="amp",
                        affects="run")
     device: str = setting("auto", "run", "auto = cuda, else mps, else cpu; or a torch device such as cuda:1",

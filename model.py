@@ -8,6 +8,8 @@ Normalization and padding live in the Segmenter, so training, inference and expo
 """
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 
 from config import InputError, ModelOptions, fields_affecting, parse_train_args, resolve
 
@@ -16,6 +18,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import utils
 from models.backbones import Features, Part, Tail, build_backbone, origin_code
@@ -186,6 +189,17 @@ class Segmenter(nn.Module):
         for module in (*(self.trained_tail or [self.backbone]), self.head):
             module.compile()
 
+    def checkpoint_activations(self):
+        """Let blocks that train keep their input alone, and compute the rest once more in the backward pass
+        (Chen et al. 2016, arXiv 1604.06174). Returns how many there are.
+        """
+        modules = [self.backbone, *(module for module in self.modules() if isinstance(module, Tail))]
+        blocks = {block for module in modules for block in module.blocks
+                  if any(parameter.requires_grad for parameter in block.parameters())}
+        for block in blocks:
+            block.forward = MethodType(computed_again, block)  # of a copy, it is bound to the copy
+        return len(blocks)
+
     def pretrained(self):
         """Return {name: how many blocks follow it} of the parameters of the backbone and of the copies of its
         blocks in the head.
@@ -207,6 +221,14 @@ class Segmenter(nn.Module):
         """Return (trained, all) numbers of parameters."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def computed_again(block, *args, **kwargs):
+    """The forward of a block, which keeps its inputs alone for the backward pass."""
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def as_autocast(values):

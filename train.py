@@ -181,13 +181,18 @@ def build_batches(config, data, model, precision):
 
 
 def build_objective(config, model, criterion):
-    """Return the Objective, compiled where the config says so."""
+    """Return the Objective, compiled and with activations computed twice where the config says so. Raises
+    InputError where that has no effect.
+    """
     if config.compile:
         compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
         if model.mean.device.type == "cpu" and not any(map(shutil.which, compilers)):
             raise InputError("--compile on a CPU needs a C++ compiler, and there is none (g++, clang++, cl): "
                              "install one, or leave it out")
         model.compile_parts()
+    if config.checkpoint_activations and not model.checkpoint_activations():
+        raise InputError("--checkpoint-activations is for transformer blocks that train, and there are none: "
+                         "leave it out, or add --unfreeze")
     return engine.Objective(model, criterion)
 
 

@@ -1,5 +1,6 @@
 """The Segmenter at odd sizes, on images and on cached features; what trains; checkpoint files."""
 
+import copy
 import pickle
 import shutil
 
@@ -94,6 +95,44 @@ def test_a_compiled_step_is_a_step(from_cache):
     assert len(results[0]) == len(results[1]) > 20
     for plain, other in zip(*results, strict=True):
         assert torch.allclose(plain, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(unfreeze=2), dict(unfreeze="all"), dict(head="split-detail")],
+                         ids=str)
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_activations_that_are_computed_again_change_no_gradient_and_are_not_kept(options, from_cache):
+    if from_cache and options.get("unfreeze") == "all":
+        pytest.skip("is not cached")
+    masks, images, results, kept = torch.randint(0, 3, (2, 30, 43)), random_images(2, 3, 30, 43), [], []
+    for again in (False, True):
+        net = tiny(**options)
+        if from_cache:
+            net.cached_parts()
+        if again:
+            assert net.checkpoint_activations()
+            copied = copy.deepcopy(net)  # has blocks of its own
+            with torch.no_grad():
+                for value in net.parameters():
+                    value.add_(1)
+            net = copied
+        inputs = cached(net.eval(), images) if from_cache else images
+        net.train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x,
+                                                      lambda x: x):
+            loss, _, _ = loss_of(net, inputs, masks)
+        loss.backward()
+        results.append([loss, *(value.grad for value in net.parameters() if value.grad is not None)])
+        kept.append(sum(sizes))
+    assert len(results[0]) == len(results[1])
+    for plain, other in zip(*results, strict=True):
+        assert torch.allclose(plain, other, rtol=1e-5, atol=1e-7)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_there_is_nothing_to_compute_again_where_no_block_trains():
+    assert tiny().checkpoint_activations() == 0
+    assert build(arch="fcn_resnet50", unfreeze="all").checkpoint_activations() == 0
 
 
 # --- what trains ------------------------------------------------------------------------------------------
