@@ -299,7 +299,7 @@ class TrainConfig(ModelOptions, DataOptions):
     budget: int = setting(0, "recipe", "start from the settings that scored best in so many minutes on two "
                           "CPU cores; size, views and steps follow from the images. A folder with "
                           "--cache-features and no --recipe, --epochs or --steps has 5",
-                          type=budget_minutes, metavar="MINUTES", only=("arch", "dinov2"), affects="run")
+                          type=budget_minutes, metavar="5|20|90", only=("arch", "dinov2"), affects="run")
     imgsz: tuple = setting((518, 518), "data", "size the network runs at; any H W works", nargs=2,
                            type=image_side, metavar=("H", "W"), affects="run")
     train_imgsz: tuple = setting((), "data", "size it trains at, where that is not --imgsz: a smaller one "
@@ -537,7 +537,8 @@ class Budget:
 
 # Chosen on drives of CamVid left out: docs/evaluation.md#camvid-in-minutes.
 PASS_PIXELS = 336 * 448
-BUDGETS = {5: Budget(900), 20: Budget(3800, pixels=448 * 602)}
+BUDGETS = {5: Budget(900), 20: Budget(3800, pixels=448 * 602),
+           90: Budget(17100, train_pixels=336 * 448, pixels=448 * 602)}
 LIVE_COSTS, CACHED_COSTS = (3.7, 1.2), (1.2, 0.4)  # of training and of validating on PASS_PIXELS, in passes
 MOST_VIEWS = 8
 BUDGET_SETTINGS = dict(head="detail", layers=("quarters",), unfreeze="all", lr=1e-3, backbone_lr_scale=0.1,

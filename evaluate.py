@@ -5,6 +5,7 @@
     python evaluate.py --model best_model_iou.onnx            # an exported file
     python evaluate.py --model dinov2_vits14_voc2012_linear --dataset voc --data-root data
     python evaluate.py --group-by '([a-z]+_[0-9]+)_'          # Cityscapes: the interval over its sequences
+    torchrun --nproc-per-node 4 evaluate.py                   # four GPUs share out the images
 
 Writes OUT_DIR/evaluation/: metrics.json, per_class.csv, per_class_iou.png, confusion_matrix.png, and with
 --report one self-contained HTML file.
@@ -36,6 +37,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import zlib
 from functools import partial
 from pathlib import Path
@@ -53,7 +55,7 @@ from config import IGNORE, OWN_DATA, InputError, count_of
 from dataio.classes import first_difference
 from dataio.contents import hash_contents
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
-from dataio.images import stored_of
+from dataio.images import image_size, stored_of
 from dataio.labels import NamedTwice
 from dataio.readers import may_be_equal
 from dataio.stratify import blocks_of
@@ -154,10 +156,29 @@ def split_samples(data, split):
 
 
 # --- scoring ----------------------------------------------------------------------------------------------
+def share(samples, protocol, batch_size):
+    """Return the positions of the samples that this process scores, of those of torchrun: whole batches, so
+    that each is what it would be in a single process, or images, the largest first.
+    """
+    if is_resized(protocol):
+        positions = range(len(samples))
+        batches = [positions[start:start + batch_size] for start in positions[::batch_size]]
+    else:
+        sizes = utils.all_in_parallel(image_size, [sample.image for sample in samples], "image headers")
+        batches = [[position] for position in
+                   sorted(range(len(samples)), key=lambda position: -math.prod(sizes[position]))]
+    return [position for batch in batches[utils.rank()::utils.world_size()] for position in batch]
+
+
+def is_resized(protocol):
+    """Return whether images are brought to one size before they are batched."""
+    return not (protocol.slide or protocol.tile or protocol.scales != (1.0,))
+
+
 def make_batches(samples, table, protocol, batch_size, rule):
     """Return a loader: images resized together where all have one size, else one native image at a time."""
     workers = 2 if len(samples) > FEW_IMAGES else 0
-    if protocol.slide or protocol.tile or protocol.scales != (1.0,):
+    if not is_resized(protocol):
         return make_loader(SegmentationDataset(samples, table, (), rule=rule), 1, workers)
     return make_loader(SegmentationDataset(samples, table, protocol.window, rule=rule), batch_size, workers)
 
@@ -194,6 +215,13 @@ def score(predictor, loader, batch_size):
     bar = tqdm(loader, "evaluating", unit="batch", leave=False, disable=None)
     _, total = engine.evaluate(model, bar, predictor.precision, predict=predict, on_image=add_record)
     return total, records
+
+
+def in_order(positions, records):
+    """Return the records of all processes in the order of the samples; positions: of those of this one."""
+    everywhere = utils.all_gather(list(zip(positions, records, strict=True)))
+    return [record for _, record in sorted((pair for pairs in everywhere for pair in pairs),
+                                           key=lambda pair: pair[0])]
 
 
 def summarize(total, records, classes, groups):
@@ -343,10 +371,13 @@ def make_report(result, data, samples, predictor, out_dir, run_dir):
 def main():
     """Score, print, write."""
     args = parse_args()
-    model, checkpoint = load_model(args.model)
+    device = utils.init_distributed(utils.pick_device(args.device))
+    with utils.main_process_first():  # it may download
+        model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-    predictor = Predictor(model, checkpoint, args.device, protocol)
-    data, split = open_data(args, checkpoint)
+    predictor = Predictor(model, checkpoint, device, protocol)
+    with utils.main_process_first():
+        data, split = open_data(args, checkpoint)
     samples = split_samples(data, split)
     if split != "train":
         warn_of_trained_images(samples, checkpoint.get("trained_on", ""))
@@ -358,11 +389,16 @@ def main():
         print(f"  {note}")
     print(protocol_line(protocol_facts), flush=True)
     warn_of_misfits(samples, predictor.rule)
-    loader = make_batches(samples, data.table, protocol, args.batch_size, predictor.rule)
+    mine = share(samples, protocol, args.batch_size)
+    loader = make_batches([samples[position] for position in mine], data.table, protocol, args.batch_size,
+                          predictor.rule)
     with naming_files(loader):
         total, records = score(predictor, loader, args.batch_size)
+    records = in_order(mine, records)
     if not data.fingerprints().items() <= protocol_facts.items():
         raise InputError(f"files of {data.name} were changed while they were scored: score them again")
+    if not utils.is_main_process():
+        return
     scores = summarize(total, records, data.classes, groups)
     scores["units"] = len(set(groups))
     scores["interval_over"] = f"{scores['units']} " + (f"groups by {args.group_by}" if args.group_by

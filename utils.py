@@ -231,10 +231,12 @@ def init_distributed(device):
                              f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node")
         device = torch.device("cuda", local_rank()) if device.index is None else device
         torch.cuda.set_device(device)
+    # gloo also for what stays on the CPU beside a GPU, such as the counts of an exported model
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # one process may download or count pixels for long while the others wait
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
     if not is_main_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - until it ends
     return device
 
 
@@ -305,6 +307,14 @@ def all_gather(value):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def from_main(function, *args):
+    """Return what function(*args), plain Python, returns in the main process, where alone it is called."""
+    values = [function(*args) if is_main_process() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def broadcast_buffers(module):

@@ -1,34 +1,38 @@
 """Two processes on the CPU, started by torchrun as a user starts them, against a single process."""
+import json
 import os
 import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_folder
+from conftest import ROOT, tiny, write_folder, write_pair
 from test_scripts import history_of
 
+import evaluate
 import train
+from checkpoint import pack_checkpoint
 from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.readers import Sample, index_table
 
 
-def start_torchrun(processes, *flags):
-    """Start train.py as `torchrun --nproc-per-node N train.py ...` does; return the process."""
+def start_torchrun(processes, *flags, script="train.py"):
+    """Start a script as `torchrun --nproc-per-node N train.py ...` does; return the process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", str(port), "train.py", *map(str, flags)]
+    command += ["--master-port", str(port), script, *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
-def torchrun(processes, *flags, timeout=120):
-    """Run train.py by start_torchrun; return its subprocess.CompletedProcess."""
-    process = start_torchrun(processes, *flags)
+def torchrun(processes, *flags, timeout=120, script="train.py"):
+    """Run a script by start_torchrun; return its subprocess.CompletedProcess."""
+    process = start_torchrun(processes, *flags, script=script)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -99,3 +103,25 @@ def test_every_validation_image_belongs_to_a_single_process(processes):
     for rank in range(processes):
         items += make_loader(dataset, 2, 0, False, rank, processes).sampler
     assert sorted(items) == list(range(7))
+
+
+@pytest.mark.parametrize("processes, more", [
+    (2, ("--batch-size", 2)), pytest.param(3, ("--protocol", "slide", "--report"), marks=pytest.mark.long),
+    pytest.param(7, ("--protocol", "tile", "--tile-scale", 0.5), marks=pytest.mark.long)], ids=str)
+def test_processes_score_as_a_single_one_to_the_last_digit(tmp_path, run, processes, more):
+    """Of images of several sizes; a process has none where there are fewer."""
+    model, data = tmp_path / "model.pth", tmp_path / "data"
+    classes = [(name, (0, 0, id)) for id, name in enumerate("abc")]
+    torch.save(pack_checkpoint(tiny(head="detail").eval(), classes, (28, 42)), model)
+    for number in range(5):
+        size = 30 + 7 * number, 71 - 5 * number
+        mask = np.random.default_rng(number).integers(0, 3, size).astype(np.uint8)
+        write_pair(data / f"images/{number}.png", data / f"masks/{number}.png", mask, number)
+    flags = ["--model", model, "--dataset", "folder", "--data-root", data, "--device", "cpu", *more]
+    done = torchrun(processes, *flags, "--out-dir", tmp_path / "many", script="evaluate.py")
+    assert done.returncode == 0 and done.stdout.count("written:") == 1, done.stderr
+    code, _, err = run(evaluate, *flags, "--out-dir", tmp_path / "one")
+    assert code == 0, err
+    one, many = (json.loads((tmp_path / name / "evaluation/metrics.json").read_text())
+                 for name in ("one", "many"))
+    assert one == many and len(one["records"]) == 5
