@@ -2,6 +2,8 @@
 
     python infer_image.py --input photo.jpg
     python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
+    python infer_image.py --input @list.txt --skip-done             # a path per line; go on after a crash
+    torchrun --nproc-per-node 4 infer_image.py --input photos/      # four GPUs share out the images
 
 Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
 class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. <name> is the
@@ -15,7 +17,10 @@ from config import (add_image_flags, add_overlay_flags, add_run_flags, fraction,
 def parse_args():
     """Return the flags."""
     parser = inference_parser(__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="image files, folders or globs")
+    parser.add_argument("--input", nargs="+", required=True, help="image files, folders, globs, or @FILE: a "
+                        "list with one of these per line")
+    parser.add_argument("--skip-done", action="store_true", help="leave out images of which an earlier run "
+                        "with the same model and flags has written everything")
     add_overlay_flags(parser)
     more = parser.add_argument_group("more output")
     more.add_argument("--polygons", nargs="+", choices=("coco", "geojson"), default=[], metavar="FORMAT",
@@ -42,6 +47,7 @@ if __name__ == "__main__":
 import glob
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -52,13 +58,14 @@ from tqdm import tqdm
 import utils
 import visualize
 from checkpoint import load_model
-from config import InputError, check_image_flags, count_of
-from dataio.images import IMAGE_ENDINGS, READERS
+from config import InputError, check_image_flags, count_of, one_line
+from dataio.images import IMAGE_ENDINGS, READERS, image_size
 from dataio.windows import Raster, is_raster
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
 from inference.rasters import MaskFile, read_small, save_polygons, segment
 from inference.video import ReadAhead, WriteBehind
+from models.weights import hash_state
 
 RESULTS = "inference_results_image"
 PSEUDO_LABELS = f"{RESULTS}/pseudo_labels"
@@ -66,9 +73,11 @@ PSEUDO_LABELS = f"{RESULTS}/pseudo_labels"
 
 # --- what is read -----------------------------------------------------------------------------------------
 def find_inputs(inputs):
-    """Return the image files behind files, folders and globs, without repeats. Raises InputError."""
+    """Return the image files behind files, folders, globs and lists of these, without repeats. Raises
+    InputError.
+    """
     paths = []
-    for text in inputs:
+    for text in itertools.chain.from_iterable(map(listed, inputs)):
         path = Path(text)
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS
@@ -84,6 +93,28 @@ def find_inputs(inputs):
             raise InputError(f"--input {text} {reason}")
         paths += files
     return list(dict.fromkeys(paths))
+
+
+def listed(text):
+    """Return the lines of the file behind @FILE, else the text alone. Raises InputError."""
+    if not text.startswith("@") or Path(text).exists():
+        return [text]
+    try:
+        lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--input {text}: {text[1:]} is not a text file that can be read "
+                         f"({one_line(str(error))})") from None
+    return [line for line in lines if line.strip()]
+
+
+def share(paths, positions):
+    """Return which of the positions in paths this process of torchrun takes, the largest images first."""
+    if utils.world_size() == 1:
+        return positions
+    pixels = utils.in_parallel(lambda position: math.prod(image_size(paths[position])), positions, "headers")
+    pixels = [0 if isinstance(value, InputError) else value for value in pixels]  # said when it is read
+    order = sorted(zip(pixels, positions, strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return [position for _, position in order[utils.rank()::utils.world_size()]]
 
 
 def output_names(paths):
@@ -137,11 +168,28 @@ class ImageSegmenter:
         if args.cutout:
             outputs.require_background(self.classes)
         self.needs_scores = bool(args.probabilities or args.json or args.min_confidence is not None)
-        self.coco_images, self.coco_annotations, self.share_entries = [], [], []
+        self.journal = outputs.Journal(self.folder, self.facts(), utils.rank())
         self.pseudo_labels = None
         if args.min_confidence is not None:
             self.pseudo_labels = outputs.PseudoLabels(Path(args.out_dir) / PSEUDO_LABELS, self.classes,
                                                       args.min_confidence)
+
+    def facts(self):
+        """Return what the results depend on beside the images, plain values."""
+        names = ("alpha", "polygons", "probabilities", "bits", "json", "cutout", "min_confidence", "backend")
+        return dict({name: getattr(self.args, name) for name in names}, rule=str(self.predictor.rule),
+                    weights=weights_hash(self.predictor), views=str(self.predictor.protocol),
+                    classes=self.classes)
+
+    def begin(self):
+        """Forget what an earlier run has done, or return {path: entry of the Journal} of it."""
+        with utils.main_process_first():
+            utils.make_folder(self.folder)
+            if utils.is_main_process() and not self.args.skip_done:
+                self.journal.forget()
+                if self.pseudo_labels:
+                    self.pseudo_labels.begin()
+        return self.journal.entries()
 
     def overlay(self, image, pred):
         """Return the overlay (H, W, 3) of an image and its class ids (H, W)."""
@@ -155,25 +203,21 @@ class ImageSegmenter:
         pred = scores.pred if scores else self.predictor(image[None])[0]  # (H, W)
         pred = photo.ignored(pred)
         pixels = self.predictor.rule.picture(image).permute(1, 2, 0).contiguous().numpy()
-        writer.put(pixels, pred, scores, path, name)
+        shares = outputs.ClassShares(self.classes).add(pred, scores.confidence if scores else None)
+        writer.put(pixels, pred, scores, path, name, shares)
         if self.args.show:
             visualize.show_window(self.overlay(pixels, pred), str(path), 0)
-        shares = outputs.ClassShares(self.classes).add(pred, scores.confidence if scores else None)
-        if self.args.json:
-            self.share_entries.append(shares.entry(path, pred.shape))
         return shares
 
-    def save(self, image, pred, scores, path, name):
+    def save(self, image, pred, scores, path, name, shares):
         """Write what belongs to one image (H, W, 3); scores: its Scores, None where they are not needed."""
-        args, folder, bits = self.args, self.folder, self.args.bits or 8
+        args, folder, bits, noted = self.args, self.folder, self.args.bits or 8, {}
         utils.save_image(self.overlay(image, pred), folder / f"{name}_overlay.jpg", quality=92)
         visualize.save_mask(pred, self.classes, folder / f"{name}_mask.png")
         if args.polygons:
             regions = outputs.find_regions(pred, self.background)
         if "coco" in args.polygons:
-            entry, annotations = outputs.coco_entries(path, pred.shape, regions, len(self.coco_images) + 1)
-            self.coco_images.append(entry)
-            self.coco_annotations += annotations
+            noted["coco"] = outputs.coco_entries(path, pred.shape, regions)
         if "geojson" in args.polygons:
             content = outputs.geojson(regions, self.classes)
             utils.write_text(folder / f"{name}.geojson", json.dumps(content))
@@ -188,7 +232,14 @@ class ImageSegmenter:
                 target = folder / f"{name}_probability_{id}_{word}.png"
                 outputs.save_gray(scores.probabilities[id].astype(np.float32), target, bits)
         if self.pseudo_labels:
-            self.pseudo_labels.add(path, name, pred, scores.confidence)
+            noted["labeled"] = self.pseudo_labels.add(path, name, pred, scores.confidence)
+        self.note(path, name, pred.shape, shares, noted)
+
+    def note(self, path, name, size, shares, noted):
+        """Note that all files of an image of `size` are written, and what becomes part of those of all."""
+        if self.args.json:
+            noted["shares"] = shares.entry(path, size)
+        self.journal.add(path, name=name, **noted)
 
     def segment_raster(self, raster, name, stop):
         """Write the mask, a small overlay and more of a Raster; return its ClassShares.
@@ -211,23 +262,27 @@ class ImageSegmenter:
             if not has_coordinates:
                 tqdm.write(f"{raster.path} has no coordinate system: the polygons are in pixels, or in the "
                            "units of its transform")
-        if self.args.json:
-            self.share_entries.append(shares.entry(raster.path, raster.size))
+        self.note(raster.path, name, raster.size, shares, {})
         return shares
 
-    def finish(self):
-        """Write what belongs to all images together."""
+    def finish(self, paths):
+        """Write what belongs to all images together: those of the paths that are done, in their order."""
+        entries = self.journal.entries()
+        entries = [entries[str(path)] for path in paths if str(path) in entries]
         utils.save_image(visualize.legend(self.classes), self.folder / "legend.png")
         if "coco" in self.args.polygons:
-            annotations = [dict(id=number, **entry) for number, entry in enumerate(self.coco_annotations, 1)]
-            categories = [dict(id=id, name=name, supercategory="") for id, (name, _) in
-                          enumerate(self.classes) if id != self.background]
-            content = dict(images=self.coco_images, annotations=annotations, categories=categories)
+            categories = {id: name for id, (name, _) in enumerate(self.classes) if id != self.background}
+            content = outputs.coco_of([entry["coco"] for entry in entries], categories)
             utils.write_text(self.folder / "coco.json", json.dumps(content))
         if self.args.json:
-            utils.write_text(self.folder / "shares.json", json.dumps(self.share_entries))
-        if self.pseudo_labels and self.pseudo_labels.labeled_shares:
-            print(self.pseudo_labels.finish())
+            utils.write_text(self.folder / "shares.json", json.dumps([entry["shares"] for entry in entries]))
+        if self.pseudo_labels and entries:
+            print(self.pseudo_labels.finish([entry["labeled"] for entry in entries]))
+
+
+def weights_hash(predictor):
+    """Return a hash of the weights of a Predictor."""
+    return predictor.checkpoint.get("file_sha256") or hash_state(predictor.model.state_dict())
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -240,20 +295,26 @@ def main():
     if args.show:
         visualize.require_display()
     check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
+    device = utils.init_distributed(utils.pick_device(args.device))
     model, checkpoint = load_model(args.model)
     protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
     check_inputs(args, paths, protocol.tile)
-    predictor = Predictor(model, checkpoint, args.device, protocol, args.backend, len(paths))
+    predictor = Predictor(model, checkpoint, device, protocol, args.backend, len(paths))
     predictor.rule = predictor.rule.told(bands, value_range)
     segmenter = ImageSegmenter(args, predictor)
-    utils.make_folder(segmenter.folder)
-    reading = (read_or_error(path, protocol.tile, predictor.rule) for path in paths)
+    names, before = output_names(paths), segmenter.begin()
+    left = [position for position, (path, name) in enumerate(zip(paths, names, strict=True))
+            if before.get(str(path), {}).get("name") != name]
+    mine = share(paths, left)
+    reading = (read_or_error(paths[position], protocol.tile, predictor.rule) for position in mine)
     done = failed = 0
     # the next files are read and the last ones written while the model computes
     with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as results,
           WriteBehind(segmenter.save) as writer,
-          tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar):
-        for path, name, result in zip(paths, output_names(paths), results, strict=False):
+          tqdm(total=len(mine), desc="images", leave=False,
+               disable=None if utils.is_main_process() else True) as bar):
+        for position, result in zip(mine, results, strict=False):
+            path, name = paths[position], names[position]
             if stop.asked:
                 break
             bar.update()
@@ -275,11 +336,14 @@ def main():
                 shares = segmenter.segment_image(result, path, name, writer)
             tqdm.write(f"{path}: {shares}")
             done += 1
-    if done:
-        segmenter.finish()
+    done, failed = map(sum, zip(*utils.all_gather((done, failed)), strict=True))  # of all processes
+    if utils.is_main_process() and (done or before):
+        segmenter.finish(paths)
+    utils.barrier()  # torchrun ends all where one ends with an error
     if not predictor.rule.is_plain:
         print(f"images: {predictor.rule}")
-    print(f"{done} of {count_of(len(paths), 'image')} segmented ({predictor}); overlays, masks and "
+    skipped = f", {len(paths) - len(left)} were done before" if len(left) < len(paths) else ""
+    print(f"{done} of {count_of(len(paths), 'image')} segmented{skipped} ({predictor}); overlays, masks and "
           f"legend.png are in {segmenter.folder}")
     if stop.asked:
         return 128 + stop.asked

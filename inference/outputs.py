@@ -5,6 +5,7 @@
 """
 import csv
 import hashlib
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from dataio.annotations.shapes import area_of, polygons
 from dataio.image_rule import read_image
 from dataio.images import copy_image
 from dataio.labels import save_classes
+from dataio.readers import short_hash
 from utils import grouped, save_image
 from visualize import background_id, save_mask
 
@@ -70,11 +72,11 @@ def corners(ring):
     return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
 
 
-def coco_entries(path, size, regions, image_id):
-    """Return (image, [annotation]) of a COCO JSON, the annotations without their ids: polygons, and run
-    lengths for regions with holes, which COCO's polygons cannot have. category_id: the class id.
+def coco_entries(path, size, regions):
+    """Return (image, [annotation]) of a COCO JSON, without their ids: polygons, and run lengths for regions
+    with holes, which COCO's polygons cannot have. category_id: the class id.
     """
-    image = dict(id=image_id, file_name=Path(path).name, height=size[0], width=size[1])
+    image = dict(file_name=Path(path).name, height=size[0], width=size[1])
     annotations = []
     for region in regions:
         outline, *holes = region.rings
@@ -84,9 +86,20 @@ def coco_entries(path, size, regions, image_id):
             runs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
             shape = dict(size=list(size), counts=runs["counts"].decode("ascii"))
         (left, top), (right, bottom) = outline.min(0).tolist(), outline.max(0).tolist()
-        annotations.append(dict(image_id=image_id, category_id=region.id, segmentation=shape, iscrowd=0,
-                                area=region.area, bbox=[left, top, right - left, bottom - top]))
+        annotations.append(dict(category_id=region.id, segmentation=shape, iscrowd=0, area=region.area,
+                                bbox=[left, top, right - left, bottom - top]))
     return image, annotations
+
+
+def coco_of(pairs, categories):
+    """Return the COCO JSON of what coco_entries returned of all images; categories: {id: name}."""
+    images, annotations = [], []
+    for image_id, (image, own) in enumerate(pairs, 1):
+        images.append(dict(id=image_id, **image))
+        annotations += [dict(id=len(annotations) + number, image_id=image_id, **annotation)
+                        for number, annotation in enumerate(own, 1)]
+    return dict(images=images, annotations=annotations,
+                categories=[dict(id=id, name=name, supercategory="") for id, name in categories.items()])
 
 
 def geojson(regions, classes):
@@ -212,29 +225,86 @@ class PseudoLabels:
 
     def __init__(self, folder, classes, threshold):
         self.folder, self.classes, self.threshold = folder, classes, threshold
-        self.labeled_shares = []  # of each image's pixels
 
-    def add(self, path, name, pred, confidence):
-        """Write the pair of an image file; pred, confidence: (H, W), as the image upright."""
-        if not self.labeled_shares and self.folder.exists():  # another model's labels must not mix with these
+    def begin(self):
+        """Move an earlier folder away: the labels of another model must not mix with these."""
+        if self.folder.exists():
             number = 1
             while (earlier := self.folder.with_name(f"{self.folder.name}_{number}")).exists():
                 number += 1
             self.folder.rename(earlier)
             print(f"the earlier pseudo-labels were moved to {earlier}")
+
+    def add(self, path, name, pred, confidence):
+        """Write the pair of an image file; pred, confidence: (H, W), as the image upright. Returns the share
+        of its pixels that are labeled.
+        """
         sure = confidence >= self.threshold
-        self.labeled_shares.append(float(sure.mean()))
         save_mask(np.where(sure, pred, IGNORE).astype(np.uint8), self.classes,
                   self.folder / f"masks/{name}.png")
         copy_image(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
+        return float(sure.mean())
 
-    def finish(self):
-        """Write the names of the classes and return a line that says how much is labeled."""
+    def finish(self, labeled_shares):
+        """Write the names of the classes and return a line that says how much is labeled, of the shares of
+        all images.
+        """
         save_classes(self.classes, self.folder)
-        share = 100 * np.mean(self.labeled_shares)
+        share = 100 * np.mean(labeled_shares)
         return (f"pseudo-labels: {share:.1f} % of the pixels have a probability of at least "
                 f"{self.threshold:g}, the others are ignored; train on them with --dataset folder "
                 f"--data-root {self.folder}")
+
+
+# --- what is done -----------------------------------------------------------------------------------------
+class Journal:
+    """Which images are done, a line each in a file of the results' folder, written after all of their files;
+    of several processes, each has a file of its own.
+
+    facts: what the results depend on beside the images, plain values; number: of this process.
+    """
+
+    def __init__(self, folder, facts, number=0):
+        self.folder, self.facts = folder, short_hash(facts)
+        self.path = folder / f".done_{number}.jsonl"
+
+    def files(self):
+        """Return the files of all processes."""
+        return sorted(self.folder.glob(".done_*.jsonl"))
+
+    def forget(self):
+        """Remove what was written before."""
+        for path in self.files():
+            path.unlink()
+
+    def entries(self):
+        """Return {path of an image: what add() was told}, of the same facts and of files that did not change
+        since.
+        """
+        found = {}
+        for file in self.files():
+            with open(file, encoding="utf-8") as lines:
+                for line in lines:
+                    with suppress(ValueError):  # the line that a crash cut off
+                        entry = json.loads(line)
+                        if entry["facts"] == self.facts:
+                            found[entry["image"]] = entry
+        return {path: entry for path, entry in found.items() if entry["file"] == file_state(path)}
+
+    def add(self, path, **what):
+        """Note that all files of an image are written."""
+        entry = dict(image=str(path), file=file_state(path), facts=self.facts, **what)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(entry)}")  # behind a line that a crash cut off, too
+
+
+def file_state(path):
+    """Return what changes where a file changes: its size and time, None where it is gone."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return [state.st_size, state.st_mtime_ns]
 
 
 # --- the background of a clip -----------------------------------------------------------------------------
