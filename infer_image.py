@@ -51,6 +51,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -72,6 +73,13 @@ PSEUDO_LABELS = f"{RESULTS}/pseudo_labels"
 
 
 # --- what is read -----------------------------------------------------------------------------------------
+class Source(NamedTuple):
+    """An image file and the name of its results."""
+
+    path: Path
+    name: str
+
+
 def find_inputs(inputs):
     """Return the image files behind files, folders, globs and lists of these, without repeats. Raises
     InputError.
@@ -107,14 +115,11 @@ def listed(text):
     return [line for line in lines if line.strip()]
 
 
-def share(paths, positions):
-    """Return which of the positions in paths this process of torchrun takes, the largest images first."""
-    if utils.world_size() == 1:
-        return positions
-    pixels = utils.in_parallel(lambda position: math.prod(image_size(paths[position])), positions, "headers")
+def largest_first(sources):
+    """Return [Source] with those of the most pixels first."""
+    pixels = utils.in_parallel(lambda source: math.prod(image_size(source.path)), sources, "image headers")
     pixels = [0 if isinstance(value, InputError) else value for value in pixels]  # said when it is read
-    order = sorted(zip(pixels, positions, strict=True), key=lambda pair: (-pair[0], pair[1]))
-    return [position for _, position in order[utils.rank()::utils.world_size()]]
+    return [sources[place] for place in sorted(range(len(sources)), key=lambda place: -pixels[place])]
 
 
 def output_names(paths):
@@ -158,9 +163,13 @@ def read_or_error(path, tiled, rule):
 
 # --- what is written --------------------------------------------------------------------------------------
 class ImageSegmenter:
-    """Segments images, and TIFFs in tiles, and writes what the flags ask for."""
+    """Segments images, and TIFFs in tiles, and writes what the flags ask for.
 
-    def __init__(self, args, predictor):
+    weights: their hash. before, noted: {path: line of the Journal} of images that an earlier run, and this
+    process, has done.
+    """
+
+    def __init__(self, args, predictor, weights):
         self.args, self.predictor, self.classes = args, predictor, predictor.classes
         self.folder = Path(args.out_dir) / RESULTS
         self.table = visualize.color_table(self.classes)
@@ -168,35 +177,40 @@ class ImageSegmenter:
         if args.cutout:
             outputs.require_background(self.classes)
         self.needs_scores = bool(args.probabilities or args.json or args.min_confidence is not None)
-        self.journal = outputs.Journal(self.folder, self.facts(), utils.rank())
+        self.journal = outputs.Journal(self.folder, self.facts(weights), utils.rank())
+        self.before, self.noted = {}, {}
         self.pseudo_labels = None
         if args.min_confidence is not None:
             self.pseudo_labels = outputs.PseudoLabels(Path(args.out_dir) / PSEUDO_LABELS, self.classes,
                                                       args.min_confidence)
 
-    def facts(self):
+    def facts(self, weights):
         """Return what the results depend on beside the images, plain values."""
         names = ("alpha", "polygons", "probabilities", "bits", "json", "cutout", "min_confidence", "backend")
-        return dict({name: getattr(self.args, name) for name in names}, rule=str(self.predictor.rule),
-                    weights=weights_hash(self.predictor), views=str(self.predictor.protocol),
-                    classes=self.classes)
+        return dict({name: getattr(self.args, name) for name in names}, rule=self.predictor.rule.facts(),
+                    weights=weights, views=str(self.predictor.protocol), classes=self.classes)
 
-    def begin(self):
-        """Forget what an earlier run has done, or return {path: entry of the Journal} of it."""
-        with utils.main_process_first():
-            utils.make_folder(self.folder)
-            if utils.is_main_process() and not self.args.skip_done:
-                self.journal.forget()
-                if self.pseudo_labels:
-                    self.pseudo_labels.begin()
-        return self.journal.entries()
+    def begin(self, paths):
+        """Return the [Source] of the paths that are to be segmented: all, or what an earlier run left."""
+        utils.make_folder(self.folder)
+        sources = [Source(*pair) for pair in zip(paths, output_names(paths), strict=True)]
+        if self.args.skip_done:
+            self.before = self.journal.begin({str(path): name for path, name in sources})
+        else:
+            self.journal.forget()
+        if self.pseudo_labels and not self.before:
+            self.pseudo_labels.begin()
+        sources = [source for source in sources if str(source.path) not in self.before]
+        return largest_first(sources) if utils.world_size() > 1 else sources
 
     def overlay(self, image, pred):
         """Return the overlay (H, W, 3) of an image and its class ids (H, W)."""
         return visualize.overlay(image, pred, self.table, self.args.alpha, self.background)
 
-    def segment_image(self, photo, path, name, writer):
-        """Segment a Photo; return its ClassShares. writer: the WriteBehind of save()."""
+    def segment_image(self, photo, source, state, writer):
+        """Segment the Photo of a Source; return its ClassShares. state: its file_state before it was read;
+        writer: the WriteBehind of save().
+        """
         scores, image = None, photo.image
         if self.needs_scores:
             scores = self.predictor.scores(image[None], self.args.probabilities == "classes")
@@ -204,49 +218,56 @@ class ImageSegmenter:
         pred = photo.ignored(pred)
         pixels = self.predictor.rule.picture(image).permute(1, 2, 0).contiguous().numpy()
         shares = outputs.ClassShares(self.classes).add(pred, scores.confidence if scores else None)
-        writer.put(pixels, pred, scores, path, name, shares)
+        writer.put(pixels, pred, scores, source, state, shares)
         if self.args.show:
-            visualize.show_window(self.overlay(pixels, pred), str(path), 0)
+            visualize.show_window(self.overlay(pixels, pred), str(source.path), 0)
         return shares
 
-    def save(self, image, pred, scores, path, name, shares):
+    def save(self, image, pred, scores, source, state, shares):
         """Write what belongs to one image (H, W, 3); scores: its Scores, None where they are not needed."""
-        args, folder, bits, noted = self.args, self.folder, self.args.bits or 8, {}
-        utils.save_image(self.overlay(image, pred), folder / f"{name}_overlay.jpg", quality=92)
-        visualize.save_mask(pred, self.classes, folder / f"{name}_mask.png")
+        args, bits, (path, name), files, noted = self.args, self.args.bits or 8, source, [], {}
+
+        def target(ending):
+            files.append(self.folder / f"{name}{ending}")
+            return files[-1]
+
+        utils.save_image(self.overlay(image, pred), target("_overlay.jpg"), quality=92)
+        visualize.save_mask(pred, self.classes, target("_mask.png"))
         if args.polygons:
             regions = outputs.find_regions(pred, self.background)
         if "coco" in args.polygons:
             noted["coco"] = outputs.coco_entries(path, pred.shape, regions)
         if "geojson" in args.polygons:
             content = outputs.geojson(regions, self.classes)
-            utils.write_text(folder / f"{name}.geojson", json.dumps(content))
+            utils.write_text(target(".geojson"), json.dumps(content))
         if args.cutout:
             alpha = np.where(pred == self.background, 0, 255).astype(np.uint8)
-            utils.save_image(np.dstack([image, alpha]), folder / f"{name}_cutout.png")
+            utils.save_image(np.dstack([image, alpha]), target("_cutout.png"))
         if args.probabilities == "max":
-            outputs.save_gray(scores.confidence, folder / f"{name}_confidence.png", bits)
+            outputs.save_gray(scores.confidence, target("_confidence.png"), bits)
         if args.probabilities == "classes":
             for id, (label, _) in enumerate(self.classes):
                 word = re.sub(r"[^\w-]+", "_", label)[:40] or "class"
-                target = folder / f"{name}_probability_{id}_{word}.png"
-                outputs.save_gray(scores.probabilities[id].astype(np.float32), target, bits)
+                outputs.save_gray(scores.probabilities[id].astype(np.float32),
+                                  target(f"_probability_{id}_{word}.png"), bits)
         if self.pseudo_labels:
-            noted["labeled"] = self.pseudo_labels.add(path, name, pred, scores.confidence)
-        self.note(path, name, pred.shape, shares, noted)
+            noted["labeled"], pair = self.pseudo_labels.add(path, name, pred, scores.confidence)
+            files += pair
+        self.note(source, state, pred.shape, shares, files, noted)
 
-    def note(self, path, name, size, shares, noted):
+    def note(self, source, state, size, shares, files, noted):
         """Note that all files of an image of `size` are written, and what becomes part of those of all."""
         if self.args.json:
-            noted["shares"] = shares.entry(path, size)
-        self.journal.add(path, name=name, **noted)
+            noted["shares"] = shares.entry(source.path, size)
+        self.noted[str(source.path)] = self.journal.add(*source, state, files, **noted)
 
-    def segment_raster(self, raster, name, stop):
-        """Write the mask, a small overlay and more of a Raster; return its ClassShares.
+    def segment_raster(self, raster, source, state, stop):
+        """Write the mask, a small overlay and more of the Raster of a Source; return its ClassShares.
 
         Raises InputError where it is damaged, Stopped where a signal asks for it: no mask is left then.
         """
-        path, shares = self.folder / f"{name}_mask.tif", outputs.ClassShares(self.classes)
+        path, shares = self.folder / f"{source.name}_mask.tif", outputs.ClassShares(self.classes)
+        files = [path, self.folder / f"{source.name}_overlay.jpg"]
         with raster, MaskFile(path, raster, self.classes) as mask:
             for rows, pred, confidence in segment(raster, self.predictor):
                 if stop.asked:
@@ -256,19 +277,22 @@ class ImageSegmenter:
                 shares.add(pred, confidence)
             image, has_coordinates = raster.preview(), raster.file.source.crs is not None
         drawn = self.overlay(image, read_small(path, image.shape[:2]))
-        utils.save_image(drawn, self.folder / f"{name}_overlay.jpg", quality=92)
+        utils.save_image(drawn, files[1], quality=92)
         if "geojson" in self.args.polygons:
-            save_polygons(path, self.classes, self.folder / f"{name}.geojson", self.background)
+            files.append(self.folder / f"{source.name}.geojson")
+            save_polygons(path, self.classes, files[2], self.background)
             if not has_coordinates:
                 tqdm.write(f"{raster.path} has no coordinate system: the polygons are in pixels, or in the "
                            "units of its transform")
-        self.note(raster.path, name, raster.size, shares, {})
+        self.note(source, state, raster.size, shares, files, {})
         return shares
 
-    def finish(self, paths):
-        """Write what belongs to all images together: those of the paths that are done, in their order."""
-        entries = self.journal.entries()
-        entries = [entries[str(path)] for path in paths if str(path) in entries]
+    def finish(self, paths, noted):
+        """Write what belongs to all images together: those of the paths that are done, in their order. noted:
+        that of all processes.
+        """
+        lines = {**self.before, **noted}
+        entries = [lines[str(path)] for path in paths if str(path) in lines]
         utils.save_image(visualize.legend(self.classes), self.folder / "legend.png")
         if "coco" in self.args.polygons:
             categories = {id: name for id, (name, _) in enumerate(self.classes) if id != self.background}
@@ -280,41 +304,17 @@ class ImageSegmenter:
             print(self.pseudo_labels.finish([entry["labeled"] for entry in entries]))
 
 
-def weights_hash(predictor):
-    """Return a hash of the weights of a Predictor."""
-    return predictor.checkpoint.get("file_sha256") or hash_state(predictor.model.state_dict())
-
-
 # --- the command ------------------------------------------------------------------------------------------
-def main():
-    """Segment every input; return 1 where a file had to be skipped, 2 where all had, 130 after Ctrl-C."""
-    args = parse_args()
-    bands, value_range = tuple(args.bands), tuple(args.value_range)
-    check_image_flags(bands, value_range)
-    paths = find_inputs(args.input)
-    if args.show:
-        visualize.require_display()
-    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
-    device = utils.init_distributed(utils.pick_device(args.device))
-    model, checkpoint = load_model(args.model)
-    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
-    check_inputs(args, paths, protocol.tile)
-    predictor = Predictor(model, checkpoint, device, protocol, args.backend, len(paths))
-    predictor.rule = predictor.rule.told(bands, value_range)
-    segmenter = ImageSegmenter(args, predictor)
-    names, before = output_names(paths), segmenter.begin()
-    left = [position for position, (path, name) in enumerate(zip(paths, names, strict=True))
-            if before.get(str(path), {}).get("name") != name]
-    mine = share(paths, left)
-    reading = (read_or_error(paths[position], protocol.tile, predictor.rule) for position in mine)
-    done = failed = 0
+def segment_all(segmenter, sources, stop):
+    """Segment [Source] until a StopOnSignal asks to stop; return how many (are done, could not be read)."""
+    predictor, done, failed = segmenter.predictor, 0, 0
+    reading = ((outputs.file_state(path), read_or_error(path, predictor.protocol.tile, predictor.rule))
+               for path, _ in sources)
     # the next files are read and the last ones written while the model computes
-    with (utils.StopOnSignal() as stop, ReadAhead(reading, stop=stop) as results,
-          WriteBehind(segmenter.save) as writer,
-          tqdm(total=len(mine), desc="images", leave=False,
+    with (ReadAhead(reading, stop=stop) as results, WriteBehind(segmenter.save) as writer,
+          tqdm(total=len(sources), desc="images", leave=False,
                disable=None if utils.is_main_process() else True) as bar):
-        for position, result in zip(mine, results, strict=False):
-            path, name = paths[position], names[position]
+        for source, (state, result) in zip(sources, results, strict=False):
             if stop.asked:
                 break
             bar.update()
@@ -324,7 +324,7 @@ def main():
                 if result.doubt:
                     tqdm.write(f"warning: {result.doubt}", file=sys.stderr)
                 if isinstance(result, Raster):
-                    shares = segmenter.segment_raster(result, name, stop)
+                    shares = segmenter.segment_raster(result, source, state, stop)
             except InputError as error:
                 failed += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
@@ -333,16 +333,43 @@ def main():
                 tqdm.write(stopped.args[1], file=sys.stderr)
                 break
             if not isinstance(result, Raster):  # what is wrong with the model here is so for all images
-                shares = segmenter.segment_image(result, path, name, writer)
-            tqdm.write(f"{path}: {shares}")
+                shares = segmenter.segment_image(result, source, state, writer)
+            tqdm.write(f"{source.path}: {shares}")
             done += 1
-    done, failed = map(sum, zip(*utils.all_gather((done, failed)), strict=True))  # of all processes
-    if utils.is_main_process() and (done or before):
-        segmenter.finish(paths)
-    utils.barrier()  # torchrun ends all where one ends with an error
+    return done, failed
+
+
+def main():
+    """Segment every input; return 1 where a file had to be skipped, 2 where all had, 130 after Ctrl-C."""
+    args = parse_args()
+    bands, value_range = tuple(args.bands), tuple(args.value_range)
+    check_image_flags(bands, value_range)
+    if args.show:
+        visualize.require_display()
+    device = utils.init_distributed(utils.pick_device(args.device))
+    paths = utils.from_main(find_inputs, args.input)
+    check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
+    with utils.main_process_first():  # it may download
+        model, checkpoint = load_model(args.model)
+    protocol = choose_protocol(checkpoint, args.imgsz, args.protocol, args.tta, args.tile_scale, args.overlap)
+    check_inputs(args, paths, protocol.tile)
+    weights = checkpoint.get("file_sha256") or hash_state(model.state_dict())
+    backend = "torch" if args.backend == "auto" and utils.world_size() > 1 else args.backend  # alike in all
+    predictor = Predictor(model, checkpoint, device, protocol, backend, len(paths))
+    predictor.rule = predictor.rule.told(bands, value_range)
+    segmenter = ImageSegmenter(args, predictor, weights)
+    sources = utils.from_main(segmenter.begin, paths)
+    with utils.StopOnSignal() as stop:
+        counts = segment_all(segmenter, sources[utils.rank()::utils.world_size()], stop)
+        everywhere = utils.all_gather((*counts, segmenter.noted))
+        done, failed = (sum(counts[place] for counts in everywhere) for place in (0, 1))
+        noted = {path: line for *_, lines in everywhere for path, line in lines.items()}
+        if utils.is_main_process() and (noted or segmenter.before):
+            segmenter.finish(paths, noted)
+        utils.barrier()  # torchrun ends all where one ends with an error
     if not predictor.rule.is_plain:
         print(f"images: {predictor.rule}")
-    skipped = f", {len(paths) - len(left)} were done before" if len(left) < len(paths) else ""
+    skipped = f", {len(paths) - len(sources)} were done before" if len(sources) < len(paths) else ""
     print(f"{done} of {count_of(len(paths), 'image')} segmented{skipped} ({predictor}); overlays, masks and "
           f"legend.png are in {segmenter.folder}")
     if stop.asked:

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from dataio.image_rule import read_image
 from dataio.images import copy_image
 from dataio.labels import save_classes
 from dataio.readers import short_hash
-from utils import grouped, save_image
+from utils import grouped, save_image, write_text
 from visualize import background_id, save_mask
 
 LONGEST_NAME = 180  # bytes of a result's name, of 255 that file systems take
@@ -237,13 +238,14 @@ class PseudoLabels:
 
     def add(self, path, name, pred, confidence):
         """Write the pair of an image file; pred, confidence: (H, W), as the image upright. Returns the share
-        of its pixels that are labeled.
+        of its pixels that are labeled, and the files.
         """
         sure = confidence >= self.threshold
-        save_mask(np.where(sure, pred, IGNORE).astype(np.uint8), self.classes,
-                  self.folder / f"masks/{name}.png")
-        copy_image(path, self.folder / f"images/{name}{Path(path).suffix.lower()}")
-        return float(sure.mean())
+        pair = (self.folder / f"masks/{name}.png",
+                self.folder / f"images/{name}{Path(path).suffix.lower()}")
+        save_mask(np.where(sure, pred, IGNORE).astype(np.uint8), self.classes, pair[0])
+        copy_image(path, pair[1])
+        return float(sure.mean()), pair
 
     def finish(self, labeled_shares):
         """Write the names of the classes and return a line that says how much is labeled, of the shares of
@@ -265,41 +267,63 @@ class Journal:
     """
 
     def __init__(self, folder, facts, number=0):
-        self.folder, self.facts = folder, short_hash(facts)
-        self.path = folder / f".done_{number}.jsonl"
+        self.folder, self.facts, self.number = folder, short_hash(facts), number
 
-    def files(self):
-        """Return the files of all processes."""
-        return sorted(self.folder.glob(".done_*.jsonl"))
+    def path(self, number):
+        """Return the journal of a process."""
+        return self.folder / f".done_{number}.jsonl"
+
+    def begin(self, names):
+        """Return {path of an image: its line} of what still stands of an earlier run, and forget the rest.
+
+        names: {path: name of the results} of the run that begins. Nothing stands where other facts were
+        written to the folder since; of an image, if it or a file of its results is not as it was, or another
+        image has its name.
+        """
+        lines = [line for file in self.folder.glob(".done_*.jsonl") for line in read_lines_of_json(file)]
+        stands = {}
+        if all(line["facts"] == self.facts for line in lines):
+            owners = {line["name"]: line for line in sorted(lines, key=lambda line: line["time"])}
+            owners.update((name, None) for path, name in names.items()
+                          if name in owners and owners[name]["image"] != path)
+            stands = {line["image"]: line for line in owners.values() if line and self.is_whole(line)}
+        self.forget()
+        write_text(self.path(0), "".join(f"\n{json.dumps(line)}" for line in stands.values()))
+        return stands
+
+    def is_whole(self, line):
+        """Return whether the image of a line and the files of its results are there as they were."""
+        sizes = [file_state(self.folder / file) or [0] for file in line["files"]]
+        return line["state"] == file_state(line["image"]) and all(size for size, *_ in sizes)
 
     def forget(self):
         """Remove what was written before."""
-        for path in self.files():
+        for path in self.folder.glob(".done_*.jsonl"):
             path.unlink()
 
-    def entries(self):
-        """Return {path of an image: what add() was told}, of the same facts and of files that did not change
-        since.
+    def add(self, path, name, state, files, **more):
+        """Note that all files of an image are written, and more, plain values; state: its file_state before
+        it was read. Returns the line.
         """
-        found = {}
-        for file in self.files():
-            with open(file, encoding="utf-8") as lines:
-                for line in lines:
-                    with suppress(ValueError):  # the line that a crash cut off
-                        entry = json.loads(line)
-                        if entry["facts"] == self.facts:
-                            found[entry["image"]] = entry
-        return {path: entry for path, entry in found.items() if entry["file"] == file_state(path)}
+        files = [os.path.relpath(file, self.folder) for file in files]
+        line = dict(image=str(path), name=name, state=state, files=files, facts=self.facts, time=time.time(),
+                    **more)
+        with open(self.path(self.number), "a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(line)}")  # behind a line that a crash cut off, too
+        return line
 
-    def add(self, path, **what):
-        """Note that all files of an image are written."""
-        entry = dict(image=str(path), file=file_state(path), facts=self.facts, **what)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(entry)}")  # behind a line that a crash cut off, too
+
+def read_lines_of_json(path):
+    """Return the objects in the lines of a file, but for one that a crash cut off."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def file_state(path):
-    """Return what changes where a file changes: its size and time, None where it is gone."""
+    """Return what changes where a file changes: [its size, its time]; None where it is gone."""
     try:
         state = os.stat(path)
     except OSError:

@@ -59,8 +59,23 @@ def test_what_is_done_is_left_out_and_all_ends_as_if_it_had_not_been(model_file,
     assert "6 were done before" in run(infer_image, *flags)[1]
     masks = [whole["inference_results_image/1_mask.png"], results(out)["inference_results_image/2_mask.png"]]
     assert masks[0] == masks[1]
-    assert "done before" not in run(infer_image, *flags, "--alpha", 0.9)[1]
+    next(out.rglob("4_cutout.png")).unlink()
+    next(out.rglob("5_mask.png")).write_bytes(b"")
+    assert "5 were done before" in run(infer_image, *flags)[1]
+    for more in (("--alpha", 0.9), (), ("--alpha", 0.9)):  # what others have written over it is not its own
+        assert "done before" not in run(infer_image, *flags, *more)[1]
     assert "done before" not in run(infer_image, *[flag for flag in flags if flag != "--skip-done"])[1]
+
+
+def test_results_of_one_name_belong_to_the_image_that_has_it(model_file, photos, tmp_path, run):
+    base = ["--model", model_file, "--device", "cpu", "--out-dir", tmp_path / "out", "--skip-done", "--input"]
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(photos / "2.png", other / "0.png")
+    for inputs, before in (([photos / "0.png"], 0), ([other], 0), ([photos / "0.png"], 0),
+                           ([photos / "0.png", other], 1), ([photos / "0.png", other], 2)):
+        code, text, _ = run(infer_image, *base, *inputs)
+        assert code == 0 and (f"{before} were done before" in text) == bool(before), (inputs, text)
 
 
 def test_a_list_names_files_folders_and_globs(model_file, photos, tmp_path, run):
