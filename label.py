@@ -440,7 +440,8 @@ def main():
               f"train on what is accepted: {train} --budget 5\n"
               f"or on the features that are there: {train} --cache-features {folder.path / 'cache'} --imgsz "
               f"{imgsz[0]} {imgsz[1]} --steps 200 --epochs 5 --batch-size 4", flush=True)
-        server = uvicorn.Server(uvicorn.Config(build_app(session, hosts), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(build_app(session, hosts), log_level="error",
+                                               lifespan="off"))
         try:
             with suppress(KeyboardInterrupt):  # its normal end
                 server.run(sockets=[listener])

@@ -341,7 +341,7 @@ class LabelFolder:
     def undo(self, number):
         """Take back the last change of a photo since the folder was opened, if there is any."""
         if self.history.get(number):
-            before, was_taken = self.history[number].pop()
+            before, was_taken = self.history[number][-1]
             self.set_taken(number, was_taken)
             for kind, content in zip(("strokes", "masks"), before, strict=True):
                 file = self.file(kind, number)
@@ -349,6 +349,7 @@ class LabelFolder:
                     file.unlink(missing_ok=True)
                 else:
                     utils.write_atomically(file, lambda path, content=content: path.write_bytes(content))
+            self.history[number].pop()
             self.link_accepted(number)
 
     def accept(self, number, pred, confidence, least):
