@@ -262,8 +262,8 @@ def reserve(files, facts, folder, unchanged):
         print(f"feature cache of {views} in {folder}: {total / 1e9:.2f} GB, "
               f"{needed / 1e9:.2f} GB of it new, {free / 1e9:.1f} GB free", flush=True)
         if missing and needed + SPARE > free:
-            raise InputError(f"the feature cache needs {(needed + SPARE) / 1e9:.2f} GB in {folder}, which has "
-                             f"{free / 1e9:.2f} GB free: free some disk, name another folder "
+            raise InputError(f"the feature cache needs {(needed + SPARE) / 1e9:.2f} GB in {folder}, where "
+                             f"{free / 1e9:.2f} GB are free: free some disk, name another folder "
                              "(--cache-features DIR), or lower --imgsz or --cache-views")
         for key in missing:
             files[key].create(facts[key])

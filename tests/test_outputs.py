@@ -19,7 +19,8 @@ import infer_video
 from checkpoint import pack_checkpoint
 from dataio.image_rule import read_image
 from dataio.readers import read_sample
-from inference.outputs import Background, ClassShares, ShareTable, coco_entries, find_regions, result_names
+from inference.outputs import (Background, ClassShares, ShareTable, coco_entries, coco_of, find_regions,
+                               result_names)
 from inference.predictor import Predictor
 from inference.video import VideoReader
 from test_video import write_clip
@@ -103,7 +104,9 @@ def test_regions_with_holes_and_islands_in_them_come_back_from_coco_json(photos,
     pred = np.zeros(read_image(image).shape[1:], np.uint8)
     pred[5:40, 5:50], pred[10:30, 10:40], pred[15:20, 15:25], pred[40:, 50:] = 1, 2, 1, 2
     pred[32:34, 8:11] = 0
-    entry, annotations = coco_entries(image, pred.shape, find_regions(pred, keep=0), 1)
+    pair = coco_entries(image, pred.shape, find_regions(pred, keep=0))
+    content = coco_of([pair], {1: "cat", 2: "dog"})
+    annotations = content["annotations"]
     kinds = {type(annotation["segmentation"]) for annotation in annotations}
     assert kinds == {list, dict}  # without and with holes
     for annotation in annotations:
@@ -111,9 +114,6 @@ def test_regions_with_holes_and_islands_in_them_come_back_from_coco_json(photos,
         runs = coco_mask.frPyObjects(shape, *pred.shape)[0] if isinstance(shape, list) else shape
         assert annotation["bbox"] == coco_mask.toBbox(runs).tolist()
         assert annotation["area"] == coco_mask.area(runs)
-    numbered = [dict(id=number, **annotation) for number, annotation in enumerate(annotations)]
-    content = dict(images=[entry], annotations=numbered,
-                   categories=[dict(id=1, name="cat"), dict(id=2, name="dog")])
     root = tmp_path / "again"
     (root / "images").mkdir(parents=True)
     shutil.copy(image, root / "images")
