@@ -27,8 +27,8 @@ import visualize
 from config import IGNORE, InputError
 from dataio.classes import fill_colors
 from dataio.contents import hash_contents
-from dataio.image_rule import decide_rule
-from dataio.images import IMAGE_ENDINGS, companions, image_size, named_errors, read_orientation
+from dataio.image_rule import decide_rule, look_at
+from dataio.images import IMAGE_ENDINGS, companions, image_size, named_errors, stored_of
 from dataio.labels import check_names, read_classes, save_classes, writable_names
 from dataio.layout import list_images
 from dataio.readers import read_sample_targets, short_hash
@@ -279,7 +279,9 @@ class LabelFolder:
     def why_unreadable(self, path):
         """Return what is wrong with a photo, "" = nothing; keeps it in `unreadable`."""
         try:
-            read_orientation(path)
+            stored = stored_of(path)
+            if not stored.is_picture and max(stored.size) <= LARGEST:
+                look_at(path, stored, (1,))  # as is done to decide how all are read
         except InputError as error:
             self.unreadable[path] = str(error)
         return self.unreadable.get(path, "")

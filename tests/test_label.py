@@ -264,6 +264,20 @@ def test_a_map_that_is_damaged_is_listed_and_what_can_be_read_of_it_is_there(tmp
             assert len(folder) >= 3 and any("map.tif" in why for why in folder.unreadable.values())
 
 
+def test_a_deep_photo_that_is_cut_off_is_listed_and_left_out(tmp_path):
+    (tmp_path / "deep").mkdir()
+    values = np.random.default_rng(0).integers(0, 4000, (40, 50)).astype(np.uint16)
+    for number in range(3):
+        Image.fromarray(values + number).save(tmp_path / f"deep/{number}.tif")
+    content = (tmp_path / "deep/1.tif").read_bytes()
+    with LabelFolder(tmp_path / "labels", [tmp_path / "deep"], CLASSES) as folder:
+        assert len(folder) == 3
+    (tmp_path / "deep/1.tif").write_bytes(content[:len(content) // 2])
+    for inputs in ([tmp_path / "deep"], []):
+        with LabelFolder(tmp_path / "labels", inputs) as folder:
+            assert len(folder) == 2 and "1.tif" in str(folder.unreadable)
+
+
 def test_bad_classes_and_folders_are_one_line(tmp_path, photos):
     for classes, named in ((["a"], "--classes"), (["a", "a"], "--classes"), ([], "--classes")):
         with refused(named), LabelFolder(tmp_path / "other", [photos], classes):

@@ -430,7 +430,8 @@ def benchmark_label(args):
 
             def report(strokes, seconds, name=name, learner=learner, predict=predict):
                 miou = score(lambda number: predict(validation, number), validation, num_classes)
-                rows.append(dict(name=name, strokes=strokes, miou=miou, seconds_a_stroke=seconds))
+                rows.append(dict(name=name, strokes=strokes, miou=miou, seconds=seconds * strokes,
+                                 seconds_a_stroke=seconds))
                 print(f"{name}: {strokes} strokes, mIoU {miou:.3f}, {seconds:.2f} s a stroke", flush=True)
 
             paint(learner, lambda number, predict=predict: predict(training, number), training, STROKES,
@@ -438,7 +439,8 @@ def benchmark_label(args):
         learner, predict = LEARNERS["label.py"](new_model(), training, num_classes)
         learner.learn(dict(enumerate(training.masks)))
         miou = score(lambda number: predict(validation, number), validation, num_classes)
-        rows.append(dict(name="label.py, full masks", strokes=math.nan, miou=miou, seconds_a_stroke=math.nan))
+        rows.append(dict(name="label.py, full masks", strokes=math.nan, miou=miou, seconds=math.nan,
+                         seconds_a_stroke=math.nan))
     return dict(dataset=args.dataset, images=args.images, backbone=args.backbone, weights=args.weights,
                 rows=rows)
 
