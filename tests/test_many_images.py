@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_images, tiny
+from conftest import random_images, tiny, wait_for
 from PIL import Image
-from test_distributed import torchrun
+from test_distributed import start_torchrun, torchrun
 
 import infer_image
 from checkpoint import pack_checkpoint
@@ -101,3 +101,26 @@ def test_processes_write_what_a_single_one_writes(model_file, photos, tmp_path, 
     code, _, _ = run(infer_image, *flags, "--out-dir", tmp_path / "one")
     assert code == 1 and results(tmp_path / "many") == results(tmp_path / "one")
     assert len(json.loads((tmp_path / "one/inference_results_image/shares.json").read_text())) == 7
+
+
+@pytest.mark.long
+def test_what_killed_processes_had_done_stays_and_the_rest_follows(model_file, photos, tmp_path, run):
+    psutil = pytest.importorskip("psutil")
+    for number in range(60):
+        shutil.copy(photos / f"{number % 7}.png", photos / f"more{number}.png")
+    flags = ["--model", model_file, "--device", "cpu", "--input", photos, *ALL, "--tta", "ms,flip"]
+    process = start_torchrun(2, *flags, "--out-dir", tmp_path / "many", script="infer_image.py")
+    folder = tmp_path / "many/inference_results_image"
+
+    def done():
+        return sum(len(path.read_text().splitlines()) for path in folder.glob(".done_*"))
+
+    wait_for(lambda: done() > 5 or process.poll() is not None)
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.kill()
+    process.communicate()
+    assert 0 < done() < 67
+    code, text, _ = run(infer_image, *flags, "--out-dir", tmp_path / "many", "--skip-done")
+    assert code == 0 and "were done before" in text
+    assert run(infer_image, *flags, "--out-dir", tmp_path / "one")[0] == 0
+    assert results(tmp_path / "many") == results(tmp_path / "one")
