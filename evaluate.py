@@ -37,7 +37,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import zlib
 from functools import partial
 from pathlib import Path
@@ -55,7 +54,7 @@ from config import IGNORE, OWN_DATA, InputError, count_of
 from dataio.classes import first_difference
 from dataio.contents import hash_contents
 from dataio.dataloader import SegmentationDataset, make_loader, naming_files
-from dataio.images import image_size, stored_of
+from dataio.images import largest_first, stored_of
 from dataio.labels import NamedTwice
 from dataio.readers import may_be_equal
 from dataio.stratify import blocks_of
@@ -160,13 +159,13 @@ def share(samples, protocol, batch_size):
     """Return the positions of the samples that this process scores, of those of torchrun: whole batches, so
     that each is what it would be in a single process, or images, the largest first.
     """
+    positions = range(len(samples))
+    if utils.world_size() == 1:
+        return positions
     if is_resized(protocol):
-        positions = range(len(samples))
         batches = [positions[start:start + batch_size] for start in positions[::batch_size]]
     else:
-        sizes = utils.all_in_parallel(image_size, [sample.image for sample in samples], "image headers")
-        batches = [[position] for position in
-                   sorted(range(len(samples)), key=lambda position: -math.prod(sizes[position]))]
+        batches = [[position] for position in largest_first([sample.image for sample in samples])]
     return [position for batch in batches[utils.rank()::utils.world_size()] for position in batch]
 
 

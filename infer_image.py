@@ -47,7 +47,6 @@ if __name__ == "__main__":
 import glob
 import itertools
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -60,7 +59,7 @@ import utils
 import visualize
 from checkpoint import load_model
 from config import InputError, check_image_flags, count_of, one_line
-from dataio.images import IMAGE_ENDINGS, READERS, image_size
+from dataio.images import IMAGE_ENDINGS, READERS, largest_first
 from dataio.windows import Raster, is_raster
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
@@ -113,13 +112,6 @@ def listed(text):
         raise InputError(f"--input {text}: {text[1:]} is not a text file that can be read "
                          f"({one_line(str(error))})") from None
     return [line for line in lines if line.strip()]
-
-
-def largest_first(sources):
-    """Return [Source] with those of the most pixels first."""
-    pixels = utils.in_parallel(lambda source: math.prod(image_size(source.path)), sources, "image headers")
-    pixels = [0 if isinstance(value, InputError) else value for value in pixels]  # said when it is read
-    return [sources[place] for place in sorted(range(len(sources)), key=lambda place: -pixels[place])]
 
 
 def output_names(paths):
@@ -201,7 +193,9 @@ class ImageSegmenter:
         if self.pseudo_labels and not self.before:
             self.pseudo_labels.begin()
         sources = [source for source in sources if str(source.path) not in self.before]
-        return largest_first(sources) if utils.world_size() > 1 else sources
+        if utils.world_size() > 1:
+            sources = [sources[position] for position in largest_first([path for path, _ in sources])]
+        return sources
 
     def overlay(self, image, pred):
         """Return the overlay (H, W, 3) of an image and its class ids (H, W)."""

@@ -26,7 +26,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 
 from config import InputError, count_of
-from utils import copy_file
+from utils import copy_file, in_parallel
 
 # PIL can read more, such as EPS, which it has another program draw
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
@@ -232,6 +232,15 @@ def read_orientation(path):
 def image_size(path):
     """Return the (H, W) of an upright image file; reads its header. Raises InputError."""
     return upright_size(*read_orientation(path))
+
+
+def largest_first(paths):
+    """Return the positions of image files in a list, those of the most pixels first and those that
+    cannot be read last; reads their headers.
+    """
+    sizes = in_parallel(image_size, paths, "image headers")
+    pixels = [0 if isinstance(size, InputError) else math.prod(size) for size in sizes]
+    return sorted(range(len(paths)), key=lambda position: -pixels[position])
 
 
 # --- files of bands -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 
 from config import IGNORE, InputError
 from dataio.annotations.shapes import area_of, polygons
+from dataio.contents import state_of
 from dataio.image_rule import read_image
 from dataio.images import copy_image
 from dataio.labels import save_classes
@@ -323,12 +324,11 @@ def read_lines_of_json(path):
 
 
 def file_state(path):
-    """Return what changes where a file changes: [its size, its time]; None where it is gone."""
+    """Return the state_of a file, the first value of which is its size; None where it is gone."""
     try:
-        state = os.stat(path)
-    except OSError:
+        return state_of(path)
+    except InputError:
         return None
-    return [state.st_size, state.st_mtime_ns]
 
 
 # --- the background of a clip -----------------------------------------------------------------------------

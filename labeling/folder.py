@@ -146,8 +146,7 @@ class LabelFolder:
         utils.make_folder(pool)
         if self.data:
             samples = [sample for split in self.data.splits.values() for sample in split]
-        gone = [file for file in pool.rglob("*") if file.is_symlink() and not file.exists()]
-        before = {file.stem: file for file in [*gone, *list_images(pool)]}
+        before = {file.stem: file for file in [*links_to_nothing(pool), *list_images(pool)]}
         pooled = dict(before)
         try:
             for path in (photo for item in self.inputs for photo in photos_of(Path(item), self.path)):
@@ -209,8 +208,7 @@ class LabelFolder:
 
     def list_photos(self, pool):
         """Find the photos of the pool that can be read, and the rule to read them by."""
-        names = [str(file.relative_to(pool)) for file in sorted(pool.rglob("*"))
-                 if file.is_symlink() and not file.exists()]
+        names = [str(file.relative_to(pool)) for file in links_to_nothing(pool)]
         for name in names:
             self.unreadable[pool / name] = f"{name} is gone: {os.readlink(pool / name)}"
         paths = [path for path in list_images(pool) if not self.why_unreadable(path)]
@@ -404,6 +402,11 @@ def photos_of(path, leave_out):
     if not paths:
         raise InputError(f"--input {path} is no image and no folder with images ({' '.join(IMAGE_ENDINGS)})")
     return paths
+
+
+def links_to_nothing(folder):
+    """Return the links below a folder whose files are gone."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_symlink() and not file.exists()]
 
 
 def link_image(path, target):

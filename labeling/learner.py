@@ -48,7 +48,8 @@ class Painted:
 
 
 class Learner:
-    """Learns the linear part of a Segmenter's detail head from strokes; all else stays as it is.
+    """Learns the linear part of a Segmenter's detail head from strokes, and weights of lines beside it; all
+    else of the Segmenter stays as it is.
 
     size: (h, w) of the photos as the network sees them, multiples of its patch size; features: f(number) ->
     Features of a photo, as a feature cache gives them; looked_at: numbers of photos that give the statistics

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, free_port, open_browser, refused, tiny, wait_for, write_folder
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 import dataio.feature_cache as cache
 import label
@@ -568,7 +569,6 @@ def test_a_photo_is_less_doubtful_where_it_was_painted(learner):
 
 def test_what_is_learned_is_the_logistic_regression_of_scikit_learn(learner):
     """Of strokes of one class on each photo, as a robot paints them; classes weigh alike."""
-    linear_model = pytest.importorskip("sklearn.linear_model")
     drawn = {number: np.full(SIZE, IGNORE, np.uint8) for number in range(3)}
     drawn[0][:30, :60], drawn[1][40, 3:60], drawn[2][10:12, 30:33] = 0, 1, 2
     learner.learn(drawn)
@@ -577,7 +577,7 @@ def test_what_is_learned_is_the_logistic_regression_of_scikit_learn(learner):
     penalty = learning.PENALTY / 3
     inputs = torch.cat([values, lines * (penalty / learning.LINE_PENALTY) ** 0.5], 1).numpy()
     weights = learning.balanced(labels, 3).numpy()
-    theirs = linear_model.LogisticRegression(C=0.5 / penalty, tol=1e-8, max_iter=10_000)
+    theirs = LogisticRegression(C=0.5 / penalty, tol=1e-8, max_iter=10_000)
     want = theirs.fit(inputs, labels.numpy(), weights).predict_proba(inputs)
     layer = learner.linear.conv_seg
     logits = values @ layer.weight[:, :, 0, 0].T + layer.bias + lines @ learner.line_weight.T
