@@ -221,8 +221,9 @@ def setting(default, group, help, *, affects, **options):
     head is), "run" (the numbers of a run in any other way), or "nothing": such a setting may differ between a
     run and its --resume, and between runs that are compared.
     options: of argparse's add_argument; besides, kind = the registry of REGISTRIES whose names are the
-    choices; only = (setting, value, ...): without one of these values of that setting, this one has no
-    meaning; may_grow = may differ between a run and its --resume although it affects numbers.
+    choices; only = (setting, value, ...): without one of these values of that setting, or where none is
+    named without any, this one has no meaning; may_grow = may differ between a run and its --resume although
+    it affects numbers.
     """
     metadata = dict(group=group, help=help, affects=affects, **options)
     return dataclasses.field(default=default, metadata=metadata)
@@ -265,7 +266,8 @@ class ModelOptions:
     """What a model is: model.ModelSpec adds the number of classes, and every checkpoint holds it."""
 
     arch: str = setting("dinov2", "model", "dinov2 = --backbone + --head, or a whole network to compare with "
-                        "it: fcn_resnet50, deeplabv3_resnet101, segformer_b0 ... segformer_b5",
+                        "it: fcn_resnet50, deeplabv3_resnet101, segformer_b0 ... segformer_b5, and "
+                        "two that are fast on a CPU: lraspp_mobilenet_v3_large, fpn_mobilenetv4_small",
                         kind="baseline", metavar="NAME", affects="features")
     backbone: str = setting("dinov2_vits14", "model", "dinov2_vits14 ... dinov2_vitg14_reg (torch.hub), "
                             "dinov3_vits16 ... dinov3_vitl16 (timm), vit_tiny, or timm/<model name>",
@@ -353,6 +355,15 @@ class TrainConfig(ModelOptions, DataOptions):
                                  "the training pixels: enet = 1 / ln(1.02 + share), median = "
                                  "inverse frequency where the class is seen", kind="class_weights",
                                  affects="run")
+    teacher: str = setting("", "training", "a trained model (.pth, .onnx, .xml) of the same classes, whose "
+                           "logits this one learns beside the labels; --extra may then hold images without "
+                           "labels. With --cache-features it sees every view once", metavar="FILE",
+                           affects="run")
+    teacher_weight: float = setting(1.0, "training", "weight of that loss beside --loss",
+                                    type=positive_float, metavar="X", only=("teacher",), affects="run")
+    temperature: float = setting(2.0, "training", "temperature of both softmaxes in it: higher ones tell "
+                                 "more of the classes that the teacher finds unlikely", type=positive_float,
+                                 metavar="X", only=("teacher",), affects="run")
     optimizer: str = setting("adamw", "training", "adamw, adam, or sgd = Nesterov momentum 0.937",
                              kind="optimizer", affects="run")
     lr: float = setting(1e-3, "training", "base learning rate (of the head)", type=positive_float,
@@ -384,7 +395,7 @@ class TrainConfig(ModelOptions, DataOptions):
                                   "for every later epoch and run (DIR: outputs/cache)", nargs="?",
                                   const="outputs/cache", metavar="DIR", affects="run")
     cache_views: int = setting(1, "run", "views per training image to keep: 1 = as it is, more = "
-                               "augmented", type=positive_int, affects="run")
+                               "augmented", type=positive_int, only=("cache_features",), affects="run")
     save_head_only: bool = setting(False, "run", "leave the frozen backbone out of the checkpoints, which "
                                    "are then small; who loads one gets the backbone as --weights does, and "
                                    "its hash is checked", action="store_true",
@@ -425,7 +436,8 @@ def unmet_condition(name, config):
     unmet = None
     while only := FIELDS[name].metadata.get("only"):
         name, *values = only
-        if getattr(config, name) not in values:
+        value = getattr(config, name)
+        if value not in values if values else not value:
             unmet = name, values
     return unmet
 
@@ -744,6 +756,9 @@ def check_settings(config, flags):
     for name in flags:
         if unmet := unmet_condition(name, config):
             option, values = unmet
+            if not values:
+                raise InputError(f"{flag(name)} has no effect without {flag(option)}: add that, or leave it "
+                                 "out")
             raise InputError(f"{flag(name)} belongs to {flag(option)} {', '.join(values)}, and this run has "
                              f"{flag(option)} {getattr(config, option)}: leave it out")
     for name in ("augment", "log"):
@@ -797,8 +812,6 @@ def check_training_settings(config, flags):
         fitting = next(count for count in counts if not config.steps % count)
         raise InputError(f"--steps {config.steps} cannot be shared out equally among {config.epochs} epochs: "
                          f"give a multiple of them, or --epochs {fitting}")
-    if "cache_views" in flags and not config.cache_features:
-        raise InputError("--cache-views has no effect without --cache-features: add it")
     changing = [name for name in ("augment", "copy_paste") if flags.get(name)]
     if config.cache_features and config.cache_views == 1 and changing and not config.budget:
         raise InputError(f"{flag(changing[0])} has no effect on the one view that is cached: give "

@@ -24,7 +24,7 @@ from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_ID
 from dataio.contents import hash_contents, paths_in
 from dataio.folder import folder, refuse_file
 from dataio.labels import class_file
-from dataio.layout import existing, list_images, pair_files, read_list
+from dataio.layout import NoMasks, existing, list_images, pair_files, read_list
 from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, drawn_folder, index_table, read_mask,
                             unpack_color, value_table)
 from dataio.scan import fill_folder
@@ -367,8 +367,9 @@ def load_data(options, cache_dir="outputs/cache", download=True):
 
 
 # --- another folder to train on: pseudo-labels, or more of one's own ----------------------------------------
-def with_extra(source, root):
+def with_extra(source, root, labeled=True):
     """Return a DataSource that also trains on all images of the folder `root`, whose classes are its own.
+    labeled: False = it may also hold images alone, which have no labels then.
 
     An image that is in the data set already, byte for byte, is left out: in validation it would be known, in
     training it has better labels. Masks are written anew, in the values of the data set. Raises InputError.
@@ -377,8 +378,14 @@ def with_extra(source, root):
     if not Path(root).is_dir():
         raise InputError(f"--extra {root} does not exist: give a folder of images and masks")
     listed = class_file(Path(root))
-    extra = folder(Path(root), DataOptions(dataset="folder", data_root=str(root), val_fraction=0.0,
-                                           classes=() if listed else tuple(names)))
+    options = DataOptions(dataset="folder", data_root=str(root), val_fraction=0.0,
+                          classes=() if listed else tuple(names))
+    try:
+        extra = folder(Path(root), options)
+    except NoMasks:
+        if labeled:
+            raise
+        return with_unlabeled(source, root)
     unknown = [name for name, _ in extra.classes if name not in names]
     if unknown:
         raise InputError(f"--extra {root} has the class {unknown[0]}, which {source.name} has not: it has "
@@ -394,6 +401,16 @@ def with_extra(source, root):
         notes.append(f"{len(samples) - len(new)} of --extra are in {source.name} already: left out")
     return dataclasses.replace(source, table=table, extra=rewritten(new, extra.table, codes, root),
                                notes=[*source.notes, *notes])
+
+
+def with_unlabeled(source, root):
+    """Return a DataSource that also trains on all images below the folder `root`, without labels."""
+    samples = [Sample(path) for path in list_images(Path(root))]
+    new = unknown_images(samples, source)
+    if not new:
+        raise InputError(f"--extra {root}: it holds no image that {source.name} has not")
+    note = f"--extra {root}: {count_of(len(new), 'image')} without labels, for the teacher"
+    return dataclasses.replace(source, extra=new, notes=[*source.notes, note])
 
 
 def unknown_images(samples, source):

@@ -18,8 +18,10 @@ from torch import nn
 from config import IGNORE
 from dataio.dataloader import collate
 from dataio.resizing import resize_targets
+from losses import distillation
 from metrics import ConfusionMatrix
 from models.heads import logits_of
+from models.teacher import soft_logits
 from models.upsampling import label_maps, pixel_loss
 from utils import (Precision, all_gather, all_reduce, broadcast_buffers, evenly_sampled, is_main_process,
                    to_device, world_size)
@@ -152,7 +154,7 @@ OPTIMIZERS = {
 class Objective(nn.Module):
     """A model and its loss as one module, so that DDP sees a whole step.
 
-    Another objective, such as distillation, is a subclass with a forward of its own. Modules it holds beside
+    Another objective is a subclass with a forward of its own, as Distillation is. Modules it holds beside
     `model`, such as a teacher, stay in eval mode.
     """
 
@@ -195,6 +197,30 @@ class Objective(nn.Module):
                 terms[name], _, _ = pixel_loss(self.criterion, output[name], geometry, targets["mask"])
                 loss = loss + weight * terms[name]
         return loss, terms, preds
+
+
+class Distillation(Objective):
+    """The Objective of a student: labels, and `weight` times the divergence from its teacher.
+
+    teacher: a Teacher; None where the targets bring its logits (B, K, h, w) as `teacher`, from a cache. The
+    loss is a mean over all pixels of all images, in which those without a label have the teacher alone.
+    """
+
+    def __init__(self, model, criterion, weight, temperature, teacher=None):
+        super().__init__(model, criterion)
+        self.weight, self.temperature, self.teacher = weight, temperature, teacher
+
+    def forward(self, images, targets):
+        """As of an Objective, with the term `teacher`."""
+        targets = dict(targets)
+        soft = self.teacher(images) if self.teacher else targets.pop("teacher")
+        output, geometry = self.model.output(images)
+        loss, terms, preds = self.loss(output, targets, geometry)
+        own = soft_logits(logits_of(output), geometry, geometry.size)
+        terms["teacher"] = distillation(own, soft, self.temperature)
+        labeled = counted_images(targets["mask"]) / len(preds)
+        weight = torch.full_like(labeled, len(preds))
+        return labeled * loss + self.weight * terms["teacher"], terms, preds, weight
 
 
 def counted_images(masks):

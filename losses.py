@@ -3,6 +3,7 @@
     criterion = Criterion("focal+dice")
     loss, terms = criterion(logits, masks)               # a scalar, {"focal": ..., "dice": ...}
     weights = class_weights(pixels, "enet")              # (K,), for Criterion("ce", weights)
+    loss = distillation(logits, teacher_logits, temperature=2.0)
 
 A batch without a labeled pixel gives a loss of 0 with a gradient of 0.
 """
@@ -150,6 +151,20 @@ def check_class_weights(loss, name):
     if name != "none" and not set(names) & set(loss.split("+")):
         raise InputError(f"--class-weights {name} has no effect on --loss {loss}: leave it out, or add a "
                          f"loss that uses them ({', '.join(names)}), such as --loss {names[0]}+dice")
+
+
+# --- a teacher --------------------------------------------------------------------------------------------
+def distillation(logits, teacher, temperature):
+    """Return the Kullback-Leibler divergence of softened softmax probabilities, a teacher's from a student's,
+    times temperature squared, mean over all points: a scalar.
+
+    logits, teacher: (B, K, h, w). Hinton et al., Distilling the Knowledge in a Neural Network, 2015: the
+    factor keeps the gradients as large at any temperature.
+    """
+    student = (at_least_float32(logits) / temperature).log_softmax(1)
+    target = (at_least_float32(teacher) / temperature).log_softmax(1)
+    divergence = F.kl_div(student, target, reduction="none", log_target=True).sum(1)  # (B, h, w)
+    return temperature ** 2 * divergence.mean()
 
 
 # --- mask classification -----------------------------------------------------------------------------------

@@ -117,6 +117,10 @@ class Segmenter(nn.Module):
         return pad((images.float() - self.mean) / self.std, geometry)
 
     # --- for the feature cache
+    def starts_from_images(self):
+        """Return whether a training starts from the images, as nothing before what trains is frozen."""
+        return not self.backbone.layers or self.backbone.first_trained() is None
+
     def cached_parts(self):
         """Return the Parts of an image that a training needs. Raises InputError where no training can start
         from what a frozen part of the backbone computes.
@@ -151,6 +155,8 @@ class Segmenter(nn.Module):
 
     def finish(self, cached):
         """Features of a cache, in bfloat16 -> Features that the head takes: runs the blocks that train."""
+        if not (cached.maps or cached.tokens):
+            return self.features(cached.image, cached.geometry)
         depth, token_blocks = len(self.backbone.blocks), self.head.reads.tokens
         maps = [as_autocast(values) for values in cached.maps]
         tokens = {block: values.float() for block, values in cached.tokens.items()}

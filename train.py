@@ -7,6 +7,7 @@
     python train.py --arch segformer_b0 --dataset camvid --data-root CamVid     # a network to compare with
     python train.py --resume --epochs 60               # continue from outputs/last.pth
     python train.py --dataset voc --cache-features     # the frozen backbone sees every image once
+    python train.py --arch fpn_mobilenetv4_small --teacher best/best_model_iou.pth    # small, fast, distilled
     torchrun --nproc-per-node 4 train.py --dataset voc # four GPUs; --batch-size is per GPU
 
 Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,
@@ -19,6 +20,7 @@ import shutil
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from shlex import join, quote
 
@@ -28,14 +30,15 @@ if __name__ == "__main__":
     parse_train_args(description=__doc__)  # --help and wrong flags are answered before torch is imported
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import engine
 import utils
 import visualize
-from checkpoint import Run, load_head, read_checkpoint
+from checkpoint import Run, load_head, load_model, read_checkpoint
+from dataio.classes import first_difference
+from dataio.contents import joined
 from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, make_loader, naming_files
 from dataio.feature_cache import cache_features
 from dataio.image_rule import ImageRule, check_fit, decide_rule
@@ -49,6 +52,8 @@ from metrics import best_row, has_stalled
 from model import ModelSpec, build_model
 from models.backbones import origins
 from models.heads import HEADS
+from models.teacher import SameTeacher, Teacher, WithTeacher
+from models.weights import hash_state
 from utils import (evenly_sampled, init_distributed, is_background, is_main_process, main_process_first, rank,
                    world_size)
 
@@ -109,11 +114,40 @@ def build_state(config, data, device):
         print(f"the head starts from {config.head_weights}, trained on {', '.join(names)}")
     model = model.to(device)
     if world_size() > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm  # torch's would leave out activations of timm's norms
+        model = convert_sync_batchnorm(model)
     lr_scale = engine.backbone_scale(model, config.backbone_lr_scale, config.layer_decay)
     groups = engine.parameter_groups(model, config.lr, config.weight_decay, lr_scale)
     optimizer = engine.OPTIMIZERS[config.optimizer](groups)
     return engine.TrainState(model, optimizer, utils.Precision(config.amp, device), trained_on=trained_on)
+
+
+def load_teacher(config, data, device, folder):
+    """Return (the Teacher that a TrainConfig names, contents_of the images it was trained on). Raises
+    InputError for one of other classes or images, and for one that this run would move away.
+    """
+    path = Path(config.teacher)
+    if not folder.owned and path.resolve().is_relative_to(folder.path.resolve()):
+        raise InputError(f"--teacher {path} lies in {folder.path}, which this run clears: give another "
+                         "--out-dir")
+    model, checkpoint = load_model(config.teacher)
+    if others := first_difference(checkpoint["classes"], data.classes):
+        raise InputError(f"--teacher {path} has other classes than {data.name} ({others}): both need the "
+                         "same ones in the same order")
+    rule = ImageRule.of(checkpoint.get("image_rule"))
+    if rule.facts() != data.rule.facts():
+        raise InputError(f"--teacher {path} reads images in another way ({rule}) than this run "
+                         f"({data.rule}): give --bands and --value-range as in its training")
+    scale = checkpoint.get("config", {}).get("train_scale", "fit")
+    if scale != config.train_scale:
+        raise InputError(f"--teacher {path} was trained with --train-scale {scale}: give the same here")
+    size = None if scale == "native" else checkpoint["imgsz"]
+    sha256 = checkpoint.get("file_sha256") or hash_state(model.state_dict())
+    if is_main_process():
+        seen = "as they come" if size is None else "at {}x{}".format(*size)
+        print(f"teacher: {path} ({sha256[:16]}) sees images {seen}; weight {config.teacher_weight:g}, "
+              f"temperature {config.temperature:g}")
+    return Teacher(model, size, sha256).to(device), checkpoint.get("trained_on", "")
 
 
 def training_pixels(config, data):
@@ -168,21 +202,26 @@ def build_datasets(config, data):
     return [train, val]
 
 
-def build_batches(config, data, model, precision):
-    """Return the training and the validation Batches: of images, or of cached features."""
-    datasets = build_datasets(config, data)
+def build_batches(config, data, model, precision, teacher=None):
+    """Return the training and the validation Batches: of images, or of cached features, and in training of a
+    Teacher's logits.
+    """
+    train, val = build_datasets(config, data)
     if config.cache_features:
-        datasets = [cache_features(model, dataset, config.cache_features, precision, views, config.workers)
-                    for dataset, views in zip(datasets, (config.cache_views, 1), strict=True)]
+        cache = partial(cache_features, folder=config.cache_features, precision=precision,
+                        workers=config.workers)
+        train = cache(WithTeacher(model, teacher) if teacher else model, train, views=config.cache_views)
+        if not (teacher and model.starts_from_images()):
+            val = cache(model, val)
     pin_memory = model.mean.device.type == "cuda"
     images = config.steps // config.epochs * config.accumulate * config.batch_size * world_size()
     return [make_loader(dataset, config.batch_size, config.workers, pin_memory, rank(), world_size(), images)
-            for dataset in datasets]
+            for dataset in (train, val)]
 
 
-def build_objective(config, model, criterion):
-    """Return the Objective, compiled and with activations computed twice where the config says so. Raises
-    InputError where that has no effect.
+def build_objective(config, model, criterion, teacher=None):
+    """Return the Objective, with a Teacher that of its student, compiled and with activations computed twice
+    where the config says so. Raises InputError where that has no effect.
     """
     if config.compile:
         compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
@@ -193,7 +232,10 @@ def build_objective(config, model, criterion):
     if config.checkpoint_activations and not model.checkpoint_activations():
         raise InputError("--checkpoint-activations is for transformer blocks that train, and there are none: "
                          "leave it out, or add --unfreeze")
-    return engine.Objective(model, criterion)
+    if not teacher:
+        return engine.Objective(model, criterion)
+    live = None if config.cache_features else teacher
+    return engine.Distillation(model, criterion, config.teacher_weight, config.temperature, live)
 
 
 def check_registered(flags, config):
@@ -212,7 +254,7 @@ def check_registered(flags, config):
 
 def check_effects(flags, config, model):
     """Raise InputError for settings that have no effect on this model, or do not fit it."""
-    if config.cache_features:
+    if config.cache_features and not (config.teacher and model.starts_from_images()):
         model.cached_parts()  # raises where that cannot be
     backbone = model.backbone
     if config.save_head_only and (backbone.trains() or not backbone.pretrained):
@@ -405,7 +447,7 @@ def run_training(flags, folder, saved=None):
     with main_process_first():
         data = load_data(config, out_dir / "cache")
         if config.extra:
-            data = with_extra(data, config.extra)
+            data = with_extra(data, config.extra, labeled=not config.teacher)
     if config.train_images > len(data.splits["train"]):
         raise InputError(f"--train-images {config.train_images}: {data.name} has "
                          f"{count_of(len(data.splits['train']), 'training image')}")
@@ -418,6 +460,11 @@ def run_training(flags, folder, saved=None):
     state = build_state(config, data, device)
     check_effects(flags, config, state.model)
     check_targets(state.model.head, data)
+    teacher = None
+    if config.teacher:
+        teacher, trained_on = load_teacher(config, data, device, folder)
+        state.trained_on = joined(state.trained_on, trained_on)
+        state.keep("teacher", SameTeacher(teacher.sha256))
     visualize.require_trackers(config.log)
     weights_from = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
     run = Run(state, dataclasses.asdict(config), data, folder, weights_from)
@@ -437,8 +484,10 @@ def run_training(flags, folder, saved=None):
             if has_stalled(state.history, config.patience):
                 print(f"{stalled_message(config)}: give a larger --patience, or 0, to continue")
             elif len(state.history) < config.epochs:
-                objective = build_objective(config, state.model, build_criterion(config, data, device))
-                train_batches, val_batches = build_batches(config, data, state.model, state.precision)
+                criterion = build_criterion(config, data, device)
+                objective = build_objective(config, state.model, criterion, teacher)
+                train_batches, val_batches = build_batches(config, data, state.model, state.precision,
+                                                           teacher)
                 with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:
                     train_epochs(run, config, objective, train_batches, val_batches, trackers)
             else:

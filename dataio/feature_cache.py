@@ -141,15 +141,17 @@ class CachedDataset(Dataset):
     def collate(self, items):
         """Return (Features, targets, names) of items."""
         values, targets, names = collate(items)
+        targets.update({part.kind: values.pop(part) for part in list(values) if part.kind == "teacher"})
         return features_of_parts(values, self.geometry), targets, names
 
 
 def cache_features(model, dataset, folder, precision, views=1, workers=0):
     """Return the CachedDataset of a SegmentationDataset, computing what `folder` does not hold yet.
 
-    model: a Segmenter, on its device. Items of the passes 0..views-1 over a training dataset are the views.
-    Peak memory does not grow with the number of images. Raises InputError where the disk has no room, and
-    for a model whose training does not start from what a frozen part of its backbone computes.
+    model: a Segmenter, on its device, or a student with its teacher (models/teacher.py), whose logits
+    (B, K, h, w) are the target `teacher` then. Items of the passes 0..views-1 over a training dataset are the
+    views. Peak memory does not grow with the number of images. Raises InputError where the disk has no room,
+    and for a model whose training does not start from what a frozen part of its backbone computes.
     """
     parts, folder = model.cached_parts(), Path(folder)
     versions = versions_of(dataset.samples)

@@ -127,14 +127,14 @@ class Part(NamedTuple):
     """A part of what a feature cache keeps of an image.
 
     kind: `map`, the normed map (h, w, D) that leaves a block; `tokens`, (prefix + h * w, D), un-normed, that
-    enter it; `image`, (H, W, C) uint8.
+    enter it; `image`, (H, W, C) uint8; `teacher`, (K, h, w) logits of the model that it learns from.
     """
 
     kind: str
     block: int = -1
 
     def __str__(self):
-        return self.kind if self.kind == "image" else f"{self.kind}_{self.block}"
+        return self.kind if self.block < 0 else f"{self.kind}_{self.block}"
 
 
 def features_of_parts(parts, geometry):

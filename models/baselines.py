@@ -4,17 +4,23 @@
 
 FCN-ResNet50 (Long et al., 2015) and DeepLabV3-ResNet101 (Chen et al., 2017) are torchvision's, with an
 auxiliary classifier in training where the spec has an aux_weight; SegFormer-B0..B5 (Xie et al., 2021) is the
-one of transformers. Both packages are imported when asked for.
+one of transformers. Two are small enough for a laptop to run in real time, which a teacher makes worth it
+(train.py --teacher): torchvision's LR-ASPP on MobileNetV3 (Howard et al., 2019), and a pyramid on timm's
+MobileNetV4 (Qin et al., 2024). The packages are imported when asked for.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from config import InputError
-from models.backbones import Backbone
+from models.backbones import Backbone, load_timm_net
 from models.heads import BatchNorm2d, Head
 from models.weights import hugging_face_weights, load_strictly, published_weights, read_weights
 
-ENCODERS = {"fcn_resnet50": "ResNet50_Weights", "deeplabv3_resnet101": "ResNet101_Weights"}  # in torchvision
+ENCODERS = {"fcn_resnet50": "ResNet50_Weights", "deeplabv3_resnet101": "ResNet101_Weights",  # in torchvision
+            "lraspp_mobilenet_v3_large": "MobileNet_V3_Large_Weights"}
+MOBILENETS = {"fpn_mobilenetv4_small": "mobilenetv4_conv_small.e2400_r224_in1k"}  # in timm
+PYRAMID_WIDTH = 64
 # Widths of the four stages, depths of the four stages, width of the decoder: table 6 of the paper.
 SEGFORMER = {"segformer_b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
              "segformer_b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
@@ -24,18 +30,19 @@ SEGFORMER = {"segformer_b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
              "segformer_b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768)}
 
 
-class ResNetBackbone(Backbone):
-    """The dilated ResNet of a torchvision segmentation network: the map of its last stage, stride 8; where
-    there is an auxiliary classifier, that of the stage before comes first.
+class TorchvisionBackbone(Backbone):
+    """The dilated encoder of a torchvision segmentation network: the maps that its decoder reads, the finest
+    of stride 8.
     """
 
-    def __init__(self, net):
-        channels = [1024, 2048] if "aux" in net.return_layers.values() else [2048]
+    def __init__(self, net, channels):
         super().__init__(net.to(memory_format=torch.channels_last), size_divisor=1, layers=[],
                          channels=channels, stride=8)
 
     def maps(self, images):
-        """(B, 3, H, W) normalized -> [(B, 1024, H/8, W/8) if wanted, (B, 2048, H/8, W/8)], rounded up."""
+        """(B, 3, H, W) normalized -> maps (B, D, H/s, W/s), rounded up: of a ResNet the last one, s = 8,
+        after the one before where an auxiliary classifier reads it; of a MobileNet s = 8 and 16.
+        """
         # channels last: three times as fast on the CPU in bf16, and what tensor cores want
         return list(self.net(images.contiguous(memory_format=torch.channels_last)).values())
 
@@ -52,6 +59,63 @@ class SegformerBackbone(Backbone):
     def maps(self, images):
         """(B, 3, H, W) normalized -> 4 x (B, D, H/s, W/s), s = 4, 8, 16, 32."""
         return list(self.net(images, output_hidden_states=True).hidden_states)
+
+
+class MobileNetBackbone(Backbone):
+    """A MobileNet of timm: four maps at strides 4, 8, 16 and 32. Images are padded to multiples of 32."""
+
+    def __init__(self, net):
+        info = net.feature_info
+        indices = [index for index, stage in enumerate(info) if stage["reduction"] >= 4]
+        net.prune_intermediate_layers(indices, prune_head=True)
+        super().__init__(net.to(memory_format=torch.channels_last), size_divisor=32, layers=[],
+                         channels=[info[index]["num_chs"] for index in indices], stride=4)
+        self.indices = indices
+        self.normalization = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+
+    def maps(self, images):
+        """(B, 3, H, W) normalized -> 4 x (B, D, H/s, W/s), s = 4, 8, 16, 32."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        return self.net.forward_intermediates(images, indices=self.indices, intermediates_only=True)
+
+
+class PyramidHead(Head):
+    """The top-down path of a feature pyramid (Lin et al., Feature Pyramid Networks, CVPR 2017), with
+    depthwise separable convolutions, PYRAMID_WIDTH channels wide.
+    """
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        width = PYRAMID_WIDTH
+        self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(count, width, 1, bias=False),
+                                                   nn.BatchNorm2d(width)) for count in channels)
+        self.smooth = nn.ModuleList(nn.Sequential(
+            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), nn.BatchNorm2d(width),
+            nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)) for _ in channels[1:])
+        self.classify = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, features):
+        """4 maps (B, D, h, w), the finest first -> (B, K, h, w) of the finest."""
+        *finer, coarsest = (lateral(values) for lateral, values in
+                            zip(self.lateral, features.maps, strict=True))
+        values = coarsest
+        for lateral, smooth in zip(reversed(finer), self.smooth, strict=True):
+            values = lateral + F.interpolate(values, size=lateral.shape[-2:], mode="bilinear")
+            values = values + smooth(values)
+        return self.classify(F.relu(values))
+
+
+class LRASPPHead(Head):
+    """The decoder of torchvision's LR-ASPP, on maps of stride 8 and 16."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, features):
+        """2 maps (B, D, h, w) -> (B, K, h, w) of the finer one."""
+        low, high = features.maps
+        return self.net(dict(low=low, high=high))
 
 
 class SegformerHead(Head):
@@ -78,7 +142,7 @@ class TorchvisionHead(Head):
         self.net, self.aux, self.auxiliary = net, aux, {"aux": aux_weight}
 
     def forward(self, features):
-        """The maps of a ResNetBackbone -> dict(logits (B, K, h, w)), in training with the auxiliary `aux`."""
+        """The maps of a ResNet -> dict(logits (B, K, h, w)), in training with the auxiliary `aux`."""
         output = dict(logits=self.net(features.maps[-1]))
         if self.aux and self.training:
             output["aux"] = self.aux(features.maps[0])
@@ -97,32 +161,57 @@ def build_baseline(spec, weights="none"):
 
 
 def replace_batch_norms(module):
-    """Return a module in which every nn.BatchNorm2d has become a BatchNorm2d of heads.py."""
+    """Return a module in which every nn.BatchNorm2d has become a BatchNorm2d of heads.py, that of timm with
+    its activation behind it.
+    """
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, BatchNorm2d):
             norm = BatchNorm2d(child.num_features, child.eps, child.momentum)
             norm.load_state_dict(child.state_dict())
-            setattr(module, name, norm)
+            setattr(module, name, nn.Sequential(norm, child.act) if hasattr(child, "act") else norm)
         else:
             replace_batch_norms(child)
     return module
 
 
 def build_torchvision(spec, weights):
-    """Return (ResNetBackbone, TorchvisionHead); arguments as build_baseline."""
+    """Return (TorchvisionBackbone, TorchvisionHead); arguments as build_baseline."""
+    from torchvision.models import segmentation
+    net = getattr(segmentation, spec.arch)(weights=None, weights_backbone=None, num_classes=spec.num_classes,
+                                           aux_loss=bool(spec.aux_weight))
+    load_encoder(net, spec.arch, weights)
+    backbone = TorchvisionBackbone(net.backbone, [1024, 2048] if spec.aux_weight else [2048])
+    return backbone, TorchvisionHead(net.classifier, net.aux_classifier, spec.aux_weight)
+
+
+def build_lraspp(spec, weights):
+    """Return (TorchvisionBackbone, LRASPPHead); arguments as build_baseline."""
+    from torchvision.models import segmentation
+    net = getattr(segmentation, spec.arch)(weights=None, weights_backbone=None, num_classes=spec.num_classes)
+    load_encoder(net, spec.arch, weights)
+    channels = [net.classifier.low_classifier.in_channels, net.classifier.cbr[0].in_channels]
+    return TorchvisionBackbone(net.backbone, channels), LRASPPHead(net.classifier)
+
+
+def load_encoder(net, arch, weights):
+    """Load `weights` as build_baseline has them into the encoder of a torchvision segmentation network."""
     from torchvision import models
-    published = getattr(models, ENCODERS[spec.arch]).IMAGENET1K_V1
-    make = getattr(models.segmentation, spec.arch)
-    net = make(weights=None, weights_backbone=None, num_classes=spec.num_classes,
-               aux_loss=bool(spec.aux_weight))
-    if weights != "none":
-        state = published_weights(published.url) if weights == "auto" else read_weights(weights)
-        if any(key.startswith("backbone.") for key in state):  # a whole network, such as the one for COCO
-            state = {key.removeprefix("backbone."): value for key, value in state.items()
-                     if key.startswith("backbone.")}
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        load_strictly(net.backbone, state, published.url if weights == "auto" else weights)
-    return ResNetBackbone(net.backbone), TorchvisionHead(net.classifier, net.aux_classifier, spec.aux_weight)
+    if weights == "none":
+        return
+    published = getattr(models, ENCODERS[arch]).IMAGENET1K_V1
+    state = published_weights(published.url) if weights == "auto" else read_weights(weights)
+    for prefix in ("backbone.", "features."):  # of a whole network such as the one for COCO, of a MobileNet
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()
+                     if key.startswith(prefix)}
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    load_strictly(net.backbone, state, published.url if weights == "auto" else weights)
+
+
+def build_pyramid(spec, weights):
+    """Return (MobileNetBackbone, PyramidHead); arguments as build_baseline."""
+    backbone = MobileNetBackbone(load_timm_net(MOBILENETS[spec.arch], weights))  # without drop layers
+    return backbone, PyramidHead(backbone.channels, spec.num_classes)
 
 
 def build_segformer(spec, weights):
@@ -162,6 +251,8 @@ def build_segformer(spec, weights):
 BASELINES = {
     "fcn_resnet50": build_torchvision,
     "deeplabv3_resnet101": build_torchvision,
+    "lraspp_mobilenet_v3_large": build_lraspp,
+    "fpn_mobilenetv4_small": build_pyramid,
     "segformer_b0": build_segformer,
     "segformer_b1": build_segformer,
     "segformer_b2": build_segformer,

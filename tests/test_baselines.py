@@ -5,16 +5,21 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, loss_of, random_images
 from conftest import build as build_segmenter
+from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torchvision.models import resnet50, segmentation
+from torchvision.models import mobilenet_v3_large, resnet50, segmentation
 
 from config import InputError
 from model import ModelSpec
 from models.baselines import BASELINES, SEGFORMER, build_baseline
+
+
+LARGE = {"deeplabv3_resnet101", *SEGFORMER} - {"segformer_b0"}
 
 
 def build(arch, **options):
@@ -33,6 +38,44 @@ def test_torchvision_networks_give_torchvisions_logits(arch, size):
     with torch.no_grad():
         expected = plain((images - net.mean) / net.std)["out"]
         assert torch.allclose(net(images), expected, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (45, 71)], ids=str)
+def test_lraspp_gives_torchvisions_logits(size):
+    net = build("lraspp_mobilenet_v3_large").eval()
+    plain = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
+    plain.backbone.load_state_dict(net.backbone.net.state_dict())
+    plain.classifier.load_state_dict(net.head.net.state_dict())
+    images = random_images(2, 3, *size)
+    with torch.no_grad():
+        expected = plain((images - net.mean) / net.std)["out"]
+        assert torch.allclose(net(images), expected, atol=1e-5 * expected.abs().max())
+
+
+def test_the_pyramid_reads_timms_maps():
+    """The maps are those of timm, of strides 4 to 32, and none of its weights is left without a use."""
+    net = build("fpn_mobilenetv4_small").eval()
+    plain = timm.create_model("mobilenetv4_conv_small", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    plain.load_state_dict(dict(zip(plain.state_dict(), net.backbone.net.state_dict().values(), strict=True)))
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        for ours, theirs in zip(net.backbone.maps(images), plain(images), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5 * theirs.abs().max())
+    net(random_images(2, 3, 64, 96)).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("options", [dict(arch="fpn_mobilenetv4_small"), dict(arch="fcn_resnet50"),
+                                     dict(backbone="timm/mobilenetv4_conv_small")], ids=str)
+def test_norms_of_several_processes_keep_their_activations(options):
+    """As train.py converts them for several GPUs."""
+    net = build_segmenter(unfreeze="all", **options).eval()
+    images = random_images(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(images)
+        converted = convert_sync_batchnorm(net)
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+        assert torch.allclose(converted(images), expected, atol=1e-5 * expected.abs().max())
 
 
 def test_the_auxiliary_loss_is_torchvisions():
@@ -90,7 +133,7 @@ def test_segformers_have_the_parameters_of_the_paper():
 
 
 @pytest.mark.parametrize("arch", [
-    pytest.param(arch, marks=() if arch in ("fcn_resnet50", "segformer_b0") else pytest.mark.long)
+    pytest.param(arch, marks=pytest.mark.long if arch in LARGE else ())
     for arch in BASELINES])
 def test_any_size_and_a_last_batch_of_one(arch):
     net = build(arch).train()
@@ -136,6 +179,28 @@ def test_resnet_weights_come_from_torchvisions_cache(torch_home):
     assert all(torch.equal(value, weights[name]) for name, value in state.items())
     with pytest.raises(InputError, match="https://download.pytorch.org/models/resnet101-.*hub/checkpoints"):
         build("deeplabv3_resnet101", weights="auto")
+
+
+def test_mobilenet_weights_come_from_torchvisions_cache(torch_home, tmp_path):
+    weights = mobilenet_v3_large().state_dict()
+    torch.save(weights, torch_home / "mobilenet_v3_large-8738ca79.pth")
+    state = build("lraspp_mobilenet_v3_large", weights="auto").backbone.net.state_dict()
+    assert {f"features.{name}" for name in state} == {name for name in weights if "classifier" not in name}
+    assert all(torch.equal(value, weights[f"features.{name}"]) for name, value in state.items())
+    whole = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21)
+    torch.save(whole.state_dict(), tmp_path / "coco.pth")
+    state = build("lraspp_mobilenet_v3_large", weights=str(tmp_path / "coco.pth")).backbone.net.state_dict()
+    assert all(torch.equal(value, whole.state_dict()[f"backbone.{name}"]) for name, value in state.items())
+
+
+def test_timm_weights_of_the_pyramid_come_from_a_file(tmp_path):
+    net = timm.create_model("mobilenetv4_conv_small")
+    torch.save(net.state_dict(), tmp_path / "imagenet.pth")
+    state = build("fpn_mobilenetv4_small", weights=str(tmp_path / "imagenet.pth")).backbone.net.state_dict()
+    for value, expected in zip(state.values(), net.state_dict().values(), strict=False):  # it has more behind
+        assert torch.equal(value, expected)
+    with pytest.raises(InputError, match="mobilenetv4_conv_small.*--weights none"):
+        build("fpn_mobilenetv4_small", weights="auto")
 
 
 def test_the_encoder_of_a_whole_network_file_is_read(torch_home, tmp_path):

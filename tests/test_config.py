@@ -145,9 +145,13 @@ def test_every_option_says_what_it_affects_and_where_it_has_meaning(name):
     assert metadata["affects"] in ("features", "head", "run", "nothing") and metadata["help"]
     if "only" in metadata:
         option, *values = metadata["only"]
-        known = FIELDS[option].metadata.get("choices") or names(FIELDS[option].metadata["kind"])
-        known = [*known, "dinov2"] if option == "arch" else known
-        assert set(values) <= set(known)
+        given = dataclasses.replace(TrainConfig(), **{option: values[0] if values else "something"})
+        assert has_meaning(name, given)
+        if values:
+            known = FIELDS[option].metadata.get("choices") or names(FIELDS[option].metadata["kind"])
+            assert set(values) <= {*known, "dinov2"} if option == "arch" else set(values) <= set(known)
+        else:
+            assert not has_meaning(name, TrainConfig()) and option in FIELDS
     config.check_resumed({name: saved[name]}, saved)
     if metadata["affects"] == "nothing" or metadata.get("may_grow"):
         config.check_resumed({name: "another value"}, saved)

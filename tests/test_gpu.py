@@ -13,13 +13,15 @@ from conftest import build, targets_of, tiny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine import Objective
+from engine import Distillation, Objective
 from inference.predictor import Predictor, make_protocol
 from inference.video import Paint
 from losses import LOSSES, Criterion
 from metrics import ConfusionMatrix
+from models.backbones import Part, features_of_parts
 from models.baselines import BASELINES
 from models.heads import HEADS
+from models.teacher import Teacher, WithTeacher
 from visualize import color_table
 
 CUDA = torch.device("cuda")
@@ -66,6 +68,24 @@ def test_every_network_takes_a_loss_and_a_confusion_matrix_on_the_gpu(options, n
         matrix.update(preds, masks)
     devices = {value.device.type for value in (loss, preds, weight, matrix.counts, *terms.values())}
     assert devices == {"cuda"} and preds.shape == masks.shape
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_student_learns_from_its_teacher_on_the_gpu(cached, no_engine):
+    student = on_gpu(build(arch="fpn_mobilenetv4_small", unfreeze="all")).train()
+    teacher = Teacher(on_gpu(tiny(head="detail").eval()), (42, 56))
+    with FAKE:
+        images = fake_images()
+        targets = {"mask": images[:, 0]}
+        if cached:
+            both = WithTeacher(student.eval(), teacher)
+            parts = both.compute_parts(both.cached_parts(), images)
+            targets["teacher"] = parts[Part("teacher")]
+            images = features_of_parts({Part("image"): parts[Part("image")]}, both.geometry(SIZE))
+        objective = Distillation(student, Criterion("ce"), 1.0, 2.0, None if cached else teacher)
+        loss, terms, preds, weight = objective(images, targets)
+    assert {value.device.type for value in (loss, preds, weight, *terms.values())} == {"cuda"}
+    assert preds.shape == (2, *SIZE)
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "lovasz"])
