@@ -86,10 +86,11 @@ def make_pipeline(args, reader, predictor, background, shares, writer):
 
     each_awaited = reader.drops or args.show
     default_batch = 1 if each_awaited else 8 if on_gpu else 2
-    # a GPU has the next batch while the last one is fetched
-    ahead = int(on_gpu and not each_awaited)
-    return Pipeline(reader, FrameSegmenter(predictor, paint), draw, writer, args.batch_size or default_batch,
-                    args.max_frames, show_frame if args.show else None, ahead)
+    segmenter = FrameSegmenter(predictor, paint)
+    # it has the next batch while the last one is fetched
+    ahead = int(segmenter.runs_ahead and not each_awaited)
+    return Pipeline(reader, segmenter, draw, writer, args.batch_size or default_batch, args.max_frames,
+                    show_frame if args.show else None, ahead)
 
 
 def show_frame(frame):

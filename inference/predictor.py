@@ -20,7 +20,7 @@ from config import InputError
 from dataio.image_rule import ImageRule
 from dataio.resizing import continued, resize_image, window_starts
 from inference.backends import ExportedModel, convert, is_installed
-from models.upsampling import BLOCK_VALUES, block_slices, class_ids, geometry_of, pixels
+from models.upsampling import BLOCK_VALUES, block_slices, class_ids, class_map, geometry_of, pixels
 from utils import Precision, pick_device, shortest_time
 
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta ms
@@ -472,7 +472,34 @@ class Predictor:
 
     def label_maps(self, images):
         """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the device."""
-        return torch.stack(self.predict_at(images, [tuple(images.shape[-2:])] * len(images)))
+        return self.begin(images)()
+
+    def begin(self, images, submit=None):
+        """Begin to predict images (B, 3, H, W) uint8 at their own size; return a function that returns their
+        label maps (B, H, W) uint8 on the device, as predict_at does, on a CPU but for ties.
+
+        submit: that of an Executor, in whose thread the network runs until then. Raises InputError.
+        """
+        check_images(images)
+        size, protocol = tuple(images.shape[-2:]), self.protocol
+        many = protocol.tile or protocol.flip or len(protocol.scales) > 1
+
+        def network():
+            if self.device.type != "cpu" or many:
+                return self.predict_at(images, [size] * len(images))
+            return next(views_of(self.model, images, protocol, self.precision))
+
+        def maps(result):
+            if isinstance(result, list):
+                return torch.stack(result)
+            logits, geometry = result
+            return torch.stack([class_map(values, geometry, size) for values in logits.split(1)])
+
+        if submit is None:
+            result = network()
+            return lambda: maps(result)
+        future = submit(network)
+        return lambda: maps(future.result())
 
     def __call__(self, images):
         return self.label_maps(images).cpu().numpy()

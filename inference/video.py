@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from config import InputError
+from inference.backends import ExportedModel
 from inference.times import FileTimeline, Timeline, av, seconds_of
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once; its complaints come as one line instead
@@ -464,7 +466,8 @@ class WriteBehind:
 
 # --- segmenting, and painting on a GPU --------------------------------------------------------------------
 class FrameSegmenter:
-    """The `segment` of a Pipeline. On a GPU it begins with a batch, and nothing but its result waits.
+    """The `segment` of a Pipeline. On a GPU it begins with a batch, and nothing but its result waits; so it
+    does with the runtime of an ExportedModel, in a thread.
 
     predictor: a Predictor; paint: a Paint, None = frames as they are. Memory that is pinned lets copies run
     beside the GPU's work; torch keeps and reuses it.
@@ -473,6 +476,13 @@ class FrameSegmenter:
     def __init__(self, predictor, paint=None):
         self.predictor, self.paint, self.device = predictor, paint, predictor.device
         self.pinned = self.device.type == "cuda"
+        # two threads of torch would fight for its pool of threads
+        self.thread = ThreadPoolExecutor(1) if isinstance(predictor.model, ExportedModel) else None
+
+    @property
+    def runs_ahead(self):
+        """Whether a batch can be begun before the last one is fetched."""
+        return self.pinned or self.thread is not None
 
     def fetch(self, values):
         """Begin to copy a tensor to the CPU; return where it will be."""
@@ -484,7 +494,11 @@ class FrameSegmenter:
         staged = torch.empty(len(frames), *frames[0].shape, dtype=torch.uint8, pin_memory=self.pinned)
         np.stack(frames, out=staged.numpy())
         images = staged.to(self.device, non_blocking=True)  # (n, H, W, 3)
-        preds = self.predictor.label_maps(self.predictor.rule.convert_frames(images.permute(0, 3, 1, 2)))
+        inputs = self.predictor.rule.convert_frames(images.permute(0, 3, 1, 2))
+        if self.device.type == "cpu" and not self.paint:
+            maps = self.predictor.begin(inputs, self.thread and self.thread.submit)
+            return lambda: list(zip(frames, maps().numpy(), strict=True))
+        preds = self.predictor.label_maps(inputs)
         drawn = self.fetch(self.paint(images, preds)).numpy() if self.paint else frames
         ids = self.fetch(preds).numpy()
         done = torch.cuda.current_stream(self.device).record_event() if self.pinned else None

@@ -12,6 +12,8 @@ in blocks that fit the cache of a processor they are several times cheaper, and 
 from functools import lru_cache
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -151,6 +153,31 @@ def label_maps(logits, geometry, sizes):
             pred[rows] = class_ids(pixels(single, geometry, size, rows))[0]
         preds.append(pred)
     return preds
+
+
+def class_map(logits, geometry, size):
+    """Return the class ids (H, W) uint8 of logits (1, K, h, w) on the CPU, at `size` = (H, W): as label_maps
+    does, but where two classes are as good as tied. Class by class in OpenCV it takes a half to a third of
+    the time, for frames of a video.
+    """
+    (height, width), top, left, best = geometry.size, geometry.top, geometry.left, None
+    for id, plane in enumerate(logits[0].float().numpy()):
+        plane = resized_plane(plane, geometry.covered)[top:top + height, left:left + width]
+        plane = resized_plane(cv2.flip(plane, 1) if geometry.mirrored else plane, size)
+        if best is None:
+            best, ids = plane.copy(), np.zeros(size, np.uint8)
+            continue
+        better = cv2.compare(plane, best, cv2.CMP_GT)  # 255 where it is larger
+        cv2.max(plane, best, dst=best)
+        cv2.max(ids, better & np.uint8(id), dst=ids)  # ids rise: the larger one is the later one
+    return torch.from_numpy(ids)
+
+
+def resized_plane(plane, size):
+    """Resize (h, w) float32 to `size` = (H, W), bilinear, half-pixel centers, no antialiasing."""
+    if plane.shape == tuple(size):
+        return plane
+    return cv2.resize(plane, tuple(size)[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 # --- losses a block at a time -----------------------------------------------------------------------------

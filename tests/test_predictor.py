@@ -1,4 +1,6 @@
 """Prediction at an image's own size against loops written out: whole, windows, tiles, views."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,20 @@ def predictor_of(net, protocol):
 def predict(net, images, protocol):
     """Return the label maps (B, H, W) of images (B, 3, H, W), in float32."""
     return predictor_of(net, protocol).label_maps(images)
+
+
+@pytest.mark.parametrize(("kind", "tta"), [("whole", ""), ("slide", ""), ("whole", "ms,flip"), ("tile", "")])
+def test_what_is_begun_in_a_thread_is_what_is_predicted_at_once(kind, tta):
+    images = random_images(3, 3, 45, 61)
+    predictor = predictor_of(local(), make_protocol(kind, tta, (24, 20)))
+    at_once = torch.stack(predictor.predict_at(images, [(45, 61)] * 3))
+    with ThreadPoolExecutor(1) as thread:
+        begun = [predictor.begin(images[first:], thread.submit) for first in (0, 1)]
+        results = [predictor.label_maps(images), *(finish() for finish in begun)]
+    for own, expected in zip(results, (at_once, at_once, at_once[1:]), strict=True):
+        assert own.shape == expected.shape and (own == expected).float().mean() > 0.999
+    with refused("uint8"):
+        predictor.begin(images.float())
 
 
 def resized(values, size):

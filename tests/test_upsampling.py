@@ -9,7 +9,8 @@ from torch import nn
 from losses import LOSSES, Criterion
 from models import upsampling
 from models.heads import logits_of
-from models.upsampling import Geometry, block_slices, class_ids, geometry_of, label_maps, pixel_loss, pixels
+from models.upsampling import (Geometry, block_slices, class_ids, class_map, geometry_of, label_maps,
+                               pixel_loss, pixels)
 
 
 def values(*size, seed=0):
@@ -74,6 +75,22 @@ def test_label_maps_are_the_argmax_of_each_image_at_its_size(block, monkeypatch)
     for index, pred in enumerate(label_maps(logits, geometry, sizes)):
         expected = F.interpolate(want[index:index + 1], size=sizes[index], mode="bilinear").argmax(1)[0]
         assert pred.shape == sizes[index] and (pred.long() == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (1, 1), (46, 33), "pixels"])
+@pytest.mark.parametrize(("stretched", "mirrored"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("size", [(45, 61), (90, 122), (31, 17), (300, 777)])
+@pytest.mark.parametrize("classes", [1, 2, 21])
+def test_class_maps_class_by_class_are_label_maps(grid, stretched, mirrored, size, classes):
+    geometry = geometry_of((45, 61), 14, 4, stretched)._replace(mirrored=mirrored)
+    logits = values(1, classes, *(geometry.covered if grid == "pixels" else grid))
+    expected, (pred,) = pixels(logits, geometry, size), label_maps(logits, geometry, [size])
+    best = expected[0].topk(min(2, classes), 0).values
+    sure = best[0] - best[-1] > 1e-4 if classes > 1 else torch.ones(size, dtype=bool)
+    own = class_map(logits, geometry, size)
+    assert own.dtype == torch.uint8 and own.shape == size and sure.float().mean() > 0.99
+    assert torch.equal(own[sure], pred[sure])
+    assert (class_map(torch.zeros_like(logits), geometry, size) == 0).all()  # the first of equals
 
 
 @pytest.mark.parametrize("head", ["bn", "unet", "deconv", "deconv-resize"])

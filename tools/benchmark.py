@@ -57,6 +57,7 @@ import statistics
 import tempfile
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,11 +84,12 @@ from datasets import load_data
 from inference.backends import is_installed
 from inference.predictor import Predictor, choose_protocol, make_protocol
 from inference.rasters import MaskFile, save_polygons, segment
-from inference.video import VideoReader, VideoWriter
+from inference.video import VideoReader, VideoWriter, draw_rate
 from infer_video import make_pipeline
 from losses import Criterion
 from model import ModelSpec, build_model
 from tools.robot import LEARNERS, Pictures, paint, score
+from visualize import background_id, color_table, overlay
 
 CLASSES = [(f"class {id}", (id, id, id)) for id in range(21)]  # classes of the models that are made here
 LR, WORKERS = 1e-3, min(8, os.cpu_count() or 1)
@@ -309,12 +311,46 @@ def network_rate(predictor, batch_size, calls=5):
     return batch_size / utils.shortest_time(run_once, rounds=calls)
 
 
+def stage_costs(predictor, source, target, count):
+    """Return {stage: CPU milliseconds per frame} of what infer_video.py does with `count` frames, one stage
+    after the other and one frame at a time, of all threads.
+    """
+    reader, costs = VideoReader(source), {}
+    table, keep = color_table(predictor.classes), background_id(predictor.classes)
+
+    def measured(stage, function, *columns):
+        start = time.process_time()
+        results = [function(*row) for row in zip(*columns, strict=True)]
+        costs[stage] = 1000 * (time.process_time() - start) / count
+        return results
+
+    def draw(frame, pred):
+        draw_rate(overlay(frame, pred.numpy()[0], table, 0.5, keep, out=frame), 1.0)
+
+    (frames,) = measured("decode", lambda count: list(islice(reader, count)), [count])
+    images = [predictor.rule.convert_frames(torch.from_numpy(frame).permute(2, 0, 1)[None])
+              for frame in frames]
+    predictor.begin(images[0])
+    begun = measured("resize, network", predictor.begin, images)
+    preds = measured("label map", lambda finish: finish(), begun)
+    measured("overlay", draw, frames, preds)
+
+    def encode(frames):
+        with VideoWriter(target, reader.size, reader.fps) as writer:
+            for frame in frames:
+                writer.write(frame)
+
+    measured("encode", encode, [frames])
+    return costs
+
+
 def benchmark_infer(args):
     """Segment a clip by a plain loop and by infer_video.py's pipeline, in every backend that is installed.
 
     model_share: end-to-end rate / rate of the network alone, measured just before and after; equal: share of
     the pixels that have the class which the same pipeline gives in float32 torch, so that it says what
-    precision and backend change. The plain loop resizes without antialiasing, which changes more.
+    precision and backend change. The plain loop resizes without antialiasing, which changes more. Of a CPU,
+    `stages` says what each of them costs.
     """
     if not args.input:
         raise InputError("--input is missing: give the clip to segment")
@@ -335,6 +371,8 @@ def benchmark_infer(args):
                                                    args.batch_size, args.images)
                 seconds[name].append(duration)
                 network_rates[name].append(network_rate(predictor, args.batch_size))
+        stages = [dict(name=name, **stage_costs(predictor, args.input, target, len(preds[name])))
+                  for name, predictor in predictors.items() if device.type == "cpu"]
     rows, expected = [], preds[FLOAT32]
     for name in variants:
         rate = len(expected) / statistics.median(seconds[name])
@@ -344,7 +382,7 @@ def benchmark_infer(args):
                          equal=statistics.mean(equal)))
         rows[-1]["ratio"] = rate / rows[0]["frames_per_s"]
     return dict(clip=Path(args.input).name, frames=len(expected), model=str(args.model),
-                imgsz=list(predictors[FLOAT32].protocol.window), rows=rows)
+                imgsz=list(predictors[FLOAT32].protocol.window), rows=rows, stages=stages)
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -487,6 +525,15 @@ CASES = {"train": benchmark_train, "infer": benchmark_infer, "memory": benchmark
          "label": benchmark_label, "gpu": benchmark_gpu}
 
 
+def as_table(rows):
+    """Return dicts with the same keys as a Markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1)]
+    for row in rows:
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main():
     """Measure, print, write."""
     args = parse_args()
@@ -495,12 +542,10 @@ def main():
     result = {"device": str(device), "precision": str(utils.Precision("auto", device)),
               "torch": torch.__version__, "threads": torch.get_num_threads(),
               "batch_size": args.batch_size, "imgsz": args.imgsz, **result}
-    lines = ["| " + " | ".join(result["rows"][0]) + " |", "|---|" + "---:|" * (len(result["rows"][0]) - 1)]
-    for row in result["rows"]:
-        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    facts = " ".join(f"{key}={value}" for key, value in result.items() if key != "rows")
-    print(facts + "\n\n" + "\n".join(lines))
+    facts = " ".join(f"{key}={value}" for key, value in result.items() if key not in ("rows", "stages"))
+    print(f"{facts}\n\n{as_table(result['rows'])}")
+    if stages := result.get("stages"):
+        print(f"\nCPU milliseconds per frame, of all threads, one stage after the other\n{as_table(stages)}")
     path = Path(args.out_dir) / f"benchmark_{args.case}.json"
     utils.write_text(path, json.dumps(utils.finite(result), indent=1))
     print(f"\nwritten: {path}")
