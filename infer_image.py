@@ -3,11 +3,13 @@
     python infer_image.py --input photo.jpg
     python infer_image.py --input photos/ "more/**/*.png" --model outputs/best_model_iou.pth --alpha 0.6
     python infer_image.py --input @list.txt --skip-done             # a path per line; go on after a crash
+    python infer_image.py --input shards/*.tar "pipe:curl -s https://host/9.tar"     # of WebDataset
     torchrun --nproc-per-node 4 infer_image.py --input photos/      # four GPUs share out the images
 
 Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
 class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. <name> is the
-file's without its ending; of a.jpg beside a.png in one folder it is a_jpg. A file that cannot be read is
+file's without its ending; of a.jpg beside a.png in one folder it is a_jpg. Results of tar files are in
+folders of their names. A file that cannot be read is
 reported and skipped; the exit code is then 1.
 """
 from config import (add_image_flags, add_overlay_flags, add_run_flags, fraction, inference_parser,
@@ -17,8 +19,8 @@ from config import (add_image_flags, add_overlay_flags, add_run_flags, fraction,
 def parse_args():
     """Return the flags."""
     parser = inference_parser(__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="image files, folders, globs, or @FILE: a "
-                        "list with one of these per line")
+    parser.add_argument("--input", nargs="+", required=True, help="image files, folders, globs, tar files of "
+                        "images, pipe:COMMAND that prints one, or @FILE: a list with one of these per line")
     parser.add_argument("--skip-done", action="store_true", help="leave out images of which an earlier run "
                         "with the same model and flags has written everything")
     add_overlay_flags(parser)
@@ -49,6 +51,7 @@ import itertools
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +63,7 @@ import visualize
 from checkpoint import load_model
 from config import InputError, check_image_flags, count_of, one_line
 from dataio.images import IMAGE_ENDINGS, READERS, largest_first
+from dataio.shards import PIPE, is_shard, shard_names, unpacked
 from dataio.windows import Raster, is_raster
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
@@ -67,26 +71,35 @@ from inference.rasters import MaskFile, read_small, save_polygons, segment
 from inference.video import ReadAhead, WriteBehind
 from models.weights import hash_state
 
-RESULTS = "inference_results_image"
-PSEUDO_LABELS = f"{RESULTS}/pseudo_labels"
+RESULTS, PSEUDO_LABELS = "inference_results_image", "pseudo_labels"
 
 
 # --- what is read -----------------------------------------------------------------------------------------
 class Source(NamedTuple):
-    """An image file and the name of its results."""
+    """An image file, the name of its results, and what it is called where it lies in a shard."""
 
     path: Path
     name: str
+    member: str = ""
+
+    @property
+    def title(self):
+        """What users call it."""
+        return self.member or str(self.path)
 
 
 def find_inputs(inputs):
-    """Return the image files behind files, folders, globs and lists of these, without repeats. Raises
-    InputError.
+    """Return the image files behind files, folders, globs and lists of these, without repeats, and the shards
+    among them as text. Raises InputError.
     """
-    paths = []
+    paths, shards = [], []
     for text in itertools.chain.from_iterable(map(listed, inputs)):
         path = Path(text)
-        if path.is_dir():
+        if is_shard(text):
+            files = [text] if text.startswith(PIPE) or path.is_file() else sorted(glob.glob(text))
+            shards += files
+            reason = "is not a file or a pattern that matches one"
+        elif path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS
                            and not file.name.startswith(".") and file.is_file())
             pictures = [file for file in files if file.suffix.lower() not in READERS]
@@ -98,8 +111,8 @@ def find_inputs(inputs):
             reason = "is not a file, a folder or a pattern that matches one"
         if not files:
             raise InputError(f"--input {text} {reason}")
-        paths += files
-    return list(dict.fromkeys(paths))
+        paths += [] if is_shard(text) else files
+    return list(dict.fromkeys(paths)), list(dict.fromkeys(shards))
 
 
 def listed(text):
@@ -133,7 +146,7 @@ def output_names(paths):
 def check_inputs(args, paths, tiled):
     """Raise InputError where flags do not fit the images. tiled: whether TIFFs are read in tiles."""
     pseudo_labels = args.min_confidence is not None
-    folder = Path(args.out_dir) / PSEUDO_LABELS
+    folder = Path(args.out_dir) / RESULTS / PSEUDO_LABELS
     if pseudo_labels and any(folder.resolve() in path.resolve().parents for path in paths):
         raise InputError(f"--min-confidence writes to {folder}, which contains --input: choose another "
                          "--out-dir")
@@ -155,15 +168,15 @@ def read_or_error(path, tiled, rule):
 
 # --- what is written --------------------------------------------------------------------------------------
 class ImageSegmenter:
-    """Segments images, and TIFFs in tiles, and writes what the flags ask for.
+    """Segments images, and TIFFs in tiles, and writes what the flags ask for, of a shard to a folder `name`.
 
     weights: their hash. before, noted: {path: line of the Journal} of images that an earlier run, and this
     process, has done.
     """
 
-    def __init__(self, args, predictor, weights):
+    def __init__(self, args, predictor, weights, name=""):
         self.args, self.predictor, self.classes = args, predictor, predictor.classes
-        self.folder = Path(args.out_dir) / RESULTS
+        self.folder = Path(args.out_dir) / RESULTS / name
         self.table = visualize.color_table(self.classes)
         self.background = visualize.background_id(self.classes)
         if args.cutout:
@@ -173,7 +186,7 @@ class ImageSegmenter:
         self.before, self.noted = {}, {}
         self.pseudo_labels = None
         if args.min_confidence is not None:
-            self.pseudo_labels = outputs.PseudoLabels(Path(args.out_dir) / PSEUDO_LABELS, self.classes,
+            self.pseudo_labels = outputs.PseudoLabels(self.folder / PSEUDO_LABELS, self.classes,
                                                       args.min_confidence)
 
     def facts(self, weights):
@@ -182,19 +195,38 @@ class ImageSegmenter:
         return dict({name: getattr(self.args, name) for name in names}, rule=self.predictor.rule.facts(),
                     weights=weights, views=str(self.predictor.protocol), classes=self.classes)
 
+    def has_done(self, shard, name):
+        """Return whether an earlier run has written everything of a shard with results called `name`."""
+        utils.make_folder(self.folder)
+        return self.args.skip_done and shard in self.journal.begin({shard: name})
+
+    def begin_shard(self, paths, shard, folder):
+        """Return the [Source] of the images of a shard, which lie in `folder`."""
+        self.journal.forget()
+        if self.pseudo_labels:
+            self.pseudo_labels.begin()
+        return [Source(path, name, f"{shard}/{path.relative_to(folder).as_posix()}")
+                for path, name in zip(paths, output_names(paths), strict=True)]
+
+    def end_shard(self, shard, name, state):
+        """Note that everything of a shard is written; state: its file_state before it was read."""
+        files = [self.folder / file for line in self.noted.values() for file in line["files"]]
+        self.journal.forget()
+        self.journal.add(shard, name, state, files)
+
     def begin(self, paths):
         """Return the [Source] of the paths that are to be segmented: all, or what an earlier run left."""
         utils.make_folder(self.folder)
         sources = [Source(*pair) for pair in zip(paths, output_names(paths), strict=True)]
         if self.args.skip_done:
-            self.before = self.journal.begin({str(path): name for path, name in sources})
+            self.before = self.journal.begin({str(path): name for path, name, _ in sources})
         else:
             self.journal.forget()
         if self.pseudo_labels and not self.before:
             self.pseudo_labels.begin()
         sources = [source for source in sources if str(source.path) not in self.before]
         if utils.world_size() > 1:
-            sources = [sources[position] for position in largest_first([path for path, _ in sources])]
+            sources = [sources[number] for number in largest_first([source.path for source in sources])]
         return sources
 
     def overlay(self, image, pred):
@@ -214,12 +246,12 @@ class ImageSegmenter:
         shares = outputs.ClassShares(self.classes).add(pred, scores.confidence if scores else None)
         writer.put(pixels, pred, scores, source, state, shares)
         if self.args.show:
-            visualize.show_window(self.overlay(pixels, pred), str(source.path), 0)
+            visualize.show_window(self.overlay(pixels, pred), source.title, 0)
         return shares
 
     def save(self, image, pred, scores, source, state, shares):
         """Write what belongs to one image (H, W, 3); scores: its Scores, None where they are not needed."""
-        args, bits, (path, name), files, noted = self.args, self.args.bits or 8, source, [], {}
+        args, bits, (path, name, _), files, noted = self.args, self.args.bits or 8, source, [], {}
 
         def target(ending):
             files.append(self.folder / f"{name}{ending}")
@@ -252,8 +284,9 @@ class ImageSegmenter:
     def note(self, source, state, size, shares, files, noted):
         """Note that all files of an image of `size` are written, and what becomes part of those of all."""
         if self.args.json:
-            noted["shares"] = shares.entry(source.path, size)
-        self.noted[str(source.path)] = self.journal.add(*source, state, files, **noted)
+            noted["shares"] = shares.entry(source.title, size)
+        path, name, _ = source
+        self.noted[str(path)] = self.journal.add(path, name, state, files, **noted)
 
     def segment_raster(self, raster, source, state, stop):
         """Write the mask, a small overlay and more of the Raster of a Source; return its ClassShares.
@@ -303,7 +336,7 @@ def segment_all(segmenter, sources, stop):
     """Segment [Source] until a StopOnSignal asks to stop; return how many (are done, could not be read)."""
     predictor, done, failed = segmenter.predictor, 0, 0
     reading = ((outputs.file_state(path), read_or_error(path, predictor.protocol.tile, predictor.rule))
-               for path, _ in sources)
+               for path, *_ in sources)
     # the next files are read and the last ones written while the model computes
     with (ReadAhead(reading, stop=stop) as results, WriteBehind(segmenter.save) as writer,
           tqdm(total=len(sources), desc="images", leave=False,
@@ -328,9 +361,53 @@ def segment_all(segmenter, sources, stop):
                 break
             if not isinstance(result, Raster):  # what is wrong with the model here is so for all images
                 shares = segmenter.segment_image(result, source, state, writer)
-            tqdm.write(f"{source.path}: {shares}")
+            tqdm.write(f"{source.title}: {shares}")
             done += 1
     return done, failed
+
+
+def segment_paths(segmenter, paths, stop):
+    """Segment image files, shared out among the processes; return how many (are done, could not be read) of
+    all, and how many were done before.
+    """
+    sources = utils.from_main(segmenter.begin, paths)
+    counts = segment_all(segmenter, sources[utils.rank()::utils.world_size()], stop)
+    everywhere = utils.all_gather((*counts, segmenter.noted))
+    noted = {path: line for *_, lines in everywhere for path, line in lines.items()}
+    if utils.is_main_process() and (noted or segmenter.before):
+        segmenter.finish(paths, noted)
+    done, failed = (sum(counts[place] for counts in everywhere) for place in (0, 1))
+    return done, failed, len(paths) - len(sources)
+
+
+def segment_shards(new_segmenter, shards, out_dir, stop):
+    """Segment what shards hold, shard by shard, each unpacked for as long as it takes; returns as
+    segment_paths does, in shards where those cannot be read or were done before.
+
+    new_segmenter: name of a shard -> ImageSegmenter. The processes share out the shards.
+    """
+    total = [0, 0, 0]
+    names = shard_names(shards)
+    for shard, name in list(zip(shards, names, strict=True))[utils.rank()::utils.world_size()]:
+        if stop.asked:
+            break
+        segmenter, folder, state = new_segmenter(name), Path(out_dir) / f".{name}", outputs.file_state(shard)
+        if segmenter.has_done(shard, name):
+            total[2] += 1
+            continue
+        try:
+            with unpacked(shard, folder) as paths:
+                sources = segmenter.begin_shard(paths, shard, folder)
+                done, failed = segment_all(segmenter, sources, stop)
+                if segmenter.noted:
+                    segmenter.finish(paths, segmenter.noted)
+        except InputError as error:
+            done, failed = 0, 1
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if not failed and not stop.asked:
+            segmenter.end_shard(shard, name, state)
+        total[:2] = total[0] + done, total[1] + failed
+    return [sum(counts) for counts in zip(*utils.all_gather(total), strict=True)]
 
 
 def main():
@@ -341,7 +418,7 @@ def main():
     if args.show:
         visualize.require_display()
     device = utils.init_distributed(utils.pick_device(args.device))
-    paths = utils.from_main(find_inputs, args.input)
+    paths, shards = utils.from_main(find_inputs, args.input)
     check_inputs(args, paths, args.protocol == "tile")  # before a model is loaded, as far as it is known
     with utils.main_process_first():  # it may download
         model, checkpoint = load_model(args.model)
@@ -349,26 +426,26 @@ def main():
     check_inputs(args, paths, protocol.tile)
     weights = checkpoint.get("file_sha256") or hash_state(model.state_dict())
     backend = "torch" if args.backend == "auto" and utils.world_size() > 1 else args.backend  # alike in all
-    predictor = Predictor(model, checkpoint, device, protocol, backend, len(paths))
+    predictor = Predictor(model, checkpoint, device, protocol, backend, None if shards else len(paths))
     predictor.rule = predictor.rule.told(bands, value_range)
-    segmenter = ImageSegmenter(args, predictor, weights)
-    sources = utils.from_main(segmenter.begin, paths)
+    new_segmenter = partial(ImageSegmenter, args, predictor, weights)
+    done = failed = before = 0
     with utils.StopOnSignal() as stop:
-        counts = segment_all(segmenter, sources[utils.rank()::utils.world_size()], stop)
-        everywhere = utils.all_gather((*counts, segmenter.noted))
-        done, failed = (sum(counts[place] for counts in everywhere) for place in (0, 1))
-        noted = {path: line for *_, lines in everywhere for path, line in lines.items()}
-        if utils.is_main_process() and (noted or segmenter.before):
-            segmenter.finish(paths, noted)
+        if paths:
+            done, failed, before = segment_paths(new_segmenter(), paths, stop)
+        if shards:
+            own = segment_shards(new_segmenter, shards, utils.make_folder(args.out_dir), stop)
+            done, failed, before = map(sum, zip((done, failed, before), own, strict=True))
         utils.barrier()  # torchrun ends all where one ends with an error
     if not predictor.rule.is_plain:
         print(f"images: {predictor.rule}")
-    skipped = f", {len(paths) - len(sources)} were done before" if len(sources) < len(paths) else ""
-    print(f"{done} of {count_of(len(paths), 'image')} segmented{skipped} ({predictor}); overlays, masks and "
-          f"legend.png are in {segmenter.folder}")
+    of = f"images of {count_of(len(shards), 'shard')}" if shards else f"of {count_of(len(paths), 'image')}"
+    skipped = f", {before} were done before" if before else ""
+    print(f"{done} {of} segmented{skipped} ({predictor}); overlays, masks and legend.png are in "
+          f"{Path(args.out_dir) / RESULTS}")
     if stop.asked:
         return 128 + stop.asked
-    return 0 if not failed else 1 if failed < len(paths) else 2
+    return 0 if not failed else 1 if done or before else 2
 
 
 if __name__ == "__main__":

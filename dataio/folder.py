@@ -16,6 +16,7 @@ from dataio.layout import refuse_unpaired
 from dataio.images import read_orientation, upright_size
 from dataio.readers import DataSource
 from dataio.scan import fits, scan_mask
+from dataio.shards import training_folder
 from dataio.stratify import share_table, split_samples
 from utils import in_parallel
 
@@ -30,6 +31,7 @@ def folder(root, options, download=False, check=""):
     where these are others than --data-root. Raises InputError.
     """
     check_root(root)
+    root = training_folder(root)
     content = find_masks(root, options.skip_bad_labels)
     if any(content.bad_labels.values()) and not options.skip_bad_labels:  # on lists: the others are refused
         raise InputError(report(content.bad_labels, root))
