@@ -340,6 +340,9 @@ class Run:
             raise InputError(f"last.pth has no {', '.join(sorted(missing))}: it is not the last.pth of a run")
         schema.check(schema.Resumed, saved, "last.pth")
         self.check_facts(saved)
+        if saved["origins"].get("teacher_sha256") != self.origins.get("teacher_sha256"):
+            raise InputError("--teacher: the file has changed since the run was started: restore it, or "
+                             "start a new run without --resume")
         if len(set(utils.all_gather((saved["epoch"], saved["step"])))) > 1:
             raise InputError("the run was saved while these processes read its last.pth: start them again")
         model = self.state.model

@@ -108,7 +108,8 @@ class Run:
         settings = {name: config.get(name, utils.finite(field.default)) for name, field in FIELDS.items()
                     if name not in {*ignored, *fields_affecting("nothing")}}
         scored = [protocol[name] for name in ("views", "split", "dataset")]
-        trained = [config.get(name) for name in ("processes", "data_fingerprint", "extra_fingerprint")]
+        trained = [config.get(name) for name in ("processes", "data_fingerprint", "extra_fingerprint",
+                                                 "teacher_sha256")]
         number_of_folds = config.get("fold", ())[1:]
         return repr((settings, self.model.name, scored, trained, number_of_folds))
 

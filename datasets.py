@@ -23,11 +23,14 @@ from dataio import streets as drawn
 from dataio.classes import ADE20K, AEROSCAPES, CAMVID, CITYSCAPES, CITYSCAPES_IDS, PET, STREETS, VOC
 from dataio.contents import hash_contents, paths_in
 from dataio.folder import folder, refuse_file
+from dataio.images import IMAGE_ENDINGS
 from dataio.labels import class_file
-from dataio.layout import NoMasks, existing, list_images, pair_files, read_list
+from dataio.layout import (MASK_FOLDERS, OTHER_FOLDERS, NoMasks, existing, list_files, list_images,
+                           pair_files, read_list, words_of)
 from dataio.readers import (OUTSIDE, DataSource, PaintedMask, Sample, drawn_folder, index_table, read_mask,
                             unpack_color, value_table)
 from dataio.scan import fill_folder
+from dataio.shards import training_folder
 from dataio.stratify import count_pixels, share_table, split_samples
 from utils import evenly_sampled
 from visualize import background_id
@@ -377,14 +380,18 @@ def with_extra(source, root, labeled=True):
     names = [name for name, _ in source.classes]
     if not Path(root).is_dir():
         raise InputError(f"--extra {root} does not exist: give a folder of images and masks")
+    root = training_folder(root)
     listed = class_file(Path(root))
     options = DataOptions(dataset="folder", data_root=str(root), val_fraction=0.0,
                           classes=() if listed else tuple(names))
     try:
         extra = folder(Path(root), options)
-    except NoMasks:
+    except NoMasks as error:
         if labeled:
             raise
+        if other := file_beside_photos(Path(root)):
+            raise InputError(f"{error}; of images alone, --teacher says what there is, and {other} looks "
+                             "like labels: correct them, or move them away") from None
         return with_unlabeled(source, root)
     unknown = [name for name, _ in extra.classes if name not in names]
     if unknown:
@@ -401,6 +408,15 @@ def with_extra(source, root, labeled=True):
         notes.append(f"{len(samples) - len(new)} of --extra are in {source.name} already: left out")
     return dataclasses.replace(source, table=table, extra=rewritten(new, extra.table, codes, root),
                                notes=[*source.notes, *notes])
+
+
+def file_beside_photos(root):
+    """Return a file below a folder that may hold labels, by its ending or the names of folders, or None."""
+    for path in list_files(root):
+        words = {word for part in path.relative_to(root).parts[:-1] for word in words_of(part)}
+        if path.suffix.lower() not in IMAGE_ENDINGS or words & (MASK_FOLDERS | OTHER_FOLDERS):
+            return path
+    return None
 
 
 def with_unlabeled(source, root):

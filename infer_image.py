@@ -50,7 +50,9 @@ import glob
 import itertools
 import json
 import re
+import shutil
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +65,7 @@ import visualize
 from checkpoint import load_model
 from config import InputError, check_image_flags, count_of, one_line
 from dataio.images import IMAGE_ENDINGS, READERS, largest_first
-from dataio.shards import PIPE, is_shard, shard_names, unpacked
+from dataio.shards import PIPE, is_shard, shard_names, unpack
 from dataio.windows import Raster, is_raster
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
@@ -72,6 +74,7 @@ from inference.video import ReadAhead, WriteBehind
 from models.weights import hash_state
 
 RESULTS, PSEUDO_LABELS = "inference_results_image", "pseudo_labels"
+UNPACKED = ".unpacked."  # begins the name of the folder in which the images of a shard lie meanwhile
 
 
 # --- what is read -----------------------------------------------------------------------------------------
@@ -96,7 +99,8 @@ def find_inputs(inputs):
     for text in itertools.chain.from_iterable(map(listed, inputs)):
         path = Path(text)
         if is_shard(text):
-            files = [text] if text.startswith(PIPE) or path.is_file() else sorted(glob.glob(text))
+            matches = [match for match in sorted(glob.glob(text, recursive=True)) if is_shard(match)]
+            files = [text] if text.startswith(PIPE) or path.is_file() else matches
             shards += files
             reason = "is not a file or a pattern that matches one"
         elif path.is_dir():
@@ -196,13 +200,21 @@ class ImageSegmenter:
                     weights=weights, views=str(self.predictor.protocol), classes=self.classes)
 
     def has_done(self, shard, name):
-        """Return whether an earlier run has written everything of a shard with results called `name`."""
-        utils.make_folder(self.folder)
-        return self.args.skip_done and shard in self.journal.begin({shard: name})
+        """Return whether an earlier run has written everything of a shard with results called `name`; what
+        others have written there is removed.
+        """
+        for leftover in utils.make_folder(self.folder).glob(f"{UNPACKED}*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        before = self.journal.files()
+        if self.args.skip_done and shard in self.journal.begin({shard: name}):
+            return True
+        for file in before:
+            file.unlink(missing_ok=True)
+        self.journal.forget()
+        return False
 
     def begin_shard(self, paths, shard, folder):
         """Return the [Source] of the images of a shard, which lie in `folder`."""
-        self.journal.forget()
         if self.pseudo_labels:
             self.pseudo_labels.begin()
         return [Source(path, name, f"{shard}/{path.relative_to(folder).as_posix()}")
@@ -211,6 +223,7 @@ class ImageSegmenter:
     def end_shard(self, shard, name, state):
         """Note that everything of a shard is written; state: its file_state before it was read."""
         files = [self.folder / file for line in self.noted.values() for file in line["files"]]
+        files += [path for path in map(self.folder.joinpath, ("coco.json", "shares.json")) if path.is_file()]
         self.journal.forget()
         self.journal.add(shard, name, state, files)
 
@@ -380,33 +393,38 @@ def segment_paths(segmenter, paths, stop):
     return done, failed, len(paths) - len(sources)
 
 
-def segment_shards(new_segmenter, shards, out_dir, stop):
+def segment_shards(new_segmenter, shards, stop):
     """Segment what shards hold, shard by shard, each unpacked for as long as it takes; returns as
     segment_paths does, in shards where those cannot be read or were done before.
 
     new_segmenter: name of a shard -> ImageSegmenter. The processes share out the shards.
     """
-    total = [0, 0, 0]
-    names = shard_names(shards)
+    total, names = [0, 0, 0], shard_names(shards)
     for shard, name in list(zip(shards, names, strict=True))[utils.rank()::utils.world_size()]:
         if stop.asked:
             break
-        segmenter, folder, state = new_segmenter(name), Path(out_dir) / f".{name}", outputs.file_state(shard)
+        segmenter, state = new_segmenter(name), outputs.file_state(shard)
         if segmenter.has_done(shard, name):
             total[2] += 1
             continue
-        try:
-            with unpacked(shard, folder) as paths:
-                sources = segmenter.begin_shard(paths, shard, folder)
-                done, failed = segment_all(segmenter, sources, stop)
-                if segmenter.noted:
-                    segmenter.finish(paths, segmenter.noted)
-        except InputError as error:
-            done, failed = 0, 1
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-        if not failed and not stop.asked:
-            segmenter.end_shard(shard, name, state)
+        with tempfile.TemporaryDirectory(prefix=UNPACKED, dir=segmenter.folder) as folder:
+            try:
+                paths, links = unpack(shard, folder, lambda: stop.asked)
+            except InputError as error:
+                total[1] += 1
+                tqdm.write(f"skipped: --input {error}", file=sys.stderr)
+                continue
+            if stop.asked:
+                break
+            if links:
+                tqdm.write(f"warning: {shard}: {count_of(links, 'link')} left out", file=sys.stderr)
+            check_inputs(segmenter.args, paths, segmenter.predictor.protocol.tile)
+            done, failed = segment_all(segmenter, segmenter.begin_shard(paths, shard, folder), stop)
+            if segmenter.noted:
+                segmenter.finish(paths, segmenter.noted)
         total[:2] = total[0] + done, total[1] + failed
+        if not stop.asked:
+            segmenter.end_shard(shard, name, state)
     return [sum(counts) for counts in zip(*utils.all_gather(total), strict=True)]
 
 
@@ -434,7 +452,7 @@ def main():
         if paths:
             done, failed, before = segment_paths(new_segmenter(), paths, stop)
         if shards:
-            own = segment_shards(new_segmenter, shards, utils.make_folder(args.out_dir), stop)
+            own = segment_shards(new_segmenter, shards, stop)
             done, failed, before = map(sum, zip((done, failed, before), own, strict=True))
         utils.barrier()  # torchrun ends all where one ends with an error
     if not predictor.rule.is_plain:

@@ -20,6 +20,7 @@ import shutil
 import statistics
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shlex import join, quote
@@ -52,7 +53,7 @@ from metrics import best_row, has_stalled
 from model import ModelSpec, build_model
 from models.backbones import origins
 from models.heads import HEADS
-from models.teacher import SameTeacher, Teacher, WithTeacher
+from models.teacher import Teacher, WithTeacher
 from models.weights import hash_state
 from utils import (evenly_sampled, init_distributed, is_background, is_main_process, main_process_first, rank,
                    world_size)
@@ -82,19 +83,24 @@ def with_budget(config, flags, data):
     views = f", {count_of(config.cache_views, 'view')} of every image cached" * bool(config.cache_features)
     height, width = config.train_imgsz or config.imgsz
     print(f"budget of {config.budget} minutes on two CPU cores: {length}, {config.batch_size} images of "
-          f"{height}x{width} at a time{views}")
+          f"{height}x{width} at a time{views}{'; the teacher takes time of its own' * bool(config.teacher)}")
     return config
 
 
-def image_rule(config, data, saved):
-    """Return the ImageRule of the data set; of a run that is resumed, that of its checkpoint `saved`. Raises
-    InputError for images that it does not fit.
+def image_rule(config, data, saved, taught):
+    """Return the ImageRule of the data set; of a run that is resumed, that of its checkpoint `saved`, and
+    where flags do not say, that of its teacher's checkpoint `taught`. Raises InputError for images that it
+    does not fit.
     """
     paths = [sample.image for sample in data.training]
     if saved:
         rule = ImageRule.of(saved.get("image_rule"), strict=True).showing(config.show_bands)
+    elif taught and not (config.bands or config.value_range):
+        rule = ImageRule.of(taught.get("image_rule"), strict=True).showing(config.show_bands)
     else:
         rule = decide_rule(paths, config.bands, config.value_range, config.show_bands)
+    if taught:
+        check_same_rule(config, ImageRule.of(taught.get("image_rule")), rule)
     check_fit(rule, [*paths, *(sample.image for sample in data.splits["val"])])
     return rule
 
@@ -122,22 +128,21 @@ def build_state(config, data, device):
     return engine.TrainState(model, optimizer, utils.Precision(config.amp, device), trained_on=trained_on)
 
 
-def load_teacher(config, data, device, folder):
-    """Return (the Teacher that a TrainConfig names, contents_of the images it was trained on). Raises
-    InputError for one of other classes or images, and for one that this run would move away.
+def load_teacher(config, data, folder):
+    """Return the Teacher that a TrainConfig names, on the CPU, and its checkpoint. Raises InputError for one
+    of other classes, and for one that this run would move away.
     """
     path = Path(config.teacher)
-    if not folder.owned and path.resolve().is_relative_to(folder.path.resolve()):
-        raise InputError(f"--teacher {path} lies in {folder.path}, which this run clears: give another "
-                         "--out-dir")
-    model, checkpoint = load_model(config.teacher)
+    with suppress(ValueError):
+        moves = path.resolve().relative_to(folder.path.resolve()).parts[0] in utils.RUN_OUTPUTS
+        if moves and not folder.owned:
+            raise InputError(f"--teacher {path} is of the run in {folder.path}, which this one would move "
+                             "away: give another --out-dir")
+    with main_process_first():  # it may download
+        model, checkpoint = load_model(config.teacher)
     if others := first_difference(checkpoint["classes"], data.classes):
         raise InputError(f"--teacher {path} has other classes than {data.name} ({others}): both need the "
                          "same ones in the same order")
-    rule = ImageRule.of(checkpoint.get("image_rule"))
-    if rule.facts() != data.rule.facts():
-        raise InputError(f"--teacher {path} reads images in another way ({rule}) than this run "
-                         f"({data.rule}): give --bands and --value-range as in its training")
     scale = checkpoint.get("config", {}).get("train_scale", "fit")
     if scale != config.train_scale:
         raise InputError(f"--teacher {path} was trained with --train-scale {scale}: give the same here")
@@ -147,7 +152,15 @@ def load_teacher(config, data, device, folder):
         seen = "as they come" if size is None else "at {}x{}".format(*size)
         print(f"teacher: {path} ({sha256[:16]}) sees images {seen}; weight {config.teacher_weight:g}, "
               f"temperature {config.temperature:g}")
-    return Teacher(model, size, sha256).to(device), checkpoint.get("trained_on", "")
+    return Teacher(model, size, sha256), checkpoint
+
+
+def check_same_rule(config, teacher_rule, rule):
+    """Raise InputError where a teacher reads images in another way than this run."""
+    facts = [dict(rule.facts(), fixed=None) for rule in (teacher_rule, rule)]
+    if facts[0] != facts[1]:
+        raise InputError(f"--teacher {config.teacher} reads images in another way ({teacher_rule}) than this "
+                         f"run ({rule}): leave out --bands and --value-range, which are then the teacher's")
 
 
 def training_pixels(config, data):
@@ -455,18 +468,17 @@ def run_training(flags, folder, saved=None):
     if is_open:
         config = with_budget(config, flags, data)
         print_settings(config)
-    data = dataclasses.replace(data, rule=image_rule(config, data, saved))
+    teacher, taught = load_teacher(config, data, folder) if config.teacher else (None, {})
+    data = dataclasses.replace(data, rule=image_rule(config, data, saved, taught))
     utils.seed_everything(config.seed)
     state = build_state(config, data, device)
+    state.trained_on = joined(state.trained_on, taught.get("trained_on", ""))
     check_effects(flags, config, state.model)
     check_targets(state.model.head, data)
-    teacher = None
-    if config.teacher:
-        teacher, trained_on = load_teacher(config, data, device, folder)
-        state.trained_on = joined(state.trained_on, trained_on)
-        state.keep("teacher", SameTeacher(teacher.sha256))
     visualize.require_trackers(config.log)
     weights_from = origins(config.backbone, config.weights) if config.arch == "dinov2" else {}
+    if teacher:
+        teacher, weights_from["teacher_sha256"] = teacher.to(device), teacher.sha256
     run = Run(state, dataclasses.asdict(config), data, folder, weights_from)
     if saved:
         run.restore(saved)
@@ -488,6 +500,8 @@ def run_training(flags, folder, saved=None):
                 objective = build_objective(config, state.model, criterion, teacher)
                 train_batches, val_batches = build_batches(config, data, state.model, state.precision,
                                                            teacher)
+                if config.cache_features:
+                    teacher = None  # its memory is free again
                 with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:
                     train_epochs(run, config, objective, train_batches, val_batches, trackers)
             else:

@@ -40,13 +40,15 @@ CONNECTION_LOST = ConnectionResetError, ConnectionRefusedError, EOFError
 
 # --- datasets ---------------------------------------------------------------------------------------------
 class SegmentationDataset(Dataset):
-    """Whole images, resized.
+    """Whole images, resized; in subclasses without whole_images, windows of them.
 
     Training (`augments` a tuple, maybe empty): image (C, h, w) and targets (h, w), all at `size`. Validation
     (`augments` None): image (C, h, w) at `size`, or as it is where `size` is empty; targets (H, W) at the
     size they are stored in. copy_paste: the CopyPaste of a training, or None. Raises InputError where not all
     samples have targets of the same names and kinds.
     """
+
+    whole_images = True
 
     def __init__(self, samples, table, size, augments=None, seed=0, rule=PICTURES, copy_paste=None):
         self.samples, self.table, self.size, self.rule = list(samples), table, tuple(size), rule
@@ -118,6 +120,8 @@ class WindowDataset(SegmentationDataset):
     likely as the others (as nnU-Net does, Isensee et al., Nature Methods 2021).
     """
 
+    whole_images = False
+
     def __init__(self, reader, size, augments=(), seed=0, balance=0.0, points=None):
         self.images = []  # index of the image of every item of an epoch
         for index, image_size in enumerate(reader.sizes):
@@ -166,6 +170,8 @@ class TileDataset(SegmentationDataset):
     No pixel counts twice: where the last tile of a row or column overlaps the tile before, its mask is
     ignored there. Images smaller than a tile are continued by their last pixels, which are not counted.
     """
+
+    whole_images = False
 
     def __init__(self, reader, size):
         self.reader, self.tiles = reader, []  # (index of the image, top, left)

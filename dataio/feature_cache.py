@@ -31,7 +31,7 @@ from dataio.contents import hash_contents, hash_file, state_of
 from dataio.dataloader import Batches, collate, naming_files
 from dataio.images import companions
 from dataio.readers import short_hash
-from models.backbones import features_of_parts
+from models.backbones import Part, features_of_parts
 from utils import acquire, barrier, is_out_of_memory, local_rank, local_world_size, write_text
 
 VERSION = 5  # of the format
@@ -141,7 +141,8 @@ class CachedDataset(Dataset):
     def collate(self, items):
         """Return (Features, targets, names) of items."""
         values, targets, names = collate(items)
-        targets.update({part.kind: values.pop(part) for part in list(values) if part.kind == "teacher"})
+        if Part("teacher") in values:
+            targets["teacher"] = values.pop(Part("teacher"))
         return features_of_parts(values, self.geometry), targets, names
 
 
@@ -158,7 +159,8 @@ def cache_features(model, dataset, folder, precision, views=1, workers=0):
     model.eval()  # BatchNorm of a frozen backbone must not learn from the images that are cached
     files, facts = plan_files(model, parts, dataset, folder, precision, views)
     if local_rank() == 0:
-        reserve(files, facts, folder, [] if dataset.augments or dataset.copy_paste else parts)
+        is_adopted = dataset.whole_images and not (dataset.augments or dataset.copy_paste)
+        reserve(files, facts, folder, parts if is_adopted else [])
     barrier()
     missing = [number for number in range(local_rank(), len(dataset) * views, local_world_size())
                if not all(file.has(number) for file in files.values())]

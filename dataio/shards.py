@@ -1,98 +1,166 @@
 """Tar files of images, as WebDataset writes them: what has one key belongs together, 000.jpg with 000.png.
 
-    with unpacked("shards/000.tar", "outputs/.000") as images:   # or "pipe:curl -s https://host/000.tar"
-        images                                                   # [Path] of its images, gone afterwards
+    photos, left_out = unpack("shards/000.tar", folder)          # or "pipe:curl -s https://host/000.tar"
     root = training_folder("shards")                             # train/000/images, train/000/masks, ...
 
 A tar file is read once, from its beginning to its end, so that it may come from anywhere. To train on, shards
-are unpacked into the user's cache (~/.cache/dinoseg/shards), once, a folder each.
+are unpacked into the user's cache (~/.cache/dinoseg/shards), each once.
 """
 import os
 import re
 import shutil
 import subprocess
 import tarfile
+import zlib
 from contextlib import contextmanager
 from itertools import chain, count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from config import InputError, count_of, one_line
 from dataio.contents import cache_home, hash_contents
-from dataio.images import IMAGE_ENDINGS
+from dataio.images import IMAGE_ENDINGS, READERS
+from dataio.labels import class_file
 from dataio.layout import HIDDEN, SPLIT_OF, words_of
 from dataio.readers import short_hash
 from dataio.scan import fill_folder
+from utils import grouped
 
 PIPE = "pipe:"
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 LOSSY = (".jpg", ".jpeg", ".webp")  # of a photo, beside which a .png is its mask
+COMPANIONS = (".msk", ".aux.xml")  # of a TIFF, as GDAL writes them
 
 
+# --- names ------------------------------------------------------------------------------------------------
 def is_shard(text):
     """Return whether an input is a tar file, or a command that prints one."""
-    return text.startswith(PIPE) or text.lower().endswith(ENDINGS)
+    return text.startswith(PIPE) or text.lower().endswith(ENDINGS) and not Path(text).is_dir()
 
 
 def shard_names(sources):
-    """Return one distinct name per shard for its results: a number follows where names repeat."""
-    names, taken = [], set()
-    for name in map(shard_name, sources):
-        candidates = chain([name], (f"{name}_{number}" for number in count(2)))
-        names.append(next(candidate for candidate in candidates if candidate not in taken))
-        taken.add(names[-1])
-    return names
+    """Return one distinct name per shard for its results: that of its file, after that of its folder where
+    these repeat, then with a number.
+    """
+    names = {}
+    for source in sources:
+        parts = plain_parts(source)
+        numbered = (f"{parts[-1]}_{number}" for number in count(2))
+        candidates = chain([parts[-1], "_".join(parts)], numbered)
+        names[next(name for name in candidates if name not in names)] = source
+    return list(names)
 
 
-def shard_name(source):
-    """Return the name of a shard's file, which a command ends with too, without its ending."""
-    name = re.split(r"[/\\\\\s]", source.rstrip("'\" "))[-1]
-    ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), "")
-    return re.sub(r"[^\w.-]+", "_", name.removesuffix(ending)) or "shard"
+def plain_parts(source):
+    """Return the folder and the name of a shard, or of the first tar file that a command names, without its
+    ending, as names of files may be.
+    """
+    words = [word.strip("'\"") for word in re.split(r"\s+", source)] if source.startswith(PIPE) else [source]
+    word = next((word for word in words if word.lower().endswith(ENDINGS)), words[-1])
+    ending = next((ending for ending in ENDINGS if word.lower().endswith(ending)), "")
+    parts = re.split(r"[/\\]+", word[:len(word) - len(ending)])
+    return [re.sub(r"[^\w.-]+", "_", part).strip(".") or "shard" for part in parts[-2:]]
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+class Member(tarfile.TarInfo):
+    """A member of a tar file that has to be whole: tarfile takes a damaged header for the end."""
+
+    @classmethod
+    def fromtarfile(cls, file):
+        try:
+            return super().fromtarfile(file)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
 
 
 @contextmanager
-def unpacked(source, folder, single=True):
-    """Context in which the images of a shard lie in `folder`; gives their paths, in order of the names: of
-    each key one photo, or all pictures, .seg.png too. Raises InputError where it cannot be read to its end.
+def opened(source):
+    """Context with the tarfile.TarFile of a shard, to be read in order. Raises InputError."""
+    if not source.startswith(PIPE):
+        try:
+            file = open(source, "rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise InputError(f"{source} cannot be read ({error.strerror})") from None
+        with file, tarfile.open(fileobj=file, mode="r|*", tarinfo=Member) as tar:
+            yield tar
+        return
+    # a session of its own: Ctrl-C is for this script
+    with subprocess.Popen(source.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE,
+                          stdin=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|*", tarinfo=Member) as tar:
+                yield tar
+            while process.stdout.read(1 << 20):  # what pads the end
+                pass
+        finally:
+            process.stdout.close()
+        if code := process.wait():
+            raise InputError(f"{source}: the command ended with exit code {code}")
+
+
+def extract(source, folder, stop=lambda: False):
+    """Write the pictures, arrays and COMPANIONS of a shard below a folder, until stop(); return how many
+    links to such were left out. Raises InputError where it cannot be read to its end.
     """
-    folder = Path(folder)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    links = 0
     try:
         with opened(source) as tar:
             for member in tar:
-                ending = ending_of(member.name) if single else Path(member.name).suffix.lower()
-                if member.isfile() and ending in IMAGE_ENDINGS:
-                    tar.extract(member, folder, filter="data")
+                name = PurePosixPath(member.name)
+                is_wanted = name.name.lower().endswith((*IMAGE_ENDINGS, *COMPANIONS))
+                if is_wanted and not any(part.startswith(HIDDEN) for part in name.parts):
+                    links += member.issym() or member.islnk()
+                    if member.isreg():
+                        tar.extract(member, folder, filter="data")
                 tar.members.clear()  # it would remember all of them
-        yield photos(folder) if single else sorted(filter(Path.is_file, folder.rglob("*")))
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"--input {source} is not a tar file, or is damaged or cut off "
-                         f"({one_line(str(error))}): write or download it again") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                if stop():
+                    break
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise InputError(f"{source} is not a tar file, or is damaged or cut off ({one_line(str(error))}): "
+                         "write or download it again") from None
+    return links
 
 
-def ending_of(name):
-    """Return what follows the key of a member, in lower case: .seg.png of a/000.seg.png."""
-    _, dot, ending = name.rsplit("/", 1)[-1].lstrip(".").partition(".")
-    return f"{dot}{ending}".lower()
+def key_of(path):
+    """Return the key of an unpacked file: its path up to the first dot of its name."""
+    return path.with_name(path.name.partition(".")[0])
 
 
-def photos(folder):
-    """Return, sorted, the one photo of each key below a folder, that of LOSSY where there are others beside
-    it, which are removed.
+def photos_among(files, source):
+    """Return the photos among the files of one key: those of LOSSY, else its only picture, else its only
+    array. Raises InputError where there are several.
     """
-    of_key = {}
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    for path in sorted(paths, key=lambda path: (path.suffix.lower() not in LOSSY, path)):
-        if of_key.setdefault(path.with_suffix(""), path) is not path:
+    pictures = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+    of_kind = {kind: [path for path in pictures if path.suffix.lower() in endings] for kind, endings in
+               (("lossy", LOSSY), ("picture", {*IMAGE_ENDINGS} - {*READERS}), ("array", READERS))}
+    photos = of_kind["lossy"] or of_kind["picture"] or of_kind["array"]
+    if len(photos) > 1 and not of_kind["lossy"]:
+        raise InputError(f"{source}: {' '.join(path.name for path in photos)} have one key, and none is a "
+                         ".jpg: it is not known which is the photo")
+    return photos
+
+
+def unpack(source, folder, stop=lambda: False):
+    """Unpack the photos of a shard below an empty folder, until stop(); return their paths, sorted, and how
+    many links were left out. Raises InputError where it holds none, or cannot be read to its end.
+    """
+    links = extract(source, folder, stop)
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    photos = [photo for own in grouped(files, key_of).values() for photo in photos_among(own, source)]
+    if not photos and not stop():
+        raise InputError(f"{source} holds no image")
+    for path in {*files} - {*photos}:  # masks: beside a photo of their name, it would be called otherwise
+        if not path.name.lower().endswith(COMPANIONS):
             path.unlink()
-    return sorted(of_key.values())
+    return sorted(photos), links
 
 
+# --- training ---------------------------------------------------------------------------------------------
 def training_folder(root):
     """Return the folder of images and masks that the shards in a folder hold, unpacked; a folder without
-    shards as it is. Raises InputError.
+    shards, or with other data, as it is. Raises InputError.
 
     The name of a shard says which split it is of (train-000.tar), as the names of folders do.
     """
@@ -101,58 +169,42 @@ def training_folder(root):
     files = [path for path in content if is_shard(path.name)]
     if not files or any(path.is_dir() or path.suffix.lower() in IMAGE_ENDINGS for path in content):
         return root
-    hashes, folders = hash_contents(files), {}
-    target = cache_home() / "shards" / short_hash(os.path.abspath(root))
-    for path, name in zip(files, shard_names(map(str, files)), strict=True):
-        split = next((SPLIT_OF[word] for word in words_of(name) if word in SPLIT_OF), "train")
-        folders[target / split / f"{name}-{hashes[path][:8]}"] = path
-    for folder in {*target.glob("*/*")} - folders.keys():  # of shards that were changed or removed
-        shutil.rmtree(folder)
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        print(f"unpacking {count_of(len(missing), 'shard')} of {root} into {target} (once)", flush=True)
-    for folder in missing:
-        fill_folder(folder, write_pairs, [folders[folder]], folder.name)
-    classes = root / "classes.txt"
-    if classes.is_file():
-        shutil.copyfile(classes, target / "classes.txt")
+    names = class_file(root)
+    hashes = hash_contents([*files, *([names] if names else [])])
+    home = cache_home() / "shards"
+    folders = {path: home / hashes[path] for path in files}
+    if missing := [path for path in files if not folders[path].is_dir()]:
+        print(f"unpacking {count_of(len(missing), 'shard')} of {root} into {home} (once)", flush=True)
+    for path in missing:
+        fill_folder(folders[path], write_pairs, [path], path.name)
+
+    def link(path, target):
+        if path == names:
+            shutil.copyfile(path, target / path.name)
+            return
+        split = next((SPLIT_OF[word] for word in words_of(path.name) if word in SPLIT_OF), "train")
+        (target / split).mkdir(exist_ok=True)
+        os.symlink(folders[path], target / split / path.name, target_is_directory=True)
+
+    target = home / "sets" / short_hash([[path.name, hash] for path, hash in hashes.items()])
+    fill_folder(target, link, list(hashes), "shards")
     return target
 
 
 def write_pairs(path, folder):
     """Write the photo and the mask of every key of a shard below `folder`. Raises InputError."""
-    with unpacked(str(path), folder / "all", single=False) as paths:
-        keys = {}
-        for file in paths:
-            keys.setdefault(file.with_name(file.name[:-len(ending_of(file.name))]), []).append(file)
-        for number, (key, files) in enumerate(keys.items()):
-            photo = [file for file in files if ending_of(file.name) in LOSSY]
-            masks = [file for file in files if file not in photo]
-            if len(photo) != 1 or len(masks) != 1:
-                raise InputError(f"{path}: {key.name} has {' '.join(sorted(file.name for file in files))}, "
-                                 "and a photo (.jpg) and a mask (.png) are needed")
-            for kind, file in (("images", photo[0]), ("masks", masks[0])):
-                target = folder / kind / f"{number:06d}_{key.name}{file.suffix.lower()}"
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-
-
-@contextmanager
-def opened(source):
-    """Context with the tarfile.TarFile of a shard, to be read in order. Raises InputError."""
-    if not source.startswith(PIPE):
-        try:
-            with open(source, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-                yield tar
-        except OSError as error:
-            raise InputError(f"--input {source} cannot be read ({error.strerror or error})") from None
-        return
-    command = source.removeprefix(PIPE)
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        try:
-            with tarfile.open(fileobj=process.stdout, mode="r|*") as tar:
-                yield tar
-            process.stdout.read()  # the padding behind the end
-        finally:
-            process.stdout.close()
-        if code := process.wait():
-            raise InputError(f"--input {source}: the command ended with exit code {code}")
+    if links := extract(str(path), folder / "all"):
+        raise InputError(f"{path} holds {count_of(links, 'link')} in place of images: write it with tar "
+                         "--dereference")
+    files = sorted(file for file in folder.glob("all/**/*") if file.is_file())
+    for number, (key, own) in enumerate(grouped(files, key_of).items()):
+        photos = [file for file in own if file.suffix.lower() in LOSSY]
+        masks = [file for file in own if file not in photos]
+        if len(photos) != 1 or len(masks) != 1:
+            raise InputError(f"{path}: {key.name} has {' '.join(file.name for file in own)}, and needs a "
+                             "photo (.jpg) and a mask (.png)")
+        for kind, file in (("images", photos[0]), ("masks", masks[0])):
+            target = folder / kind / f"{number:06d}_{key.name}{file.suffix.lower()}"
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+    shutil.rmtree(folder / "all", ignore_errors=True)

@@ -281,8 +281,7 @@ class Journal:
         written to the folder since; of an image, if it or a file of its results is not as it was, or another
         image has its name.
         """
-        lines = [line for file in self.folder.glob(".done_*.jsonl") for line in read_lines_of_json(file)]
-        stands = {}
+        lines, stands = self.lines(), {}
         if all(line["facts"] == self.facts for line in lines):
             owners = {line["name"]: line for line in sorted(lines, key=lambda line: line["time"])}
             owners.update((name, None) for path, name in names.items()
@@ -296,6 +295,14 @@ class Journal:
         """Return whether the image of a line and the files of its results are there as they were."""
         sizes = [file_state(self.folder / file) or [0] for file in line["files"]]
         return line["state"] == file_state(line["image"]) and all(size for size, *_ in sizes)
+
+    def files(self):
+        """Return the files of the results of all images that it names."""
+        return [self.folder / file for line in self.lines() for file in line["files"]]
+
+    def lines(self):
+        """Return the lines of all processes."""
+        return [line for path in self.folder.glob(".done_*.jsonl") for line in read_lines_of_json(path)]
 
     def forget(self):
         """Remove what was written before."""

@@ -472,11 +472,11 @@ class Predictor:
 
     def label_maps(self, images):
         """Predict images at their own size: (B, 3, H, W) uint8 -> (B, H, W) uint8 on the device."""
-        return self.begin(images)()
+        return torch.stack(self.predict_at(images, [tuple(images.shape[-2:])] * len(images)))
 
     def begin(self, images, submit=None):
-        """Begin to predict images (B, 3, H, W) uint8 at their own size; return a function that returns their
-        label maps (B, H, W) uint8 on the device, as predict_at does, on a CPU but for ties.
+        """Begin with frames (B, 3, H, W) uint8; return a function that returns their label maps (B, H, W)
+        uint8 on the device: those of label_maps, on a CPU by class_map.
 
         submit: that of an Executor, in whose thread the network runs until then. Raises InputError.
         """

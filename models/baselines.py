@@ -73,6 +73,11 @@ class MobileNetBackbone(Backbone):
         self.indices = indices
         self.normalization = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
 
+    @property
+    def blocks(self):
+        """None: its stages, which timm calls blocks, are no transformer blocks."""
+        return []
+
     def maps(self, images):
         """(B, 3, H, W) normalized -> 4 x (B, D, H/s, W/s), s = 4, 8, 16, 32."""
         images = images.contiguous(memory_format=torch.channels_last)
@@ -88,10 +93,10 @@ class PyramidHead(Head):
         super().__init__()
         width = PYRAMID_WIDTH
         self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(count, width, 1, bias=False),
-                                                   nn.BatchNorm2d(width)) for count in channels)
+                                                   BatchNorm2d(width)) for count in channels)
         self.smooth = nn.ModuleList(nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), nn.BatchNorm2d(width),
-            nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)) for _ in channels[1:])
+            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), BatchNorm2d(width),
+            nn.Conv2d(width, width, 1, bias=False), BatchNorm2d(width)) for _ in channels[1:])
         self.classify = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features):
@@ -165,7 +170,7 @@ def replace_batch_norms(module):
     its activation behind it.
     """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, BatchNorm2d):
+        if isinstance(child, nn.BatchNorm2d):
             norm = BatchNorm2d(child.num_features, child.eps, child.momentum)
             norm.load_state_dict(child.state_dict())
             setattr(module, name, nn.Sequential(norm, child.act) if hasattr(child, "act") else norm)

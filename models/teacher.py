@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import utils
-from config import InputError
 from dataio.resizing import resize_image
-from models.backbones import Part
+from models.backbones import Part, origin_code
 from models.upsampling import pixels
 
 SOFT_STRIDE = 4  # pixels of the image between two points at which student and teacher are compared
@@ -44,23 +43,6 @@ class Teacher(nn.Module):
         return soft_logits(*self.model.logits(seen), images.shape[-2:]).to(images.device)
 
 
-class SameTeacher:
-    """Part of a TrainState that refuses to resume a run with another teacher."""
-
-    def __init__(self, sha256):
-        self.sha256 = sha256
-
-    def state_dict(self):
-        """Return what last.pth keeps."""
-        return dict(sha256=self.sha256)
-
-    def load_state_dict(self, state):
-        """Raise InputError where a saved run had another teacher."""
-        if state["sha256"] != self.sha256:
-            raise InputError("--teacher: the file has changed since the run was started: restore it, or "
-                             "start a new run without --resume")
-
-
 class WithTeacher:
     """What a feature cache computes for a student: what its training starts from, and its teacher's logits.
 
@@ -80,7 +62,7 @@ class WithTeacher:
         """(B, C, H, W) uint8 -> {Part: (B, ...)}."""
         *own, logits = parts
         values = {Part("image"): images.permute(0, 2, 3, 1)}
-        if own != list(values):
+        if own != [Part("image")]:
             values = self.student.compute_parts(own, images)
         return {**values, logits: self.teacher(images)}
 
@@ -88,5 +70,9 @@ class WithTeacher:
         """Return {Part: what it depends on beside the image at the size of training, as plain values}."""
         *own, logits = parts
         facts = {Part("image"): {}} if own == [Part("image")] else self.student.part_facts(own)
-        code = utils.code_hash(*utils.modules_of(type(self), pixels))
+        model = self.teacher.model
+        kinds = [type(getattr(model, name)) for name in ("backbone", "head") if hasattr(model, name)]
+        code = [utils.code_hash(*utils.modules_of(type(self), pixels, type(model), *kinds))]
+        if hasattr(model, "spec") and model.spec.backbone:
+            code.append(origin_code(model.spec.backbone))
         return {**facts, logits: dict(teacher=self.teacher.sha256, teacher_size=self.teacher.size, code=code)}

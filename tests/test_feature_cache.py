@@ -20,16 +20,19 @@ import engine
 import model
 import train
 from dataio import feature_cache as cache
-from dataio.dataloader import SegmentationDataset, collate
+from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, collate
 from dataio.feature_cache import EntryFile, cache_features
+from dataio.image_rule import PICTURES
 from dataio.readers import Sample, Target, index_table, value_table
 from dataio.transforms import AUGMENTS, CopyPaste, ScaleCrop
+from dataio.windows import WindowReader
 from losses import Criterion
 from models.backbones import Part
 from models.weights import hash_state
 from utils import Precision
 
 FLOAT32 = Precision("off", torch.device("cpu"))
+SIZE = 28, 42  # of windows
 
 
 @pytest.fixture
@@ -604,3 +607,20 @@ def test_flags_that_contradict_each_other_or_have_no_effect_are_refused_before_a
 def test_blocks_that_a_gradient_reaches_train(samples, tmp_path, run, more):
     code, _, err = run(train, *flags(tmp_path / "data", tmp_path / "out", *TINY, *more))
     assert code == 0, err
+
+
+@pytest.mark.parametrize("kind", ["windows", "tiles"])
+def test_windows_of_an_image_are_not_taken_for_each_other(samples, tmp_path, kind):
+    """Where images are added, a cache copies what it knows of the others, by what their files hold."""
+    net = tiny(head="detail")
+
+    def cached(some):
+        reader = WindowReader(some, index_table(3), "", PICTURES)
+        dataset = WindowDataset(reader, SIZE, (), 3) if kind == "windows" else TileDataset(reader, SIZE)
+        return dataset, cache_features(net, dataset, tmp_path / "cache", FLOAT32)
+
+    cached(samples[2:6])
+    dataset, features = cached(samples)
+    for number in range(len(dataset)):
+        image = dataset[number][0].permute(1, 2, 0)
+        assert torch.equal(features[number][0][Part("image")], image), number

@@ -6,10 +6,12 @@ import shlex
 import shutil
 import signal
 import tarfile
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import blocks, load, random_images, tiny, train_flags, write_pair
+from conftest import blocks, load, random_images, refused, tiny, train_flags, write_pair
 from PIL import Image
 from test_distributed import torchrun
 from test_many_images import ALL, CLASSES, results
@@ -18,7 +20,7 @@ import infer_image
 import train
 from checkpoint import pack_checkpoint
 from dataio.readers import read_sample
-from dataio.shards import shard_names, unpacked
+from dataio.shards import shard_names, unpack
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_results_are_those_of_the_photos(model_file, shards, tmp_path, run):
         check_equal(own, plain_results(model_file, shards[path], tmp_path / f"plain_{name}", run))
         images = [entry["image"] for entry in json.loads(own["shares.json"])]
         assert images == [f"{path}/{member}" for member in shards[path]]
-    assert not list((tmp_path / "out").glob(".0*"))  # nothing is left of what was unpacked
+    assert not list((tmp_path / "out").rglob(".unpacked*"))  # nothing is left of it
 
 
 def test_a_list_a_pattern_and_a_pipe_name_shards(model_file, shards, tmp_path, run):
@@ -142,17 +144,117 @@ def test_a_damaged_shard_is_skipped_with_one_line(model_file, shards, tmp_path, 
                           "--out-dir", tmp_path / "out", "--skip-done")
     lines = [line for line in err.splitlines() if "skipped" in line]
     assert code == 1 and len(lines) == 1 and first in lines[0] and "3 images of 2 shards" in text, err
-    assert "Traceback" not in err and not list((tmp_path / "out").glob(".0*"))
+    assert "Traceback" not in err and not list((tmp_path / "out").rglob(".unpacked*"))
 
 
-def test_no_member_leaves_its_folder_and_no_name_is_taken_twice(tmp_path):
-    write_shard(tmp_path / "a.tar", (1,), masks=False)
-    outside = tmp_path / "outside.jpg"
-    with pytest.raises(Exception) as error, unpacked(str(tmp_path / "a.tar"), tmp_path / "in"):
-        pass
-    assert "a.tar" in str(error.value) and not outside.exists() and not (tmp_path / "in").exists()
-    names = shard_names(["a/0.tar", "b/0.tar", "pipe:curl -s 'https://host/0.tar.gz'", "pipe:cat"])
-    assert len(set(names)) == 4 and names[:2] == ["0", "0_2"] and names[2] == "0_3"
+def test_a_tar_file_that_is_cut_anywhere_is_noticed(tmp_path):
+    """Also between two members, which tarfile takes for its end."""
+    path = tmp_path / "a.tar"
+    write_shard(path, (1, 2, 3))
+    with tarfile.open(path) as tar:
+        end = max(member.offset_data + member.size for member in tar)
+    content = path.read_bytes()
+    for size in range(512, end, 512):
+        path.write_bytes(content[:size])
+        with refused("a.tar"):
+            unpack(str(path), new_folder(tmp_path))
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        header = [member.offset for member in tar][2]
+    path.write_bytes(content[:header] + b"x" * 300 + content[header + 300:])
+    with refused("a.tar"):
+        unpack(str(path), new_folder(tmp_path))
+
+
+def new_folder(parent):
+    """Return a new empty folder."""
+    return Path(tempfile.mkdtemp(dir=parent))
+
+
+def unpacked_names(path, members, parent):
+    """Write a shard of {name: content, or the target of a link}; return the names of its photos."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    folder = new_folder(parent)
+    return [photo.relative_to(folder).as_posix() for photo in unpack(str(path), folder)[0]]
+
+
+@pytest.mark.parametrize("members, photos", [
+    (["a.jpg", "a.png", "b.jpeg", "b.seg.png", "b.txt"], ["a.jpg", "b.jpeg"]),
+    (["x/a.png", "y/a.png", "y/a.cls"], ["x/a.png", "y/a.png"]),
+    (["shot.v2.jpg", "2024.01.jpg", "2024.02.jpg"], ["2024.01.jpg", "2024.02.jpg", "shot.v2.jpg"]),
+    (["a.png", "a.npy", "b.npy"], ["a.png", "b.npy"]),
+    (["._a.jpg", "a.jpg", "__MACOSX/a.jpg", ".hidden/b.jpg"], ["a.jpg"]),
+    (["./A.JPG", "./b.PNG"], ["A.JPG", "b.PNG"]),
+    (["a.tif", "a.tif.msk", "a.tif.aux.xml"], ["a.tif"]),
+], ids=str)
+def test_of_each_key_the_photo_is_taken(tmp_path, members, photos):
+    content = dict.fromkeys(members, b"something")
+    assert unpacked_names(tmp_path / "a.tar", content, tmp_path) == photos
+
+
+def test_what_is_not_clear_is_refused(tmp_path):
+    for members in (["a.tif", "a.png"], ["a.txt"], []):
+        with refused("a.tar"):
+            unpacked_names(tmp_path / "a.tar", dict.fromkeys(members, b"something"), tmp_path)
+    with refused("a.tar"):
+        unpacked_names(tmp_path / "a.tar", {"../outside.jpg": b"something"}, tmp_path)
+    assert not (tmp_path / "outside.jpg").exists()
+    folder = new_folder(tmp_path)
+    unpacked_names(tmp_path / "a.tar", {"a.jpg": b"something", "b.jpg": "/etc/passwd"}, tmp_path)
+    assert unpack(str(tmp_path / "a.tar"), folder) == ([folder / "a.jpg"], 1)
+
+
+def test_no_two_shards_have_one_name():
+    sources = ["a/0.tar", "b/0.tar", "b/0.tgz", "pipe:curl -s 'https://host/1.tar.gz'", "pipe:tar c .",
+               "pipe:cat ..", "pipe:aws s3 cp s3://bucket/2.tar -"]
+    names = shard_names(sources)
+    assert names[:4] == ["0", "b_0", "0_2", "1"] and names[-1] == "2" and len({*names}) == len(sources)
+    assert all(name.strip(".") and "/" not in name for name in names)
+
+
+def test_a_pipe_without_a_name_touches_nothing_of_ours(model_file, shards, tmp_path, run, monkeypatch):
+    place = tmp_path / "place"
+    (place / "photos").mkdir(parents=True)
+    next(iter(shards)).rename(place / "mine.tar")
+    with tarfile.open(place / "mine.tar") as tar:
+        tar.extractall(place / "photos", filter="data")
+    monkeypatch.chdir(place)
+    before = {path for path in place.rglob("*")}
+    flags = ["--model", model_file, "--device", "cpu", "--input", "pipe:tar c -C photos .", "--out-dir",
+             "out"]
+    code, text, err = run(infer_image, *flags)
+    assert code == 0 and "2 images of 1 shard " in text, err
+    out = place / "out"
+    assert {path for path in place.rglob("*") if path != out and out not in path.parents} == before
+
+
+def test_results_of_other_photos_do_not_stay(model_file, shards, tmp_path, run):
+    first = next(iter(shards))
+    flags = ["--model", model_file, "--device", "cpu", "--input", first, "--out-dir", tmp_path / "out"]
+    assert run(infer_image, *flags)[0] == 0
+    write_shard(first, (3,))
+    (tmp_path / "out/inference_results_image/000/mine.txt").write_text("mine")
+    assert run(infer_image, *flags)[0] == 0
+    names = {path.name for path in (tmp_path / "out/inference_results_image/000").glob("[!.]*")}
+    assert names == {"003_mask.png", "003_overlay.jpg", "legend.png", "mine.txt"}
+
+
+def test_tiles_of_a_shard_need_what_tiles_need(model_file, tmp_path, run):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        Image.fromarray(random_images(3, 60, 70).permute(1, 2, 0).numpy()).save(tmp_path / "a.tif")
+        tar.add(tmp_path / "a.tif", "a.tif")
+    flags = ["--model", model_file, "--device", "cpu", "--protocol", "tile", "--input", tmp_path / "a.tar",
+             "--out-dir", tmp_path / "out"]
+    assert run(infer_image, *flags)[0] == 0
+    code, _, err = run(infer_image, *flags, "--polygons", "coco")
+    assert code == 2 and "--polygons" in err and "Traceback" not in err
 
 
 def test_missing_shards_are_refused(model_file, tmp_path, run):
@@ -189,7 +291,8 @@ def test_a_folder_of_shards_is_a_data_set(tmp_path, run, ending):
     for sample in [*source.splits["train"], *source.splits["val"]]:
         mask = read_sample(sample, source.table)[1]["mask"].numpy()
         assert (mask == blocks(45, 61, (0, 1, 2), seed=next(numbers))).all()
-    times = {path: path.stat().st_mtime_ns for path in source.splits["train"][0].image.parents[2].rglob("*")}
+    files = [sample.image.resolve() for sample in source.splits["train"]]
+    times = {path: path.stat().st_mtime_ns for path in files}
     write_training_shard(root / "train-002.tar", (7, 8), ending)
     assert len(load("folder", root).splits["train"]) == 7
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -227,6 +330,6 @@ def test_a_stop_within_a_shard_loses_no_other(model_file, shards, tmp_path, run,
     with monkeypatch.context() as patch:
         patch.setattr(infer_image.ImageSegmenter, "segment_image", stopping)
         code, text, _ = run(infer_image, *flags)
-    assert code == 128 + number and not list((tmp_path / "out").glob(".0*"))
+    assert code == 128 + number and not list((tmp_path / "out").rglob(".unpacked*"))
     code, text, _ = run(infer_image, *flags)
     assert code == 0 and "3 images of 2 shards" in text and "1 were done before" in text

@@ -191,6 +191,18 @@ def test_an_extra_folder_may_hold_images_alone(trained, tmp_path, run):
     assert code == 2 and err.count("\n") == 1 and str(photos) in err
 
 
+def test_masks_that_do_not_pair_are_no_photos(trained, tmp_path, run):
+    """Images alone have no labels; masks of other names, or annotations that are not read, are a mistake."""
+    more = write_folder(tmp_path / "more", count=3)
+    for number, path in enumerate((more / "masks").iterdir()):
+        path.rename(path.with_name(f"x_{chr(97 + number)}.png"))
+    photos = shutil.copytree(more / "images", tmp_path / "photos")
+    (photos / "labels.xyz").write_text("what is this")
+    for folder in (more, photos):
+        code, _, err = run(train, *flags_of(trained, tmp_path / "out", "--extra", folder))
+        assert code == 2 and err.count("\n") == 1 and str(folder) in err, err
+
+
 def test_what_does_not_fit_is_refused(trained, tmp_path, run):
     def refusal(*flags):
         code, _, err = run(train, *flags)

@@ -26,6 +26,7 @@ from checkpoint import pack_checkpoint
 from config import InputError
 from inference import video
 from inference.predictor import Predictor
+from inference.backends import ExportedModel
 from inference.video import (FrameSegmenter, Paint, Pipeline, ReadAhead, VideoReader, VideoWriter,
                              WriteBehind, exact_rate)
 from utils import Precision
@@ -635,6 +636,32 @@ def test_paint_on_a_device_is_the_overlay(keep):
         want = visualize.overlay(image, pred, table, 0.3, keep).astype(int)
         assert np.abs(drawn - want).max() <= 1
         assert keep is None or (drawn[pred == keep] == image[pred == keep]).all()
+
+
+class BrightestColor(ExportedModel):
+    """A runtime whose logits are the colors; it takes its time."""
+
+    def run(self, batches):
+        time.sleep(0.02)
+        return [images.astype(np.float32) for images in batches]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_runtime_that_computes_the_next_batch_mixes_no_frames(tmp_path, batch_size):
+    frames = [np.full((30, 41, 3), 40 * number, np.uint8) for number in range(5)]
+    for number, frame in enumerate(frames):
+        frame[:, :8 * number, number % 3] = 255
+    model = BrightestColor(None, (15, 41))
+    model.num_classes = 3
+    predictor = Predictor(model, dict(classes=CLASSES[:3], imgsz=(15, 41)), "cpu")
+    segmenter, preds = FrameSegmenter(predictor), []
+    assert segmenter.runs_ahead
+    pipeline = Pipeline(None, segmenter, None, None, batch_size, ahead=1)
+    for batch in pipeline.segmented(iter((frame, number) for number, frame in enumerate(frames))):
+        preds += [(frame, pred, seconds) for frame, pred, seconds in batch]
+    assert [seconds for *_, seconds in preds] == [0, 1, 2, 3, 4]
+    for (frame, pred, _), expected in zip(preds, frames, strict=True):
+        assert (frame == expected).all() and (pred == expected.argmax(2)).mean() > 0.95
 
 
 @pytest.mark.parametrize(("count", "ahead"), [(1, 3), (7, 0), (7, 1), (7, 3)])

@@ -3,6 +3,7 @@
     python -m tools.benchmark train --unfreeze 3    # a head and last blocks: plain, this code, feature cache
     python -m tools.benchmark infer --model outputs/best_model_iou.pth --input clip.mp4 --batch-size 2
     python -m tools.benchmark memory --side 20000   # a large image in tiles: peak memory and time
+    python -m tools.benchmark shards --backbone vit_tiny --weights none --imgsz 32 32 --images 10000
     python -m tools.benchmark label --dataset camvid --data-root CamVid --images 20     # strokes of a robot
     python -m tools.benchmark gpu --epochs 4        # all that a GPU changes: train and infer as it wants them
 
@@ -20,7 +21,8 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", choices=names("dataset"), default="streets", help="train, gpu: on what")
     parser.add_argument("--data-root", default="data", metavar="DIR", help="its folder (data)")
     parser.add_argument("--images", type=positive_int, default=100,
-                        help="train: training images; infer, gpu: frames of the clip (100)")
+                        help="train: training images; infer, gpu: frames of the clip; shards: images of "
+                        "each (100)")
     parser.add_argument("--input", metavar="FILE", help="infer: a clip")
     parser.add_argument("--imgsz", nargs=2, type=image_side, metavar=("H", "W"), help="size of the images "
                         "(640 640); infer: a size to compare too, beside that of training")
@@ -35,7 +37,7 @@ def parse_args(argv=None):
                         help="infer: a model of train.py (outputs/best_model_iou.pth)")
     parser.add_argument("--batch-size", type=batch_images, default=8, help="images per forward pass (8)")
     parser.add_argument("--rounds", type=positive_int, default=3,
-                        help="infer, gpu: times each variant runs (3)")
+                        help="infer, gpu: times each variant runs; shards: how many are segmented (3)")
     parser.add_argument("--side", type=positive_int, default=4000, metavar="N",
                         help="memory: of a drawn GeoTIFF of NxN pixels (4000)")
     add_run_flags(parser)
@@ -50,13 +52,18 @@ if __name__ == "__main__":
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
+import shutil
 import statistics
+import tarfile
 import tempfile
 import threading
 import time
+from contextlib import redirect_stdout
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +92,7 @@ from inference.backends import is_installed
 from inference.predictor import Predictor, choose_protocol, make_protocol
 from inference.rasters import MaskFile, save_polygons, segment
 from inference.video import VideoReader, VideoWriter, draw_rate
+from infer_image import RESULTS, ImageSegmenter, find_inputs, segment_shards
 from infer_video import make_pipeline
 from losses import Criterion
 from model import ModelSpec, build_model
@@ -94,6 +102,7 @@ from visualize import background_id, color_table, overlay
 CLASSES = [(f"class {id}", (id, id, id)) for id in range(21)]  # classes of the models that are made here
 LR, WORKERS = 1e-3, min(8, os.cpu_count() or 1)
 STROKES, SCORED = (5, 10, 20, 50, 100), 24  # label: strokes after which so many other images are scored
+SHARDS = 100
 FRAMES = 10  # of the clip that gpu draws; it repeats them
 
 
@@ -443,6 +452,54 @@ def benchmark_memory(args):
     return dict(backbone=args.backbone, rows=[row])
 
 
+# --- shards -----------------------------------------------------------------------------------------------
+def draw_shard(path, count):
+    """Write a tar file of `count` thumbnails, 32x32 pixels of random colors, one JPEG each."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            pixels = generator.integers(0, 255, (4, 4, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+            content = cv2.imencode(".jpg", pixels)[1].tobytes()
+            member = tarfile.TarInfo(f"{number:06d}.jpg")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def benchmark_shards(args):
+    """List 100 shards of --images thumbnails and segment the first --rounds of them, as infer_image.py does.
+
+    list_s: seconds to list all; first_s: from there to the first image that is written; seconds: of a shard;
+    memory_gb: of this process once it is done.
+    """
+    predictor, rows = Predictor(make_model(args).eval(), dict(classes=CLASSES), args.device,
+                                make_protocol("whole", "", args.imgsz)), []
+    with tempfile.TemporaryDirectory(dir=utils.make_folder(args.out_dir)) as folder:
+        draw_shard(Path(folder) / "000.tar", args.images)
+        for number in range(1, SHARDS):
+            os.link(Path(folder) / "000.tar", Path(folder) / f"{number:03d}.tar")
+        flags = SimpleNamespace(out_dir=folder, alpha=0.5, polygons=[], probabilities=None, bits=None,
+                                json=True, cutout=False, min_confidence=None, backend="torch",
+                                skip_done=False, show=False)
+        start = time.perf_counter()
+        _, shards = find_inputs([f"{folder}/*.tar"])
+        listed, first = time.perf_counter(), []
+
+        class Segmenter(ImageSegmenter):
+            def note(self, *args):
+                super().note(*args)
+                first.append(first[0] if first else time.perf_counter())
+
+        new_segmenter = partial(Segmenter, flags, predictor, "")
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            for shard in shards[:args.rounds]:
+                begun = time.perf_counter()
+                segment_shards(new_segmenter, [shard], SimpleNamespace(asked=False))
+                rows.append(dict(name=Path(shard).stem, list_s=listed - start, first_s=first[0] - listed,
+                                 seconds=time.perf_counter() - begun, memory_gb=memory_now()))
+                shutil.rmtree(Path(folder) / RESULTS)
+    return dict(backbone=args.backbone, images=args.images * len(shards), rows=rows)
+
+
 # --- labels -----------------------------------------------------------------------------------------------
 def benchmark_label(args):
     """Let a robot paint on --images training images; score who learns from its strokes on the others."""
@@ -522,7 +579,7 @@ def benchmark_gpu(args):
 
 
 CASES = {"train": benchmark_train, "infer": benchmark_infer, "memory": benchmark_memory,
-         "label": benchmark_label, "gpu": benchmark_gpu}
+         "shards": benchmark_shards, "label": benchmark_label, "gpu": benchmark_gpu}
 
 
 def as_table(rows):
