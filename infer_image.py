@@ -53,11 +53,13 @@ import re
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import utils
@@ -65,7 +67,7 @@ import visualize
 from checkpoint import load_model
 from config import InputError, check_image_flags, count_of, one_line
 from dataio.images import IMAGE_ENDINGS, READERS, largest_first
-from dataio.shards import PIPE, is_shard, shard_names, unpack
+from dataio.shards import PIPE, is_shard, shard_names, shard_title, unpack
 from dataio.windows import Raster, is_raster
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
@@ -187,7 +189,7 @@ class ImageSegmenter:
             outputs.require_background(self.classes)
         self.needs_scores = bool(args.probabilities or args.json or args.min_confidence is not None)
         self.journal = outputs.Journal(self.folder, self.facts(weights), utils.rank())
-        self.before, self.noted = {}, {}
+        self.before, self.noted, self.shard = {}, {}, ""
         self.pseudo_labels = None
         if args.min_confidence is not None:
             self.pseudo_labels = outputs.PseudoLabels(self.folder / PSEUDO_LABELS, self.classes,
@@ -200,21 +202,24 @@ class ImageSegmenter:
                     weights=weights, views=str(self.predictor.protocol), classes=self.classes)
 
     def has_done(self, shard, name):
-        """Return whether an earlier run has written everything of a shard with results called `name`; what
-        others have written there is removed.
+        """Return whether an earlier run has written everything of a shard with results called `name`. Raises
+        InputError where they are those of another shard.
         """
-        for leftover in utils.make_folder(self.folder).glob(f"{UNPACKED}*"):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        before = self.journal.files()
-        if self.args.skip_done and shard in self.journal.begin({shard: name}):
-            return True
-        for file in before:
-            file.unlink(missing_ok=True)
-        self.journal.forget()
-        return False
+        others = {line.get("shard", "") for line in self.journal.lines()} - {shard_title(shard)}
+        if others:
+            raise InputError(f"{self.folder} holds the results of {others.pop() or 'other images'}: choose "
+                             "another --out-dir, or move them away")
+        return self.args.skip_done and self.journal.stands(shard, name)
 
     def begin_shard(self, paths, shard, folder):
-        """Return the [Source] of the images of a shard, which lie in `folder`."""
+        """Return the [Source] of the images of a shard, which lie in `folder`; what an earlier run wrote of
+        it is removed, and its pseudo-labels moved.
+        """
+        self.shard = shard_title(shard)
+        for file in self.journal.files():
+            if self.folder / PSEUDO_LABELS not in file.parents:
+                file.unlink(missing_ok=True)
+        self.journal.forget()
         if self.pseudo_labels:
             self.pseudo_labels.begin()
         return [Source(path, name, f"{shard}/{path.relative_to(folder).as_posix()}")
@@ -225,7 +230,7 @@ class ImageSegmenter:
         files = [self.folder / file for line in self.noted.values() for file in line["files"]]
         files += [path for path in map(self.folder.joinpath, ("coco.json", "shares.json")) if path.is_file()]
         self.journal.forget()
-        self.journal.add(shard, name, state, files)
+        self.journal.add(shard, name, state, files, shard=self.shard)
 
     def begin(self, paths):
         """Return the [Source] of the paths that are to be segmented: all, or what an earlier run left."""
@@ -299,6 +304,8 @@ class ImageSegmenter:
         if self.args.json:
             noted["shares"] = shares.entry(source.title, size)
         path, name, _ = source
+        if self.shard:
+            noted["shard"] = self.shard
         self.noted[str(path)] = self.journal.add(path, name, state, files, **noted)
 
     def segment_raster(self, raster, source, state, stop):
@@ -393,6 +400,45 @@ def segment_paths(segmenter, paths, stop):
     return done, failed, len(paths) - len(sources)
 
 
+@contextmanager
+def locked(folder):
+    """Context in which no other run writes to the folder of a shard's results. Raises InputError."""
+    lock = FileLock(folder / ".lock", mode=0o666)
+    try:
+        utils.acquire(lock, "--out-dir", timeout=0)
+    except Timeout:
+        raise InputError(f"another run is writing to {folder}: wait for it, or choose another --out-dir"
+                         ) from None
+    try:
+        for leftover in folder.glob(f"{UNPACKED}*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+def segment_shard(segmenter, shard, name, stop):
+    """Segment what a shard holds; return how many images (are done, could not be read), (0, 1) where it
+    cannot be read itself.
+    """
+    with tempfile.TemporaryDirectory(prefix=UNPACKED, dir=segmenter.folder) as temporary:
+        folder = Path(temporary) / name
+        try:
+            paths, links = unpack(shard, folder, lambda: stop.asked)
+        except InputError as error:
+            tqdm.write(f"skipped: --input {error}", file=sys.stderr)
+            return 0, 1
+        if stop.asked:
+            return 0, 0
+        if links:
+            tqdm.write(f"warning: {shard}: {count_of(links, 'link')} left out", file=sys.stderr)
+        check_inputs(segmenter.args, paths, segmenter.predictor.protocol.tile)
+        counts = segment_all(segmenter, segmenter.begin_shard(paths, shard, folder), stop)
+        if segmenter.noted:
+            segmenter.finish(paths, segmenter.noted)
+        return counts
+
+
 def segment_shards(new_segmenter, shards, stop):
     """Segment what shards hold, shard by shard, each unpacked for as long as it takes; returns as
     segment_paths does, in shards where those cannot be read or were done before.
@@ -404,27 +450,14 @@ def segment_shards(new_segmenter, shards, stop):
         if stop.asked:
             break
         segmenter, state = new_segmenter(name), outputs.file_state(shard)
-        if segmenter.has_done(shard, name):
-            total[2] += 1
-            continue
-        with tempfile.TemporaryDirectory(prefix=UNPACKED, dir=segmenter.folder) as folder:
-            try:
-                paths, links = unpack(shard, folder, lambda: stop.asked)
-            except InputError as error:
-                total[1] += 1
-                tqdm.write(f"skipped: --input {error}", file=sys.stderr)
+        with locked(utils.make_folder(segmenter.folder)):
+            if segmenter.has_done(shard, name):
+                total[2] += 1
                 continue
-            if stop.asked:
-                break
-            if links:
-                tqdm.write(f"warning: {shard}: {count_of(links, 'link')} left out", file=sys.stderr)
-            check_inputs(segmenter.args, paths, segmenter.predictor.protocol.tile)
-            done, failed = segment_all(segmenter, segmenter.begin_shard(paths, shard, folder), stop)
-            if segmenter.noted:
-                segmenter.finish(paths, segmenter.noted)
-        total[:2] = total[0] + done, total[1] + failed
-        if not stop.asked:
-            segmenter.end_shard(shard, name, state)
+            done, failed = segment_shard(segmenter, shard, name, stop)
+            total[:2] = total[0] + done, total[1] + failed
+            if done and not stop.asked:
+                segmenter.end_shard(shard, name, state)
     return [sum(counts) for counts in zip(*utils.all_gather(total), strict=True)]
 
 

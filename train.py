@@ -134,8 +134,8 @@ def load_teacher(config, data, folder):
     """
     path = Path(config.teacher)
     with suppress(ValueError):
-        moves = path.resolve().relative_to(folder.path.resolve()).parts[0] in utils.RUN_OUTPUTS
-        if moves and not folder.owned:
+        first = path.resolve().relative_to(folder.path.resolve()).parts[:1]
+        if {*first} & {*utils.RUN_OUTPUTS} and not folder.owned:
             raise InputError(f"--teacher {path} is of the run in {folder.path}, which this one would move "
                              "away: give another --out-dir")
     with main_process_first():  # it may download

@@ -17,7 +17,7 @@ from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 from config import InputError, count_of, one_line
-from dataio.contents import cache_home, hash_contents
+from dataio.contents import WHOLE, cache_home, hash_contents, state_of
 from dataio.images import IMAGE_ENDINGS, READERS
 from dataio.labels import class_file
 from dataio.layout import HIDDEN, SPLIT_OF, words_of
@@ -28,6 +28,7 @@ from utils import grouped
 PIPE = "pipe:"
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 LOSSY = (".jpg", ".jpeg", ".webp")  # of a photo, beside which a .png is its mask
+LONGEST_NAME = 100  # characters of the name of a shard's results
 COMPANIONS = (".msk", ".aux.xml")  # of a TIFF, as GDAL writes them
 
 
@@ -50,15 +51,21 @@ def shard_names(sources):
     return list(names)
 
 
+def shard_title(source):
+    """Return what a shard is called: a command without what follows ? or # in addresses, keys perhaps."""
+    return re.sub(r"[?#][^\s'\"]*", "", source) if source.startswith(PIPE) else source
+
+
 def plain_parts(source):
     """Return the folder and the name of a shard, or of the first tar file that a command names, without its
     ending, as names of files may be.
     """
-    words = [word.strip("'\"") for word in re.split(r"\s+", source)] if source.startswith(PIPE) else [source]
+    is_pipe, title = source.startswith(PIPE), shard_title(source)
+    words = [word.strip("'\"") for word in re.split(r"\s+", title)] if is_pipe else [source]
     word = next((word for word in words if word.lower().endswith(ENDINGS)), words[-1])
     ending = next((ending for ending in ENDINGS if word.lower().endswith(ending)), "")
     parts = re.split(r"[/\\]+", word[:len(word) - len(ending)])
-    return [re.sub(r"[^\w.-]+", "_", part).strip(".") or "shard" for part in parts[-2:]]
+    return [re.sub(r"[^\w.-]+", "_", part).strip(".")[:LONGEST_NAME] or "shard" for part in parts[-2:]]
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -76,8 +83,10 @@ class Member(tarfile.TarInfo):
 
 
 @contextmanager
-def opened(source):
-    """Context with the tarfile.TarFile of a shard, to be read in order. Raises InputError."""
+def opened(source, stop):
+    """Context with the tarfile.TarFile of a shard, to be read in order, to its end unless stop(). Raises
+    InputError.
+    """
     if not source.startswith(PIPE):
         try:
             file = open(source, "rb")  # noqa: SIM115 - closed below
@@ -92,11 +101,11 @@ def opened(source):
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|*", tarinfo=Member) as tar:
                 yield tar
-            while process.stdout.read(1 << 20):  # what pads the end
+            while not stop() and process.stdout.read(1 << 20):  # what pads the end
                 pass
         finally:
             process.stdout.close()
-        if code := process.wait():
+        if (code := process.wait()) and not stop():
             raise InputError(f"{source}: the command ended with exit code {code}")
 
 
@@ -106,7 +115,7 @@ def extract(source, folder, stop=lambda: False):
     """
     links = 0
     try:
-        with opened(source) as tar:
+        with opened(source, stop) as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 is_wanted = name.name.lower().endswith((*IMAGE_ENDINGS, *COMPANIONS))
@@ -143,7 +152,7 @@ def photos_among(files, source):
 
 
 def unpack(source, folder, stop=lambda: False):
-    """Unpack the photos of a shard below an empty folder, until stop(); return their paths, sorted, and how
+    """Unpack the photos of a shard below a new folder, until stop(); return their paths, sorted, and how
     many links were left out. Raises InputError where it holds none, or cannot be read to its end.
     """
     links = extract(source, folder, stop)
@@ -172,7 +181,10 @@ def training_folder(root):
     names = class_file(root)
     hashes = hash_contents([*files, *([names] if names else [])])
     home = cache_home() / "shards"
-    folders = {path: home / hashes[path] for path in files}
+    # of a large file, parts alone are hashed
+    versions = {path: short_hash([hashes[path], *(state_of(path)[:2] if path.stat().st_size > WHOLE else ())])
+                for path in files}
+    folders = {path: home / versions[path] for path in files}
     if missing := [path for path in files if not folders[path].is_dir()]:
         print(f"unpacking {count_of(len(missing), 'shard')} of {root} into {home} (once)", flush=True)
     for path in missing:
@@ -184,9 +196,12 @@ def training_folder(root):
             return
         split = next((SPLIT_OF[word] for word in words_of(path.name) if word in SPLIT_OF), "train")
         (target / split).mkdir(exist_ok=True)
-        os.symlink(folders[path], target / split / path.name, target_is_directory=True)
+        try:
+            os.symlink(folders[path], target / split / path.name, target_is_directory=True)
+        except OSError:  # Windows has rights for it
+            shutil.copytree(folders[path], target / split / path.name)
 
-    target = home / "sets" / short_hash([[path.name, hash] for path, hash in hashes.items()])
+    target = home / "sets" / short_hash([[path.name, versions.get(path, hashes[path])] for path in hashes])
     fill_folder(target, link, list(hashes), "shards")
     return target
 

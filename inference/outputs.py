@@ -296,6 +296,11 @@ class Journal:
         sizes = [file_state(self.folder / file) or [0] for file in line["files"]]
         return line["state"] == file_state(line["image"]) and all(size for size, *_ in sizes)
 
+    def stands(self, path, name):
+        """Return whether the results of an image, or of a shard, are there as they were; nothing changes."""
+        return any(line["image"] == path and line["name"] == name and line["facts"] == self.facts
+                   and self.is_whole(line) for line in self.lines())
+
     def files(self):
         """Return the files of the results of all images that it names."""
         return [self.folder / file for line in self.lines() for file in line["files"]]

@@ -20,7 +20,7 @@ import infer_image
 import train
 from checkpoint import pack_checkpoint
 from dataio.readers import read_sample
-from dataio.shards import shard_names, unpack
+from dataio.shards import shard_names, shard_title, unpack
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,51 @@ def test_results_of_other_photos_do_not_stay(model_file, shards, tmp_path, run):
     assert run(infer_image, *flags)[0] == 0
     names = {path.name for path in (tmp_path / "out/inference_results_image/000").glob("[!.]*")}
     assert names == {"003_mask.png", "003_overlay.jpg", "legend.png", "mine.txt"}
+
+
+def test_results_of_another_shard_of_the_name_are_kept(model_file, tmp_path, run):
+    for part, numbers in (("train", (1, 2)), ("val", (3,))):
+        (tmp_path / part).mkdir()
+        write_shard(tmp_path / part / "000.tar", numbers)
+    base = ["--model", model_file, "--device", "cpu", "--out-dir", tmp_path / "out", "--input"]
+    assert run(infer_image, *base, tmp_path / "train/000.tar")[0] == 0
+    before = results(tmp_path / "out")
+    for more in ([], ["--skip-done"]):
+        code, _, err = run(infer_image, *base, tmp_path / "val/000.tar", *more)
+        assert code == 2 and err.count("\n") == 1 and "train/000.tar" in err
+    assert results(tmp_path / "out") == before
+
+
+def test_nothing_is_removed_before_the_new_shard_is_read(model_file, shards, tmp_path, run):
+    """And pseudo-labels of the time before are moved, as those of images are."""
+    first = next(iter(shards))
+    flags = ["--model", model_file, "--device", "cpu", "--min-confidence", 0.4, "--out-dir", tmp_path / "out",
+             "--input", first]
+    assert run(infer_image, *flags)[0] == 0
+    before, content = results(tmp_path / "out"), first.read_bytes()
+    first.write_bytes(content[:5000])
+    assert run(infer_image, *flags)[0] == 2 and results(tmp_path / "out") == before
+    first.write_bytes(content)
+    assert run(infer_image, *flags)[0] == 0
+    folder = tmp_path / "out/inference_results_image/000"
+    masks = sorted(path.name for path in (folder / "pseudo_labels/masks").iterdir())
+    assert masks == sorted(path.name for path in (folder / "pseudo_labels_1/masks").iterdir()) and masks
+
+
+def test_photos_of_one_name_have_names_of_their_folders(model_file, tmp_path, run):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        Image.fromarray(random_images(3, 30, 40).permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg")
+        for name in ("album/cover.jpg", "cover.jpg", "other/cover.jpg"):
+            tar.add(tmp_path / "a.jpg", name)
+    flags = ["--model", model_file, "--device", "cpu", "--input", tmp_path / "a.tar", "--out-dir", tmp_path]
+    assert run(infer_image, *flags)[0] == 0
+    names = {path.name for path in (tmp_path / "inference_results_image/a").glob("*_mask.png")}
+    assert names == {"cover_mask.png", "a_cover_mask.png", "other_cover_mask.png"}
+
+
+def test_a_signed_address_names_no_folder_by_its_keys():
+    source = "pipe:curl -s 'https://host/bucket/000.tar?X-Signature=secret&x=" + 300 * "y" + "'"
+    assert shard_names([source]) == ["000"] and "secret" not in shard_title(source)
 
 
 def test_tiles_of_a_shard_need_what_tiles_need(model_file, tmp_path, run):

@@ -215,6 +215,7 @@ def test_what_does_not_fit_is_refused(trained, tmp_path, run):
     assert "--value-range" in refusal(*flags_of(trained, tmp_path / "out", "--value-range", 0, 100))
     assert "--train-scale" in refusal(*flags_of(trained, tmp_path / "out", "--train-scale", "native"))
     assert "--out-dir" in refusal(*flags_of(trained, trained[1]))
+    refusal(*flags_of(trained, tmp_path / "out", "--teacher", tmp_path / "out"))
     assert "--teacher" in refusal(*train_flags(trained[0], tmp_path / "out", "--temperature", 3))
     assert "none.pth" in refusal(*train_flags(trained[0], tmp_path / "out", "--teacher", "none.pth"))
 
