@@ -487,7 +487,8 @@ def benchmark_shards(args):
         class Segmenter(ImageSegmenter):
             def note(self, *args):
                 super().note(*args)
-                first.append(first[0] if first else time.perf_counter())
+                if not first:
+                    first.append(time.perf_counter())
 
         new_segmenter = partial(Segmenter, flags, predictor, "")
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
