@@ -86,11 +86,9 @@ def make_pipeline(args, reader, predictor, background, shares, writer):
 
     each_awaited = reader.drops or args.show
     default_batch = 1 if each_awaited else 8 if on_gpu else 2
-    segmenter = FrameSegmenter(predictor, paint)
-    # it has the next batch while the last one is fetched
-    ahead = int(segmenter.runs_ahead and not each_awaited)
+    segmenter = FrameSegmenter(predictor, paint, ahead=not each_awaited)
     return Pipeline(reader, segmenter, draw, writer, args.batch_size or default_batch, args.max_frames,
-                    show_frame if args.show else None, ahead)
+                    show_frame if args.show else None, int(segmenter.runs_ahead))
 
 
 def show_frame(frame):

@@ -467,22 +467,20 @@ class WriteBehind:
 # --- segmenting, and painting on a GPU --------------------------------------------------------------------
 class FrameSegmenter:
     """The `segment` of a Pipeline. On a GPU it begins with a batch, and nothing but its result waits; so it
-    does with the runtime of an ExportedModel, in a thread.
+    does with the runtime of an ExportedModel where it may run `ahead`, in a thread.
 
     predictor: a Predictor; paint: a Paint, None = frames as they are. Memory that is pinned lets copies run
-    beside the GPU's work; torch keeps and reuses it.
+    beside the GPU's work; torch keeps and reuses it. runs_ahead: whether a batch should be begun before the
+    last one is fetched.
     """
 
-    def __init__(self, predictor, paint=None):
+    def __init__(self, predictor, paint=None, ahead=False):
         self.predictor, self.paint, self.device = predictor, paint, predictor.device
         self.pinned = self.device.type == "cuda"
         # two threads of torch would fight for its pool of threads
-        self.thread = ThreadPoolExecutor(1) if isinstance(predictor.model, ExportedModel) else None
-
-    @property
-    def runs_ahead(self):
-        """Whether a batch can be begun before the last one is fetched."""
-        return self.pinned or self.thread is not None
+        has_thread = ahead and isinstance(predictor.model, ExportedModel)
+        self.thread = ThreadPoolExecutor(1) if has_thread else None
+        self.runs_ahead = ahead and (self.pinned or has_thread)
 
     def fetch(self, values):
         """Begin to copy a tensor to the CPU; return where it will be."""

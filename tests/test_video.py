@@ -654,8 +654,8 @@ def test_a_runtime_that_computes_the_next_batch_mixes_no_frames(tmp_path, batch_
     model = BrightestColor(None, (15, 41))
     model.num_classes = 3
     predictor = Predictor(model, dict(classes=CLASSES[:3], imgsz=(15, 41)), "cpu")
-    segmenter, preds = FrameSegmenter(predictor), []
-    assert segmenter.runs_ahead
+    segmenter, preds = FrameSegmenter(predictor, ahead=True), []
+    assert segmenter.runs_ahead and not FrameSegmenter(predictor).runs_ahead
     pipeline = Pipeline(None, segmenter, None, None, batch_size, ahead=1)
     for batch in pipeline.segmented(iter((frame, number) for number, frame in enumerate(frames))):
         preds += [(frame, pred, seconds) for frame, pred, seconds in batch]
