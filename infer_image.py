@@ -9,8 +9,7 @@
 Writes to OUT_DIR/inference_results_image/: <name>_overlay.jpg, <name>_mask.png (palette PNG, pixel value =
 class id; _mask.tif of TIFFs in tiles) and legend.png, and what else the flags below ask for. <name> is the
 file's without its ending; of a.jpg beside a.png in one folder it is a_jpg. Results of tar files are in
-folders of their names. A file that cannot be read is
-reported and skipped; the exit code is then 1.
+folders of their names. A file that cannot be read is reported and skipped; the exit code is then 1.
 """
 from config import (add_image_flags, add_overlay_flags, add_run_flags, fraction, inference_parser,
                     parse_inference_args)

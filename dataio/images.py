@@ -28,6 +28,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from config import InputError, count_of
 from utils import copy_file, in_parallel
 
+COMPANIONS = (".msk", ".aux.xml")  # endings of the files beside a TIFF that say which pixels are data
 # PIL can read more, such as EPS, which it has another program draw
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 # of GDAL, which can read files that name others, by the first two bytes
@@ -174,7 +175,7 @@ def picture_orientation(image, path):
 # --- what a file says of itself -----------------------------------------------------------------------------
 def companions(path):
     """Return the files beside an image that say which of its pixels are data, as GDAL writes them."""
-    beside = (Path(f"{path}{ending}") for ending in (".msk", ".aux.xml"))
+    beside = (Path(f"{path}{ending}") for ending in COMPANIONS)
     return [file for file in beside if Path(path).suffix.lower() in TIFFS and file.is_file()]
 
 

@@ -1,7 +1,7 @@
 """Tar files of images, as WebDataset writes them: what has one key belongs together, 000.jpg with 000.png.
 
-    photos, left_out = unpack("shards/000.tar", folder)          # or "pipe:curl -s https://host/000.tar"
-    root = training_folder("shards")                             # train/000/images, train/000/masks, ...
+    photos, links = unpack("shards/000.tar", folder)             # or "pipe:curl -s https://host/000.tar"
+    root = training_folder("shards")                             # train/000.tar/images, .../masks
 
 A tar file is read once, from its beginning to its end, so that it may come from anywhere. To train on, shards
 are unpacked into the user's cache (~/.cache/dinoseg/shards), each once.
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from config import InputError, count_of, one_line
 from dataio.contents import WHOLE, cache_home, hash_contents, state_of
-from dataio.images import IMAGE_ENDINGS, READERS
+from dataio.images import COMPANIONS, IMAGE_ENDINGS, READERS
 from dataio.labels import class_file
 from dataio.layout import HIDDEN, SPLIT_OF, words_of
 from dataio.readers import short_hash
@@ -29,7 +29,6 @@ PIPE = "pipe:"
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 LOSSY = (".jpg", ".jpeg", ".webp")  # of a photo, beside which a .png is its mask
 LONGEST_NAME = 100  # characters of the name of a shard's results
-COMPANIONS = (".msk", ".aux.xml")  # of a TIFF, as GDAL writes them
 
 
 # --- names ------------------------------------------------------------------------------------------------
