@@ -140,7 +140,7 @@ def find_samples(name, root, unlabelled, report):
             class_list = source / "classes.txt"
             report.facts += notes
         check_root(root)
-        root = training_folder(root)
+        root, _ = training_folder(root)
         content, source = find_masks(root, skip_bad_labels=True), None
         if unlabelled == "ignore":
             ignore_unlabelled(content, root)

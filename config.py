@@ -254,6 +254,10 @@ class DataOptions:
                               choices=("background", "ignore"), affects="run")
     skip_bad_labels: bool = setting(False, "data", "leave out the images of a folder whose labels cannot be "
                                     "used, and say which; else they are refused", action="store_true",
+                                    affects="run", may_grow=True)
+    shards_per_epoch: int = setting(0, "data", "folder of tar files (shards), or @LIST: unpack so many of "
+                                    "them for each epoch, in place of all of them at the start",
+                                    type=positive_int, metavar="N", only=("dataset", "folder"),
                                     affects="run")
     train_images: int = setting(0, "data", "train on so many of the training images, drawn by --seed; 0 = "
                                 "all", type=non_negative_int, affects="run")
@@ -764,8 +768,22 @@ def check_settings(config, flags):
     for name in ("augment", "log"):
         if "none" in getattr(config, name):
             raise InputError(f"{flag(name)} none stands alone: leave out none or the others")
+    if config.shards_per_epoch:
+        check_shards(config)
     check_data_settings(config, flags)
     check_training_settings(config, flags)
+
+
+def check_shards(config):
+    """Raise InputError where --shards-per-epoch is combined with what needs all images at once."""
+    needing = ("budget", "cache_features", "class_weights", "copy_paste", "extra", "resplit", "fold",
+               "val_fraction", "train_images", "train_scale")
+    for name in needing:
+        if getattr(config, name) != FIELDS[name].default:
+            raise InputError(f"{flag(name)} needs all images together, and --shards-per-epoch has those of a "
+                             "few shards at a time: leave out one of them")
+    if not config.steps:
+        raise InputError("--shards-per-epoch needs --steps, since it is not known how many images there are")
 
 
 def check_image_flags(bands, value_range):

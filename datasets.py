@@ -380,7 +380,7 @@ def with_extra(source, root, labeled=True):
     names = [name for name, _ in source.classes]
     if not Path(root).is_dir():
         raise InputError(f"--extra {root} does not exist: give a folder of images and masks")
-    root = training_folder(root)
+    root, _ = training_folder(root)
     listed = class_file(Path(root))
     options = DataOptions(dataset="folder", data_root=str(root), val_fraction=0.0,
                           classes=() if listed else tuple(names))

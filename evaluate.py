@@ -146,6 +146,9 @@ def check_classes(data, checkpoint, dataset):
 def split_samples(data, split):
     """Return the samples of a split, or of `all` together. Raises InputError where there are none."""
     samples = data.splits.get(split, [])
+    if data.shards and split in ("train", "all"):
+        raise InputError(f"--split {split}: this model was trained on shards that are not unpacked together "
+                         "(--shards-per-epoch): score it on val, or on another folder with --data-root")
     if split == "all":
         samples = list(dict.fromkeys(sample for samples in data.splits.values() for sample in samples))
     if not samples:

@@ -64,9 +64,9 @@ from tqdm import tqdm
 import utils
 import visualize
 from checkpoint import load_model
-from config import InputError, check_image_flags, count_of, one_line
+from config import InputError, check_image_flags, count_of
 from dataio.images import IMAGE_ENDINGS, READERS, largest_first
-from dataio.shards import PIPE, is_shard, shard_names, shard_title, unpack
+from dataio.shards import PIPE, is_shard, listed, shard_names, shard_title, unpack
 from dataio.windows import Raster, is_raster
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
@@ -97,7 +97,7 @@ def find_inputs(inputs):
     among them as text. Raises InputError.
     """
     paths, shards = [], []
-    for text in itertools.chain.from_iterable(map(listed, inputs)):
+    for text in itertools.chain.from_iterable(listed(text, "--input") for text in inputs):
         path = Path(text)
         if is_shard(text):
             matches = [match for match in sorted(glob.glob(text, recursive=True)) if is_shard(match)]
@@ -118,18 +118,6 @@ def find_inputs(inputs):
             raise InputError(f"--input {text} {reason}")
         paths += [] if is_shard(text) else files
     return list(dict.fromkeys(paths)), list(dict.fromkeys(shards))
-
-
-def listed(text):
-    """Return the lines of the file behind @FILE, else the text alone. Raises InputError."""
-    if not text.startswith("@") or Path(text).exists():
-        return [text]
-    try:
-        lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--input {text}: {text[1:]} is not a text file that can be read "
-                         f"({one_line(str(error))})") from None
-    return [line for line in lines if line.strip()]
 
 
 def output_names(paths):

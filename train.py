@@ -40,11 +40,14 @@ import visualize
 from checkpoint import Run, load_head, load_model, read_checkpoint
 from dataio.classes import first_difference
 from dataio.contents import joined
-from dataio.dataloader import SegmentationDataset, TileDataset, WindowDataset, make_loader, naming_files
+from dataio.dataloader import (SegmentationDataset, TileDataset, WindowDataset, make_loader, mixed_seed,
+                               naming_files)
 from dataio.feature_cache import cache_features
 from dataio.image_rule import ImageRule, check_fit, decide_rule
 from dataio.images import image_size
+from dataio.readers import read_sample
 from dataio.stratify import count_pixels
+from dataio.stream import ShardBatches
 from dataio.transforms import AUGMENTS, CopyPaste
 from dataio.windows import WindowReader, check_room
 from datasets import check_trainable, load_data, warn_of_trained_images, with_extra
@@ -230,6 +233,27 @@ def build_batches(config, data, model, precision, teacher=None):
     images = config.steps // config.epochs * config.accumulate * config.batch_size * world_size()
     return [make_loader(dataset, config.batch_size, config.workers, pin_memory, rank(), world_size(), images)
             for dataset in (train, val)]
+
+
+def stream_batches(config, run, batches):
+    """Return the ShardBatches of a Run on shards; batches: those of the images of the first one."""
+    data, dataset = run.data, batches.dataset
+
+    def load(epoch, samples, contents):
+        run.trained_on = joined(run.trained_on, contents)
+        images = SegmentationDataset(samples, data.table, dataset.size, config.augment,
+                                     mixed_seed(config.seed, epoch), data.rule)
+        return make_loader(images, config.batch_size, config.workers, batches.pin_memory, rank(),
+                           world_size(), len(batches.sampler) * world_size())
+
+    def is_usable(sample):
+        try:
+            return bool(read_sample(sample, data.table, rule=data.rule))
+        except InputError:
+            return False
+
+    return ShardBatches(data.shards, load, len(batches), config.shards_per_epoch, config.epochs, config.seed,
+                        Path(config.out_dir) / "cache/shards", is_usable if config.skip_bad_labels else None)
 
 
 def build_objective(config, model, criterion, teacher=None):
@@ -464,6 +488,9 @@ def run_training(flags, folder, saved=None):
     if config.train_images > len(data.splits["train"]):
         raise InputError(f"--train-images {config.train_images}: {data.name} has "
                          f"{count_of(len(data.splits['train']), 'training image')}")
+    if config.shards_per_epoch > len(data.shards):
+        raise InputError(f"--shards-per-epoch {config.shards_per_epoch}: {config.data_root} has "
+                         f"{count_of(len(data.shards), 'training shard')}")
     check_trainable(data)
     if is_open:
         config = with_budget(config, flags, data)
@@ -500,6 +527,8 @@ def run_training(flags, folder, saved=None):
                 objective = build_objective(config, state.model, criterion, teacher)
                 train_batches, val_batches = build_batches(config, data, state.model, state.precision,
                                                            teacher)
+                if data.shards:
+                    train_batches = stream_batches(config, run, train_batches)
                 if config.cache_features:
                     teacher = None  # its memory is free again
                 with naming_files(train_batches, val_batches), utils.StopOnSignal() as run.stop:

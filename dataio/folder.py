@@ -16,7 +16,7 @@ from dataio.layout import refuse_unpaired
 from dataio.images import read_orientation, upright_size
 from dataio.readers import DataSource
 from dataio.scan import fits, scan_mask
-from dataio.shards import training_folder
+from dataio.shards import is_listed, training_folder
 from dataio.stratify import share_table, split_samples
 from utils import in_parallel
 
@@ -27,17 +27,21 @@ def folder(root, options, download=False, check=""):
     """Return the DataSource of a folder in any layout of dataio/layout.py; every mask is read once.
 
     options: config.DataOptions, of which val_fraction (0: no validation part is drawn), fold,
-    classes (names), unlabelled and skip_bad_labels count; check: the flags that check_data.py takes for it,
-    where these are others than --data-root. Raises InputError.
+    classes (names), unlabelled, skip_bad_labels and shards_per_epoch (0: all shards are unpacked) count;
+    check: the flags that check_data.py takes for it, where these are others than --data-root. Raises
+    InputError.
     """
     check_root(root)
-    root = training_folder(root)
+    root, shards = training_folder(root, first_only=options.shards_per_epoch)
     content = find_masks(root, options.skip_bad_labels)
     if any(content.bad_labels.values()) and not options.skip_bad_labels:  # on lists: the others are refused
         raise InputError(report(content.bad_labels, root))
     if options.unlabelled == "ignore":
         ignore_unlabelled(content, root)
     entries, class_notes = known_classes(root, options.classes, content.entries)
+    if options.shards_per_epoch and shards and not entries:
+        raise InputError("--shards-per-epoch needs the names of the classes before all masks are read: put a "
+                         "classes.txt beside the shards, or give --classes")
     facts = read_facts(content, options.skip_bad_labels)
     samples = content.samples
     masks = [facts[sample][0] for sample in samples]
@@ -59,9 +63,13 @@ def folder(root, options, download=False, check=""):
     ignored = ignored_share(masks, rows)
     notes.append(f"{100 * ignored:.1f} % of the pixels are ignored{more if ignored > MUCH_IGNORED else ''}")
     pixels = dict(zip(samples, rows, strict=True))
-    notes += add_validation(content.splits, pixels, meaning.classes, options, root)
+    if not (options.shards_per_epoch and shards):
+        shards = {}
+        notes += add_validation(content.splits, pixels, meaning.classes, options, root)
+    elif "val" not in content.splits:
+        raise InputError(f"{options.data_root} has no shard of a validation part: call one val-000.tar")
     return DataSource("folder", meaning.classes, content.splits, meaning.table, notes,
-                      annotated=bool(content.entries))
+                      annotated=bool(content.entries), shards=shards)
 
 
 def read_facts(content, skip_bad_labels):
@@ -124,9 +132,9 @@ def ignore_unlabelled(content, root):
 
 
 def check_root(root):
-    """Raise InputError where --data-root is not a folder."""
+    """Raise InputError where --data-root is neither a folder nor a list of shards."""
     refuse_file(root)
-    if not root.is_dir():
+    if not root.is_dir() and not is_listed(root):
         raise InputError(f"--data-root {root} does not exist: give the folder that holds the data set")
 
 

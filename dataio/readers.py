@@ -75,7 +75,8 @@ class DataSource:
     65536 + G * 256 + B). notes: lines the user should read.
     examples: (picture, clip) to try the model on, files that nothing trains on. extra: Samples of --extra.
     annotated: whether the masks were drawn from annotation files, which name the classes. rule: the ImageRule
-    by which its images are read.
+    by which its images are read. shards: {name: shard} of those to train on, of which the first one's images
+    are in splits (--shards-per-epoch).
     """
 
     name: str
@@ -87,11 +88,17 @@ class DataSource:
     extra: list = field(default_factory=list)
     annotated: bool = False
     rule: ImageRule = PICTURES
+    shards: dict = field(default_factory=dict)
 
     @property
     def counts(self):
-        """{split: number of its images}, those of --extra as a split of their own where there are any."""
+        """{split: number of its images}, those of --extra as a split of their own where there are any, and
+        shards in place of images where these are not known.
+        """
         counts = {name: len(samples) for name, samples in self.splits.items()}
+        if self.shards:
+            counts = {"training shards": len(self.shards)} | counts
+            del counts["train"]
         return {**counts, "extra": len(self.extra)} if self.extra else counts
 
     @property
@@ -122,6 +129,7 @@ class DataSource:
         data += [hashlib.sha256(self.table).hexdigest(), [name for name, _ in self.classes]]
         marks = {name(sample.image): marks_of(sample.image) for sample in samples}
         data += [(image, said) for image, said in sorted(marks.items()) if said]
+        data += [sorted(self.shards)] if self.shards else []
         if named := sorted({(target.name, target.kind) for sample in samples for target in sample.targets}):
             data.append(named)
         splits = [(split, sorted(name(sample.image) for sample in samples))

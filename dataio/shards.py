@@ -1,10 +1,10 @@
 """Tar files of images, as WebDataset writes them: what has one key belongs together, 000.jpg with 000.png.
 
     photos, links = unpack("shards/000.tar", folder)             # or "pipe:curl -s https://host/000.tar"
-    root = training_folder("shards")                             # train/000.tar/images, .../masks
+    root, shards = training_folder("shards")                     # train/000.tar/images, .../masks
 
 A tar file is read once, from its beginning to its end, so that it may come from anywhere. To train on, shards
-are unpacked into the user's cache (~/.cache/dinoseg/shards), each once.
+are unpacked into the user's cache (~/.cache/dinoseg/shards), each once, or as dataio/stream.py needs them.
 """
 import os
 import re
@@ -35,6 +35,18 @@ LONGEST_NAME = 100  # characters of the name of a shard's results
 def is_shard(text):
     """Return whether an input is a tar file, or a command that prints one."""
     return text.startswith(PIPE) or text.lower().endswith(ENDINGS) and not Path(text).is_dir()
+
+
+def listed(text, flag):
+    """Return the lines of the file behind @FILE, else the text alone. Raises InputError."""
+    if not text.startswith("@") or Path(text).exists():
+        return [text]
+    try:
+        lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {text}: {text[1:]} is not a text file that can be read "
+                         f"({one_line(str(error))})") from None
+    return [line for line in lines if line.strip()]
 
 
 def shard_names(sources):
@@ -166,56 +178,96 @@ def unpack(source, folder, stop=lambda: False):
 
 
 # --- training ---------------------------------------------------------------------------------------------
-def training_folder(root):
-    """Return the folder of images and masks that the shards in a folder hold, unpacked; a folder without
-    shards, or with other data, as it is. Raises InputError.
+def is_listed(root):
+    """Return whether a --data-root is @FILE, a list of shards."""
+    return str(root).startswith("@") and not Path(root).exists()
 
-    The name of a shard says which split it is of (train-000.tar), as the names of folders do.
+
+def shards_of(root):
+    """Return the shards on a list, or in a folder that holds nothing else; [] for other folders. Raises
+    InputError.
     """
-    root = Path(root)
-    content = [path for path in sorted(root.iterdir()) if not path.name.startswith(HIDDEN)]
-    files = [path for path in content if is_shard(path.name)]
-    if not files or any(path.is_dir() or path.suffix.lower() in IMAGE_ENDINGS for path in content):
-        return root
-    names = class_file(root)
-    hashes = hash_contents([*files, *([names] if names else [])])
-    home = cache_home() / "shards"
-    # of a large file, parts alone are hashed
-    versions = {path: short_hash([hashes[path], *(state_of(path)[:2] if path.stat().st_size > WHOLE else ())])
-                for path in files}
-    folders = {path: home / versions[path] for path in files}
-    if missing := [path for path in files if not folders[path].is_dir()]:
+    if is_listed(root):
+        shards = listed(str(root), "--data-root")
+        for shard in shards:
+            if not is_shard(shard) or not (shard.startswith(PIPE) or Path(shard).is_file()):
+                raise InputError(f"--data-root {root}: {shard} is neither a tar file nor a command "
+                                 f"({PIPE}...)")
+        return shards
+    content = [path for path in sorted(Path(root).iterdir()) if not path.name.startswith(HIDDEN)]
+    shards = [str(path) for path in content if is_shard(path.name)]
+    others = any(path.is_dir() or path.suffix.lower() in IMAGE_ENDINGS for path in content)
+    return [] if others else shards
+
+
+def split_of(name):
+    """Return the split that the name of a shard says, as the names of folders do."""
+    return next((SPLIT_OF[word] for word in words_of(name) if word in SPLIT_OF), "train")
+
+
+def training_folder(root, first_only=False):
+    """Return (the folder of images and masks that the shards in a folder or on a list hold, unpacked; the
+    {name: shard} of those of train). A folder without shards, or with other data, is returned as it is.
+
+    The name of a shard says which split it is of (train-000.tar). first_only: of those of train, unpack the
+    first. What a command prints is taken to be what it printed before. Raises InputError.
+    """
+    if not (shards := shards_of(root)):
+        return Path(root), {}
+    names = dict(zip(shards, shard_names(shards), strict=True))
+    of_train = {name: shard for shard, name in names.items() if split_of(name) == "train"}
+    later = [*of_train.values()][1:] if first_only else []
+    wanted = [shard for shard in names if shard not in later]
+    class_list = class_file(Path(str(root)[1:]).parent if is_listed(root) else Path(root))
+    files = [Path(shard) for shard in wanted if not shard.startswith(PIPE)]
+    hashes = hash_contents([*files, *([class_list] if class_list else [])])
+    home, versions = cache_home() / "shards", {shard: short_hash([shard]) for shard in wanted}
+    for path in files:  # of a large one, parts alone are hashed
+        more = state_of(path)[:2] if path.stat().st_size > WHOLE else ()
+        versions[str(path)] = short_hash([hashes[path], *more])
+    folders = {shard: home / version for shard, version in versions.items()}
+    if missing := [shard for shard in wanted if not folders[shard].is_dir()]:
         print(f"unpacking {count_of(len(missing), 'shard')} of {root} into {home} (once)", flush=True)
-    for path in missing:
-        fill_folder(folders[path], write_pairs, [path], path.name)
+    for shard in missing:
+        fill_folder(folders[shard], write_pairs, [shard], names[shard])
+    if old := [shard for shard in wanted if shard.startswith(PIPE) and shard not in missing]:
+        print(f"note: what {count_of(len(old), 'command')} printed was kept from before, such as "
+              f"{folders[old[0]]}: remove it where that has changed", flush=True)
 
-    def link(path, target):
-        if path == names:
-            shutil.copyfile(path, target / path.name)
+    def link(shard, target):
+        if shard == class_list:
+            shutil.copyfile(shard, target / shard.name)
             return
-        split = next((SPLIT_OF[word] for word in words_of(path.name) if word in SPLIT_OF), "train")
-        (target / split).mkdir(exist_ok=True)
+        place = target / split_of(names[shard]) / names[shard]
+        place.parent.mkdir(exist_ok=True)
         try:
-            os.symlink(folders[path], target / split / path.name, target_is_directory=True)
+            os.symlink(folders[shard], place, target_is_directory=True)
         except OSError:  # Windows has rights for it
-            shutil.copytree(folders[path], target / split / path.name)
+            shutil.copytree(folders[shard], place)
 
-    target = home / "sets" / short_hash([[path.name, versions.get(path, hashes[path])] for path in hashes])
-    fill_folder(target, link, list(hashes), "shards")
-    return target
+    content = [[names[shard], version] for shard, version in versions.items()]
+    content += [[class_list.name, hashes[class_list]]] if class_list else []
+    target = home / "sets" / short_hash(content)
+    fill_folder(target, link, [*wanted, *([class_list] if class_list else [])], "shards")
+    return target, of_train
 
 
-def write_pairs(path, folder):
-    """Write the photo and the mask of every key of a shard below `folder`. Raises InputError."""
-    if links := extract(str(path), folder / "all"):
-        raise InputError(f"{path} holds {count_of(links, 'link')} in place of images: write it with tar "
+def write_pairs(shard, folder, stop=lambda: False):
+    """Write the photo and the mask of every key of a shard below `folder`, until stop(). Raises
+    InputError.
+    """
+    title = shard_title(shard)
+    if links := extract(shard, folder / "all", stop):
+        raise InputError(f"{title} holds {count_of(links, 'link')} in place of images: write it with tar "
                          "--dereference")
     files = sorted(file for file in folder.glob("all/**/*") if file.is_file())
+    if not files and not stop():
+        raise InputError(f"{title} holds no image")
     for number, (key, own) in enumerate(grouped(files, key_of).items()):
         photos = [file for file in own if file.suffix.lower() in LOSSY]
         masks = [file for file in own if file not in photos]
         if len(photos) != 1 or len(masks) != 1:
-            raise InputError(f"{path}: {key.name} has {' '.join(file.name for file in own)}, and needs a "
+            raise InputError(f"{title}: {key.name} has {' '.join(file.name for file in own)}, and needs a "
                              "photo (.jpg) and a mask (.png)")
         for kind, file in (("images", photos[0]), ("masks", masks[0])):
             target = folder / kind / f"{number:06d}_{key.name}{file.suffix.lower()}"

@@ -19,7 +19,8 @@ from models.weights import hugging_face_weights, load_strictly, published_weight
 
 ENCODERS = {"fcn_resnet50": "ResNet50_Weights", "deeplabv3_resnet101": "ResNet101_Weights",  # in torchvision
             "lraspp_mobilenet_v3_large": "MobileNet_V3_Large_Weights"}
-MOBILENETS = {"fpn_mobilenetv4_small": "mobilenetv4_conv_small.e2400_r224_in1k"}  # in timm
+PYRAMIDS = {"fpn_mobilenetv4_small": "mobilenetv4_conv_small.e2400_r224_in1k",  # in timm
+            "fpn_efficientnet_lite0": "tf_efficientnet_lite0.in1k"}
 PYRAMID_WIDTH = 64
 # Widths of the four stages, depths of the four stages, width of the decoder: table 6 of the paper.
 SEGFORMER = {"segformer_b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
@@ -215,7 +216,7 @@ def load_encoder(net, arch, weights):
 
 def build_pyramid(spec, weights):
     """Return (MobileNetBackbone, PyramidHead); arguments as build_baseline."""
-    backbone = MobileNetBackbone(load_timm_net(MOBILENETS[spec.arch], weights))  # without drop layers
+    backbone = MobileNetBackbone(load_timm_net(PYRAMIDS[spec.arch], weights))  # without drop layers
     return backbone, PyramidHead(backbone.channels, spec.num_classes)
 
 
@@ -258,6 +259,7 @@ BASELINES = {
     "deeplabv3_resnet101": build_torchvision,
     "lraspp_mobilenet_v3_large": build_lraspp,
     "fpn_mobilenetv4_small": build_pyramid,
+    "fpn_efficientnet_lite0": build_pyramid,
     "segformer_b0": build_segformer,
     "segformer_b1": build_segformer,
     "segformer_b2": build_segformer,
