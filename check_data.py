@@ -45,7 +45,7 @@ import visualize
 from config import IGNORE, OWN_DATA, DataOptions, InputError, TrainConfig, check_image_flags, count_of
 from dataio import huggingface
 from dataio.advice import Advice, advise, either_way, kind_of_255, value_facts
-from dataio.annotations import find_masks
+from dataio.annotations.tools import find_masks
 from dataio.folder import MUCH_IGNORED, add_validation, check_root, ignore_unlabelled
 from dataio.labels import (class_pixels, codes_of, decode_masks, ignored_share, known_classes, line_entries,
                            save_classes)

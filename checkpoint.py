@@ -30,7 +30,8 @@ from model import ModelSpec, build_model
 from models.backbones import TimmBackbone, create_timm
 from models.baselines import BASELINES
 from models.heads import HEADS
-from models.weights import INSTEAD, hash_state, load_strictly, published_weights, torch_load
+from models.weights import (INSTEAD, WithoutRandomNumbers, hash_state, load_strictly, published_weights,
+                            torch_load)
 from utils import all_reduce, is_main_process, world_size
 
 VERSION = 1  # of the checkpoint format
@@ -135,7 +136,8 @@ def load_model(path, precise=False):
         state = with_backbone(checkpoint, model, path)
     else:
         try:
-            model = build_model(spec)
+            with WithoutRandomNumbers():
+                model = build_model(spec)
         except InputError:
             if spec.arch != "dinov2" or spec.backbone.removesuffix("_reg") not in TIMM_TWINS:
                 raise

@@ -71,7 +71,7 @@ from dataio.windows import Raster, is_raster
 from inference import outputs
 from inference.predictor import Predictor, choose_protocol
 from inference.rasters import MaskFile, read_small, save_polygons, segment
-from inference.video import ReadAhead, WriteBehind
+from inference.threads import ReadAhead, WriteBehind
 from models.weights import hash_state
 
 RESULTS, PSEUDO_LABELS = "inference_results_image", "pseudo_labels"

@@ -9,7 +9,7 @@ from shlex import quote
 import numpy as np
 
 from config import DataOptions, InputError, count_of
-from dataio.annotations import find_masks
+from dataio.annotations.tools import find_masks
 from dataio.annotations.importer import describe_bad, report
 from dataio.labels import class_pixels, decode_masks, ignored_share, known_classes
 from dataio.layout import refuse_unpaired

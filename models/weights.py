@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from config import InputError
 
@@ -166,6 +167,21 @@ def torch_load(path, digest=None):
                          "download it again") from None
 
 
+class WithoutRandomNumbers(TorchFunctionMode):
+    """Context in which zeros stand for the random numbers of new weights, all of which are loaded then: they
+    take longer than to load them.
+    """
+
+    RANDOM = {"normal_", "uniform_", "kaiming_uniform_"}  # methods, or functions that transformers replaces
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in self.RANDOM:
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
+        return function(*args, **kwargs)
+
+
 def load_strictly(module, state, source):
     """Load a state dict whose keys and shapes must match. Raises InputError that names what differs."""
     own = module.state_dict()
@@ -184,6 +200,6 @@ def check_tensor(key, value, source):
     """Raise InputError for a tensor that no training leaves: of another kind, or with nan or inf in it."""
     if value.layout is not torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
         raise InputError(f"{source}: {key} is not a plain tensor of weights: it is not loaded")
-    if value.is_floating_point() and not value.isfinite().all():
+    if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, value.aminmax())):
         raise InputError(f"{source}: {key} holds values that are not numbers (nan or inf): it is damaged, or "
                          "of a training that failed; use another file")

@@ -26,7 +26,7 @@ import evaluate
 import infer_image
 import train
 from config import InputError
-from dataio.annotations import find_masks
+from dataio.annotations.tools import find_masks
 from dataio.annotations.shapes import decode_runs, paste, polygons, polygons_bitmap
 from dataio.annotations.via import class_attribute
 from dataio.layout import NoMasks, find_pairs

@@ -12,7 +12,8 @@ from test_annotations import RING, load_mask, studio, via3_region, via_region, w
 from test_importer import save_turned
 from trees import save
 
-from dataio.annotations import find_masks, geo
+from dataio.annotations import geo
+from dataio.annotations.tools import find_masks
 from dataio.annotations.files import FolderFiles
 from dataio.annotations.via import class_attribute
 

@@ -65,6 +65,21 @@ QUICK = ["bn", "split-detail", "linear", "mask", "detail", "split"]  # with all 
 NAMES = [*QUICK, *(name for name in (*HEADS, *BASELINES) if name not in QUICK)]
 
 
+@pytest.mark.parametrize("options", [
+    dict(head="detail"), *(dict(arch=arch) for arch in BASELINES if not arch.startswith("segformer_b")),
+    dict(arch="segformer_b0")], ids=str)
+def test_loading_draws_no_random_numbers(options, tmp_path):
+    """As a teacher, or for an evaluation in between; what is built after it is random as ever."""
+    model = tiny(**options) if "head" in options else build(unfreeze="all", **options)
+    classes = [("ground", (0, 0, 0)), ("roof", (1, 1, 1)), ("pool", (2, 2, 2))]
+    torch.save(pack_checkpoint(model, classes, (28, 42)), tmp_path / "model.pth")
+    before = torch.get_rng_state()
+    loaded, _ = load_model(tmp_path / "model.pth")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert equal_states(loaded.state_dict(), model.state_dict())
+    assert all(value.any() for value in torch.nn.Linear(5, 7).parameters())
+
+
 @pytest.mark.parametrize("number", [
     pytest.param(number, id=name, marks=() if name in QUICK else pytest.mark.long)
     for number, name in enumerate(NAMES)])

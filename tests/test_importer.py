@@ -23,7 +23,7 @@ import check_data
 import evaluate
 import train
 from config import InputError
-from dataio.annotations import TOOLS as FORMATS, find_masks
+from dataio.annotations.tools import TOOLS as FORMATS, find_masks
 from dataio.images import upright
 from dataio.readers import read_sample
 

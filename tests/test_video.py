@@ -24,11 +24,11 @@ import infer_video
 import visualize
 from checkpoint import pack_checkpoint
 from config import InputError
-from inference import video
+from inference import threads, video
 from inference.predictor import Predictor
 from inference.backends import ExportedModel
-from inference.video import (FrameSegmenter, Paint, Pipeline, ReadAhead, VideoReader, VideoWriter,
-                             WriteBehind, exact_rate)
+from inference.threads import ReadAhead, WriteBehind
+from inference.video import FrameSegmenter, Paint, Pipeline, VideoReader, VideoWriter, exact_rate
 from utils import Precision
 
 CLASSES = [("a", (250, 0, 9)), ("b", (0, 180, 0)), ("c", (0, 9, 200))]
@@ -162,7 +162,7 @@ def test_read_ahead_keeps_the_order_and_stays_a_few_items_ahead():
     with ReadAhead(source()) as items:
         for item in items:
             received.append(item)
-            assert len(made) - len(received) <= video.DEPTH + 2  # in the queue, on its way, and being made
+            assert len(made) - len(received) <= threads.DEPTH + 2  # in the queue, on its way, and being made
     assert received == list(range(200))
 
 
@@ -188,7 +188,7 @@ def test_a_slow_taker_gets_the_newest_frames_of_a_live_source():
     with ReadAhead(camera(), newest=True) as items:
         assert go.wait(5)  # the camera never waits
         got = list(items)
-    assert got == list(range(100))[-video.DEPTH:] and items.dropped == 100 - video.DEPTH
+    assert got == list(range(100))[-threads.DEPTH:] and items.dropped == 100 - threads.DEPTH
 
 
 def test_write_behind_keeps_the_order_and_reports_what_fails():

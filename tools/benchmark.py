@@ -84,7 +84,8 @@ from config import IGNORE, DataOptions, InputError, one_line
 from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.feature_cache import PhotoCache, cache_features
 from dataio.image_rule import PICTURES
-from dataio.readers import read_mask
+from dataio.readers import index_table, read_mask
+from dataio.stream import ShardBatches
 from dataio.streets import draw_clip
 from dataio.windows import Raster
 from datasets import load_data
@@ -454,22 +455,24 @@ def benchmark_memory(args):
 
 # --- shards -----------------------------------------------------------------------------------------------
 def draw_shard(path, count):
-    """Write a tar file of `count` thumbnails, 32x32 pixels of random colors, one JPEG each."""
+    """Write a tar file of `count` thumbnails, 32x32 pixels of random colors, one JPEG each with a mask."""
     generator = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
         for number in range(count):
             pixels = generator.integers(0, 255, (4, 4, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
-            content = cv2.imencode(".jpg", pixels)[1].tobytes()
-            member = tarfile.TarInfo(f"{number:06d}.jpg")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            for ending, values in ((".jpg", pixels), (".png", pixels[..., 0] % len(CLASSES))):
+                content = cv2.imencode(ending, values)[1].tobytes()
+                member = tarfile.TarInfo(f"{number:06d}{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def benchmark_shards(args):
-    """List 100 shards of --images thumbnails and segment the first --rounds of them, as infer_image.py does.
+    """List 100 shards of --images thumbnails, segment the first --rounds of them, as infer_image.py does, and
+    read as many to train on, as train.py --shards-per-epoch 1 does.
 
-    list_s: seconds to list all; first_s: from there to the first image that is written; seconds: of a shard;
-    memory_gb: of this process once it is done.
+    list_s: seconds to list all; first_s: from there to the first image that is written, or batch that is
+    there; seconds: of a shard; memory_gb: of this process once it is done.
     """
     predictor, rows = Predictor(make_model(args).eval(), dict(classes=CLASSES), args.device,
                                 make_protocol("whole", "", args.imgsz)), []
@@ -498,7 +501,28 @@ def benchmark_shards(args):
                 rows.append(dict(name=Path(shard).stem, list_s=listed - start, first_s=first[0] - listed,
                                  seconds=time.perf_counter() - begun, memory_gb=memory_now()))
                 shutil.rmtree(Path(folder) / RESULTS)
+        names = {Path(shard).stem: shard for shard in shards}
+        rows += read_shards(args, names, listed - start, Path(folder) / "unpacked")
     return dict(backbone=args.backbone, images=args.images * len(shards), rows=rows)
+
+
+def read_shards(args, shards, list_s, folder):
+    """Return rows as benchmark_shards does of --rounds epochs of a ShardBatches, a shard each."""
+    def load(epoch, samples, contents):
+        dataset = SegmentationDataset(samples, index_table(len(CLASSES)), args.imgsz, ("flip",), epoch)
+        return make_loader(dataset, args.batch_size, workers=2)
+
+    rows, length = [], -(-args.images // args.batch_size)
+    batches = ShardBatches(shards, load, length, 1, args.rounds, 0, folder)
+    for epoch in range(args.rounds):
+        start, first = time.perf_counter(), None
+        batches.start(epoch)
+        for _ in batches:
+            first = first or time.perf_counter()
+        rows.append(dict(name=f"train {batches.names(epoch)[0]}", list_s=list_s, first_s=first - start,
+                         seconds=time.perf_counter() - start, memory_gb=memory_now()))
+    batches.close()
+    return rows
 
 
 # --- labels -----------------------------------------------------------------------------------------------
