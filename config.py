@@ -271,7 +271,8 @@ class ModelOptions:
 
     arch: str = setting("dinov2", "model", "dinov2 = --backbone + --head, or a whole network to compare with "
                         "it: fcn_resnet50, deeplabv3_resnet101, segformer_b0 ... segformer_b5, and "
-                        "two that are fast on a CPU: lraspp_mobilenet_v3_large, fpn_mobilenetv4_small",
+                        "three that are fast on a CPU: lraspp_mobilenet_v3_large, fpn_mobilenetv4_small, "
+                        "fpn_efficientnet_lite0",
                         kind="baseline", metavar="NAME", affects="features")
     backbone: str = setting("dinov2_vits14", "model", "dinov2_vits14 ... dinov2_vitg14_reg (torch.hub), "
                             "dinov3_vits16 ... dinov3_vitl16 (timm), vit_tiny, or timm/<model name>",

@@ -4,9 +4,9 @@
 
 FCN-ResNet50 (Long et al., 2015) and DeepLabV3-ResNet101 (Chen et al., 2017) are torchvision's, with an
 auxiliary classifier in training where the spec has an aux_weight; SegFormer-B0..B5 (Xie et al., 2021) is the
-one of transformers. Two are small enough for a laptop to run in real time, which a teacher makes worth it
-(train.py --teacher): torchvision's LR-ASPP on MobileNetV3 (Howard et al., 2019), and a pyramid on timm's
-MobileNetV4 (Qin et al., 2024). The packages are imported when asked for.
+one of transformers. Three are small enough for a laptop to run in real time: torchvision's LR-ASPP on
+MobileNetV3 (Howard et al., 2019), and a pyramid on timm's MobileNetV4 (Qin et al., 2024) or EfficientNet-Lite0
+(of Tan and Le's EfficientNet, 2019). The packages are imported when asked for.
 """
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,8 @@ class SegformerBackbone(Backbone):
         return list(self.net(images, output_hidden_states=True).hidden_states)
 
 
-class MobileNetBackbone(Backbone):
-    """A MobileNet of timm: four maps at strides 4, 8, 16 and 32. Images are padded to multiples of 32."""
+class PyramidBackbone(Backbone):
+    """A convolutional network of timm: four maps at strides 4, 8, 16 and 32. Images are padded to multiples of 32."""
 
     def __init__(self, net):
         info = net.feature_info
@@ -215,8 +215,8 @@ def load_encoder(net, arch, weights):
 
 
 def build_pyramid(spec, weights):
-    """Return (MobileNetBackbone, PyramidHead); arguments as build_baseline."""
-    backbone = MobileNetBackbone(load_timm_net(PYRAMIDS[spec.arch], weights))  # without drop layers
+    """Return (PyramidBackbone, PyramidHead); arguments as build_baseline."""
+    backbone = PyramidBackbone(load_timm_net(PYRAMIDS[spec.arch], weights))  # without drop layers
     return backbone, PyramidHead(backbone.channels, spec.num_classes)
 
 

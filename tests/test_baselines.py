@@ -40,10 +40,12 @@ def test_torchvision_networks_give_torchvisions_logits(arch, size):
         assert torch.allclose(net(images), expected, atol=1e-5 * expected.abs().max())
 
 
-def test_the_pyramid_reads_timms_maps():
+@pytest.mark.parametrize(("arch", "encoder"), [("fpn_mobilenetv4_small", "mobilenetv4_conv_small"),
+                                               ("fpn_efficientnet_lite0", "tf_efficientnet_lite0")])
+def test_the_pyramid_reads_timms_maps(arch, encoder):
     """The maps are those of timm, of strides 4 to 32, and none of its weights is left without a use."""
-    net = build("fpn_mobilenetv4_small").eval()
-    plain = timm.create_model("mobilenetv4_conv_small", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    net = build(arch).eval()
+    plain = timm.create_model(encoder, features_only=True, out_indices=(1, 2, 3, 4)).eval()
     plain.load_state_dict(dict(zip(plain.state_dict(), net.backbone.net.state_dict().values(), strict=True)))
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
