@@ -23,6 +23,7 @@ IGNORE = 255  # mask value that no loss and no metric counts, whatever the data 
 OWN_DATA = ("folder", "hf")  # data sets whose files say what they hold
 PROTOCOLS = ("whole", "slide", "tile")
 TTA = ("flip", "ms", "ms,flip")
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow")  # of x264
 
 
 class InputError(Exception):
@@ -674,6 +675,13 @@ def add_run_flags(parser):
     """Add --device and --out-dir."""
     parser.add_argument("--device", default="auto", help="auto = cuda, else mps, else cpu; or a torch device")
     parser.add_argument("--out-dir", default="outputs", metavar="DIR", help="where results go (outputs)")
+
+
+def add_preset_flag(parser, what=""):
+    """Add --preset; what: the case that it is for."""
+    parser.add_argument("--preset", choices=PRESETS, default="veryfast", help=what + "how x264 encodes: the "
+                        "faster, the larger the file (veryfast; ultrafast: twice as fast, 2 to 4 times as "
+                        "large)")
 
 
 def add_overlay_flags(parser):

@@ -10,8 +10,8 @@ OUT_DIR/inference_results_video/<name>.mp4: H.264, with the sound of the file; <
 its ending, of a.mp4 beside a.mkv a_mp4. Ctrl-C, a full disk or a stream that ends leave a playable file of
 what was done until then.
 """
-from config import (add_overlay_flags, add_run_flags, batch_images, inference_parser, parse_inference_args,
-                    positive_int)
+from config import (add_overlay_flags, add_preset_flag, add_run_flags, batch_images, inference_parser,
+                    parse_inference_args, positive_int)
 
 
 def parse_args():
@@ -25,6 +25,7 @@ def parse_args():
                         "what is background becomes green, blurred, or this image; without the FPS counter")
     parser.add_argument("--csv", action="store_true", help="also write <name>.csv: the share of every class "
                         "in every frame")
+    add_preset_flag(parser)
     add_overlay_flags(parser)
     add_run_flags(parser)
     return parse_inference_args(parser)
@@ -133,7 +134,7 @@ def main():
     start = time.perf_counter()
     with (utils.StopOnSignal() as stop,
           ShareTable(csv_path, predictor.classes) if args.csv else nullcontext() as shares,
-          VideoWriter(path, reader.size, reader.fps, sound_of, reader.start) as writer):
+          VideoWriter(path, reader.size, reader.fps, sound_of, reader.start, args.preset) as writer):
         try:
             stages, dropped = make_pipeline(args, reader, predictor, background, shares, writer).run(stop)
             if not (stop.asked or args.max_frames or reader.ended_early(writer.frames)):

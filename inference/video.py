@@ -253,12 +253,12 @@ class VideoWriter:
     """Writes (H, W, 3) uint8 RGB frames of one size to an H.264 .mp4 of that size, each at its own time.
 
     fps: the rate of frames that come without times, and that the encoder plans for. sound_of: a file whose
-    sound is copied (`sound`: its SoundCopy, or None); start: that of its VideoReader. The file appears under
-    its name at the end of the `with` block, with what was written until then, also where an error ends it;
-    without a frame nothing is left. Raises InputError where PyAV is missing.
+    sound is copied (`sound`: its SoundCopy, or None); start: that of its VideoReader; preset: x264's. The
+    file appears under its name at the end of the `with` block, with what was written until then, also where
+    an error ends it; without a frame nothing is left. Raises InputError where PyAV is missing.
     """
 
-    def __init__(self, path, size, fps, sound_of=None, start=0.0):
+    def __init__(self, path, size, fps, sound_of=None, start=0.0, preset="veryfast"):
         require_encoder()
         self.path, self.size, self.fps, self.frames = Path(path), tuple(size), Fraction(fps), 0
         check_name(self.path)
@@ -276,7 +276,7 @@ class VideoWriter:
         self.stream.height, self.stream.width = self.size
         # 4:2:0 is what browsers play; it cannot hold an odd size
         self.stream.pix_fmt = "yuv444p" if self.size[0] % 2 or self.size[1] % 2 else "yuv420p"
-        self.stream.options = {"crf": "20", "preset": "veryfast", "x264-params": "colormatrix=smpte170m"}
+        self.stream.options = {"crf": "20", "preset": preset, "x264-params": "colormatrix=smpte170m"}
         self.position, self.end = None, 0.0  # of the last frame, in ticks; of the clip, in seconds
         self.packets = 0  # that came from the encoder
         self.at_rate = True  # every frame until now was shown at a multiple of 1 / fps

@@ -5,8 +5,8 @@
 FCN-ResNet50 (Long et al., 2015) and DeepLabV3-ResNet101 (Chen et al., 2017) are torchvision's, with an
 auxiliary classifier in training where the spec has an aux_weight; SegFormer-B0..B5 (Xie et al., 2021) is the
 one of transformers. Three are small enough for a laptop to run in real time: torchvision's LR-ASPP on
-MobileNetV3 (Howard et al., 2019), and a pyramid on timm's MobileNetV4 (Qin et al., 2024) or EfficientNet-Lite0
-(of Tan and Le's EfficientNet, 2019). The packages are imported when asked for.
+MobileNetV3 (Howard et al., 2019), and a pyramid on timm's MobileNetV4 (Qin et al., 2024) or
+EfficientNet-Lite0 (after Tan and Le, 2019). The packages are imported when asked for.
 """
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,9 @@ class SegformerBackbone(Backbone):
 
 
 class PyramidBackbone(Backbone):
-    """A convolutional network of timm: four maps at strides 4, 8, 16 and 32. Images are padded to multiples of 32."""
+    """A convolutional network of timm: four maps at strides 4, 8, 16 and 32. Images are padded to multiples
+    of 32.
+    """
 
     def __init__(self, net):
         info = net.feature_info

@@ -23,7 +23,7 @@ from conftest import tiny
 import infer_video
 import visualize
 from checkpoint import pack_checkpoint
-from config import InputError
+from config import PRESETS, InputError
 from inference import threads, video
 from inference.predictor import Predictor
 from inference.backends import ExportedModel
@@ -81,6 +81,21 @@ def test_a_clip_keeps_size_rate_count_and_colors(tmp_path, fps, size):
     for got, want in list(zip(read, frames(30, *size), strict=True))[5:]:
         assert np.abs(got[:, 50:].astype(int).mean((0, 1)) - want[:, 50:].mean((0, 1))).max() < 25
     assert [item.name for item in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_presets_change_the_size_of_the_file_and_no_time(tmp_path, run):
+    clip, model = write_clip(tmp_path / "a.mp4"), tmp_path / "m.pth"
+    torch.save(pack_checkpoint(tiny(), CLASSES, (28, 42)), model)
+    times, sizes = {}, {}
+    for preset in PRESETS[::2]:
+        code, _, err = run(infer_video, "--input", clip, "--model", model, "--out-dir", tmp_path, "--preset",
+                           preset, "--backend", "torch")
+        assert code == 0, err
+        made = tmp_path / "inference_results_video/a.mp4"
+        sizes[preset] = made.stat().st_size
+        times[preset] = [seconds for _, seconds in VideoReader(made).timed()]
+    assert len(set(sizes.values())) > 1 and len(times["ultrafast"]) == len(list(VideoReader(clip)))
+    assert all(own == times["ultrafast"] for own in times.values())
 
 
 def test_h264_that_browsers_play(tmp_path):

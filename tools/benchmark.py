@@ -10,8 +10,8 @@
 Absolute times depend on the machine and on what else it does; docs/evaluation.md quotes the ratios.
 Prints a table and writes OUT_DIR/benchmark_CASE.json.
 """
-from config import (add_run_flags, backbone_name, batch_images, image_side, names, non_negative_int,
-                    positive_int, registered, script_parser)
+from config import (add_preset_flag, add_run_flags, backbone_name, batch_images, image_side, names,
+                    non_negative_int, positive_int, registered, script_parser)
 
 
 def parse_args(argv=None):
@@ -35,6 +35,7 @@ def parse_args(argv=None):
                         help="train, gpu: epochs of every variant (20)")
     parser.add_argument("--model", default="outputs/best_model_iou.pth",
                         help="infer: a model of train.py (outputs/best_model_iou.pth)")
+    add_preset_flag(parser, "infer: ")
     parser.add_argument("--batch-size", type=batch_images, default=8, help="images per forward pass (8)")
     parser.add_argument("--rounds", type=positive_int, default=3,
                         help="infer, gpu: times each variant runs; shards: how many are segmented (3)")
@@ -296,12 +297,12 @@ def make_predictors(args, device):
     return predictors
 
 
-def run_pipeline(predictor, source, target, batch_size, max_frames=None):
+def run_pipeline(predictor, source, target, batch_size, max_frames=None, preset="veryfast"):
     """Segment a clip as infer_video.py does; return (label maps of the frames, {stage: busy seconds})."""
     reader, preds = VideoReader(source), []
     options = SimpleNamespace(alpha=0.5, show=False, batch_size=batch_size, max_frames=max_frames)
     shares = SimpleNamespace(add=lambda pred, seconds: preds.append(pred))
-    with VideoWriter(target, reader.size, reader.fps, source) as writer:
+    with VideoWriter(target, reader.size, reader.fps, source, preset=preset) as writer:
         pipeline = make_pipeline(options, reader, predictor, None, shares, writer)
         stages, _ = pipeline.run(SimpleNamespace(asked=False))
     return preds, stages
@@ -321,7 +322,7 @@ def network_rate(predictor, batch_size, calls=5):
     return batch_size / utils.shortest_time(run_once, rounds=calls)
 
 
-def stage_costs(predictor, source, target, count):
+def stage_costs(predictor, source, target, count, preset):
     """Return {stage: CPU milliseconds per frame} of what infer_video.py does with `count` frames, one stage
     after the other and one frame at a time, of all threads.
     """
@@ -346,7 +347,7 @@ def stage_costs(predictor, source, target, count):
     measured("overlay", draw, frames, preds)
 
     def encode(frames):
-        with VideoWriter(target, reader.size, reader.fps) as writer:
+        with VideoWriter(target, reader.size, reader.fps, preset=preset) as writer:
             for frame in frames:
                 writer.write(frame)
 
@@ -378,10 +379,11 @@ def benchmark_infer(args):
             for name, predictor in predictors.items():
                 network_rates[name].append(network_rate(predictor, args.batch_size))
                 (preds[name], _), duration = timed(name, run_pipeline, predictor, args.input, target,
-                                                   args.batch_size, args.images)
+                                                   args.batch_size, args.images, args.preset)
                 seconds[name].append(duration)
                 network_rates[name].append(network_rate(predictor, args.batch_size))
-        stages = [dict(name=name, **stage_costs(predictor, args.input, target, len(preds[name])))
+        stages = [dict(name=name, **stage_costs(predictor, args.input, target, len(preds[name]),
+                                               args.preset))
                   for name, predictor in predictors.items() if device.type == "cpu"]
     rows, expected = [], preds[FLOAT32]
     for name in variants:
@@ -392,7 +394,7 @@ def benchmark_infer(args):
                          equal=statistics.mean(equal)))
         rows[-1]["ratio"] = rate / rows[0]["frames_per_s"]
     return dict(clip=Path(args.input).name, frames=len(expected), model=str(args.model),
-                imgsz=list(predictors[FLOAT32].protocol.window), rows=rows, stages=stages)
+                imgsz=list(predictors[FLOAT32].protocol.window), preset=args.preset, rows=rows, stages=stages)
 
 
 # --- memory -----------------------------------------------------------------------------------------------
