@@ -135,13 +135,13 @@ def load_model(path, precise=False):
             raise InputError(f"{path} holds a head alone: {str(error).removesuffix(INSTEAD)}") from None
         state = with_backbone(checkpoint, model, path)
     else:
-        try:
-            with WithoutRandomNumbers():
+        with WithoutRandomNumbers():
+            try:
                 model = build_model(spec)
-        except InputError:
-            if spec.arch != "dinov2" or spec.backbone.removesuffix("_reg") not in TIMM_TWINS:
-                raise
-            model, state = timm_twin(spec, state)
+            except InputError:
+                if spec.arch != "dinov2" or spec.backbone.removesuffix("_reg") not in TIMM_TWINS:
+                    raise
+                model, state = timm_twin(spec, state)
     load_strictly(model, state, path)
     return model.requires_grad_(False).eval(), checkpoint
 
@@ -319,7 +319,7 @@ class Run:
         self.code = utils.code_hash(*utils.training_modules())  # now: it may be edited while the run goes on
         with utils.main_process_first():  # it may read all files
             self.facts = dict(data.fingerprints(), processes=world_size())
-            images = contents_of(sample.image for sample in data.training)
+            images = "" if data.shards else contents_of(sample.image for sample in data.training)
         if any(facts != self.facts for facts in utils.all_gather(self.facts)):
             raise InputError("the processes do not have the same data (files, contents or split): every "
                              "machine needs a complete copy")

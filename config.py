@@ -236,7 +236,8 @@ class DataOptions:
 
     dataset: str = setting("streets", "data", "data set; streets is drawn by code, nothing to download",
                            kind="dataset", affects="run")
-    data_root: str = setting("data", "data", "folder that holds the data set; hf: or OWNER/NAME",
+    data_root: str = setting("data", "data", "folder that holds the data set; hf: or OWNER/NAME; "
+                             "folder: or @LIST of tar files",
                              metavar="DIR", affects="nothing")
     val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
                                   "validation part, and with --resplit (stratified by class)", type=fraction,
@@ -680,8 +681,8 @@ def add_run_flags(parser):
 def add_preset_flag(parser, what=""):
     """Add --preset; what: the case that it is for."""
     parser.add_argument("--preset", choices=PRESETS, default="veryfast", help=what + "how x264 encodes: the "
-                        "faster, the larger the file (veryfast; ultrafast: twice as fast, 2 to 4 times as "
-                        "large)")
+                        "faster, the larger the file (veryfast; ultrafast: less than half the time, 2 to 4 "
+                        "times as large)")
 
 
 def add_overlay_flags(parser):

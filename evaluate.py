@@ -38,6 +38,7 @@ import dataclasses
 import io
 import json
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -116,7 +117,13 @@ def load_other_folder(options, checkpoint, cache_dir):
     """Return the DataSource of a folder at another path than the training's: not split by chance, unless it
     holds the files of the training, which was moved then.
     """
-    unsplit = dataclasses.replace(options, val_fraction=0, fold=(), resplit=False, train_images=0)
+    if options.shards_per_epoch:
+        with suppress(InputError):  # it may hold no such shards
+            data = load_data(options, cache_dir)
+            if has_training_files(data, checkpoint):
+                return data
+    unsplit = dataclasses.replace(options, val_fraction=0, fold=(), resplit=False, train_images=0,
+                                  shards_per_epoch=0)
     data = load_data(unsplit, cache_dir)
     if options.classes and not data.annotated:
         names = ", ".join(options.classes[:3]) + ", ..." * (len(options.classes) > 3)

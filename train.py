@@ -240,6 +240,7 @@ def stream_batches(config, run, batches):
     data, dataset = run.data, batches.dataset
 
     def load(epoch, samples, contents):
+        warn_of_trained_images(data.splits["val"], contents)
         run.trained_on = joined(run.trained_on, contents)
         images = SegmentationDataset(samples, data.table, dataset.size, config.augment,
                                      mixed_seed(config.seed, epoch), data.rule)
@@ -253,7 +254,9 @@ def stream_batches(config, run, batches):
             return False
 
     return ShardBatches(data.shards, load, len(batches), config.shards_per_epoch, config.epochs, config.seed,
-                        Path(config.out_dir) / "cache/shards", is_usable if config.skip_bad_labels else None)
+                        folder=Path(config.out_dir) / "cache/unpacked",
+                        is_usable=is_usable if config.skip_bad_labels else None,
+                        stop_line=lambda: interrupted_message(run.folder, config))
 
 
 def build_objective(config, model, criterion, teacher=None):

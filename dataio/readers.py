@@ -107,9 +107,9 @@ class DataSource:
         return [*self.splits["train"], *self.extra]
 
     def fingerprints(self):
-        """Return short hashes {name: text} that equal data share: of names and contents of all files, how
-        masks are decoded and what the classes are called, of which image is in which split, and of --extra
-        where there is one. Raises InputError.
+        """Return short hashes {name: text} that equal data share: of names and contents of all files (of the
+        shards to train on but the first, names alone), how masks are decoded and what the classes are called,
+        of which image is in which split, and of --extra where there is one. Raises InputError.
         """
         samples = [sample for split in self.splits.values() for sample in split]
         files = {absolute(path) for sample in samples for path in sample.files()}
@@ -129,7 +129,7 @@ class DataSource:
         data += [hashlib.sha256(self.table).hexdigest(), [name for name, _ in self.classes]]
         marks = {name(sample.image): marks_of(sample.image) for sample in samples}
         data += [(image, said) for image, said in sorted(marks.items()) if said]
-        data += [sorted(self.shards)] if self.shards else []
+        data += [sorted(self.shards)] if self.shards else []  # what they hold is seen when their epoch comes
         if named := sorted({(target.name, target.kind) for sample in samples for target in sample.targets}):
             data.append(named)
         splits = [(split, sorted(name(sample.image) for sample in samples))

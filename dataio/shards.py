@@ -1,7 +1,7 @@
 """Tar files of images, as WebDataset writes them: what has one key belongs together, 000.jpg with 000.png.
 
     photos, links = unpack("shards/000.tar", folder)             # or "pipe:curl -s https://host/000.tar"
-    root, shards = training_folder("shards")                     # train/000.tar/images, .../masks
+    root, shards = training_folder("shards")                     # train/train-000.tar/images, .../masks
 
 A tar file is read once, from its beginning to its end, so that it may come from anywhere. To train on, shards
 are unpacked into the user's cache (~/.cache/dinoseg/shards), each once, or as dataio/stream.py needs them.
@@ -9,17 +9,18 @@ are unpacked into the user's cache (~/.cache/dinoseg/shards), each once, or as d
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 from config import InputError, count_of, one_line
 from dataio.contents import WHOLE, cache_home, hash_contents, state_of
 from dataio.images import COMPANIONS, IMAGE_ENDINGS, READERS
-from dataio.labels import class_file
+from dataio.labels import CLASS_FILES, class_file
 from dataio.layout import HIDDEN, SPLIT_OF, words_of
 from dataio.readers import short_hash
 from dataio.scan import fill_folder
@@ -109,15 +110,28 @@ def opened(source, stop):
     # a session of its own: Ctrl-C is for this script
     with subprocess.Popen(source.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE,
                           stdin=subprocess.DEVNULL, start_new_session=True) as process:
+        is_read = False
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|*", tarinfo=Member) as tar:
                 yield tar
             while not stop() and process.stdout.read(1 << 20):  # what pads the end
                 pass
+            is_read = not stop()
         finally:
+            if not is_read:  # it would wait for a reader, as a worker process may hold the pipe too
+                end_command(process)
             process.stdout.close()
         if (code := process.wait()) and not stop():
-            raise InputError(f"{source}: the command ended with exit code {code}")
+            raise InputError(f"{shard_title(source)}: the command ended with exit code {code}")
+
+
+def end_command(process):
+    """Kill a command that a shell started in a session of its own, and what it started."""
+    with suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
 
 
 def extract(source, folder, stop=lambda: False):
@@ -138,8 +152,8 @@ def extract(source, folder, stop=lambda: False):
                 if stop():
                     break
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise InputError(f"{source} is not a tar file, or is damaged or cut off ({one_line(str(error))}): "
-                         "write or download it again") from None
+        raise InputError(f"{shard_title(source)} is not a tar file, or is damaged or cut off "
+                         f"({one_line(str(error))}): write or download it again") from None
     return links
 
 
@@ -200,9 +214,19 @@ def shards_of(root):
     return [] if others else shards
 
 
-def split_of(name):
-    """Return the split that the name of a shard says, as the names of folders do."""
-    return next((SPLIT_OF[word] for word in words_of(name) if word in SPLIT_OF), "train")
+def split_of(shard, is_listed):
+    """Return the split that the name of a shard says or, on a list, that of its folder (val/000.tar)."""
+    names = reversed(plain_parts(shard)) if is_listed else [Path(shard).name]
+    return next((SPLIT_OF[word] for name in names for word in words_of(name) if word in SPLIT_OF), "train")
+
+
+def class_list_of(root):
+    """Return the file that names the classes of the shards in a folder, or beside their list; None without.
+    """
+    if not is_listed(root):
+        return class_file(Path(root))
+    folder = Path(str(root)[1:]).parent  # of which the other content is not known
+    return next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
 
 
 def training_folder(root, first_only=False):
@@ -210,15 +234,17 @@ def training_folder(root, first_only=False):
     {name: shard} of those of train). A folder without shards, or with other data, is returned as it is.
 
     The name of a shard says which split it is of (train-000.tar). first_only: of those of train, unpack the
-    first. What a command prints is taken to be what it printed before. Raises InputError.
+    first by name. What a command prints is taken to be what it printed before. Raises InputError.
     """
     if not (shards := shards_of(root)):
         return Path(root), {}
-    names = dict(zip(shards, shard_names(shards), strict=True))
-    of_train = {name: shard for shard, name in names.items() if split_of(name) == "train"}
+    own_names = shard_names(shards) if is_listed(root) else [Path(shard).name for shard in shards]
+    names = dict(sorted(zip(shards, own_names, strict=True), key=lambda pair: pair[1]))
+    splits = {shard: split_of(shard, is_listed(root)) for shard in names}
+    of_train = {name: shard for shard, name in names.items() if splits[shard] == "train"}
     later = [*of_train.values()][1:] if first_only else []
     wanted = [shard for shard in names if shard not in later]
-    class_list = class_file(Path(str(root)[1:]).parent if is_listed(root) else Path(root))
+    class_list = class_list_of(root)
     files = [Path(shard) for shard in wanted if not shard.startswith(PIPE)]
     hashes = hash_contents([*files, *([class_list] if class_list else [])])
     home, versions = cache_home() / "shards", {shard: short_hash([shard]) for shard in wanted}
@@ -238,7 +264,7 @@ def training_folder(root, first_only=False):
         if shard == class_list:
             shutil.copyfile(shard, target / shard.name)
             return
-        place = target / split_of(names[shard]) / names[shard]
+        place = target / splits[shard] / names[shard]
         place.parent.mkdir(exist_ok=True)
         try:
             os.symlink(folders[shard], place, target_is_directory=True)
@@ -252,9 +278,9 @@ def training_folder(root, first_only=False):
     return target, of_train
 
 
-def write_pairs(shard, folder, stop=lambda: False):
-    """Write the photo and the mask of every key of a shard below `folder`, until stop(). Raises
-    InputError.
+def write_pairs(shard, folder, stop=lambda: False, left_out=None):
+    """Write the photo and the mask of every key of a shard below `folder`, until stop(). Raises InputError
+    for what cannot be read; for a key that is no pair too, unless it goes to the list `left_out`.
     """
     title = shard_title(shard)
     if links := extract(shard, folder / "all", stop):
@@ -267,8 +293,12 @@ def write_pairs(shard, folder, stop=lambda: False):
         photos = [file for file in own if file.suffix.lower() in LOSSY]
         masks = [file for file in own if file not in photos]
         if len(photos) != 1 or len(masks) != 1:
-            raise InputError(f"{title}: {key.name} has {' '.join(file.name for file in own)}, and needs a "
-                             "photo (.jpg) and a mask (.png)")
+            reason = f"{title}: {key.name} has {' '.join(file.name for file in own)}, and needs a photo " \
+                     "(.jpg) and a mask (.png)"
+            if left_out is None:
+                raise InputError(reason)
+            left_out.append(reason)
+            continue
         for kind, file in (("images", photos[0]), ("masks", masks[0])):
             target = folder / kind / f"{number:06d}_{key.name}{file.suffix.lower()}"
             target.parent.mkdir(exist_ok=True)

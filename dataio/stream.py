@@ -6,6 +6,7 @@
 
 Which shards an epoch has depends on the seed and the epoch alone: a resumed run sees what it would have seen.
 """
+import math
 import shutil
 import threading
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from dataio.contents import DIGITS, hash_file
 from dataio.dataloader import EpochSampler
 from dataio.readers import Sample
 from dataio.shards import write_pairs
-from utils import from_main, is_main_process
+from utils import from_main, is_main_process, stopping_at_once
 
 JOIN_SECONDS = 10  # that the end of a run waits for a shard to be left
 
@@ -30,17 +31,17 @@ class ShardBatches:
     shards: {name: shard}, of which an epoch has `per_epoch`, pass after pass over all of them, each pass in
     an order of its own. load(epoch, samples, contents): the `length` Batches of an epoch (0-based); contents:
     text of contents_of its images. is_usable(sample): whether an image is trained on, None = all are, and a
-    shard that cannot be read ends the run.
+    shard that cannot be read ends the run. stop_line(): what is said where a signal ends the wait for shards.
     """
 
-    def __init__(self, shards, load, length, per_epoch, epochs, seed, folder, is_usable=None):
+    def __init__(self, shards, load, length, per_epoch, epochs, seed, folder, is_usable=None,
+                 stop_line=lambda: "stopped"):
         self.shards, self.load, self.length, self.epochs = shards, load, length, epochs
-        self.folder, self.is_usable = Path(folder), is_usable
+        self.folder, self.is_usable, self.stop_line = Path(folder), is_usable, stop_line
         self.sampler = EpochSampler(len(shards), seed, per_epoch=per_epoch)
         self.epoch, self.skip, self.batches = 0, 0, None
         self.unpacked, self.thread, self.stopped = {}, None, False
-        if is_main_process():
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
+        self.remove_epochs()  # of a run that was killed
 
     def __len__(self):
         return self.length
@@ -53,7 +54,10 @@ class ShardBatches:
         self.begin(epoch)
 
     def __iter__(self):
-        samples, contents, notes = from_main(self.take, self.epoch)
+        if self.skip >= self.length:  # it was stopped after the last one
+            return iter(())
+        with stopping_at_once(self.stop_line):  # all that was trained is saved
+            samples, contents, notes = from_main(self.take, self.epoch)
         self.begin(self.epoch + 1)
         if is_main_process():
             for note in notes:
@@ -72,8 +76,7 @@ class ShardBatches:
         self.close_batches()
         if self.thread:
             self.thread.join(JOIN_SECONDS)
-        if is_main_process():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.remove_epochs()
 
     def close_batches(self):
         """End the worker processes of the last epoch."""
@@ -85,7 +88,7 @@ class ShardBatches:
     def names(self, epoch):
         """Return the names of the shards of an epoch; at the end of a pass, one may be in both."""
         self.sampler.set_epoch(epoch)
-        names = list(self.shards)
+        names = sorted(self.shards)
         return list(dict.fromkeys(names[item % len(names)] for item in self.sampler))
 
     def begin(self, epoch):
@@ -106,19 +109,23 @@ class ShardBatches:
     def take(self, epoch):
         """Return what unpack returns, once it is there, and remove the epochs before. Raises InputError."""
         result = self.unpacked.pop(epoch).result()
-        for folder in self.folder.iterdir():
-            if int(folder.name) < epoch:
-                shutil.rmtree(folder, ignore_errors=True)
+        self.remove_epochs(before=epoch)
         return result
+
+    def remove_epochs(self, before=math.inf):
+        """Remove what is unpacked of the epochs before one."""
+        for folder in self.folder.glob("[0-9]*") if is_main_process() else ():
+            if folder.name.isdecimal() and int(folder.name) < before:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def unpack(self, epoch):
         """Return ([Sample], text of contents_of their images, lines for the user). Raises InputError."""
         samples, notes, names = [], [], self.names(epoch)
         for name in names:
-            folder = self.folder / str(epoch) / name
+            folder, wrong = self.folder / str(epoch) / name, [] if self.is_usable else None
             folder.mkdir(parents=True)
             try:
-                write_pairs(self.shards[name], folder, lambda: self.stopped)
+                write_pairs(self.shards[name], folder, lambda: self.stopped, wrong)
             except InputError as error:
                 if not self.is_usable:
                     raise
@@ -127,7 +134,7 @@ class ShardBatches:
             pairs = [Sample(*files) for files in
                      zip(*(sorted((folder / kind).glob("*")) for kind in ("images", "masks")), strict=True)]
             usable = [pair for pair in pairs if self.stopped or not self.is_usable or self.is_usable(pair)]
-            if left := len(pairs) - len(usable):
+            if left := len(pairs) - len(usable) + len(wrong or ()):
                 notes.append(f"left out: {count_of(left, 'image')} of {name} that cannot be used")
             samples += usable
         if not samples:

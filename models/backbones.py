@@ -3,6 +3,7 @@
     backbone = build_backbone("dinov2_vits14", weights="auto")       # the last four blocks
     maps, tokens = backbone(images)                    # normalized, (B, 3, H, W) -> 4 x (B, D, H/14, W/14)
 """
+import copy
 import hashlib
 import math
 import os
@@ -269,15 +270,11 @@ class Backbone(nn.Module):
         if old is None or old.groups != 1:
             raise InputError(f"{type(self.net).__name__} has no first convolution on three bands that could "
                              "be widened: choose another --backbone, or a --head that reads the image")
-        new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,
-                        bias=old.bias is not None, padding_mode=old.padding_mode)
-        with torch.no_grad():
-            new.weight.copy_(old.weight.mean(1, keepdim=True).expand_as(new.weight))
-            if channels > 3:
-                new.weight[:, list(colors)] = old.weight
-            new.weight *= 3 / channels
-            if old.bias is not None:
-                new.bias.copy_(old.bias)
+        new = copy.deepcopy(old)  # it may be of another class, which pads by itself
+        weight = old.weight.detach().mean(1, keepdim=True).repeat(1, channels, 1, 1)
+        if channels > 3:
+            weight[:, list(colors)] = old.weight.detach()
+        new.in_channels, new.weight = channels, nn.Parameter(weight * 3 / channels)
         parent, _, attribute = name.rpartition(".")
         setattr(self.net.get_submodule(parent), attribute, new)
         self.channels_in, self.first_conv = channels, name

@@ -409,7 +409,7 @@ class MaskHead(Head):
         for block in tail.blocks:
             if hasattr(block.attn, "num_prefix_tokens"):
                 block.attn.num_prefix_tokens += QUERIES
-        self.queries = nn.Parameter(torch.randn(1, QUERIES, width))
+        self.queries = nn.Parameter(torch.empty(1, QUERIES, width).normal_())
         self.mask = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
                                   nn.Linear(width, width))
         self.up = nn.Sequential(upscaling(width), upscaling(width))

@@ -169,14 +169,15 @@ def torch_load(path, digest=None):
 
 class WithoutRandomNumbers(TorchFunctionMode):
     """Context in which zeros stand for the random numbers of new weights, all of which are loaded then: they
-    take longer than to load them.
+    take longer than to load them. What has a mean or a generator of its own is drawn.
     """
 
     RANDOM = {"normal_", "uniform_", "kaiming_uniform_"}  # methods, or functions that transformers replaces
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__name__", "") in self.RANDOM:
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        mean = kwargs.get("mean", args[1] if len(args) > 1 else 0) if name == "normal_" else 0
+        if name in self.RANDOM and mean == 0 and kwargs.get("generator") is None:
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
         return function(*args, **kwargs)

@@ -183,14 +183,19 @@ def test_mobilenet_weights_come_from_torchvisions_cache(torch_home, tmp_path):
     assert all(torch.equal(value, whole.state_dict()[f"backbone.{name}"]) for name, value in state.items())
 
 
-def test_timm_weights_of_the_pyramid_come_from_a_file(tmp_path):
-    net = timm.create_model("mobilenetv4_conv_small")
+@pytest.mark.parametrize(("arch", "encoder", "mean"), [
+    ("fpn_mobilenetv4_small", "mobilenetv4_conv_small", (0.485, 0.456, 0.406)),
+    ("fpn_efficientnet_lite0", "tf_efficientnet_lite0", (0.5, 0.5, 0.5))])
+def test_timm_weights_of_the_pyramid_come_from_a_file(arch, encoder, mean, tmp_path):
+    net = timm.create_model(encoder)
     torch.save(net.state_dict(), tmp_path / "imagenet.pth")
-    state = build("fpn_mobilenetv4_small", weights=str(tmp_path / "imagenet.pth")).backbone.net.state_dict()
+    model = build(arch, weights=str(tmp_path / "imagenet.pth"))
+    assert torch.allclose(model.mean.flatten(), 255 * torch.tensor(mean))
+    state = model.backbone.net.state_dict()
     for value, expected in zip(state.values(), net.state_dict().values(), strict=False):  # it has more behind
         assert torch.equal(value, expected)
-    with pytest.raises(InputError, match="mobilenetv4_conv_small.*--weights none"):
-        build("fpn_mobilenetv4_small", weights="auto")
+    with pytest.raises(InputError, match=f"{encoder}.*--weights none"):
+        build(arch, weights="auto")
 
 
 def test_the_encoder_of_a_whole_network_file_is_read(torch_home, tmp_path):

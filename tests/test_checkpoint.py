@@ -66,7 +66,8 @@ NAMES = [*QUICK, *(name for name in (*HEADS, *BASELINES) if name not in QUICK)]
 
 
 @pytest.mark.parametrize("options", [
-    dict(head="detail"), *(dict(arch=arch) for arch in BASELINES if not arch.startswith("segformer_b")),
+    *(dict(head=head) for head in ("detail", "split", "mask")),
+    *(dict(arch=arch) for arch in BASELINES if not arch.startswith("segformer_b")),
     dict(arch="segformer_b0")], ids=str)
 def test_loading_draws_no_random_numbers(options, tmp_path):
     """As a teacher, or for an evaluation in between; what is built after it is random as ever."""

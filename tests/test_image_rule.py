@@ -582,19 +582,18 @@ def test_three_bands_in_another_order_are_seen_in_that_of_the_weights():
 
 @pytest.mark.parametrize(("name", "count"), [
     ("vit_tiny", 2), ("vit_tiny", 5), ("timm/convnext_atto", 4), ("timm/eva02_tiny_patch14_224", 5),
-    ("resnet", 4)])
+    ("fcn_resnet50", 4), ("fpn_efficientnet_lite0", 5), ("fpn_mobilenetv4_small", 2)])
 def test_a_widened_backbone_keeps_what_it_knew_and_learns_the_new_bands(name, count):
     torch.manual_seed(0)
-    if name == "resnet":
-        old, wide = (BASELINES["fcn_resnet50"](ModelSpec(arch="fcn_resnet50", num_classes=3), "none")[0]
-                     for _ in range(2))
+    if name in BASELINES:
+        old, wide = (BASELINES[name](ModelSpec(arch=name, num_classes=3), "none")[0] for _ in range(2))
     else:
         old, wide = (build_backbone(name, "none", (-1,)) for _ in range(2))
     wide.load_state_dict(old.state_dict())
     colors = (0, 2, 1) if count > 2 else (0, 1, 1)
     wide.widen(colors, count)
     wide.unfreeze(0)
-    size = (40, 40) if name == "resnet" else (old.size_divisor * 4,) * 2
+    size = (old.size_divisor * 4,) * 2 if old.size_divisor > 1 else (40, 40)
     gray = torch.randn(1, 1, *size)
     old.eval()
     wide.eval()

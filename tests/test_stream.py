@@ -1,4 +1,5 @@
 """train.py --shards-per-epoch: an epoch trains on its shards' pairs, in the order of the seed."""
+import os
 import shutil
 import signal
 import tarfile
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from attacks import same_run
-from conftest import blocks, history_of, train_flags
+from conftest import blocks, history_of, load, train_flags
 from test_distributed import flags, torchrun
 from test_resume import at_step, in_validation, send
 from test_shards import write_training_shard
@@ -17,14 +18,15 @@ import checkpoint
 import evaluate
 import train
 from config import InputError
+from dataio import stream
 from dataio.contents import contents_of, digests_in
 from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.readers import index_table
 from dataio.shards import training_folder
 from dataio.stream import ShardBatches
 
-NUMBERS = {"train-000": (0, 1), "train-001": (2, 3, 4), "train-002": (5,), "train-003": (6, 7),
-           "val-000": (8, 9)}
+NUMBERS = {"train-000.tar": (0, 1), "train-001.tar": (2, 3, 4), "train-002.tar": (5,),
+           "train-003.tar": (6, 7), "val-000.tar": (8, 9)}
 FLAGS = "--shards-per-epoch", 2, "--epochs", 3, "--steps", 6, "--augment", "crop", "flip", "--amp", "off"
 
 
@@ -34,7 +36,7 @@ def root(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
     for name, numbers in NUMBERS.items():
-        write_training_shard(folder / f"{name}.tar", numbers)
+        write_training_shard(folder / name, numbers)
     (folder / "classes.txt").write_text("ground\nroof\npool\n")
     return folder
 
@@ -45,7 +47,7 @@ def batches_of(root, folder, per_epoch=2, workers=0, length=3, seed=0, epochs=9,
         dataset = SegmentationDataset(samples, index_table(3), (45, 61), (), seed=epoch)
         return make_loader(dataset, 2, workers, per_epoch=2 * length)
 
-    shards = {path.stem: str(path) for path in sorted(root.glob("train*.tar"))}
+    shards = {path.name: str(path) for path in sorted(root.glob("train*.tar"))}
     return ShardBatches(shards, load, length, per_epoch, epochs, seed, folder, is_usable)
 
 
@@ -70,7 +72,7 @@ def test_an_epoch_has_the_pairs_of_its_shards(root, tmp_path, workers):
         assert len(list((tmp_path / "unpacked").iterdir())) <= 2
         seen.append(sorted(shards))
     batches.close()
-    assert not (tmp_path / "unpacked").exists()
+    assert not list((tmp_path / "unpacked").iterdir())
     for first, second in (seen[:2], seen[2:]):  # two epochs are a pass
         assert sorted(first + second) == sorted(NUMBERS)[:4]
 
@@ -111,7 +113,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(root, tmp_path, run
         assert run(train, "--resume", "--out-dir", tmp_path / "stopped")[0] == 130
     assert run(train, "--resume", "--out-dir", tmp_path / "stopped")[0] == 0
     same_run(tmp_path / "straight", tmp_path / "stopped")
-    assert not (tmp_path / "stopped/cache/shards").exists()
+    assert not list((tmp_path / "stopped/cache").rglob("*.jpg"))
 
 
 def test_what_was_seen_is_known_and_what_validates_is_scored(root, tmp_path, run):
@@ -128,7 +130,7 @@ def test_what_was_seen_is_known_and_what_validates_is_scored(root, tmp_path, run
     assert code == 2 and err.count("\n") == 1
     copies = tmp_path / "copies"
     for kind in ("images", "masks"):
-        shutil.copytree(next(whole.glob(f"train/train-001/{kind}")), copies / kind)
+        shutil.copytree(next(whole.glob(f"train/train-001.tar/{kind}")), copies / kind)
     code, out, err = run(evaluate, *model, "--dataset", "folder", "--data-root", copies)
     assert code == 0 and "3 of 3 images that are scored were trained on" in out, err
 
@@ -159,6 +161,52 @@ def test_two_processes_train_as_one_with_the_doubled_batch(root, tmp_path, run):
     assert one == two
 
 
+def test_what_lies_in_the_folder_of_unpacked_shards_stays(root, tmp_path):
+    kept = tmp_path / "unpacked/my.tar", tmp_path / "unpacked/3.tar"
+    (tmp_path / "unpacked/0").mkdir(parents=True)
+    for path in kept:
+        path.write_text("mine")
+    batches = batches_of(root, tmp_path / "unpacked")
+    batches.start(0)
+    assert len(list(batches)) == 3
+    batches.close()
+    assert sorted((tmp_path / "unpacked").iterdir()) == sorted(kept)
+
+
+def test_a_validation_image_in_a_later_shard_is_reported(root, tmp_path, run):
+    with tarfile.open(root / "train-003.tar", "w") as tar, tarfile.open(root / "val-000.tar") as val:
+        for member in val:
+            tar.addfile(member, val.extractfile(member))
+    code, out, err = run(train, *train_flags(root, tmp_path / "out", *FLAGS))
+    assert code == 0 and "2 of 2 images that are scored were trained on" in out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_wait_for_a_shard_can_be_stopped(root, tmp_path, run, monkeypatch, number):
+    """Of a command that sends nothing."""
+    (tmp_path / "list.txt").write_text(
+        f"pipe:cat {root}/train-000.tar\npipe:cat {root}/val-000.tar\n"
+        f"pipe:sleep 2 && kill -{number.value} {os.getpid()} && sleep 600 && cat {root}/train-001.tar\n")
+    flags = train_flags(f"@{tmp_path / 'list.txt'}", tmp_path / "out", *FLAGS, "--shards-per-epoch", 1)
+    monkeypatch.setattr(stream, "JOIN_SECONDS", 0.1)
+    code, _, err = run(train, *flags, "--classes", "ground", "roof", "pool")
+    assert code == 128 + number and "Traceback" not in err
+
+
+# --- lists and splits ---------------------------------------------------------------------------------------
+def test_on_a_list_a_folder_says_the_split_and_other_class_files_do_not_count(root, tmp_path):
+    for split, name, shard in (("train", "000", "train-000"), ("val", "000", "val-000"),
+                               ("train", "001", "train-001"), ("val", "002", "train-002")):
+        path = tmp_path / "data" / split / f"{name}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / f"{shard}.tar", path)
+    (tmp_path / "data/class_dict.csv").write_text("name,r,g,b\nsky,1,2,3\nsea,4,5,6\n")
+    for lines in (sorted, lambda paths: sorted(paths, reverse=True)):
+        (tmp_path / "list.txt").write_text("\n".join(map(str, lines((tmp_path / "data").rglob("*.tar")))))
+        source = load("folder", f"@{tmp_path / 'list.txt'}", classes=("ground", "roof", "pool"))
+        assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 5, "val": 3}
+
+
 # --- what is wrong ------------------------------------------------------------------------------------------
 def spoil(path, fault):
     """Damage a shard: cut it off, or put a mask of a value that is no class, or no image, into it."""
@@ -181,13 +229,13 @@ def spoil(path, fault):
 @pytest.mark.parametrize("fault", ["cut off", "mask", "photo"])
 def test_a_damaged_shard_ends_the_run_saved_or_is_left_out(root, tmp_path, run, fault):
     second_epoch = batches_of(root, tmp_path / "unused").names(1)
-    damaged = root / f"{next(name for name in second_epoch if name != 'train-000')}.tar"
+    damaged = root / next(name for name in second_epoch if name != "train-000.tar")
     spoil(damaged, fault)
     code, _, err = run(train, *train_flags(root, tmp_path / "out", *FLAGS, "--batch-size", 2))
-    assert code == 2 and damaged.stem in err.splitlines()[-1] and "Traceback" not in err
+    assert code == 2 and damaged.name in err.splitlines()[-1] and "Traceback" not in err
     assert len(history_of(tmp_path / "out")) == 1
     code, out, err = run(train, "--resume", "--skip-bad-labels", "--out-dir", tmp_path / "out")
-    assert code == 0 and "left out" in out and damaged.stem in out, err
+    assert code == 0 and "left out" in out and damaged.name in out, err
     assert len(history_of(tmp_path / "out")) == 3
 
 

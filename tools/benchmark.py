@@ -35,10 +35,10 @@ def parse_args(argv=None):
                         help="train, gpu: epochs of every variant (20)")
     parser.add_argument("--model", default="outputs/best_model_iou.pth",
                         help="infer: a model of train.py (outputs/best_model_iou.pth)")
-    add_preset_flag(parser, "infer: ")
+    add_preset_flag(parser, "infer, gpu: ")
     parser.add_argument("--batch-size", type=batch_images, default=8, help="images per forward pass (8)")
     parser.add_argument("--rounds", type=positive_int, default=3,
-                        help="infer, gpu: times each variant runs; shards: how many are segmented (3)")
+                        help="infer, gpu: times each variant runs; shards: how many are read (3)")
     parser.add_argument("--side", type=positive_int, default=4000, metavar="N",
                         help="memory: of a drawn GeoTIFF of NxN pixels (4000)")
     add_run_flags(parser)
@@ -297,7 +297,7 @@ def make_predictors(args, device):
     return predictors
 
 
-def run_pipeline(predictor, source, target, batch_size, max_frames=None, preset="veryfast"):
+def run_pipeline(predictor, source, target, batch_size, max_frames, preset):
     """Segment a clip as infer_video.py does; return (label maps of the frames, {stage: busy seconds})."""
     reader, preds = VideoReader(source), []
     options = SimpleNamespace(alpha=0.5, show=False, batch_size=batch_size, max_frames=max_frames)
@@ -503,8 +503,8 @@ def benchmark_shards(args):
                 rows.append(dict(name=Path(shard).stem, list_s=listed - start, first_s=first[0] - listed,
                                  seconds=time.perf_counter() - begun, memory_gb=memory_now()))
                 shutil.rmtree(Path(folder) / RESULTS)
-        names = {Path(shard).stem: shard for shard in shards}
-        rows += read_shards(args, names, listed - start, Path(folder) / "unpacked")
+        rows += read_shards(args, {Path(shard).stem: shard for shard in shards}, listed - start,
+                            Path(folder) / "unpacked")
     return dict(backbone=args.backbone, images=args.images * len(shards), rows=rows)
 
 
