@@ -292,6 +292,16 @@ def check_registered(flags, config):
         raise InputError(f"--augment {' '.join(crops)} each crop to --imgsz: give one of them")
 
 
+def check_counts(config, data):
+    """Raise InputError where a TrainConfig asks for more images or shards than there are."""
+    if config.train_images > len(data.splits["train"]):
+        raise InputError(f"--train-images {config.train_images}: {data.name} has "
+                         f"{count_of(len(data.splits['train']), 'training image')}")
+    if config.shards_per_epoch > len(data.shards):
+        raise InputError(f"--shards-per-epoch {config.shards_per_epoch}: {config.data_root} has "
+                         f"{count_of(len(data.shards), 'training shard')}")
+
+
 def check_effects(flags, config, model):
     """Raise InputError for settings that have no effect on this model, or do not fit it."""
     if config.cache_features and not (config.teacher and model.starts_from_images()):
@@ -488,12 +498,7 @@ def run_training(flags, folder, saved=None):
         data = load_data(config, out_dir / "cache")
         if config.extra:
             data = with_extra(data, config.extra, labeled=not config.teacher)
-    if config.train_images > len(data.splits["train"]):
-        raise InputError(f"--train-images {config.train_images}: {data.name} has "
-                         f"{count_of(len(data.splits['train']), 'training image')}")
-    if config.shards_per_epoch > len(data.shards):
-        raise InputError(f"--shards-per-epoch {config.shards_per_epoch}: {config.data_root} has "
-                         f"{count_of(len(data.shards), 'training shard')}")
+    check_counts(config, data)
     check_trainable(data)
     if is_open:
         config = with_budget(config, flags, data)
