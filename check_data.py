@@ -18,7 +18,8 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", choices=names("dataset"), default="folder",
                         help="data set (default: folder)")
     parser.add_argument("--data-root", default="data", metavar="DIR",
-                        help="folder that holds it (default: data); hf: or OWNER/NAME")
+                        help="folder that holds it (default: data); hf: or OWNER/NAME; folder: or @LIST of "
+                        "tar files")
     parser.add_argument("--unlabelled", choices=("background", "ignore"), default="background",
                         help="folder with annotation files: what has no label, as in train.py")
     add_image_flags(parser, "as train.py")

@@ -236,8 +236,8 @@ class DataOptions:
 
     dataset: str = setting("streets", "data", "data set; streets is drawn by code, nothing to download",
                            kind="dataset", affects="run")
-    data_root: str = setting("data", "data", "folder that holds the data set; hf: or OWNER/NAME; "
-                             "folder: or @LIST of tar files",
+    data_root: str = setting("data", "data", "folder that holds the data set; for hf also OWNER/NAME, for "
+                             "folder also @LIST, a file with a tar file or pipe:COMMAND per line",
                              metavar="DIR", affects="nothing")
     val_fraction: float = setting(0.2, "data", "share of the images that validates in a folder without a "
                                   "validation part, and with --resplit (stratified by class)", type=fraction,
@@ -258,7 +258,8 @@ class DataOptions:
                                     "used, and say which; else they are refused", action="store_true",
                                     affects="run", may_grow=True)
     shards_per_epoch: int = setting(0, "data", "folder of tar files (shards), or @LIST: unpack so many of "
-                                    "them for each epoch, in place of all of them at the start",
+                                    "them for each epoch, in place of all of them at the start; needs "
+                                    "--steps, names of the classes and a shard of val",
                                     type=positive_int, metavar="N", only=("dataset", "folder"),
                                     affects="run")
     train_images: int = setting(0, "data", "train on so many of the training images, drawn by --seed; 0 = "
@@ -680,9 +681,9 @@ def add_run_flags(parser):
 
 def add_preset_flag(parser, what=""):
     """Add --preset; what: the case that it is for."""
-    parser.add_argument("--preset", choices=PRESETS, default="veryfast", help=what + "how x264 encodes: the "
-                        "faster, the larger the file (veryfast; ultrafast: less than half the time, 2 to 4 "
-                        "times as large)")
+    parser.add_argument("--preset", choices=PRESETS, default="veryfast",
+                        help=f"{what}how x264 encodes (veryfast; ultrafast: less than half the time, a file "
+                        "2 to 4 times as large)")
 
 
 def add_overlay_flags(parser):

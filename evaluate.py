@@ -19,7 +19,8 @@ def parse_args():
     parser.add_argument("--dataset", choices=names("dataset"),
                         help="data set (default: the one the model was trained on)")
     parser.add_argument("--data-root", metavar="DIR",
-                        help="folder that holds it (default: as in training); hf: or OWNER/NAME")
+                        help="folder that holds it (default: as in training); hf: or OWNER/NAME; folder: or "
+                        "@LIST of tar files")
     parser.add_argument("--split", choices=["train", "val", "test", "all"],
                         help="which images of it (default: val; all of another folder that has no val)")
     parser.add_argument("--batch-size", type=batch_images, default=8,
@@ -38,7 +39,6 @@ import dataclasses
 import io
 import json
 import zlib
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -118,10 +118,14 @@ def load_other_folder(options, checkpoint, cache_dir):
     holds the files of the training, which was moved then.
     """
     if options.shards_per_epoch:
-        with suppress(InputError):  # it may hold no such shards
+        try:
             data = load_data(options, cache_dir)
-            if has_training_files(data, checkpoint):
-                return data
+        except NamedTwice:
+            raise
+        except InputError:
+            data = None  # it holds no such shards
+        if data and has_training_files(data, checkpoint):
+            return data
     unsplit = dataclasses.replace(options, val_fraction=0, fold=(), resplit=False, train_images=0,
                                   shards_per_epoch=0)
     data = load_data(unsplit, cache_dir)

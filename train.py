@@ -8,7 +8,7 @@
     python train.py --resume --epochs 60               # continue from outputs/last.pth
     python train.py --dataset voc --cache-features     # the frozen backbone sees every image once
     python train.py --arch fpn_efficientnet_lite0 --teacher best/best_model_iou.pth    # small, fast, taught
-    python train.py --dataset folder --data-root shards --shards-per-epoch 8 --steps 20000     # tar files
+    python train.py --dataset folder --data-root shards --shards-per-epoch 8 --steps 30000     # tar files
     torchrun --nproc-per-node 4 train.py --dataset voc # four GPUs; --batch-size is per GPU
 
 Writes to --out-dir: loss.png accuracy.png miou.png (every epoch), history.jsonl, config.json, valid_preds/,

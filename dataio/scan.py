@@ -132,7 +132,10 @@ def fill_folder(target, write, items, title):
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
-        all_in_parallel(lambda item: write(item, temporary), items, title)
+        if len(items) == 1:  # here, where Ctrl-C ends it
+            write(items[0], temporary)
+        else:
+            all_in_parallel(lambda item: write(item, temporary), items, title)
         if not target.is_dir():  # else another process was faster
             temporary.replace(target)
     finally:

@@ -8,6 +8,7 @@ are unpacked into the user's cache (~/.cache/dinoseg/shards), each once, or as d
 """
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,9 @@ from utils import grouped
 
 PIPE = "pipe:"
 ENDINGS = (".tar", ".tar.gz", ".tgz")
+TAR_ENDING = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)  # a command may read others, such as .tar.zst
 LOSSY = (".jpg", ".jpeg", ".webp")  # of a photo, beside which a .png is its mask
+WAKE_SECONDS = 0.2  # after which it is asked whether to go on waiting for a command
 LONGEST_NAME = 100  # characters of the name of a shard's results
 
 
@@ -73,10 +76,9 @@ def plain_parts(source):
     ending, as names of files may be.
     """
     is_pipe, title = source.startswith(PIPE), shard_title(source)
-    words = [word.strip("'\"") for word in re.split(r"\s+", title)] if is_pipe else [source]
-    word = next((word for word in words if word.lower().endswith(ENDINGS)), words[-1])
-    ending = next((ending for ending in ENDINGS if word.lower().endswith(ending)), "")
-    parts = re.split(r"[/\\]+", word[:len(word) - len(ending)])
+    words = [word.strip("'\"();|") for word in re.split(r"\s+", title)] if is_pipe else [source]
+    word = next(filter(TAR_ENDING.search, words), words[-1])
+    parts = re.split(r"[/\\]+", TAR_ENDING.sub("", word))
     return [re.sub(r"[^\w.-]+", "_", part).strip(".")[:LONGEST_NAME] or "shard" for part in parts[-2:]]
 
 
@@ -108,13 +110,13 @@ def opened(source, stop):
             yield tar
         return
     # a session of its own: Ctrl-C is for this script
-    with subprocess.Popen(source.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE,
+    with subprocess.Popen(source.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, bufsize=0,
                           stdin=subprocess.DEVNULL, start_new_session=True) as process:
-        is_read = False
+        is_read, output = False, Output(process.stdout, stop)
         try:
-            with tarfile.open(fileobj=process.stdout, mode="r|*", tarinfo=Member) as tar:
+            with tarfile.open(fileobj=output, mode="r|*", tarinfo=Member) as tar:
                 yield tar
-            while not stop() and process.stdout.read(1 << 20):  # what pads the end
+            while output.read(1 << 20):  # what pads the end
                 pass
             is_read = not stop()
         finally:
@@ -123,6 +125,20 @@ def opened(source, stop):
             process.stdout.close()
         if (code := process.wait()) and not stop():
             raise InputError(f"{shard_title(source)}: the command ended with exit code {code}")
+
+
+class Output:
+    """What a command prints, until stop(): one that sends nothing is not waited for then, but on Windows."""
+
+    def __init__(self, pipe, stop):
+        self.pipe, self.stop = pipe, stop
+
+    def read(self, size):
+        """Return up to `size` bytes, none at the end."""
+        while os.name == "posix" and not select.select([self.pipe], [], [], WAKE_SECONDS)[0]:
+            if self.stop():
+                return b""
+        return b"" if self.stop() else self.pipe.read(size)
 
 
 def end_command(process):
@@ -152,6 +168,8 @@ def extract(source, folder, stop=lambda: False):
                 if stop():
                     break
     except (tarfile.TarError, EOFError, zlib.error) as error:
+        if stop():
+            return links
         raise InputError(f"{shard_title(source)} is not a tar file, or is damaged or cut off "
                          f"({one_line(str(error))}): write or download it again") from None
     return links
@@ -182,9 +200,10 @@ def unpack(source, folder, stop=lambda: False):
     """
     links = extract(source, folder, stop)
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    photos = [photo for own in grouped(files, key_of).values() for photo in photos_among(own, source)]
+    title = shard_title(source)
+    photos = [photo for own in grouped(files, key_of).values() for photo in photos_among(own, title)]
     if not photos and not stop():
-        raise InputError(f"{source} holds no image")
+        raise InputError(f"{title} holds no image")
     for path in {*files} - {*photos}:  # masks: beside a photo of their name, it would be called otherwise
         if not path.name.lower().endswith(COMPANIONS):
             path.unlink()
@@ -205,8 +224,8 @@ def shards_of(root):
         shards = listed(str(root), "--data-root")
         for shard in shards:
             if not is_shard(shard) or not (shard.startswith(PIPE) or Path(shard).is_file()):
-                raise InputError(f"--data-root {root}: {shard} is neither a tar file nor a command "
-                                 f"({PIPE}...)")
+                raise InputError(f"--data-root {root}: {shard_title(shard)} is neither a tar file nor a "
+                                 f"command ({PIPE}...)")
         return shards
     content = [path for path in sorted(Path(root).iterdir()) if not path.name.startswith(HIDDEN)]
     shards = [str(path) for path in content if is_shard(path.name)]
@@ -214,9 +233,9 @@ def shards_of(root):
     return [] if others else shards
 
 
-def split_of(shard, is_listed):
-    """Return the split that the name of a shard says or, on a list, that of its folder (val/000.tar)."""
-    names = reversed(plain_parts(shard)) if is_listed else [Path(shard).name]
+def split_of(shard, by_folder):
+    """Return the split that the name of a shard says or, by_folder, that of its folder (val/000.tar)."""
+    names = reversed(plain_parts(shard)) if by_folder else [Path(shard).name]
     return next((SPLIT_OF[word] for name in names for word in words_of(name) if word in SPLIT_OF), "train")
 
 
@@ -245,12 +264,12 @@ def training_folder(root, first_only=False):
     later = [*of_train.values()][1:] if first_only else []
     wanted = [shard for shard in names if shard not in later]
     class_list = class_list_of(root)
-    files = [Path(shard) for shard in wanted if not shard.startswith(PIPE)]
-    hashes = hash_contents([*files, *([class_list] if class_list else [])])
-    home, versions = cache_home() / "shards", {shard: short_hash([shard]) for shard in wanted}
-    for path in files:  # of a large one, parts alone are hashed
+    files = {shard: Path(shard) for shard in wanted if not shard.startswith(PIPE)}
+    hashes = hash_contents([*files.values(), *([class_list] if class_list else [])])
+    home, versions = cache_home() / "shards", {shard: short_hash([shard, os.getcwd()]) for shard in wanted}
+    for shard, path in files.items():  # of a large one, parts alone are hashed
         more = state_of(path)[:2] if path.stat().st_size > WHOLE else ()
-        versions[str(path)] = short_hash([hashes[path], *more])
+        versions[shard] = short_hash([hashes[path], *more])
     folders = {shard: home / version for shard, version in versions.items()}
     if missing := [shard for shard in wanted if not folders[shard].is_dir()]:
         print(f"unpacking {count_of(len(missing), 'shard')} of {root} into {home} (once)", flush=True)

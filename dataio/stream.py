@@ -51,10 +51,10 @@ class ShardBatches:
         """Begin to unpack an epoch (0-based), to be trained on without its first `skip` batches."""
         self.close_batches()
         self.epoch, self.skip = epoch, skip
-        self.begin(epoch)
+        self.begin(epoch + (skip >= self.length))  # of one that has ended, nothing is read
 
     def __iter__(self):
-        if self.skip >= self.length:  # it was stopped after the last one
+        if self.skip >= self.length:
             return iter(())
         with stopping_at_once(self.stop_line):  # all that was trained is saved
             samples, contents, notes = from_main(self.take, self.epoch)

@@ -15,7 +15,7 @@ import threading
 import warnings
 import zlib
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -158,7 +158,7 @@ class OpenVino(ExportedModel):
 
     def __init__(self, program, size, batch=0, geometry=None, precise=False):
         super().__init__(program, size, batch, geometry)
-        self.core, self.turn = import_openvino().Core(), threading.Lock()
+        self.core, self.turn = core_of(import_openvino()), threading.Lock()
         half = not precise and "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.hints = dict(INFERENCE_PRECISION_HINT="bf16" if half else "f32")
         if precise:
@@ -169,7 +169,7 @@ class OpenVino(ExportedModel):
     @staticmethod
     def read(path):
         """Return (model, metadata text) of an .xml file with its .bin."""
-        model = import_openvino().Core().read_model(str(path))
+        model = core_of(import_openvino()).read_model(str(path))
         return model, model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
 
     @staticmethod
@@ -366,6 +366,14 @@ def import_openvino():
     """Return OpenVINO, which is kept from reporting each use to its makers. Raises InputError."""
     sys.modules.setdefault("openvino_telemetry", None)  # the package that does it cannot be imported
     return import_package("openvino")
+
+
+@lru_cache
+def core_of(openvino):
+    """Return the one Core of this process. Each one sets a stack for signals in the thread that makes it, and
+    frees it with itself, though others may have been set since: the next signal, Ctrl-C too, would crash.
+    """
+    return openvino.Core()
 
 
 def onnx_program(graph, batch=1):

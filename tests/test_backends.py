@@ -1,4 +1,6 @@
 """Exported models and OpenVINO: the same logits, masks and scores as PyTorch; clear refusals."""
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -174,6 +176,30 @@ def test_backends_that_cannot_be(trained, exported, tmp_path, run, ending, flags
     code, _, err = run(infer_image, "--input", trained[0] / "images", "--out-dir", tmp_path,
                        "--model", exported / f"model{ending}", *flags)
     assert code == 2 and named in err.splitlines()[-1] and "Traceback" not in err, err
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+    @classmethod
+    def now(cls):
+        """Return the address and size of the stack on which this thread handles signals."""
+        stack = cls()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+        return stack.pointer, stack.size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+@pytest.mark.parametrize("first", [0, 1])
+def test_models_that_go_leave_signals_a_stack(exported, first):
+    """It was that of a model which was freed: Ctrl-C crashed."""
+    convert(tiny().eval().requires_grad_(False), SIZE, "openvino")
+    before = SignalStack.now()
+    net = tiny().eval().requires_grad_(False)
+    models = [load_model(exported / "model.xml")[0], convert(net, SIZE, "openvino")]
+    del models[first], models[0]
+    gc.collect()
+    assert SignalStack.now() == before
 
 
 @pytest.mark.parametrize(("package", "ending"), [("openvino", ".xml"), ("onnxruntime", ".onnx")])

@@ -2,6 +2,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -18,11 +19,11 @@ import checkpoint
 import evaluate
 import train
 from config import InputError
-from dataio import stream
+from dataio import contents
 from dataio.contents import contents_of, digests_in
 from dataio.dataloader import SegmentationDataset, make_loader
 from dataio.readers import index_table
-from dataio.shards import training_folder
+from dataio.shards import plain_parts, training_folder
 from dataio.stream import ShardBatches
 
 NUMBERS = {"train-000.tar": (0, 1), "train-001.tar": (2, 3, 4), "train-002.tar": (5,),
@@ -119,9 +120,9 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(root, tmp_path, run
 def test_what_was_seen_is_known_and_what_validates_is_scored(root, tmp_path, run):
     assert run(train, *train_flags(root, tmp_path / "out", *FLAGS))[0] == 0
     whole, _ = training_folder(root)
-    contents = {path: contents_of([path]) for path in whole.glob("train/*/images/*")}
+    hashes = {contents_of([path]) for path in whole.glob("train/*/images/*")}
     known = digests_in(torch.load(tmp_path / "out/last.pth")["trained_on"])
-    assert known == set(contents.values())  # two epochs are a pass
+    assert known == hashes  # two epochs are a pass
     model = "--model", tmp_path / "out/last.pth", "--out-dir", tmp_path / "out"
     code, out, err = run(evaluate, *model)
     scores = history_of(tmp_path / "out")[-1]
@@ -182,15 +183,27 @@ def test_a_validation_image_in_a_later_shard_is_reported(root, tmp_path, run):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_wait_for_a_shard_can_be_stopped(root, tmp_path, run, monkeypatch, number):
-    """Of a command that sends nothing."""
-    (tmp_path / "list.txt").write_text(
-        f"pipe:cat {root}/train-000.tar\npipe:cat {root}/val-000.tar\n"
-        f"pipe:sleep 2 && kill -{number.value} {os.getpid()} && sleep 600 && cat {root}/train-001.tar\n")
-    flags = train_flags(f"@{tmp_path / 'list.txt'}", tmp_path / "out", *FLAGS, "--shards-per-epoch", 1)
-    monkeypatch.setattr(stream, "JOIN_SECONDS", 0.1)
-    code, _, err = run(train, *flags, "--classes", "ground", "roof", "pool")
+@pytest.mark.parametrize("waits_for", ["val-000", "train-001"])
+def test_the_wait_for_a_command_that_sends_nothing_can_be_stopped(root, tmp_path, run, monkeypatch, waits_for,
+                                                                  number):
+    """While what is needed for good is unpacked, and later for an epoch; the command ends too."""
+    stop, nothing = f"kill -{number.value} {os.getpid()}; sleep 60", f"cat {tmp_path}/nothing"
+    commands = {name: f"pipe:cat {root}/{name}.tar" for name in ("train-000", "train-001", "val-000")}
+    commands[waits_for] = f"pipe:{stop if waits_for == 'val-000' else 'sleep 60'}; {nothing}/{waits_for}.tar"
+    (tmp_path / "list.txt").write_text("\n".join(commands.values()))
+    take = ShardBatches.take
+
+    def taken(self, epoch):
+        if self.names(epoch) == ["train-001"] == [waits_for]:
+            os.kill(os.getpid(), number)
+        return take(self, epoch)
+
+    monkeypatch.setattr(ShardBatches, "take", taken)
+    own = train_flags(f"@{tmp_path / 'list.txt'}", tmp_path / "out", *FLAGS, "--shards-per-epoch", 1)
+    code, _, err = run(train, *own, "--classes", "ground", "roof", "pool")
     assert code == 128 + number and "Traceback" not in err
+    if shutil.which("pgrep"):
+        assert subprocess.run(["pgrep", "-f", nothing], capture_output=True).stdout == b""
 
 
 # --- lists and splits ---------------------------------------------------------------------------------------
@@ -205,6 +218,29 @@ def test_on_a_list_a_folder_says_the_split_and_other_class_files_do_not_count(ro
         (tmp_path / "list.txt").write_text("\n".join(map(str, lines((tmp_path / "data").rglob("*.tar")))))
         source = load("folder", f"@{tmp_path / 'list.txt'}", classes=("ground", "roof", "pool"))
         assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 5, "val": 3}
+
+
+def test_a_path_is_written_in_any_way(root, monkeypatch):
+    monkeypatch.chdir(root)
+    Path("list.txt").write_text("./train-000.tar\n.//train-001.tar\nval-000.tar\n")
+    source = load("folder", "@list.txt")
+    assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 5, "val": 2}
+
+
+def test_of_data_that_moved_the_first_shard_is_unpacked(root, tmp_path, run):
+    assert run(train, *train_flags(root, tmp_path / "out", *FLAGS))[0] == 0
+    moved, unpacked = root.rename(tmp_path / "moved"), set((contents.cache_home() / "shards").iterdir())
+    code, out, err = run(evaluate, "--model", tmp_path / "out/last.pth", "--data-root", moved, "--out-dir",
+                         tmp_path / "out")
+    assert code == 0 and f"{history_of(tmp_path / 'out')[-1]['val_miou']:.4f}" in out, err
+    assert set((contents.cache_home() / "shards").iterdir()) == unpacked
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("pipe:curl -s https://host/val/000.tar.zst | zstd -d", ["val", "000"]), ("a/b.tar.gz", ["a", "b"]),
+    ("pipe:cat 'a/val-1.tar'; true", ["a", "val-1"]), ("data/train-000.TGZ", ["data", "train-000"])])
+def test_the_name_of_a_shard_is_that_of_its_file(text, parts):
+    assert plain_parts(text) == parts
 
 
 # --- what is wrong ------------------------------------------------------------------------------------------
@@ -259,8 +295,6 @@ def test_what_the_first_shards_do_not_say_is_asked_for(root, tmp_path, run):
     (tmp_path / "classes.txt").rename(root / "classes.txt")
     (root / "val-000.tar").rename(root / "train-004.tar")
     assert "val-000.tar" in refusal()
-    shutil.rmtree(root)
-    (root / "images").mkdir(parents=True)
     with pytest.raises(InputError, match="neither a tar file"):
         (tmp_path / "list.txt").write_text("some.jpg")
         training_folder(f"@{tmp_path / 'list.txt'}")
