@@ -187,7 +187,7 @@ def test_a_validation_image_in_a_later_shard_is_reported(root, tmp_path, run):
 def test_the_wait_for_a_command_that_sends_nothing_can_be_stopped(root, tmp_path, run, monkeypatch, waits_for,
                                                                   number):
     """While what is needed for good is unpacked, and later for an epoch; the command ends too."""
-    stop, nothing = f"kill -{number.value} {os.getpid()}; sleep 60", f"cat {tmp_path}/nothing"
+    stop, nothing = f"sleep 1; kill -{number.value} {os.getpid()}; sleep 60", f"cat {tmp_path}/nothing"
     commands = {name: f"pipe:cat {root}/{name}.tar" for name in ("train-000", "train-001", "val-000")}
     commands[waits_for] = f"pipe:{stop if waits_for == 'val-000' else 'sleep 60'}; {nothing}/{waits_for}.tar"
     (tmp_path / "list.txt").write_text("\n".join(commands.values()))
