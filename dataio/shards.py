@@ -290,7 +290,7 @@ def training_folder(root, first_only=False):
         except OSError:  # Windows has rights for it
             shutil.copytree(folders[shard], place)
 
-    content = [[names[shard], version] for shard, version in versions.items()]
+    content = [[names[shard], splits[shard], version] for shard, version in versions.items()]
     content += [[class_list.name, hashes[class_list]]] if class_list else []
     target = home / "sets" / short_hash(content)
     fill_folder(target, link, [*wanted, *([class_list] if class_list else [])], "shards")

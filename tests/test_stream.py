@@ -218,6 +218,10 @@ def test_on_a_list_a_folder_says_the_split_and_other_class_files_do_not_count(ro
         (tmp_path / "list.txt").write_text("\n".join(map(str, lines((tmp_path / "data").rglob("*.tar")))))
         source = load("folder", f"@{tmp_path / 'list.txt'}", classes=("ground", "roof", "pool"))
         assert {split: len(samples) for split, samples in source.splits.items()} == {"train": 5, "val": 3}
+    (tmp_path / "data/val").rename(tmp_path / "data/test")
+    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted((tmp_path / "data").rglob("*.tar")))))
+    source = load("folder", f"@{tmp_path / 'list.txt'}", classes=("ground", "roof", "pool"))
+    assert len(source.splits["test"]) == 3
 
 
 def test_a_path_is_written_in_any_way(root, monkeypatch):
