@@ -54,7 +54,7 @@ from dataio.image_rule import ImageRule, decide_rule, sample_values
 from dataio.images import copy_image, stored_of
 from dataio.readers import COLORS, OUTSIDE, decode_mask, outside_message, ranges, read_mask, read_sample
 from dataio.scan import fits, scan_image, scan_mask
-from dataio.shards import is_listed, training_folder
+from dataio.shards import place_of, training_folder
 from dataio.stratify import ALIKE, share_table
 from datasets import find_data
 from utils import all_in_parallel, evenly_sampled, grouped, in_parallel
@@ -135,8 +135,7 @@ def find_samples(name, root, unlabelled, report):
     What is unpaired in a folder goes into the report. Raises InputError without any data.
     """
     if name in OWN_DATA:
-        folder = Path(str(root)[1:]).parent if is_listed(root) else root
-        names, class_list = None, folder / "classes.txt"  # of one's own
+        names, class_list = None, place_of(root) / "classes.txt"  # of one's own
         if name == "hf":
             root, source, names, notes = huggingface.unpack(root)
             class_list = source / "classes.txt"

@@ -216,6 +216,11 @@ def is_listed(root):
     return str(root).startswith("@") and not Path(root).exists()
 
 
+def place_of(root):
+    """Return the folder of a --data-root as a Path: of a list, the one that it lies in."""
+    return Path(str(root)[1:]).parent if is_listed(root) else Path(root)
+
+
 def shards_of(root):
     """Return the shards on a list, or in a folder that holds nothing else; [] for other folders. Raises
     InputError.
@@ -242,9 +247,10 @@ def split_of(shard, by_folder):
 def class_list_of(root):
     """Return the file that names the classes of the shards in a folder, or beside their list; None without.
     """
+    folder = place_of(root)
     if not is_listed(root):
-        return class_file(Path(root))
-    folder = Path(str(root)[1:]).parent  # of which the other content is not known
+        return class_file(folder)
+    # the folder of a list may hold anything
     return next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
 
 
