@@ -4,7 +4,9 @@
     write_text("outputs/metrics.json", text)
 """
 import ast
+import atexit
 import errno
+import gc
 import hashlib
 import inspect
 import json
@@ -233,11 +235,19 @@ def init_distributed(device):
         torch.cuda.set_device(device)
     # gloo also for what stays on the CPU beside a GPU, such as the counts of an exported model
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    from torch.distributed import nn  # noqa: F401 - imported later, its defaults would keep the group for good
     # one process may download or count pixels for long while the others wait
     dist.init_process_group(backend, timeout=timedelta(hours=12))
+    atexit.register(end_distributed)
     if not is_main_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - until it ends
     return device
+
+
+def end_distributed():
+    """End the process group's threads: one that frees a tensor while Python ends would abort the process."""
+    gc.collect()  # what holds the group: a network in DistributedDataParallel
+    dist.destroy_process_group()
 
 
 def from_launcher(name, default):

@@ -24,10 +24,22 @@ def start_torchrun(processes, *flags, script="train.py"):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", str(port), script, *map(str, flags)]
+    command += ["--master-port", str(port), str(script), *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+ENDS = """
+import atexit, glob, torch, utils
+names = lambda: [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+atexit.register(lambda: print("after", names()))
+utils.init_distributed(torch.device("cpu"))
+net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+net(torch.ones(1, 2)).sum().backward()
+del net
+print("before", names(), utils.all_gather(1))
+"""
 
 
 def torchrun(processes, *flags, timeout=120, script="train.py"):
@@ -69,6 +81,15 @@ def test_two_processes_train_and_score_as_a_single_one_with_the_doubled_batch(tm
     assert first.keys() == second.keys()  # no `module.` before the names
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-5), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_threads_that_free_tensors_end_before_python_does(tmp_path):
+    """Else a process sometimes aborts once all is done, and torchrun calls the run failed."""
+    (tmp_path / "ends.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{ENDS}")
+    done = torchrun(2, script=tmp_path / "ends.py")
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert done.returncode == 0 and "gloo" in lines["before"] and "gloo" not in lines["after"], done
 
 
 @pytest.mark.long
