@@ -90,18 +90,21 @@ def lovasz(logits, masks, class_weights=None):
     """
     probabilities = at_least_float32(logits).softmax(1)  # (B, K, H, W)
     labeled = masks != IGNORE
-    labels = masks[labeled]  # (P,)
-    losses = []
-    for id in labels.unique().tolist():
-        truth, share = labels == id, probabilities[:, id][labeled]  # (P,)
-        errors = torch.where(truth, 1 - share, share)
-        with torch.no_grad():
+    present = masks[labeled].unique().tolist()
+    # The loss is the sum of error * weight: `at_zero` where all probabilities are 0, rising by the slopes.
+    at_zero, slopes = 0.0, torch.zeros_like(probabilities)
+    with torch.no_grad():
+        for id in present:
+            truth, share = masks == id, probabilities[:, id]  # (B, H, W)
+            errors = torch.where(truth, 1 - share, share)
             bins = ((1 - errors) * ERROR_BINS).long().clamp(0, ERROR_BINS - 1)  # largest errors first
-            bins += ERROR_BINS * truth
-            counts = torch.bincount(bins, minlength=2 * ERROR_BINS).view(2, ERROR_BINS).cpu()  # for float64
-            weights = lovasz_weights(*counts).to(errors).flatten()[bins]
-        losses.append((errors * weights).sum())
-    return torch.stack(losses).mean() if losses else logits.sum() * 0.0
+            bins = torch.where(labeled, bins + ERROR_BINS * truth, 2 * ERROR_BINS)
+            counts = torch.bincount(bins.flatten(), minlength=2 * ERROR_BINS + 1).cpu()  # for float64
+            negatives, positives = counts[:-1].view(2, ERROR_BINS)
+            others, own = lovasz_weights(negatives, positives)
+            at_zero += (positives * own).sum().item()
+            slopes[:, id] = torch.cat([others, -own, own.new_zeros(1)]).to(slopes)[bins]
+    return (at_zero + (probabilities * slopes).sum()) / max(len(present), 1)
 
 
 def lovasz_weights(negatives, positives):
