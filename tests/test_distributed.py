@@ -30,18 +30,6 @@ def start_torchrun(processes, *flags, script="train.py"):
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
-ENDS = """
-import atexit, glob, torch, utils
-names = lambda: [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
-atexit.register(lambda: print("after", names()))
-utils.init_distributed(torch.device("cpu"))
-net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
-net(torch.ones(1, 2)).sum().backward()
-del net
-print("before", names(), utils.all_gather(1))
-"""
-
-
 def torchrun(processes, *flags, timeout=120, script="train.py"):
     """Run a script by start_torchrun; return its subprocess.CompletedProcess."""
     process = start_torchrun(processes, *flags, script=script)
@@ -81,6 +69,18 @@ def test_two_processes_train_and_score_as_a_single_one_with_the_doubled_batch(tm
     assert first.keys() == second.keys()  # no `module.` before the names
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-5), name
+
+
+ENDS = """
+import atexit, glob, torch, utils
+names = lambda: [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+atexit.register(lambda: print("after", names()))
+utils.init_distributed(torch.device("cpu"))
+net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+net(torch.ones(1, 2)).sum().backward()
+del net
+print("before", names(), utils.all_gather(1))
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
